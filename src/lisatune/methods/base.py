@@ -1,0 +1,48 @@
+"""What every method of fine-tuning answers: how to prepare the model, and which optimizer to build."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import nn
+
+from lisatune.layers import LayerMap
+from lisatune.lisa import LISA
+
+__all__ = ["Method"]
+
+
+class Method(ABC):
+    """A way to fine-tune. Subclasses are frozen, keyword-only dataclasses: their fields are the recipe's keys.
+
+    Order of calls: `prepare`, then `build_optimizer` over the prepared model, then `attach`.
+    """
+
+    name: str
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Change the model before the optimizer is built (adapters would go in here). Default: as it is."""
+        return model
+
+    @abstractmethod
+    def build_optimizer(
+        self,
+        model: nn.Module,
+        layers: LayerMap,
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+    ) -> torch.optim.Optimizer:
+        """Build the optimizer, with every parameter that will ever train in its param groups."""
+
+    def attach(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        layers: LayerMap,
+        *,
+        total_steps: int,
+    ) -> LISA | None:
+        """Attach what freezes and thaws blocks during training. Default: nothing does."""
+        return None

@@ -1,0 +1,101 @@
+"""LISA as a method of a recipe. The algorithm is in `lisatune.lisa`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from lisatune.layers import LayerMap
+from lisatune.lisa import LISA
+from lisatune.methods.base import Method
+from lisatune.optim import build_adamw
+from lisatune.samplers import Independent
+
+__all__ = ["Lisa"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lisa(Method):
+    """Ends and a few drawn blocks train, all other blocks are frozen until they are drawn."""
+
+    name: Literal["lisa"] = "lisa"
+
+    active: int = 2
+    """Blocks that train at once, γ in the paper."""
+
+    period: int | Literal["auto"] = 10
+    """Optimizer steps between two draws, K in the paper. auto: every block trains at least twice."""
+
+    sampler: Literal["permutation", "uniform", "weighted", "independent"] = "permutation"
+    """How blocks are drawn; `weighted` and `independent` read `probabilities`."""
+
+    probabilities: tuple[float, ...] | None = None
+    """One number per block for the samplers `weighted` and `independent`."""
+
+    seed: int = 0
+    """Seed of the draws alone."""
+
+    state: Literal["drop", "reset", "cpu", "keep"] = "drop"
+    """What happens to the optimizer state of a block that freezes."""
+
+    warmup: int = 0
+    """Steps at the start of a period over which a thawed block's learning rate ramps up."""
+
+    ends: Literal["train", "frozen"] = "train"
+    """Whether embedding, head and final norm train."""
+
+    verify: Literal["sample", "full", "off"] = "sample"
+    """How much of every block is hashed each period to prove that drawn blocks moved and no other did."""
+
+    def __post_init__(self) -> None:
+        reads_probabilities = self.sampler in ("weighted", "independent")
+        if reads_probabilities and self.probabilities is None:
+            raise ValueError(f"method.sampler {self.sampler} needs method.probabilities, one number per block")
+        if not reads_probabilities and self.probabilities is not None:
+            raise ValueError(
+                f"method.probabilities has no use with method.sampler {self.sampler}; choose weighted or independent"
+            )
+
+    def build_optimizer(
+        self,
+        model: nn.Module,
+        layers: LayerMap,
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+    ) -> torch.optim.Optimizer:
+        """Build AdamW over ends and blocks: one group per layer, while everything still requires grad."""
+        return build_adamw(model, layers, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+    def attach(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        layers: LayerMap,
+        *,
+        total_steps: int,
+    ) -> LISA:
+        """Attach LISA to the optimizer: draws the first blocks and freezes the rest."""
+        return LISA(
+            model,
+            optimizer,
+            active=self.active,
+            period=self.period,
+            sampler=self._sampler(),
+            seed=self.seed,
+            state=self.state,
+            ends=self.ends,
+            warmup=self.warmup,
+            verify=self.verify,
+            total_steps=total_steps,
+            layers=layers,
+        )
+
+    def _sampler(self) -> str | tuple[float, ...] | Independent:
+        if self.sampler == "independent":
+            assert self.probabilities is not None
+            return Independent(self.probabilities)
+        return self.probabilities if self.probabilities is not None else self.sampler
