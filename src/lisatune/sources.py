@@ -94,7 +94,7 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
         file.seek(0)
         for number, line in enumerate(file, 1):
             if line.strip(BOM + b" \t\r\n"):
-                yield _parse(line.removeprefix(BOM), path, number)
+                yield _parse(line.removeprefix(BOM).rstrip(), path, number)
 
 
 def _parse(text: bytes, path: Path, first_line: int) -> tuple[str, Any]:
@@ -121,7 +121,9 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
                 problem = BadRowError(f"more fields than the header's {len(reader.fieldnames or ())}")
                 yield f"{path}, line {reader.line_num}", problem if None in row else row
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error}); check the quotes") from error
+        raise ValueError(
+            f"{path}, line {reader.reader.line_num}: not CSV ({error}); check the quotes"
+        ) from error
     finally:
         csv.field_size_limit(limit)
 
