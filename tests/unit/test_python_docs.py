@@ -1,16 +1,13 @@
 import subprocess
 import sys
-import time
 
 import pytest
 
 from lisatune.python_docs import LONGEST_ANSWER, SHORTEST_ANSWER, _answer, pairs
 
 
-def test_thousands_of_pairs_in_a_few_seconds() -> None:
-    start = time.process_time()
+def test_there_are_thousands_of_pairs_and_a_tenth_is_held_out() -> None:
     train, validation = pairs("train"), pairs("validation")
-    assert time.process_time() - start < 5
     assert len(train) > 2000
     assert 0.05 < len(validation) / len(train) < 0.2
 
