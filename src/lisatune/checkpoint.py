@@ -4,7 +4,7 @@
         weights.safetensors     parameters (tied ones once) and persistent buffers, by name
         optimizer.safetensors   "PARAMETER//KEY": optimizer state, only of the parameters that have some
         other.safetensors       tensors that stand inside state.json, such as RNG states
-        state.json              param groups with parameter names, every other key of `optimizer.state_dict()`,
+        state.json              param groups with parameter names, every other key of optimizer.state_dict(),
                                 scheduler, RNGs, and what the caller adds
         manifest.json           size and sha256 of the files above
 
@@ -12,7 +12,6 @@ A folder is written under another name, synced and renamed, so what has its fina
 opens these files only, after checking them against the manifest.
 """
 
-import hashlib
 import json
 import random
 import re
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lisatune.atomic import written_aside
+from lisatune.disk import sha256_of, written_aside
 from lisatune.named_state import check_same, from_json, from_names, restore_dtypes, to_json, to_names
 
 __all__ = ["load_checkpoint", "newest_checkpoint", "prune", "save_checkpoint"]
@@ -81,8 +80,13 @@ def save_checkpoint(
         save_file(_storable(optimizer_tensors), aside / "optimizer.safetensors")
         save_file(_storable(other), aside / "other.safetensors")
         (aside / "state.json").write_text(json.dumps(state))
-        files = {name: {"bytes": (aside / name).stat().st_size, "sha256": _sha256(aside / name)} for name in FILES}
-        (aside / "manifest.json").write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1))
+        files = {
+            name: {"bytes": (aside / name).stat().st_size, "sha256": sha256_of(aside / name)}
+            for name in FILES
+        }
+        (aside / "manifest.json").write_text(
+            json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1)
+        )
     return target
 
 
@@ -94,7 +98,8 @@ def load_checkpoint(
     Names, shapes, dtypes and param groups are compared before anything changes.
 
     Raises:
-        ValueError: the checkpoint is incomplete or damaged, or model, optimizer or scheduler are not the saved ones.
+        ValueError: the checkpoint is incomplete or damaged, or it is not of this model, optimizer
+            and scheduler.
     """
     from safetensors import safe_open
     from safetensors.torch import load_file
@@ -224,18 +229,16 @@ def _manifest(path: Path) -> dict[str, str]:
     if not is_known:
         raise ValueError(f"checkpoint {path} has format {manifest['format']}, this version reads {FORMAT}")
     if wrong:
-        raise ValueError(f"checkpoint {path} is damaged: {wrong[0]} has another size than when it was written")
+        raise ValueError(
+            f"checkpoint {path} is damaged: {wrong[0]} has another size than when it was written"
+        )
     return hashes
 
 
 def _verify(path: Path) -> None:
     for name, sha256 in _manifest(path).items():
-        if _sha256(path / name) != sha256:
+        if sha256_of(path / name) != sha256:
             raise ValueError(
-                f"checkpoint {path} is damaged: {name} is not what was written; delete the folder to use an earlier one"
+                f"checkpoint {path} is damaged: {name} is not what was written; "
+                "delete the folder to use an earlier one"
             )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -62,19 +62,23 @@ def held_out_loss(
             total += loss_sum.item()
             num_tokens += int(count)
     if num_tokens == 0:
-        raise ValueError("no token of the held-out data carries loss; give it more rows or a larger max_length")
+        raise ValueError(
+            "no token of the held-out data carries loss; give it more rows or a larger max_length"
+        )
     return HeldOut(total / num_tokens, num_tokens)
 
 
 def generate_answers(
     model: Any, tokenizer: Any, prompts: Sequence[str | list[dict[str, str]]], *, max_new_tokens: int
 ) -> list[str]:
-    """Answer each prompt greedily: the likeliest token each time, up to the end token or `max_new_tokens`.
+    """Answer each prompt greedily, up to the end token or `max_new_tokens`.
+
+    A repetition penalty in the model's generation config stays in force.
 
     Args:
         model: a `transformers` causal language model. Training flags are given back.
         tokenizer: its tokenizer.
-        prompts: plain text to go on from, or messages (`role`, `content`), which go through the chat template.
+        prompts: plain text to go on from, or messages (`role`, `content`) for the chat template.
         max_new_tokens: longest answer, >= 1.
 
     Returns:
@@ -85,9 +89,7 @@ def generate_answers(
     ends = {tokenizer.eos_token_id, *_as_list(model.generation_config.eos_token_id)} - {None}
     greedy = GenerationConfig(
         do_sample=False,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
+        num_beams=1,
         max_new_tokens=max_new_tokens,
         use_cache=True,
         eos_token_id=sorted(ends) or None,
@@ -99,9 +101,13 @@ def generate_answers(
             if isinstance(prompt, str):
                 ids = tokenizer(prompt)["input_ids"]
             else:
-                ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+                ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)[
+                    "input_ids"
+                ]
             prompt_BT = torch.tensor([ids], device=model.device)
-            out_BT = model.generate(prompt_BT, attention_mask=torch.ones_like(prompt_BT), generation_config=greedy)
+            out_BT = model.generate(
+                prompt_BT, attention_mask=torch.ones_like(prompt_BT), generation_config=greedy
+            )
             answers.append(tokenizer.decode(out_BT[0, len(ids) :], skip_special_tokens=True))
     return answers
 

@@ -19,8 +19,8 @@ from itertools import product
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 __all__ = ["CausalLMLoss", "chunked_cross_entropy", "evaluation_mode"]
@@ -61,7 +61,7 @@ def chunked_cross_entropy(
         logits_CV = head(hidden_CD)
         if transform is not None:
             logits_CV = transform(logits_CV)
-        return F.cross_entropy(logits_CV.float(), target_C, reduction="sum")
+        return cross_entropy(logits_CV.float(), target_C, reduction="sum")
 
     target_BT = labels_BT[:, 1:]
     has_loss_BT = target_BT != IGNORE
@@ -87,8 +87,9 @@ class CausalLMLoss:
     through its own forward with full logits instead, and a warning says so.
 
     `use_cache=False` and the batch's position_ids are always passed, an attention_mask never: sequences are
-    padded on the right, where a causal model does not look, and packed documents are told apart by position_ids
-    that start again at 0. The auxiliary loss of mixture-of-experts routers is not part of this loss.
+    padded on the right, where a causal model does not look, and packed documents are told apart by
+    position_ids that start again at 0. The auxiliary loss of mixture-of-experts
+    routers is not part of this loss.
 
     For FSDP2, register the method that calls this with `register_fsdp_forward_method`, since the model's own
     `forward` is bypassed.
@@ -102,7 +103,7 @@ class CausalLMLoss:
     """
 
     def __init__(self, model: nn.Module, *, chunk_size: int = 128) -> None:
-        self.model = model
+        self.model: Any = model
         self.chunk_size = chunk_size
         self._transform: Callable[[Tensor], Tensor] | None = None
         obstacle = self._find_transform()
@@ -114,7 +115,7 @@ class CausalLMLoss:
             )
         if getattr(model.config, "output_router_logits", False):
             warnings.warn(
-                f"the router's auxiliary loss of {type(model).__name__} is left out: only the next-token loss is used",
+                f"the router's auxiliary loss of {type(model).__name__} is left out of the loss",
                 stacklevel=2,
             )
 

@@ -1,6 +1,5 @@
 """Memory in bytes: of this process, of an accelerator, of tensors."""
 
-import resource
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,12 +29,14 @@ def peak_resident_bytes() -> int:
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
+    import resource  # not on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def device_peak_bytes(device: torch.device) -> int | None:
-    """Most memory that tensors took on `device` since `reset_device_peak`; None where torch keeps no count."""
+    """Most memory that tensors took on `device` since `reset_device_peak`; None if torch keeps no count."""
     if device.type not in ("cuda", "xpu"):
         return None
     return int(torch.get_device_module(device).max_memory_allocated(device))

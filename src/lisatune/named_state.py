@@ -30,7 +30,9 @@ def to_names(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], di
     tensors: dict[str, Tensor] = {}
     for index, entry in state_dict["state"].items():
         plain[flat[index]] = {key: value for key, value in entry.items() if not isinstance(value, Tensor)}
-        tensors |= {f"{flat[index]}//{key}": value for key, value in entry.items() if isinstance(value, Tensor)}
+        tensors |= {
+            f"{flat[index]}//{key}": value for key, value in entry.items() if isinstance(value, Tensor)
+        }
     groups = [{**group, "params": names[i]} for i, group in enumerate(state_dict["param_groups"])]
     return {**state_dict, "state": plain, "param_groups": groups}, tensors
 
@@ -45,19 +47,24 @@ def from_names(
     """
     names = _group_names(model, optimizer)
     where = {name: f"in group {i}" for i, group in enumerate(names) for name in group}
-    saved_where = {name: f"in group {i}" for i, group in enumerate(saved["param_groups"]) for name in group["params"]}
+    saved_where = {
+        name: f"in group {i}" for i, group in enumerate(saved["param_groups"]) for name in group["params"]
+    }
     check_same("the optimizer's parameters", saved_where, where)
     index = {name: i for i, name in enumerate(where)}
     state = {index[name]: dict(entry) for name, entry in saved["state"].items()}
     for key, tensor in tensors.items():
         name, _, part = key.rpartition("//")
         state[index[name]][part] = tensor
-    groups = [{**group, "params": [index[name] for name in names[i]]} for i, group in enumerate(saved["param_groups"])]
+    groups = [
+        {**group, "params": [index[name] for name in names[i]]}
+        for i, group in enumerate(saved["param_groups"])
+    ]
     return {**saved, "state": state, "param_groups": groups}
 
 
 def restore_dtypes(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Undo the cast of `load_state_dict` to the parameter's dtype: float32 moments of a bf16 weight stay float32."""
+    """Undo `load_state_dict`'s cast to parameter dtypes: float32 moments of bf16 weights stay float32."""
     parameters = dict(model.named_parameters())
     for key, saved in tensors.items():
         name, _, part = key.rpartition("//")
@@ -75,7 +82,9 @@ def check_same(what: str, saved: Mapping[str, str], now: Mapping[str, str]) -> N
 
 
 def to_json(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """Turn a state into JSON. Its tensors go to `tensors` by their path; tuples and keys that are not text are marked.
+    """Turn a state into JSON, its tensors into entries of `tensors` by their path.
+
+    Tuples, and dicts whose keys are not text, are marked so that `from_json` restores them.
 
     Raises:
         TypeError: something in it is neither a tensor nor JSON.
@@ -115,7 +124,7 @@ def _group_names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
         for parameter in group["params"]:
             if parameter not in names:
                 raise ValueError(
-                    f"param group {i} holds a parameter of shape {list(parameter.shape)} that the model does not own; "
-                    "build the optimizer over this model"
+                    f"param group {i} holds a parameter of shape {list(parameter.shape)} that is not "
+                    "the model's; build the optimizer over this model"
                 )
     return [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]

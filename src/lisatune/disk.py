@@ -1,5 +1,6 @@
-"""Folders that appear complete or not at all, whatever happens while they are written."""
+"""Folders that appear complete or not at all, and the hash that tells whether a file is still the same."""
 
+import hashlib
 import os
 import shutil
 import uuid
@@ -7,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["written_aside"]
+__all__ = ["sha256_of", "written_aside"]
 
 
 @contextmanager
@@ -33,9 +34,17 @@ def written_aside(target: Path, *, replace: bool = True) -> Iterator[Path]:
         _put_in_place(aside, target, replace)
         _sync(target.parent)
     except (OSError, SafetensorError) as error:
-        raise OSError(f"could not write {target} ({error}); free some space or choose another folder") from error
+        raise OSError(
+            f"could not write {target} ({error}); free some space or choose another folder"
+        ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def sha256_of(file: Path) -> str:
+    """SHA-256 of a file's content, in hex."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _put_in_place(aside: Path, target: Path, replace: bool) -> None:
