@@ -3,9 +3,9 @@
 Every layer gets a 64-bit fingerprint at the start and at the end of a period. A block that was drawn must
 have another one, every other block must have the same.
 
-The fingerprint of integers x_i (the parameters' bits) is sum_i (2i+1)·c·x_i modulo 2^64 with c odd. Integer
-sums are exact in any order, and odd numbers have an inverse modulo 2^64, so a change of any single element
-always shows; a change of several hides with a chance of about 2^-64.
+The fingerprint of integers x_i (the parameters' bits) is sum_i w_i·x_i modulo 2^64 with w_i odd and mixed
+from i. Integer sums are exact in any order, and odd numbers have an inverse modulo 2^64, so a change of any
+single element always shows; a change of several hides with a chance of about 2^-63.
 
 "full" reads every element. "sample" reads one window of up to 1024 elements from each parameter. The window
 moves on with each period and has read all n elements after ⌈n/1024⌉ periods: an optimizer that touches a
@@ -161,5 +161,7 @@ def _window(values: Tensor, index: int, sample: int) -> Tensor:
 
 
 def _weighted_sum(values: Tensor) -> Tensor:
-    weights = torch.arange(values.numel(), dtype=torch.int64, device=values.device).mul_(2).add_(1)
-    return (values * weights.mul_(ODD)).sum()
+    weights = torch.arange(1, values.numel() + 1, dtype=torch.int64, device=values.device).mul_(ODD)
+    # Weights in an arithmetic series would let small changes cancel: 1·(-8) + 3·1 + 5·1 = 0.
+    weights.bitwise_xor_(weights >> 31).mul_(ODD).bitwise_or_(1)
+    return weights.mul_(values).sum()
