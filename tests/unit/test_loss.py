@@ -18,6 +18,7 @@ from transformers import (
 from transformers.utils import logging
 
 from lisatune.loss import CausalLMLoss, chunked_cross_entropy, evaluation_mode
+from lisatune.models import load_model
 
 SHAPE = {
     "vocab_size": 128,
@@ -121,7 +122,9 @@ def test_logits_that_the_config_does_not_explain_take_the_full_path_with_a_warni
         loss_fn = CausalLMLoss(model)
     loss_sum, num_tokens = loss_fn(rows)
     logits = model(rows["input_ids"], rows["position_ids"], False).logits[:, :-1]
-    want = nn.functional.cross_entropy(logits.reshape(-1, 128), rows["labels"][:, 1:].reshape(-1), reduction="sum")
+    want = nn.functional.cross_entropy(
+        logits.reshape(-1, 128), rows["labels"][:, 1:].reshape(-1), reduction="sum"
+    )
     assert not loss_fn.is_chunked
     torch.testing.assert_close(loss_sum, want)
     loss_sum.backward()
@@ -186,7 +189,9 @@ def test_frozen_parts_get_no_gradient(frozen: str) -> None:
 def test_chunk_size_does_not_change_the_loss(chunk_size: int) -> None:
     torch.manual_seed(0)
     hidden_BTD, head, labels_BT = torch.randn(2, 9, 4), nn.Linear(4, 11), torch.randint(0, 11, (2, 9))
-    want = nn.functional.cross_entropy(head(hidden_BTD[:, :-1]).flatten(0, 1), labels_BT[:, 1:].flatten(), reduction="sum")
+    want = nn.functional.cross_entropy(
+        head(hidden_BTD[:, :-1]).flatten(0, 1), labels_BT[:, 1:].flatten(), reduction="sum"
+    )
     got, num_tokens = chunked_cross_entropy(hidden_BTD, head, labels_BT, chunk_size=chunk_size)
     torch.testing.assert_close(got, want)
     assert num_tokens == 16
@@ -252,3 +257,14 @@ def test_packing_is_refused_where_documents_see_each_other(family: str) -> None:
     loss_fn = CausalLMLoss(build(CONFIGS[family]))
     with pytest.raises(ValueError, match=r"data.packing does not work with \w+ForCausalLM"):
         loss_fn.check_packing()
+
+
+@pytest.mark.smollm2
+def test_smollm2_loss_is_that_of_transformers() -> None:
+    model = load_model("smollm2-135m")
+    ids_BT = torch.arange(1000, 1200).view(2, 100)
+    rows = {"input_ids": ids_BT, "labels": ids_BT, "position_ids": torch.arange(100).expand(2, -1)}
+    with torch.no_grad():
+        loss_sum, num_tokens = CausalLMLoss(model)(rows)
+        theirs = model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
+    torch.testing.assert_close(loss_sum / num_tokens, theirs, rtol=1e-6, atol=0)
