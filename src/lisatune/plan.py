@@ -132,10 +132,10 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     kinds += [f"never trained {count_text(plan.frozen_parameters)}"] if plan.frozen_parameters else []
     trains = f"{count_text(plan.trainable)} parameters at a time, {plan.trainable / plan.num_parameters:.1%}"
     trains += "" if plan.active_blocks is None else f"; first blocks {ranges_text(plan.active_blocks)}"
-    steps = f"{plan.steps:,}" + (f", {plan.start_step:,} of them done" if plan.start_step else "")
-    steps += (
+    periods = (
         f" in {plural(math.ceil(plan.steps / plan.period), 'period')} of {plan.period}" if plan.period else ""
     )
+    steps = f"{plan.steps:,}{periods}" + (f", {plan.start_step:,} done already" if plan.start_step else "")
     rows = [
         ("model", f"{plan.model}, {count_text(plan.num_parameters)} parameters: {' + '.join(kinds)}"),
         ("method", plan.method),

@@ -229,7 +229,7 @@ def plural(count: int, word: str) -> str:
 
 
 def _perplexity(loss: float) -> str:
-    return f"{math.exp(loss):,.1f}" if loss < 50 else "∞"
+    return "∞" if loss >= 50 else f"{math.exp(loss):,.1f}"
 
 
 def _clock(seconds: float) -> str:
