@@ -50,10 +50,10 @@ class Parts:
     lisa: LISA | None
     state: "StateMeter"
 
-    def autocast(self) -> torch.autocast:
-        """Bf16 autocast where the recipe wants it."""
-        mixed = self.recipe.run.precision == "bf16-mixed"
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=mixed)
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """Dtype of matrix products; None computes in the weights' dtype."""
+        return torch.bfloat16 if self.recipe.run.precision == "bf16-mixed" else None
 
     def trainable(self) -> list[nn.Parameter]:
         """Parameters that train now."""
@@ -80,7 +80,8 @@ def assemble(recipe: Recipe) -> Parts:
         loss.check_packing()
     if run.activation_checkpointing:
         models.enable_activation_checkpointing(model)
-    model = recipe.method.prepare(model).train()
+    model = recipe.method.prepare(model)
+    model.train()
     optimizer = recipe.method.build_optimizer(
         model,
         layers,
@@ -99,5 +100,3 @@ def assemble(recipe: Recipe) -> Parts:
     state = StateMeter(optimizer)  # before LISA, whose hook releases state
     lisa = recipe.method.attach(model, optimizer, layers, total_steps=data.steps)
     return Parts(recipe, device, tokenizer, data, model, layers, loss, optimizer, scheduler, lisa, state)
-
-

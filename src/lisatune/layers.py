@@ -101,11 +101,12 @@ def find_layers(
     names = _names_by_parameter(model)
     outside = [own[0] for own in names if {_owner(name, where) for name in own} == {None}]
     shared = [own[0] for own in names if len({_owner(name, where) for name in own}) > 1]
-    trained = outside if ends is None else _below(outside, ends, model)
     if ends is None and _has_towers(model):
-        trained = _language_model_part(model, paths, outside)
+        ends = _language_model_part(model, paths)
+    trained = outside if ends is None else _below(names, outside, ends)
     end_names = [own[0] for own in names if own[0] in {*trained, *shared}]
     canonical = {alias: own[0] for own in names for alias in own}
+    _refuse_empty_blocks(paths, {_owner(own[0], where) for own in names if own[0] not in shared})
     return LayerMap(
         blocks=paths,
         ends=tuple(end_names),
@@ -118,7 +119,14 @@ def find_layers(
 
 def _find_blocks(model: nn.Module) -> tuple[str, ...]:
     config = _config(model)
-    depth = None if config is None else getattr(config.get_text_config(), "num_hidden_layers", None)
+    if config is None:
+        depth, wanted = None, "a model without a config"
+    elif getattr(config, "is_encoder_decoder", False):
+        # Its num_hidden_layers is the encoder's alone: the decoder would pass for a part of the ends.
+        depth, wanted = None, "an encoder-decoder"
+    else:
+        depth = getattr(config.get_text_config(), "num_hidden_layers", None)
+        wanted = f"num_hidden_layers={depth}"
     lists = _outermost_lists(model)
     fitting = {path: module for path, module in lists.items() if len(module) == depth}
     embedding = _path_from(model, "get_input_embeddings")
@@ -128,7 +136,6 @@ def _find_blocks(model: nn.Module) -> tuple[str, ...]:
         fitting = {path: fitting[path] for path in fitting if near[path] == max(near.values())}
     if len(fitting) != 1:
         known = ", ".join(f"{path} ({len(module)} modules)" for path, module in lists.items()) or "none"
-        wanted = "a model without a config" if depth is None else f"num_hidden_layers={depth}"
         raise ValueError(
             f"cannot tell which module list holds the blocks of {type(model).__name__} ({wanted}, "
             f"{len(fitting)} fit); candidates: {known}. "
@@ -146,10 +153,19 @@ def _given_blocks(model: nn.Module, blocks: str | Sequence[str]) -> tuple[str, .
             known = ", ".join(_outermost_lists(model)) or "none"
             raise ValueError(f"the model has no module {path!r}; its module lists: {known}")
     if isinstance(blocks, str):
-        wanted = [f"{blocks}.{child}" for child, _ in modules[blocks].named_children()]
+        wanted = [f"{blocks}.{child}".lstrip(".") for child, _ in modules[blocks].named_children()]
     if not wanted:
         raise ValueError(f"the module {blocks!r} has no children to be used as blocks")
     return tuple(wanted)
+
+
+def _refuse_empty_blocks(paths: Sequence[str], owners: set[int | None]) -> None:
+    empty = [path for index, path in enumerate(paths) if index not in owners]
+    if empty:
+        raise ValueError(
+            f"block {empty[0]!r} has no parameter of its own and could never train; "
+            f"leave it out of `blocks`, and name no block twice"
+        )
 
 
 def _outermost_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
@@ -161,8 +177,8 @@ def _outermost_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     return lists
 
 
-def _language_model_part(model: nn.Module, blocks: Sequence[str], outside: Sequence[str]) -> list[str]:
-    """Parameters outside the blocks that belong to the language model: its own, and the head's.
+def _language_model_part(model: nn.Module, blocks: Sequence[str]) -> list[str]:
+    """Paths of what belongs to the language model: itself, and its head.
 
     The language model is the smallest module that holds the blocks and the text embedding. The head is the
     output embedding, or without one (classifiers) what the model registers after its language model.
@@ -174,18 +190,23 @@ def _language_model_part(model: nn.Module, blocks: Sequence[str], outside: Seque
     if head is not None:
         heads = [head]
     else:
-        children = [path for path, _ in model.named_children()]
+        children = [path for path, child in model.named_children() if any(True for _ in child.parameters())]
         heads = children[children.index(decoder[0]) + 1 :]
-    return _below(outside, [".".join(decoder), *heads], model)
+    return [".".join(decoder), *heads]
 
 
-def _below(names: Sequence[str], paths: Sequence[str], model: nn.Module) -> list[str]:
-    """Those of `names` that are one of `paths`, or a parameter of a module at one of them."""
-    known = {path for path, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+def _below(names: Sequence[Sequence[str]], outside: Sequence[str], paths: Sequence[str]) -> list[str]:
+    """Parameters outside the blocks that are at one of `paths`, or below it, under any of their names."""
+    found: set[str] = set()
     for path in paths:
-        if path not in known:
-            raise ValueError(f"the model has no module or parameter {path!r}; see model.named_modules()")
-    return [name for name in names if any(name == path or name.startswith(f"{path}.") for path in paths)]
+        there = {own[0] for own in names if any(f"{name}.".startswith(f"{path}.") for name in own)}
+        if not there & set(outside):
+            raise ValueError(
+                f"{path!r} names no parameter outside the blocks; "
+                f"`ends` takes module paths and parameter names as in model.named_parameters()"
+            )
+        found |= there
+    return [name for name in outside if name in found]
 
 
 def _names_by_parameter(model: nn.Module) -> list[list[str]]:

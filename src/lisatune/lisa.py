@@ -105,12 +105,13 @@ class LISA:
         _one_of("state", state, ("drop", "reset", "cpu", "keep"))
         _one_of("ends", ends, ("train", "frozen"))
         _one_of("verify", verify, ("sample", "full", "off"))
+        _refuse_several_ranks()
         optimizer = plain_optimizer(model, optimizer)
         if optimizer in _attached:
             raise RuntimeError("a LISA is already attached to this optimizer; call its detach() first")
         self.layers = find_layers(model) if layers is None else layers
         self.sampler = make_sampler(sampler, active, self.layers.num_blocks)
-        self.seed, self.state, self.warmup = seed, state, warmup
+        self.seed, self.state, self.warmup, self.verify = seed, state, warmup, verify
         self.period = _period(period, self.sampler, seed, total_steps)
         if not 0 <= warmup < self.period:
             raise ValueError(f"warmup must be >= 0 and below period={self.period}, got {warmup}")
@@ -125,10 +126,11 @@ class LISA:
         self._others = tuple(self.layers.frozen_parameters(model).values())
         self._trains_ends = ends == "train"
         check_parameters(self.layers, model, optimizer)
-        self._groups_of_block = groups_by_block(optimizer, self._blocks, self._ends) if warmup else []
+        self._find_groups()
 
         self._host = HostState()
-        self._ramped: list[tuple[dict[str, Any], Any]] = []
+        self._ramped: list[tuple[dict[str, Any], Any, Any]] = []
+        self._saved: dict[str, Any] = {}
         self._may_rest: set[str] = set()
         self._proof = None if verify == "off" else Proof(self._named_layers(), verify)
         self._flags = {p: p.requires_grad for p in (*self._ends, *self._others, *sum(self._blocks, ()))}
@@ -144,9 +146,10 @@ class LISA:
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_state_dict_pre_hook(self._restore_lr),
             optimizer.register_state_dict_post_hook(self._add_to_state_dict),
-            optimizer.register_load_state_dict_pre_hook(self._take_from_state_dict),
-            optimizer.register_load_state_dict_post_hook(self._settle_loaded_state),
+            optimizer.register_load_state_dict_pre_hook(self._check_saved),
+            optimizer.register_load_state_dict_post_hook(self._take_saved),
         ]
         self._draw()
         if total_steps is not None:
@@ -185,6 +188,15 @@ class LISA:
         """
         if self._proof is not None and self._proof.is_open and self.steps_done % self.period:
             self._proof.end(moving=self._moving(), may_rest=self._may_rest, still_open=True)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the position from the optimizer's state dict, after the optimizer has loaded it.
+
+        Only for optimizers whose own `load_state_dict` runs no hooks (bitsandbytes): all others do this
+        by themselves.
+        """
+        self._check_saved(self._optimizer, state_dict)
+        self._take_saved(self._optimizer)
 
     def detach(self) -> None:
         """Remove every hook and give every parameter its `requires_grad` of before back."""
@@ -230,6 +242,11 @@ class LISA:
                     self._host.put(parameter, released)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if optimizer.param_groups is not self._param_groups:
+            raise RuntimeError(
+                f"{type(optimizer).__name__} loaded a state without running torch's load_state_dict hooks, "
+                f"so LISA does not know its position; call lisa.load_state_dict(state_dict) after it"
+            )
         if self._proof is not None and not self._proof.is_open:
             self._proof.begin(self.period_index)
             self._may_rest = self._moving()
@@ -238,10 +255,9 @@ class LISA:
         if done < self.warmup:
             for block in self._thawed_blocks():
                 for group in self._groups_of_block[block]:
-                    self._ramped.append((group, group["lr"]))
-                    group["lr"] = group["lr"] * ((done + 1) / (self.warmup + 1))
-        if self._may_rest:
-            self._may_rest -= self._driven_layers()
+                    ramped = group["lr"] * ((done + 1) / (self.warmup + 1))
+                    self._ramped.append((group, group["lr"], ramped))
+                    group["lr"] = ramped
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._restore_lr()
@@ -249,6 +265,8 @@ class LISA:
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):
             return
+        if self._may_rest:
+            self._may_rest -= self._driven_layers()
         if self.steps_done % self.period == 0:
             for block in self.active_blocks:
                 self.visits[block] += 1
@@ -264,10 +282,17 @@ class LISA:
             return set(self.active_blocks)
         return set(self.active_blocks) - set(self.sampler.draw(self.period_index - 1, seed=self.seed))
 
-    def _restore_lr(self) -> None:
-        for group, lr in self._ramped:
-            group["lr"] = lr
+    def _restore_lr(self, _: Optimizer | None = None) -> None:
+        for group, lr, ramped in self._ramped:
+            if group["lr"] is ramped:  # else a scheduler has set another one since a step that raised
+                group["lr"] = lr
         self._ramped = []
+
+    def _find_groups(self) -> None:
+        """Look up the param groups: `load_state_dict` replaces them all."""
+        self._param_groups = self._optimizer.param_groups
+        if self.warmup:
+            self._groups_of_block = groups_by_block(self._optimizer, self._blocks, self._ends)
 
     # ---- proof
 
@@ -283,7 +308,8 @@ class LISA:
         """Layers that this step must move."""
         rates = {p: group["lr"] for group in self._optimizer.param_groups for p in group["params"]}
         layers = self._named_layers()
-        return {name for name in self._may_rest if has_reason_to_move(layers[name], rates)}
+        sample = None if self._proof is None else self._proof.sample
+        return {name for name in self._may_rest if has_reason_to_move(layers[name], rates, sample=sample)}
 
     def _warn_of_untrained_blocks(self, total_steps: int) -> None:
         chances = self.sampler.inclusion()
@@ -323,7 +349,7 @@ class LISA:
             if kept is not None:
                 state_dict["state"][index] = kept
 
-    def _take_from_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    def _check_saved(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         if "lisa" not in state_dict:
             raise ValueError(
                 "this optimizer state was saved without LISA, so which blocks were training is unknown; "
@@ -339,17 +365,19 @@ class LISA:
             raise ValueError(
                 f"LISA was saved with other settings; construct it with these ({'; '.join(differing)})"
             )
-        self.steps_done = saved["steps_done"]
-        self.active_blocks = tuple(saved["active_blocks"])
-        self.visits = list(saved["visits"])
+        self._saved = saved
+
+    def _take_saved(self, optimizer: Optimizer) -> None:
+        """Take up the saved position. State of frozen blocks goes where it belongs: to the host, or away."""
+        self.steps_done = self._saved["steps_done"]
+        self.active_blocks = tuple(self._saved["active_blocks"])
+        self.visits = list(self._saved["visits"])
         if self._proof is not None:
             self._proof.forget()
-            self._proof.periods = saved["periods_proven"]
+            self._proof.periods = self._saved["periods_proven"]
+        self._ramped = []
+        self._find_groups()
         self._host.clear()
-        self._set_trainable()
-
-    def _settle_loaded_state(self, optimizer: Optimizer) -> None:
-        """State of frozen blocks goes where it belongs: to the host, or away."""
         self._set_trainable()
 
 

@@ -37,14 +37,12 @@ def param_groups(model: nn.Module, layers: LayerMap, *, weight_decay: float = 0.
     Returns:
         Dicts with `params` as (name, parameter) pairs, `weight_decay`, and `layer`: "ends" or "block 7".
     """
-    embeddings = {
-        f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Embedding)
-    }
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     named_layers = [("ends", layers.end_parameters(model))]
     named_layers += [(f"block {i}", block) for i, block in enumerate(layers.block_parameters(model))]
     groups = []
     for layer, parameters in named_layers:
-        undecayed = {name for name, p in parameters.items() if p.ndim < 2 or name in embeddings}
+        undecayed = {name for name, p in parameters.items() if p.ndim < 2 or id(p) in embeddings}
         if weight_decay == 0:
             undecayed = set()
         for decay, names in ((weight_decay, parameters.keys() - undecayed), (0.0, undecayed)):

@@ -26,6 +26,11 @@ class Question:
     answer: str
     """What the record goes on with."""
 
+    @property
+    def text(self) -> str:
+        """The prompt to read: plain text, or the last message."""
+        return self.prompt if isinstance(self.prompt, str) else self.prompt[-1]["content"]
+
 
 @dataclass(frozen=True)
 class Data:

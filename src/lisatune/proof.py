@@ -3,13 +3,14 @@
 Every layer gets a 64-bit fingerprint at the start and at the end of a period. A block that was drawn must
 have another one, every other block must have the same.
 
-The fingerprint of integers x_i (the parameters' bits) is sum_i (2i+1)·c·x_i modulo 2^64 with c odd. Integer
-sums are exact in any order, and odd numbers have an inverse modulo 2^64, so a change of any single element
-always shows; a change of several hides with a chance of about 2^-64.
+The fingerprint of integers x_i (the parameters' bits) is sum_i w_i·x_i modulo 2^64 with w_i odd and mixed
+from i. Integer sums are exact in any order, and odd numbers have an inverse modulo 2^64, so a change of any
+single element always shows; a change of several hides with a chance of about 2^-63.
 
-"full" reads every element. "sample" reads one window of up to 1024 elements from each parameter, at a place
-that moves with the period: an optimizer that touches a frozen block touches all of it, so it is seen in the
-same period, and damage to a few rows only is seen sooner or later.
+"full" reads every element. "sample" reads one window of up to 1024 elements from each parameter. The window
+moves on with each period and has read all n elements after ⌈n/1024⌉ periods: an optimizer that touches a
+frozen block touches all of it, so it is seen in the same period, and damage to a few rows only is seen in
+the period that reads them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,6 +46,11 @@ class Proof:
         self._period = 0
         self.periods = 0
         """Periods proven so far."""
+
+    @property
+    def sample(self) -> int | None:
+        """Number that places the windows of the period, None where every element is read."""
+        return self._period if self._verify == "sample" else None
 
     @property
     def is_open(self) -> bool:
@@ -94,17 +100,16 @@ class Proof:
 
     def _fingerprints(self) -> Tensor:
         """One int64 per layer, on the CPU."""
-        sampled = self._period if self._verify == "sample" else None
         with torch.no_grad():
-            prints = [fingerprint(parameters, sample=sampled) for parameters in self._layers.values()]
+            prints = [fingerprint(parameters, sample=self.sample) for parameters in self._layers.values()]
             return torch.stack([each.cpu() for each in prints])
 
 
 def fingerprint(parameters: Sequence[Tensor], *, sample: int | None = None) -> Tensor:
-    """Hash the bits of several tensors into one int64 scalar on their device.
+    """Hash the bits of several tensors into one int64 scalar on the first one's device.
 
     Args:
-        parameters: tensors of any shape and dtype.
+        parameters: tensors of any shape, of a dtype of 1, 2, 4 or 8 bytes, on any devices.
         sample: hash one window per tensor, whose place follows from this number. None: hash everything.
     """
     device = parameters[0].device
@@ -113,27 +118,50 @@ def fingerprint(parameters: Sequence[Tensor], *, sample: int | None = None) -> T
     for index, parameter in enumerate(parameters):
         bits = parameter.detach().reshape(-1).view(INTEGERS[parameter.element_size()])
         if sample is not None:
-            places = max(bits.numel() - WINDOW, 0) + 1
-            start = (sample * (WINDOW + 1) * 7919 + index * 104729) % places
-            parts.append(bits[start : start + WINDOW].to(torch.int64))
+            parts.append(_window(bits, index, sample).to(device, torch.int64))
         else:
             for chunk in torch.split(bits, CHUNK):
-                total = total * ODD + _weighted_sum(chunk.to(torch.int64))
+                total = total * ODD + _weighted_sum(chunk.to(torch.int64)).to(device)
     return _weighted_sum(torch.cat(parts)) if parts else total
 
 
-def has_reason_to_move(parameters: Sequence[nn.Parameter], rates: dict[nn.Parameter, Any]) -> bool:
-    """Tell whether a step must move a layer whose gradients are still there.
+def has_reason_to_move(
+    parameters: Sequence[nn.Parameter], rates: Mapping[nn.Parameter, Any], *, sample: int | None = None
+) -> bool:
+    """Tell whether a step has to show in a layer's fingerprint; its gradients are still there.
 
     A learning rate of zero (the first step of many schedules) and gradients that are all zero (a batch
-    without a label) are reasons to rest; missing gradients are not.
+    without a label; in a window, rows of tokens that did not occur) are reasons to rest; missing gradients
+    are not.
+
+    Args:
+        parameters: the layer's, in the order of its fingerprint.
+        rates: learning rate of each.
+        sample: the fingerprint's.
     """
-    if all(rates[p] == 0 for p in parameters):
-        return False
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    return not gradients or any(bool(gradient.any()) for gradient in gradients)
+    driven = [(index, p.grad) for index, p in enumerate(parameters) if rates[p] != 0]
+    gradients = [(index, gradient) for index, gradient in driven if gradient is not None]
+    if not gradients:
+        return bool(driven)
+    return any(bool(_read(gradient, index, sample).any()) for index, gradient in gradients)
+
+
+def _read(gradient: Tensor, index: int, sample: int | None) -> Tensor:
+    """The part of a gradient whose weights the fingerprint reads."""
+    dense = gradient.to_dense() if gradient.is_sparse else gradient
+    return dense if sample is None else _window(dense.reshape(-1), index, sample)
+
+
+def _window(values: Tensor, index: int, sample: int) -> Tensor:
+    """Up to WINDOW values, all of which are met by counting `sample` up; each `index` starts elsewhere."""
+    windows = -(-values.numel() // WINDOW)
+    start = (sample + index * 104729) % max(windows, 1) * WINDOW
+    start = min(start, max(values.numel() - WINDOW, 0))
+    return values[start : start + WINDOW]
 
 
 def _weighted_sum(values: Tensor) -> Tensor:
-    weights = torch.arange(values.numel(), dtype=torch.int64, device=values.device).mul_(2).add_(1)
-    return (values * weights.mul_(ODD)).sum()
+    weights = torch.arange(1, values.numel() + 1, dtype=torch.int64, device=values.device).mul_(ODD)
+    # Weights in an arithmetic series would let small changes cancel: 1·(-8) + 3·1 + 5·1 = 0.
+    weights.bitwise_xor_(weights >> 31).mul_(ODD).bitwise_or_(1)
+    return weights.mul_(values).sum()

@@ -37,7 +37,10 @@ LONGEST_AUTO_PERIOD = 50
 
 
 class Sampler(ABC):
-    """Draws the blocks of each period. To make your own, give it these three and pass it to `LISA`."""
+    """Draws the blocks of each period. To make your own, give it these three and pass it to `LISA`.
+
+    Its `repr` stands for it in checkpoints: a run is resumed only with a sampler of the same `repr`.
+    """
 
     num_blocks: int
     """N, the number of blocks drawn from."""
@@ -50,6 +53,9 @@ class Sampler(ABC):
     def inclusion(self) -> tuple[float, ...]:
         """Return π_l for each block: the chance, over seeds, that a period trains it."""
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({vars(self)})"
+
 
 @dataclass(frozen=True)
 class Uniform(Sampler):
@@ -60,6 +66,9 @@ class Uniform(Sampler):
 
     num_blocks: int
     active: int
+
+    def __post_init__(self) -> None:
+        _check_active(self.active, self.num_blocks)
 
     def draw(self, period: int, *, seed: int) -> tuple[int, ...]:
         """Return the first γ blocks of a shuffle keyed by (seed, period)."""
@@ -79,6 +88,9 @@ class Permutation(Sampler):
 
     num_blocks: int
     active: int
+
+    def __post_init__(self) -> None:
+        _check_active(self.active, self.num_blocks)
 
     def draw(self, period: int, *, seed: int) -> tuple[int, ...]:
         """Return slice number `period mod ⌈N/γ⌉` of the pass that `period` falls into."""
@@ -106,8 +118,10 @@ class Weighted(Sampler):
     num_blocks: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "probabilities", tuple(float(p) for p in self.probabilities))
         object.__setattr__(self, "num_blocks", len(self.probabilities))
         _check_probabilities(self.probabilities, most=math.inf)
+        _check_active(self.active, self.num_blocks)
         positive = sum(p > 0 for p in self.probabilities)
         if positive < self.active:
             raise ValueError(
@@ -155,6 +169,7 @@ class Independent(Sampler):
     num_blocks: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "probabilities", tuple(float(p) for p in self.probabilities))
         object.__setattr__(self, "num_blocks", len(self.probabilities))
         _check_probabilities(self.probabilities, most=1.0)
 
@@ -173,14 +188,12 @@ def make_sampler(sampler: str | Sequence[float] | Sampler, active: int, num_bloc
 
     Args:
         sampler: "permutation", "uniform", N probabilities for `Weighted`, or a sampler, taken as it is.
-        active: γ, 0 <= γ <= N.
+        active: γ, 0 <= γ <= N; a sampler that is taken as it is has its own.
         num_blocks: N.
 
     Raises:
         ValueError: unknown name, γ out of range, probabilities of the wrong number or value.
     """
-    if not 0 <= active <= num_blocks:
-        raise ValueError(f"active must be between 0 and the model's {num_blocks} blocks, got {active}")
     if isinstance(sampler, str):
         if sampler == "permutation":
             return Permutation(num_blocks, active)
@@ -189,10 +202,10 @@ def make_sampler(sampler: str | Sequence[float] | Sampler, active: int, num_bloc
         raise ValueError(
             f"unknown sampler {sampler!r}; use 'permutation', 'uniform' or one probability per block"
         )
-    made = sampler if isinstance(sampler, Sampler) else Weighted(tuple(float(p) for p in sampler), active)
-    if made.num_blocks != num_blocks:
-        raise ValueError(f"got {made.num_blocks} probabilities for {num_blocks} blocks; give one per block")
-    return made
+    given = sampler.num_blocks if isinstance(sampler, Sampler) else len(sampler)
+    if given != num_blocks:
+        raise ValueError(f"got {given} probabilities for {num_blocks} blocks; give one per block")
+    return sampler if isinstance(sampler, Sampler) else Weighted(tuple(sampler), active)
 
 
 def visits(sampler: Sampler, *, seed: int, periods: int) -> tuple[int, ...]:
@@ -221,6 +234,11 @@ def auto_period(sampler: Sampler, *, seed: int, total_steps: int) -> int:
     return max(1, min(total_steps // max(periods, 1), LONGEST_AUTO_PERIOD))
 
 
+def _check_active(active: int, num_blocks: int) -> None:
+    if not isinstance(active, int) or not 0 <= active <= num_blocks:
+        raise ValueError(f"active must be between 0 and the model's {num_blocks} blocks, got {active}")
+
+
 def _check_probabilities(probabilities: Sequence[float], *, most: float) -> None:
     for block, p in enumerate(probabilities):
         if math.isnan(p) or not 0 <= p <= most or math.isinf(p):
@@ -232,7 +250,7 @@ def _shuffle(weights: Sequence[float], key: str) -> list[int]:
     """Blocks with weight > 0 in the order of their clocks."""
     rng = _rng(key)
     clocks = [(-math.log(1.0 - rng.random()) / w if w > 0 else math.inf, i) for i, w in enumerate(weights)]
-    return [i for clock, i in sorted(clocks) if clock < math.inf]
+    return [i for _, i in sorted(clocks) if weights[i] > 0]
 
 
 def _rng(key: str) -> random.Random:

@@ -6,6 +6,7 @@ loss is the sum over its loss-carrying tokens divided by their number, whatever 
 
 import math
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from lisatune.assemble import Parts, assemble
 from lisatune.checkpoint import load_checkpoint, newest_checkpoint, prune, save_checkpoint
 from lisatune.data import collate
 from lisatune.evaluate import generate_answers, held_out_loss
+from lisatune.lisa import LISA
+from lisatune.plan import make_plan, print_plan
 from lisatune.recipe import Recipe
 from lisatune.runs import RunFolder, check_output
 from lisatune.trackers import Log, check_trackers, trackers
@@ -48,7 +51,7 @@ class Progress:
     answers_before: list[str] = field(default_factory=list)
 
 
-def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> progress.Summary:
     """Run a recipe.
 
     Args:
@@ -83,7 +86,12 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> d
             )
             done = Progress(**extra)
             folder.drop_metrics_after(done.step)
-        progress.print_plan(_plan(parts, output, done))
+        device, start = str(parts.device), done.step
+        print_plan(
+            make_plan(
+                recipe, parts.model, parts.layers, parts.lisa, parts.data, device=device, start_step=start
+            )
+        )
         if checkpoint is None:
             done.held_out_before = _held_out(parts)
             done.answers_before = _answers(parts)
@@ -97,6 +105,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> d
 def _loop(parts: Parts, done: Progress, folder: RunFolder, log: Log) -> None:
     run, data = parts.recipe.run, parts.data
     max_norm = parts.recipe.optimizer.max_grad_norm or math.inf
+    amp = parts.autocast_dtype
     with _interruptible() as interrupted, progress.Bar(data.steps, done.step) as bar:
         while done.step < data.steps:
             started = time.perf_counter()
@@ -109,7 +118,7 @@ def _loop(parts: Parts, done: Progress, folder: RunFolder, log: Log) -> None:
             num_labels = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
             loss = torch.zeros((), device=parts.device)
             for batch in batches:
-                with parts.autocast():
+                with torch.autocast(parts.device.type, dtype=amp, enabled=amp is not None):
                     loss_sum, _ = parts.loss({k: v.to(parts.device) for k, v in batch.items()})
                     micro_loss = loss_sum / num_labels
                 micro_loss.backward()
@@ -174,11 +183,11 @@ def _loop(parts: Parts, done: Progress, folder: RunFolder, log: Log) -> None:
 
 
 def _held_out(parts: Parts) -> float:
-    rows, size = parts.data.validation.rows, parts.recipe.run.batch_size
-    batches = (
-        collate(rows[i : i + size], parts.tokenizer.pad_token_id) for i in range(0, len(rows), size)
-    )
-    return held_out_loss(parts.loss, batches, device=parts.device, autocast=parts.autocast()).loss
+    """Loss per token of the held-out rows, taken in order of length to waste little on padding."""
+    rows = sorted(parts.data.validation.rows, key=lambda row: len(row["input_ids"]))
+    size, pad = parts.recipe.run.batch_size, parts.tokenizer.pad_token_id
+    batches = (collate(rows[i : i + size], pad) for i in range(0, len(rows), size))
+    return held_out_loss(parts.loss, batches, device=parts.device, autocast=parts.autocast_dtype).loss
 
 
 def _answers(parts: Parts) -> list[str]:
@@ -186,6 +195,48 @@ def _answers(parts: Parts) -> list[str]:
     return generate_answers(
         parts.model, parts.tokenizer, prompts, max_new_tokens=parts.recipe.run.sample_tokens
     )
+
+
+def _finish(parts: Parts, done: Progress, folder: RunFolder) -> progress.Summary:
+    """Prove the last period, evaluate, write model and summary."""
+    if parts.lisa is not None:
+        parts.lisa.check()
+    after = _held_out(parts)
+    questions = zip(parts.data.questions, done.answers_before, _answers(parts), strict=True)
+    models.save_model(parts.model, parts.tokenizer, folder.model)
+    device_peak = memory.device_peak_bytes(parts.device)
+    summary = progress.Summary(
+        steps=done.step,
+        skipped_steps=done.skipped_steps,
+        tokens=done.num_tokens,
+        train_seconds=done.train_seconds,
+        tokens_per_second=done.num_tokens / done.train_seconds,
+        held_out_loss_before=done.held_out_before,
+        held_out_loss_after=after,
+        peak_bytes=memory.peak_resident_bytes() if device_peak is None else device_peak,
+        peak_state_bytes=done.peak_state_bytes,
+        peak_state_elements=done.peak_state_elements,
+        peak_trainable=done.peak_trainable,
+        samples=[
+            {"prompt": question.text, "reference": question.answer, "before": before, "after": answer}
+            for question, before, answer in questions
+        ],
+        model=str(folder.model),
+    )
+    if parts.lisa is not None:
+        summary["visits"] = parts.lisa.visits
+        summary["proof"] = _proof(parts.lisa)
+    folder.write_summary(summary)
+    return summary
+
+
+def _proof(lisa: LISA) -> str:
+    if lisa.verify == "off":
+        return "none taken: method.verify is off"
+    resting = lisa.layers.num_blocks - len(lisa.active_blocks)
+    rest = lisa.steps_done % lisa.period
+    tail = f" and {rest} steps" if rest else ""
+    return f"{lisa.periods_proven} periods{tail}: drawn blocks moved, {resting} others bit-identical"
 
 
 def _not_finite(step: int, loss: torch.Tensor, grad_norm: torch.Tensor, folder: RunFolder) -> TrainingError:
@@ -207,6 +258,9 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
         pressed = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False  # only the main thread hears signals
+        return
     before = signal.signal(signal.SIGINT, press)
     try:
         yield lambda: pressed

@@ -1,0 +1,31 @@
+import torch
+
+from lisatune.memory import (
+    device_peak_bytes,
+    peak_resident_bytes,
+    reset_device_peak,
+    resident_bytes,
+    tensors_bytes,
+)
+
+MIB = 2**20
+
+
+def test_resident_memory_counts_bytes_and_its_peak_stays() -> None:
+    before = resident_bytes()
+    block = torch.ones(64 * MIB, dtype=torch.uint8)
+    with_block = resident_bytes()
+    assert 50 * MIB < with_block - before < 200 * MIB
+    del block
+    assert peak_resident_bytes() >= with_block - MIB
+
+
+def test_the_cpu_has_no_device_count() -> None:
+    reset_device_peak(torch.device("cpu"))
+    assert device_peak_bytes(torch.device("cpu")) is None
+
+
+def test_shared_storage_counts_once() -> None:
+    a = torch.zeros(10, dtype=torch.bfloat16)
+    assert tensors_bytes([a, a[:5], a.view(2, 5), torch.zeros(3)]) == 20 + 12
+    assert tensors_bytes([]) == 0
