@@ -37,9 +37,17 @@ def tokenize(row: dict[str, str]) -> dict[str, list[int]]:
 
 
 data = load_dataset(args.data, split=args.split)
+config = TrainingArguments(
+    args.output,
+    bf16=True,
+    use_cpu=not torch.accelerator.is_available(),
+    learning_rate=1e-5,
+    num_train_epochs=1,
+    save_steps=50,
+)
 trainer = Trainer(
     model,
-    TrainingArguments(args.output, bf16=True, learning_rate=1e-5, num_train_epochs=1, save_steps=50),
+    config,
     train_dataset=data.map(tokenize, remove_columns=data.column_names),
     data_collator=DataCollatorForSeq2Seq(tokenizer),
     processing_class=tokenizer,

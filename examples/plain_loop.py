@@ -22,7 +22,7 @@ args = parser.parse_args()
 device = "cuda" if torch.cuda.is_available() else "cpu"
 tokenizer = AutoTokenizer.from_pretrained(args.model)
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-# fp32 weights: AdamW's small updates would be rounded away in bf16. The arithmetic below is bf16 all the same.
+# fp32 weights, since bf16 ones would round AdamW's small updates away. The arithmetic below is bf16.
 model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device)
 
 

@@ -5,6 +5,7 @@ python examples/trl_sft.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data tr
 
 import argparse
 
+import torch
 from datasets import load_dataset
 from trl import SFTConfig, SFTTrainer
 
@@ -19,7 +20,14 @@ parser.add_argument("--resume", action="store_true", help="go on from the newest
 args = parser.parse_args()
 
 # By default TRL keeps fp32 weights, computes in bf16 and recomputes activations in backward: right for LISA.
-config = SFTConfig(args.output, learning_rate=1e-5, max_length=1024, num_train_epochs=1, save_steps=50)
+config = SFTConfig(
+    args.output,
+    use_cpu=not torch.accelerator.is_available(),
+    learning_rate=1e-5,
+    max_length=1024,
+    num_train_epochs=1,
+    save_steps=50,
+)
 trainer = SFTTrainer(args.model, config, train_dataset=load_dataset(args.data, split=args.split))
 # SFTTrainer trains with the optimizer made here, and its checkpoints carry LISA's place inside the period.
 lisa = LISA(trainer.model, trainer.create_optimizer(), active=2, period=10)
