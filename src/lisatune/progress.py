@@ -39,6 +39,8 @@ class Sample(TypedDict):
     """A held-out question and what the model answers to it."""
 
     prompt: str
+    reference: str
+    """What the record answers; not printed."""
     before: str
     after: str
 
@@ -47,6 +49,8 @@ class Summary(TypedDict, total=False):
     """Figures a run ended with, as in summary.json. What is absent is not printed."""
 
     steps: int
+    tokens: int
+    """Tokens trained on, padding left out."""
     skipped_steps: int
     train_seconds: float
     tokens_per_second: float
@@ -58,6 +62,8 @@ class Summary(TypedDict, total=False):
     peak_state_elements: int
     peak_trainable: int
     """Most parameters that trained at once."""
+    visits: list[int]
+    """In how many periods each block has trained."""
     proof: str
     samples: list[Sample]
     model: str
