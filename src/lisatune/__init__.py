@@ -1,3 +1,12 @@
 """LISA, Layerwise Importance Sampled AdamW (Pan et al., arXiv 2403.17919), for PyTorch models."""
 
+from lisatune.layers import LayerMap as LayerMap
+from lisatune.layers import find_layers as find_layers
+from lisatune.lisa import LISA as LISA
+from lisatune.optim import build_adamw as build_adamw
+from lisatune.optim import param_groups as param_groups
+from lisatune.proof import ProofError as ProofError
+from lisatune.samplers import Independent as Independent
+from lisatune.samplers import Sampler as Sampler
+
 __version__ = "0.1.0"

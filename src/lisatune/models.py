@@ -14,7 +14,15 @@ from lisatune.disk import written_aside
 from lisatune.gguf_models import SMOLLM2, SMOLLM2_SHA256, converted, smollm2_file
 from lisatune.pretrained import check_loaded, import_transformers, one_sentence, quiet
 
-__all__ = ["load_config", "load_model", "load_tokenizer", "meta_model", "save_model"]
+__all__ = [
+    "enable_activation_checkpointing",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "meta_model",
+    "pick_device",
+    "save_model",
+]
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -132,6 +140,38 @@ def save_model(model: Any, tokenizer: Any, folder: str | Path) -> None:
     with quiet(), written_aside(Path(folder)) as aside:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
+
+
+def pick_device(name: str) -> torch.device:
+    """Turn `auto` into the accelerator of this machine, or the CPU where there is none.
+
+    Raises:
+        ValueError: no such device, or torch can't use it here.
+    """
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"run.device {name!r} can't be used here ({reason}); use auto, cpu or cuda"
+        ) from error
+    return device
+
+
+def enable_activation_checkpointing(model: Any) -> None:
+    """Let every block recompute its activations in backward. Works with frozen blocks and a frozen embedding.
+
+    Raises:
+        ValueError: the model can't.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise ValueError(
+            f"{type(model).__name__} can't recompute activations; set run.activation_checkpointing: false"
+        )
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
 
 # ---- where a model is

@@ -12,7 +12,7 @@ __all__ = ["Method"]
 
 
 class Method(ABC):
-    """A way to fine-tune. Subclasses are frozen, keyword-only dataclasses: their fields are the recipe's keys.
+    """A way to fine-tune. Subclasses are frozen, keyword-only dataclasses whose fields are recipe keys.
 
     Order of calls: `prepare`, then `build_optimizer` over the prepared model, then `attach`.
     """

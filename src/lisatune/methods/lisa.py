@@ -51,10 +51,13 @@ class Lisa(Method):
     def __post_init__(self) -> None:
         reads_probabilities = self.sampler in ("weighted", "independent")
         if reads_probabilities and self.probabilities is None:
-            raise ValueError(f"method.sampler {self.sampler} needs method.probabilities, one number per block")
+            raise ValueError(
+                f"method.sampler {self.sampler} needs method.probabilities, one number per block"
+            )
         if not reads_probabilities and self.probabilities is not None:
             raise ValueError(
-                f"method.probabilities has no use with method.sampler {self.sampler}; choose weighted or independent"
+                f"method.probabilities has no use with method.sampler {self.sampler}; "
+                f"choose weighted or independent"
             )
 
     def build_optimizer(

@@ -1,0 +1,254 @@
+"""Where a model's blocks and ends are, found by structure and held as names.
+
+blocks  the N decoder layers: the outermost `nn.ModuleList` of the language model that is as long as the
+        config's number of hidden layers
+ends    everything that trains besides the blocks: embedding, head, final norm
+frozen  everything else, such as vision towers and projectors: never trains
+
+Every parameter is in exactly one of the three. Tied parameters count once, under their first name. A
+parameter that several blocks share is an end, since it takes part in every one of them.
+
+A `LayerMap` holds module paths and parameter names, never parameters: sharding replaces those.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+__all__ = ["LayerMap", "find_layers"]
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """Names of a model's blocks and ends."""
+
+    blocks: tuple[str, ...]
+    """Module path of each block, nearest the input first."""
+
+    ends: tuple[str, ...]
+    """Names of the parameters outside the blocks that train: embedding, head, final norm."""
+
+    frozen: tuple[str, ...] = ()
+    """Names of the parameters that never train."""
+
+    embedding: str | None = None
+    """Name of the input embedding's weight, None where the model does not tell."""
+
+    head: str | None = None
+    """Name of the output head's weight; the embedding's when the two are tied."""
+
+    tied: tuple[tuple[str, str], ...] = ()
+    """Pairs (alias, name): the alias is the same parameter under another name."""
+
+    @property
+    def num_blocks(self) -> int:
+        """N."""
+        return len(self.blocks)
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether embedding and head are one parameter."""
+        return self.head is not None and self.head == self.embedding
+
+    def block_parameters(self, model: nn.Module) -> list[dict[str, nn.Parameter]]:
+        """Return the parameters of each block by name; those shared between blocks are left to the ends."""
+        ends = set(self.ends)
+        blocks: list[dict[str, nn.Parameter]] = [{} for _ in self.blocks]
+        where = {path: i for i, path in enumerate(self.blocks)}
+        for name, parameter in model.named_parameters():
+            block = _owner(name, where)
+            if block is not None and name not in ends:
+                blocks[block][name] = parameter
+        return blocks
+
+    def end_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Return the parameters of the ends by name."""
+        parameters = dict(model.named_parameters())
+        return {name: parameters[name] for name in self.ends}
+
+    def frozen_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Return the parameters that never train by name."""
+        parameters = dict(model.named_parameters())
+        return {name: parameters[name] for name in self.frozen}
+
+
+def find_layers(
+    model: nn.Module,
+    *,
+    blocks: str | Sequence[str] | None = None,
+    ends: Sequence[str] | None = None,
+) -> LayerMap:
+    """Find the blocks and ends of a model.
+
+    Args:
+        model: a Hugging Face model, or with `blocks` any module. Parameters may be on the meta device.
+        blocks: path of the module whose children are the blocks ("transformer.h"), or one path per block.
+            Default: found by structure.
+        ends: module paths or parameter names that train besides the blocks. Default: everything outside
+            the blocks; in a model with a vision or audio tower only what belongs to its language model.
+
+    Raises:
+        ValueError: no or several module lists qualify, or a given path does not exist.
+
+    Example:
+        >>> find_layers(AutoModelForCausalLM.from_config(GPT2Config())).blocks[:2]
+        ('transformer.h.0', 'transformer.h.1')
+    """
+    paths = _find_blocks(model) if blocks is None else _given_blocks(model, blocks)
+    where = {path: i for i, path in enumerate(paths)}
+    names = _names_by_parameter(model)
+    outside = [own[0] for own in names if {_owner(name, where) for name in own} == {None}]
+    shared = [own[0] for own in names if len({_owner(name, where) for name in own}) > 1]
+    if ends is None and _has_towers(model):
+        ends = _language_model_part(model, paths)
+    trained = outside if ends is None else _below(names, outside, ends)
+    end_names = [own[0] for own in names if own[0] in {*trained, *shared}]
+    canonical = {alias: own[0] for own in names for alias in own}
+    _refuse_empty_blocks(paths, {_owner(own[0], where) for own in names if own[0] not in shared})
+    return LayerMap(
+        blocks=paths,
+        ends=tuple(end_names),
+        frozen=tuple(name for name in outside if name not in set(trained)),
+        embedding=canonical.get(f"{_path_from(model, 'get_input_embeddings')}.weight"),
+        head=canonical.get(f"{_path_from(model, 'get_output_embeddings')}.weight"),
+        tied=tuple((alias, own[0]) for own in names for alias in own[1:]),
+    )
+
+
+def _find_blocks(model: nn.Module) -> tuple[str, ...]:
+    config = _config(model)
+    if config is None:
+        depth, wanted = None, "a model without a config"
+    elif getattr(config, "is_encoder_decoder", False):
+        # Its num_hidden_layers is the encoder's alone: the decoder would pass for a part of the ends.
+        depth, wanted = None, "an encoder-decoder"
+    else:
+        depth = getattr(config.get_text_config(), "num_hidden_layers", None)
+        wanted = f"num_hidden_layers={depth}"
+    lists = _outermost_lists(model)
+    fitting = {path: module for path, module in lists.items() if len(module) == depth}
+    embedding = _path_from(model, "get_input_embeddings")
+    if len(fitting) > 1 and embedding is not None:
+        # A vision tower can be as deep as the language model: the text embedding tells them apart.
+        near = {path: _common_depth(path, embedding) for path in fitting}
+        fitting = {path: fitting[path] for path in fitting if near[path] == max(near.values())}
+    if len(fitting) != 1:
+        known = ", ".join(f"{path} ({len(module)} modules)" for path, module in lists.items()) or "none"
+        raise ValueError(
+            f"cannot tell which module list holds the blocks of {type(model).__name__} ({wanted}, "
+            f"{len(fitting)} fit); candidates: {known}. "
+            f'Name one: find_layers(model, blocks="PATH") and pass the result as LISA(..., layers=...)'
+        )
+    ((path, module),) = fitting.items()
+    return tuple(f"{path}.{child}" for child, _ in module.named_children())
+
+
+def _given_blocks(model: nn.Module, blocks: str | Sequence[str]) -> tuple[str, ...]:
+    modules = dict(model.named_modules())
+    wanted = [blocks] if isinstance(blocks, str) else list(blocks)
+    for path in wanted:
+        if path not in modules:
+            known = ", ".join(_outermost_lists(model)) or "none"
+            raise ValueError(f"the model has no module {path!r}; its module lists: {known}")
+    if isinstance(blocks, str):
+        wanted = [f"{blocks}.{child}".lstrip(".") for child, _ in modules[blocks].named_children()]
+    if not wanted:
+        raise ValueError(f"the module {blocks!r} has no children to be used as blocks")
+    return tuple(wanted)
+
+
+def _refuse_empty_blocks(paths: Sequence[str], owners: set[int | None]) -> None:
+    empty = [path for index, path in enumerate(paths) if index not in owners]
+    if empty:
+        raise ValueError(
+            f"block {empty[0]!r} has no parameter of its own and could never train; "
+            f"leave it out of `blocks`, and name no block twice"
+        )
+
+
+def _outermost_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    lists: dict[str, nn.ModuleList] = {}
+    for path, module in model.named_modules():
+        inside_another = any(path.startswith(f"{outer}.") for outer in lists)
+        if isinstance(module, nn.ModuleList) and len(module) > 0 and not inside_another:
+            lists[path] = module
+    return lists
+
+
+def _language_model_part(model: nn.Module, blocks: Sequence[str]) -> list[str]:
+    """Paths of what belongs to the language model: itself, and its head.
+
+    The language model is the smallest module that holds the blocks and the text embedding. The head is the
+    output embedding, or without one (classifiers) what the model registers after its language model.
+    """
+    embedding = _path_from(model, "get_input_embeddings")
+    shared = _common_depth(blocks[0], embedding or blocks[0])
+    decoder = blocks[0].split(".")[: max(shared, 1)]
+    head = _path_from(model, "get_output_embeddings")
+    if head is not None:
+        heads = [head]
+    else:
+        children = [path for path, child in model.named_children() if any(True for _ in child.parameters())]
+        heads = children[children.index(decoder[0]) + 1 :]
+    return [".".join(decoder), *heads]
+
+
+def _below(names: Sequence[Sequence[str]], outside: Sequence[str], paths: Sequence[str]) -> list[str]:
+    """Parameters outside the blocks that are at one of `paths`, or below it, under any of their names."""
+    found: set[str] = set()
+    for path in paths:
+        there = {own[0] for own in names if any(f"{name}.".startswith(f"{path}.") for name in own)}
+        if not there & set(outside):
+            raise ValueError(
+                f"{path!r} names no parameter outside the blocks; "
+                f"`ends` takes module paths and parameter names as in model.named_parameters()"
+            )
+        found |= there
+    return [name for name in outside if name in found]
+
+
+def _names_by_parameter(model: nn.Module) -> list[list[str]]:
+    """All names of each parameter, the one `named_parameters()` uses first."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return list(names.values())
+
+
+def _owner(name: str, where: dict[str, int]) -> int | None:
+    """Index of the block that a parameter's name lies in."""
+    parts = name.split(".")
+    paths = (".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1))
+    return next((where[path] for path in paths if path in where), None)
+
+
+def _config(model: nn.Module) -> Any | None:
+    """The model's Hugging Face config, told by its `get_text_config`."""
+    config = getattr(model, "config", None)
+    return config if hasattr(config, "get_text_config") else None
+
+
+def _has_towers(model: nn.Module) -> bool:
+    """Whether the language model is only a part: its config is then a part of the model's config."""
+    config = _config(model)
+    return config is not None and config.get_text_config() is not config
+
+
+def _path_from(model: nn.Module, getter: str) -> str | None:
+    """Path of the module that a Hugging Face model's `get_…_embeddings` returns."""
+    if _config(model) is None:
+        return None
+    wanted = getattr(model, getter)()
+    return next((path for path, module in model.named_modules() if module is wanted), None)
+
+
+def _common_depth(path: str, other: str) -> int:
+    """How many leading parts two module paths share."""
+    depth = 0
+    for mine, theirs in zip(path.split("."), other.split("."), strict=False):
+        if mine != theirs:
+            break
+        depth += 1
+    return depth

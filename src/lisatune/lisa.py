@@ -1,0 +1,405 @@
+r"""LISA: Layerwise Importance Sampled AdamW (Pan et al., arXiv 2403.17919).
+
+LoRA changes embedding and head far more than the blocks between them (section 3.1). LISA imitates that in
+the space of all parameters: layer l trains in a period with probability
+
+    p_l = w̃_l / w_l                                                     (section 3.2)
+
+w̃_l and w_l being the mean weight norms that LoRA and full fine-tuning reach. With embedding and head at
+ratio 1 and blocks at a small constant ratio, over N blocks of which γ are to train on average,
+
+    p = { 1, γ/N, γ/N, …, γ/N, 1 }.
+
+Algorithm 1, with K the period and T the number of optimizer steps:
+
+    for i in 0 … T/K - 1:
+        freeze all layers except embedding and head
+        draw γ of the N blocks and thaw them
+        run AdamW for K steps
+
+A frozen block has no gradient and no optimizer state, and backward keeps no activations for its weights, so
+peak memory is that of the ends and γ blocks. This is kept true here by hooks on the optimizer:
+
+    step pre-hook           take the fingerprints a period starts from; ramp the learning rate (`warmup`)
+    step post-hook          count; at the end of a period prove, draw, freeze, thaw, release state
+    state-dict hooks        carry the position inside the period, so that resume is exact
+
+Longer than 300 lines: the algorithm, its hooks and the state they carry are one thing to read.
+"""
+
+import warnings
+import weakref
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lisatune.layers import LayerMap, find_layers
+from lisatune.optim import HostState, check_parameters, groups_by_block, plain_optimizer, state_bytes
+from lisatune.proof import Proof, has_reason_to_move
+from lisatune.samplers import Independent, Sampler, auto_period, make_sampler, visits
+
+__all__ = ["LISA"]
+
+_attached: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
+
+
+class LISA:
+    """Train the ends and a few drawn blocks at a time with an ordinary optimizer.
+
+    Attach it after building the optimizer over all parameters; nothing has to be called in the loop. Only
+    real optimizer steps count: accumulation, a loss scaler's skipped steps and evaluation don't.
+
+    Args:
+        model: the model the optimizer trains; its blocks are found by `find_layers`.
+        optimizer: any torch optimizer whose param groups hold every parameter of blocks and ends.
+        active: γ, blocks that train at once, 0 <= γ <= N. γ = N is full fine-tuning, γ = 0 trains the ends.
+        period: K, optimizer steps between two draws, or "auto": as long as possible, at most 50, such that
+            every block trains twice in `total_steps`.
+        sampler: "permutation", "uniform" (the paper's), N probabilities for γ weighted distinct blocks, or
+            a `lisatune.samplers.Sampler` such as `Independent`, which decides γ itself.
+        seed: names the draws. They are a pure function of it: equal on every rank, no global RNG.
+        state: what happens to the optimizer state of a block that freezes.
+            drop: released; a block drawn twice running keeps it. reset: all state, the ends' too, is cleared
+            at every draw, as in the paper's published runs. cpu: moved to host memory and back. keep: never
+            released, which costs the memory LISA is meant to save; for comparisons.
+        ends: "train", or "frozen": only drawn blocks train.
+        warmup: steps at the start of a period over which a newly thawed block's learning rate ramps up,
+            i/(warmup + 1) at step i. Needs param groups that do not mix layers (`param_groups`).
+        verify: "sample" proves from a moving window of every parameter that the drawn blocks moved and no
+            other did, "full" from every element, "off" not at all. See `lisatune.proof`.
+        total_steps: optimizer steps of the whole run, for period="auto" and the coverage warning.
+        layers: blocks and ends, when `find_layers(model)` can't tell them.
+
+    Raises:
+        ValueError: an argument is out of range, or the optimizer lacks a parameter of a block or end.
+        ProofError: raised by `optimizer.step()` when the wrong weights trained.
+
+    Example:
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+        >>> lisa = LISA(model, optimizer, active=2, period=10)
+        >>> for batch in loader:
+        ...     model(**batch).loss.backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        active: int = 2,
+        period: int | Literal["auto"] = 10,
+        sampler: str | Sequence[float] | Sampler = "permutation",
+        seed: int = 0,
+        state: Literal["drop", "reset", "cpu", "keep"] = "drop",
+        ends: Literal["train", "frozen"] = "train",
+        warmup: int = 0,
+        verify: Literal["sample", "full", "off"] = "sample",
+        total_steps: int | None = None,
+        layers: LayerMap | None = None,
+    ) -> None:
+        _one_of("state", state, ("drop", "reset", "cpu", "keep"))
+        _one_of("ends", ends, ("train", "frozen"))
+        _one_of("verify", verify, ("sample", "full", "off"))
+        _refuse_several_ranks()
+        optimizer = plain_optimizer(model, optimizer)
+        if optimizer in _attached:
+            raise RuntimeError("a LISA is already attached to this optimizer; call its detach() first")
+        self.layers = find_layers(model) if layers is None else layers
+        self.sampler = make_sampler(sampler, active, self.layers.num_blocks)
+        self.seed, self.state, self.warmup, self.verify = seed, state, warmup, verify
+        self.period = _period(period, self.sampler, seed, total_steps)
+        if not 0 <= warmup < self.period:
+            raise ValueError(f"warmup must be >= 0 and below period={self.period}, got {warmup}")
+        if ends == "frozen" and (active == 0 or isinstance(self.sampler, Independent)):
+            raise ValueError(
+                "ends='frozen' needs active >= 1 and no Independent sampler, or nothing may train"
+            )
+
+        self._optimizer = optimizer
+        self._blocks = [tuple(block.values()) for block in self.layers.block_parameters(model)]
+        self._ends = tuple(self.layers.end_parameters(model).values())
+        self._others = tuple(self.layers.frozen_parameters(model).values())
+        self._trains_ends = ends == "train"
+        check_parameters(self.layers, model, optimizer)
+        self._find_groups()
+
+        self._host = HostState()
+        self._ramped: list[tuple[dict[str, Any], Any, Any]] = []
+        self._saved: dict[str, Any] = {}
+        self._may_rest: set[str] = set()
+        self._proof = None if verify == "off" else Proof(self._named_layers(), verify)
+        self._flags = {p: p.requires_grad for p in (*self._ends, *self._others, *sum(self._blocks, ()))}
+
+        self.steps_done = 0
+        """Optimizer steps done."""
+        self.visits = [0] * self.layers.num_blocks
+        """In how many periods each block has trained, the current one included once it has made a step."""
+        self.active_blocks: tuple[int, ...] = ()
+        """Blocks that train in the current period, in rising order."""
+
+        _attached.add(optimizer)
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_state_dict_pre_hook(self._restore_lr),
+            optimizer.register_state_dict_post_hook(self._add_to_state_dict),
+            optimizer.register_load_state_dict_pre_hook(self._check_saved),
+            optimizer.register_load_state_dict_post_hook(self._take_saved),
+        ]
+        self._draw()
+        if total_steps is not None:
+            self._warn_of_untrained_blocks(total_steps)
+
+    # ---- what users read
+
+    @property
+    def period_index(self) -> int:
+        """Number of the current period, from 0."""
+        return self.steps_done // self.period
+
+    @property
+    def periods_proven(self) -> int:
+        """Full periods after which the drawn blocks had moved and all others were bit-identical."""
+        return 0 if self._proof is None else self._proof.periods
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that train in this period: the ends and the active blocks."""
+        active = [p for block in self.active_blocks for p in self._blocks[block]]
+        return [*self._ends, *active] if self._trains_ends else active
+
+    def state_bytes(self) -> int:
+        """Count the bytes of optimizer state on the training device; what `cpu` keeps is not in it."""
+        return state_bytes(self._optimizer)
+
+    def planned_visits(self, total_steps: int) -> tuple[int, ...]:
+        """Count how often each block will have been drawn after `total_steps`: draws are known beforehand."""
+        return visits(self.sampler, seed=self.seed, periods=-(-total_steps // self.period))
+
+    def check(self) -> None:
+        """Prove the current period as far as it has gone; for the end of a run.
+
+        Raises:
+            ProofError: the wrong weights trained.
+        """
+        if self._proof is not None and self._proof.is_open and self.steps_done % self.period:
+            self._proof.end(moving=self._moving(), may_rest=self._may_rest, still_open=True)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the position from the optimizer's state dict, after the optimizer has loaded it.
+
+        Only for optimizers whose own `load_state_dict` runs no hooks (bitsandbytes): all others do this
+        by themselves.
+        """
+        self._check_saved(self._optimizer, state_dict)
+        self._take_saved(self._optimizer)
+
+    def detach(self) -> None:
+        """Remove every hook and give every parameter its `requires_grad` of before back."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._restore_lr()
+        self._host.clear()
+        for parameter, flag in self._flags.items():
+            parameter.requires_grad_(flag)
+        _attached.discard(self._optimizer)
+
+    # ---- Algorithm 1
+
+    def _draw(self) -> None:
+        """Draw this period's blocks, freeze everything else, thaw them."""
+        self.active_blocks = self.sampler.draw(self.period_index, seed=self.seed)
+        if self.state == "reset":
+            self._optimizer.state.clear()
+        self._set_trainable()
+
+    def _set_trainable(self) -> None:
+        _refuse_several_ranks()
+        for index, parameters in enumerate(self._blocks):
+            self._set(parameters, trains=index in self.active_blocks)
+        self._set(self._ends, trains=self._trains_ends)
+        self._set(self._others, trains=False)
+
+    def _set(self, parameters: Sequence[nn.Parameter], *, trains: bool) -> None:
+        """Freeze or thaw parameters, and release or bring back their optimizer state."""
+        for parameter in parameters:
+            parameter.requires_grad_(trains)
+            if trains:
+                kept = self._host.take(parameter)
+                if kept is not None:
+                    self._optimizer.state[parameter] = kept
+                continue
+            # The gradient has to go as well: AdamW moves whatever has one, `requires_grad` or not.
+            parameter.grad = None
+            if self.state != "keep" and parameter in self._optimizer.state:
+                released = self._optimizer.state.pop(parameter)
+                if self.state == "cpu":
+                    self._host.put(parameter, released)
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if optimizer.param_groups is not self._param_groups:
+            raise RuntimeError(
+                f"{type(optimizer).__name__} loaded a state without running torch's load_state_dict hooks, "
+                f"so LISA does not know its position; call lisa.load_state_dict(state_dict) after it"
+            )
+        if self._proof is not None and not self._proof.is_open:
+            self._proof.begin(self.period_index)
+            self._may_rest = self._moving()
+        self._restore_lr()  # a step that raised has left its ramp behind
+        done = self.steps_done % self.period
+        if done < self.warmup:
+            for block in self._thawed_blocks():
+                for group in self._groups_of_block[block]:
+                    ramped = group["lr"] * ((done + 1) / (self.warmup + 1))
+                    self._ramped.append((group, group["lr"], ramped))
+                    group["lr"] = ramped
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._restore_lr()
+        # A loss scaler calls fused optimizers also for steps they skip, and tells them so by `found_inf`.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            return
+        if self._may_rest:
+            self._may_rest -= self._driven_layers()
+        if self.steps_done % self.period == 0:
+            for block in self.active_blocks:
+                self.visits[block] += 1
+        self.steps_done += 1
+        if self.steps_done % self.period == 0:
+            if self._proof is not None:
+                self._proof.end(moving=self._moving(), may_rest=self._may_rest)
+            self._draw()
+
+    def _thawed_blocks(self) -> set[int]:
+        """Active blocks that were frozen in the period before, or lost their state as if they had been."""
+        if self.period_index == 0 or self.state == "reset":
+            return set(self.active_blocks)
+        return set(self.active_blocks) - set(self.sampler.draw(self.period_index - 1, seed=self.seed))
+
+    def _restore_lr(self, _: Optimizer | None = None) -> None:
+        for group, lr, ramped in self._ramped:
+            if group["lr"] is ramped:  # else a scheduler has set another one since a step that raised
+                group["lr"] = lr
+        self._ramped = []
+
+    def _find_groups(self) -> None:
+        """Look up the param groups: `load_state_dict` replaces them all."""
+        self._param_groups = self._optimizer.param_groups
+        if self.warmup:
+            self._groups_of_block = groups_by_block(self._optimizer, self._blocks, self._ends)
+
+    # ---- proof
+
+    def _named_layers(self) -> dict[str, Sequence[nn.Parameter]]:
+        blocks = {f"block {i}": block for i, block in enumerate(self._blocks)}
+        return {**blocks, "ends": self._ends, "frozen part": self._others}
+
+    def _moving(self) -> set[str]:
+        """Names of the layers that train in this period."""
+        return {f"block {i}" for i in self.active_blocks} | ({"ends"} if self._trains_ends else set())
+
+    def _driven_layers(self) -> set[str]:
+        """Layers that this step must move."""
+        rates = {p: group["lr"] for group in self._optimizer.param_groups for p in group["params"]}
+        layers = self._named_layers()
+        sample = None if self._proof is None else self._proof.sample
+        return {name for name in self._may_rest if has_reason_to_move(layers[name], rates, sample=sample)}
+
+    def _warn_of_untrained_blocks(self, total_steps: int) -> None:
+        chances = self.sampler.inclusion()
+        counts = self.planned_visits(total_steps)
+        never = [i for i, count in enumerate(counts) if count == 0 and chances[i] > 0]
+        if never and any(counts):
+            warnings.warn(
+                f"{len(never)} of {len(counts)} blocks will never train in {total_steps} steps with "
+                f"period={self.period}: {', '.join(map(str, never))}; "
+                f"lower `period` (or 'auto'), raise `active`, or train longer",
+                stacklevel=3,
+            )
+
+    # ---- save and resume
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "blocks": self.layers.num_blocks,
+            "sampler": repr(self.sampler),
+            "period": self.period,
+            "seed": self.seed,
+            "state": self.state,
+            "trains_ends": self._trains_ends,
+            "warmup": self.warmup,
+        }
+
+    def _add_to_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        state_dict["lisa"] = {
+            "steps_done": self.steps_done,
+            "active_blocks": list(self.active_blocks),
+            "visits": list(self.visits),
+            "periods_proven": self.periods_proven,
+            "settings": self._settings(),
+        }
+        for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+            kept = self._host.get(parameter)
+            if kept is not None:
+                state_dict["state"][index] = kept
+
+    def _check_saved(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        if "lisa" not in state_dict:
+            raise ValueError(
+                "this optimizer state was saved without LISA, so which blocks were training is unknown; "
+                "load it before attaching LISA to start LISA from it"
+            )
+        saved = state_dict["lisa"]
+        differing = [
+            f"{key}: saved {saved['settings'].get(key)}, now {value}"
+            for key, value in self._settings().items()
+            if saved["settings"].get(key) != value
+        ]
+        if differing:
+            raise ValueError(
+                f"LISA was saved with other settings; construct it with these ({'; '.join(differing)})"
+            )
+        self._saved = saved
+
+    def _take_saved(self, optimizer: Optimizer) -> None:
+        """Take up the saved position. State of frozen blocks goes where it belongs: to the host, or away."""
+        self.steps_done = self._saved["steps_done"]
+        self.active_blocks = tuple(self._saved["active_blocks"])
+        self.visits = list(self._saved["visits"])
+        if self._proof is not None:
+            self._proof.forget()
+            self._proof.periods = self._saved["periods_proven"]
+        self._ramped = []
+        self._find_groups()
+        self._host.clear()
+        self._set_trainable()
+
+
+def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _period(period: int | Literal["auto"], sampler: Sampler, seed: int, total_steps: int | None) -> int:
+    if period == "auto":
+        if total_steps is None:
+            raise ValueError('period="auto" needs total_steps, the number of optimizer steps of the run')
+        return auto_period(sampler, seed=seed, total_steps=total_steps)
+    if not isinstance(period, int) or period < 1:
+        raise ValueError(f'period must be a number of optimizer steps >= 1 or "auto", got {period!r}')
+    return period
+
+
+def _refuse_several_ranks() -> None:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise RuntimeError(
+            "LISA does not run on several ranks yet: data-parallel wrappers would let the ranks' weights "
+            "drift apart without an error; run it in one process"
+        )

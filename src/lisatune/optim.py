@@ -1,0 +1,174 @@
+"""AdamW over the layers of a model, and what happens to a frozen block's optimizer state.
+
+Param groups are built once, ends first, then one per block, and never replaced: learning-rate schedules
+and sharding hold on to them. A group whose block is frozen costs nothing, since none of its parameters
+has a gradient.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lisatune.layers import LayerMap
+
+__all__ = [
+    "HostState",
+    "build_adamw",
+    "check_parameters",
+    "groups_by_block",
+    "param_groups",
+    "plain_optimizer",
+    "state_bytes",
+    "state_elements",
+]
+
+FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+def param_groups(model: nn.Module, layers: LayerMap, *, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """Build the param groups of the ends and of each block.
+
+    With weight decay each layer has a second group, with `weight_decay` 0, for norms, biases and
+    embeddings: all parameters of fewer than two dimensions and all weights of `nn.Embedding`.
+
+    Returns:
+        Dicts with `params` as (name, parameter) pairs, `weight_decay`, and `layer`: "ends" or "block 7".
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    named_layers = [("ends", layers.end_parameters(model))]
+    named_layers += [(f"block {i}", block) for i, block in enumerate(layers.block_parameters(model))]
+    groups = []
+    for layer, parameters in named_layers:
+        undecayed = {name for name, p in parameters.items() if p.ndim < 2 or id(p) in embeddings}
+        if weight_decay == 0:
+            undecayed = set()
+        for decay, names in ((weight_decay, parameters.keys() - undecayed), (0.0, undecayed)):
+            if names:
+                pairs = [(name, p) for name, p in parameters.items() if name in names]
+                groups.append({"params": pairs, "weight_decay": decay, "layer": layer})
+    return groups
+
+
+def build_adamw(
+    model: nn.Module,
+    layers: LayerMap,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> torch.optim.AdamW:
+    """Build AdamW over ends and blocks, with the fused kernel where the device has one."""
+    groups = param_groups(model, layers, weight_decay=weight_decay)
+    fused = all(p.device.type in FUSED_DEVICES for group in groups for _, p in group["params"])
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """Count the bytes of all tensors in the optimizer's state, each parameter's step counter included."""
+    return sum(_tensor_bytes(state.values()) for state in optimizer.state.values())
+
+
+def state_elements(optimizer: Optimizer) -> int:
+    """Count the elements of the state that is shaped like its parameter: AdamW's two moments."""
+    return sum(
+        value.numel()
+        for parameter, state in optimizer.state.items()
+        for value in state.values()
+        if isinstance(value, torch.Tensor) and value.shape == parameter.shape
+    )
+
+
+class HostState:
+    """Optimizer state of frozen blocks in host memory: `state="cpu"`.
+
+    Tensors come back to the device they were on, so a step counter that AdamW keeps on the CPU stays there.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[nn.Parameter, dict[str, Any]] = {}
+        self._devices: dict[nn.Parameter, dict[str, torch.device]] = {}
+
+    def put(self, parameter: nn.Parameter, state: dict[str, Any]) -> None:
+        """Move one parameter's state to host memory."""
+        tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+        self._devices[parameter] = {key: value.device for key, value in tensors.items()}
+        self._kept[parameter] = {**state, **{key: value.cpu() for key, value in tensors.items()}}
+
+    def take(self, parameter: nn.Parameter) -> dict[str, Any] | None:
+        """Move one parameter's state back to its device, None where there is none."""
+        state = self._kept.pop(parameter, None)
+        if state is None:
+            return None
+        devices = self._devices.pop(parameter)
+        return {key: value.to(devices[key]) if key in devices else value for key, value in state.items()}
+
+    def get(self, parameter: nn.Parameter) -> dict[str, Any] | None:
+        """Return one parameter's state as it is kept, None where there is none."""
+        return self._kept.get(parameter)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._kept.clear()
+        self._devices.clear()
+
+    def nbytes(self) -> int:
+        """Count the bytes kept."""
+        return sum(_tensor_bytes(state.values()) for state in self._kept.values())
+
+
+def plain_optimizer(model: nn.Module, optimizer: Optimizer) -> Optimizer:
+    """Return the torch optimizer inside Accelerate's wrapper; refuse DeepSpeed."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    for each in (model, optimizer, inner):
+        if type(each).__module__.startswith("deepspeed"):
+            raise TypeError(
+                "LISA can't work with DeepSpeed: it fixes the trained parameters when its engine starts, so "
+                "later blocks would silently never train; use one device or torch's FSDP2"
+            )
+    if not isinstance(inner, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    return inner
+
+
+def check_parameters(layers: LayerMap, model: nn.Module, optimizer: Optimizer) -> None:
+    """Raise ValueError unless everything that will ever train is in the optimizer and able to train."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    wanted = dict(layers.end_parameters(model))
+    for block in layers.block_parameters(model):
+        wanted |= block
+    for name, parameter in wanted.items():
+        if not (parameter.is_floating_point() or parameter.is_complex()):
+            raise ValueError(
+                f"parameter {name!r} is {parameter.dtype} and can't train; load unquantised weights"
+            )
+        if id(parameter) not in held:
+            raise ValueError(
+                f"parameter {name!r} is not in the optimizer, so it would never train; build the optimizer "
+                f"over model.parameters() before anything is frozen, and attach LISA after that"
+            )
+
+
+def groups_by_block(
+    optimizer: Optimizer, blocks: Sequence[tuple[nn.Parameter, ...]], ends: tuple[nn.Parameter, ...]
+) -> list[list[dict[str, Any]]]:
+    """Return each block's param groups, which must hold nothing else for their lr to be ramped."""
+    owner = {p: index for index, block in enumerate(blocks) for p in block} | dict.fromkeys(ends, -1)
+    groups: list[list[dict[str, Any]]] = [[] for _ in blocks]
+    for group in optimizer.param_groups:
+        owners = {owner.get(p, -1) for p in group["params"]}
+        if len(owners) > 1:
+            raise ValueError(
+                "warmup needs param groups that do not mix layers; build the optimizer from "
+                "lisatune.param_groups(model, lisatune.find_layers(model))"
+            )
+        for index in owners - {-1}:
+            groups[index].append(group)
+    return groups
+
+
+def _tensor_bytes(values: Iterable[Any]) -> int:
+    return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))

@@ -1,0 +1,167 @@
+"""Proof that the drawn blocks trained and nothing else did.
+
+Every layer gets a 64-bit fingerprint at the start and at the end of a period. A block that was drawn must
+have another one, every other block must have the same.
+
+The fingerprint of integers x_i (the parameters' bits) is sum_i w_i·x_i modulo 2^64 with w_i odd and mixed
+from i. Integer sums are exact in any order, and odd numbers have an inverse modulo 2^64, so a change of any
+single element always shows; a change of several hides with a chance of about 2^-63.
+
+"full" reads every element. "sample" reads one window of up to 1024 elements from each parameter. The window
+moves on with each period and has read all n elements after ⌈n/1024⌉ periods: an optimizer that touches a
+frozen block touches all of it, so it is seen in the same period, and damage to a few rows only is seen in
+the period that reads them.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Proof", "ProofError", "fingerprint", "has_reason_to_move"]
+
+WINDOW = 1024
+CHUNK = 1 << 22
+ODD = 0x1E3779B97F4A7C15
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class ProofError(RuntimeError):
+    """The wrong weights trained: a drawn block did not move, or another one did."""
+
+
+class Proof:
+    """Fingerprints of all layers over a period.
+
+    Args:
+        layers: name of each layer and its parameters.
+        verify: "sample" or "full".
+    """
+
+    def __init__(self, layers: Mapping[str, Sequence[Tensor]], verify: Literal["sample", "full"]) -> None:
+        self._layers = {name: tuple(parameters) for name, parameters in layers.items() if parameters}
+        self._verify = verify
+        self._before: Tensor | None = None
+        self._period = 0
+        self.periods = 0
+        """Periods proven so far."""
+
+    @property
+    def sample(self) -> int | None:
+        """Number that places the windows of the period, None where every element is read."""
+        return self._period if self._verify == "sample" else None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a period has begun and not been checked yet."""
+        return self._before is not None
+
+    def begin(self, period: int) -> None:
+        """Take the fingerprints that the end of the period is compared with."""
+        self._period = period
+        self._before = self._fingerprints()
+
+    def forget(self) -> None:
+        """Drop the period's fingerprints: weights are about to be replaced from outside."""
+        self._before = None
+
+    def end(self, *, moving: set[str], may_rest: set[str], still_open: bool = False) -> None:
+        """Check the period that `begin` opened.
+
+        Args:
+            moving: layers that were drawn.
+            may_rest: those of them that had no reason to move: a learning rate or gradients of zero.
+            still_open: the period goes on; it is checked so far and not counted.
+
+        Raises:
+            ProofError: names every offending layer and the period.
+        """
+        if self._before is None:
+            return
+        moved_R = (self._fingerprints() != self._before).tolist()
+        moved = {name for name, has_moved in zip(self._layers, moved_R, strict=True) if has_moved}
+        drawn = moving & self._layers.keys()
+        strangers = sorted(moved - drawn)
+        idle = sorted(drawn - moved - may_rest)
+        if strangers:
+            raise ProofError(
+                f"period {self._period}: frozen weights moved in {', '.join(strangers)}; "
+                f"something besides this optimizer changed them, or gradients were put on frozen parameters"
+            )
+        if idle:
+            raise ProofError(
+                f"period {self._period}: drawn but not trained: {', '.join(idle)}; their gradients never "
+                f"reached the optimizer, or the updates were too small for the weights' dtype"
+            )
+        if not still_open:
+            self.periods += 1
+            self._before = None
+
+    def _fingerprints(self) -> Tensor:
+        """One int64 per layer, on the CPU."""
+        with torch.no_grad():
+            prints = [fingerprint(parameters, sample=self.sample) for parameters in self._layers.values()]
+            return torch.stack([each.cpu() for each in prints])
+
+
+def fingerprint(parameters: Sequence[Tensor], *, sample: int | None = None) -> Tensor:
+    """Hash the bits of several tensors into one int64 scalar on the first one's device.
+
+    Args:
+        parameters: tensors of any shape, of a dtype of 1, 2, 4 or 8 bytes, on any devices.
+        sample: hash one window per tensor, whose place follows from this number. None: hash everything.
+    """
+    device = parameters[0].device
+    total = torch.zeros((), dtype=torch.int64, device=device)
+    parts: list[Tensor] = []
+    for index, parameter in enumerate(parameters):
+        bits = parameter.detach().reshape(-1).view(INTEGERS[parameter.element_size()])
+        if sample is not None:
+            parts.append(_window(bits, index, sample).to(device, torch.int64))
+        else:
+            for chunk in torch.split(bits, CHUNK):
+                total = total * ODD + _weighted_sum(chunk.to(torch.int64)).to(device)
+    return _weighted_sum(torch.cat(parts)) if parts else total
+
+
+def has_reason_to_move(
+    parameters: Sequence[nn.Parameter], rates: Mapping[nn.Parameter, Any], *, sample: int | None = None
+) -> bool:
+    """Tell whether a step has to show in a layer's fingerprint; its gradients are still there.
+
+    A learning rate of zero (the first step of many schedules) and gradients that are all zero (a batch
+    without a label; in a window, rows of tokens that did not occur) are reasons to rest; missing gradients
+    are not.
+
+    Args:
+        parameters: the layer's, in the order of its fingerprint.
+        rates: learning rate of each.
+        sample: the fingerprint's.
+    """
+    driven = [(index, p.grad) for index, p in enumerate(parameters) if rates[p] != 0]
+    gradients = [(index, gradient) for index, gradient in driven if gradient is not None]
+    if not gradients:
+        return bool(driven)
+    return any(bool(_read(gradient, index, sample).any()) for index, gradient in gradients)
+
+
+def _read(gradient: Tensor, index: int, sample: int | None) -> Tensor:
+    """The part of a gradient whose weights the fingerprint reads."""
+    dense = gradient.to_dense() if gradient.is_sparse else gradient
+    return dense if sample is None else _window(dense.reshape(-1), index, sample)
+
+
+def _window(values: Tensor, index: int, sample: int) -> Tensor:
+    """Up to WINDOW values, all of which are met by counting `sample` up; each `index` starts elsewhere."""
+    windows = -(-values.numel() // WINDOW)
+    start = (sample + index * 104729) % max(windows, 1) * WINDOW
+    start = min(start, max(values.numel() - WINDOW, 0))
+    return values[start : start + WINDOW]
+
+
+def _weighted_sum(values: Tensor) -> Tensor:
+    weights = torch.arange(1, values.numel() + 1, dtype=torch.int64, device=values.device).mul_(ODD)
+    # Weights in an arithmetic series would let small changes cancel: 1·(-8) + 3·1 + 5·1 = 0.
+    weights.bitwise_xor_(weights >> 31).mul_(ODD).bitwise_or_(1)
+    return weights.mul_(values).sum()

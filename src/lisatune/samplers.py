@@ -1,0 +1,258 @@
+"""Which blocks train in the next period.
+
+A sampler's `draw` is a pure function of (seed, period) and of the numbers it was built with: every rank
+and every resumed run draws the same blocks, without talking and without touching a global RNG.
+
+All samplers stand on one primitive, the weighted shuffle: block l gets a clock T_l = -ln(u_l) / p_l with
+u_l uniform in (0, 1), and blocks are ordered by their clocks. The first k of that order are k different
+blocks picked one after another, each in proportion to what is left of p (successive sampling;
+Efraimidis & Spirakis, Weighted random sampling with a reservoir, 2006).
+
+Symbols: N blocks, γ of them active, p_l the weight of block l, π_l its inclusion probability: the chance
+that block l trains in a period. LISA wants π_l = γ/N (arXiv 2403.17919, section 3.2), and in general
+π_l proportional to w̃_l / w_l, the ratio of the weight norms that LoRA and full fine-tuning reach.
+"""
+
+import hashlib
+import math
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+__all__ = [
+    "Independent",
+    "Permutation",
+    "Sampler",
+    "Uniform",
+    "Weighted",
+    "auto_period",
+    "make_sampler",
+    "visits",
+]
+
+LONGEST_AUTO_PERIOD = 50
+
+
+class Sampler(ABC):
+    """Draws the blocks of each period. To make your own, give it these three and pass it to `LISA`.
+
+    Its `repr` stands for it in checkpoints: a run is resumed only with a sampler of the same `repr`.
+    """
+
+    num_blocks: int
+    """N, the number of blocks drawn from."""
+
+    @abstractmethod
+    def draw(self, period: int, *, seed: int) -> tuple[int, ...]:
+        """Return the blocks of `period` (0, 1, …) as different indices in rising order."""
+
+    @abstractmethod
+    def inclusion(self) -> tuple[float, ...]:
+        """Return π_l for each block: the chance, over seeds, that a period trains it."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({vars(self)})"
+
+
+@dataclass(frozen=True)
+class Uniform(Sampler):
+    """γ different blocks, every period anew and independent of the one before: Algorithm 1 of the paper.
+
+    π_l = γ/N. A block's visits over P periods are binomial(P, γ/N): some blocks may never be drawn.
+    """
+
+    num_blocks: int
+    active: int
+
+    def __post_init__(self) -> None:
+        _check_active(self.active, self.num_blocks)
+
+    def draw(self, period: int, *, seed: int) -> tuple[int, ...]:
+        """Return the first γ blocks of a shuffle keyed by (seed, period)."""
+        return tuple(sorted(_shuffle([1.0] * self.num_blocks, f"{seed}/{period}")[: self.active]))
+
+    def inclusion(self) -> tuple[float, ...]:
+        """Return γ/N for every block."""
+        return (self.active / self.num_blocks,) * self.num_blocks
+
+
+@dataclass(frozen=True)
+class Permutation(Sampler):
+    """A shuffled pass over all blocks, γ at a time, then another: all train within ⌈N/γ⌉ periods.
+
+    π_l = γ/N. When γ does not divide N, the last period of a pass is filled up from the pass's start.
+    """
+
+    num_blocks: int
+    active: int
+
+    def __post_init__(self) -> None:
+        _check_active(self.active, self.num_blocks)
+
+    def draw(self, period: int, *, seed: int) -> tuple[int, ...]:
+        """Return slice number `period mod ⌈N/γ⌉` of the pass that `period` falls into."""
+        if self.active == 0:
+            return ()
+        pass_index, slot = divmod(period, math.ceil(self.num_blocks / self.active))
+        order = _shuffle([1.0] * self.num_blocks, f"{seed}/pass {pass_index}")
+        first = slot * self.active
+        return tuple(sorted((order + order)[first : first + self.active]))
+
+    def inclusion(self) -> tuple[float, ...]:
+        """Return the chance for a random period of a pass: γ/N for every block."""
+        return (self.active / self.num_blocks,) * self.num_blocks
+
+
+@dataclass(frozen=True)
+class Weighted(Sampler):
+    """γ different blocks, picked one after another in proportion to what is left of `probabilities`.
+
+    For γ = 1, π_l = p_l / Σp. For γ > 1 large p_l saturate: π_l is not γ·p_l; `inclusion` computes it.
+    """
+
+    probabilities: tuple[float, ...]
+    active: int
+    num_blocks: int = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "probabilities", tuple(float(p) for p in self.probabilities))
+        object.__setattr__(self, "num_blocks", len(self.probabilities))
+        _check_probabilities(self.probabilities, most=math.inf)
+        _check_active(self.active, self.num_blocks)
+        positive = sum(p > 0 for p in self.probabilities)
+        if positive < self.active:
+            raise ValueError(
+                f"cannot draw active={self.active} blocks from {positive} with probability > 0; "
+                f"lower `active` or give more blocks a probability"
+            )
+
+    def draw(self, period: int, *, seed: int) -> tuple[int, ...]:
+        """Return the first γ blocks of a weighted shuffle keyed by (seed, period)."""
+        return tuple(sorted(_shuffle(self.probabilities, f"{seed}/{period}")[: self.active]))
+
+    def inclusion(self) -> tuple[float, ...]:
+        r"""Return π_l = ∫₀¹ P(fewer than γ other clocks ring before T_l = -ln(v)/p_l) dv.
+
+        Other clocks have rung with chance q_j = 1 - v^(p_j/p_l), independently: a Poisson-binomial count.
+        Midpoint rule in v, error below 1e-3.
+        """
+        points = 4096
+        v = (torch.arange(points, dtype=torch.float64) + 0.5) / points
+        result = []
+        for i, p_i in enumerate(self.probabilities):
+            if p_i == 0 or self.active == 0:
+                result.append(0.0)
+                continue
+            # chance_c: chance that exactly c other clocks have rung, c < γ.
+            chance = [torch.ones_like(v)] + [torch.zeros_like(v) for _ in range(self.active - 1)]
+            for j, p_j in enumerate(self.probabilities):
+                if j == i:
+                    continue
+                q = 1 - v ** (p_j / p_i)
+                chance = [c * (1 - q) + (chance[n - 1] * q if n else 0) for n, c in enumerate(chance)]
+            result.append(float(sum(chance, torch.zeros_like(v)).mean()))
+        return tuple(result)
+
+
+@dataclass(frozen=True)
+class Independent(Sampler):
+    """Every block flips its own coin: block l trains with probability p_l, whatever the others do.
+
+    π_l = p_l exactly. The number of active blocks varies around its mean Σp, up to the number of blocks
+    with p_l > 0, which memory must allow for. A period may train the ends alone. Takes no γ.
+    """
+
+    probabilities: tuple[float, ...]
+    num_blocks: int = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "probabilities", tuple(float(p) for p in self.probabilities))
+        object.__setattr__(self, "num_blocks", len(self.probabilities))
+        _check_probabilities(self.probabilities, most=1.0)
+
+    def draw(self, period: int, *, seed: int) -> tuple[int, ...]:
+        """Return the blocks whose coin, keyed by (seed, period), falls below p_l."""
+        rng = _rng(f"{seed}/{period}")
+        return tuple(i for i, p in enumerate(self.probabilities) if rng.random() < p)
+
+    def inclusion(self) -> tuple[float, ...]:
+        """Return p_l."""
+        return tuple(self.probabilities)
+
+
+def make_sampler(sampler: str | Sequence[float] | Sampler, active: int, num_blocks: int) -> Sampler:
+    """Build the sampler that a user named.
+
+    Args:
+        sampler: "permutation", "uniform", N probabilities for `Weighted`, or a sampler, taken as it is.
+        active: γ, 0 <= γ <= N; a sampler that is taken as it is has its own.
+        num_blocks: N.
+
+    Raises:
+        ValueError: unknown name, γ out of range, probabilities of the wrong number or value.
+    """
+    if isinstance(sampler, str):
+        if sampler == "permutation":
+            return Permutation(num_blocks, active)
+        if sampler == "uniform":
+            return Uniform(num_blocks, active)
+        raise ValueError(
+            f"unknown sampler {sampler!r}; use 'permutation', 'uniform' or one probability per block"
+        )
+    given = sampler.num_blocks if isinstance(sampler, Sampler) else len(sampler)
+    if given != num_blocks:
+        raise ValueError(f"got {given} probabilities for {num_blocks} blocks; give one per block")
+    return sampler if isinstance(sampler, Sampler) else Weighted(tuple(sampler), active)
+
+
+def visits(sampler: Sampler, *, seed: int, periods: int) -> tuple[int, ...]:
+    """Count how often each block is drawn in the first `periods` periods. Exact, not expected."""
+    counts = [0] * sampler.num_blocks
+    for period in range(periods):
+        for block in sampler.draw(period, seed=seed):
+            counts[block] += 1
+    return tuple(counts)
+
+
+def auto_period(sampler: Sampler, *, seed: int, total_steps: int) -> int:
+    """Choose K: the longest period, at most 50, with which every block that can be drawn trains twice.
+
+    1 when `total_steps` are too few even for that.
+    """
+    if total_steps < 1:
+        raise ValueError(f"total_steps must be >= 1, got {total_steps}")
+    wanting = {block: 2 for block, chance in enumerate(sampler.inclusion()) if chance > 0}
+    periods = 0
+    while wanting and periods < total_steps:
+        for block in sampler.draw(periods, seed=seed):
+            wanting[block] = wanting.get(block, 0) - 1
+        wanting = {block: left for block, left in wanting.items() if left > 0}
+        periods += 1
+    return max(1, min(total_steps // max(periods, 1), LONGEST_AUTO_PERIOD))
+
+
+def _check_active(active: int, num_blocks: int) -> None:
+    if not isinstance(active, int) or not 0 <= active <= num_blocks:
+        raise ValueError(f"active must be between 0 and the model's {num_blocks} blocks, got {active}")
+
+
+def _check_probabilities(probabilities: Sequence[float], *, most: float) -> None:
+    for block, p in enumerate(probabilities):
+        if math.isnan(p) or not 0 <= p <= most or math.isinf(p):
+            limit = "0 or more" if math.isinf(most) else f"between 0 and {most:g}"
+            raise ValueError(f"the probability of block {block} must be {limit}, got {p}")
+
+
+def _shuffle(weights: Sequence[float], key: str) -> list[int]:
+    """Blocks with weight > 0 in the order of their clocks."""
+    rng = _rng(key)
+    clocks = [(-math.log(1.0 - rng.random()) / w if w > 0 else math.inf, i) for i, w in enumerate(weights)]
+    return [i for _, i in sorted(clocks) if weights[i] > 0]
+
+
+def _rng(key: str) -> random.Random:
+    """A generator of its own for each key. `Random.random` is the same in every Python version."""
+    return random.Random(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big"))

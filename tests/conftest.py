@@ -1,0 +1,40 @@
+"""What every test gets: one thread, no hub, random numbers that neither leak in nor out."""
+
+import os
+from collections.abc import Iterator
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+import tiny
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _own_random_numbers() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.fixture
+def untied_llama() -> LlamaForCausalLM:
+    """6 blocks, hidden size 32, vocabulary 128."""
+    return tiny.llama(tied=False)
+
+
+@pytest.fixture
+def tied_llama() -> LlamaForCausalLM:
+    """6 blocks, hidden size 32, vocabulary 128, embedding and head are one parameter."""
+    return tiny.llama(tied=True)
+
+
+@pytest.fixture(params=[False, True], ids=["untied", "tied"])
+def tiny_llama(request: pytest.FixtureRequest) -> LlamaForCausalLM:
+    """Either of the two."""
+    return tiny.llama(tied=request.param)

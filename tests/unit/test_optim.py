@@ -1,0 +1,148 @@
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+import tiny
+from lisatune import LISA, build_adamw, find_layers, param_groups
+from lisatune.optim import HostState, check_parameters, groups_by_block, plain_optimizer, state_bytes
+
+
+def test_one_group_per_layer_ends_first(tiny_llama: nn.Module) -> None:
+    layers = find_layers(tiny_llama)
+    groups = param_groups(tiny_llama, layers)
+    assert [group["layer"] for group in groups] == ["ends", *(f"block {i}" for i in range(6))]
+    assert [name for name, _ in groups[0]["params"]] == list(layers.ends)
+    held = [p for group in groups for _, p in group["params"]]
+    assert {id(p) for p in held} == {id(p) for p in tiny_llama.parameters()}
+    assert len(held) == len(set(held))
+
+
+def test_weight_decay_spares_norms_biases_and_embeddings(tiny_llama: nn.Module) -> None:
+    groups = param_groups(tiny_llama, find_layers(tiny_llama), weight_decay=0.1)
+    decay = {name: group["weight_decay"] for group in groups for name, _ in group["params"]}
+    spared = {name for name, value in decay.items() if value == 0}
+    assert all("norm" in name or "embed_tokens" in name for name in spared)
+    assert len(spared) == 2 + 2 * 6
+    assert {value for name, value in decay.items() if name not in spared} == {0.1}
+    order = [group["layer"] for group in groups]
+    assert order == sorted(order, key=lambda layer: -1 if layer == "ends" else int(layer.split()[1]))
+
+
+def test_weight_decay_spares_an_embedding_known_by_its_heads_name() -> None:
+    model = nn.Module()
+    model.head = nn.Linear(4, 7, bias=False)
+    model.embed = nn.Embedding(7, 4)
+    model.embed.weight = model.head.weight
+    model.blocks = nn.ModuleList([nn.Linear(4, 4)])
+    groups = param_groups(model, find_layers(model, blocks="blocks"), weight_decay=0.1)
+    assert [(g["layer"], g["weight_decay"]) for g in groups if g["layer"] == "ends"] == [("ends", 0.0)]
+
+
+def test_build_adamw_is_fused_and_names_its_parameters(untied_llama: nn.Module) -> None:
+    optimizer = build_adamw(untied_llama, find_layers(untied_llama), lr=1e-3, betas=(0.8, 0.9), eps=1e-6)
+    assert optimizer.defaults["fused"]
+    assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
+    assert optimizer.param_groups[0]["eps"] == 1e-6
+    assert optimizer.param_groups[1]["param_names"][0] == "model.layers.0.self_attn.q_proj.weight"
+
+
+def test_state_bytes_counts_every_tensor(untied_llama: nn.Module) -> None:
+    optimizer = torch.optim.AdamW(untied_llama.parameters())
+    assert state_bytes(optimizer) == 0
+    tiny.fit(untied_llama, optimizer, 1)
+    parameters = list(untied_llama.parameters())
+    assert state_bytes(optimizer) == sum(8 * p.numel() + 4 for p in parameters)
+
+
+def test_host_state_gives_back_what_it_took() -> None:
+    host, parameter = HostState(), nn.Parameter(torch.zeros(2))
+    state = {"step": torch.tensor(3.0), "exp_avg": torch.ones(2), "note": "kept"}
+    host.put(parameter, state)
+    assert host.nbytes() == 4 + 8
+    assert host.get(parameter) == state
+    taken = host.take(parameter)
+    assert taken is not None
+    assert taken == state
+    assert taken is not state
+    assert host.take(parameter) is None
+    assert host.get(parameter) is None
+    assert host.nbytes() == 0
+
+
+def test_host_state_moves_every_tensor_back_to_its_own_device() -> None:
+    host, parameter = HostState(), nn.Parameter(torch.zeros(2, device="meta"))
+    host.put(parameter, {"step": torch.tensor(3.0)})
+    taken = host.take(parameter)
+    assert taken is not None
+    assert taken["step"].device.type == "cpu"
+
+
+def test_host_state_forgets() -> None:
+    host, parameter = HostState(), nn.Parameter(torch.zeros(2))
+    host.put(parameter, {"exp_avg": torch.ones(2)})
+    host.clear()
+    assert host.take(parameter) is None
+
+
+def test_optimizer_inside_accelerates_wrapper_is_found(untied_llama: nn.Module) -> None:
+    optimizer = torch.optim.SGD(untied_llama.parameters())
+    wrapped = Accelerator(cpu=True).prepare(optimizer)
+    assert wrapped is not optimizer
+    assert plain_optimizer(untied_llama, wrapped) is optimizer
+    assert plain_optimizer(untied_llama, optimizer) is optimizer
+
+
+def deepspeed_like(base: type) -> Any:
+    made = type("DeepSpeedThing", (base,), {"__module__": "deepspeed.runtime.engine"})
+    return made.__new__(made)
+
+
+def test_deepspeed_is_refused(untied_llama: nn.Module) -> None:
+    optimizer = torch.optim.SGD(untied_llama.parameters())
+    engine = deepspeed_like(nn.Module)
+    with pytest.raises(TypeError, match="can't work with DeepSpeed"):
+        plain_optimizer(engine, optimizer)
+    with pytest.raises(TypeError, match="can't work with DeepSpeed"):
+        plain_optimizer(untied_llama, deepspeed_like(object))
+    wrapper: Any = type("Wrapper", (), {})()
+    wrapper.optimizer = deepspeed_like(object)
+    with pytest.raises(TypeError, match="can't work with DeepSpeed"):
+        LISA(untied_llama, wrapper)
+
+
+def test_what_is_no_optimizer_is_refused(untied_llama: nn.Module) -> None:
+    wrong: Any = [1, 2]
+    with pytest.raises(TypeError, match=r"must be a torch\.optim\.Optimizer, got list"):
+        plain_optimizer(untied_llama, wrong)
+
+
+def test_parameter_missing_in_the_optimizer_is_named(untied_llama: nn.Module) -> None:
+    layers = find_layers(untied_llama)
+    missing = "model.layers.3.mlp.up_proj.weight"
+    optimizer = torch.optim.SGD([p for name, p in untied_llama.named_parameters() if name != missing])
+    with pytest.raises(ValueError, match=f"'{missing}' is not in the optimizer, so it would never train"):
+        check_parameters(layers, untied_llama, optimizer)
+
+
+def test_quantised_parameter_is_named(untied_llama: nn.Module) -> None:
+    head = untied_llama.lm_head
+    head.weight = nn.Parameter(head.weight.detach().to(torch.int8), requires_grad=False)
+    optimizer = torch.optim.SGD(untied_llama.parameters())
+    with pytest.raises(ValueError, match=r"'lm_head.weight' is torch.int8 and can't train"):
+        check_parameters(find_layers(untied_llama), untied_llama, optimizer)
+
+
+def test_groups_by_block_finds_both_groups_of_a_block(untied_llama: nn.Module) -> None:
+    layers = find_layers(untied_llama)
+    optimizer = build_adamw(untied_llama, layers, lr=1e-3, weight_decay=0.1)
+    blocks = [tuple(block.values()) for block in layers.block_parameters(untied_llama)]
+    ends = tuple(layers.end_parameters(untied_llama).values())
+    found = groups_by_block(optimizer, blocks, ends)
+    assert [[group["layer"] for group in groups] for groups in found] == [
+        [f"block {i}"] * 2 for i in range(6)
+    ]
+    with pytest.raises(ValueError, match="warmup needs param groups that do not mix layers"):
+        groups_by_block(torch.optim.SGD(untied_llama.parameters()), blocks, ends)
