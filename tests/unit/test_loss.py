@@ -197,6 +197,15 @@ def test_chunk_size_does_not_change_the_loss(chunk_size: int) -> None:
     assert num_tokens == 16
 
 
+def test_log_softmax_and_sum_are_float32_for_bf16_weights() -> None:
+    torch.manual_seed(0)
+    hidden_BTD, head = torch.randn(1, 1001, 16).bfloat16(), nn.Linear(16, 50).bfloat16()
+    labels_BT = torch.randint(0, 50, (1, 1001))
+    got, _ = chunked_cross_entropy(hidden_BTD, head, labels_BT)
+    want = nn.functional.cross_entropy(head(hidden_BTD[0, :-1]).double(), labels_BT[0, 1:], reduction="sum")
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)  # a bf16 sum is off by 1e-3
+
+
 def test_only_positions_with_loss_reach_the_head_one_chunk_at_a_time() -> None:
     seen: list[int] = []
     head = nn.Linear(4, 11)

@@ -167,6 +167,13 @@ def test_pickled_weights_are_refused_before_the_config_is_read(folder: Path) -> 
             load(str(folder))
 
 
+def test_a_pickle_is_not_opened_even_beside_other_safetensors(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "unrelated.safetensors")
+    torch.save(tiny().state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"could not load .*model.safetensors"):
+        load_model(str(folder))
+
+
 @pytest.mark.parametrize(
     "name", ["./nowhere", "/no/where", "~/no-where-at-all", "runs/demo/model", "models/", "a\\b"]
 )
