@@ -34,7 +34,9 @@ def test_the_quicker_process_wins_when_not_replacing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("x")])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("x")]
+)
 def test_failing_leaves_what_was_there_and_nothing_else(tmp_path: Path, error: BaseException) -> None:
     target = tmp_path / "model"
     with written_aside(target) as aside:

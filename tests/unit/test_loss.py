@@ -121,7 +121,9 @@ def test_logits_that_the_config_does_not_explain_take_the_full_path_with_a_warni
         loss_fn = CausalLMLoss(model)
     loss_sum, num_tokens = loss_fn(rows)
     logits = model(rows["input_ids"], rows["position_ids"], False).logits[:, :-1]
-    want = nn.functional.cross_entropy(logits.reshape(-1, 128), rows["labels"][:, 1:].reshape(-1), reduction="sum")
+    want = nn.functional.cross_entropy(
+        logits.reshape(-1, 128), rows["labels"][:, 1:].reshape(-1), reduction="sum"
+    )
     assert not loss_fn.is_chunked
     torch.testing.assert_close(loss_sum, want)
     loss_sum.backward()
@@ -186,7 +188,9 @@ def test_frozen_parts_get_no_gradient(frozen: str) -> None:
 def test_chunk_size_does_not_change_the_loss(chunk_size: int) -> None:
     torch.manual_seed(0)
     hidden_BTD, head, labels_BT = torch.randn(2, 9, 4), nn.Linear(4, 11), torch.randint(0, 11, (2, 9))
-    want = nn.functional.cross_entropy(head(hidden_BTD[:, :-1]).flatten(0, 1), labels_BT[:, 1:].flatten(), reduction="sum")
+    want = nn.functional.cross_entropy(
+        head(hidden_BTD[:, :-1]).flatten(0, 1), labels_BT[:, 1:].flatten(), reduction="sum"
+    )
     got, num_tokens = chunked_cross_entropy(hidden_BTD, head, labels_BT, chunk_size=chunk_size)
     torch.testing.assert_close(got, want)
     assert num_tokens == 16
