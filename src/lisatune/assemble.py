@@ -66,14 +66,13 @@ def assemble(recipe: Recipe) -> Parts:
 
     run, optimizer_config = recipe.run, recipe.optimizer
     device = models.pick_device(run.device)
-    source = {
-        "revision": recipe.model.revision,
-        "trust_remote_code": recipe.model.trust_remote_code,
-    }
-    tokenizer = models.load_tokenizer(recipe.model.name, **source)
+    name, revision, trusted = recipe.model.name, recipe.model.revision, recipe.model.trust_remote_code
+    tokenizer = models.load_tokenizer(name, revision=revision, trust_remote_code=trusted)
     data = prepare_data(recipe, tokenizer)
     torch.manual_seed(run.seed)
-    model = models.load_model(recipe.model.name, attention=recipe.model.attention, **source).to(device)
+    model = models.load_model(
+        name, revision=revision, trust_remote_code=trusted, attention=recipe.model.attention
+    ).to(device)
     layers = find_layers(model)
     loss = CausalLMLoss(model)
     if recipe.data.packing:

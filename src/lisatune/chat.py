@@ -60,22 +60,25 @@ class Chat:
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        from jinja2 import TemplateError
-        from trl.chat_template_utils import get_training_chat_template
-
+        try:
+            from jinja2 import TemplateError
+            from trl.chat_template_utils import get_training_chat_template
+        except ImportError as error:
+            raise ImportError('chat templates need trl: pip install "lisatune[train]"') from error
         set_chat_template(tokenizer)
         self.tokenizer = tokenizer
         self.template: str | None = None
         # Not known to TRL: the own template stays, and `prefixes` checks it on every conversation.
         with contextlib.suppress(TemplateError, TypeError, ValueError):
             self.template = get_training_chat_template(tokenizer)
-        self._stops = (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())
+        special = (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())
+        self._stops = tuple(token for token in special if token.strip())
 
     def render(self, messages: Messages, *, ask: bool = False) -> str:
         """Write messages as text; `ask` adds the beginning of the answer that is due.
 
         Raises:
-            ValueError: the template refuses the messages.
+            ValueError: the template refuses the messages, or leaves out what one of them says.
         """
         from jinja2 import TemplateError
 
@@ -85,6 +88,12 @@ class Chat:
             )
         except TemplateError as error:
             raise ValueError(f"the chat template refuses this conversation: {error}") from error
+        for number, message in enumerate(messages, 1):
+            if _last_word(message) not in text:
+                raise ValueError(
+                    f"the chat template leaves out what message {number} says (templates of vision models "
+                    "may want a list of parts); give the tokenizer a template for plain text"
+                )
         return text
 
     def ends_turn(self, text: str) -> bool:
@@ -113,15 +122,24 @@ class Chat:
                 question, answer = self.render(messages[:index], ask=True), self.render(messages[: index + 1])
                 if not full.startswith(question) and full.startswith(self.render(messages[:index])):
                     question = _without_unseen_end(question, full)
-                if not (full.startswith(question) and full.startswith(answer)):
+                word = _last_word(messages[index])
+                end_of_text = max(len(question), answer.rfind(word) + len(word) if word else 0)
+                same = common_length(answer, full)
+                if not full.startswith(question) or same < end_of_text:
                     raise ValueError(
                         f"the chat template writes the messages up to number {index + 1} differently once "
                         "others follow, so answers can't be told from the rest; set loss_on to all, or give "
                         "the tokenizer a template that only appends"
                     )
-                answer = answer.rstrip() if self.ends_turn(answer) else answer
-                found += [(question, False), (answer, True)]
+                # After the last message some templates write another end of turn than between two.
+                end = same if same == len(answer) else end_of_text
+                stops = (i for i in range(end_of_text, same + 1) if answer.endswith(self._stops, 0, i))
+                found += [(question, False), (answer[: max(stops, default=end)], True)]
         return found if found and found[-1][0] == full else [*found, (full, False)]
+
+
+def _last_word(message: dict[str, str]) -> str:
+    return (message["content"].split() or [""])[-1]
 
 
 def _without_unseen_end(question: str, full: str) -> str:

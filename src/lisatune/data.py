@@ -156,9 +156,11 @@ def pack(examples: Examples, max_length: int) -> Examples:
     Raises:
         ValueError: a sequence is longer than `max_length`.
     """
-    from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-    from trl import pack_dataset
-
+    try:
+        from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+        from trl import pack_dataset
+    except ImportError as error:
+        raise ImportError('packing needs datasets and trl: pip install "lisatune[train]"') from error
     if examples.longest > max_length:
         raise ValueError(
             f"can't pack {examples.longest} tokens into max_length={max_length}; tokenize with it"
@@ -180,9 +182,9 @@ def collate(rows: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:
     There is no attention mask. Causal attention never looks right, so padding changes no real token; and
     where positions restart (transformers: `masking_utils.find_packed_sequence_indices`), attention is kept
     inside each document, row by row. Padding of an unpacked row counts on, so that no mask is built and the
-    fast causal kernel runs; padding of a packed row is a document of its own. TRL's collator either gives a
-    dense mask, which switches the documents' borders off, or lays the batch into one row (`padding_free`),
-    whose mask has (B·T)² entries.
+    fast causal kernel runs; padding of a packed row is a document of its own. TRL's collator either gives an
+    attention mask, with which transformers ignores the borders, or lays the batch into one row
+    (`padding_free`), whose mask has (B·T)² entries.
 
     Args:
         rows: rows of `Examples`.

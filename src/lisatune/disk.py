@@ -51,7 +51,11 @@ def _put_in_place(aside: Path, target: Path, replace: bool) -> None:
     if replace and target.exists():
         old = aside.with_name(f"{aside.name}-old")
         target.rename(old)
-        aside.rename(target)
+        try:
+            aside.rename(target)
+        except OSError:
+            old.rename(target)
+            raise
         shutil.rmtree(old)
         return
     try:

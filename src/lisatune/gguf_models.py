@@ -53,7 +53,7 @@ def converted(file: Path, *, sha256: str | None = None) -> Path:
     """
     key = sha256 or sha256_of(file)
     cache = Path(os.environ.get("LISATUNE_CACHE") or "~/.cache/lisatune").expanduser()
-    folder = cache / f"{file.stem}-{key[:16]}-v{CONVERSION}"
+    folder = cache / f"gguf-{key[:16]}-v{CONVERSION}"
     if folder.is_dir():
         return folder
     if sha256 is not None and sha256_of(file) != sha256:
@@ -68,9 +68,7 @@ def converted(file: Path, *, sha256: str | None = None) -> Path:
     check_loaded(str(file), info)
     _restore_digits(tokenizer, file)
     config = copy.deepcopy(quantised.config)
-    vars(config).pop(
-        "quantization_config", None
-    )  # or transformers takes the plain weights for quantised ones
+    vars(config).pop("quantization_config", None)  # or plain weights are taken for quantised ones
     with torch.device("meta"):
         plain = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.generation_config = quantised.generation_config

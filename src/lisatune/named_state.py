@@ -98,7 +98,8 @@ def to_json(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return [to_json(item, f"{path}.{i}", tensors) for i, item in enumerate(value)]
     if isinstance(value, Mapping):
         items = [(key, to_json(item, f"{path}.{key}", tensors)) for key, item in value.items()]
-        return dict(items) if all(isinstance(key, str) for key in value) else {"__items__": items}
+        is_json = all(isinstance(key, str) and not key.startswith("__") for key in value)
+        return dict(items) if is_json else {"__items__": items}
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"can't save {path}: {type(value).__name__} is neither a tensor nor JSON")

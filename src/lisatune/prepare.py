@@ -4,7 +4,7 @@
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lisatune.data import Examples, Order, pack, tokenize
@@ -59,14 +59,13 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> Data:
     """Read, split and tokenise the recipe's data.
 
     Raises:
-        ValueError: a record can't be used, nothing is left to train or validate on, or every answer is cut off.
+        ValueError: a record can't be used, nothing is left, or every answer is cut off.
         FileNotFoundError: a file is missing.
     """
     data, run = recipe.data, recipe.run
     train, validation = _read(recipe)
-    options = {"max_length": data.max_length, "loss_on": data.loss_on}
-    rows = tokenize(train, tokenizer, **options)
-    held_out = tokenize(validation, tokenizer, **options)
+    rows = tokenize(train, tokenizer, max_length=data.max_length, loss_on=data.loss_on)
+    held_out = tokenize(validation, tokenizer, max_length=data.max_length, loss_on=data.loss_on)
     if data.packing:
         rows = pack(rows, data.max_length)
     order = Order(len(rows.rows), run.batch_size, run.seed)
@@ -77,17 +76,17 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> Data:
 
 def _read(recipe: Recipe) -> tuple[Records, Records]:
     data = recipe.data
-    options = {"kind": data.kind, "split": data.split, "on_bad_row": data.on_bad_row}
+
+    def read(source: str, limit: int | None) -> Records:
+        return read_records(source, kind=data.kind, split=data.split, limit=limit, on_bad_row=data.on_bad_row)
+
     held_out = data.validation
     if held_out is None and data.train == "python-docs":
         held_out = "python-docs:validation"
     if held_out is not None:
-        train = read_records(data.train, limit=data.limit, **options)
-        return train, read_records(held_out, limit=data.validation_limit, **options)
-    train, validation = split_records(
-        read_records(data.train, limit=data.limit, **options), data.validation_share, recipe.run.seed
-    )
-    return train, Records(validation.rows[: data.validation_limit], validation.kind, 0, validation.source)
+        return read(data.train, data.limit), read(held_out, data.validation_limit)
+    train, validation = split_records(read(data.train, data.limit), data.validation_share, recipe.run.seed)
+    return train, replace(validation, rows=validation.rows[: data.validation_limit], skipped=0)
 
 
 def _question(row: dict[str, Any]) -> Question:

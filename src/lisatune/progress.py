@@ -49,9 +49,9 @@ class Summary(TypedDict, total=False):
     """Figures a run ended with, as in summary.json. What is absent is not printed."""
 
     steps: int
-    skipped_steps: int
     tokens: int
-    """Training tokens seen."""
+    """Tokens trained on, padding left out."""
+    skipped_steps: int
     train_seconds: float
     tokens_per_second: float
     held_out_loss_before: float

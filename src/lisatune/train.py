@@ -63,7 +63,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> p
         What `summary.json` holds.
 
     Raises:
-        ValueError, FileNotFoundError, ImportError: something in the recipe can't be used; nothing was written.
+        ValueError, FileNotFoundError, ImportError: the recipe can't be used; nothing was written.
         TrainingError: loss or gradients were not finite and `run.on_nonfinite` is `stop`.
         KeyboardInterrupt: Ctrl-C, after a checkpoint was saved; the message says how to resume.
     """
@@ -121,7 +121,7 @@ def _loop(parts: Parts, done: Progress, folder: RunFolder, log: Log) -> None:
                 with torch.autocast(parts.device.type, dtype=amp, enabled=amp is not None):
                     loss_sum, _ = parts.loss({k: v.to(parts.device) for k, v in batch.items()})
                     micro_loss = loss_sum / num_labels
-                micro_loss.backward()
+                micro_loss.backward()  # type: ignore[no-untyped-call]
                 loss += micro_loss.detach()
             grad_norm = nn.utils.clip_grad_norm_(parts.trainable(), max_norm)
             # Written down before the step, which may draw the next blocks.
@@ -243,8 +243,8 @@ def _not_finite(step: int, loss: torch.Tensor, grad_norm: torch.Tensor, folder: 
     last = newest_checkpoint(folder.checkpoints)
     way_back = f"the last good checkpoint is {last}" if last else "no checkpoint was saved yet"
     return TrainingError(
-        f"step {step}: loss {float(loss):g}, gradient norm {float(grad_norm):g}; weights are as before this step "
-        f"and {way_back}; lower optimizer.lr, or set run.on_nonfinite: skip to leave such steps out"
+        f"step {step}: loss {float(loss):g}, gradient norm {float(grad_norm):g}; weights are as before "
+        f"this step and {way_back}; lower optimizer.lr, or set run.on_nonfinite: skip to leave such steps out"
     )
 
 

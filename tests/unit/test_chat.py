@@ -1,3 +1,5 @@
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,7 +78,28 @@ def test_the_plain_template_needs_an_end_of_sequence_token() -> None:
         set_chat_template(tokenizer)
 
 
-QWEN3 = Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja"
+TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+QWEN3 = TEMPLATES / "qwen3.jinja"
+VISION = {"idefics3", "llava_next", "smolvlm"}  # want parts, not text
+FAMILIES = sorted(path.stem for path in TEMPLATES.glob("*.jinja") if not path.stem.endswith("_training"))
+
+
+@pytest.mark.filterwarnings("ignore:the chat template asks for an answer with")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_templates_of_well_known_models_give_the_answers_and_nothing_of_the_questions(family: str) -> None:
+    template = (TEMPLATES / f"{family}.jinja").read_text("utf-8")
+    special = set(re.findall(r"<[|｜_a-z][^<>'\"\n{}]*>", template)) - {"<bos>", "<eos>"}
+    tokenizer = byte_tokenizer(template, extra=sorted(special))
+    messages = [USER, BOT, USER | {"content": "Question"}, BOT | {"content": "Goodbye"}]
+    if family in VISION:
+        with pytest.raises(ValueError, match=r"the chat template (leaves out|refuses)"):
+            answers(tokenizer, messages)
+        return
+    hello, goodbye = answers(tokenizer, messages)
+    assert "Hello" in hello
+    assert "Goodbye" in goodbye
+    assert "Question" not in hello + goodbye
+    assert Chat(tokenizer).ends_turn(goodbye)
 
 
 def test_a_template_that_rewrites_earlier_turns_is_used_in_trls_training_variant() -> None:
@@ -88,12 +111,30 @@ def test_a_template_that_rewrites_earlier_turns_is_used_in_trls_training_variant
 
 def test_an_unknown_template_that_rewrites_earlier_turns_is_an_error() -> None:
     tokenizer = byte_tokenizer(
-        CHATML.replace("message['content']", "(message['content'] if loop.last else 'cut')")
+        CHATML.replace("message['content']", "('' if loop.last else 'Old: ') + message['content']")
     )
     with pytest.raises(
         ValueError, match=r"up to number 2 differently once others follow, .* set loss_on to all"
     ):
         answers(tokenizer, [USER, BOT, BOT, BOT])
+
+
+@pytest.mark.parametrize("ending", ["<end>{{ '<eos>' if LAST }}", "{{ '<eos>' if LAST else '<end>' }}"])
+def test_the_end_of_the_last_turn_may_be_written_differently(ending: str) -> None:
+    """As Phi-3 and gpt-oss do; the conversation still ends with a stop that is learned."""
+    ending = ending.replace("LAST", "loop.last and not add_generation_prompt")
+    template = CHATML.replace("message['content'] + eos_token + '\n' }}", "message['content'] }}" + ending)
+    messages = [USER, BOT, USER, BOT | {"content": ""}, USER, BOT | {"content": "Bye"}]
+    found = answers(byte_tokenizer(template, extra=["<end>"]), messages)
+    middle, last = ("<end>", "<end><eos>") if ending.startswith("<end>") else ("", "<eos>")
+    assert found == [f"Hello{middle}", middle, f"Bye{last}"]
+
+
+def test_a_template_that_leaves_texts_out_is_an_error() -> None:
+    """As those of vision models do when they get text where they want a list of parts."""
+    tokenizer = byte_tokenizer(CHATML.replace("message['content']", "''"))
+    with pytest.raises(ValueError, match="leaves out what message 1 says"):
+        Chat(tokenizer).render([USER, BOT])
 
 
 def test_a_template_that_refuses_a_conversation_is_an_error() -> None:
@@ -118,3 +159,9 @@ def test_what_only_a_question_ends_with_is_left_out_with_a_warning() -> None:
 def test_common_length(first: object, second: object, length: int, swap: bool) -> None:
     compare: Callable[..., int] = common_length
     assert compare(*((second, first) if swap else (first, second))) == length
+
+
+def test_a_missing_trl_names_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trl.chat_template_utils", None)
+    with pytest.raises(ImportError, match=r'pip install "lisatune\[train\]"'):
+        Chat(byte_tokenizer(CHATML))

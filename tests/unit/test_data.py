@@ -80,7 +80,7 @@ def test_text_carries_loss_on_all_but_the_first_token() -> None:
 
 def test_loss_on_all_takes_prompts_and_needs_no_answer_borders() -> None:
     tokenizer = byte_tokenizer(
-        CHATML.replace("message['content']", "(message['content'] if loop.last else 'cut')")
+        CHATML.replace("message['content']", "('' if loop.last else 'Old: ') + message['content']")
     )
     (row,) = tokenize(records({"messages": [USER, BOT]}), tokenizer, max_length=1000, loss_on="all").rows
     assert row["labels"] == [-100, *row["input_ids"][1:]]

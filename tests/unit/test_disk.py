@@ -41,18 +41,40 @@ def test_failing_leaves_what_was_there_and_nothing_else(tmp_path: Path, error: B
     target = tmp_path / "model"
     with written_aside(target) as aside:
         (aside / "old").touch()
-    with pytest.raises(type(error)), written_aside(target) as aside:
-        (aside / "half").touch()
-        raise error
+
+    def fail() -> None:
+        with written_aside(target) as aside:
+            (aside / "half").touch()
+            raise error
+
+    with pytest.raises(type(error)):
+        fail()
+    assert [path.name for path in target.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_failing_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, rename = tmp_path / "model", Path.rename
+    with written_aside(target) as aside:
+        (aside / "old").touch()
+
+    def failing(self: Path, to: Path) -> Path:
+        if (self / "new").exists():
+            raise OSError(5, "Input/output error")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="Input/output error"), written_aside(target) as aside:
+        (aside / "new").touch()
     assert [path.name for path in target.iterdir()] == ["old"]
     assert list(tmp_path.iterdir()) == [target]
 
 
 def test_errors_name_the_folder_and_the_reason(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"could not write .*file/model .*Not a directory.*choose another"):
-        with written_aside(tmp_path / "file" / "model"):
-            pass
+    message = r"could not write .*file/model .*Not a directory.*choose another"
+    with pytest.raises(OSError, match=message), written_aside(tmp_path / "file" / "model"):
+        pass
 
 
 def test_sha256_is_of_the_content(tmp_path: Path) -> None:

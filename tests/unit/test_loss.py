@@ -18,6 +18,7 @@ from transformers import (
 from transformers.utils import logging
 
 from lisatune.loss import CausalLMLoss, chunked_cross_entropy, evaluation_mode
+from lisatune.models import load_model
 
 SHAPE = {
     "vocab_size": 128,
@@ -196,6 +197,15 @@ def test_chunk_size_does_not_change_the_loss(chunk_size: int) -> None:
     assert num_tokens == 16
 
 
+def test_log_softmax_and_sum_are_float32_for_bf16_weights() -> None:
+    torch.manual_seed(0)
+    hidden_BTD, head = torch.randn(1, 1001, 16).bfloat16(), nn.Linear(16, 50).bfloat16()
+    labels_BT = torch.randint(0, 50, (1, 1001))
+    got, _ = chunked_cross_entropy(hidden_BTD, head, labels_BT)
+    want = nn.functional.cross_entropy(head(hidden_BTD[0, :-1]).double(), labels_BT[0, 1:], reduction="sum")
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)  # a bf16 sum is off by 1e-3
+
+
 def test_only_positions_with_loss_reach_the_head_one_chunk_at_a_time() -> None:
     seen: list[int] = []
     head = nn.Linear(4, 11)
@@ -256,3 +266,14 @@ def test_packing_is_refused_where_documents_see_each_other(family: str) -> None:
     loss_fn = CausalLMLoss(build(CONFIGS[family]))
     with pytest.raises(ValueError, match=r"data.packing does not work with \w+ForCausalLM"):
         loss_fn.check_packing()
+
+
+@pytest.mark.smollm2
+def test_smollm2_loss_is_that_of_transformers() -> None:
+    model = load_model("smollm2-135m")
+    ids_BT = torch.arange(1000, 1200).view(2, 100)
+    rows = {"input_ids": ids_BT, "labels": ids_BT, "position_ids": torch.arange(100).expand(2, -1)}
+    with torch.no_grad():
+        loss_sum, num_tokens = CausalLMLoss(model)(rows)
+        theirs = model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
+    torch.testing.assert_close(loss_sum / num_tokens, theirs, rtol=1e-6, atol=0)

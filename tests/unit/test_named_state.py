@@ -12,7 +12,7 @@ STATES = st.recursive(
     lambda inner: (
         st.lists(inner)
         | st.lists(inner).map(tuple)
-        | st.dictionaries(st.text(), inner)
+        | st.dictionaries(st.text() | st.sampled_from(["__tensor__", "__tuple__"]), inner)
         | st.dictionaries(st.integers(), inner)
     ),
     max_leaves=10,

@@ -1,16 +1,14 @@
+import json
 import subprocess
 import sys
-import time
 
 import pytest
 
 from lisatune.python_docs import LONGEST_ANSWER, SHORTEST_ANSWER, _answer, pairs
 
 
-def test_thousands_of_pairs_in_a_few_seconds() -> None:
-    start = time.process_time()
+def test_there_are_thousands_of_pairs_and_a_tenth_is_held_out() -> None:
     train, validation = pairs("train"), pairs("validation")
-    assert time.process_time() - start < 5
     assert len(train) > 2000
     assert 0.05 < len(validation) / len(train) < 0.2
 
@@ -42,25 +40,14 @@ def test_well_known_functions_are_there_with_their_signature() -> None:
     assert "`str.isupper()`" in by_name["str.isupper"]["prompt"]  # no self
 
 
-def test_the_pairs_are_the_same_in_another_process() -> None:
+def test_another_process_gets_the_same_pairs_and_runs_no_module_with_side_effects() -> None:
     code = (
-        "import hashlib; from lisatune.python_docs import pairs;"
-        "print(hashlib.sha256(repr(pairs('validation')).encode()).hexdigest())"
-    )
-    hashes = {
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-        for _ in range(2)
-    }
-    assert len(hashes) == 1
-
-
-def test_reading_the_docs_runs_no_module_with_side_effects() -> None:
-    code = (
-        "import sys; from lisatune.python_docs import pairs; pairs('train');"
-        "print({'antigravity', 'this', 'idlelib', 'tkinter', 'turtle', 'test'} & set(sys.modules))"
+        "import json, sys; from lisatune.python_docs import pairs; found = pairs('validation');"
+        "run = {'antigravity', 'this', 'idlelib', 'tkinter', 'turtle', 'test'} & set(sys.modules);"
+        "print(json.dumps([found, sorted(run)]))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout == "set()\n"
+    assert json.loads(run.stdout) == [pairs("validation"), []]
     assert run.stderr == ""
 
 
