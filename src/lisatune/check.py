@@ -119,8 +119,9 @@ def _check_data(recipe: Recipe, report: CheckReport) -> Data | None:
     sources = [(config.train, config.limit), (config.validation, config.validation_limit)]
     for source, limit in sources:
         if source is not None:
-            options = {"kind": config.kind, "split": config.split, "limit": limit}
-            records = report.attempt(read_records, source, on_bad_row="skip", **options)
+            records = report.attempt(
+                read_records, source, kind=config.kind, split=config.split, limit=limit, on_bad_row="skip"
+            )
             if records is not None and records.skipped and config.on_bad_row == "error":
                 more = f" (and {records.skipped - 1:,} more like it)" if records.skipped > 1 else ""
                 report.problems.append(f"{records.first_skipped}{more}; mend it or set data.on_bad_row=skip")

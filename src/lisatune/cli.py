@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in tokens
     tokens = [token for token in tokens if token != "--debug"]
+    warnings.formatwarning = _warning_text
     try:
         return _run(tokens)
     except KeyboardInterrupt as stop:
@@ -223,6 +225,14 @@ def _say(text: str, code: int, debug: bool) -> int:
         traceback.print_exc()
     sys.stderr.write(f"lisatune: {text}\n")
     return code
+
+
+def _warning_text(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Show a warning that is meant for users without the place it comes from."""
+    place = "" if category is UserWarning else f" ({category.__name__} in {filename}:{lineno})"
+    return f"lisatune: warning: {message}{place}\n"
 
 
 def _print(text: str) -> None:

@@ -40,7 +40,7 @@ class Sample(TypedDict):
 
     prompt: str
     reference: str
-    """What the record answers; not printed."""
+    """What the held-out record answers."""
     before: str
     after: str
 
@@ -63,7 +63,7 @@ class Summary(TypedDict, total=False):
     peak_trainable: int
     """Most parameters that trained at once."""
     visits: list[int]
-    """In how many periods each block has trained."""
+    """In how many periods each block trained."""
     proof: str
     samples: list[Sample]
     model: str
@@ -86,8 +86,10 @@ def count_text(count: float) -> str:
 
 
 def byte_text(num_bytes: float) -> str:
-    """Write bytes in GiB, or MiB below one GiB."""
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
+    """Write bytes in GiB, MiB or KiB."""
+    if num_bytes >= 2**30:
+        return f"{num_bytes / 2**30:.2f} GiB"
+    return f"{num_bytes / 2**20:.0f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:.0f} KiB"
 
 
 class Bar:
@@ -196,8 +198,13 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
 
 
 def _answers(sample: Sample) -> Padding:
-    before, after = _short(sample["before"]), _short(sample["after"])
-    answers = grid([("before", Text(before, style="dim")), ("after", after)])
+    answers = grid(
+        [
+            ("before", Text(_short(sample["before"]), style="dim")),
+            ("after", _short(sample["after"])),
+            ("reference", Text(_short(sample["reference"]), style="italic")),
+        ]
+    )
     return Padding(Group(Text(_short(sample["prompt"]), style="bold"), answers), (0, 1, 1, 1))
 
 

@@ -207,13 +207,15 @@ def _unknown(what: str, name: object, known: Iterable[str]) -> str:
     return f"unknown {what} {str(name)!r}.{hint} Known: {', '.join(known)}"
 
 
-def _unknown_key(section: str, key: object, sections: Mapping[str, type]) -> str:
-    close = difflib.get_close_matches(str(key), _keys(sections[section]), n=1)
+def _unknown_key(section: str, key: object, sections: Mapping[str, Any]) -> str:
+    known = _keys(sections[section])
+    close = difflib.get_close_matches(str(key), known, n=1)
     elsewhere = [other for other in sections if key in _keys(sections[other])]
+    owner = f" of method {sections[section].name}" if section == "method" else ""
     if not close and not elsewhere:
-        return f"unknown key '{section}.{key}'. Known: {', '.join(_keys(sections[section]))}"
+        return f"unknown key '{section}.{key}'{owner}. Known: {', '.join(known)}"
     nearest = f"{section}.{close[0]}" if close else f"{elsewhere[0]}.{key}"
-    return f"unknown key '{section}.{key}'. Did you mean {nearest!r}?"
+    return f"unknown key '{section}.{key}'{owner}. Did you mean {nearest!r}?"
 
 
 def _refuse(where: str, sections: Mapping[str, type], section: str, key: str, value: Any) -> NoReturn:

@@ -24,6 +24,7 @@ SUMMARY: Summary = {
     "samples": [
         {
             "prompt": "What does the Python function textwrap.dedent(text) do?",
+            "reference": "Remove common leading whitespace.",
             "before": "The function [bold]dedent[/bold] \x1b[31mis " + "a function of text " * 40,
             "after": "Remove any common leading whitespace from every line in `text`.",
         }
@@ -88,6 +89,7 @@ def test_the_summary_says_what_came_out() -> None:
         "30 periods: drawn blocks moved, 28 others bit-identical",
         "runs/demo/model",
         "textwrap.dedent",
+        "reference  Remove common leading whitespace.",
     ):
         assert part in out
     assert max(map(len, out.splitlines())) <= 100
@@ -111,7 +113,7 @@ def test_counts_are_short() -> None:
     assert [count_text(n) for n in (0, 999, 1000, 134_515_008, 999_999, 7e9)] == [
         *("0", "999", "1.0k", "134.5M", "1.0M", "7.0B")
     ]
-    assert [byte_text(n) for n in (0, 2**29, 3 * 2**29)] == ["0 MiB", "512 MiB", "1.50 GiB"]
+    assert [byte_text(n) for n in (0, 2**14, 2**29, 3 * 2**29)] == ["0 KiB", "16 KiB", "512 MiB", "1.50 GiB"]
     assert [ranges_text(b) for b in ((), (4,), (4, 5), (0, 1, 2, 7))] == ["none", "4", "4 5", "0–2 7"]
 
 

@@ -88,7 +88,10 @@ def test_off_is_a_word_and_null_is_nothing(tmp_path: Path) -> None:
         (BASE + "method: 5\n", "{}: section method must hold keys, a `key: value` per line, got 5"),
         (BASE + "run: {stepz: 5}\n", "{}: unknown key 'run.stepz'. Did you mean 'run.steps'?"),
         (BASE + "run: {packing: true}\n", "{}: unknown key 'run.packing'. Did you mean 'data.packing'?"),
-        (BASE + "method: {name: full, active: 2}\n", "{}: unknown key 'method.active'. Known: name"),
+        (
+            BASE + "method: {name: full, active: 2}\n",
+            "{}: unknown key 'method.active' of method full. Known: name",
+        ),
         (
             BASE + "method: {name: lsia}\n",
             "{}: unknown method 'lsia'. Did you mean 'lisa'? Known: full, lisa",

