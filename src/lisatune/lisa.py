@@ -38,7 +38,7 @@ from torch.optim import Optimizer
 
 from lisatune.layers import LayerMap, find_layers
 from lisatune.optim import HostState, check_parameters, groups_by_block, plain_optimizer, state_bytes
-from lisatune.proof import Proof, has_reason_to_move
+from lisatune.proof import Proof, ProofError, has_reason_to_move
 from lisatune.samplers import Independent, Sampler, auto_period, make_sampler, visits
 
 __all__ = ["LISA"]
@@ -184,8 +184,13 @@ class LISA:
         """Prove the current period as far as it has gone; for the end of a run.
 
         Raises:
-            ProofError: the wrong weights trained.
+            ProofError: the wrong weights trained, or the optimizer has made no step at all.
         """
+        if self.steps_done == 0:
+            raise ProofError(
+                "the optimizer that LISA is attached to has made no step; attach LISA to the optimizer, and "
+                "over the model, that the loop trains with (with Trainer: trainer.create_optimizer())"
+            )
         if self._proof is not None and self._proof.is_open and self.steps_done % self.period:
             self._proof.end(moving=self._moving(), may_rest=self._may_rest, still_open=True)
 

@@ -18,7 +18,7 @@ def words() -> tuple[str, ...]:
 
 @pytest.fixture(scope="session")
 def tokenizer(words: tuple[str, ...]) -> PreTrainedTokenizerFast:
-    """One token per word; the padding and end tokens are those of `tiny_llama`."""
+    """One token per word, fewer than the tiny llama's vocabulary."""
     ids = {word: i for i, word in enumerate(("<pad>", "<end>", "<unknown>", *words))}
     model = Tokenizer(WordLevel(ids, unk_token="<unknown>"))
     model.pre_tokenizer = Whitespace()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from integration.tiny import tiny_llama
+import tiny
 from lisatune import LISA
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -22,17 +22,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is depr
 
 
 @pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Caches go to the test's folder."""
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Keep caches in the test's folder."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
 
 
 @pytest.fixture(scope="module")
 def model_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny-llama")
-    tiny_llama().save_pretrained(folder)
+    tiny.llama().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -80,7 +79,7 @@ def test_example_trains_every_block_and_saves_the_model(
     assert lisa.steps_done == steps
     assert lisa.periods_proven == 3
     assert min(lisa.visits) == 1
-    before = tiny_llama().state_dict()
+    before = tiny.llama().state_dict()
     after = AutoModelForCausalLM.from_pretrained(output).state_dict()
     assert [name for name, weight in after.items() if torch.equal(weight, before[name])] == []
     assert AutoTokenizer.from_pretrained(output).eos_token == "<end>"

@@ -29,8 +29,8 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from integration.tiny import VOCABULARY, tiny_llama
-from lisatune import LISA, build_adamw, find_layers
+import tiny
+from lisatune import LISA, ProofError, build_adamw, find_layers
 
 STEPS, ACCUMULATION, BATCH, LENGTH = 12, 2, 2, 16
 LR, LR_WARMUP = 1e-2, 2  # the first step has a learning rate of 0, as in most schedules
@@ -56,7 +56,7 @@ class Run:
 def data() -> Dataset:
     """Random tokens; a third of the labels carry no loss, so micro-batches differ in their token counts."""
     rng = torch.Generator().manual_seed(0)
-    ids = torch.randint(2, VOCABULARY, (STEPS * ACCUMULATION * BATCH, LENGTH), generator=rng)
+    ids = torch.randint(0, tiny.VOCABULARY, (STEPS * ACCUMULATION * BATCH, LENGTH), generator=rng)
     labels = ids.masked_fill(torch.rand(ids.shape, generator=rng) < 1 / 3, -100)
     return Dataset.from_dict({"input_ids": ids.tolist(), "labels": labels.tolist()})
 
@@ -111,7 +111,7 @@ def make_schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.
 
 
 def plain_loop(data: Dataset, loss: Loss = model_loss) -> Run:
-    model = tiny_llama()
+    model = tiny.llama()
     if loss is fused_loss:
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
     optimizer = make_optimizer(model)
@@ -136,7 +136,7 @@ def accelerate_loop(
     resume: tuple[int, Path] | None = None,
 ) -> Run:
     accelerator = Accelerator(gradient_accumulation_steps=ACCUMULATION, cpu=True)
-    model = tiny_llama(seed)
+    model = tiny.llama(seed=seed)
     optimizer = make_optimizer(model)
     if not prepare_first:
         run = attach(model, optimizer)
@@ -182,7 +182,7 @@ def make_arguments(kind: type[TrainingArguments], folder: Path, **options: Any) 
 
 def make_trainer(data: Dataset, folder: Path, *, seed: int = 0, **options: Any) -> Trainer:
     arguments = make_arguments(TrainingArguments, folder, **options)
-    return Trainer(tiny_llama(seed), arguments, train_dataset=data, data_collator=collate)
+    return Trainer(tiny.llama(seed=seed), arguments, train_dataset=data, data_collator=collate)
 
 
 def train(trainer: Trainer, *, resume: Path | None = None, **lisa_options: Any) -> Run:
@@ -210,7 +210,7 @@ def reference(data: Dataset) -> Run:
 
 def test_plain_loop_crosses_periods_and_moves_every_layer(reference: Run) -> None:
     assert len(set(reference.draws)) == 3
-    before = tiny_llama().state_dict()
+    before = tiny.llama().state_dict()
     unmoved = [name for name, now in reference.model.state_dict().items() if torch.equal(now, before[name])]
     assert unmoved == []
     assert reference.lisa.periods_proven == 2
@@ -240,7 +240,7 @@ def test_trainer_equals_plain_loop(data: Dataset, reference: Run, tmp_path: Path
 def test_trainer_with_a_given_optimizer_equals_plain_loop(
     data: Dataset, reference: Run, tmp_path: Path
 ) -> None:
-    model = tiny_llama()
+    model = tiny.llama()
     optimizer = make_optimizer(model)
     run = attach(model, optimizer)
     arguments = make_arguments(TrainingArguments, tmp_path)
@@ -274,7 +274,7 @@ def test_trainer_resumes_bit_equal(
 
 def test_trainer_checkpoint_holds_state_of_ends_and_active_blocks_only(checkpoints: Path) -> None:
     saved = torch.load(checkpoints / "checkpoint-7" / "optimizer.pt", weights_only=True)
-    model = tiny_llama()
+    model = tiny.llama()
     layers = find_layers(model)
     blocks = layers.block_parameters(model)
     assert saved["lisa"]["steps_done"] == 7
@@ -308,7 +308,7 @@ def make_sft_trainer(
     data: Dataset, tokenizer: PreTrainedTokenizerFast, folder: Path, *, seed: int = 0, **options: Any
 ) -> SFTTrainer:
     return SFTTrainer(
-        tiny_llama(seed),
+        tiny.llama(seed=seed),
         make_arguments(SFTConfig, folder, **options),
         train_dataset=data,
         data_collator=collate,
@@ -349,6 +349,27 @@ def test_freezing_before_trainer_builds_its_optimizer_is_an_error(data: Dataset,
         block.requires_grad_(False)
     with pytest.raises(ValueError, match=r"'model\.layers\.2\.\S+' is not in the optimizer.*before anything"):
         LISA(trainer.model, trainer.create_optimizer(), active=2)
+
+
+def test_check_reports_a_trainer_that_made_itself_another_optimizer(data: Dataset, tmp_path: Path) -> None:
+    trainer = make_trainer(data, tmp_path)
+    lisa = LISA(trainer.model, make_optimizer(trainer.model), active=2)  # and not given to the Trainer
+    trainer.train()
+    with pytest.raises(ProofError, match=r"has made no step.*trainer\.create_optimizer"):
+        lisa.check()
+
+
+def test_check_reports_a_trainer_that_made_itself_another_model(data: Dataset, tmp_path: Path) -> None:
+    trainer = Trainer(
+        model_init=lambda: tiny.llama(),
+        args=make_arguments(TrainingArguments, tmp_path),
+        train_dataset=data,
+        data_collator=collate,
+    )
+    lisa = LISA(trainer.model, trainer.create_optimizer(), active=2)
+    trainer.train()  # starts from model_init and a new optimizer
+    with pytest.raises(ProofError, match="has made no step"):
+        lisa.check()
 
 
 def test_resume_from_a_checkpoint_saved_without_lisa_is_an_error(data: Dataset, tmp_path: Path) -> None:
