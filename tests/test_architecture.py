@@ -10,11 +10,12 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "lisatune"
 
 LEVELS = {
-    0: {"layers", "samplers", "recipe", "runs"},
-    1: {"lisa", "optim", "loss", "memory", "proof"},
+    0: {"environment", "layers", "plain_yaml", "recipe", "runs", "samplers"},
+    1: {"lisa", "loss", "memory", "named_state", "optim", "proof"},
     2: {"methods"},
-    3: {"records", "data", "python_docs", "models", "evaluate", "checkpoint"},
-    4: {"recipe_file", "train", "check", "progress"},
+    3: {"chat", "checkpoint", "data", "disk", "evaluate", "gguf_models", "models", "pretrained"}
+    | {"python_docs", "records", "sources", "trackers"},
+    4: {"assemble", "check", "layer_table", "plan", "prepare", "progress", "recipe_file", "train"},
     5: {"cli"},
 }
 LEVEL = {module: level for level, modules in LEVELS.items() for module in modules}
