@@ -210,7 +210,7 @@ def test_sparse_gradients_are_read() -> None:
 
 
 def attach(model: nn.Module, **options: object) -> tuple[torch.optim.Optimizer, LISA]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     return optimizer, LISA(model, optimizer, **{"active": 2, "period": 3, "verify": "full", **options})
 
 
