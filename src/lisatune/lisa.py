@@ -111,7 +111,7 @@ class LISA:
             raise RuntimeError("a LISA is already attached to this optimizer; call its detach() first")
         self.layers = find_layers(model) if layers is None else layers
         self.sampler = make_sampler(sampler, active, self.layers.num_blocks)
-        self.seed, self.state, self.warmup = seed, state, warmup
+        self.seed, self.state, self.warmup, self.verify = seed, state, warmup, verify
         self.period = _period(period, self.sampler, seed, total_steps)
         if not 0 <= warmup < self.period:
             raise ValueError(f"warmup must be >= 0 and below period={self.period}, got {warmup}")

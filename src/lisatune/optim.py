@@ -22,6 +22,7 @@ __all__ = [
     "param_groups",
     "plain_optimizer",
     "state_bytes",
+    "state_elements",
 ]
 
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -69,6 +70,16 @@ def build_adamw(
 def state_bytes(optimizer: Optimizer) -> int:
     """Count the bytes of all tensors in the optimizer's state, each parameter's step counter included."""
     return sum(_tensor_bytes(state.values()) for state in optimizer.state.values())
+
+
+def state_elements(optimizer: Optimizer) -> int:
+    """Count the elements of the state that is shaped like its parameter: AdamW's two moments."""
+    return sum(
+        value.numel()
+        for parameter, state in optimizer.state.items()
+        for value in state.values()
+        if isinstance(value, torch.Tensor) and value.shape == parameter.shape
+    )
 
 
 class HostState:

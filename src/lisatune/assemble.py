@@ -1,0 +1,101 @@
+"""What a run is put together from, in the one order that works.
+
+Everything still requires grad while the optimizer is built; LISA attaches last and freezes.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lisatune import models
+from lisatune.layers import LayerMap, find_layers
+from lisatune.lisa import LISA
+from lisatune.loss import CausalLMLoss
+from lisatune.optim import state_bytes, state_elements
+from lisatune.prepare import Data, prepare_data
+from lisatune.recipe import Recipe
+
+__all__ = ["Parts", "StateMeter", "assemble"]
+
+
+class StateMeter:
+    """Measures the optimizer's state after every step, before a draw can release any of it."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.bytes = 0
+        self.elements = 0
+        optimizer.register_step_post_hook(self._measure)
+
+    def _measure(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.bytes, self.elements = state_bytes(optimizer), state_elements(optimizer)
+
+
+@dataclass
+class Parts:
+    """What a run is put together from."""
+
+    recipe: Recipe
+    device: torch.device
+    tokenizer: Any
+    data: Data
+    model: nn.Module
+    layers: LayerMap
+    loss: CausalLMLoss
+    optimizer: torch.optim.Optimizer
+    scheduler: LRScheduler
+    lisa: LISA | None
+    state: "StateMeter"
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """Dtype of matrix products; None computes in the weights' dtype."""
+        return torch.bfloat16 if self.recipe.run.precision == "bf16-mixed" else None
+
+    def trainable(self) -> list[nn.Parameter]:
+        """Parameters that train now."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+
+def assemble(recipe: Recipe) -> Parts:
+    """Build everything a run needs, in this order: data, model, layers, optimizer, schedule, LISA."""
+    from transformers import get_scheduler
+
+    run, optimizer_config = recipe.run, recipe.optimizer
+    device = models.pick_device(run.device)
+    name, revision, trusted = recipe.model.name, recipe.model.revision, recipe.model.trust_remote_code
+    tokenizer = models.load_tokenizer(name, revision=revision, trust_remote_code=trusted)
+    data = prepare_data(recipe, tokenizer)
+    torch.manual_seed(run.seed)
+    model = models.load_model(
+        name, revision=revision, trust_remote_code=trusted, attention=recipe.model.attention
+    ).to(device)
+    layers = find_layers(model)
+    loss = CausalLMLoss(model)
+    if recipe.data.packing:
+        loss.check_packing()
+    if run.activation_checkpointing:
+        models.enable_activation_checkpointing(model)
+    model = recipe.method.prepare(model)
+    model.train()
+    optimizer = recipe.method.build_optimizer(
+        model,
+        layers,
+        lr=optimizer_config.lr,
+        betas=optimizer_config.betas,
+        eps=optimizer_config.eps,
+        weight_decay=optimizer_config.weight_decay,
+    )
+    schedule = optimizer_config.schedule
+    scheduler = get_scheduler(
+        "constant_with_warmup" if schedule == "constant" else schedule,
+        optimizer,
+        num_warmup_steps=optimizer_config.warmup_steps,
+        num_training_steps=data.steps,
+    )
+    state = StateMeter(optimizer)  # before LISA, whose hook releases state
+    lisa = recipe.method.attach(model, optimizer, layers, total_steps=data.steps)
+    return Parts(recipe, device, tokenizer, data, model, layers, loss, optimizer, scheduler, lisa, state)

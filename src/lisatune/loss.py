@@ -1,0 +1,237 @@
+"""Next-token loss without the full logits: the head and the cross-entropy run on 128 tokens at a time.
+
+For hidden states h_t, head W and labels y (-100 where no loss), position t predicts label t + 1:
+
+    loss = sum over t with y_{t+1} != -100 of  -log softmax(W h_t)[y_{t+1}]
+
+Positions without loss never reach the head. The other positions go through it in chunks, each under
+`torch.utils.checkpoint`, so the logits of one chunk exist at a time, in forward and in backward.
+
+Shapes: B = sequences, T = tokens, H = hidden size, V = vocabulary, N = positions with loss, C = chunk.
+"""
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+__all__ = ["CausalLMLoss", "chunked_cross_entropy", "evaluation_mode"]
+
+IGNORE = -100
+"""Label of a position that carries no loss."""
+
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+"""Largest difference, relative to the largest logit, that rounding explains. A missing scale is far above."""
+
+SCALE_KEYS = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier")
+"""Config keys that scale logits. Some models multiply, others divide: the comparison tells which."""
+
+
+def chunked_cross_entropy(
+    hidden_BTD: Tensor,
+    head: Callable[[Tensor], Tensor],
+    labels_BT: Tensor,
+    *,
+    chunk_size: int = 128,
+    transform: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sum the next-token losses of a batch, in float32.
+
+    Args:
+        hidden_BTD: what the head reads, [B, T, H], any float dtype.
+        head: maps [C, H] to logits [C, V].
+        labels_BT: token ids, [B, T]; -100 carries no loss. Position t is scored on label t + 1.
+        chunk_size: C, positions whose logits exist at once, >= 1.
+        transform: what the model does to its logits, such as scaling or soft-capping.
+
+    Returns:
+        Loss sum (float32 scalar) and number of positions with loss (int64 scalar). With no such
+        position the sum is a zero whose gradients are zeros.
+    """
+
+    def chunk_loss(hidden_CD: Tensor, target_C: Tensor) -> Tensor:
+        logits_CV = head(hidden_CD)
+        if transform is not None:
+            logits_CV = transform(logits_CV)
+        return cross_entropy(logits_CV.float(), target_C, reduction="sum")
+
+    target_BT = labels_BT[:, 1:]
+    has_loss_BT = target_BT != IGNORE
+    hidden_ND = hidden_BTD[:, :-1][has_loss_BT]  # waits for the device once per call: N must be known
+    target_N = target_BT[has_loss_BT]
+    num_tokens = has_loss_BT.sum()
+
+    total = torch.zeros((), dtype=torch.float32, device=hidden_BTD.device)
+    for start in range(0, max(len(target_N), 1), chunk_size):  # one empty chunk where nothing has loss
+        chunk = hidden_ND[start : start + chunk_size], target_N[start : start + chunk_size]
+        if torch.is_grad_enabled():
+            total = total + checkpoint(chunk_loss, *chunk, use_reentrant=False, preserve_rng_state=False)
+        else:
+            total = total + chunk_loss(*chunk)
+    return total, num_tokens
+
+
+class CausalLMLoss:
+    """Next-token loss of a Hugging Face causal language model, without its full logits.
+
+    The decoder is called for hidden states and the head is applied in chunks. That must give the model's
+    own logits, which is proven here on a few tokens; a model that does anything else to its logits goes
+    through its own forward with full logits instead, and a warning says so.
+
+    `use_cache=False` and the batch's position_ids are always passed, an attention_mask never: sequences are
+    padded on the right, where a causal model does not look, and packed documents are told apart by
+    position_ids that start again at 0. The auxiliary loss of mixture-of-experts
+    routers is not part of this loss.
+
+    For FSDP2, register the method that calls this with `register_fsdp_forward_method`, since the model's own
+    `forward` is bypassed.
+
+    Args:
+        model: a `transformers` causal language model, with weights and on its device. It is called twice.
+        chunk_size: positions whose logits exist at once.
+
+    Attributes:
+        is_chunked: False where the model needs its full logits.
+    """
+
+    def __init__(self, model: nn.Module, *, chunk_size: int = 128) -> None:
+        self.model: Any = model
+        self.chunk_size = chunk_size
+        self._transform: Callable[[Tensor], Tensor] | None = None
+        obstacle = self._find_transform()
+        self.is_chunked = obstacle is None
+        if obstacle is not None:
+            warnings.warn(
+                f"the loss of {type(model).__name__} uses full logits, which takes more memory: {obstacle}",
+                stacklevel=2,
+            )
+        if getattr(model.config, "output_router_logits", False):
+            warnings.warn(
+                f"the router's auxiliary loss of {type(model).__name__} is left out of the loss",
+                stacklevel=2,
+            )
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Sum the token losses of a batch.
+
+        Args:
+            batch: `input_ids`, `labels` and `position_ids`, each int64 [B, T].
+
+        Returns:
+            Loss sum (float32 scalar) and number of tokens with loss (int64 scalar).
+        """
+        input_ids_BT, position_ids_BT = batch["input_ids"], batch["position_ids"]
+        if not self.is_chunked:
+            logits_BTV = self._logits(input_ids_BT, position_ids_BT)
+            return chunked_cross_entropy(logits_BTV, _identity, batch["labels"], chunk_size=self.chunk_size)
+        return chunked_cross_entropy(
+            self._hidden(input_ids_BT, position_ids_BT),
+            self.model.get_output_embeddings(),
+            batch["labels"],
+            chunk_size=self.chunk_size,
+            transform=self._transform,
+        )
+
+    def check_packing(self) -> None:
+        """Prove on a few tokens that documents packed into one sequence don't see each other.
+
+        Raises:
+            ValueError: they do, as in models without position ids, with recurrent state, or in flash
+                attention with more than one sequence per batch.
+        """
+        ids_BT, _ = self._probe()
+        restart_BT = torch.cat([torch.arange(4), torch.arange(4)]).expand(2, -1).to(ids_BT.device)
+        other_BT = torch.cat([ids_BT[:, :4].flip(1), ids_BT[:, 4:]], dim=1)
+        with torch.no_grad(), evaluation_mode(self.model):
+            second, same = (self._logits(ids, restart_BT)[:, 4:] for ids in (ids_BT, other_BT))
+        if not _agree(second, same):
+            raise ValueError(
+                f"data.packing does not work with {type(self.model).__name__} and attention "
+                f"{self.model.config._attn_implementation}: packed records would see each other; "
+                "set data.packing: false"
+            )
+
+    def _hidden(self, input_ids_BT: Tensor, position_ids_BT: Tensor) -> Tensor:
+        decoder = self.model.get_decoder()
+        out = decoder(input_ids=input_ids_BT, use_cache=False, **_positions(decoder, position_ids_BT))
+        hidden_BTD: Tensor = out.last_hidden_state
+        return hidden_BTD
+
+    def _logits(self, input_ids_BT: Tensor, position_ids_BT: Tensor) -> Tensor:
+        positions = _positions(self.model, position_ids_BT)
+        logits_BTV: Tensor = self.model(input_ids=input_ids_BT, use_cache=False, **positions).logits
+        return logits_BTV
+
+    def _find_transform(self) -> str | None:
+        """Find what turns the head's output into the model's logits; say what is wrong where nothing does."""
+        head = self.model.get_output_embeddings()
+        if head is None:
+            return "it names no output head"
+        probe = self._probe()
+        with torch.no_grad(), evaluation_mode(self.model):
+            want_BTV = self._logits(*probe)
+            try:
+                raw_BTV = head(self._hidden(*probe))
+            except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+                return f"its decoder and head can't be called apart ({error})"
+            for transform in _transforms(self.model.config.get_text_config(decoder=True)):
+                if _agree(transform(raw_BTV), want_BTV):
+                    self._transform = transform
+                    return None
+        return "it changes its logits in a way that its config does not name"
+
+    def _probe(self) -> tuple[Tensor, Tensor]:
+        """Two sequences of eight tokens: enough to compare, and no random number is drawn."""
+        embedding = self.model.get_input_embeddings().weight
+        ids_BT = torch.arange(16, device=embedding.device).view(2, 8) % embedding.shape[0]
+        return ids_BT, torch.arange(8, device=embedding.device).expand(2, -1)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off inside, and give every module its own training flag back at the end."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+
+
+def _positions(module: nn.Module, position_ids_BT: Tensor) -> dict[str, Tensor]:
+    """Models whose attention counts positions by itself (ALiBi) take no position_ids."""
+    takes_them = "position_ids" in inspect.signature(module.forward).parameters
+    return {"position_ids": position_ids_BT} if takes_them else {}
+
+
+def _transforms(config: Any) -> list[Callable[[Tensor], Tensor]]:
+    """Every way from head output to logits that the config's keys allow, the likeliest first."""
+    values = [getattr(config, key, None) for key in SCALE_KEYS]
+    factors = [factor for value in values if value for factor in (float(value), 1 / value)]
+    cap = getattr(config, "final_logit_softcapping", None)
+    return [partial(_scale_and_cap, factor=f, cap=c) for c, f in product({cap: 0, None: 0}, [*factors, 1.0])]
+
+
+def _scale_and_cap(logits: Tensor, *, factor: float, cap: float | None) -> Tensor:
+    logits = logits if factor == 1 else logits * factor
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def _agree(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    difference = (a.double() - b.double()).abs().max()  # NaN compares as False
+    return bool(difference <= TOLERANCE[b.dtype] * b.double().abs().max())
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x

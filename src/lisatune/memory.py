@@ -1,0 +1,57 @@
+"""Memory in bytes: of this process, of an accelerator, of tensors."""
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+__all__ = ["device_peak_bytes", "peak_resident_bytes", "reset_device_peak", "resident_bytes", "tensors_bytes"]
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM now."""
+    try:
+        import psutil
+    except ImportError as error:
+        raise ImportError('reading resident memory needs psutil: pip install "lisatune[train]"') from error
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_resident_bytes() -> int:
+    """Most memory this process ever had in RAM.
+
+    Linux tells in /proc, of this program alone; `getrusage` there also counts the process that started it.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def device_peak_bytes(device: torch.device) -> int | None:
+    """Most memory that tensors took on `device` since `reset_device_peak`; None if torch keeps no count."""
+    if device.type not in ("cuda", "xpu"):
+        return None
+    return int(torch.get_device_module(device).max_memory_allocated(device))
+
+
+def reset_device_peak(device: torch.device) -> None:
+    """Start counting the peak anew; does nothing where torch keeps no count."""
+    if device.type in ("cuda", "xpu"):
+        torch.get_device_module(device).reset_peak_memory_stats(device)
+
+
+def tensors_bytes(tensors: Iterable[Tensor]) -> int:
+    """Memory that the tensors' values take; storage that several of them share counts once."""
+    storages = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        storages[(tensor.device, storage.data_ptr())] = storage.nbytes()
+    return sum(storages.values())

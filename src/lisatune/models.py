@@ -1,0 +1,212 @@
+"""Open and save models: a local folder, a hub id, a GGUF file, or the built-in alias `smollm2-135m`.
+
+Weights are read from safetensors only, in float32 unless asked otherwise, and a weight that the files don't
+hold is an error: it would be a random number. GGUF files are converted once into a cache folder
+(see `lisatune.gguf_models`).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lisatune.disk import written_aside
+from lisatune.gguf_models import SMOLLM2, SMOLLM2_SHA256, converted, smollm2_file
+from lisatune.pretrained import check_loaded, import_transformers, one_sentence, quiet
+
+__all__ = [
+    "enable_activation_checkpointing",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "meta_model",
+    "pick_device",
+    "save_model",
+]
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Read a model's config, without its weights.
+
+    Args:
+        name: local Hugging Face folder, hub id, path of a .gguf file, or `smollm2-135m`.
+        revision: branch, tag or commit of a hub id.
+        trust_remote_code: run Python code that comes with the model.
+
+    Raises:
+        FileNotFoundError: no such folder, file or hub id, the hub can't be reached, or config.json or
+            weights are missing.
+        ValueError: the model can't be fine-tuned here: pickled or quantised weights, own Python code that is
+            not trusted, an architecture that transformers does not know.
+    """
+    path = _locate(name)
+    with one_sentence(name):
+        config = import_transformers().AutoConfig.from_pretrained(
+            path, revision=revision, trust_remote_code=trust_remote_code
+        )
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = (
+            quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        )
+        raise ValueError(
+            f"model {name} is stored quantised ({method}), which can't be fine-tuned; use its plain weights"
+        )
+    return config
+
+
+def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Load a model's tokenizer. One without a pad token pads with its end token: mask by length, not by id.
+
+    Arguments and errors are those of `load_config`.
+    """
+    path = _locate(name)
+    with one_sentence(f"the tokenizer of {name}"):
+        tokenizer = import_transformers().AutoTokenizer.from_pretrained(
+            path, revision=revision, trust_remote_code=trust_remote_code
+        )
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                f"the tokenizer of {name} has neither a pad nor an end token; "
+                "set eos_token in tokenizer_config.json"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    attention: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """Load a causal language model onto the CPU, in evaluation mode.
+
+    Args:
+        name, revision, trust_remote_code: as in `load_config`.
+        attention: attention implementation by its transformers name; None is transformers' choice.
+        dtype: of the weights, whatever they are stored in.
+
+    Raises:
+        FileNotFoundError, ValueError: as in `load_config`.
+        RuntimeError: the files lack weights of the model, or hold them in another shape.
+    """
+    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    with one_sentence(name):
+        model, info = import_transformers().AutoModelForCausalLM.from_pretrained(
+            _locate(name),
+            config=config,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attention,
+            dtype=dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
+            output_loading_info=True,
+        )
+    check_loaded(name, info)
+    return model
+
+
+def meta_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    attention: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """Build the model on the meta device: modules, names and shapes without weights. Else as `load_model`."""
+    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    with one_sentence(name), torch.device("meta"):
+        model = import_transformers().AutoModelForCausalLM.from_config(
+            config, attn_implementation=attention, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    model.tie_weights()
+    return model
+
+
+def save_model(model: Any, tokenizer: Any, folder: str | Path) -> None:
+    """Write model, tokenizer and chat template as a Hugging Face folder, complete or not at all.
+
+    Raises:
+        OSError: it could not be written; a folder from before is as it was.
+    """
+    with quiet(), written_aside(Path(folder)) as aside:
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+
+
+def pick_device(name: str) -> torch.device:
+    """Turn `auto` into the accelerator of this machine, or the CPU where there is none.
+
+    Raises:
+        ValueError: no such device, or torch can't use it here.
+    """
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"run.device {name!r} can't be used here ({reason}); use auto, cpu or cuda"
+        ) from error
+    return device
+
+
+def enable_activation_checkpointing(model: Any) -> None:
+    """Let every block recompute its activations in backward. Works with frozen blocks and a frozen embedding.
+
+    Raises:
+        ValueError: the model can't.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise ValueError(
+            f"{type(model).__name__} can't recompute activations; set run.activation_checkpointing: false"
+        )
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+
+
+# ---- where a model is
+
+
+def _locate(name: str) -> str:
+    """Local folder to load from, or the hub id."""
+    if name == SMOLLM2:
+        return str(converted(smollm2_file(), sha256=SMOLLM2_SHA256))
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no GGUF file {name}")
+        return str(converted(path))
+    if path.is_dir():
+        _check_folder(path)
+        return str(path)
+    if path.exists():
+        raise FileNotFoundError(f"model {name} is a file; give the folder it is in, or a .gguf file")
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name or name.endswith("/"):
+        raise FileNotFoundError(f"there is no model folder {name}")
+    return name
+
+
+def _check_folder(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"model folder {path} has no config.json; give a folder that save_pretrained wrote"
+        )
+    if any(path.glob("*.safetensors")):
+        return
+    pickled = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
+    if pickled:
+        raise ValueError(
+            f"model folder {path} has pickled weights only ({pickled[0]}), which can run code when opened; "
+            "save it as safetensors first"
+        )
+    raise FileNotFoundError(f"model folder {path} has no weights (*.safetensors)")

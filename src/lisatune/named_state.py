@@ -1,0 +1,131 @@
+"""Optimizer state under parameter names, and any state as JSON with its tensors beside.
+
+`optimizer.state_dict()` numbers parameters, so a state loads silently onto the wrong ones when their order
+changed. Here names stand for numbers, and loading compares them.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+__all__ = ["check_same", "from_json", "from_names", "restore_dtypes", "to_json", "to_names"]
+
+
+def to_names(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Take the optimizer's state_dict with names for numbers.
+
+    Returns:
+        The state_dict without state tensors, and these as "PARAMETER//KEY". Only parameters that have
+        state are in either.
+
+    Raises:
+        ValueError: the optimizer holds a parameter that the model does not own.
+    """
+    names = _group_names(model, optimizer)
+    flat = [name for group in names for name in group]
+    state_dict = optimizer.state_dict()
+    plain: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, Tensor] = {}
+    for index, entry in state_dict["state"].items():
+        plain[flat[index]] = {key: value for key, value in entry.items() if not isinstance(value, Tensor)}
+        tensors |= {
+            f"{flat[index]}//{key}": value for key, value in entry.items() if isinstance(value, Tensor)
+        }
+    groups = [{**group, "params": names[i]} for i, group in enumerate(state_dict["param_groups"])]
+    return {**state_dict, "state": plain, "param_groups": groups}, tensors
+
+
+def from_names(
+    model: nn.Module, optimizer: Optimizer, saved: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Turn what `to_names` gave back into a state_dict that `optimizer.load_state_dict` takes.
+
+    Raises:
+        ValueError: a parameter is missing, new, or in another param group; names the first.
+    """
+    names = _group_names(model, optimizer)
+    where = {name: f"in group {i}" for i, group in enumerate(names) for name in group}
+    saved_where = {
+        name: f"in group {i}" for i, group in enumerate(saved["param_groups"]) for name in group["params"]
+    }
+    check_same("the optimizer's parameters", saved_where, where)
+    index = {name: i for i, name in enumerate(where)}
+    state = {index[name]: dict(entry) for name, entry in saved["state"].items()}
+    for key, tensor in tensors.items():
+        name, _, part = key.rpartition("//")
+        state[index[name]][part] = tensor
+    groups = [
+        {**group, "params": [index[name] for name in names[i]]}
+        for i, group in enumerate(saved["param_groups"])
+    ]
+    return {**saved, "state": state, "param_groups": groups}
+
+
+def restore_dtypes(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Undo `load_state_dict`'s cast to parameter dtypes: float32 moments of bf16 weights stay float32."""
+    parameters = dict(model.named_parameters())
+    for key, saved in tensors.items():
+        name, _, part = key.rpartition("//")
+        state = optimizer.state.get(parameters[name], {})
+        if part in state and state[part].dtype != saved.dtype:
+            state[part] = saved.to(state[part].device)
+
+
+def check_same(what: str, saved: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Raise ValueError, naming the first entry that differs."""
+    for name in (*saved, *now):
+        if saved.get(name) != now.get(name):
+            was, is_now = saved.get(name, "not there"), now.get(name, "not there")
+            raise ValueError(f"{what} are not the saved ones: {name} was {was} and is {is_now}")
+
+
+def to_json(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """Turn a state into JSON, its tensors into entries of `tensors` by their path.
+
+    Tuples, and dicts whose keys are not text, are marked so that `from_json` restores them.
+
+    Raises:
+        TypeError: something in it is neither a tensor nor JSON.
+    """
+    if isinstance(value, Tensor):
+        tensors[path] = value
+        return {"__tensor__": path}
+    if isinstance(value, tuple):
+        return {"__tuple__": [to_json(item, f"{path}.{i}", tensors) for i, item in enumerate(value)]}
+    if isinstance(value, list):
+        return [to_json(item, f"{path}.{i}", tensors) for i, item in enumerate(value)]
+    if isinstance(value, Mapping):
+        items = [(key, to_json(item, f"{path}.{key}", tensors)) for key, item in value.items()]
+        is_json = all(isinstance(key, str) and not key.startswith("__") for key in value)
+        return dict(items) if is_json else {"__items__": items}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"can't save {path}: {type(value).__name__} is neither a tensor nor JSON")
+
+
+def from_json(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of `to_json`."""
+    if isinstance(value, list):
+        return [from_json(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "__tensor__" in value:
+        return tensors[value["__tensor__"]]
+    if "__tuple__" in value:
+        return tuple(from_json(value["__tuple__"], tensors))
+    items = value["__items__"] if "__items__" in value else value.items()
+    return {key: from_json(item, tensors) for key, item in items}
+
+
+def _group_names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for i, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            if parameter not in names:
+                raise ValueError(
+                    f"param group {i} holds a parameter of shape {list(parameter.shape)} that is not "
+                    "the model's; build the optimizer over this model"
+                )
+    return [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]

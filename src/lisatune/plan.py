@@ -1,0 +1,178 @@
+"""What a run is going to do, as far as it is known before the first step.
+
+`check` makes the plan from a model without weights, `train` from the real one: the same function, so that
+what `lisatune check` says is what `lisatune train` does.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console
+from rich.panel import Panel
+from torch import nn
+
+from lisatune.layers import LayerMap
+from lisatune.lisa import LISA
+from lisatune.methods import Method
+from lisatune.prepare import Data
+from lisatune.progress import count_text, grid, plural, ranges_text, terminal
+from lisatune.recipe import Recipe
+
+__all__ = ["Plan", "make_plan", "print_plan"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The facts of a run. Counts of parameters are elements, a tied one counted once."""
+
+    model: str
+    method: str
+    num_parameters: int
+    num_blocks: int
+    end_parameters: int
+    block_parameters: int
+    """All blocks together."""
+    frozen_parameters: int
+    """Parameters that never train, such as a vision tower's."""
+    is_tied: bool
+    """Whether embedding and head are one parameter."""
+    trainable: int
+    """Parameters that train in the first period."""
+    active_blocks: tuple[int, ...] | None
+    """Blocks of the first period; None when the method doesn't draw."""
+    steps: int
+    start_step: int
+    """Steps done before, when the run is resumed."""
+    period: int | None
+    """Steps between two draws; None when the method doesn't draw."""
+    visits: tuple[int, ...]
+    """In how many periods each block will have trained by the end; empty when the method doesn't draw."""
+    batch: str
+    lr: str
+    train_rows: int
+    train_tokens: int
+    loss_tokens: int
+    """Training tokens that carry loss."""
+    num_cut: int
+    """Training records cut at max_length."""
+    num_without_loss: int
+    """Training records dropped, since the cut left no answer."""
+    skipped: int
+    """Records left out because they can't be used."""
+    validation_rows: int
+    validation_tokens: int
+    device: str
+    output: str
+
+
+def make_plan(
+    recipe: Recipe,
+    model: nn.Module,
+    layers: LayerMap,
+    lisa: LISA | None,
+    data: Data,
+    *,
+    device: str,
+    start_step: int = 0,
+) -> Plan:
+    """Collect the facts of a run.
+
+    Args:
+        recipe: the recipe.
+        model: after `method.attach`, so that frozen is what will be frozen; may be on the meta device.
+        layers: its blocks and ends.
+        lisa: what `method.attach` returned.
+        data: from `prepare_data`.
+        device: where it will run.
+        start_step: steps done before, when the run is resumed.
+    """
+    run, optimizer = recipe.run, recipe.optimizer
+    rows = (
+        f"{run.batch_size} rows" if run.accumulation == 1 else f"{run.accumulation} × {run.batch_size} rows"
+    )
+    warmup = f" after {plural(optimizer.warmup_steps, 'warm-up step')}" if optimizer.warmup_steps else ""
+    return Plan(
+        model=recipe.model.name,
+        method=_method_text(recipe.method),
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        num_blocks=layers.num_blocks,
+        end_parameters=sum(p.numel() for p in layers.end_parameters(model).values()),
+        block_parameters=sum(p.numel() for block in layers.block_parameters(model) for p in block.values()),
+        frozen_parameters=sum(p.numel() for p in layers.frozen_parameters(model).values()),
+        is_tied=layers.is_tied,
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        active_blocks=None if lisa is None else lisa.active_blocks,
+        steps=data.steps,
+        start_step=start_step,
+        period=None if lisa is None else lisa.period,
+        visits=() if lisa is None else lisa.planned_visits(data.steps),
+        batch=f"{rows} of up to {recipe.data.max_length:,} tokens",
+        lr=f"{optimizer.lr:g}, {optimizer.schedule}{warmup}",
+        train_rows=len(data.train.rows),
+        train_tokens=data.train.num_tokens,
+        loss_tokens=data.train.num_loss_tokens,
+        num_cut=data.train.num_cut,
+        num_without_loss=data.train.num_without_loss,
+        skipped=data.skipped,
+        validation_rows=len(data.validation.rows),
+        validation_tokens=data.validation.num_tokens,
+        device=f"{device}, {run.precision}",
+        output=str(run.output),
+    )
+
+
+def print_plan(plan: Plan, console: Console | None = None) -> None:
+    """Print the table that stands before a run."""
+    console = console or terminal()
+    kinds = [f"ends {count_text(plan.end_parameters)}{' (embedding = head)' if plan.is_tied else ''}"]
+    kinds.append(f"{plan.num_blocks} blocks {count_text(plan.block_parameters)}")
+    kinds += [f"never trained {count_text(plan.frozen_parameters)}"] if plan.frozen_parameters else []
+    trains = f"{count_text(plan.trainable)} parameters at a time, {plan.trainable / plan.num_parameters:.1%}"
+    trains += "" if plan.active_blocks is None else f"; first blocks {ranges_text(plan.active_blocks)}"
+    periods = (
+        f" in {plural(math.ceil(plan.steps / plan.period), 'period')} of {plan.period}" if plan.period else ""
+    )
+    steps = f"{plan.steps:,}{periods}" + (f", {plan.start_step:,} done already" if plan.start_step else "")
+    rows = [
+        ("model", f"{plan.model}, {count_text(plan.num_parameters)} parameters: {' + '.join(kinds)}"),
+        ("method", plan.method),
+        ("trains", trains),
+        ("steps", f"{steps}; each {plan.batch}"),
+    ]
+    if plan.visits:
+        low, high = min(plan.visits), max(plan.visits)
+        often = f"{plural(low, 'period')}" if low == high else f"{low} to {plural(high, 'period')}"
+        rows.append(("visits", f"{_bars(plan.visits)} each block trains in {often}"))
+    left_out = [f"{plan.num_cut:,} cut at max_length"] if plan.num_cut else []
+    left_out += [f"{plan.num_without_loss:,} dropped: no answer left"] if plan.num_without_loss else []
+    left_out += [f"{plan.skipped:,} skipped: not usable"] if plan.skipped else []
+    tokens = f"{count_text(plan.train_tokens)} tokens, {count_text(plan.loss_tokens)} with loss"
+    rows += [
+        ("lr", plan.lr),
+        ("data", "; ".join([f"{plural(plan.train_rows, 'row')}, {tokens}", *left_out])),
+        ("held out", f"{plural(plan.validation_rows, 'row')}, {count_text(plan.validation_tokens)} tokens"),
+        ("device", plan.device),
+        ("output", plan.output),
+    ]
+    console.print(Panel(grid(rows), title="plan", title_align="left", border_style="cyan", box=box.ROUNDED))
+
+
+def _method_text(method: Method) -> str:
+    """Name a method with those of its settings that are not the default."""
+    assert dataclasses.is_dataclass(method)
+    changed = []
+    for field in dataclasses.fields(method):
+        value = getattr(method, field.name)
+        if value != field.default and field.name != "name":
+            text = f"{len(value)} numbers" if isinstance(value, tuple) else value
+            changed.append(f"{field.name} {text}")
+    return ", ".join([method.name, *changed])
+
+
+def _bars(counts: Sequence[int]) -> str:
+    """Draw counts as a row of bars, one for each block; a dot is zero."""
+    most = max(counts)
+    return "".join("▁▂▃▄▅▆▇█"[math.ceil(8 * count / most) - 1] if count else "·" for count in counts)

@@ -1,0 +1,100 @@
+"""Data of a run, ready to train on: read, split, tokenised, packed, with the number of steps it makes.
+
+`train` and `check` both start here, so that what `check` reports is what `train` will do.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lisatune.data import Examples, Order, pack, tokenize
+from lisatune.recipe import Recipe
+from lisatune.records import Records, read_records, split_records
+
+__all__ = ["Data", "Question", "prepare_data"]
+
+TEXT_PROMPT_WORDS = 24
+
+
+@dataclass(frozen=True)
+class Question:
+    """A held-out record, cut where the model has to go on by itself."""
+
+    prompt: str | list[dict[str, str]]
+    """Plain text, or chat messages up to the first answer."""
+
+    answer: str
+    """What the record goes on with."""
+
+    @property
+    def text(self) -> str:
+        """The prompt to read: plain text, or the last message."""
+        return self.prompt if isinstance(self.prompt, str) else self.prompt[-1]["content"]
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains and is evaluated on."""
+
+    train: Examples
+    """Training rows; with packing several records each."""
+
+    validation: Examples
+    """Held-out rows, one record each."""
+
+    questions: tuple[Question, ...]
+    """The first `run.samples` held-out records as prompts and answers."""
+
+    order: Order
+    """Which rows make up each micro-step's batch."""
+
+    steps: int
+    """Optimizer steps of the whole run."""
+
+    skipped: int
+    """Records that could not be used, under `on_bad_row: skip`."""
+
+
+def prepare_data(recipe: Recipe, tokenizer: Any) -> Data:
+    """Read, split and tokenise the recipe's data.
+
+    Raises:
+        ValueError: a record can't be used, nothing is left, or every answer is cut off.
+        FileNotFoundError: a file is missing.
+    """
+    data, run = recipe.data, recipe.run
+    train, validation = _read(recipe)
+    rows = tokenize(train, tokenizer, max_length=data.max_length, loss_on=data.loss_on)
+    held_out = tokenize(validation, tokenizer, max_length=data.max_length, loss_on=data.loss_on)
+    if data.packing:
+        rows = pack(rows, data.max_length)
+    order = Order(len(rows.rows), run.batch_size, run.seed)
+    steps = run.steps or max(1, math.ceil(run.epochs * order.batches_per_epoch / run.accumulation))
+    questions = tuple(_question(row) for row in validation.rows[: run.samples])
+    return Data(rows, held_out, questions, order, steps, train.skipped + validation.skipped)
+
+
+def _read(recipe: Recipe) -> tuple[Records, Records]:
+    data = recipe.data
+
+    def read(source: str, limit: int | None) -> Records:
+        return read_records(source, kind=data.kind, split=data.split, limit=limit, on_bad_row=data.on_bad_row)
+
+    held_out = data.validation
+    if held_out is None and data.train == "python-docs":
+        held_out = "python-docs:validation"
+    if held_out is not None:
+        return read(data.train, data.limit), read(held_out, data.validation_limit)
+    train, validation = split_records(read(data.train, data.limit), data.validation_share, recipe.run.seed)
+    return train, replace(validation, rows=validation.rows[: data.validation_limit], skipped=0)
+
+
+def _question(row: dict[str, Any]) -> Question:
+    if "text" in row:
+        words = row["text"].split(" ")
+        return Question(" ".join(words[:TEXT_PROMPT_WORDS]), " ".join(words[TEXT_PROMPT_WORDS:]))
+    if "messages" in row:
+        first = next(i for i, message in enumerate(row["messages"]) if message["role"] == "assistant")
+        return Question(row["messages"][:first], row["messages"][first]["content"])
+    answer = row["completion"]
+    return Question(row["prompt"], answer if isinstance(answer, str) else answer[0]["content"])

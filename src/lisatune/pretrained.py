@@ -1,0 +1,79 @@
+"""Calls into transformers: quiet, with errors in one sentence, and never a random weight."""
+
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+__all__ = ["check_loaded", "import_transformers", "one_sentence", "quiet"]
+
+
+def import_transformers() -> Any:
+    """Import it; ImportError with the line that installs it."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError('opening models needs transformers: pip install "lisatune[train]"') from error
+    return transformers
+
+
+def check_loaded(name: str, info: dict[str, Any]) -> None:
+    """Read what `output_loading_info=True` gave: RuntimeError for weights that would be random, by name."""
+    if info["missing_keys"]:
+        raise RuntimeError(
+            f"model {name} lacks weights, which would be random: {_some(info['missing_keys'])}"
+        )
+    if info["mismatched_keys"]:
+        raise RuntimeError(
+            f"model {name} has weights in another shape: {_some(k for k, *_ in info['mismatched_keys'])}"
+        )
+    if info["unexpected_keys"]:
+        warnings.warn(
+            f"model {name} holds weights that its architecture does not use, and that the result won't have: "
+            f"{_some(info['unexpected_keys'])}",
+            stacklevel=3,
+        )
+
+
+def _some(keys: Iterable[str]) -> str:
+    names = sorted(keys)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+@contextmanager
+def one_sentence(what: str) -> Iterator[None]:
+    """Quiet inside; an error of transformers becomes one sentence about `what`."""
+    import_transformers()
+    from safetensors import SafetensorError
+
+    try:
+        with quiet():
+            yield
+    except (ImportError, OSError, ValueError, SafetensorError) as error:
+        text = str(error)
+        if "trust_remote_code" in text:
+            raise ValueError(
+                f"{what} comes with its own Python code; set trust_remote_code to run it"
+            ) from error
+        kinds = {ImportError: ImportError, OSError: FileNotFoundError}
+        kind = next((kind for known, kind in kinds.items() if isinstance(error, known)), ValueError)
+        raise kind(f"could not load {what}: {text.strip().splitlines()[0]}") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No log lines and progress bars of transformers inside, except those of a download."""
+    logging = import_transformers().utils.logging
+    from huggingface_hub.utils import enable_progress_bars  # type: ignore[attr-defined]
+
+    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if has_bars:
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,267 @@
+"""The run folder: everything a run leaves behind, enough to rebuild every table from it.
+
+    recipe.yaml        the recipe with every default filled in
+    environment.json   versions, device, commit and command line
+    metrics.jsonl      one line for each logged step
+    summary.json       the figures the run ended with
+    checkpoints/       to go on from
+    model/             the fine-tuned model, a plain Hugging Face folder
+    trackers/          files of TensorBoard and the like
+
+JSON files are written aside and renamed, so that a reader never sees half of one. A lock that the
+system drops when the process ends (flock, so POSIX only) keeps two runs out of one folder.
+"""
+
+import fcntl
+import json
+import math
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from lisatune.environment import environment
+
+__all__ = ["RunFolder", "check_output", "differences"]
+
+MAY_CHANGE = frozenset(
+    {"run.output", "run.steps", "run.epochs", "run.log_every", "run.eval_every", "run.save_every"}
+    | {"run.keep_checkpoints", "run.samples", "run.sample_tokens", "run.report_to"}
+)
+"""Keys that may differ on resume: lengths, intervals, where to. Steps and epochs stretch the lr schedule."""
+
+_FILES = ("recipe.yaml", "environment.json", "metrics.jsonl", "summary.json")
+_FOLDERS = ("checkpoints", "model", "trackers")
+_LOCK = ".lock"
+
+
+class RunFolder:
+    """An open run folder, locked until it is closed. Use as a context manager.
+
+    Attributes:
+        path, checkpoints, model, trackers: folders. checkpoints, model and trackers may not exist yet.
+        metrics: the file metrics.jsonl.
+    """
+
+    def __init__(self, path: Path, lock: int) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.model = path / "model"
+        self.trackers = path / "trackers"
+        self.metrics = path / "metrics.jsonl"
+        self._lock: int | None = lock
+
+    @classmethod
+    def open(
+        cls, path: str | Path, recipe: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False
+    ) -> Self:
+        """Make or open a run folder and write down recipe and environment.
+
+        Call it when all else is known to be good: `overwrite` deletes the former run's files here.
+
+        Args:
+            path: the folder, `run.output`.
+            recipe: `Recipe.as_dict()`.
+            resume: go on with the run in it.
+            overwrite: delete the run in it first; files that no run wrote are left alone.
+
+        Raises:
+            ValueError: as `check_output`.
+            RuntimeError: another process runs in the folder.
+            OSError: the folder can't be written.
+        """
+        path = Path(path)
+        check_output(path, recipe, resume=resume, overwrite=overwrite)
+        with _writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+            folder = cls(path, _take_lock(path / _LOCK))
+        try:
+            now = environment()
+            if resume:
+                before = _read_json(path / "environment.json")
+                now = before | {"resumed": [*before.get("resumed", []), now]}
+            else:
+                folder._delete_run()
+            from lisatune import plain_yaml
+
+            _replace(path / "recipe.yaml", plain_yaml.dump(dict(recipe)))
+            _replace(path / "environment.json", _json(now, indent=2))
+        except BaseException:
+            folder.close()
+            raise
+        return folder
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Add a line to metrics.jsonl. It needs the key `step`; NaN and infinity become null."""
+        with _writing(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
+            file.write(_json(record) + "\n")
+
+    def drop_metrics_after(self, step: int) -> None:
+        """Forget what was logged after `step`, so that going on from its checkpoint logs no step twice."""
+        if not self.metrics.exists():
+            return
+        kept = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            with suppress(json.JSONDecodeError):  # a line cut off by a crash
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+        _replace(self.metrics, "".join(kept))
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write summary.json."""
+        _replace(self.path / "summary.json", _json(summary, indent=2))
+
+    def close(self) -> None:
+        """Give the folder free for another process."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _delete_run(self) -> None:
+        with _writing(self.path):
+            for name in (*_FILES, *_FOLDERS):
+                entry = self.path / name
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink(missing_ok=True)
+
+
+def check_output(
+    path: str | Path, recipe: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False
+) -> None:
+    """Say whether a run may start in this folder, without touching it.
+
+    Raises:
+        ValueError: it is a file; it exists and neither flag is given; there is no run to resume or to
+            overwrite; the run in it has another recipe.
+        OSError: it can't be written.
+    """
+    path = Path(path)
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite exclude each other; give one of them")
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"run.output {path} is a file; name a folder")
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        raise ValueError(f"run.output {path} lies in {existing}, which is a file; name another folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise OSError(f"cannot write to {existing}; name another run.output")
+    is_run = (path / "recipe.yaml").is_file() and (path / "environment.json").is_file()
+    if resume:
+        if not is_run:
+            raise ValueError(f"there is no run to resume in {path}; start it without --resume")
+        _check_same_recipe(path / "recipe.yaml", recipe)
+    elif path.exists() and any(entry.name != _LOCK for entry in path.iterdir()):
+        if not overwrite:
+            raise ValueError(
+                f"run folder {path} exists; give --resume to go on with it, --overwrite to start again, "
+                "or another run.output"
+            )
+        if not is_run:
+            raise ValueError(
+                f"{path} does not look like a run folder (it lacks recipe.yaml or environment.json), so "
+                "nothing in it is overwritten; name another run.output"
+            )
+
+
+def _check_same_recipe(stored: Path, recipe: Mapping[str, Any]) -> None:
+    from lisatune import plain_yaml
+
+    try:
+        before = plain_yaml.load(stored.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{stored}: {error}") from None
+    if not isinstance(before, dict) or not all(isinstance(section, dict) for section in before.values()):
+        raise ValueError(f"{stored} is damaged; start again with --overwrite")
+    changed = differences(before, recipe)
+    if changed:
+        raise ValueError(
+            f"the recipe differs from the run in {stored.parent}: {'; '.join(changed)}; "
+            "undo that, or start again with --overwrite"
+        )
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """List the keys that two recipes differ in as `section.key: before → after`, `MAY_CHANGE` left out."""
+    flat = [
+        {f"{section}.{key}": value for section, values in recipe.items() for key, value in values.items()}
+        for recipe in (before, after)
+    ]
+    absent = "not set"
+    return [
+        f"{key}: {flat[0].get(key, absent)} → {flat[1].get(key, absent)}"
+        for key in sorted(flat[0] | flat[1])
+        if key not in MAY_CHANGE and flat[0].get(key, absent) != flat[1].get(key, absent)
+    ]
+
+
+def _take_lock(path: Path) -> int:
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.read(file, 200).decode(errors="replace").strip() or "another process"
+        os.close(file)
+        raise RuntimeError(
+            f"run folder {path.parent} is in use by {owner}; wait for it or name another run.output"
+        ) from None
+    os.truncate(file, 0)
+    os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    return file
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    value: Any = None
+    with suppress(json.JSONDecodeError):
+        value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged; start again with --overwrite")
+    return value
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, indent=indent)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file aside, flush it to the disk and rename it over the old one."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with _writing(path):
+        try:
+            with aside.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"cannot write {path}: {reason}; free space or name another run.output") from error

@@ -1,0 +1,268 @@
+"""One training run, from a recipe to a fine-tuned model: the loop behind `lisatune train`.
+
+Order of set-up, always: data, model, layers, optimizer over all parameters, LISA, checkpoint, loop. A step's
+loss is the sum over its loss-carrying tokens divided by their number, whatever batches they come in.
+"""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from lisatune import memory, models, progress
+from lisatune.assemble import Parts, assemble
+from lisatune.checkpoint import load_checkpoint, newest_checkpoint, prune, save_checkpoint
+from lisatune.data import collate
+from lisatune.evaluate import generate_answers, held_out_loss
+from lisatune.lisa import LISA
+from lisatune.plan import make_plan, print_plan
+from lisatune.recipe import Recipe
+from lisatune.runs import RunFolder, check_output
+from lisatune.trackers import Log, check_trackers, trackers
+
+__all__ = ["TrainingError", "train"]
+
+
+class TrainingError(RuntimeError):
+    """Training can't go on: loss or gradients are not finite."""
+
+
+@dataclass
+class Progress:
+    """How far a run has come: goes into checkpoints, so only JSON values."""
+
+    step: int = 0
+    num_tokens: int = 0
+    skipped_steps: int = 0
+    train_seconds: float = 0.0
+    peak_state_bytes: int = 0
+    peak_state_elements: int = 0
+    peak_trainable: int = 0
+    held_out_before: float = math.nan
+    answers_before: list[str] = field(default_factory=list)
+
+
+def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> progress.Summary:
+    """Run a recipe.
+
+    Args:
+        recipe: what to do; `run.output` must be set.
+        resume: go on from the newest complete checkpoint in the run folder.
+        overwrite: delete the run in the folder first.
+
+    Returns:
+        What `summary.json` holds.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError: the recipe can't be used; nothing was written.
+        TrainingError: loss or gradients were not finite and `run.on_nonfinite` is `stop`.
+        KeyboardInterrupt: Ctrl-C, after a checkpoint was saved; the message says how to resume.
+    """
+    assert recipe.run.output is not None
+    output = Path(recipe.run.output)
+    check_output(output, recipe.as_dict(), resume=resume, overwrite=overwrite)
+    check_trackers(recipe.run.report_to)
+    checkpoint = newest_checkpoint(output / "checkpoints") if resume else None
+    if resume and checkpoint is None:
+        raise ValueError(f"there is no complete checkpoint in {output}; start again with --overwrite")
+    parts = assemble(recipe)
+    with (
+        RunFolder.open(output, recipe.as_dict(), resume=resume, overwrite=overwrite) as folder,
+        trackers(recipe.run.report_to, output, recipe.as_dict()) as log,
+    ):
+        done = Progress()
+        if checkpoint is not None:
+            extra = load_checkpoint(
+                checkpoint, model=parts.model, optimizer=parts.optimizer, scheduler=parts.scheduler
+            )
+            done = Progress(**extra)
+            folder.drop_metrics_after(done.step)
+        device, start = str(parts.device), done.step
+        print_plan(
+            make_plan(
+                recipe, parts.model, parts.layers, parts.lisa, parts.data, device=device, start_step=start
+            )
+        )
+        if checkpoint is None:
+            done.held_out_before = _held_out(parts)
+            done.answers_before = _answers(parts)
+            folder.log({"step": 0, "held_out_loss": done.held_out_before})
+        _loop(parts, done, folder, log)
+        summary = _finish(parts, done, folder)
+    progress.print_summary(summary)
+    return summary
+
+
+def _loop(parts: Parts, done: Progress, folder: RunFolder, log: Log) -> None:
+    run, data = parts.recipe.run, parts.data
+    max_norm = parts.recipe.optimizer.max_grad_norm or math.inf
+    amp = parts.autocast_dtype
+    with _interruptible() as interrupted, progress.Bar(data.steps, done.step) as bar:
+        while done.step < data.steps:
+            started = time.perf_counter()
+            first = done.step * run.accumulation
+            rows = [
+                [data.train.rows[i] for i in data.order.batch(first + micro)]
+                for micro in range(run.accumulation)
+            ]
+            batches = [collate(micro_rows, parts.tokenizer.pad_token_id) for micro_rows in rows]
+            num_labels = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+            loss = torch.zeros((), device=parts.device)
+            for batch in batches:
+                with torch.autocast(parts.device.type, dtype=amp, enabled=amp is not None):
+                    loss_sum, _ = parts.loss({k: v.to(parts.device) for k, v in batch.items()})
+                    micro_loss = loss_sum / num_labels
+                micro_loss.backward()  # type: ignore[no-untyped-call]
+                loss += micro_loss.detach()
+            grad_norm = nn.utils.clip_grad_norm_(parts.trainable(), max_norm)
+            # Written down before the step, which may draw the next blocks.
+            record: dict[str, Any] = {"lr": parts.scheduler.get_last_lr()[0]}
+            if parts.lisa is not None:
+                record |= {"active_blocks": parts.lisa.active_blocks, "period": parts.lisa.period_index}
+            done.peak_trainable = max(done.peak_trainable, sum(p.numel() for p in parts.trainable()))
+            # The only wait for the device in a step: a NaN must not reach the weights.
+            if is_finite := bool(torch.isfinite(loss + grad_norm)):
+                parts.optimizer.step()
+            elif run.on_nonfinite == "stop":
+                raise _not_finite(done.step + 1, loss, grad_norm, folder)
+            parts.scheduler.step()
+            parts.optimizer.zero_grad(set_to_none=True)
+
+            seconds = time.perf_counter() - started
+            num_tokens = sum(len(row["input_ids"]) for micro_rows in rows for row in micro_rows)
+            done.step += 1
+            done.num_tokens += num_tokens
+            done.skipped_steps += not is_finite
+            done.train_seconds += seconds
+            done.peak_state_bytes = max(done.peak_state_bytes, parts.state.bytes)
+            done.peak_state_elements = max(done.peak_state_elements, parts.state.elements)
+            if done.step % run.log_every == 0 or done.step == data.steps:
+                record |= {
+                    "state_bytes": parts.state.bytes,
+                    "step": done.step,
+                    "loss": float(loss),
+                    "grad_norm": float(grad_norm),
+                    "tokens": done.num_tokens,
+                    "tokens_per_second": num_tokens / seconds,
+                    "resident_bytes": memory.resident_bytes(),
+                    "skipped_steps": done.skipped_steps,
+                    "seconds": done.train_seconds,
+                }
+                folder.log(record)
+                log({k: v for k, v in record.items() if isinstance(v, int | float)}, step=done.step)
+                bar.update(**record)
+            if run.eval_every and done.step % run.eval_every == 0 and done.step < data.steps:
+                held_out = {"held_out_loss": _held_out(parts)}
+                folder.log({"step": done.step, **held_out})
+                log(held_out, step=done.step)
+            saves = run.save_every is not None and done.step % run.save_every == 0
+            if saves or interrupted():
+                save_checkpoint(
+                    folder.checkpoints,
+                    step=done.step,
+                    model=parts.model,
+                    optimizer=parts.optimizer,
+                    scheduler=parts.scheduler,
+                    extra=asdict(done),
+                )
+                prune(folder.checkpoints, run.keep_checkpoints)
+            if interrupted():
+                raise KeyboardInterrupt(
+                    f"stopped after step {done.step} of {data.steps}, which is saved; "
+                    f"go on with the same command and --resume"
+                )
+
+
+def _held_out(parts: Parts) -> float:
+    """Loss per token of the held-out rows, taken in order of length to waste little on padding."""
+    rows = sorted(parts.data.validation.rows, key=lambda row: len(row["input_ids"]))
+    size, pad = parts.recipe.run.batch_size, parts.tokenizer.pad_token_id
+    batches = (collate(rows[i : i + size], pad) for i in range(0, len(rows), size))
+    return held_out_loss(parts.loss, batches, device=parts.device, autocast=parts.autocast_dtype).loss
+
+
+def _answers(parts: Parts) -> list[str]:
+    prompts = [question.prompt for question in parts.data.questions]
+    return generate_answers(
+        parts.model, parts.tokenizer, prompts, max_new_tokens=parts.recipe.run.sample_tokens
+    )
+
+
+def _finish(parts: Parts, done: Progress, folder: RunFolder) -> progress.Summary:
+    """Prove the last period, evaluate, write model and summary."""
+    if parts.lisa is not None:
+        parts.lisa.check()
+    after = _held_out(parts)
+    questions = zip(parts.data.questions, done.answers_before, _answers(parts), strict=True)
+    models.save_model(parts.model, parts.tokenizer, folder.model)
+    device_peak = memory.device_peak_bytes(parts.device)
+    summary = progress.Summary(
+        steps=done.step,
+        skipped_steps=done.skipped_steps,
+        tokens=done.num_tokens,
+        train_seconds=done.train_seconds,
+        tokens_per_second=done.num_tokens / done.train_seconds,
+        held_out_loss_before=done.held_out_before,
+        held_out_loss_after=after,
+        peak_bytes=memory.peak_resident_bytes() if device_peak is None else device_peak,
+        peak_state_bytes=done.peak_state_bytes,
+        peak_state_elements=done.peak_state_elements,
+        peak_trainable=done.peak_trainable,
+        samples=[
+            {"prompt": question.text, "reference": question.answer, "before": before, "after": answer}
+            for question, before, answer in questions
+        ],
+        model=str(folder.model),
+    )
+    if parts.lisa is not None:
+        summary["visits"] = parts.lisa.visits
+        summary["proof"] = _proof(parts.lisa)
+    folder.write_summary(summary)
+    return summary
+
+
+def _proof(lisa: LISA) -> str:
+    if lisa.verify == "off":
+        return "none taken: method.verify is off"
+    resting = lisa.layers.num_blocks - len(lisa.active_blocks)
+    rest = lisa.steps_done % lisa.period
+    tail = f" and {rest} steps" if rest else ""
+    return f"{lisa.periods_proven} periods{tail}: drawn blocks moved, {resting} others bit-identical"
+
+
+def _not_finite(step: int, loss: torch.Tensor, grad_norm: torch.Tensor, folder: RunFolder) -> TrainingError:
+    last = newest_checkpoint(folder.checkpoints)
+    way_back = f"the last good checkpoint is {last}" if last else "no checkpoint was saved yet"
+    return TrainingError(
+        f"step {step}: loss {float(loss):g}, gradient norm {float(grad_norm):g}; weights are as before "
+        f"this step and {way_back}; lower optimizer.lr, or set run.on_nonfinite: skip to leave such steps out"
+    )
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C into a flag that is read at the end of a step; the second stops at once."""
+    pressed = False
+
+    def press(signum: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        pressed = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False  # only the main thread hears signals
+        return
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
