@@ -10,11 +10,12 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "lisatune"
 
 LEVELS = {
-    0: {"layers", "samplers", "recipe", "runs"},
-    1: {"lisa", "optim", "loss", "memory", "proof"},
+    0: {"layers", "samplers", "recipe", "runs", "environment", "disk", "plain_yaml"},
+    1: {"lisa", "optim", "loss", "memory", "proof", "named_state"},
     2: {"methods"},
-    3: {"records", "data", "python_docs", "models", "evaluate", "checkpoint"},
-    4: {"recipe_file", "train", "check", "progress"},
+    3: {"records", "sources", "chat", "data", "python_docs", "models", "pretrained", "gguf_models"}
+    | {"evaluate", "checkpoint", "trackers"},
+    4: {"recipe_file", "prepare", "plan", "assemble", "train", "check", "progress", "layer_table"},
     5: {"cli"},
 }
 LEVEL = {module: level for level, modules in LEVELS.items() for module in modules}

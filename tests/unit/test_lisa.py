@@ -106,6 +106,7 @@ def test_2_vision_tower_never_trains() -> None:
     config.vision_config.image_size = config.vision_config.patch_size = 14
     model = AutoModelForImageTextToText.from_config(config)
     optimizer, lisa = attach(model, active=3, period=1)
+    assert {n for n, p in model.named_parameters() if not p.requires_grad} == set(lisa.layers.frozen)
     before = tiny.weights(model)
     ids = torch.tensor([[1, 2, 3]])
     model(input_ids=ids, labels=ids).loss.backward()
