@@ -10,12 +10,12 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "lisatune"
 
 LEVELS = {
-    0: {"environment", "layers", "plain_yaml", "recipe", "runs", "samplers"},
-    1: {"lisa", "loss", "memory", "named_state", "optim", "proof"},
+    0: {"layers", "samplers", "recipe", "runs", "environment", "disk", "plain_yaml"},
+    1: {"lisa", "optim", "loss", "memory", "proof", "named_state"},
     2: {"methods"},
-    3: {"chat", "checkpoint", "data", "disk", "evaluate", "gguf_models", "models", "pretrained"}
-    | {"python_docs", "records", "sources", "trackers"},
-    4: {"assemble", "check", "layer_table", "plan", "prepare", "progress", "recipe_file", "train"},
+    3: {"records", "sources", "chat", "data", "python_docs", "models", "pretrained", "gguf_models"}
+    | {"evaluate", "checkpoint", "trackers"},
+    4: {"recipe_file", "prepare", "plan", "assemble", "train", "check", "progress", "layer_table"},
     5: {"cli"},
 }
 LEVEL = {module: level for level, modules in LEVELS.items() for module in modules}

@@ -56,6 +56,13 @@ def test_changes_of_several_elements_are_seen(data: st.DataObject) -> None:
     assert fingerprint([changed]) != fingerprint([tensor])
 
 
+@pytest.mark.parametrize("element", range(8))
+def test_signs_of_the_longest_dtype_are_seen(element: int) -> None:
+    """A sign is worth 2^63, which a fingerprint modulo 2^64 with even weights would lose."""
+    tensor = torch.zeros(8, dtype=torch.float64)
+    assert fingerprint([flip(tensor, element, 63)]) != fingerprint([tensor])
+
+
 def test_small_changes_do_not_cancel() -> None:
     """Steps of one unit in the last place are what training in low precision makes."""
     seen = set()
@@ -210,7 +217,7 @@ def test_sparse_gradients_are_read() -> None:
 
 
 def attach(model: nn.Module, **options: object) -> tuple[torch.optim.Optimizer, LISA]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     return optimizer, LISA(model, optimizer, **{"active": 2, "period": 3, "verify": "full", **options})
 
 
