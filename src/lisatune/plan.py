@@ -131,7 +131,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     kinds.append(f"{plan.num_blocks} blocks {count_text(plan.block_parameters)}")
     kinds += [f"never trained {count_text(plan.frozen_parameters)}"] if plan.frozen_parameters else []
     trains = f"{count_text(plan.trainable)} parameters at a time, {plan.trainable / plan.num_parameters:.1%}"
-    trains += "" if plan.active_blocks is None else f"; first blocks {ranges_text(plan.active_blocks)}"
+    trains += "" if plan.active_blocks is None else f"; now blocks {ranges_text(plan.active_blocks)}"
     periods = (
         f" in {plural(math.ceil(plan.steps / plan.period), 'period')} of {plan.period}" if plan.period else ""
     )

@@ -89,7 +89,7 @@ def test_the_plan_reads_well_in_100_columns() -> None:
     for part in (
         "tiny, 59.8k parameters: ends 4.1k (embedding = head) + 6 blocks 55.7k",
         "lisa, active 3, period 5, state reset",
-        "32.0k parameters at a time, 53.5%; first blocks",
+        "32.0k parameters at a time, 53.5%; now blocks",
         "30 in 6 periods of 5, 10 done already; each 2 × 4 rows of up to 64 tokens",
         "0.0001, cosine after 5 warm-up steps",
         "1,200 rows, 50.0k tokens, 20.0k with loss; 3 cut at max_length; 1 dropped: no answer",
