@@ -3,15 +3,17 @@
 Everything still requires grad while the optimizer is built; LISA attaches last and freezes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from lisatune import models
+from lisatune.data import Row, collate
 from lisatune.layers import LayerMap, find_layers
 from lisatune.lisa import LISA
 from lisatune.loss import CausalLMLoss
@@ -46,7 +48,7 @@ class Parts:
     layers: LayerMap
     loss: CausalLMLoss
     optimizer: torch.optim.Optimizer
-    scheduler: LRScheduler
+    scheduler: LambdaLR
     lisa: LISA | None
     state: "StateMeter"
 
@@ -54,6 +56,24 @@ class Parts:
     def autocast_dtype(self) -> torch.dtype | None:
         """Dtype of matrix products; None computes in the weights' dtype."""
         return torch.bfloat16 if self.recipe.run.precision == "bf16-mixed" else None
+
+    def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Make a batch on the CPU, [B, T] with T a multiple of 32 up to `data.max_length`.
+
+        On the CPU every new length leaves kernels in oneDNN's cache: resident memory would grow for
+        hundreds of steps.
+        """
+        longest = max(len(row["input_ids"]) for row in rows)
+        length = max(longest, min(-(-longest // 32) * 32, self.recipe.data.max_length))
+        return collate(rows, self.tokenizer.pad_token_id, length=length)
+
+    def set_learning_rates(self) -> None:
+        """Take the rates of the schedule's current step: after a resume with another `run.steps`."""
+        groups = zip(
+            self.optimizer.param_groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True
+        )
+        for group, lr, factor in groups:
+            group["lr"] = lr * factor(self.scheduler.last_epoch)
 
     def trainable(self) -> list[nn.Parameter]:
         """Parameters that train now."""

@@ -5,7 +5,7 @@ first token of a sequence never carries loss, for nothing predicts it. Where a s
 length: no mask is ever made from `ids == pad`, since in many models the padding token is the very token that
 ends an answer, and the model would never learn to stop.
 
-Shapes: B = rows of a batch, T = tokens of its longest row.
+Shapes: B = rows of a batch, T = tokens of a row, padding included.
 """
 
 import hashlib
@@ -176,8 +176,8 @@ def pack(examples: Examples, max_length: int) -> Examples:
     return replace(examples, rows=packed.to_list())
 
 
-def collate(rows: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:
-    """Make a batch, padded on the right to its longest row.
+def collate(rows: Sequence[Row], pad_token_id: int, *, length: int | None = None) -> dict[str, Tensor]:
+    """Make a batch, padded on the right.
 
     There is no attention mask. Causal attention never looks right, so padding changes no real token; and
     where positions restart (transformers: `masking_utils.find_packed_sequence_indices`), attention is kept
@@ -189,19 +189,20 @@ def collate(rows: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:
     Args:
         rows: rows of `Examples`.
         pad_token_id: any id; padding has no loss.
+        length: T, at least that of the longest row. Default: just that.
 
     Returns:
         `input_ids`, `labels` (-100 on padding) and `position_ids`, each int64 of shape [B, T]. Pass
         `use_cache=False` to the model with them: with a cache, transformers ignores the borders.
     """
-    longest = max(len(row["input_ids"]) for row in rows)
+    length = length or max(len(row["input_ids"]) for row in rows)
     ids, labels, positions = [], [], []
     for row in rows:
-        padding = longest - len(row["input_ids"])
+        padding = length - len(row["input_ids"])
         ids.append(row["input_ids"] + [pad_token_id] * padding)
         labels.append(row["labels"] + [IGNORE] * padding)
-        lengths = (*row["seq_lengths"], padding) if "seq_lengths" in row else (longest,)
-        positions.append(list(chain.from_iterable(range(length) for length in lengths)))
+        lengths = (*row["seq_lengths"], padding) if "seq_lengths" in row else (length,)
+        positions.append(list(chain.from_iterable(range(part) for part in lengths)))
     return {
         "input_ids": torch.tensor(ids),
         "labels": torch.tensor(labels),

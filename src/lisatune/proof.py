@@ -130,26 +130,36 @@ def has_reason_to_move(
 ) -> bool:
     """Tell whether a step has to show in a layer's fingerprint; its gradients are still there.
 
-    A learning rate of zero (the first step of many schedules) and gradients that are all zero (a batch
-    without a label; in a window, rows of tokens that did not occur) are reasons to rest; missing gradients
-    are not.
+    Adam moves a weight w by about its learning rate, which rounding swallows unless lr is well above
+    eps·|w| of the dtype. A layer must move if enough of the weights that the fingerprint reads, 16 or a
+    quarter, have a gradient and lr > 2·eps·|w|. So reasons to rest are a learning rate of zero (the first
+    step of many schedules) or next to it (the last ones), and gradients of zero (a batch without a label;
+    in a window, rows of tokens that did not occur). Missing gradients are none.
 
     Args:
         parameters: the layer's, in the order of its fingerprint.
         rates: learning rate of each.
         sample: the fingerprint's.
     """
-    driven = [(index, p.grad) for index, p in enumerate(parameters) if rates[p] != 0]
-    gradients = [(index, gradient) for index, gradient in driven if gradient is not None]
-    if not gradients:
+    driven = [(index, p) for index, p in enumerate(parameters) if rates[p] != 0]
+    if all(p.grad is None for _, p in driven):
         return bool(driven)
-    return any(bool(_read(gradient, index, sample).any()) for index, gradient in gradients)
+    with_gradient = [(index, p, p.grad) for index, p in driven if p.grad is not None]
+    wanted = movable = 0
+    for index, p, gradient in with_gradient:
+        weights, gradients = _read(p.detach(), index, sample), _read(gradient, index, sample)
+        coarse = 2 * torch.finfo(p.dtype).eps * weights.abs()
+        movable += int(((gradients != 0) & (coarse < rates[p])).sum())
+        wanted += weights.numel()
+        if movable >= 16:
+            return True
+    return 4 * movable >= wanted
 
 
-def _read(gradient: Tensor, index: int, sample: int | None) -> Tensor:
-    """The part of a gradient whose weights the fingerprint reads."""
-    dense = gradient.to_dense() if gradient.is_sparse else gradient
-    return dense if sample is None else _window(dense.reshape(-1), index, sample)
+def _read(values: Tensor, index: int, sample: int | None) -> Tensor:
+    """The part of a weight or gradient that the fingerprint reads."""
+    dense = (values.to_dense() if values.is_sparse else values).reshape(-1)
+    return dense if sample is None else _window(dense, index, sample)
 
 
 def _window(values: Tensor, index: int, sample: int) -> Tensor:

@@ -19,6 +19,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 
@@ -72,7 +73,7 @@ class Uniform(Sampler):
 
     def draw(self, period: int, *, seed: int) -> tuple[int, ...]:
         """Return the first γ blocks of a shuffle keyed by (seed, period)."""
-        return tuple(sorted(_shuffle([1.0] * self.num_blocks, f"{seed}/{period}")[: self.active]))
+        return tuple(sorted(_shuffle((1.0,) * self.num_blocks, f"{seed}/{period}")[: self.active]))
 
     def inclusion(self) -> tuple[float, ...]:
         """Return γ/N for every block."""
@@ -97,7 +98,7 @@ class Permutation(Sampler):
         if self.active == 0:
             return ()
         pass_index, slot = divmod(period, math.ceil(self.num_blocks / self.active))
-        order = _shuffle([1.0] * self.num_blocks, f"{seed}/pass {pass_index}")
+        order = _shuffle((1.0,) * self.num_blocks, f"{seed}/pass {pass_index}")
         first = slot * self.active
         return tuple(sorted((order + order)[first : first + self.active]))
 
@@ -246,11 +247,12 @@ def _check_probabilities(probabilities: Sequence[float], *, most: float) -> None
             raise ValueError(f"the probability of block {block} must be {limit}, got {p}")
 
 
-def _shuffle(weights: Sequence[float], key: str) -> list[int]:
-    """Blocks with weight > 0 in the order of their clocks."""
+@lru_cache(maxsize=4)
+def _shuffle(weights: tuple[float, ...], key: str) -> tuple[int, ...]:
+    """Blocks with weight > 0 in the order of their clocks. The periods of a pass share one."""
     rng = _rng(key)
     clocks = [(-math.log(1.0 - rng.random()) / w if w > 0 else math.inf, i) for i, w in enumerate(weights)]
-    return [i for _, i in sorted(clocks) if weights[i] > 0]
+    return tuple(i for _, i in sorted(clocks) if weights[i] > 0)
 
 
 def _rng(key: str) -> random.Random:

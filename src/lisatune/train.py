@@ -21,7 +21,6 @@ from torch import nn
 from lisatune import memory, models, progress
 from lisatune.assemble import Parts, assemble
 from lisatune.checkpoint import load_checkpoint, newest_checkpoint, prune, save_checkpoint
-from lisatune.data import collate
 from lisatune.evaluate import generate_answers, held_out_loss
 from lisatune.lisa import LISA
 from lisatune.plan import make_plan, print_plan
@@ -85,6 +84,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> p
                 checkpoint, model=parts.model, optimizer=parts.optimizer, scheduler=parts.scheduler
             )
             done = Progress(**extra)
+            parts.set_learning_rates()
             folder.drop_metrics_after(done.step)
         device, start = str(parts.device), done.step
         print_plan(
@@ -103,69 +103,22 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> p
 
 
 def _loop(parts: Parts, done: Progress, folder: RunFolder, log: Log) -> None:
-    run, data = parts.recipe.run, parts.data
-    max_norm = parts.recipe.optimizer.max_grad_norm or math.inf
-    amp = parts.autocast_dtype
-    with _interruptible() as interrupted, progress.Bar(data.steps, done.step) as bar:
-        while done.step < data.steps:
-            started = time.perf_counter()
-            first = done.step * run.accumulation
-            rows = [
-                [data.train.rows[i] for i in data.order.batch(first + micro)]
-                for micro in range(run.accumulation)
-            ]
-            batches = [collate(micro_rows, parts.tokenizer.pad_token_id) for micro_rows in rows]
-            num_labels = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
-            loss = torch.zeros((), device=parts.device)
-            for batch in batches:
-                with torch.autocast(parts.device.type, dtype=amp, enabled=amp is not None):
-                    loss_sum, _ = parts.loss({k: v.to(parts.device) for k, v in batch.items()})
-                    micro_loss = loss_sum / num_labels
-                micro_loss.backward()  # type: ignore[no-untyped-call]
-                loss += micro_loss.detach()
-            grad_norm = nn.utils.clip_grad_norm_(parts.trainable(), max_norm)
-            # Written down before the step, which may draw the next blocks.
-            record: dict[str, Any] = {"lr": parts.scheduler.get_last_lr()[0]}
-            if parts.lisa is not None:
-                record |= {"active_blocks": parts.lisa.active_blocks, "period": parts.lisa.period_index}
-            done.peak_trainable = max(done.peak_trainable, sum(p.numel() for p in parts.trainable()))
-            # The only wait for the device in a step: a NaN must not reach the weights.
-            if is_finite := bool(torch.isfinite(loss + grad_norm)):
-                parts.optimizer.step()
-            elif run.on_nonfinite == "stop":
-                raise _not_finite(done.step + 1, loss, grad_norm, folder)
-            parts.scheduler.step()
-            parts.optimizer.zero_grad(set_to_none=True)
-
-            seconds = time.perf_counter() - started
-            num_tokens = sum(len(row["input_ids"]) for micro_rows in rows for row in micro_rows)
-            done.step += 1
-            done.num_tokens += num_tokens
-            done.skipped_steps += not is_finite
-            done.train_seconds += seconds
-            done.peak_state_bytes = max(done.peak_state_bytes, parts.state.bytes)
-            done.peak_state_elements = max(done.peak_state_elements, parts.state.elements)
-            if done.step % run.log_every == 0 or done.step == data.steps:
-                record |= {
-                    "state_bytes": parts.state.bytes,
-                    "step": done.step,
-                    "loss": float(loss),
-                    "grad_norm": float(grad_norm),
-                    "tokens": done.num_tokens,
-                    "tokens_per_second": num_tokens / seconds,
-                    "resident_bytes": memory.resident_bytes(),
-                    "skipped_steps": done.skipped_steps,
-                    "seconds": done.train_seconds,
-                }
+    run, last = parts.recipe.run, parts.data.steps
+    with _interruptible() as interrupted, progress.Bar(last, done.step) as bar:
+        while done.step < last:
+            record = _step(parts, done, folder)
+            if record:
                 folder.log(record)
-                log({k: v for k, v in record.items() if isinstance(v, int | float)}, step=done.step)
+                log(
+                    {key: value for key, value in record.items() if isinstance(value, int | float)}, done.step
+                )
                 bar.update(**record)
-            if run.eval_every and done.step % run.eval_every == 0 and done.step < data.steps:
-                held_out = {"held_out_loss": _held_out(parts)}
-                folder.log({"step": done.step, **held_out})
-                log(held_out, step=done.step)
-            saves = run.save_every is not None and done.step % run.save_every == 0
-            if saves or interrupted():
+            if run.eval_every and done.step % run.eval_every == 0 and done.step < last:
+                held_out = _held_out(parts)
+                folder.log({"step": done.step, "held_out_loss": held_out})
+                log({"held_out_loss": held_out}, done.step)
+                bar.print(f"step {done.step}: held-out loss {held_out:.3f}")
+            if interrupted() or (run.save_every and done.step % run.save_every == 0):
                 save_checkpoint(
                     folder.checkpoints,
                     step=done.step,
@@ -177,16 +130,68 @@ def _loop(parts: Parts, done: Progress, folder: RunFolder, log: Log) -> None:
                 prune(folder.checkpoints, run.keep_checkpoints)
             if interrupted():
                 raise KeyboardInterrupt(
-                    f"stopped after step {done.step} of {data.steps}, which is saved; "
+                    f"stopped after step {done.step} of {last}, which is saved; "
                     f"go on with the same command and --resume"
                 )
+
+
+def _step(parts: Parts, done: Progress, folder: RunFolder) -> dict[str, Any]:
+    """Make one optimizer step; where it is to be logged, return its line of metrics.jsonl."""
+    run, data, amp = parts.recipe.run, parts.data, parts.autocast_dtype
+    started = time.perf_counter()
+    first = done.step * run.accumulation
+    rows = [[data.train.rows[i] for i in data.order.batch(first + j)] for j in range(run.accumulation)]
+    batches = [parts.collate(micro_rows) for micro_rows in rows]
+    num_labels = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+    loss = torch.zeros((), device=parts.device)
+    for batch in batches:
+        with torch.autocast(parts.device.type, dtype=amp, enabled=amp is not None):
+            loss_sum, _ = parts.loss({name: ids.to(parts.device) for name, ids in batch.items()})
+            micro_loss = loss_sum / num_labels
+        micro_loss.backward()  # type: ignore[no-untyped-call]
+        loss += micro_loss.detach()
+    grad_norm = nn.utils.clip_grad_norm_(parts.trainable(), parts.recipe.optimizer.max_grad_norm or math.inf)
+    # Noted before the step, which may draw the next blocks.
+    record: dict[str, Any] = {"lr": parts.optimizer.param_groups[0]["lr"]}
+    if parts.lisa is not None:
+        record |= {"period": parts.lisa.period_index, "active_blocks": parts.lisa.active_blocks}
+    done.peak_trainable = max(done.peak_trainable, sum(p.numel() for p in parts.trainable()))
+    # The only wait for the device in a step: what is not finite must not reach the weights.
+    if is_finite := bool(torch.isfinite(loss + grad_norm)):
+        parts.optimizer.step()
+    elif run.on_nonfinite == "stop":
+        raise _not_finite(done.step + 1, loss, grad_norm, folder)
+    parts.scheduler.step()
+    parts.optimizer.zero_grad(set_to_none=True)
+
+    seconds = time.perf_counter() - started
+    num_tokens = sum(len(row["input_ids"]) for micro_rows in rows for row in micro_rows)
+    done.step += 1
+    done.num_tokens += num_tokens
+    done.skipped_steps += not is_finite
+    done.train_seconds += seconds
+    done.peak_state_bytes = max(done.peak_state_bytes, parts.state.bytes)
+    done.peak_state_elements = max(done.peak_state_elements, parts.state.elements)
+    if done.step % run.log_every and done.step != data.steps:
+        return {}
+    return record | {
+        "step": done.step,
+        "loss": float(loss),
+        "grad_norm": float(grad_norm),
+        "tokens": done.num_tokens,
+        "tokens_per_second": num_tokens / seconds,
+        "state_bytes": parts.state.bytes,
+        "resident_bytes": memory.resident_bytes(),
+        "skipped_steps": done.skipped_steps,
+        "seconds": done.train_seconds,
+    }
 
 
 def _held_out(parts: Parts) -> float:
     """Loss per token of the held-out rows, taken in order of length to waste little on padding."""
     rows = sorted(parts.data.validation.rows, key=lambda row: len(row["input_ids"]))
-    size, pad = parts.recipe.run.batch_size, parts.tokenizer.pad_token_id
-    batches = (collate(rows[i : i + size], pad) for i in range(0, len(rows), size))
+    size = parts.recipe.run.batch_size
+    batches = (parts.collate(rows[i : i + size]) for i in range(0, len(rows), size))
     return held_out_loss(parts.loss, batches, device=parts.device, autocast=parts.autocast_dtype).loss
 
 
@@ -202,7 +207,8 @@ def _finish(parts: Parts, done: Progress, folder: RunFolder) -> progress.Summary
     if parts.lisa is not None:
         parts.lisa.check()
     after = _held_out(parts)
-    questions = zip(parts.data.questions, done.answers_before, _answers(parts), strict=True)
+    # Not strict: a resumed run may ask for more samples than were answered before.
+    questions = zip(parts.data.questions, done.answers_before, _answers(parts), strict=False)
     models.save_model(parts.model, parts.tokenizer, folder.model)
     device_peak = memory.device_peak_bytes(parts.device)
     summary = progress.Summary(
@@ -235,8 +241,9 @@ def _proof(lisa: LISA) -> str:
         return "none taken: method.verify is off"
     resting = lisa.layers.num_blocks - len(lisa.active_blocks)
     rest = lisa.steps_done % lisa.period
-    tail = f" and {rest} steps" if rest else ""
-    return f"{lisa.periods_proven} periods{tail}: drawn blocks moved, {resting} others bit-identical"
+    tail = f" and {progress.plural(rest, 'step')}" if rest else ""
+    periods = progress.plural(lisa.periods_proven, "period")
+    return f"{periods}{tail}: drawn blocks moved, {resting} others bit-identical"
 
 
 def _not_finite(step: int, loss: torch.Tensor, grad_norm: torch.Tensor, folder: RunFolder) -> TrainingError:

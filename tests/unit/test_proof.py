@@ -196,7 +196,7 @@ def test_reasons_to_move_are_a_rate_and_a_gradient() -> None:
 def test_gradients_outside_the_window_are_no_reason_to_move() -> None:
     weight = nn.Parameter(torch.zeros(2, WINDOW))
     weight.grad = torch.zeros(2, WINDOW)
-    weight.grad[1, 5] = 1.0
+    weight.grad[1, 5:21] = 1.0
     rates = {weight: 1e-3}
     assert [has_reason_to_move([weight], rates, sample=period) for period in (0, 1, 2)] == [
         False,
@@ -204,6 +204,31 @@ def test_gradients_outside_the_window_are_no_reason_to_move() -> None:
         False,
     ]
     assert has_reason_to_move([weight], rates)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "lr", "must_move"),
+    [
+        (torch.float32, 1e-5, True),
+        (torch.bfloat16, 1e-5, True),  # 5 % of such weights are small enough
+        (torch.float32, 2.5e-13, False),  # the last steps of a cosine over 100,000
+        (torch.bfloat16, 1e-9, False),
+    ],
+)
+def test_updates_that_rounding_swallows_are_no_reason_to_move(
+    dtype: torch.dtype, lr: float, must_move: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = nn.Parameter((0.02 * torch.randn(64, 256, generator=generator)).to(dtype))
+    weight.grad = torch.ones_like(weight)
+    assert has_reason_to_move([weight], {weight: lr}, sample=0) is must_move
+
+
+def test_run_may_end_on_learning_rates_too_small_to_move_anything(untied_llama: nn.Module) -> None:
+    optimizer, lisa = attach(untied_llama, verify="sample")
+    optimizer.param_groups[0]["lr"] = 1e-18
+    tiny.fit(untied_llama, optimizer, 6)
+    assert lisa.periods_proven == 2
 
 
 def test_sparse_gradients_are_read() -> None:

@@ -1,0 +1,56 @@
+"""What the README shows works as it stands there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from lisatune import LISA
+from lisatune.recipe_file import load_recipe
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_drop_in_trains_every_block() -> None:
+    model = tiny.llama()
+    before = tiny.weights(model)
+    loader = [{"input_ids": tiny.tokens(step), "labels": tiny.tokens(step)} for step in range(30)]
+    (code,) = blocks("python")
+    names = {"torch": torch, "LISA": LISA, "model": model, "loader": loader}
+    exec(compile(code, "README.md", "exec"), names)  # noqa: S102 - our own README
+    assert names["lisa"].periods_proven == 3
+    assert tiny.moved(before, model) == before.keys()
+
+
+def test_recipe_loads(tmp_path: Path) -> None:
+    (text,) = blocks("yaml")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    recipe = load_recipe(path, ["run.epochs=3"])
+    assert (recipe.method.active, recipe.run.epochs) == (2, 3)
+
+
+def test_commands_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    from lisatune.cli import main
+
+    commands = [shlex.split(line, comments=True) for text in blocks("sh") for line in text.splitlines()]
+    names = {words[1] for words in commands if words[0] == "lisatune"}
+    assert names == {"check", "train", "generate", "layers"}
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in names)
+
+
+def test_linked_files_exist() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"

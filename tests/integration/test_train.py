@@ -1,0 +1,214 @@
+"""Whole runs of `lisatune.train` on a tiny model: what they leave behind, and that resume is exact."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import lisatune.train
+import tiny_run
+from lisatune.assemble import assemble
+from lisatune.loss import CausalLMLoss
+from lisatune.methods import METHODS
+from lisatune.progress import Summary
+from lisatune.recipe_file import load_recipe
+from lisatune.train import TrainingError, train
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_run.write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def recipe(model: Path, tmp_path: Path) -> Path:
+    rows = tiny_run.write_rows(tmp_path / "rows.jsonl", 14)
+    return tiny_run.write_recipe(tmp_path, model, rows)
+
+
+def run(recipe: Path, output: str, *overrides: str, **flags: bool) -> Summary:
+    return train(load_recipe(recipe, [f"run.output={recipe.parent / output}", *overrides]), **flags)
+
+
+def use_method(recipe: Path, name: str) -> None:
+    options = ", period: 3" if name == "lisa" else ""
+    text = recipe.read_text().replace("{active: 2, period: 2}", f"{{name: {name}{options}}}")
+    recipe.write_text(text)
+
+
+def metrics(recipe: Path, output: str) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl, without what depends on the clock."""
+    lines = (recipe.parent / output / "metrics.jsonl").read_text().splitlines()
+    timed = {"tokens_per_second", "seconds", "resident_bytes"}
+    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
+
+
+def assert_same_model(recipe: Path, output: str, other: str) -> None:
+    one, two = (load_file(recipe.parent / name / "model" / "model.safetensors") for name in (output, other))
+    assert one.keys() == two.keys()
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+
+
+def press_ctrl_c(monkeypatch: pytest.MonkeyPatch, *, after: int) -> None:
+    """Raise the flag that Ctrl-C raises while a given step runs. The signal itself: test_bad_input.py."""
+    made = 0
+    make_step = lisatune.train._step
+
+    def step(*args: Any) -> Any:
+        nonlocal made
+        made += 1
+        return make_step(*args)
+
+    @contextmanager
+    def interruptible() -> Iterator[Callable[[], bool]]:
+        yield lambda: made >= after
+
+    monkeypatch.setattr(lisatune.train, "_step", step)
+    monkeypatch.setattr(lisatune.train, "_interruptible", interruptible)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("after", [1, 4, 6, 7])
+def test_resume_is_bit_equal_inside_a_period_and_an_epoch(
+    name: str, after: int, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 11 training rows in batches of 2 make epochs of 6 micro-steps: with 2 per step they end at step 3, 6, …
+    use_method(recipe, name)
+    options = ["run.steps=11", "run.accumulation=2", "run.eval_every=5"]
+    run(recipe, "straight", *options)
+    with monkeypatch.context() as patch:
+        press_ctrl_c(patch, after=after)
+        with pytest.raises(KeyboardInterrupt, match=f"stopped after step {after} of 11.*--resume"):
+            run(recipe, "resumed", *options)
+    summary = run(recipe, "resumed", *options, resume=True)
+    assert summary["steps"] == 11
+    assert_same_model(recipe, "straight", "resumed")
+    assert metrics(recipe, "straight") == metrics(recipe, "resumed")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["method.state=reset"],
+        ["method.state=cpu"],
+        ["method.warmup=2"],
+        ["method.sampler=uniform", "method.ends=frozen"],
+        ["run.precision=bf16-mixed"],
+        ["run.activation_checkpointing=true"],
+        ["data.packing=true", "optimizer.weight_decay=0.1"],
+    ],
+    ids=lambda options: options[0],
+)
+def test_resume_is_bit_equal_with(options: list[str], recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["run.steps=8", "method.period=3", *options]
+    run(recipe, "straight", *options)
+    with monkeypatch.context() as patch:
+        press_ctrl_c(patch, after=4)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, "resumed", *options)
+    run(recipe, "resumed", *options, resume=True)
+    assert_same_model(recipe, "straight", "resumed")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_loss_falls_and_the_model_loads_in_plain_transformers(name: str, recipe: Path) -> None:
+    use_method(recipe, name)
+    options = ["run.steps=30", "optimizer.lr=1e-2", "data.validation=" + str(recipe.parent / "rows.jsonl")]
+    summary = run(recipe, "run", *options)
+    assert summary["held_out_loss_after"] < summary["held_out_loss_before"] - 0.5
+    plain = AutoModelForCausalLM.from_pretrained(recipe.parent / "run" / "model")
+    parts = assemble(load_recipe(recipe, [*options, f"model.name={recipe.parent / 'run' / 'model'}"]))
+    batch = parts.collate(parts.data.validation.rows[:2])
+    with torch.no_grad():
+        ours = parts.model(input_ids=batch["input_ids"], use_cache=False).logits
+        theirs = plain(input_ids=batch["input_ids"], use_cache=False).logits
+    assert torch.equal(ours, theirs)
+
+
+def test_run_folder_holds_what_it_promises(recipe: Path) -> None:
+    summary = run(recipe, "run", "run.save_every=2", "run.report_to=[tensorboard]", "run.keep_checkpoints=1")
+    folder = recipe.parent / "run"
+    lines = metrics(recipe, "run")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+    assert all(len(line["active_blocks"]) == 2 for line in lines[1:])
+    # AdamW in fp32: two moments and one step counter per parameter that trains, and never more.
+    parts = assemble(load_recipe(recipe))
+    tensors = sum(p.requires_grad for p in parts.model.parameters())
+    trainable = sum(p.numel() for p in parts.model.parameters() if p.requires_grad)
+    assert [line["state_bytes"] for line in lines[1:]] == [8 * trainable + 4 * tensors] * 4
+    assert summary["peak_state_elements"] == 2 * summary["peak_trainable"] == 2 * trainable
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    assert summary["proof"] == "2 periods: drawn blocks moved, 2 others bit-identical"
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000004"]
+    assert list((folder / "trackers").rglob("events.out.tfevents.*"))
+    pickles = [p for p in folder.rglob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
+    assert pickles == []
+    assert {"recipe.yaml", "environment.json", "summary.json", "model"} <= {p.name for p in folder.iterdir()}
+
+
+def test_loss_does_not_depend_on_how_a_step_is_cut_into_micro_steps(recipe: Path) -> None:
+    run(recipe, "whole", "run.batch_size=4", "run.steps=1", "method.active=4")
+    run(recipe, "parts", "run.batch_size=2", "run.accumulation=2", "run.steps=1", "method.active=4")
+    whole, parts = metrics(recipe, "whole")[1], metrics(recipe, "parts")[1]
+    # Same rows, other order of float32 sums.
+    assert whole["loss"] == pytest.approx(parts["loss"], rel=1e-5)
+    assert whole["grad_norm"] == pytest.approx(parts["grad_norm"], rel=1e-4)
+    assert whole["tokens"] == parts["tokens"]
+
+
+def test_full_is_lisa_with_all_blocks_active(recipe: Path) -> None:
+    run(recipe, "lisa", "method.active=4")
+    use_method(recipe, "full")
+    run(recipe, "full")
+    assert_same_model(recipe, "lisa", "full")
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, calls={2})
+    summary = run(recipe, "run", "run.on_nonfinite=skip")
+    assert summary["skipped_steps"] == 1
+    assert math.isfinite(summary["held_out_loss_after"])
+    assert [line["skipped_steps"] for line in metrics(recipe, "run")[1:]] == [0, 1, 1, 1]
+
+
+def test_training_stops_at_a_loss_that_is_not_finite(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, calls={3})
+    with pytest.raises(TrainingError, match=r"step 3: loss nan.*last good checkpoint is .*step-000002"):
+        run(recipe, "run", "run.save_every=2")
+
+
+def test_longer_resume_takes_the_new_schedule_from_its_first_step(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(recipe, "straight", "run.steps=8")
+    with monkeypatch.context() as patch:
+        press_ctrl_c(patch, after=2)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, "resumed", "run.steps=4")
+    run(recipe, "resumed", "run.steps=8", resume=True)
+    rates = [[line["lr"] for line in metrics(recipe, name)[3:]] for name in ("straight", "resumed")]
+    assert rates[0] == rates[1]
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> None:
+    """Make the training loss NaN at these calls, from 1; evaluation has no gradients and is left alone."""
+    original, made = CausalLMLoss.__call__, []
+
+    def poisoned(self: CausalLMLoss, batch: Any) -> Any:
+        loss, count = original(self, batch)
+        if torch.is_grad_enabled():
+            made.append(1)
+            if len(made) in calls:
+                loss = loss * math.nan
+        return loss, count
+
+    monkeypatch.setattr(CausalLMLoss, "__call__", poisoned)
