@@ -74,17 +74,13 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> p
     if resume and checkpoint is None:
         raise ValueError(f"there is no complete checkpoint in {output}; start again with --overwrite")
     parts = assemble(recipe)
+    done = Progress() if checkpoint is None else _restore(parts, checkpoint)
     with (
         RunFolder.open(output, recipe.as_dict(), resume=resume, overwrite=overwrite) as folder,
         trackers(recipe.run.report_to, output, recipe.as_dict()) as log,
+        _way_back(folder),
     ):
-        done = Progress()
         if checkpoint is not None:
-            extra = load_checkpoint(
-                checkpoint, model=parts.model, optimizer=parts.optimizer, scheduler=parts.scheduler
-            )
-            done = Progress(**extra)
-            parts.set_learning_rates()
             folder.drop_metrics_after(done.step)
         device, start = str(parts.device), done.step
         print_plan(
@@ -100,6 +96,21 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> p
         summary = _finish(parts, done, folder)
     progress.print_summary(summary)
     return summary
+
+
+def _restore(parts: Parts, checkpoint: Path) -> Progress:
+    done = Progress(
+        **load_checkpoint(
+            checkpoint, model=parts.model, optimizer=parts.optimizer, scheduler=parts.scheduler
+        )
+    )
+    if done.step > parts.data.steps:
+        raise ValueError(
+            f"the run has done {done.step} steps and the recipe asks for {parts.data.steps}; give more "
+            "run.steps (or run.epochs) to go on"
+        )
+    parts.set_learning_rates()
+    return done
 
 
 def _loop(parts: Parts, done: Progress, folder: RunFolder, log: Log) -> None:
@@ -203,13 +214,19 @@ def _answers(parts: Parts) -> list[str]:
 
 
 def _finish(parts: Parts, done: Progress, folder: RunFolder) -> progress.Summary:
-    """Prove the last period, evaluate, write model and summary."""
+    """Prove the last period, write the model, evaluate, write the summary."""
+    if done.skipped_steps == done.step:
+        raise TrainingError(
+            f"nothing was trained: all {done.step} steps were left out, since loss or gradients were not "
+            f"finite; held-out loss before was {done.held_out_before:g}: where that is not finite either, "
+            "look for NaN in the model's weights, else lower optimizer.lr"
+        )
     if parts.lisa is not None:
         parts.lisa.check()
+    models.save_model(parts.model, parts.tokenizer, folder.model)  # first, for Ctrl-C may end the rest
     after = _held_out(parts)
     # Not strict: a resumed run may ask for more samples than were answered before.
     questions = zip(parts.data.questions, done.answers_before, _answers(parts), strict=False)
-    models.save_model(parts.model, parts.tokenizer, folder.model)
     device_peak = memory.device_peak_bytes(parts.device)
     summary = progress.Summary(
         steps=done.step,
@@ -253,6 +270,27 @@ def _not_finite(step: int, loss: torch.Tensor, grad_norm: torch.Tensor, folder: 
         f"step {step}: loss {float(loss):g}, gradient norm {float(grad_norm):g}; weights are as before "
         f"this step and {way_back}; lower optimizer.lr, or set run.on_nonfinite: skip to leave such steps out"
     )
+
+
+@contextmanager
+def _way_back(folder: RunFolder) -> Iterator[None]:
+    """Say how to go on after Ctrl-C outside the loop, or twice in it, and when memory runs out."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if stop.args:
+            raise
+        if folder.model.is_dir():
+            raise KeyboardInterrupt(f"stopped after training; the model is in {folder.model}") from None
+        last = newest_checkpoint(folder.checkpoints)
+        way_back = f"--resume, from {last}" if last else "--overwrite, for no checkpoint was saved yet"
+        raise KeyboardInterrupt(f"stopped at once; go on with the same command and {way_back}") from None
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition(". ")[0]
+        raise RuntimeError(
+            f"the device's memory is full ({reason}); lower run.batch_size or data.max_length, or set "
+            "run.activation_checkpointing: true"
+        ) from error
 
 
 @contextmanager
