@@ -100,9 +100,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> p
 
 def _restore(parts: Parts, checkpoint: Path) -> Progress:
     done = Progress(
-        **load_checkpoint(
-            checkpoint, model=parts.model, optimizer=parts.optimizer, scheduler=parts.scheduler
-        )
+        **load_checkpoint(checkpoint, model=parts.model, optimizer=parts.optimizer, scheduler=parts.scheduler)
     )
     if done.step > parts.data.steps:
         raise ValueError(
