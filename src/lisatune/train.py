@@ -93,7 +93,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> p
             done.answers_before = _answers(parts)
             folder.log({"step": 0, "held_out_loss": done.held_out_before})
         _loop(parts, done, folder, log)
-        summary = _finish(parts, done, folder)
+        summary = _finish(parts, done, folder, log)
     progress.print_summary(summary)
     return summary
 
@@ -211,7 +211,7 @@ def _answers(parts: Parts) -> list[str]:
     )
 
 
-def _finish(parts: Parts, done: Progress, folder: RunFolder) -> progress.Summary:
+def _finish(parts: Parts, done: Progress, folder: RunFolder, log: Log) -> progress.Summary:
     """Prove the last period, write the model, evaluate, write the summary."""
     if done.skipped_steps == done.step:
         raise TrainingError(
@@ -223,6 +223,8 @@ def _finish(parts: Parts, done: Progress, folder: RunFolder) -> progress.Summary
         parts.lisa.check()
     models.save_model(parts.model, parts.tokenizer, folder.model)  # first, for Ctrl-C may end the rest
     after = _held_out(parts)
+    folder.log({"step": done.step, "held_out_loss": after})
+    log({"held_out_loss": after}, done.step)
     # Not strict: a resumed run may ask for more samples than were answered before.
     questions = zip(parts.data.questions, done.answers_before, _answers(parts), strict=False)
     device_peak = memory.device_peak_bytes(parts.device)
