@@ -6,6 +6,7 @@ loss is the sum over its loss-carrying tokens divided by their number, whatever 
 
 import math
 import time
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,11 @@ def _step(parts: Parts, done: Progress, folder: RunFolder) -> dict[str, Any]:
         parts.optimizer.step()
     elif run.on_nonfinite == "stop":
         raise _not_finite(done.step + 1, loss, grad_norm, folder)
-    parts.scheduler.step()
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "Detected call of `lr_scheduler", UserWarning
+        )  # a skipped first step
+        parts.scheduler.step()
     parts.optimizer.zero_grad(set_to_none=True)
 
     seconds = time.perf_counter() - started
