@@ -5,14 +5,10 @@ loss is the sum over its loss-carrying tokens divided by their number, whatever 
 """
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -26,6 +22,7 @@ from lisatune.lisa import LISA
 from lisatune.plan import make_plan, print_plan
 from lisatune.recipe import Recipe
 from lisatune.runs import RunFolder, check_output
+from lisatune.stopping import interruptible, way_back
 from lisatune.trackers import Log, check_trackers, trackers
 
 __all__ = ["TrainingError", "train"]
@@ -78,7 +75,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> p
     with (
         RunFolder.open(output, recipe.as_dict(), resume=resume, overwrite=overwrite) as folder,
         trackers(recipe.run.report_to, output, recipe.as_dict()) as log,
-        _way_back(folder),
+        way_back(folder),
     ):
         if checkpoint is not None:
             folder.drop_metrics_after(done.step)
@@ -113,7 +110,7 @@ def _restore(parts: Parts, checkpoint: Path) -> Progress:
 
 def _loop(parts: Parts, done: Progress, folder: RunFolder, log: Log) -> None:
     run, last = parts.recipe.run, parts.data.steps
-    with _interruptible() as interrupted, progress.Bar(last, done.step) as bar:
+    with interruptible() as interrupted, progress.Bar(last, done.step) as bar:
         while done.step < last:
             record = _step(parts, done, folder)
             if record:
@@ -170,7 +167,11 @@ def _step(parts: Parts, done: Progress, folder: RunFolder) -> dict[str, Any]:
         parts.optimizer.step()
     elif run.on_nonfinite == "stop":
         raise _not_finite(done.step + 1, loss, grad_norm, folder)
-    parts.scheduler.step()
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "Detected call of `lr_scheduler", UserWarning
+        )  # a skipped first step
+        parts.scheduler.step()
     parts.optimizer.zero_grad(set_to_none=True)
 
     seconds = time.perf_counter() - started
@@ -270,44 +271,3 @@ def _not_finite(step: int, loss: torch.Tensor, grad_norm: torch.Tensor, folder: 
         f"step {step}: loss {float(loss):g}, gradient norm {float(grad_norm):g}; weights are as before "
         f"this step and {way_back}; lower optimizer.lr, or set run.on_nonfinite: skip to leave such steps out"
     )
-
-
-@contextmanager
-def _way_back(folder: RunFolder) -> Iterator[None]:
-    """Say how to go on after Ctrl-C outside the loop, or twice in it, and when memory runs out."""
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        if stop.args:
-            raise
-        if folder.model.is_dir():
-            raise KeyboardInterrupt(f"stopped after training; the model is in {folder.model}") from None
-        last = newest_checkpoint(folder.checkpoints)
-        way_back = f"--resume, from {last}" if last else "--overwrite, for no checkpoint was saved yet"
-        raise KeyboardInterrupt(f"stopped at once; go on with the same command and {way_back}") from None
-    except torch.OutOfMemoryError as error:
-        reason = str(error).partition(". ")[0]
-        raise RuntimeError(
-            f"the device's memory is full ({reason}); lower run.batch_size or data.max_length, or set "
-            "run.activation_checkpointing: true"
-        ) from error
-
-
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a flag that is read at the end of a step; the second stops at once."""
-    pressed = False
-
-    def press(signum: int, frame: FrameType | None) -> None:
-        nonlocal pressed
-        pressed = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False  # only the main thread hears signals
-        return
-    before = signal.signal(signal.SIGINT, press)
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, before)

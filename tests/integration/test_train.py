@@ -71,7 +71,7 @@ def press_ctrl_c(monkeypatch: pytest.MonkeyPatch, *, after: int) -> None:
         yield lambda: made >= after
 
     monkeypatch.setattr(lisatune.train, "_step", step)
-    monkeypatch.setattr(lisatune.train, "_interruptible", interruptible)
+    monkeypatch.setattr(lisatune.train, "interruptible", interruptible)
 
 
 @pytest.mark.parametrize("name", METHODS)
