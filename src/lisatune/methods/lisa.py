@@ -19,6 +19,7 @@ class Lisa(Method):
     """Ends and a few drawn blocks train, all other blocks are frozen until they are drawn."""
 
     name: Literal["lisa"] = "lisa"
+    """Way to fine-tune."""
 
     active: int = 2
     """Blocks that train at once, γ in the paper."""
