@@ -19,7 +19,7 @@ from lisatune.layers import LayerMap, find_layers
 from lisatune.lisa import LISA
 from lisatune.loss import CausalLMLoss
 from lisatune.optim import state_bytes, state_elements
-from lisatune.prepare import Data, check_fits, prepare_data
+from lisatune.prepare import Data, check_fits, max_positions, prepare_data
 from lisatune.recipe import Recipe
 
 __all__ = ["Parts", "StateMeter", "assemble", "rehearse"]
@@ -59,13 +59,14 @@ class Parts:
         return torch.bfloat16 if self.recipe.run.precision == "bf16-mixed" else None
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Make a batch on the CPU, [B, T] with T a multiple of 32 up to `data.max_length`.
+        """Make a batch on the CPU, [B, T] with T a multiple of 32 where that is not too long.
 
         On the CPU every new length leaves kernels in oneDNN's cache: resident memory would grow for
         hundreds of steps.
         """
         longest = max(len(row["input_ids"]) for row in rows)
-        length = max(longest, min(-(-longest // 32) * 32, self.recipe.data.max_length))
+        rounded = min(-(-longest // 32) * 32, self.recipe.data.max_length)
+        length = max(longest, min(rounded, max_positions(self.model) or rounded))
         return collate(rows, self.tokenizer.pad_token_id, length=length)
 
     def set_learning_rates(self) -> None:

@@ -15,7 +15,7 @@ from lisatune.evaluate import prompt_ids
 from lisatune.recipe import Recipe
 from lisatune.records import Records, read_records, split_records
 
-__all__ = ["Data", "Question", "check_fits", "prepare_data"]
+__all__ = ["Data", "Question", "check_fits", "max_positions", "prepare_data"]
 
 TEXT_PROMPT_WORDS = 24
 
@@ -95,11 +95,18 @@ def check_fits(model: nn.Module, data: Data) -> None:
             "give the model the tokenizer that it was trained with"
         )
     longest = max(max(row.get("seq_lengths", [len(row["input_ids"])])) for row in rows)
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = max_positions(model)
     if limit is not None and longest > limit:
         raise ValueError(
             f"a record has {longest} tokens and the model reads at most {limit}; set data.max_length={limit}"
         )
+
+
+def max_positions(model: nn.Module) -> int | None:
+    """Longest sequence the model's config allows, None where it names none."""
+    config: Any = model.config
+    limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit
 
 
 def _read(recipe: Recipe) -> tuple[Records, Records]:

@@ -1,6 +1,7 @@
 """How a run ends before its time, and what it then says: Ctrl-C, and memory that runs out."""
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ def interruptible() -> Iterator[Callable[[], bool]]:
     def press(signum: int, frame: FrameType | None) -> None:
         nonlocal pressed
         pressed = True
+        sys.stderr.write("\nlisatune: stopping after this step; Ctrl-C again stops at once\n")
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     if threading.current_thread() is not threading.main_thread():

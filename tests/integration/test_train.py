@@ -215,3 +215,15 @@ def poison(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> None:
         return loss, count
 
     monkeypatch.setattr(CausalLMLoss, "__call__", poisoned)
+
+
+def test_batches_are_padded_to_few_lengths_but_not_past_what_the_model_reads(recipe: Path) -> None:
+    parts = assemble(load_recipe(recipe))
+
+    def length(num_tokens: int) -> int:
+        row = {"input_ids": [5] * num_tokens, "labels": [5] * num_tokens}
+        return parts.collate([row])["input_ids"].shape[1]
+
+    assert [length(n) for n in (1, 32, 33, 95)] == [32, 32, 64, 96]  # data.max_length is 96
+    parts.model.config.max_position_embeddings = 70
+    assert [length(n) for n in (60, 65)] == [64, 70]
