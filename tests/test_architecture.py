@@ -15,7 +15,17 @@ LEVELS = {
     2: {"methods"},
     3: {"records", "sources", "chat", "data", "python_docs", "models", "pretrained", "gguf_models"}
     | {"evaluate", "checkpoint", "trackers"},
-    4: {"recipe_file", "prepare", "plan", "assemble", "train", "check", "progress", "layer_table"},
+    4: {
+        "recipe_file",
+        "prepare",
+        "plan",
+        "assemble",
+        "stopping",
+        "train",
+        "check",
+        "progress",
+        "layer_table",
+    },
     5: {"cli"},
 }
 LEVEL = {module: level for level, modules in LEVELS.items() for module in modules}

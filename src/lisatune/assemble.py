@@ -18,7 +18,7 @@ from lisatune.layers import LayerMap, find_layers
 from lisatune.lisa import LISA
 from lisatune.loss import CausalLMLoss
 from lisatune.optim import state_bytes, state_elements
-from lisatune.prepare import Data, prepare_data
+from lisatune.prepare import Data, check_fits, prepare_data
 from lisatune.recipe import Recipe
 
 __all__ = ["Parts", "StateMeter", "assemble"]
@@ -93,6 +93,7 @@ def assemble(recipe: Recipe) -> Parts:
     model = models.load_model(
         name, revision=revision, trust_remote_code=trusted, attention=recipe.model.attention
     ).to(device)
+    check_fits(model, data)
     layers = find_layers(model)
     loss = CausalLMLoss(model)
     if recipe.data.packing:

@@ -19,7 +19,7 @@ from lisatune import models
 from lisatune.layers import LayerMap, find_layers
 from lisatune.lisa import LISA
 from lisatune.plan import Plan, make_plan, print_plan
-from lisatune.prepare import Data, prepare_data
+from lisatune.prepare import Data, check_fits, prepare_data
 from lisatune.progress import plural, terminal
 from lisatune.recipe import Recipe
 from lisatune.records import read_records
@@ -89,6 +89,8 @@ def check(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> C
     data = _check_data(recipe, report)
     steps = recipe.run.steps if data is None else data.steps
     attached = report.attempt(_attach, recipe, steps or UNKNOWN_STEPS)
+    if attached is not None and data is not None:
+        report.attempt(check_fits, attached[0], data)
     if attached is not None and data is not None and device is not None:
         report.plan = make_plan(recipe, *attached, data, device=str(device))
     return report

@@ -98,18 +98,24 @@ def generate_answers(
     answers = []
     with torch.no_grad(), evaluation_mode(model):
         for prompt in prompts:
-            if isinstance(prompt, str):
-                ids = tokenizer(prompt)["input_ids"]
-            else:
-                ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)[
-                    "input_ids"
-                ]
+            ids = prompt_ids(tokenizer, prompt)
             prompt_BT = torch.tensor([ids], device=model.device)
             out_BT = model.generate(
                 prompt_BT, attention_mask=torch.ones_like(prompt_BT), generation_config=greedy
             )
             answers.append(tokenizer.decode(out_BT[0, len(ids) :], skip_special_tokens=True))
     return answers
+
+
+def prompt_ids(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
+    """Token ids of a prompt: plain text as it is, messages through the chat template."""
+    if isinstance(prompt, str):
+        ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
+    else:
+        ids = tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, return_dict=True, tokenizer_kwargs={"verbose": False}
+        )["input_ids"]
+    return ids
 
 
 def _as_list(ids: int | list[int] | None) -> list[int]:

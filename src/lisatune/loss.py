@@ -100,6 +100,9 @@ class CausalLMLoss:
 
     Attributes:
         is_chunked: False where the model needs its full logits.
+
+    Raises:
+        ValueError: the model computes NaN.
     """
 
     def __init__(self, model: nn.Module, *, chunk_size: int = 128) -> None:
@@ -178,6 +181,8 @@ class CausalLMLoss:
         probe = self._probe()
         with torch.no_grad(), evaluation_mode(self.model):
             want_BTV = self._logits(*probe)
+            if want_BTV.isnan().any():
+                raise ValueError(_why_nan(self.model))
             try:
                 raw_BTV = head(self._hidden(*probe))
             except (AttributeError, RuntimeError, TypeError, ValueError) as error:
@@ -224,6 +229,14 @@ def _transforms(config: Any) -> list[Callable[[Tensor], Tensor]]:
 def _scale_and_cap(logits: Tensor, *, factor: float, cap: float | None) -> Tensor:
     logits = logits if factor == 1 else logits * factor
     return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def _why_nan(model: nn.Module) -> str:
+    broken = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    if not broken:
+        return f"{type(model).__name__} computes NaN from finite weights; try model.attention: eager"
+    more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+    return f"the model's weights hold NaN or infinity, in {broken[0]}{more}; fetch or export the model again"
 
 
 def _agree(a: Tensor, b: Tensor) -> bool:

@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia")
 
 
 def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -150,6 +151,8 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if name.partition(":")[0] not in DEVICES:
+        raise ValueError(f"unknown run.device {name!r}; use auto or one of {', '.join(DEVICES)}")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

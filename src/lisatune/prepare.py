@@ -5,13 +5,17 @@
 
 import math
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
+from torch import nn
+
 from lisatune.data import Examples, Order, pack, tokenize
+from lisatune.evaluate import prompt_ids
 from lisatune.recipe import Recipe
 from lisatune.records import Records, read_records, split_records
 
-__all__ = ["Data", "Question", "prepare_data"]
+__all__ = ["Data", "Question", "check_fits", "prepare_data"]
 
 TEXT_PROMPT_WORDS = 24
 
@@ -43,7 +47,7 @@ class Data:
     """Held-out rows, one record each."""
 
     questions: tuple[Question, ...]
-    """The first `run.samples` held-out records as prompts and answers."""
+    """The first `run.samples` held-out records whose prompts fit `max_length`, as prompts and answers."""
 
     order: Order
     """Which rows make up each micro-step's batch."""
@@ -70,8 +74,32 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> Data:
         rows = pack(rows, data.max_length)
     order = Order(len(rows.rows), run.batch_size, run.seed)
     steps = run.steps or max(1, math.ceil(run.epochs * order.batches_per_epoch / run.accumulation))
-    questions = tuple(_question(row) for row in validation.rows[: run.samples])
+    asked = (_question(row) for row in validation.rows)
+    short = (question for question in asked if len(prompt_ids(tokenizer, question.prompt)) < data.max_length)
+    questions = tuple(islice(short, run.samples))
     return Data(rows, held_out, questions, order, steps, train.skipped + validation.skipped)
+
+
+def check_fits(model: nn.Module, data: Data) -> None:
+    """Refuse token ids and lengths that the model has no embedding for, which would end in an IndexError.
+
+    Raises:
+        ValueError: the tokenizer is another model's, or a row is longer than the model can read.
+    """
+    rows = (*data.train.rows, *data.validation.rows)
+    highest = max(max(row["input_ids"]) for row in rows)
+    embedding: nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]
+    if highest >= embedding.num_embeddings:
+        raise ValueError(
+            f"the tokenizer makes token {highest}, the model has {embedding.num_embeddings} (from 0); "
+            "give the model the tokenizer that it was trained with"
+        )
+    longest = max(max(row.get("seq_lengths", [len(row["input_ids"])])) for row in rows)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"a record has {longest} tokens and the model reads at most {limit}; set data.max_length={limit}"
+        )
 
 
 def _read(recipe: Recipe) -> tuple[Records, Records]:

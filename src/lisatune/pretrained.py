@@ -44,12 +44,10 @@ def _some(keys: Iterable[str]) -> str:
 def one_sentence(what: str) -> Iterator[None]:
     """Quiet inside; an error of transformers becomes one sentence about `what`."""
     import_transformers()
-    from safetensors import SafetensorError
-
     try:
         with quiet():
             yield
-    except (ImportError, OSError, ValueError, SafetensorError) as error:
+    except Exception as error:  # a wrong value in config.json can raise anything
         text = str(error)
         if "trust_remote_code" in text:
             raise ValueError(
@@ -57,7 +55,20 @@ def one_sentence(what: str) -> Iterator[None]:
             ) from error
         kinds = {ImportError: ImportError, OSError: FileNotFoundError}
         kind = next((kind for known, kind in kinds.items() if isinstance(error, known)), ValueError)
-        raise kind(f"could not load {what}: {text.strip().splitlines()[0]}") from error
+        raise kind(f"could not load {what}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, on one line."""
+    from safetensors import SafetensorError
+
+    text = str(error).strip()
+    if text.startswith("Couldn't instantiate the backend tokenizer"):
+        return "it has no tokenizer files; copy those of its base model, such as tokenizer.json, into it"
+    lines = [line.strip() for line in text.splitlines()] or ["no reason given"]
+    reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    says_enough = isinstance(error, ImportError | OSError | ValueError | SafetensorError)
+    return reason if says_enough else f"{type(error).__name__}: {reason}"
 
 
 @contextmanager

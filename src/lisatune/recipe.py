@@ -106,11 +106,11 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.lr must be a positive number, got {self.lr}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas must be in [0, 1), got {self.betas}")
-        if self.eps <= 0:
-            raise ValueError(f"optimizer.eps must be > 0, got {self.eps}")
-        if self.weight_decay < 0:
-            raise ValueError(f"optimizer.weight_decay must be >= 0, got {self.weight_decay}")
-        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+        if not (self.eps > 0 and math.isfinite(self.eps)):
+            raise ValueError(f"optimizer.eps must be a positive number, got {self.eps}")
+        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
+            raise ValueError(f"optimizer.weight_decay must be a number >= 0, got {self.weight_decay}")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(f"optimizer.max_grad_norm must be > 0 or null, got {self.max_grad_norm}")
         _at_least(0, "optimizer.warmup_steps", self.warmup_steps)
 
@@ -176,6 +176,8 @@ class RunConfig:
         for name in ("keep_checkpoints", "sample_tokens"):
             _at_least(1, f"run.{name}", getattr(self, name))
         _at_least(0, "run.samples", self.samples)
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"run.seed must be >= 0 and below 2**63, got {self.seed}")
         if not (self.epochs > 0 and math.isfinite(self.epochs)):
             raise ValueError(f"run.epochs must be > 0, got {self.epochs}")
 

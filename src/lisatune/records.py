@@ -87,7 +87,7 @@ def read_records(
             rows.append(_normalise(row, kind))
         except BadRowError as problem:
             if on_bad_row == "error":
-                raise ValueError(f"{place}: {problem}") from None
+                raise ValueError(f"{place}: {problem}; mend it or set data.on_bad_row=skip") from None
             skipped, first_skipped = skipped + 1, first_skipped or f"{place}: {problem}"
         if limit is not None and len(rows) >= limit:
             break

@@ -5,14 +5,10 @@ loss is the sum over its loss-carrying tokens divided by their number, whatever 
 """
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -26,6 +22,7 @@ from lisatune.lisa import LISA
 from lisatune.plan import make_plan, print_plan
 from lisatune.recipe import Recipe
 from lisatune.runs import RunFolder, check_output
+from lisatune.stopping import interruptible, way_back
 from lisatune.trackers import Log, check_trackers, trackers
 
 __all__ = ["TrainingError", "train"]
@@ -74,17 +71,13 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> p
     if resume and checkpoint is None:
         raise ValueError(f"there is no complete checkpoint in {output}; start again with --overwrite")
     parts = assemble(recipe)
+    done = Progress() if checkpoint is None else _restore(parts, checkpoint)
     with (
         RunFolder.open(output, recipe.as_dict(), resume=resume, overwrite=overwrite) as folder,
         trackers(recipe.run.report_to, output, recipe.as_dict()) as log,
+        way_back(folder),
     ):
-        done = Progress()
         if checkpoint is not None:
-            extra = load_checkpoint(
-                checkpoint, model=parts.model, optimizer=parts.optimizer, scheduler=parts.scheduler
-            )
-            done = Progress(**extra)
-            parts.set_learning_rates()
             folder.drop_metrics_after(done.step)
         device, start = str(parts.device), done.step
         print_plan(
@@ -97,14 +90,27 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> p
             done.answers_before = _answers(parts)
             folder.log({"step": 0, "held_out_loss": done.held_out_before})
         _loop(parts, done, folder, log)
-        summary = _finish(parts, done, folder)
+        summary = _finish(parts, done, folder, log)
     progress.print_summary(summary)
     return summary
 
 
+def _restore(parts: Parts, checkpoint: Path) -> Progress:
+    done = Progress(
+        **load_checkpoint(checkpoint, model=parts.model, optimizer=parts.optimizer, scheduler=parts.scheduler)
+    )
+    if done.step > parts.data.steps:
+        raise ValueError(
+            f"the run has done {done.step} steps and the recipe asks for {parts.data.steps}; give more "
+            "run.steps (or run.epochs) to go on"
+        )
+    parts.set_learning_rates()
+    return done
+
+
 def _loop(parts: Parts, done: Progress, folder: RunFolder, log: Log) -> None:
     run, last = parts.recipe.run, parts.data.steps
-    with _interruptible() as interrupted, progress.Bar(last, done.step) as bar:
+    with interruptible() as interrupted, progress.Bar(last, done.step) as bar:
         while done.step < last:
             record = _step(parts, done, folder)
             if record:
@@ -161,7 +167,11 @@ def _step(parts: Parts, done: Progress, folder: RunFolder) -> dict[str, Any]:
         parts.optimizer.step()
     elif run.on_nonfinite == "stop":
         raise _not_finite(done.step + 1, loss, grad_norm, folder)
-    parts.scheduler.step()
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "Detected call of `lr_scheduler", UserWarning
+        )  # a skipped first step
+        parts.scheduler.step()
     parts.optimizer.zero_grad(set_to_none=True)
 
     seconds = time.perf_counter() - started
@@ -202,14 +212,22 @@ def _answers(parts: Parts) -> list[str]:
     )
 
 
-def _finish(parts: Parts, done: Progress, folder: RunFolder) -> progress.Summary:
-    """Prove the last period, evaluate, write model and summary."""
+def _finish(parts: Parts, done: Progress, folder: RunFolder, log: Log) -> progress.Summary:
+    """Prove the last period, write the model, evaluate, write the summary."""
+    if done.skipped_steps == done.step:
+        raise TrainingError(
+            f"nothing was trained: all {done.step} steps were left out, since loss or gradients were not "
+            f"finite; held-out loss before was {done.held_out_before:g}: where that is not finite either, "
+            "look for NaN in the model's weights, else lower optimizer.lr"
+        )
     if parts.lisa is not None:
         parts.lisa.check()
+    models.save_model(parts.model, parts.tokenizer, folder.model)  # first, for Ctrl-C may end the rest
     after = _held_out(parts)
+    folder.log({"step": done.step, "held_out_loss": after})
+    log({"held_out_loss": after}, done.step)
     # Not strict: a resumed run may ask for more samples than were answered before.
     questions = zip(parts.data.questions, done.answers_before, _answers(parts), strict=False)
-    models.save_model(parts.model, parts.tokenizer, folder.model)
     device_peak = memory.device_peak_bytes(parts.device)
     summary = progress.Summary(
         steps=done.step,
@@ -253,23 +271,3 @@ def _not_finite(step: int, loss: torch.Tensor, grad_norm: torch.Tensor, folder: 
         f"step {step}: loss {float(loss):g}, gradient norm {float(grad_norm):g}; weights are as before "
         f"this step and {way_back}; lower optimizer.lr, or set run.on_nonfinite: skip to leave such steps out"
     )
-
-
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a flag that is read at the end of a step; the second stops at once."""
-    pressed = False
-
-    def press(signum: int, frame: FrameType | None) -> None:
-        nonlocal pressed
-        pressed = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False  # only the main thread hears signals
-        return
-    before = signal.signal(signal.SIGINT, press)
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, before)

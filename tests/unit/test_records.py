@@ -147,10 +147,10 @@ def test_a_bad_row_is_named_with_file_and_line_or_skipped(
     source = save(tmp_path, good, bad, good)
     with pytest.raises(ValueError, match="line 2") as info:
         read_records(source)
-    assert str(info.value) == f"{source}, line 2: {problem}"
+    assert str(info.value) == f"{source}, line 2: {problem}; mend it or set data.on_bad_row=skip"
     records = read_records(source, on_bad_row="skip")
     assert (len(records.rows), records.skipped) == (2, 1)
-    assert records.first_skipped == str(info.value)
+    assert records.first_skipped == f"{source}, line 2: {problem}"
 
 
 def test_rows_that_are_not_json_are_named_or_skipped(tmp_path: Path) -> None:

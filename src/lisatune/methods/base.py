@@ -1,17 +1,16 @@
-"""What every method of fine-tuning answers: how to prepare the model, and which optimizer to build."""
-
-from abc import ABC, abstractmethod
+"""What a method of fine-tuning answers: how to prepare the model, which optimizer, what to attach to it."""
 
 import torch
 from torch import nn
 
 from lisatune.layers import LayerMap
 from lisatune.lisa import LISA
+from lisatune.optim import build_adamw
 
 __all__ = ["Method"]
 
 
-class Method(ABC):
+class Method:
     """A way to fine-tune. Subclasses are frozen, keyword-only dataclasses whose fields are recipe keys.
 
     Order of calls: `prepare`, then `build_optimizer` over the prepared model, then `attach`.
@@ -23,7 +22,6 @@ class Method(ABC):
         """Change the model before the optimizer is built (adapters would go in here). Default: as it is."""
         return model
 
-    @abstractmethod
     def build_optimizer(
         self,
         model: nn.Module,
@@ -34,7 +32,11 @@ class Method(ABC):
         eps: float,
         weight_decay: float,
     ) -> torch.optim.Optimizer:
-        """Build the optimizer, with every parameter that will ever train in its param groups."""
+        """Build the optimizer, with every parameter that will ever train in its param groups.
+
+        Default: AdamW over ends and blocks, one group per layer, while everything still requires grad.
+        """
+        return build_adamw(model, layers, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
     def attach(
         self,

@@ -9,7 +9,6 @@ from torch import nn
 from lisatune.layers import LayerMap
 from lisatune.lisa import LISA
 from lisatune.methods.base import Method
-from lisatune.optim import build_adamw
 from lisatune.samplers import Independent
 
 __all__ = ["Lisa"]
@@ -20,6 +19,7 @@ class Lisa(Method):
     """Ends and a few drawn blocks train, all other blocks are frozen until they are drawn."""
 
     name: Literal["lisa"] = "lisa"
+    """Way to fine-tune."""
 
     active: int = 2
     """Blocks that train at once, γ in the paper."""
@@ -59,19 +59,6 @@ class Lisa(Method):
                 f"method.probabilities has no use with method.sampler {self.sampler}; "
                 f"choose weighted or independent"
             )
-
-    def build_optimizer(
-        self,
-        model: nn.Module,
-        layers: LayerMap,
-        *,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-    ) -> torch.optim.Optimizer:
-        """Build AdamW over ends and blocks: one group per layer, while everything still requires grad."""
-        return build_adamw(model, layers, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
     def attach(
         self,

@@ -1,0 +1,622 @@
+"""Bad input through the command line: one sentence, exit code 2, and nothing written or lost."""
+
+import errno
+import json
+import math
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors.torch import load_file, save_file
+
+import lisatune.train
+import tiny_run
+from lisatune import trackers
+from lisatune.checkpoint import newest_checkpoint
+from lisatune.cli import main
+from lisatune.loss import CausalLMLoss
+
+GOOD = json.dumps({"instruction": "Count.", "output": "1 2"})
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_run.write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def recipe(model: Path, tmp_path: Path) -> Path:
+    return tiny_run.write_recipe(tmp_path, model, tiny_run.write_rows(tmp_path / "rows.jsonl"))
+
+
+@pytest.fixture(autouse=True)
+def _own_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # `main` sets it
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Call the command line; it must refuse in one sentence and leave every file as it was."""
+
+    def call(*arguments: str | Path, says: tuple[str, ...]) -> str:
+        before = content(tmp_path)
+        capfd.readouterr()
+        assert main([str(argument) for argument in arguments]) == 2
+        error = one_sentence(capfd, *says)
+        assert content(tmp_path) == before
+        return error
+
+    return call
+
+
+def content(folder: Path) -> dict[str, bytes | None]:
+    """Every file and folder below, with its bytes."""
+    return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def one_sentence(capture: pytest.CaptureFixture[str], *parts: str, start: str = "lisatune: error: ") -> str:
+    error = capture.readouterr().err
+    assert error.startswith(start)
+    assert error.endswith("\n")
+    assert error.count("\n") == 1
+    assert [part for part in parts if part not in error] == [], error
+    return error
+
+
+def trained(recipe: Path, output: str, *overrides: str) -> dict[str, torch.Tensor]:
+    """Run a recipe undisturbed and return the weights it ends with."""
+    folder = recipe.parent / output
+    assert main(["train", str(recipe), f"run.output={folder}", *overrides]) == 0
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def assert_equal(weights: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert weights.keys() == other.keys()
+    assert [name for name in weights if not torch.equal(weights[name], other[name])] == []
+
+
+def no_space(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+# ---- keys and values
+
+VALUES: list[tuple[list[str], tuple[str, ...]]] = [
+    (["run.stepz=3"], ("unknown key 'run.stepz'", "Did you mean 'run.steps'?")),
+    (["rum.steps=3"], ("unknown section 'rum'", "Did you mean 'run'?")),
+    (["method.name=lsia"], ("unknown method 'lsia'", "Did you mean 'lisa'?")),
+    (["method.state=dorp"], ("method.state must be one of", "got 'dorp'", "Did you mean 'drop'?")),
+    (["run.steps=many"], ("run.steps must be a whole number", "got 'many'")),
+    (["run.steps=0"], ("run.steps must be >= 1, got 0",)),
+    (["run.seed=-1"], ("run.seed must be >= 0 and below 2**63, got -1",)),
+    (["run.seed=9223372036854775808"], ("run.seed must be >= 0 and below 2**63, got 922",)),
+    (["optimizer.lr=nan"], ("optimizer.lr must be a positive number, got nan",)),
+    (["optimizer.lr=inf"], ("optimizer.lr must be a positive number, got inf",)),
+    (["optimizer.eps=nan"], ("optimizer.eps must be a positive number, got nan",)),
+    (["optimizer.eps=inf"], ("optimizer.eps must be a positive number, got inf",)),
+    (["optimizer.weight_decay=nan"], ("optimizer.weight_decay must be a number >= 0, got nan",)),
+    (["optimizer.weight_decay=inf"], ("optimizer.weight_decay must be a number >= 0, got inf",)),
+    (["optimizer.max_grad_norm=nan"], ("optimizer.max_grad_norm must be > 0 or null, got nan",)),
+    (["optimizer.betas=[nan,0.9]"], ("optimizer.betas must be in [0, 1)", "nan")),
+    (["data.validation_share=nan"], ("data.validation_share must be between 0 and 1, got nan",)),
+    (["method.active=5"], ("active must be between 0 and the model's 4 blocks, got 5",)),
+    (["method.active=-1"], ("active must be between 0 and the model's 4 blocks, got -1",)),
+    (["method.period=0"], ("period must be a number of optimizer steps >= 1", "got 0")),
+    (["method.warmup=2"], ("warmup must be >= 0 and below period=2, got 2",)),
+    (["method.sampler=weighted"], ("weighted needs method.probabilities",)),
+    (["method.probabilities=[1,1,1,1]"], ("has no use with method.sampler permutation",)),
+    (["run.report_to=[tensorbord]"], ("unknown tracker 'tensorbord'", "known: tensorboard, wandb")),
+    (["run.device=cuba"], ("unknown run.device 'cuba'", "use auto or one of cpu, cuda")),
+    (["run.device=meta"], ("unknown run.device 'meta'",)),
+    (["run.device=cpu:x"], ("run.device 'cpu:x' can't be used here", "use auto")),
+    (["model.attention=flash"], ("flash", "sdpa")),
+    (
+        ["data.validation_share=0.001"],
+        ("share of 0.001 of 12", "leaves nothing to validate on", "change the"),
+    ),
+    (["data.validation_share=0.999"], ("share of 0.999 of 12", "leaves nothing to train on", "change the")),
+    (["data.max_length=20"], ("all answers are cut off by max_length=20", "has 30 tokens", "set max_length")),
+    (["data.train=./absent.jsonl"], ("there is no file or folder ./absent.jsonl",)),
+    (["data.validation=./absent.jsonl"], ("there is no file or folder ./absent.jsonl",)),
+    (["model.name=./absent"], ("there is no model folder ./absent",)),
+]
+
+
+@pytest.mark.parametrize(("overrides", "says"), VALUES, ids=lambda value: value[0])
+def test_unknown_keys_and_impossible_values(
+    recipe: Path, refused: Callable[..., str], overrides: list[str], says: tuple[str, ...]
+) -> None:
+    refused("train", recipe, *overrides, says=says)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "probabilities", "says"),
+    [
+        ("weighted", "[0.5, 0.5]", "got 2 probabilities for 4 blocks; give one per block"),
+        ("weighted", "[0.5, 0.5, -0.1, 0.1]", "the probability of block 2 must be 0 or more, got -0.1"),
+        ("weighted", "[.nan, 1, 1, 1]", "the probability of block 0 must be 0 or more, got nan"),
+        ("weighted", "[1, .inf, 1, 1]", "the probability of block 1 must be 0 or more, got inf"),
+        (
+            "weighted",
+            "[1, 0, 0, 0]",
+            "cannot draw active=2 blocks from 1 with probability > 0; lower `active`",
+        ),
+        ("weighted", "[a, 1, 1, 1]", "method.probabilities must be a list (each a number) or null"),
+        ("independent", "[0.5]", "got 1 probabilities for 4 blocks; give one per block"),
+        ("independent", "[0.5, 0.5, 1.5, 0]", "the probability of block 2 must be between 0 and 1, got 1.5"),
+        ("independent", "[.nan, 1, 1, 1]", "the probability of block 0 must be between 0 and 1, got nan"),
+    ],
+)
+def test_probabilities_that_cannot_be(
+    recipe: Path, refused: Callable[..., str], sampler: str, probabilities: str, says: str
+) -> None:
+    options = (f"method.sampler={sampler}", f"method.probabilities={probabilities}")
+    refused("train", recipe, *options, says=(says,))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, ("does not exist",)),
+        (b"", ("is empty; it needs at least model.name and data.train",)),
+        (b"model: {name: \xff}", ("is not UTF-8 text (byte 14)",)),
+        (b"model: {name: m}\nmethod:\n\tactive: 2\n", ("line 3", "not valid YAML", "'\\t'")),
+        (b"run: {steps: 1}\nrun: {steps: 2}\n", ("line 2", "key 'run' is given twice")),
+        (b"metod: {active: 2}\n", ("unknown section 'metod'", "Did you mean 'method'?")),
+        (b"model: {name: m}\n", ("data", "is missing; add it")),
+        (b"- model\n", ("must be sections of keys, got a list",)),
+    ],
+)
+def test_recipe_files_that_cannot_be_read(
+    tmp_path: Path, refused: Callable[..., str], text: bytes | None, says: tuple[str, ...]
+) -> None:
+    path = tmp_path / "bad.yaml"
+    if text is not None:
+        path.write_bytes(text)
+    refused("train", path, says=(str(path), *says))
+
+
+def test_trackers_that_are_not_installed(
+    recipe: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    refused(
+        "train", recipe, "run.report_to=[mlflow]", says=("run.report_to: mlflow needs `pip install mlflow`",)
+    )
+
+
+# ---- records
+
+BAD_ROWS = [
+    (b"{oops", "not JSON ("),
+    (b'{"instruction": "\xff", "output": "b"}', "not UTF-8 (byte 0xff); save it as UTF-8"),
+    (b'{"instruction": "a"}', "the field 'output' is missing, there is instruction"),
+    (b'{"instruction": "a", "output": null}', "'output' is null, text is due"),
+    (b'{"instruction": 5, "output": "b"}', "'instruction' is the number 5, text is due"),
+    (b'{"instruction": "a", "output": ["b"]}', "'output' is a list, text is due"),
+    (b"[1]", "a list where an object with named fields is due"),
+    (b"null", "null where an object with named fields is due"),
+]
+
+
+@pytest.mark.parametrize(("row", "says"), BAD_ROWS, ids=[row.decode(errors="replace") for row, _ in BAD_ROWS])
+def test_a_bad_row_is_named_by_file_and_line_or_skipped_and_counted(
+    recipe: Path, refused: Callable[..., str], row: bytes, says: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = recipe.parent / "rows.jsonl"
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([*lines[:3], row, *lines[3:], row, b""]))
+    refused("train", recipe, says=(f"{path}, line 4: {says}", "mend it or set data.on_bad_row=skip"))
+    assert main(["train", str(recipe), "data.on_bad_row=skip", "method.period=1"]) == 0
+    assert "; 2 skipped: not usable" in capfd.readouterr().out
+    assert main(["check", str(recipe), "data.on_bad_row=skip", f"run.output={recipe.parent / 'new'}"]) == 0
+    assert "; 2 skipped: not usable" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "is empty: it has no records"),
+        ("\n \n", "is empty: it has no records"),
+        (GOOD, "holding out a share of 0.25 of 1 different prompts leaves nothing to validate on; change"),
+        ("{oops\n" * 3, "has no usable record, all 3 were skipped; first: "),
+    ],
+)
+def test_data_of_which_nothing_is_left(
+    recipe: Path, refused: Callable[..., str], text: str, says: str
+) -> None:
+    path = recipe.parent / "rows.jsonl"
+    path.write_text(text)
+    refused(
+        "train", recipe, "data.on_bad_row=skip", says=(str(path), says) if "share" not in says else (says,)
+    )
+
+
+# ---- models
+
+
+def change_config(folder: Path, **values: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def plant_nan(folder: Path, name: str, row: int = 0) -> None:
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    weights[name][row, 0] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no config": (lambda m: (m / "config.json").unlink(), "has no config.json; give a folder that"),
+    "no weights": (lambda m: (m / "model.safetensors").unlink(), "has no weights (*.safetensors)"),
+    "no tokenizer": (
+        lambda m: [path.unlink() for path in m.glob("token*")],
+        "it has no tokenizer files; copy those of its base model",
+    ),
+    "config is not JSON": (lambda m: (m / "config.json").write_text("{"), "is not a valid JSON file"),
+    "config is empty": (lambda m: (m / "config.json").write_text("{}"), "Should have a `model_type` key"),
+    "config is a list": (lambda m: (m / "config.json").write_text("[]"), "must be a mapping, not list"),
+    "unknown type": (lambda m: change_config(m, model_type="lama"), "has model type `lama` but"),
+    "wrong type of value": (
+        lambda m: change_config(m, hidden_size="x"),
+        "Field 'hidden_size' expected int, got str (value: 'x')",
+    ),
+    "sizes do not match": (
+        lambda m: change_config(m, num_attention_heads=3),
+        "The hidden size (16) is not a multiple of the number of attention heads (3)",
+    ),
+    "unknown activation": (lambda m: change_config(m, hidden_act="gleu"), "KeyError: 'gleu'"),
+    "missing blocks": (
+        lambda m: change_config(m, num_hidden_layers=5),
+        "lacks weights, which would be random",
+    ),
+    "other shapes": (lambda m: change_config(m, intermediate_size=8), "has weights in another shape"),
+    "cut weights": (
+        lambda m: (m / "model.safetensors").write_bytes(b"\0" * 9),
+        "Error while deserializing header",
+    ),
+    "weights with NaN": (
+        lambda m: plant_nan(m, "model.layers.1.mlp.up_proj.weight"),
+        "weights hold NaN or infinity, in model.layers.1.mlp.up_proj.weight; fetch or export the model again",
+    ),
+    "broken template": (
+        lambda m: (m / "chat_template.jinja").write_text("{% for"),
+        "record 1: the chat template refuses this conversation",
+    ),
+    "too short": (
+        lambda m: change_config(m, max_position_embeddings=40),
+        "tokens and the model reads at most 40; set data.max_length=40",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_model_folders_that_cannot_be_used(
+    case: str, recipe: Path, model: Path, refused: Callable[..., str]
+) -> None:
+    spoil, says = MODELS[case]
+    folder = shutil.copytree(model, recipe.parent / "spoilt")
+    spoil(folder)
+    refused("train", recipe, f"model.name={folder}", says=(says,))
+
+
+def test_a_tokenizer_of_another_model_is_refused(
+    recipe: Path, model: Path, refused: Callable[..., str]
+) -> None:
+    folder = shutil.copytree(model, recipe.parent / "spoilt")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:100].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    change_config(folder, vocab_size=100, bos_token_id=0, eos_token_id=1, pad_token_id=1)
+    says = ("the tokenizer makes token 258, the model has 100 (from 0); give the model the tokenizer",)
+    refused("train", recipe, f"model.name={folder}", says=says)
+    assert main(["check", str(recipe), f"model.name={folder}"]) == 2
+
+
+class Malicious:
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.trace,)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth", "last.ckpt"])
+def test_pickled_weights_are_refused_and_never_opened(
+    name: str, recipe: Path, model: Path, refused: Callable[..., str]
+) -> None:
+    folder = shutil.copytree(model, recipe.parent / "spoilt")
+    (folder / "model.safetensors").unlink()
+    trace = recipe.parent / "the-pickle-ran"
+    (folder / name).write_bytes(pickle.dumps(Malicious(trace)))
+    for command in ("train", "check"):
+        assert main([command, str(recipe), f"model.name={folder}"]) == 2
+    assert not trace.exists()
+    says = (f"model folder {folder} has pickled weights only ({name})", "save it as safetensors first")
+    refused("train", recipe, f"model.name={folder}", says=says)
+    refused("layers", folder, says=says)
+    refused("generate", folder, "--prompt", "x", says=says)
+    pickle.loads((folder / name).read_bytes())  # noqa: S301  (proves that the trap works)
+    assert trace.exists()
+
+
+# ---- the run folder
+
+
+def test_an_output_folder_that_exists_is_left_alone(recipe: Path, refused: Callable[..., str]) -> None:
+    run = recipe.parent / "run"
+    trained(recipe, "run")
+    refused(
+        "train", recipe, says=(f"run folder {run} exists", "--resume to go on with it, --overwrite to start")
+    )
+    refused("train", recipe, "--resume", "--overwrite", says=("exclude each other; give one of them",))
+    (run / "environment.json").unlink()
+    refused("train", recipe, "--overwrite", says=(f"{run} does not look like a run folder", "name another"))
+
+
+def test_an_output_that_cannot_be_written(
+    recipe: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = recipe.parent / "rows.jsonl"
+    refused("train", recipe, f"run.output={rows}", says=(f"run.output {rows} is a file; name a folder",))
+    refused(
+        "train", recipe, f"run.output={rows}/a/b", says=(f"lies in {rows}, which is a file; name another",)
+    )
+    refused(
+        "train", recipe, "run.output=/proc/lisatune", says=("cannot write", "/proc/lisatune", "name another")
+    )
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    refused("train", recipe, says=(f"cannot write to {recipe.parent}; name another run.output",))
+
+
+def test_a_disk_full_while_a_checkpoint_is_saved_costs_that_checkpoint_alone(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    straight = trained(recipe, "straight")
+    run, saved = recipe.parent / "run", {}
+
+    def fill_up(tensors: dict[str, torch.Tensor], path: Path, **options: Any) -> None:
+        if (run / "checkpoints" / "step-000002").exists() and path.name == "optimizer.safetensors":
+            saved.update(content(run / "checkpoints" / "step-000002"))
+            path.write_bytes(b"half of it")
+            no_space()
+        save_file(tensors, path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors.torch, "save_file", fill_up)
+        capfd.readouterr()
+        assert main(["train", str(recipe), "run.save_every=2"]) == 2
+    one_sentence(capfd, f"could not write {run}/checkpoints/step-000004", "No space left", "free some space")
+    assert saved
+    assert content(run / "checkpoints" / "step-000002") == saved
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000002"]
+    assert_equal(trained(recipe, "run", "--resume"), straight)
+
+
+def test_a_disk_full_while_metrics_are_logged_keeps_the_checkpoint(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    straight = trained(recipe, "straight")
+    run, open_file = recipe.parent / "run", Path.open
+
+    def fill_up(path: Path, *mode: Any, **options: Any) -> Any:
+        if path.name == "metrics.jsonl" and newest_checkpoint(run / "checkpoints"):
+            no_space()
+        return open_file(path, *mode, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", fill_up)
+        capfd.readouterr()
+        assert main(["train", str(recipe), "run.save_every=2"]) == 2
+    one_sentence(
+        capfd, f"cannot write {run}/metrics.jsonl: No space left on device; free space or name another"
+    )
+    assert_equal(trained(recipe, "run", "--resume"), straight)
+
+
+def test_a_disk_full_at_the_start_leaves_no_half_written_file(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", no_space)
+        assert main(["train", str(recipe)]) == 2
+    one_sentence(capfd, "recipe.yaml: No space left on device; free space or name another run.output")
+    assert [path.name for path in (recipe.parent / "run").iterdir()] == [".lock"]
+    trained(recipe, "run")
+
+
+# ---- resume
+
+
+def test_resume_refuses_what_is_not_the_same_run(recipe: Path, refused: Callable[..., str]) -> None:
+    run = recipe.parent / "run"
+    refused("train", recipe, "--resume", says=(f"no run to resume in {run}; start it without --resume",))
+    trained(recipe, "run")
+    refused("train", recipe, "--resume", says=(f"there is no complete checkpoint in {run}", "--overwrite"))
+    shutil.rmtree(run)
+    trained(recipe, "run", "run.save_every=2")
+    says = ("the recipe differs from", "method.active: 2 → 1; optimizer.lr: 0.001 → 0.1; undo that, or start")
+    refused("train", recipe, "--resume", "optimizer.lr=0.1", "method.active=1", says=says)
+    says = ("the run has done 4 steps and the recipe asks for 3; give more run.steps",)
+    refused("train", recipe, "--resume", "run.steps=3", says=says)
+
+
+def test_resume_refuses_a_damaged_checkpoint(recipe: Path, refused: Callable[..., str]) -> None:
+    trained(recipe, "run", "run.save_every=2")
+    weights = recipe.parent / "run" / "checkpoints" / "step-000004" / "weights.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1
+    weights.write_bytes(damaged)
+    says = (
+        f"checkpoint {weights.parent} is damaged: weights.safetensors",
+        "delete the folder to use an earlier",
+    )
+    refused("train", recipe, "--resume", says=says)
+
+
+# ---- numbers that are not finite, memory that runs out
+
+
+def test_a_loss_that_is_nan_stops_before_it_reaches_the_weights(
+    recipe: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        nan_at(patch, 1)
+        assert main(["train", str(recipe), f"run.output={recipe.parent / 'first'}"]) == 2
+    one_sentence(capfd, "step 1: loss nan", "no checkpoint was saved yet", "lower optimizer.lr")
+    nan_at(monkeypatch, 4)
+    assert main(["train", str(recipe), "run.save_every=1"]) == 2
+    last = recipe.parent / "run" / "checkpoints" / "step-000003"
+    one_sentence(
+        capfd, "step 4: loss nan", f"the last good checkpoint is {last}", "set run.on_nonfinite: skip"
+    )
+    monkeypatch.undo()
+    capfd.readouterr()
+    resumed = trained(recipe, "run", "run.save_every=1", "--resume")
+    assert_equal(resumed, trained(recipe, "straight"))
+
+
+def test_steps_that_are_nan_are_skipped_and_counted(
+    recipe: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nan_at(monkeypatch, 2)
+    weights = trained(recipe, "run", "run.on_nonfinite=skip")
+    assert "1 step: loss or gradients not finite" in capfd.readouterr().out
+    assert json.loads((recipe.parent / "run" / "summary.json").read_text())["skipped_steps"] == 1
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+@pytest.mark.parametrize("method", ["method: {active: 2, period: 2}\n", "method: {name: full}\n"])
+def test_a_run_whose_steps_were_all_skipped_says_so(
+    method: str,
+    recipe: Path,
+    model: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nan_at(monkeypatch, 1, 2, 3, 4)
+    recipe = tiny_run.write_recipe(recipe.parent, model, recipe.parent / "rows.jsonl", method)
+    assert main(["train", str(recipe), "run.on_nonfinite=skip"]) == 2
+    one_sentence(
+        capfd, "nothing was trained: all 4 steps were left out", "look for NaN in the model's weights"
+    )
+    assert not (recipe.parent / "run" / "model").exists()
+
+
+def nan_at(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """Multiply the loss of some steps by NaN."""
+    call = CausalLMLoss.__call__
+    make_step = lisatune.train._step
+
+    def step(parts: Any, done: Any, *rest: Any) -> Any:
+        factor = math.nan if done.step + 1 in steps else 1
+
+        def spoilt(self: Any, batch: Any) -> Any:
+            loss, num_tokens = call(self, batch)
+            return loss * factor, num_tokens
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(CausalLMLoss, "__call__", spoilt)
+            return make_step(parts, done, *rest)
+
+    monkeypatch.setattr(lisatune.train, "_step", step)
+
+
+def test_memory_that_runs_out_is_one_sentence_with_what_to_lower(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has\nmore")
+
+    monkeypatch.setattr(lisatune.train, "_step", full)
+    assert main(["train", str(recipe)]) == 2
+    one_sentence(capfd, "memory is full (CUDA out of memory); lower run.batch_size or data.max_length")
+
+
+# ---- Ctrl-C
+
+
+def test_ctrl_c_saves_and_the_resumed_run_ends_bit_equal(recipe: Path) -> None:
+    steps = "run.steps=120"
+    straight = trained(recipe, "straight", steps)
+    command = [sys.executable, "-m", "lisatune.cli", "train", str(recipe), steps]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step "):
+                break
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error.startswith("lisatune: stopped after step ")
+    assert error.endswith(" of 120, which is saved; go on with the same command and --resume\n")
+    assert error.count("\n") == 1
+    checkpoint = newest_checkpoint(recipe.parent / "run" / "checkpoints")
+    assert checkpoint is not None
+    assert f"after step {int(checkpoint.name.removeprefix('step-'))} of" in error
+    assert_equal(trained(recipe, "run", steps, "--resume"), straight)
+
+
+@pytest.mark.parametrize(
+    ("function", "call", "says"),
+    [
+        ("assemble", 1, "interrupted\n"),
+        ("_held_out", 1, "go on with the same command and --overwrite, for no checkpoint was saved yet\n"),
+        ("_answers", 2, "stopped after training; the model is in "),
+    ],
+)
+def test_ctrl_c_outside_the_loop_says_how_to_go_on(
+    function: str,
+    call: int,
+    says: str,
+    recipe: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    calls, act = 0, getattr(lisatune.train, function)
+
+    def press(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            signal.raise_signal(signal.SIGINT)
+        return act(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lisatune.train, function, press)
+        assert main(["train", str(recipe)]) == 130
+    one_sentence(capfd, says, start="lisatune: ")
+    trained(recipe, "run", *(["--overwrite"] if (recipe.parent / "run").exists() else []))
+
+
+def test_a_second_ctrl_c_stops_at_once_and_names_the_last_checkpoint(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make_step = lisatune.train._step
+
+    def press_twice(parts: Any, done: Any, *rest: Any) -> Any:
+        if done.step == 2:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return make_step(parts, done, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lisatune.train, "_step", press_twice)
+        assert main(["train", str(recipe), "run.save_every=1"]) == 130
+    last = recipe.parent / "run" / "checkpoints" / "step-000002"
+    one_sentence(capfd, f"go on with the same command and --resume, from {last}\n", start="lisatune: stopped")
+    assert_equal(trained(recipe, "run", "--resume"), trained(recipe, "straight"))
