@@ -27,6 +27,7 @@ peak memory is that of the ends and γ blocks. This is kept true here by hooks o
 Longer than 300 lines: the algorithm, its hooks and the state they carry are one thing to read.
 """
 
+import math
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -306,7 +307,12 @@ class LISA:
 
     def _driven_layers(self) -> set[str]:
         """Layers that this step must move."""
-        rates = {p: group["lr"] for group in self._optimizer.param_groups for p in group["params"]}
+        # An optimizer that finds its own rate has None: transformers' Adafactor.
+        rates = {
+            p: math.inf if group["lr"] is None else group["lr"]
+            for group in self._optimizer.param_groups
+            for p in group["params"]
+        }
         layers = self._named_layers()
         sample = None if self._proof is None else self._proof.sample
         return {name for name in self._may_rest if has_reason_to_move(layers[name], rates, sample=sample)}

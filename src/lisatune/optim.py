@@ -160,6 +160,11 @@ def groups_by_block(
     owner = {p: index for index, block in enumerate(blocks) for p in block} | dict.fromkeys(ends, -1)
     groups: list[list[dict[str, Any]]] = [[] for _ in blocks]
     for group in optimizer.param_groups:
+        if group["lr"] is None:
+            raise ValueError(
+                f"warmup needs a learning rate to ramp, and {type(optimizer).__name__} has lr=None; "
+                f"give it one, or set warmup=0"
+            )
         owners = {owner.get(p, -1) for p in group["params"]}
         if len(owners) > 1:
             raise ValueError(
