@@ -3,6 +3,7 @@
 Everything still requires grad while the optimizer is built; LISA attaches last and freezes.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from lisatune.optim import state_bytes, state_elements
 from lisatune.prepare import Data, check_fits, prepare_data
 from lisatune.recipe import Recipe
 
-__all__ = ["Parts", "StateMeter", "assemble"]
+__all__ = ["Parts", "StateMeter", "assemble", "rehearse"]
 
 
 class StateMeter:
@@ -81,42 +82,70 @@ class Parts:
 
 
 def assemble(recipe: Recipe) -> Parts:
-    """Build everything a run needs, in this order: data, model, layers, optimizer, schedule, LISA."""
+    """Build everything a run needs, in this order: data, model, layers, optimizer, LISA, schedule.
+
+    A rehearsal without weights goes first: what can't work fails before a large model loads.
+    """
     from transformers import get_scheduler
 
-    run, optimizer_config = recipe.run, recipe.optimizer
+    run, name = recipe.run, recipe.model.name
+    revision, trusted = recipe.model.revision, recipe.model.trust_remote_code
     device = models.pick_device(run.device)
-    name, revision, trusted = recipe.model.name, recipe.model.revision, recipe.model.trust_remote_code
     tokenizer = models.load_tokenizer(name, revision=revision, trust_remote_code=trusted)
     data = prepare_data(recipe, tokenizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they come again with the real model
+        check_fits(rehearse(recipe, data.steps)[0], data)
     torch.manual_seed(run.seed)
     model = models.load_model(
         name, revision=revision, trust_remote_code=trusted, attention=recipe.model.attention
     ).to(device)
-    check_fits(model, data)
-    layers = find_layers(model)
     loss = CausalLMLoss(model)
     if recipe.data.packing:
         loss.check_packing()
     if run.activation_checkpointing:
         models.enable_activation_checkpointing(model)
-    model = recipe.method.prepare(model)
     model.train()
-    optimizer = recipe.method.build_optimizer(
-        model,
-        layers,
-        lr=optimizer_config.lr,
-        betas=optimizer_config.betas,
-        eps=optimizer_config.eps,
-        weight_decay=optimizer_config.weight_decay,
-    )
-    schedule = optimizer_config.schedule
+    model, layers, optimizer, state, lisa = _attach(recipe, model, data.steps)
+    schedule = recipe.optimizer.schedule
     scheduler = get_scheduler(
         "constant_with_warmup" if schedule == "constant" else schedule,
         optimizer,
-        num_warmup_steps=optimizer_config.warmup_steps,
+        num_warmup_steps=recipe.optimizer.warmup_steps,
         num_training_steps=data.steps,
     )
-    state = StateMeter(optimizer)  # before LISA, whose hook releases state
-    lisa = recipe.method.attach(model, optimizer, layers, total_steps=data.steps)
     return Parts(recipe, device, tokenizer, data, model, layers, loss, optimizer, scheduler, lisa, state)
+
+
+def rehearse(recipe: Recipe, steps: int) -> tuple[nn.Module, LayerMap, LISA | None]:
+    """Build the model without weights, its optimizer and its method, as `assemble` will.
+
+    Raises:
+        ValueError, RuntimeError, OSError: what `assemble` would raise with the weights loaded.
+    """
+    model = models.meta_model(
+        recipe.model.name,
+        revision=recipe.model.revision,
+        trust_remote_code=recipe.model.trust_remote_code,
+        attention=recipe.model.attention,
+    )
+    model, layers, _, _, lisa = _attach(recipe, model, steps)
+    return model, layers, lisa
+
+
+def _attach(
+    recipe: Recipe, model: nn.Module, steps: int
+) -> tuple[nn.Module, LayerMap, Optimizer, StateMeter, LISA | None]:
+    layers = find_layers(model)
+    model = recipe.method.prepare(model)
+    optimizer = recipe.method.build_optimizer(
+        model,
+        layers,
+        lr=recipe.optimizer.lr,
+        betas=recipe.optimizer.betas,
+        eps=recipe.optimizer.eps,
+        weight_decay=recipe.optimizer.weight_decay,
+    )
+    state = StateMeter(optimizer)  # before LISA, whose hook releases state
+    lisa = recipe.method.attach(model, optimizer, layers, total_steps=steps)
+    return model, layers, optimizer, state, lisa

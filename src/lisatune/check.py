@@ -13,11 +13,9 @@ from typing import Any, ParamSpec, TypeVar
 
 from rich.console import Console
 from rich.text import Text
-from torch import nn
 
 from lisatune import models
-from lisatune.layers import LayerMap, find_layers
-from lisatune.lisa import LISA
+from lisatune.assemble import rehearse
 from lisatune.plan import Plan, make_plan, print_plan
 from lisatune.prepare import Data, check_fits, prepare_data
 from lisatune.progress import plural, terminal
@@ -88,7 +86,7 @@ def check(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> C
     device = report.attempt(models.pick_device, recipe.run.device)
     data = _check_data(recipe, report)
     steps = recipe.run.steps if data is None else data.steps
-    attached = report.attempt(_attach, recipe, steps or UNKNOWN_STEPS)
+    attached = report.attempt(rehearse, recipe, steps or UNKNOWN_STEPS)
     if attached is not None and data is not None:
         report.attempt(check_fits, attached[0], data)
     if attached is not None and data is not None and device is not None:
@@ -143,22 +141,6 @@ def _check_data(recipe: Recipe, report: CheckReport) -> Data | None:
             f"{config.max_length} cuts off the whole answer"
         )
     return data
-
-
-def _attach(recipe: Recipe, steps: int) -> tuple[nn.Module, LayerMap, LISA | None]:
-    """Build model, optimizer and method as `assemble` does, without weights."""
-    model = models.meta_model(recipe.model.name, attention=recipe.model.attention, **_source(recipe))
-    layers = find_layers(model)
-    model = recipe.method.prepare(model)
-    optimizer = recipe.method.build_optimizer(
-        model,
-        layers,
-        lr=recipe.optimizer.lr,
-        betas=recipe.optimizer.betas,
-        eps=recipe.optimizer.eps,
-        weight_decay=recipe.optimizer.weight_decay,
-    )
-    return model, layers, recipe.method.attach(model, optimizer, layers, total_steps=steps)
 
 
 def _source(recipe: Recipe) -> dict[str, Any]:

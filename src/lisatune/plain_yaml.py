@@ -62,6 +62,14 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_str(self, data: str) -> Any:
+        """Quote Unicode's own line breaks, which PyYAML would write bare and read as spaces."""
+        style = '"' if set("\x85\u2028\u2029") & set(data) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
 
 for _kind in (_Loader, _Dumper):
     _kind.yaml_implicit_resolvers = {

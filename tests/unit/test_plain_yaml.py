@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lisatune import plain_yaml
@@ -17,6 +17,7 @@ SCALARS = (
 )
 
 
+@example({"\x85": "a\u2028b\u2029"})
 @given(st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8))
 def test_what_is_dumped_is_loaded_unchanged(value: Any) -> None:
     assert plain_yaml.load(plain_yaml.dump(value)) == value
