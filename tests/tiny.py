@@ -11,12 +11,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 VOCABULARY = 128
 
 
-def llama(*, tied: bool = False, blocks: int = 6, seed: int = 0) -> LlamaForCausalLM:
-    """Build a Llama of hidden size 32 whose weights depend on `seed` alone."""
+def llama(*, tied: bool = False, blocks: int = 6, hidden: int = 32, seed: int = 0) -> LlamaForCausalLM:
+    """Build a Llama whose weights depend on `seed` alone."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=hidden,
+        intermediate_size=hidden * 3 // 2,
         num_hidden_layers=blocks,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -121,8 +121,14 @@ def load_checkpoint(
     with safe_open(path / "weights.safetensors", framework="pt") as file, torch.no_grad():
         for name, tensor in weights.items():
             tensor.copy_(file.get_tensor(name))
-    optimizer.load_state_dict(optimizer_state)
-    restore_dtypes(model, optimizer, optimizer_tensors)
+    hook = optimizer.register_load_state_dict_post_hook(
+        lambda loaded: restore_dtypes(model, loaded, optimizer_tensors),
+        prepend=True,  # before LISA moves a frozen block's state to host memory
+    )
+    try:
+        optimizer.load_state_dict(optimizer_state)
+    finally:
+        hook.remove()
     if scheduler is not None:
         scheduler.load_state_dict(state["scheduler"])
     _set_rng_states(state["rng"])

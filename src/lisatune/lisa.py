@@ -27,6 +27,7 @@ peak memory is that of the ends and γ blocks. This is kept true here by hooks o
 Longer than 300 lines: the algorithm, its hooks and the state they carry are one thing to read.
 """
 
+import math
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -151,6 +152,8 @@ class LISA:
             optimizer.register_load_state_dict_pre_hook(self._check_saved),
             optimizer.register_load_state_dict_post_hook(self._take_saved),
         ]
+        if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
+            optimizer.load_state_dict = self._load_state_dict  # type: ignore[method-assign]
         self._draw()
         if total_steps is not None:
             self._warn_of_untrained_blocks(total_steps)
@@ -194,20 +197,13 @@ class LISA:
         if self._proof is not None and self._proof.is_open and self.steps_done % self.period:
             self._proof.end(moving=self._moving(), may_rest=self._may_rest, still_open=True)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the position from the optimizer's state dict, after the optimizer has loaded it.
-
-        Only for optimizers whose own `load_state_dict` runs no hooks (bitsandbytes): all others do this
-        by themselves.
-        """
-        self._check_saved(self._optimizer, state_dict)
-        self._take_saved(self._optimizer)
-
     def detach(self) -> None:
         """Remove every hook and give every parameter its `requires_grad` of before back."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        if type(self._optimizer).load_state_dict is not Optimizer.load_state_dict:
+            vars(self._optimizer).pop("load_state_dict", None)
         self._restore_lr()
         self._host.clear()
         for parameter, flag in self._flags.items():
@@ -249,8 +245,8 @@ class LISA:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if optimizer.param_groups is not self._param_groups:
             raise RuntimeError(
-                f"{type(optimizer).__name__} loaded a state without running torch's load_state_dict hooks, "
-                f"so LISA does not know its position; call lisa.load_state_dict(state_dict) after it"
+                f"the param groups of {type(optimizer).__name__} were replaced by something else than its "
+                f"load_state_dict, so LISA does not know its position; load states with that"
             )
         if self._proof is not None and not self._proof.is_open:
             self._proof.begin(self.period_index)
@@ -311,7 +307,12 @@ class LISA:
 
     def _driven_layers(self) -> set[str]:
         """Layers that this step must move."""
-        rates = {p: group["lr"] for group in self._optimizer.param_groups for p in group["params"]}
+        # An optimizer that finds its own rate has None: transformers' Adafactor.
+        rates = {
+            p: math.inf if group["lr"] is None else group["lr"]
+            for group in self._optimizer.param_groups
+            for p in group["params"]
+        }
         layers = self._named_layers()
         sample = None if self._proof is None else self._proof.sample
         return {name for name in self._may_rest if has_reason_to_move(layers[name], rates, sample=sample)}
@@ -371,6 +372,13 @@ class LISA:
                 f"LISA was saved with other settings; construct it with these ({'; '.join(differing)})"
             )
         self._saved = saved
+
+    def _load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Stands before an optimizer's own `load_state_dict`: that of bitsandbytes runs no hooks."""
+        self._check_saved(self._optimizer, state_dict)
+        type(self._optimizer).load_state_dict(self._optimizer, state_dict, *args, **kwargs)
+        if self._optimizer.param_groups is not self._param_groups:  # else the hooks have run
+            self._take_saved(self._optimizer)
 
     def _take_saved(self, optimizer: Optimizer) -> None:
         """Take up the saved position. State of frozen blocks goes where it belongs: to the host, or away."""

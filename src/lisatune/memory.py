@@ -1,11 +1,12 @@
 """Memory in bytes: of this process, of an accelerator, of tensors."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = ["device_peak_bytes", "peak_resident_bytes", "reset_device_peak", "resident_bytes", "tensors_bytes"]
 
@@ -49,9 +50,23 @@ def reset_device_peak(device: torch.device) -> None:
 
 
 def tensors_bytes(tensors: Iterable[Tensor]) -> int:
-    """Memory that the tensors' values take; storage that several of them share counts once."""
+    """Memory that the tensors' values take; storage that several of them share counts once.
+
+    A tensor made of others counts as these: 8-bit moments as codes and scales, a sharded tensor as this
+    rank's part.
+    """
+    # By the storage's own address: tensors on the meta device all have the data pointer 0.
     storages = {}
     for tensor in tensors:
-        storage = tensor.untyped_storage()
-        storages[(tensor.device, storage.data_ptr())] = storage.nbytes()
-    return sum(storages.values())
+        for plain in _plain_tensors(tensor):
+            storage = plain.untyped_storage()
+            storages[storage._cdata] = storage
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def _plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _plain_tensors(getattr(tensor, name))
+    else:
+        yield tensor

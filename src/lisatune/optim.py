@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lisatune.layers import LayerMap
+from lisatune.memory import tensors_bytes
 
 __all__ = [
     "HostState",
@@ -69,7 +70,7 @@ def build_adamw(
 
 def state_bytes(optimizer: Optimizer) -> int:
     """Count the bytes of all tensors in the optimizer's state, each parameter's step counter included."""
-    return sum(_tensor_bytes(state.values()) for state in optimizer.state.values())
+    return _bytes_of(optimizer.state.values())
 
 
 def state_elements(optimizer: Optimizer) -> int:
@@ -117,7 +118,7 @@ class HostState:
 
     def nbytes(self) -> int:
         """Count the bytes kept."""
-        return sum(_tensor_bytes(state.values()) for state in self._kept.values())
+        return _bytes_of(self._kept.values())
 
 
 def plain_optimizer(model: nn.Module, optimizer: Optimizer) -> Optimizer:
@@ -159,6 +160,11 @@ def groups_by_block(
     owner = {p: index for index, block in enumerate(blocks) for p in block} | dict.fromkeys(ends, -1)
     groups: list[list[dict[str, Any]]] = [[] for _ in blocks]
     for group in optimizer.param_groups:
+        if group["lr"] is None:
+            raise ValueError(
+                f"warmup needs a learning rate to ramp, and {type(optimizer).__name__} has lr=None; "
+                f"give it one, or set warmup=0"
+            )
         owners = {owner.get(p, -1) for p in group["params"]}
         if len(owners) > 1:
             raise ValueError(
@@ -170,5 +176,5 @@ def groups_by_block(
     return groups
 
 
-def _tensor_bytes(values: Iterable[Any]) -> int:
-    return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
+def _bytes_of(states: Iterable[dict[str, Any]]) -> int:
+    return tensors_bytes(v for state in states for v in state.values() if isinstance(v, torch.Tensor))

@@ -11,7 +11,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from transformers.optimization import Adafactor
 
+import tiny
+from lisatune import LISA
 from lisatune.checkpoint import FILES, load_checkpoint, newest_checkpoint, prune, save_checkpoint
 
 
@@ -144,6 +147,24 @@ def test_float32_state_of_bf16_weights_stays_float32(tmp_path: Path) -> None:
     resumed = torch.optim.SGD(other.parameters())
     load_checkpoint(path, model=other, optimizer=resumed)
     assert_equal({n: resumed.state[p]["exp_avg"] for n, p in other.named_parameters()}, moments)
+
+
+def test_float32_state_that_lisa_keeps_on_the_host_stays_float32(tmp_path: Path) -> None:
+    def start() -> tuple[nn.Module, torch.optim.Optimizer, LISA]:
+        model = tiny.llama().bfloat16()
+        optimizer = Adafactor(model.parameters(), lr=1e-2, beta1=0.9, relative_step=False)
+        return model, optimizer, LISA(model, optimizer, period=2, state="cpu")
+
+    model, optimizer, _ = start()
+    tiny.fit(model, optimizer, 3)
+    path = save_checkpoint(tmp_path, step=3, model=model, optimizer=optimizer)
+    tiny.fit(model, optimizer, range(3, 8))
+    other, resumed, _ = start()
+    load_checkpoint(path, model=other, optimizer=resumed)
+    tiny.fit(other, resumed, range(3, 8))
+    assert_equal(resumed.state_dict()["state"], optimizer.state_dict()["state"])
+    assert {entry["exp_avg"].dtype for entry in resumed.state_dict()["state"].values()} == {torch.float32}
+    tiny.assert_same_weights(other, model)
 
 
 def damage(path: Path, kind: str) -> None:

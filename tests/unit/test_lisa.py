@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers.optimization
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import tiny
-from lisatune import LISA, Independent, build_adamw, find_layers, param_groups
+from lisatune import LISA, Independent, build_adamw, find_layers
 from lisatune.samplers import Permutation, Uniform
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
@@ -22,6 +23,7 @@ OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "adamw-fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
     "sgd-momentum": lambda p: torch.optim.SGD(p, lr=1e-1, momentum=0.9),
     "adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
+    "adafactor-own-rate": lambda p: transformers.optimization.Adafactor(p),
 }
 POLICIES = ("drop", "reset", "cpu", "keep")
 
@@ -667,7 +669,7 @@ def test_independent_coins_train_what_they_draw(untied_llama: nn.Module) -> None
     assert lisa.periods_proven == 8
 
 
-# ---- hosts: checkpointing and 8-bit optimizers
+# ---- activation checkpointing
 
 
 def gradients(model: nn.Module, *, reentrant: bool | None, ends: str) -> dict[str, Tensor]:
@@ -696,24 +698,3 @@ def test_activation_checkpointing_keeps_the_gradients(
     checkpointed = gradients(tiny_llama, reentrant=reentrant, ends=ends)
     assert plain.keys() == checkpointed.keys()
     assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
-
-
-def eight_bit(library: str, model: nn.Module) -> Optimizer:
-    if library == "torchao":
-        module = pytest.importorskip("torchao.optim")
-    else:
-        module = pytest.importorskip("bitsandbytes.optim")
-    made: Optimizer = module.AdamW8bit(param_groups(model, find_layers(model)), lr=1e-2)
-    return made
-
-
-@pytest.mark.parametrize("library", ["torchao", "bitsandbytes"])
-def test_8_bit_optimizers_train_and_release(untied_llama: nn.Module, library: str) -> None:
-    optimizer = eight_bit(library, untied_llama)
-    lisa = LISA(untied_llama, optimizer, active=2, period=2, verify="full")
-
-    def check(step: int) -> None:
-        assert set(optimizer.state) <= set(lisa.trainable_parameters())
-
-    tiny.fit(untied_llama, optimizer, 6, after=check)
-    assert lisa.periods_proven == 3

@@ -219,28 +219,47 @@ class HooklessAdamW(torch.optim.AdamW):
         self.__setstate__({"state": other.state, "param_groups": other.param_groups})
 
 
-def hookless(seed: int, state: str) -> tuple[nn.Module, Optimizer, LISA]:
+class PoliteAdamW(torch.optim.AdamW):
+    """Has a `load_state_dict` of its own that runs torch's."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+
+
+def overriding(kind: type[Optimizer], seed: int, state: str) -> tuple[nn.Module, Optimizer, LISA]:
     model = tiny.llama(tied=True, seed=seed)
-    optimizer = HooklessAdamW(model.parameters(), lr=1e-2)
+    optimizer = kind(model.parameters(), lr=1e-2)
     return model, optimizer, LISA(model, optimizer, period=3, state=state, verify="full")
 
 
 @pytest.mark.parametrize("state", POLICIES)
-def test_6_optimizer_that_runs_no_hooks_is_told_of_not_silently_wrong(state: str) -> None:
-    model, optimizer, _ = hookless(0, state)
+@pytest.mark.parametrize("kind", [HooklessAdamW, PoliteAdamW])
+def test_6_optimizers_with_a_load_state_dict_of_their_own_resume(kind: type[Optimizer], state: str) -> None:
+    model, optimizer, lisa = overriding(kind, 0, state)
     tiny.fit(model, optimizer, 4)
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     tiny.fit(model, optimizer, range(4, 10))
 
-    resumed, other, lisa = hookless(1, state)
+    resumed, other, its_lisa = overriding(kind, 1, state)
     resumed.load_state_dict(saved[0])
     other.load_state_dict(saved[1])
-    with pytest.raises(RuntimeError, match=r"call lisa\.load_state_dict\(state_dict\) after it"):
-        tiny.fit(resumed, other, range(4, 5))
-    other.zero_grad()
-    lisa.load_state_dict(saved[1])
+    assert its_lisa.steps_done == 4
     tiny.fit(resumed, other, range(4, 10))
     tiny.assert_same_weights(resumed, model)
+    assert its_lisa.visits == lisa.visits
+    with pytest.raises(ValueError, match="saved without LISA"):
+        other.load_state_dict({key: value for key, value in saved[1].items() if key != "lisa"})
+    its_lisa.detach()
+    other.load_state_dict(saved[1])
+    assert other.load_state_dict.__func__ is kind.load_state_dict
+
+
+def test_6_param_groups_that_something_else_replaced_stop_the_run(untied_llama: nn.Module) -> None:
+    optimizer = torch.optim.AdamW(untied_llama.parameters())
+    LISA(untied_llama, optimizer)
+    optimizer.param_groups = [dict(group) for group in optimizer.param_groups]
+    with pytest.raises(RuntimeError, match="the param groups of AdamW were replaced"):
+        tiny.fit(untied_llama, optimizer, 1)
 
 
 class FirstBlocks(Sampler):

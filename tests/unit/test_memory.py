@@ -1,5 +1,6 @@
 import psutil
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
 from lisatune.memory import (
     device_peak_bytes,
@@ -27,3 +28,10 @@ def test_shared_storage_counts_once() -> None:
     a = torch.zeros(10, dtype=torch.bfloat16)
     assert tensors_bytes([a, a[:5], a.view(2, 5), torch.zeros(3)]) == 20 + 12
     assert tensors_bytes([]) == 0
+    meta = torch.zeros(4, 5, device="meta")
+    assert tensors_bytes([meta, meta.view(20), torch.zeros(7, device="meta")]) == 80 + 28
+
+
+def test_tensors_made_of_others_count_as_these() -> None:
+    pair = TwoTensor(torch.zeros(4), torch.zeros(4))
+    assert tensors_bytes([pair, TwoTensor(pair.a, torch.zeros(4))]) == 48

@@ -4,6 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
+from transformers.optimization import Adafactor
 
 import tiny
 from lisatune import LISA, build_adamw, find_layers, param_groups
@@ -146,3 +147,10 @@ def test_groups_by_block_finds_both_groups_of_a_block(untied_llama: nn.Module) -
     ]
     with pytest.raises(ValueError, match="warmup needs param groups that do not mix layers"):
         groups_by_block(torch.optim.SGD(untied_llama.parameters()), blocks, ends)
+
+
+def test_warmup_needs_a_learning_rate_to_ramp(untied_llama: nn.Module) -> None:
+    layers = find_layers(untied_llama)
+    optimizer = Adafactor(param_groups(untied_llama, layers))
+    with pytest.raises(ValueError, match="warmup needs a learning rate to ramp, and Adafactor has lr=None"):
+        LISA(untied_llama, optimizer, warmup=1)
