@@ -177,7 +177,10 @@ def test_a_pickle_is_not_opened_even_beside_other_safetensors(folder: Path) -> N
 @pytest.mark.parametrize(
     "name", ["./nowhere", "/no/where", "~/no-where-at-all", "runs/demo/model", "models/", "a\\b"]
 )
-def test_a_missing_folder_is_never_looked_for_on_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_folder_is_never_looked_for_on_the_hub(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # `make demo` leaves a runs/demo in the checkout
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", pytest.fail)
     with pytest.raises(FileNotFoundError, match="there is no model folder"):
         load_config(name)
