@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import lisatune.train
 import tiny_run
-from lisatune.assemble import assemble
+from lisatune.assemble import Parts, assemble
 from lisatune.loss import CausalLMLoss
 from lisatune.methods import METHODS
 from lisatune.progress import Summary
@@ -227,3 +227,37 @@ def test_batches_are_padded_to_few_lengths_but_not_past_what_the_model_reads(rec
     assert [length(n) for n in (1, 32, 33, 95)] == [32, 32, 64, 96]  # data.max_length is 96
     parts.model.config.max_position_embeddings = 70
     assert [length(n) for n in (60, 65)] == [64, 70]
+
+
+def test_an_epoch_trains_on_every_row_once(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+    collate = Parts.collate
+
+    def note(self: Parts, rows: Any) -> Any:
+        seen.extend(tuple(row["input_ids"]) for row in rows)
+        return collate(self, rows)
+
+    monkeypatch.setattr(Parts, "collate", note)
+    monkeypatch.setattr(lisatune.train, "_held_out", lambda parts: 1.0)
+    parts = assemble(load_recipe(recipe))
+    run(recipe, "run", "run.steps=null", "run.epochs=1", "method.active=4")
+    assert sorted(seen) == sorted(tuple(row["input_ids"]) for row in parts.data.train.rows)
+
+
+def test_steps_after_the_checkpoint_are_logged_once(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(recipe, "straight")
+    with monkeypatch.context() as patch:
+        poison(patch, calls={4})  # steps 1 to 3 are logged, 2 is saved
+        with pytest.raises(TrainingError):
+            run(recipe, "resumed", "run.save_every=2")
+    assert [line["step"] for line in metrics(recipe, "resumed")] == [0, 1, 2, 3]
+    run(recipe, "resumed", "run.save_every=2", resume=True)
+    assert metrics(recipe, "resumed") == metrics(recipe, "straight")
+
+
+def test_what_cannot_work_fails_before_the_weights_load(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lisatune.models.load_model", pytest.fail)
+    with pytest.raises(ValueError, match="active must be between 0 and the model's 4 blocks, got 5"):
+        run(recipe, "run", "method.active=5")
