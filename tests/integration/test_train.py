@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM
 
 import lisatune.train
@@ -261,3 +262,60 @@ def test_what_cannot_work_fails_before_the_weights_load(
     monkeypatch.setattr("lisatune.models.load_model", pytest.fail)
     with pytest.raises(ValueError, match="active must be between 0 and the model's 4 blocks, got 5"):
         run(recipe, "run", "method.active=5")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [
+        ("constant", [0, 1 / 2, 1, 1, 1, 1]),
+        ("linear", [0, 1 / 2, 1, 3 / 4, 1 / 2, 1 / 4]),
+        ("cosine", [0, 1 / 2, *((1 + math.cos(math.pi * i / 4)) / 2 for i in range(4))]),
+    ],
+)
+def test_learning_rate_follows_warmup_and_schedule(schedule: str, factors: list[float], recipe: Path) -> None:
+    run(recipe, "run", "run.steps=6", f"optimizer.schedule={schedule}", "optimizer.warmup_steps=2")
+    rates = [line["lr"] for line in metrics(recipe, "run")[1:-1]]
+    assert rates == pytest.approx([1e-3 * factor for factor in factors])
+
+
+@pytest.mark.parametrize("most", [0.01, None])
+def test_gradients_are_clipped_to_max_grad_norm(most: float | None, recipe: Path) -> None:
+    norms = []
+
+    def note(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        gradients = [
+            p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+        ]
+        norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+
+    hook = register_optimizer_step_pre_hook(note)
+    try:
+        run(recipe, "run", f"optimizer.max_grad_norm={'null' if most is None else most}")
+    finally:
+        hook.remove()
+    unclipped = [line["grad_norm"] for line in metrics(recipe, "run")[1:-1]]
+    assert min(unclipped) > 0.01
+    # Clipping divides by the norm plus 1e-6.
+    assert norms == pytest.approx([most] * 4 if most else unclipped, rel=1e-3)
+
+
+@pytest.mark.parametrize(("precision", "is_mixed"), [("fp32", False), ("bf16-mixed", True)])
+def test_precision_decides_about_autocast(
+    precision: str, is_mixed: bool, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    loss = CausalLMLoss.__call__
+
+    def note(self: CausalLMLoss, batch: Any) -> Any:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return loss(self, batch)
+
+    monkeypatch.setattr(CausalLMLoss, "__call__", note)
+    run(recipe, "run", f"run.precision={precision}")
+    assert set(seen) == {is_mixed}
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_activations_are_recomputed_where_asked(asked: bool, recipe: Path) -> None:
+    parts = assemble(load_recipe(recipe, [f"run.activation_checkpointing={str(asked).lower()}"]))
+    assert parts.model.is_activation_checkpointing is asked
