@@ -14,11 +14,11 @@ LEVELS = {
     1: {"lisa", "optim", "loss", "memory", "proof", "named_state"},
     2: {"methods"},
     3: {"records", "sources", "chat", "data", "python_docs", "models", "pretrained", "gguf_models"}
-    | {"evaluate", "checkpoint", "trackers"},
+    | {"evaluate", "checkpoint", "trackers", "step"},
     4: {
         "recipe_file",
         "prepare",
-        "plan",
+        "outline",
         "assemble",
         "stopping",
         "train",

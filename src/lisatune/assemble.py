@@ -21,6 +21,7 @@ from lisatune.loss import CausalLMLoss
 from lisatune.optim import state_bytes, state_elements
 from lisatune.prepare import Data, check_fits, max_positions, prepare_data
 from lisatune.recipe import Recipe
+from lisatune.step import TrainingStep
 
 __all__ = ["Parts", "StateMeter", "assemble", "rehearse"]
 
@@ -47,16 +48,11 @@ class Parts:
     data: Data
     model: nn.Module
     layers: LayerMap
-    loss: CausalLMLoss
+    step: TrainingStep
     optimizer: torch.optim.Optimizer
     scheduler: LambdaLR
     lisa: LISA | None
     state: "StateMeter"
-
-    @property
-    def autocast_dtype(self) -> torch.dtype | None:
-        """Dtype of matrix products; None computes in the weights' dtype."""
-        return torch.bfloat16 if self.recipe.run.precision == "bf16-mixed" else None
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Make a batch on the CPU, [B, T] with T a multiple of 32 where that is not too long.
@@ -115,7 +111,15 @@ def assemble(recipe: Recipe) -> Parts:
         num_warmup_steps=recipe.optimizer.warmup_steps,
         num_training_steps=data.steps,
     )
-    return Parts(recipe, device, tokenizer, data, model, layers, loss, optimizer, scheduler, lisa, state)
+    step = TrainingStep(
+        model=model,
+        loss=loss,
+        optimizer=optimizer,
+        device=device,
+        autocast=torch.bfloat16 if run.precision == "bf16-mixed" else None,
+        max_grad_norm=recipe.optimizer.max_grad_norm,
+    )
+    return Parts(recipe, device, tokenizer, data, model, layers, step, optimizer, scheduler, lisa, state)
 
 
 def rehearse(recipe: Recipe, steps: int) -> tuple[nn.Module, LayerMap, LISA | None]:
@@ -139,14 +143,7 @@ def _attach(
 ) -> tuple[nn.Module, LayerMap, Optimizer, StateMeter, LISA | None]:
     layers = find_layers(model)
     model = recipe.method.prepare(model)
-    optimizer = recipe.method.build_optimizer(
-        model,
-        layers,
-        lr=recipe.optimizer.lr,
-        betas=recipe.optimizer.betas,
-        eps=recipe.optimizer.eps,
-        weight_decay=recipe.optimizer.weight_decay,
-    )
+    optimizer = recipe.method.build_optimizer(model, layers, recipe.optimizer)
     state = StateMeter(optimizer)  # before LISA, whose hook releases state
     lisa = recipe.method.attach(model, optimizer, layers, total_steps=steps)
     return model, layers, optimizer, state, lisa

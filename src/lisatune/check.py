@@ -16,7 +16,7 @@ from rich.text import Text
 
 from lisatune import models
 from lisatune.assemble import rehearse
-from lisatune.plan import Plan, make_plan, print_plan
+from lisatune.outline import Outline, make_outline, print_outline
 from lisatune.prepare import Data, check_fits, prepare_data
 from lisatune.progress import plural, terminal
 from lisatune.recipe import Recipe
@@ -47,8 +47,8 @@ class CheckReport:
     warnings: list[str] = field(default_factory=list)
     """What the run would do that may not be meant."""
 
-    plan: Plan | None = None
-    """The plan of the run; None when a problem keeps it from being made."""
+    outline: Outline | None = None
+    """The outline of the run; None when a problem keeps it from being made."""
 
     def attempt(self, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
         """Call something; note its warnings, and a failure as a problem, each once."""
@@ -90,15 +90,15 @@ def check(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> C
     if attached is not None and data is not None:
         report.attempt(check_fits, attached[0], data)
     if attached is not None and data is not None and device is not None:
-        report.plan = make_plan(recipe, *attached, data, device=str(device))
+        report.outline = make_outline(recipe, *attached, data, device=str(device))
     return report
 
 
 def print_report(report: CheckReport, console: Console | None = None) -> None:
-    """Print the plan, then what is doubtful, then what is wrong."""
+    """Print the outline, then what is doubtful, then what is wrong."""
     console = console or terminal()
-    if report.plan is not None:
-        print_plan(report.plan, console)
+    if report.outline is not None:
+        print_outline(report.outline, console)
     for text in report.warnings:
         console.print(Text(f"warning: {text}", style="yellow"), soft_wrap=True)
     for text in report.problems:

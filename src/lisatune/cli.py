@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(recipe: Path, /, *overrides: str, resume: bool = False, overwrite: bool = False) -> int:
     """Fine-tune a model as a recipe says.
 
-    Prints the plan of the run, trains, and leaves the model in the run folder:
+    Prints the outline of the run, trains, and leaves the model in the run folder:
 
         lisatune train recipes/demo.yaml
         lisatune train recipe.yaml run.steps=200 optimizer.betas=[0.9,0.95]
@@ -84,7 +84,7 @@ def train(recipe: Path, /, *overrides: str, resume: bool = False, overwrite: boo
 def check(recipe: Path, /, *overrides: str, resume: bool = False, overwrite: bool = False) -> int:
     """Find everything that can be wrong with a run, before any weights load.
 
-    Reads keys, model config, tokenizer and every record, prints the plan and lists all problems. Writes
+    Reads keys, model config, tokenizer and every record, prints the outline and lists all problems. Writes
     nothing:
 
         lisatune check recipe.yaml

@@ -1,4 +1,4 @@
-"""What a run says on the terminal: a live line during, the outcome after. For before: `lisatune.plan`.
+"""What a run says on the terminal: a live line during, the outcome after. For before: `lisatune.outline`.
 
 Plain data in, Rich output out, nothing decided here. At most 100 columns. Where the output is no
 terminal, the live line becomes one plain line for each update, and there is no colour.

@@ -1,7 +1,6 @@
 """One training run, from a recipe to a fine-tuned model: the loop behind `lisatune train`.
 
-Order of set-up, always: data, model, layers, optimizer over all parameters, LISA, checkpoint, loop. A step's
-loss is the sum over its loss-carrying tokens divided by their number, whatever batches they come in.
+Order of set-up, always: data, model, layers, optimizer over all parameters, LISA, checkpoint, loop.
 """
 
 import math
@@ -12,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from lisatune import memory, models, progress
 from lisatune.assemble import Parts, assemble
 from lisatune.checkpoint import load_checkpoint, newest_checkpoint, prune, save_checkpoint
 from lisatune.evaluate import generate_answers, held_out_loss
 from lisatune.lisa import LISA
-from lisatune.plan import make_plan, print_plan
+from lisatune.outline import make_outline, print_outline
 from lisatune.recipe import Recipe
 from lisatune.runs import RunFolder, check_output
 from lisatune.stopping import interruptible, way_back
@@ -80,8 +78,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> p
         if checkpoint is not None:
             folder.drop_metrics_after(done.step)
         device, start = str(parts.device), done.step
-        print_plan(
-            make_plan(
+        print_outline(
+            make_outline(
                 recipe, parts.model, parts.layers, parts.lisa, parts.data, device=device, start_step=start
             )
         )
@@ -143,20 +141,12 @@ def _loop(parts: Parts, done: Progress, folder: RunFolder, log: Log) -> None:
 
 def _step(parts: Parts, done: Progress, folder: RunFolder) -> dict[str, Any]:
     """Make one optimizer step; where it is to be logged, return its line of metrics.jsonl."""
-    run, data, amp = parts.recipe.run, parts.data, parts.autocast_dtype
+    run, data = parts.recipe.run, parts.data
     started = time.perf_counter()
     first = done.step * run.accumulation
     rows = [[data.train.rows[i] for i in data.order.batch(first + j)] for j in range(run.accumulation)]
-    batches = [parts.collate(micro_rows) for micro_rows in rows]
-    num_labels = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
-    loss = torch.zeros((), device=parts.device)
-    for batch in batches:
-        with torch.autocast(parts.device.type, dtype=amp, enabled=amp is not None):
-            loss_sum, _ = parts.loss({name: ids.to(parts.device) for name, ids in batch.items()})
-            micro_loss = loss_sum / num_labels
-        micro_loss.backward()  # type: ignore[no-untyped-call]
-        loss += micro_loss.detach()
-    grad_norm = nn.utils.clip_grad_norm_(parts.trainable(), parts.recipe.optimizer.max_grad_norm or math.inf)
+    loss = parts.step.backward([parts.collate(micro_rows) for micro_rows in rows])
+    grad_norm = parts.step.clip()
     # Noted before the step, which may draw the next blocks.
     record: dict[str, Any] = {"lr": parts.optimizer.param_groups[0]["lr"]}
     if parts.lisa is not None:
@@ -164,15 +154,16 @@ def _step(parts: Parts, done: Progress, folder: RunFolder) -> dict[str, Any]:
     done.peak_trainable = max(done.peak_trainable, sum(p.numel() for p in parts.trainable()))
     # The only wait for the device in a step: what is not finite must not reach the weights.
     if is_finite := bool(torch.isfinite(loss + grad_norm)):
-        parts.optimizer.step()
+        parts.step.update()
     elif run.on_nonfinite == "stop":
         raise _not_finite(done.step + 1, loss, grad_norm, folder)
+    else:
+        parts.step.skip()
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", "Detected call of `lr_scheduler", UserWarning
         )  # a skipped first step
         parts.scheduler.step()
-    parts.optimizer.zero_grad(set_to_none=True)
 
     seconds = time.perf_counter() - started
     num_tokens = sum(len(row["input_ids"]) for micro_rows in rows for row in micro_rows)
@@ -202,7 +193,7 @@ def _held_out(parts: Parts) -> float:
     rows = sorted(parts.data.validation.rows, key=lambda row: len(row["input_ids"]))
     size = parts.recipe.run.batch_size
     batches = (parts.collate(rows[i : i + size]) for i in range(0, len(rows), size))
-    return held_out_loss(parts.loss, batches, device=parts.device, autocast=parts.autocast_dtype).loss
+    return held_out_loss(parts.step.loss, batches, device=parts.device, autocast=parts.step.autocast).loss
 
 
 def _answers(parts: Parts) -> list[str]:

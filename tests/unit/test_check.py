@@ -26,14 +26,14 @@ def report_on(recipe: Path, *overrides: str, overwrite: bool = False) -> CheckRe
     return check(load_recipe(recipe, overrides), overwrite=overwrite)
 
 
-def test_a_good_recipe_has_a_plan_and_no_problem(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_good_recipe_has_an_outline_and_no_problem(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "load_model", None)  # weights must not be loaded
     before = sorted(recipe.parent.iterdir())
     report = report_on(recipe)
     assert (report.problems, report.warnings) == ([], [])
-    assert report.plan is not None
-    assert (report.plan.num_blocks, report.plan.steps, report.plan.visits) == (4, 4, (1, 1, 1, 1))
-    assert report.plan.train_rows + report.plan.validation_rows == 12
+    assert report.outline is not None
+    assert (report.outline.num_blocks, report.outline.steps, report.outline.visits) == (4, 4, (1, 1, 1, 1))
+    assert report.outline.train_rows + report.outline.validation_rows == 12
     assert sorted(recipe.parent.iterdir()) == before
 
 
@@ -60,7 +60,7 @@ def test_all_problems_are_found_in_one_go(recipe: Path, tmp_path: Path) -> None:
     ):
         assert any(part in problem for problem in report.problems), (part, report.problems)
     assert any("(and 2 more like it); mend it or set data.on_bad_row=skip" in p for p in report.problems)
-    assert report.plan is None
+    assert report.outline is None
 
 
 def test_rows_are_read_even_when_the_model_is_missing(recipe: Path, tmp_path: Path) -> None:
@@ -111,11 +111,11 @@ def test_skipped_rows_are_counted_and_no_problem(recipe: Path, tmp_path: Path) -
     rows = tiny_run.write_rows(tmp_path / "bad.jsonl", bad=(3, 7))
     report = report_on(recipe, f"data.train={rows}", "data.on_bad_row=skip")
     assert report.problems == []
-    assert report.plan is not None
-    assert report.plan.skipped == 2
+    assert report.outline is not None
+    assert report.outline.skipped == 2
 
 
-def test_the_report_is_printed_plan_first_and_ends_in_a_verdict(recipe: Path) -> None:
+def test_the_report_is_printed_outline_first_and_ends_in_a_verdict(recipe: Path) -> None:
     good, bad = report_on(recipe), report_on(recipe, "method.active=9")
     outs = []
     for report in (good, bad):
@@ -123,7 +123,7 @@ def test_the_report_is_printed_plan_first_and_ends_in_a_verdict(recipe: Path) ->
         print_report(report, console)
         assert isinstance(console.file, io.StringIO)
         outs.append(console.file.getvalue())
-    assert "╭─ plan" in outs[0]
+    assert "╭─ run" in outs[0]
     assert outs[0].endswith("nothing is in the way of this run\n")
     assert outs[1].startswith("problem: active must be between")
     assert outs[1].endswith("1 problem; nothing was written\n")

@@ -69,7 +69,7 @@ def test_train_leaves_a_whole_run_folder_and_generate_answers_from_it(
 ) -> None:
     assert main(["train", str(recipe), "--run.steps", "3", "optimizer.lr=0.002"]) == 0
     out = capsys.readouterr().out
-    assert "╭─ plan" in out
+    assert "╭─ run" in out
     assert "step 3/3" in out
     assert "╭─ result" in out
     run = recipe.parent / "run"

@@ -6,6 +6,7 @@ from torch import nn
 from lisatune.layers import LayerMap
 from lisatune.lisa import LISA
 from lisatune.optim import build_adamw
+from lisatune.recipe import OptimizerConfig
 
 __all__ = ["Method"]
 
@@ -23,20 +24,20 @@ class Method:
         return model
 
     def build_optimizer(
-        self,
-        model: nn.Module,
-        layers: LayerMap,
-        *,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
+        self, model: nn.Module, layers: LayerMap, config: OptimizerConfig
     ) -> torch.optim.Optimizer:
         """Build the optimizer, with every parameter that will ever train in its param groups.
 
         Default: AdamW over ends and blocks, one group per layer, while everything still requires grad.
         """
-        return build_adamw(model, layers, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        return build_adamw(
+            model,
+            layers,
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        )
 
     def attach(
         self,

@@ -1,4 +1,4 @@
-"""The plan of a run: counted from the model itself, the same with and without weights."""
+"""The outline of a run: counted from the model itself, the same with and without weights."""
 
 import io
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lisatune.layers import find_layers
 from lisatune.methods import Full, Lisa, Method
-from lisatune.plan import Plan, make_plan, print_plan
+from lisatune.outline import Outline, make_outline, print_outline
 from lisatune.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe, RunConfig
 
 CONFIG = LlamaConfig(
@@ -27,7 +27,7 @@ ENDS = 128 * 32 + 32
 BLOCK = 32 * 32 * 2 + 16 * 32 * 2 + 3 * 64 * 32 + 2 * 32
 
 
-def plan_of(method: Method, device: str = "meta", start_step: int = 0, **run: Any) -> Plan:
+def outline_of(method: Method, device: str = "meta", start_step: int = 0, **run: Any) -> Outline:
     recipe = Recipe(
         model=ModelConfig(name="tiny"),
         data=DataConfig(train="rows.jsonl", max_length=64),
@@ -42,50 +42,50 @@ def plan_of(method: Method, device: str = "meta", start_step: int = 0, **run: An
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(CONFIG)
     layers = find_layers(model)
-    optimizer = method.build_optimizer(model, layers, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    optimizer = method.build_optimizer(model, layers, OptimizerConfig(lr=1e-4))
     lisa = method.attach(model, optimizer, layers, total_steps=data.steps)
-    return make_plan(recipe, model, layers, lisa, data, device="cpu", start_step=start_step)
+    return make_outline(recipe, model, layers, lisa, data, device="cpu", start_step=start_step)
 
 
-def shown(plan: Plan) -> str:
+def shown(outline: Outline) -> str:
     console = Console(file=io.StringIO(), width=100, highlight=False)
-    print_plan(plan, console)
+    print_outline(outline, console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
 
 def test_parameters_are_counted_once_and_by_kind() -> None:
-    plan = plan_of(Lisa(active=2))
-    assert (plan.end_parameters, plan.block_parameters, plan.num_blocks) == (ENDS, 6 * BLOCK, 6)
-    assert plan.num_parameters == ENDS + 6 * BLOCK
-    assert plan.trainable == ENDS + 2 * BLOCK
-    assert plan.is_tied
-    assert plan.active_blocks is not None
-    assert len(plan.active_blocks) == 2
+    outline = outline_of(Lisa(active=2))
+    assert (outline.end_parameters, outline.block_parameters, outline.num_blocks) == (ENDS, 6 * BLOCK, 6)
+    assert outline.num_parameters == ENDS + 6 * BLOCK
+    assert outline.trainable == ENDS + 2 * BLOCK
+    assert outline.is_tied
+    assert outline.active_blocks is not None
+    assert len(outline.active_blocks) == 2
 
 
 @pytest.mark.parametrize("method", [Lisa(period=4), Full()], ids=["lisa", "full"])
-def test_the_plan_is_the_same_without_weights(method: Method) -> None:
-    assert plan_of(method, "meta") == plan_of(method, "cpu")
+def test_the_outline_is_the_same_without_weights(method: Method) -> None:
+    assert outline_of(method, "meta") == outline_of(method, "cpu")
 
 
 def test_visits_say_how_often_each_block_will_train() -> None:
-    plan = plan_of(Lisa(active=2, period=5))
-    assert (plan.period, plan.visits) == (5, (2,) * 6)
-    out = shown(plan)
+    outline = outline_of(Lisa(active=2, period=5))
+    assert (outline.period, outline.visits) == (5, (2,) * 6)
+    out = shown(outline)
     assert "30 in 6 periods of 5" in out
     assert "██████ each block trains in 2 periods" in out
 
 
 def test_blocks_that_never_train_are_a_dot() -> None:
     with pytest.warns(UserWarning, match="will never train"):
-        plan = plan_of(Lisa(active=1, period=15))
-    assert "0 to 1 period" in shown(plan)
-    assert shown(plan).count("·") == 4
+        outline = outline_of(Lisa(active=1, period=15))
+    assert "0 to 1 period" in shown(outline)
+    assert shown(outline).count("·") == 4
 
 
-def test_the_plan_reads_well_in_100_columns() -> None:
-    out = shown(plan_of(Lisa(active=3, period=5, state="reset"), start_step=10, accumulation=2))
+def test_the_outline_reads_well_in_100_columns() -> None:
+    out = shown(outline_of(Lisa(active=3, period=5, state="reset"), start_step=10, accumulation=2))
     for part in (
         "tiny, 59.8k parameters: ends 4.1k (embedding = head) + 6 blocks 55.7k",
         "lisa, active 3, period 5, state reset",
@@ -101,7 +101,7 @@ def test_the_plan_reads_well_in_100_columns() -> None:
 
 
 def test_full_fine_tuning_has_no_periods() -> None:
-    out = shown(plan_of(Full()))
+    out = shown(outline_of(Full()))
     assert "100.0%" in out
     assert "period" not in out
     assert "blocks " in out

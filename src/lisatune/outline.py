@@ -1,6 +1,6 @@
 """What a run is going to do, as far as it is known before the first step.
 
-`check` makes the plan from a model without weights, `train` from the real one: the same function, so that
+`check` makes the outline from a model without weights, `train` from the real one: the same function, so that
 what `lisatune check` says is what `lisatune train` does.
 """
 
@@ -21,11 +21,11 @@ from lisatune.prepare import Data
 from lisatune.progress import count_text, grid, plural, ranges_text, terminal
 from lisatune.recipe import Recipe
 
-__all__ = ["Plan", "make_plan", "print_plan"]
+__all__ = ["Outline", "make_outline", "print_outline"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Outline:
     """The facts of a run. Counts of parameters are elements, a tied one counted once."""
 
     model: str
@@ -68,7 +68,7 @@ class Plan:
     output: str
 
 
-def make_plan(
+def make_outline(
     recipe: Recipe,
     model: nn.Module,
     layers: LayerMap,
@@ -77,7 +77,7 @@ def make_plan(
     *,
     device: str,
     start_step: int = 0,
-) -> Plan:
+) -> Outline:
     """Collect the facts of a run.
 
     Args:
@@ -94,7 +94,7 @@ def make_plan(
         f"{run.batch_size} rows" if run.accumulation == 1 else f"{run.accumulation} × {run.batch_size} rows"
     )
     warmup = f" after {plural(optimizer.warmup_steps, 'warm-up step')}" if optimizer.warmup_steps else ""
-    return Plan(
+    return Outline(
         model=recipe.model.name,
         method=_method_text(recipe.method),
         num_parameters=sum(p.numel() for p in model.parameters()),
@@ -124,40 +124,48 @@ def make_plan(
     )
 
 
-def print_plan(plan: Plan, console: Console | None = None) -> None:
+def print_outline(outline: Outline, console: Console | None = None) -> None:
     """Print the table that stands before a run."""
     console = console or terminal()
-    kinds = [f"ends {count_text(plan.end_parameters)}{' (embedding = head)' if plan.is_tied else ''}"]
-    kinds.append(f"{plan.num_blocks} blocks {count_text(plan.block_parameters)}")
-    kinds += [f"never trained {count_text(plan.frozen_parameters)}"] if plan.frozen_parameters else []
-    trains = f"{count_text(plan.trainable)} parameters at a time, {plan.trainable / plan.num_parameters:.1%}"
-    trains += "" if plan.active_blocks is None else f"; now blocks {ranges_text(plan.active_blocks)}"
+    kinds = [f"ends {count_text(outline.end_parameters)}{' (embedding = head)' if outline.is_tied else ''}"]
+    kinds.append(f"{outline.num_blocks} blocks {count_text(outline.block_parameters)}")
+    kinds += [f"never trained {count_text(outline.frozen_parameters)}"] if outline.frozen_parameters else []
+    share = outline.trainable / outline.num_parameters
+    trains = f"{count_text(outline.trainable)} parameters at a time, {share:.1%}"
+    trains += "" if outline.active_blocks is None else f"; now blocks {ranges_text(outline.active_blocks)}"
     periods = (
-        f" in {plural(math.ceil(plan.steps / plan.period), 'period')} of {plan.period}" if plan.period else ""
+        f" in {plural(math.ceil(outline.steps / outline.period), 'period')} of {outline.period}"
+        if outline.period
+        else ""
     )
-    steps = f"{plan.steps:,}{periods}" + (f", {plan.start_step:,} done already" if plan.start_step else "")
+    steps = f"{outline.steps:,}{periods}" + (
+        f", {outline.start_step:,} done already" if outline.start_step else ""
+    )
     rows = [
-        ("model", f"{plan.model}, {count_text(plan.num_parameters)} parameters: {' + '.join(kinds)}"),
-        ("method", plan.method),
+        ("model", f"{outline.model}, {count_text(outline.num_parameters)} parameters: {' + '.join(kinds)}"),
+        ("method", outline.method),
         ("trains", trains),
-        ("steps", f"{steps}; each {plan.batch}"),
+        ("steps", f"{steps}; each {outline.batch}"),
     ]
-    if plan.visits:
-        low, high = min(plan.visits), max(plan.visits)
+    if outline.visits:
+        low, high = min(outline.visits), max(outline.visits)
         often = f"{plural(low, 'period')}" if low == high else f"{low} to {plural(high, 'period')}"
-        rows.append(("visits", f"{_bars(plan.visits)} each block trains in {often}"))
-    left_out = [f"{plan.num_cut:,} cut at max_length"] if plan.num_cut else []
-    left_out += [f"{plan.num_without_loss:,} dropped: no answer left"] if plan.num_without_loss else []
-    left_out += [f"{plan.skipped:,} skipped: not usable"] if plan.skipped else []
-    tokens = f"{count_text(plan.train_tokens)} tokens, {count_text(plan.loss_tokens)} with loss"
+        rows.append(("visits", f"{_bars(outline.visits)} each block trains in {often}"))
+    left_out = [f"{outline.num_cut:,} cut at max_length"] if outline.num_cut else []
+    left_out += [f"{outline.num_without_loss:,} dropped: no answer left"] if outline.num_without_loss else []
+    left_out += [f"{outline.skipped:,} skipped: not usable"] if outline.skipped else []
+    tokens = f"{count_text(outline.train_tokens)} tokens, {count_text(outline.loss_tokens)} with loss"
     rows += [
-        ("lr", plan.lr),
-        ("data", "; ".join([f"{plural(plan.train_rows, 'row')}, {tokens}", *left_out])),
-        ("held out", f"{plural(plan.validation_rows, 'row')}, {count_text(plan.validation_tokens)} tokens"),
-        ("device", plan.device),
-        ("output", plan.output),
+        ("lr", outline.lr),
+        ("data", "; ".join([f"{plural(outline.train_rows, 'row')}, {tokens}", *left_out])),
+        (
+            "held out",
+            f"{plural(outline.validation_rows, 'row')}, {count_text(outline.validation_tokens)} tokens",
+        ),
+        ("device", outline.device),
+        ("output", outline.output),
     ]
-    console.print(Panel(grid(rows), title="plan", title_align="left", border_style="cyan", box=box.ROUNDED))
+    console.print(Panel(grid(rows), title="run", title_align="left", border_style="cyan", box=box.ROUNDED))
 
 
 def _method_text(method: Method) -> str:

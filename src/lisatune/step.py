@@ -1,0 +1,69 @@
+"""One optimizer step, from batches to updated weights: what `train` runs and what `plan` traces.
+
+The loss of a step is the sum over its loss-carrying tokens divided by their number, whatever micro-batches
+they come in.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lisatune.loss import CausalLMLoss
+
+__all__ = ["TrainingStep"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingStep:
+    """Forward, backward, clipping and the optimizer's update of one step.
+
+    `backward`, `clip` and `update` are called in this order; after `clip` the caller decides by the loss and
+    the norm whether `update` or `skip` follows.
+    """
+
+    model: nn.Module
+    loss: CausalLMLoss
+    optimizer: Optimizer
+    device: torch.device
+    autocast: torch.dtype | None = None
+    """Dtype of matrix products; None computes in the weights' dtype."""
+
+    max_grad_norm: float | None = 1.0
+    """Largest global norm of the gradients; None leaves them as they are."""
+
+    def backward(self, batches: Sequence[dict[str, Tensor]]) -> Tensor:
+        """Leave the step's gradients in the parameters.
+
+        Args:
+            batches: one per micro-step, on any device: `input_ids`, `labels`, `position_ids`, int64 [B, T].
+
+        Returns:
+            Mean loss per token, a float32 scalar on the device.
+        """
+        num_labels = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+        loss = torch.zeros((), device=self.device)
+        for batch in batches:
+            with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+                loss_sum, _ = self.loss({name: ids.to(self.device) for name, ids in batch.items()})
+                micro_loss = loss_sum / num_labels
+            micro_loss.backward()  # type: ignore[no-untyped-call]
+            loss += micro_loss.detach()
+        return loss
+
+    def clip(self) -> Tensor:
+        """Clip the gradients' global norm, and return what it was: a scalar on the device."""
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        return nn.utils.clip_grad_norm_(trainable, self.max_grad_norm or math.inf)
+
+    def update(self) -> None:
+        """Let the optimizer move the weights, and release the gradients."""
+        self.optimizer.step()
+        self.skip()
+
+    def skip(self) -> None:
+        """Release the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
