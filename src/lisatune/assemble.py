@@ -4,7 +4,7 @@ Everything still requires grad while the optimizer is built; LISA attaches last 
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from lisatune.prepare import Data, check_fits, max_positions, prepare_data
 from lisatune.recipe import Recipe
 from lisatune.step import TrainingStep
 
-__all__ = ["Parts", "StateMeter", "assemble", "rehearse"]
+__all__ = ["Built", "Parts", "StateMeter", "assemble", "build", "rehearse"]
 
 
 class StateMeter:
@@ -100,17 +100,64 @@ def assemble(recipe: Recipe) -> Parts:
     loss = CausalLMLoss(model)
     if recipe.data.packing:
         loss.check_packing()
-    if run.activation_checkpointing:
-        models.enable_activation_checkpointing(model)
-    model.train()
-    model, layers, optimizer, state, lisa = _attach(recipe, model, data.steps)
+    built = build(recipe, model, loss, steps=data.steps, device=device)
     schedule = recipe.optimizer.schedule
     scheduler = get_scheduler(
         "constant_with_warmup" if schedule == "constant" else schedule,
-        optimizer,
+        built.step.optimizer,
         num_warmup_steps=recipe.optimizer.warmup_steps,
         num_training_steps=data.steps,
     )
+    return Parts(
+        recipe,
+        device,
+        tokenizer,
+        data,
+        built.model,
+        built.layers,
+        built.step,
+        built.step.optimizer,
+        scheduler,
+        built.lisa,
+        built.state,
+    )
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model that is ready to train, without data."""
+
+    model: nn.Module
+    layers: LayerMap
+    step: TrainingStep
+    lisa: LISA | None
+    state: StateMeter
+
+
+def build(
+    recipe: Recipe,
+    model: nn.Module,
+    loss: CausalLMLoss,
+    *,
+    steps: int,
+    device: torch.device,
+    materialise: Callable[[nn.Module], None] | None = None,
+) -> Built:
+    """Prepare a loaded model, build its optimizer and attach the method: for `train` and for `plan`.
+
+    Args:
+        recipe: the recipe.
+        model: on `device`, or wherever `materialise` takes it from.
+        loss: of that model.
+        steps: optimizer steps of the whole run.
+        device: where it trains.
+        materialise: gives the prepared model its storage, before the optimizer is built.
+    """
+    run = recipe.run
+    if run.activation_checkpointing:
+        models.enable_activation_checkpointing(model)
+    model.train()
+    model, layers, optimizer, state, lisa = _attach(recipe, model, steps, materialise)
     step = TrainingStep(
         model=model,
         loss=loss,
@@ -119,7 +166,7 @@ def assemble(recipe: Recipe) -> Parts:
         autocast=torch.bfloat16 if run.precision == "bf16-mixed" else None,
         max_grad_norm=recipe.optimizer.max_grad_norm,
     )
-    return Parts(recipe, device, tokenizer, data, model, layers, step, optimizer, scheduler, lisa, state)
+    return Built(model, layers, step, lisa, state)
 
 
 def rehearse(recipe: Recipe, steps: int) -> tuple[nn.Module, LayerMap, LISA | None]:
@@ -139,10 +186,12 @@ def rehearse(recipe: Recipe, steps: int) -> tuple[nn.Module, LayerMap, LISA | No
 
 
 def _attach(
-    recipe: Recipe, model: nn.Module, steps: int
+    recipe: Recipe, model: nn.Module, steps: int, materialise: Callable[[nn.Module], None] | None = None
 ) -> tuple[nn.Module, LayerMap, Optimizer, StateMeter, LISA | None]:
     layers = find_layers(model)
     model = recipe.method.prepare(model)
+    if materialise is not None:
+        materialise(model)
     optimizer = recipe.method.build_optimizer(model, layers, recipe.optimizer)
     state = StateMeter(optimizer)  # before LISA, whose hook releases state
     lisa = recipe.method.attach(model, optimizer, layers, total_steps=steps)

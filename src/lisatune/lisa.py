@@ -183,6 +183,16 @@ class LISA:
         """Count how often each block will have been drawn after `total_steps`: draws are known beforehand."""
         return visits(self.sampler, seed=self.seed, periods=-(-total_steps // self.period))
 
+    def activate(self, blocks: Sequence[int]) -> None:
+        """Let these blocks train until the next draw, in place of those drawn: to see what they cost.
+
+        A period that has begun to be proven is given up.
+        """
+        self.active_blocks = tuple(sorted(blocks))
+        if self._proof is not None:
+            self._proof.forget()
+        self._set_trainable()
+
     def check(self) -> None:
         """Prove the current period as far as it has gone; for the end of a run.
 

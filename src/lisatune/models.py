@@ -20,6 +20,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "meta_model",
+    "model_from_config",
     "pick_device",
     "save_model",
 ]
@@ -28,13 +29,16 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia")
 
 
-def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+def load_config(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, needs_weights: bool = True
+) -> Any:
     """Read a model's config, without its weights.
 
     Args:
         name: local Hugging Face folder, hub id, path of a .gguf file, or `smollm2-135m`.
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run Python code that comes with the model.
+        needs_weights: refuse a local folder that holds no weights, which could not be trained.
 
     Raises:
         FileNotFoundError: no such folder, file or hub id, the hub can't be reached, or config.json or
@@ -42,7 +46,7 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
         ValueError: the model can't be fine-tuned here: pickled or quantised weights, own Python code that is
             not trusted, an architecture that transformers does not know.
     """
-    path = _locate(name)
+    path = _locate(name, needs_weights=needs_weights)
     with one_sentence(name):
         config = import_transformers().AutoConfig.from_pretrained(
             path, revision=revision, trust_remote_code=trust_remote_code
@@ -121,10 +125,23 @@ def meta_model(
     trust_remote_code: bool = False,
     attention: str | None = None,
     dtype: torch.dtype = torch.float32,
+    needs_weights: bool = True,
 ) -> Any:
     """Build the model on the meta device: modules, names and shapes without weights. Else as `load_model`."""
-    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
-    with one_sentence(name), torch.device("meta"):
+    config = load_config(
+        name, revision=revision, trust_remote_code=trust_remote_code, needs_weights=needs_weights
+    )
+    with one_sentence(name):
+        return model_from_config(
+            config, attention=attention, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+
+
+def model_from_config(
+    config: Any, *, attention: str | None = None, dtype: torch.dtype, trust_remote_code: bool = False
+) -> Any:
+    """Build a causal language model on the meta device."""
+    with torch.device("meta"):
         model = import_transformers().AutoModelForCausalLM.from_config(
             config, attn_implementation=attention, dtype=dtype, trust_remote_code=trust_remote_code
         )
@@ -180,7 +197,7 @@ def enable_activation_checkpointing(model: Any) -> None:
 # ---- where a model is
 
 
-def _locate(name: str) -> str:
+def _locate(name: str, *, needs_weights: bool = True) -> str:
     """Local folder to load from, or the hub id."""
     if name == SMOLLM2:
         return str(converted(smollm2_file(), sha256=SMOLLM2_SHA256))
@@ -190,7 +207,7 @@ def _locate(name: str) -> str:
             raise FileNotFoundError(f"there is no GGUF file {name}")
         return str(converted(path))
     if path.is_dir():
-        _check_folder(path)
+        _check_folder(path, needs_weights=needs_weights)
         return str(path)
     if path.exists():
         raise FileNotFoundError(f"model {name} is a file; give the folder it is in, or a .gguf file")
@@ -199,12 +216,12 @@ def _locate(name: str) -> str:
     return name
 
 
-def _check_folder(path: Path) -> None:
+def _check_folder(path: Path, *, needs_weights: bool) -> None:
     if not (path / "config.json").is_file():
         raise FileNotFoundError(
             f"model folder {path} has no config.json; give a folder that save_pretrained wrote"
         )
-    if any(path.glob("*.safetensors")):
+    if not needs_weights or any(path.glob("*.safetensors")):
         return
     pickled = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
     if pickled:

@@ -1,5 +1,7 @@
 """What a method of fine-tuning answers: how to prepare the model, which optimizer, what to attach to it."""
 
+from typing import Self
+
 import torch
 from torch import nn
 
@@ -49,3 +51,7 @@ class Method:
     ) -> LISA | None:
         """Attach what freezes and thaws blocks during training. Default: nothing does."""
         return None
+
+    def without_proof(self) -> Self:
+        """The method as it costs memory, without what reads weights: for a model that has shapes only."""
+        return self

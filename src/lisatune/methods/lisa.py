@@ -1,7 +1,7 @@
 """LISA as a method of a recipe. The algorithm is in `lisatune.lisa`."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 import torch
 from torch import nn
@@ -83,6 +83,10 @@ class Lisa(Method):
             total_steps=total_steps,
             layers=layers,
         )
+
+    def without_proof(self) -> Self:
+        """LISA that takes no fingerprints."""
+        return replace(self, verify="off")
 
     def _sampler(self) -> str | tuple[float, ...] | Independent:
         if self.sampler == "independent":

@@ -1,0 +1,283 @@
+"""What the memory of a training step is made of: live tensor storages, by category and by phase.
+
+A `StorageTracker` sees every operation below autograd. Each storage that an operation returns is noted with
+its size, the event it was born at and the event it was freed at. What it was for is known only later (a
+tensor of the forward pass is an activation if it outlives it), so categories are settled when a step is over:
+
+    weights          parameters and buffers of the model
+    gradients        `.grad` of a parameter
+    optimizer state  tensors in `optimizer.state`
+    activations      made in forward, or made again in backward, and kept for backward
+    loss             made between the decoder's output and that output's gradient: logits, a few at a time
+    workspace        everything else: gradients of activations, temporaries
+
+The same tracker runs over real tensors (`lisatune.memory.measure`) and over fake ones (`lisatune.plan`). It
+doesn't see what a kernel allocates inside.
+"""
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
+
+from lisatune.memory import plain_tensors
+
+__all__ = ["CATEGORIES", "PHASES", "StepMemory", "StorageTracker"]
+
+IN_PLACE = (
+    torch.ops.aten.add.Tensor,
+    torch.ops.aten.index_put.default,
+    torch.ops.aten._index_put_impl.default,
+)
+"""What autograd does in place in backward, unless a dispatch mode watches: these take no memory of their own."""
+
+CATEGORIES = ("weights", "gradients", "optimizer state", "activations", "loss", "workspace")
+PHASES = ("forward", "loss", "backward", "clip", "optimizer step")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMemory:
+    """Memory of one training step, in bytes of live tensor storages."""
+
+    peak_bytes: int
+    """Most bytes at once."""
+
+    phase: str
+    """Where that was, one of PHASES. The loss's backward pass belongs to `loss`."""
+
+    at_peak: dict[str, int]
+    """Bytes of each category at the peak; their sum is `peak_bytes`."""
+
+    by_phase: dict[str, int]
+    """Most bytes in each phase the step went through."""
+
+    static_bytes: int
+    """Bytes at the end of the step: weights and optimizer state."""
+
+
+@dataclass(slots=True)
+class _Storage:
+    size: int
+    category: str | None
+    born: int
+    reference: Any
+    died: int | None = None
+
+
+class StorageTracker(TorchDispatchMode):
+    """Counts live storages while it is the current dispatch mode.
+
+    Phases need no word from the loop: forward and loss are told by hooks on the decoder, backward by
+    autograd, the optimizer's step by its hooks; what comes between backward and the step is `clip`. Nothing
+    that is computed changes.
+
+    Args:
+        model: the model that trains, with everything that has to be attached already attached.
+        optimizer: its optimizer; tensors already in its state are counted from the start.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._model, self._optimizer = model, optimizer
+        self._live: dict[int, _Storage] = {}
+        self._storages: list[_Storage] = []
+        self._handles: list[RemovableHandle] = []
+        self._event = 0
+        self._total = 0
+        self._phase = "optimizer step"
+        self._in_loss = False
+        self._in_place = False
+        self._recomputing_since: int | None = None
+        self._peaks: dict[str, tuple[int, int]] = {}
+        self.mark("weights", [*model.parameters(), *model.buffers()])
+        self.mark("optimizer state", _state(optimizer))
+        self.mark("gradients", [p.grad for p in model.parameters() if p.grad is not None])
+
+    # ---- what the caller does
+
+    def __enter__(self) -> Self:
+        decoder = _decoder(self._model)
+        self._handles = [
+            decoder.register_forward_pre_hook(self._before_decoder),
+            decoder.register_forward_hook(self._after_decoder),
+            self._optimizer.register_step_pre_hook(self._before_update),
+            self._optimizer.register_step_post_hook(self._after_update),
+            *(
+                p.register_post_accumulate_grad_hook(self._after_gradient)  # type: ignore[no-untyped-call]
+                for p in self._model.parameters()
+                if p.requires_grad
+            ),
+        ]
+        # Before LISA's own hook, which may release state.
+        hooks: Any = self._optimizer._optimizer_step_post_hooks
+        hooks.move_to_end(self._handles[3].id, last=False)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        for handle in self._handles:
+            handle.remove()
+
+    def mark(self, category: str, tensors: Iterable[Tensor | None]) -> None:
+        """Say what tensors are for. Of a tensor made of others, each of these is marked."""
+        for tensor in tensors:
+            for plain in plain_tensors(tensor) if tensor is not None else ():
+                self._note(plain).category = category
+
+    def end_step(self) -> StepMemory:
+        """Settle the categories of the step that has just ended, and begin the next one."""
+        self.mark("optimizer state", _state(self._optimizer))
+        self._peaks.setdefault(self._phase, (self._total, self._event))
+        phase, (peak, moment) = max(self._peaks.items(), key=lambda item: item[1][0])
+        at_peak = dict.fromkeys(CATEGORIES, 0)
+        for storage in self._storages:
+            if storage.born <= moment and (storage.died is None or storage.died > moment):
+                at_peak[storage.category or "workspace"] += storage.size
+        memory = StepMemory(
+            peak_bytes=peak,
+            phase=phase,
+            at_peak=at_peak,
+            by_phase={name: self._peaks[name][0] for name in PHASES if name in self._peaks},
+            static_bytes=self._total,
+        )
+        self._storages = [storage for storage in self._storages if storage.died is None]
+        self._peaks = {}
+        return memory
+
+    # ---- the count
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if self._in_place:  # what the last operation replaced is gone by now
+            self._note_peak()
+        self._find_phase()
+        self._in_place = function in IN_PLACE and self._phase in ("loss", "backward") and _runs_backward()
+        out = function(*args, **(kwargs or {}))
+        for each in (out,) if isinstance(out, Tensor) else tree_leaves(out):
+            if isinstance(each, Tensor):
+                for plain in plain_tensors(each):
+                    self._note(plain)
+        return out
+
+    def _note(self, tensor: Tensor) -> _Storage:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        known = self._live.get(key)
+        if known is not None:
+            if known.size != storage.nbytes():  # resized
+                self._total += storage.nbytes() - known.size
+                known.size = storage.nbytes()
+            return known
+        self._event += 1
+        reference = weakref.ref(storage, lambda _: self._free(key))
+        category = "loss" if self._phase == "loss" else None
+        noted = _Storage(storage.nbytes(), category, self._event, reference)
+        self._live[key] = noted
+        self._storages.append(noted)
+        self._total += noted.size
+        if not self._in_place:
+            self._note_peak()
+        return noted
+
+    def _note_peak(self) -> None:
+        if self._total > self._peaks.get(self._phase, (-1, 0))[0]:
+            self._peaks[self._phase] = self._total, self._event
+
+    def _free(self, key: int) -> None:
+        storage = self._live.pop(key)
+        self._event += 1
+        storage.died = self._event
+        self._total -= storage.size
+
+    # ---- the phases
+
+    def _find_phase(self) -> None:
+        if self._phase == "optimizer step":
+            return
+        if torch._C._current_graph_task_id() == -1:  # not in backward
+            if self._phase == "backward":
+                self._enter("clip")
+            return
+        if self._phase == "loss" and self._in_loss:
+            return
+        if self._phase != "backward":
+            self._enter("backward")
+        # Backward computes without autograd; with it, a checkpointed block is being computed again.
+        if torch.is_grad_enabled():
+            if self._recomputing_since is None:
+                self._recomputing_since = self._event
+        elif self._recomputing_since is not None:
+            self._keep_activations(self._recomputing_since)
+            self._recomputing_since = None
+
+    def _enter(self, phase: str) -> None:
+        self._phase = phase
+        self._note_peak()
+
+    def _keep_activations(self, since: int) -> None:
+        """What forward leaves behind is there for backward."""
+        for storage in self._live.values():
+            if storage.category is None and storage.born > since:
+                storage.category = "activations"
+
+    def _before_decoder(self, decoder: nn.Module, args: Any) -> None:
+        if torch._C._current_graph_task_id() == -1:
+            self._enter("forward")
+
+    def _after_decoder(self, decoder: nn.Module, args: Any, out: Any) -> None:
+        if torch._C._current_graph_task_id() != -1:
+            return
+        self._keep_activations(since=0)
+        self._enter("loss")
+        self._in_loss = True
+        hidden = (
+            out
+            if isinstance(out, Tensor)
+            else next(iter(dict(out).values() if isinstance(out, dict) else out))
+        )
+        if isinstance(hidden, Tensor) and hidden.requires_grad:
+            hidden.register_hook(self._after_loss)  # type: ignore[no-untyped-call]
+
+    def _after_gradient(self, parameter: Tensor) -> None:
+        self.mark("gradients", [parameter.grad])
+
+    def _after_loss(self, grad: Tensor) -> None:
+        self._in_loss = False
+        self._enter("backward")
+
+    def _before_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._in_loss = False
+        self._enter("optimizer step")
+
+    def _after_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.mark("optimizer state", _state(optimizer))
+        if torch._C._current_graph_task_id() != -1:  # an update inside backward
+            self._enter("backward")
+
+
+def _runs_backward() -> bool:
+    """Whether autograd computes gradients now, and not a checkpointed forward pass."""
+    return torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
+
+
+def _decoder(model: nn.Module) -> nn.Module:
+    """The part of the model that ends in hidden states; the whole model where it names none."""
+    get = getattr(model, "get_decoder", None)
+    decoder = get() if callable(get) else None
+    return decoder if isinstance(decoder, nn.Module) else model
+
+
+def _state(optimizer: Optimizer) -> list[Tensor]:
+    return [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
