@@ -37,7 +37,7 @@ IN_PLACE = (
     torch.ops.aten.index_put.default,
     torch.ops.aten._index_put_impl.default,
 )
-"""What autograd does in place in backward, unless a dispatch mode watches: these take no memory of their own."""
+"""What autograd does in place in backward unless a dispatch mode watches: it takes no memory of its own."""
 
 CATEGORIES = ("weights", "gradients", "optimizer state", "activations", "loss", "workspace")
 PHASES = ("forward", "loss", "backward", "clip", "optimizer step")
