@@ -224,7 +224,7 @@ def _check_group(group: dict[str, Any]) -> None:
     if not all(0 <= beta < 1 for beta in group["betas"]):
         raise ValueError(f"betas must be in [0, 1), got {group['betas']}")
     if group["moments"] == "8bit":
-        codecs.dynamic_map(signed=True)  # a missing package shows now, not at the first step
+        codecs.check_8bit()  # a missing package shows now, not at the first step
 
 
 def _is_whole(group: dict[str, Any], p: nn.Parameter, state: dict[str, Any]) -> bool:

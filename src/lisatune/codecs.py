@@ -13,8 +13,10 @@ becomes the nearest of 256 values between 0 (or -1) and 1 that are denser toward
 Dettmers et al., arXiv 2110.02861, section 2).
 """
 
+import logging
 import warnings
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ from torch.nn.functional import pad
 
 __all__ = [
     "BLOCK",
+    "check_8bit",
     "dequantize",
     "dynamic_map",
     "join_remainder",
@@ -157,22 +160,36 @@ def _tables_on(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     return (codes if signed else codes.clamp_(min=1)).to(device), values.to(device)
 
 
+def check_8bit() -> None:
+    """Raise ImportError, with the line that mends it, where 8-bit moments can't be had."""
+    _bitsandbytes()
+
+
 def dynamic_map(signed: bool) -> Tensor:
     """Read the 256 values of bitsandbytes' dynamic 8-bit numbers, rising, float32.
 
     Raises:
         ImportError: bitsandbytes is not installed.
     """
+    values: Tensor = _bitsandbytes().create_dynamic_map(signed)
+    return values
+
+
+@cache
+def _bitsandbytes() -> Any:
+    """Import it without what it logs and warns about kernels that are not used here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        logging.disable(logging.ERROR)
         try:
-            from bitsandbytes.functional import create_dynamic_map
+            import bitsandbytes.functional as functional
         except ImportError as error:
             raise ImportError(
                 "optimizer.moments: 8bit needs bitsandbytes: pip install bitsandbytes"
             ) from error
-    values: Tensor = create_dynamic_map(signed)
-    return values
+        finally:
+            logging.disable(logging.NOTSET)
+    return functional
 
 
 def _signed(bits: int) -> int:

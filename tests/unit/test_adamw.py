@@ -112,7 +112,7 @@ def test_500_small_steps_follow_float32_where_nearest_stands_still() -> None:
     for name in ROUNDINGS:
         error = (meant[name] - meant["fp32"]).norm() / meant["fp32"].norm()
         distance[name] = float(error)
-    # exact: only the gradients were rounded to bf16 (0.2 % each). stochastic: noise of bf16 spacing, unbiased.
+    # exact: gradients rounded to bf16 (0.2 % each) are all that differs. stochastic: unbiased noise.
     assert distance["exact"] < 0.01
     assert distance["nearest"] > 0.5
     assert distance["exact"] < distance["stochastic"] < distance["nearest"]
