@@ -119,8 +119,11 @@ def random_bits(size: int, key: int, device: torch.device) -> Tensor:
     """Make `size` random int32 that depend on `key` alone: equal on every device, no generator is touched."""
     low, high = (_signed(half) for half in (key & 0xFFFFFFFF, key >> 32))
     bits = torch.arange(size, dtype=torch.int32, device=device).mul_(_signed(0x9E3779B1)).add_(low)
-    bits.bitwise_xor_(bits >> 15).mul_(_signed(0x85EBCA6B)).add_(high)
-    return bits.bitwise_xor_(bits >> 13).mul_(_signed(0xC2B2AE35)).bitwise_xor_(bits >> 16)
+    for shift, factor, added in ((15, 0x85EBCA6B, high), (13, 0xC2B2AE35, low)):
+        # The mask drops the copies of the sign that >> shifts in: with them numbers would collide.
+        bits.bitwise_xor_((bits >> shift).bitwise_and_((1 << 32 - shift) - 1))
+        bits.mul_(_signed(factor)).add_(added)
+    return bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF))
 
 
 def quantize(values: Tensor, codes: Tensor, scales: Tensor, *, signed: bool) -> None:
