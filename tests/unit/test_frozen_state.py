@@ -39,7 +39,7 @@ class SplitSGD(Optimizer):
                 exact = join(p, state["remainder"]) - group["lr"] * p.grad.float()
                 upper, lower = split(exact)
                 p.copy_(upper)
-                state["remainder"] = lower
+                state["remainder"].copy_(lower)
                 state["momentum"] = p.grad.float()
 
 
