@@ -1,4 +1,4 @@
-"""AdamW over the layers of a model, and what happens to a frozen block's optimizer state.
+"""AdamW over the layers of a model, and what LISA asks of an optimizer.
 
 Param groups are built once, ends first, then one per block, and never replaced: learning-rate schedules
 and sharding hold on to them. A group whose block is frozen costs nothing, since none of its parameters
@@ -16,7 +16,6 @@ from lisatune.layers import LayerMap
 from lisatune.memory import tensors_bytes
 
 __all__ = [
-    "HostState",
     "build_adamw",
     "check_parameters",
     "groups_by_block",
@@ -81,44 +80,6 @@ def state_elements(optimizer: Optimizer) -> int:
         for value in state.values()
         if isinstance(value, torch.Tensor) and value.shape == parameter.shape
     )
-
-
-class HostState:
-    """Optimizer state of frozen blocks in host memory: `state="cpu"`.
-
-    Tensors come back to the device they were on, so a step counter that AdamW keeps on the CPU stays there.
-    """
-
-    def __init__(self) -> None:
-        self._kept: dict[nn.Parameter, dict[str, Any]] = {}
-        self._devices: dict[nn.Parameter, dict[str, torch.device]] = {}
-
-    def put(self, parameter: nn.Parameter, state: dict[str, Any]) -> None:
-        """Move one parameter's state to host memory."""
-        tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
-        self._devices[parameter] = {key: value.device for key, value in tensors.items()}
-        self._kept[parameter] = {**state, **{key: value.cpu() for key, value in tensors.items()}}
-
-    def take(self, parameter: nn.Parameter) -> dict[str, Any] | None:
-        """Move one parameter's state back to its device, None where there is none."""
-        state = self._kept.pop(parameter, None)
-        if state is None:
-            return None
-        devices = self._devices.pop(parameter)
-        return {key: value.to(devices[key]) if key in devices else value for key, value in state.items()}
-
-    def get(self, parameter: nn.Parameter) -> dict[str, Any] | None:
-        """Return one parameter's state as it is kept, None where there is none."""
-        return self._kept.get(parameter)
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._kept.clear()
-        self._devices.clear()
-
-    def nbytes(self) -> int:
-        """Count the bytes kept."""
-        return _bytes_of(self._kept.values())
 
 
 def plain_optimizer(model: nn.Module, optimizer: Optimizer) -> Optimizer:
