@@ -15,7 +15,7 @@ LEVELS = {
     | {"adamw", "adamw_state", "factored", "host_chunks"},
     2: {"methods"},
     3: {"records", "sources", "chat", "data", "python_docs", "models", "pretrained", "gguf_models"}
-    | {"evaluate", "checkpoint", "trackers", "step"},
+    | {"evaluate", "checkpoint", "trackers", "step", "shapes"},
     4: {
         "recipe_file",
         "prepare",
