@@ -11,18 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "src" / "lisatune"
 
 LEVELS = {
     0: {"codecs", "layers", "samplers", "recipe", "runs", "environment", "disk", "plain_yaml"},
-    1: {
-        "adamw",
-        "adamw_state",
-        "factored",
-        "host_chunks",
-        "lisa",
-        "optim",
-        "loss",
-        "memory",
-        "proof",
-        "named_state",
-    },
+    1: {"lisa", "optim", "frozen_state", "loss", "memory", "proof", "named_state"}
+    | {"adamw", "adamw_state", "factored", "host_chunks", "in_backward"},
     2: {"methods"},
     3: {"records", "sources", "chat", "data", "python_docs", "models", "pretrained", "gguf_models"}
     | {"evaluate", "checkpoint", "trackers", "step"},

@@ -7,9 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lisatune import codecs
 from lisatune.codecs import BLOCK
 
-__all__ = ["CHUNKED", "MOMENTS", "ROUNDINGS", "Home", "home_of", "layout_of", "prepare"]
+__all__ = [
+    "CHUNKED",
+    "MOMENTS",
+    "ROUNDINGS",
+    "Home",
+    "home_of",
+    "layout_of",
+    "prepare",
+    "read_moments",
+    "write_moments",
+]
 
 ROUNDINGS = ("exact", "stochastic", "nearest")
 MOMENTS = ("fp32", "bf16", "8bit", "factored")
@@ -80,3 +91,27 @@ def prepare(group: dict[str, Any], p: nn.Parameter, state: dict[str, Any]) -> No
         if key not in state:
             home = home_of(group, p, key)
             state[key] = torch.zeros(shape, dtype=dtype, device=home.device, pin_memory=home.is_pinned)
+
+
+def read_moments(chunk: dict[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return both moments of a chunk in `dtype`; where they are stored in it, the stored ones."""
+    if "exp_avg_codes" in chunk:
+        exp_avg = codecs.dequantize(chunk["exp_avg_codes"], chunk["exp_avg_scales"], signed=True)
+        exp_avg_sq = codecs.dequantize(chunk["exp_avg_sq_codes"], chunk["exp_avg_sq_scales"], signed=False)
+        return exp_avg.to(dtype), exp_avg_sq.to(dtype)
+    return chunk["exp_avg"].to(dtype), chunk["exp_avg_sq"].to(dtype)
+
+
+def write_moments(
+    chunk: dict[str, Tensor], exp_avg: Tensor, exp_avg_sq: Tensor, noise: Tensor | None
+) -> None:
+    """Store what `read_moments` returned, after it was updated; uses the upper half of `noise`."""
+    if "exp_avg_codes" in chunk:
+        codecs.quantize(exp_avg.float(), chunk["exp_avg_codes"], chunk["exp_avg_scales"], signed=True)
+        codecs.quantize(
+            exp_avg_sq.float(), chunk["exp_avg_sq_codes"], chunk["exp_avg_sq_scales"], signed=False
+        )
+    elif chunk["exp_avg"].dtype == torch.bfloat16:
+        assert noise is not None
+        chunk["exp_avg"].copy_(exp_avg)
+        codecs.round_stochastically(exp_avg_sq.float(), chunk["exp_avg_sq"], noise >> 16)

@@ -37,8 +37,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lisatune.adamw import AdamW
+from lisatune.frozen_state import FrozenState
 from lisatune.layers import LayerMap, find_layers
-from lisatune.optim import HostState, check_parameters, groups_by_block, plain_optimizer, state_bytes
+from lisatune.optim import check_parameters, groups_by_block, plain_optimizer, state_bytes
 from lisatune.proof import Proof, ProofError, has_reason_to_move
 from lisatune.samplers import Independent, Sampler, auto_period, make_sampler, visits
 
@@ -129,9 +131,10 @@ class LISA:
         check_parameters(self.layers, model, optimizer)
         self._find_groups()
 
-        self._host = HostState()
+        self._frozen_state = FrozenState(optimizer, state)
         self._ramped: list[tuple[dict[str, Any], Any, Any]] = []
         self._saved: dict[str, Any] = {}
+        self._saved_state: dict[int, Any] = {}
         self._may_rest: set[str] = set()
         self._proof = None if verify == "off" else Proof(self._named_layers(), verify)
         self._flags = {p: p.requires_grad for p in (*self._ends, *self._others, *sum(self._blocks, ()))}
@@ -205,7 +208,7 @@ class LISA:
         if type(self._optimizer).load_state_dict is not Optimizer.load_state_dict:
             vars(self._optimizer).pop("load_state_dict", None)
         self._restore_lr()
-        self._host.clear()
+        self._frozen_state.detach()
         for parameter, flag in self._flags.items():
             parameter.requires_grad_(flag)
         _attached.discard(self._optimizer)
@@ -216,7 +219,7 @@ class LISA:
         """Draw this period's blocks, freeze everything else, thaw them."""
         self.active_blocks = self.sampler.draw(self.period_index, seed=self.seed)
         if self.state == "reset":
-            self._optimizer.state.clear()
+            self._frozen_state.reset()
         self._set_trainable()
 
     def _set_trainable(self) -> None:
@@ -231,16 +234,11 @@ class LISA:
         for parameter in parameters:
             parameter.requires_grad_(trains)
             if trains:
-                kept = self._host.take(parameter)
-                if kept is not None:
-                    self._optimizer.state[parameter] = kept
+                self._frozen_state.thaw(parameter)
                 continue
             # The gradient has to go as well: AdamW moves whatever has one, `requires_grad` or not.
             parameter.grad = None
-            if self.state != "keep" and parameter in self._optimizer.state:
-                released = self._optimizer.state.pop(parameter)
-                if self.state == "cpu":
-                    self._host.put(parameter, released)
+            self._frozen_state.freeze(parameter)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if optimizer.param_groups is not self._param_groups:
@@ -315,7 +313,14 @@ class LISA:
         }
         layers = self._named_layers()
         sample = None if self._proof is None else self._proof.sample
-        return {name for name in self._may_rest if has_reason_to_move(layers[name], rates, sample=sample)}
+        gone: frozenset[nn.Parameter] = frozenset()
+        if isinstance(self._optimizer, AdamW) and self._optimizer.in_backward is not None:
+            gone = self._optimizer.in_backward.updated  # gradients are released: no telling how large
+        return {
+            name
+            for name in self._may_rest
+            if gone.isdisjoint(layers[name]) and has_reason_to_move(layers[name], rates, sample=sample)
+        }
 
     def _warn_of_untrained_blocks(self, total_steps: int) -> None:
         chances = self.sampler.inclusion()
@@ -350,10 +355,7 @@ class LISA:
             "periods_proven": self.periods_proven,
             "settings": self._settings(),
         }
-        for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-            kept = self._host.get(parameter)
-            if kept is not None:
-                state_dict["state"][index] = kept
+        self._frozen_state.add_to(state_dict["state"])
 
     def _check_saved(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         if "lisa" not in state_dict:
@@ -371,7 +373,7 @@ class LISA:
             raise ValueError(
                 f"LISA was saved with other settings; construct it with these ({'; '.join(differing)})"
             )
-        self._saved = saved
+        self._saved, self._saved_state = saved, state_dict["state"]
 
     def _load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Stands before an optimizer's own `load_state_dict`: that of bitsandbytes runs no hooks."""
@@ -390,7 +392,8 @@ class LISA:
             self._proof.periods = self._saved["periods_proven"]
         self._ramped = []
         self._find_groups()
-        self._host.clear()
+        self._frozen_state.load(self._saved_state)
+        self._saved_state = {}
         self._set_trainable()
 
 

@@ -1,23 +1,25 @@
-"""AdamW over the layers of a model, and what happens to a frozen block's optimizer state.
+"""AdamW over the layers of a model, and what LISA asks of an optimizer.
 
 Param groups are built once, ends first, then one per block, and never replaced: learning-rate schedules
 and sharding hold on to them. A group whose block is frozen costs nothing, since none of its parameters
 has a gradient.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lisatune.adamw import AdamW
 from lisatune.layers import LayerMap
 from lisatune.memory import tensors_bytes
+from lisatune.recipe import OptimizerConfig
 
 __all__ = [
-    "HostState",
     "build_adamw",
+    "build_optimizer",
     "check_parameters",
     "groups_by_block",
     "param_groups",
@@ -68,57 +70,61 @@ def build_adamw(
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
 
 
+def build_optimizer(
+    model: nn.Module, layers: LayerMap, config: OptimizerConfig, *, ends: Mapping[str, Any] | None = None
+) -> Optimizer:
+    """Build AdamW over ends and blocks, one param group per layer, as a recipe asks.
+
+    torch's fused AdamW where weights are wide, moments float32 and updates made in `step()`; else
+    `lisatune.AdamW`.
+
+    Args:
+        model: everything that will ever train requires grad.
+        layers: its blocks and ends.
+        config: the recipe's section.
+        ends: options of `lisatune.AdamW` for the groups of the ends, `moments` and `state_device`.
+    """
+    is_wide = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters())
+    if is_wide and config.moments == "fp32" and not ends and not config.in_backward:
+        return build_adamw(
+            model,
+            layers,
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        )
+    groups = param_groups(model, layers, weight_decay=config.weight_decay)
+    optimizer = AdamW(
+        [{**group, **ends} if ends and group["layer"] == "ends" else group for group in groups],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        rounding=config.rounding,
+        moments=config.moments,
+    )
+    if config.in_backward:
+        optimizer.update_in_backward()
+    return optimizer
+
+
 def state_bytes(optimizer: Optimizer) -> int:
     """Count the bytes of all tensors in the optimizer's state, each parameter's step counter included."""
     return _bytes_of(optimizer.state.values())
 
 
 def state_elements(optimizer: Optimizer) -> int:
-    """Count the elements of the state that is shaped like its parameter: AdamW's two moments."""
+    """Count the elements of the state that is shaped like its parameter: AdamW's two moments.
+
+    The remainder of a bf16 weight is a part of the weight.
+    """
+    lasting = optimizer.lasting_state if isinstance(optimizer, AdamW) else ()
     return sum(
         value.numel()
         for parameter, state in optimizer.state.items()
-        for value in state.values()
-        if isinstance(value, torch.Tensor) and value.shape == parameter.shape
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor) and value.shape == parameter.shape and key not in lasting
     )
-
-
-class HostState:
-    """Optimizer state of frozen blocks in host memory: `state="cpu"`.
-
-    Tensors come back to the device they were on, so a step counter that AdamW keeps on the CPU stays there.
-    """
-
-    def __init__(self) -> None:
-        self._kept: dict[nn.Parameter, dict[str, Any]] = {}
-        self._devices: dict[nn.Parameter, dict[str, torch.device]] = {}
-
-    def put(self, parameter: nn.Parameter, state: dict[str, Any]) -> None:
-        """Move one parameter's state to host memory."""
-        tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
-        self._devices[parameter] = {key: value.device for key, value in tensors.items()}
-        self._kept[parameter] = {**state, **{key: value.cpu() for key, value in tensors.items()}}
-
-    def take(self, parameter: nn.Parameter) -> dict[str, Any] | None:
-        """Move one parameter's state back to its device, None where there is none."""
-        state = self._kept.pop(parameter, None)
-        if state is None:
-            return None
-        devices = self._devices.pop(parameter)
-        return {key: value.to(devices[key]) if key in devices else value for key, value in state.items()}
-
-    def get(self, parameter: nn.Parameter) -> dict[str, Any] | None:
-        """Return one parameter's state as it is kept, None where there is none."""
-        return self._kept.get(parameter)
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._kept.clear()
-        self._devices.clear()
-
-    def nbytes(self) -> int:
-        """Count the bytes kept."""
-        return _bytes_of(self._kept.values())
 
 
 def plain_optimizer(model: nn.Module, optimizer: Optimizer) -> Optimizer:
