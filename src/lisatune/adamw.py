@@ -40,8 +40,7 @@ from torch.optim import Optimizer
 from lisatune import codecs
 from lisatune.adamw_state import (
     CHUNKED,
-    MOMENTS,
-    ROUNDINGS,
+    check_group,
     home_of,
     layout_of,
     prepare,
@@ -127,7 +126,7 @@ class AdamW(Optimizer):
         """Add a group; its own options stand before the optimizer's."""
         super().add_param_group(param_group)
         try:
-            _check_group(self.param_groups[-1])
+            check_group(self.param_groups[-1])
         except ValueError:
             self.param_groups.pop()
             raise
@@ -246,19 +245,6 @@ class AdamW(Optimizer):
 
     def _chunk(self, p: nn.Parameter) -> int:
         return self.chunk_size or CHUNK.get(p.device.type, CHUNK_ELSEWHERE)
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    for name, allowed in (("rounding", ROUNDINGS), ("moments", MOMENTS), ("state_device", (None, "cpu"))):
-        if group[name] not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {group[name]!r}")
-    for name in ("lr", "eps", "weight_decay"):
-        if not isinstance(group[name], Tensor) and not group[name] >= 0:
-            raise ValueError(f"{name} must be >= 0, got {group[name]}")
-    if not all(0 <= beta < 1 for beta in group["betas"]):
-        raise ValueError(f"betas must be in [0, 1), got {group['betas']}")
-    if group["moments"] == "8bit":
-        codecs.check_8bit()  # a missing package shows now, not at the first step
 
 
 def _is_whole(group: dict[str, Any], p: nn.Parameter, state: dict[str, Any]) -> bool:

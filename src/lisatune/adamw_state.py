@@ -55,6 +55,20 @@ def layout_of(group: dict[str, Any], p: Tensor) -> dict[str, tuple[Sequence[int]
     return layout
 
 
+def check_group(group: dict[str, Any]) -> None:
+    """Raise ValueError for a param group's option out of range, ImportError for a missing package."""
+    for name, allowed in (("rounding", ROUNDINGS), ("moments", MOMENTS), ("state_device", (None, "cpu"))):
+        if group[name] not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {group[name]!r}")
+    for name in ("lr", "eps", "weight_decay"):
+        if not isinstance(group[name], Tensor) and not group[name] >= 0:
+            raise ValueError(f"{name} must be >= 0, got {group[name]}")
+    if not all(0 <= beta < 1 for beta in group["betas"]):
+        raise ValueError(f"betas must be in [0, 1), got {group['betas']}")
+    if group["moments"] == "8bit":
+        codecs.check_8bit()  # a missing package shows now, not at the first step
+
+
 @dataclass(frozen=True)
 class Home:
     """Where a piece of state lives."""
