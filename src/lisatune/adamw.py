@@ -38,9 +38,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lisatune import codecs
-from lisatune.adamw_state import CHUNKED, MOMENTS, ROUNDINGS, home_of, layout_of, prepare
+from lisatune.adamw_state import (
+    CHUNKED,
+    check_group,
+    home_of,
+    layout_of,
+    prepare,
+    read_moments,
+    write_moments,
+)
 from lisatune.factored import update_factored
 from lisatune.host_chunks import on_device
+from lisatune.in_backward import UpdateInBackward
 
 __all__ = ["AdamW"]
 
@@ -99,6 +108,7 @@ class AdamW(Optimizer):
         if chunk_size is not None and (chunk_size < 1 or chunk_size % codecs.BLOCK):
             raise ValueError(f"chunk_size must be a positive multiple of {codecs.BLOCK}, got {chunk_size}")
         self.chunk_size = chunk_size
+        self.in_backward: UpdateInBackward | None = None
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -116,14 +126,14 @@ class AdamW(Optimizer):
         """Add a group; its own options stand before the optimizer's."""
         super().add_param_group(param_group)
         try:
-            _check_group(self.param_groups[-1])
+            check_group(self.param_groups[-1])
         except ValueError:
             self.param_groups.pop()
             raise
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient."""
+        """Update every parameter that has a gradient: none after `update_in_backward`; then this counts."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -134,7 +144,30 @@ class AdamW(Optimizer):
             self._update(group, ready)
             place += len(group["params"])
             group["steps_done"] += 1
+        if self.in_backward is not None:
+            self.in_backward.end_step()
         return loss
+
+    def update_in_backward(self) -> UpdateInBackward:
+        """From now on update each parameter in backward, as soon as its gradient is complete.
+
+        Gradients are released as they are used; `step()` counts, and must be called after every backward.
+        See `lisatune.in_backward` for what this can't be combined with.
+
+        Raises:
+            ValueError: a parameter is frozen already.
+        """
+        if self.in_backward is None:
+            self.in_backward = UpdateInBackward(self, self._update_one)
+        return self.in_backward
+
+    def _update_one(self, place: int, p: nn.Parameter) -> None:
+        first = 0
+        for group in self.param_groups:
+            if place < first + len(group["params"]):
+                self._update(group, [(place, p)])
+                return
+            first += len(group["params"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave, every tensor in the dtype and on the device that it belongs in.
@@ -202,29 +235,16 @@ class AdamW(Optimizer):
                 codecs.random_bits(at.stop - at.start, chunk_key, p.device) if _is_random(group, p) else None
             )
             wide = codecs.widen(weight[at], chunk.get("remainder"))
-            exp_avg, exp_avg_sq = _read_moments(chunk, wide.dtype)
+            exp_avg, exp_avg_sq = read_moments(chunk, wide.dtype)
             grads = [gradient[at].to(wide.dtype)]
             _fused_adamw(group, [wide], grads, [exp_avg], [exp_avg_sq], [state["step"]])
-            _write_moments(chunk, exp_avg, exp_avg_sq, noise)
+            write_moments(chunk, exp_avg, exp_avg_sq, noise)
             codecs.narrow(wide, weight[at], chunk.get("remainder"), group["rounding"], noise)
         if not p.is_contiguous():
             p.copy_(weight.view(p.shape))
 
     def _chunk(self, p: nn.Parameter) -> int:
         return self.chunk_size or CHUNK.get(p.device.type, CHUNK_ELSEWHERE)
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    for name, allowed in (("rounding", ROUNDINGS), ("moments", MOMENTS), ("state_device", (None, "cpu"))):
-        if group[name] not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {group[name]!r}")
-    for name in ("lr", "eps", "weight_decay"):
-        if not isinstance(group[name], Tensor) and not group[name] >= 0:
-            raise ValueError(f"{name} must be >= 0, got {group[name]}")
-    if not all(0 <= beta < 1 for beta in group["betas"]):
-        raise ValueError(f"betas must be in [0, 1), got {group['betas']}")
-    if group["moments"] == "8bit":
-        codecs.check_8bit()  # a missing package shows now, not at the first step
 
 
 def _is_whole(group: dict[str, Any], p: nn.Parameter, state: dict[str, Any]) -> bool:
@@ -238,29 +258,6 @@ def _is_whole(group: dict[str, Any], p: nn.Parameter, state: dict[str, Any]) -> 
 
 def _is_random(group: dict[str, Any], p: Tensor) -> bool:
     return group["moments"] == "bf16" or (p.dtype == torch.bfloat16 and group["rounding"] == "stochastic")
-
-
-def _read_moments(chunk: dict[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    if "exp_avg_codes" in chunk:
-        exp_avg = codecs.dequantize(chunk["exp_avg_codes"], chunk["exp_avg_scales"], signed=True)
-        exp_avg_sq = codecs.dequantize(chunk["exp_avg_sq_codes"], chunk["exp_avg_sq_scales"], signed=False)
-        return exp_avg.to(dtype), exp_avg_sq.to(dtype)
-    return chunk["exp_avg"].to(dtype), chunk["exp_avg_sq"].to(dtype)
-
-
-def _write_moments(
-    chunk: dict[str, Tensor], exp_avg: Tensor, exp_avg_sq: Tensor, noise: Tensor | None
-) -> None:
-    if "exp_avg_codes" in chunk:
-        codecs.quantize(exp_avg.float(), chunk["exp_avg_codes"], chunk["exp_avg_scales"], signed=True)
-        codecs.quantize(
-            exp_avg_sq.float(), chunk["exp_avg_sq_codes"], chunk["exp_avg_sq_scales"], signed=False
-        )
-    elif chunk["exp_avg"].dtype == torch.bfloat16:
-        assert noise is not None
-        chunk["exp_avg"].copy_(exp_avg)
-        # The upper half of the noise; the lower one rounds the weight.
-        codecs.round_stochastically(exp_avg_sq.float(), chunk["exp_avg_sq"], noise >> 16)
 
 
 def _fused_adamw(

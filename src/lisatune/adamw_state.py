@@ -7,9 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lisatune import codecs
 from lisatune.codecs import BLOCK
 
-__all__ = ["CHUNKED", "MOMENTS", "ROUNDINGS", "Home", "home_of", "layout_of", "prepare"]
+__all__ = [
+    "CHUNKED",
+    "MOMENTS",
+    "ROUNDINGS",
+    "Home",
+    "home_of",
+    "layout_of",
+    "prepare",
+    "read_moments",
+    "write_moments",
+]
 
 ROUNDINGS = ("exact", "stochastic", "nearest")
 MOMENTS = ("fp32", "bf16", "8bit", "factored")
@@ -42,6 +53,20 @@ def layout_of(group: dict[str, Any], p: Tensor) -> dict[str, tuple[Sequence[int]
     if p.dtype == torch.bfloat16 and group["rounding"] == "exact":
         layout["remainder"] = (p.shape, torch.int16)
     return layout
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Raise ValueError for a param group's option out of range, ImportError for a missing package."""
+    for name, allowed in (("rounding", ROUNDINGS), ("moments", MOMENTS), ("state_device", (None, "cpu"))):
+        if group[name] not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {group[name]!r}")
+    for name in ("lr", "eps", "weight_decay"):
+        if not isinstance(group[name], Tensor) and not group[name] >= 0:
+            raise ValueError(f"{name} must be >= 0, got {group[name]}")
+    if not all(0 <= beta < 1 for beta in group["betas"]):
+        raise ValueError(f"betas must be in [0, 1), got {group['betas']}")
+    if group["moments"] == "8bit":
+        codecs.check_8bit()  # a missing package shows now, not at the first step
 
 
 @dataclass(frozen=True)
@@ -80,3 +105,27 @@ def prepare(group: dict[str, Any], p: nn.Parameter, state: dict[str, Any]) -> No
         if key not in state:
             home = home_of(group, p, key)
             state[key] = torch.zeros(shape, dtype=dtype, device=home.device, pin_memory=home.is_pinned)
+
+
+def read_moments(chunk: dict[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return both moments of a chunk in `dtype`; where they are stored in it, the stored ones."""
+    if "exp_avg_codes" in chunk:
+        exp_avg = codecs.dequantize(chunk["exp_avg_codes"], chunk["exp_avg_scales"], signed=True)
+        exp_avg_sq = codecs.dequantize(chunk["exp_avg_sq_codes"], chunk["exp_avg_sq_scales"], signed=False)
+        return exp_avg.to(dtype), exp_avg_sq.to(dtype)
+    return chunk["exp_avg"].to(dtype), chunk["exp_avg_sq"].to(dtype)
+
+
+def write_moments(
+    chunk: dict[str, Tensor], exp_avg: Tensor, exp_avg_sq: Tensor, noise: Tensor | None
+) -> None:
+    """Store what `read_moments` returned, after it was updated; uses the upper half of `noise`."""
+    if "exp_avg_codes" in chunk:
+        codecs.quantize(exp_avg.float(), chunk["exp_avg_codes"], chunk["exp_avg_scales"], signed=True)
+        codecs.quantize(
+            exp_avg_sq.float(), chunk["exp_avg_sq_codes"], chunk["exp_avg_sq_scales"], signed=False
+        )
+    elif chunk["exp_avg"].dtype == torch.bfloat16:
+        assert noise is not None
+        chunk["exp_avg"].copy_(exp_avg)
+        codecs.round_stochastically(exp_avg_sq.float(), chunk["exp_avg_sq"], noise >> 16)

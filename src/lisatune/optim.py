@@ -5,18 +5,21 @@ and sharding hold on to them. A group whose block is frozen costs nothing, since
 has a gradient.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lisatune.adamw import AdamW
 from lisatune.layers import LayerMap
 from lisatune.memory import tensors_bytes
+from lisatune.recipe import OptimizerConfig
 
 __all__ = [
     "build_adamw",
+    "build_optimizer",
     "check_parameters",
     "groups_by_block",
     "param_groups",
@@ -67,18 +70,60 @@ def build_adamw(
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
 
 
+def build_optimizer(
+    model: nn.Module, layers: LayerMap, config: OptimizerConfig, *, ends: Mapping[str, Any] | None = None
+) -> Optimizer:
+    """Build AdamW over ends and blocks, one param group per layer, as a recipe asks.
+
+    torch's fused AdamW where weights are wide, moments float32 and updates made in `step()`; else
+    `lisatune.AdamW`.
+
+    Args:
+        model: everything that will ever train requires grad.
+        layers: its blocks and ends.
+        config: the recipe's section.
+        ends: options of `lisatune.AdamW` for the groups of the ends, `moments` and `state_device`.
+    """
+    is_wide = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters())
+    if is_wide and config.moments == "fp32" and not ends and not config.in_backward:
+        return build_adamw(
+            model,
+            layers,
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        )
+    groups = param_groups(model, layers, weight_decay=config.weight_decay)
+    optimizer = AdamW(
+        [{**group, **ends} if ends and group["layer"] == "ends" else group for group in groups],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        rounding=config.rounding,
+        moments=config.moments,
+    )
+    if config.in_backward:
+        optimizer.update_in_backward()
+    return optimizer
+
+
 def state_bytes(optimizer: Optimizer) -> int:
     """Count the bytes of all tensors in the optimizer's state, each parameter's step counter included."""
     return _bytes_of(optimizer.state.values())
 
 
 def state_elements(optimizer: Optimizer) -> int:
-    """Count the elements of the state that is shaped like its parameter: AdamW's two moments."""
+    """Count the elements of the state that is shaped like its parameter: AdamW's two moments.
+
+    The remainder of a bf16 weight is a part of the weight.
+    """
+    lasting = optimizer.lasting_state if isinstance(optimizer, AdamW) else ()
     return sum(
         value.numel()
         for parameter, state in optimizer.state.items()
-        for value in state.values()
-        if isinstance(value, torch.Tensor) and value.shape == parameter.shape
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor) and value.shape == parameter.shape and key not in lasting
     )
 
 
