@@ -121,9 +121,12 @@ class Ends:
         self._hook: RemovableHandle | None = None
 
     def attach(self) -> None:
-        """Detach the embedding's output where `head` needs it; `detach` undoes that."""
+        """Detach the embedding's output where `head` needs it; `detach` undoes that.
+
+        Before other hooks: that of reentrant checkpointing makes the output require grad again, and must.
+        """
         if self._embedding is not None:
-            self._hook = self._embedding.register_forward_hook(_detach)
+            self._hook = self._embedding.register_forward_hook(_detach, prepend=True)
 
     def check_state(self, optimizer: Optimizer) -> None:
         """Raise ValueError unless the optimizer stores the ends' state as the policy says."""
