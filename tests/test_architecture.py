@@ -14,6 +14,7 @@ LEVELS = {
     1: {
         "adamw",
         "adamw_state",
+        "ends",
         "factored",
         "frozen_state",
         "host_chunks",

@@ -38,6 +38,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lisatune.adamw import AdamW
+from lisatune.ends import Ends, EndsPolicy
 from lisatune.frozen_state import FrozenState
 from lisatune.layers import LayerMap, find_layers
 from lisatune.optim import check_parameters, groups_by_block, plain_optimizer, state_bytes
@@ -68,7 +69,8 @@ class LISA:
             drop: released; a block drawn twice running keeps it. reset: all state, the ends' too, is cleared
             at every draw, as in the paper's published runs. cpu: moved to host memory and back. keep: never
             released, which costs the memory LISA is meant to save; for comparisons.
-        ends: "train", or "frozen": only drawn blocks train.
+        ends: which of embedding, head and final norm train in which periods, as text or `EndsPolicy`; see
+            `lisatune.ends`. State formats (8bit, factored, cpu) must be those of the optimizer's groups.
         warmup: steps at the start of a period over which a newly thawed block's learning rate ramps up,
             i/(warmup + 1) at step i. Needs param groups that do not mix layers (`param_groups`).
         verify: "sample" proves from a moving window of every parameter that the drawn blocks moved and no
@@ -99,14 +101,14 @@ class LISA:
         sampler: str | Sequence[float] | Sampler = "permutation",
         seed: int = 0,
         state: Literal["drop", "reset", "cpu", "keep"] = "drop",
-        ends: Literal["train", "frozen"] = "train",
+        ends: str | EndsPolicy = "train",
         warmup: int = 0,
         verify: Literal["sample", "full", "off"] = "sample",
         total_steps: int | None = None,
         layers: LayerMap | None = None,
     ) -> None:
         _one_of("state", state, ("drop", "reset", "cpu", "keep"))
-        _one_of("ends", ends, ("train", "frozen"))
+        policy = EndsPolicy.parse(ends)
         _one_of("verify", verify, ("sample", "full", "off"))
         _refuse_several_ranks()
         optimizer = plain_optimizer(model, optimizer)
@@ -118,17 +120,18 @@ class LISA:
         self.period = _period(period, self.sampler, seed, total_steps)
         if not 0 <= warmup < self.period:
             raise ValueError(f"warmup must be >= 0 and below period={self.period}, got {warmup}")
-        if ends == "frozen" and (active == 0 or isinstance(self.sampler, Independent)):
+        always = policy.trains != "none" and policy.every == 1
+        if not always and (active == 0 or isinstance(self.sampler, Independent)):
             raise ValueError(
-                "ends='frozen' needs active >= 1 and no Independent sampler, or nothing may train"
+                f"ends={str(policy)!r} needs active >= 1 and no Independent sampler, or nothing may train"
             )
 
         self._optimizer = optimizer
         self._blocks = [tuple(block.values()) for block in self.layers.block_parameters(model)]
-        self._ends = tuple(self.layers.end_parameters(model).values())
-        self._others = tuple(self.layers.frozen_parameters(model).values())
-        self._trains_ends = ends == "train"
         check_parameters(self.layers, model, optimizer)
+        self._ends = Ends(policy, model, self.layers)
+        self._others = (*self._ends.resting, *self.layers.frozen_parameters(model).values())
+        self._ends.check_state(optimizer)
         self._find_groups()
 
         self._frozen_state = FrozenState(optimizer, state)
@@ -137,7 +140,9 @@ class LISA:
         self._saved_state: dict[int, Any] = {}
         self._may_rest: set[str] = set()
         self._proof = None if verify == "off" else Proof(self._named_layers(), verify)
-        self._flags = {p: p.requires_grad for p in (*self._ends, *self._others, *sum(self._blocks, ()))}
+        self._flags = {
+            p: p.requires_grad for p in (*self._ends.parameters, *self._others, *sum(self._blocks, ()))
+        }
 
         self.steps_done = 0
         """Optimizer steps done."""
@@ -145,8 +150,11 @@ class LISA:
         """In how many periods each block has trained, the current one included once it has made a step."""
         self.active_blocks: tuple[int, ...] = ()
         """Blocks that train in the current period, in rising order."""
+        self.ends_train = False
+        """Whether the ends, or under `head` the head, train in the current period."""
 
         _attached.add(optimizer)
+        self._ends.attach()
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -176,7 +184,7 @@ class LISA:
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that train in this period: the ends and the active blocks."""
         active = [p for block in self.active_blocks for p in self._blocks[block]]
-        return [*self._ends, *active] if self._trains_ends else active
+        return [*self._ends.parameters, *active] if self.ends_train else active
 
     def state_bytes(self) -> int:
         """Count the bytes of optimizer state on the training device; what `cpu` keeps is not in it."""
@@ -209,6 +217,7 @@ class LISA:
             vars(self._optimizer).pop("load_state_dict", None)
         self._restore_lr()
         self._frozen_state.detach()
+        self._ends.detach()
         for parameter, flag in self._flags.items():
             parameter.requires_grad_(flag)
         _attached.discard(self._optimizer)
@@ -224,9 +233,10 @@ class LISA:
 
     def _set_trainable(self) -> None:
         _refuse_several_ranks()
+        self.ends_train = self._ends.policy.trains_in(self.period_index)
         for index, parameters in enumerate(self._blocks):
             self._set(parameters, trains=index in self.active_blocks)
-        self._set(self._ends, trains=self._trains_ends)
+        self._set(self._ends.parameters, trains=self.ends_train)
         self._set(self._others, trains=False)
 
     def _set(self, parameters: Sequence[nn.Parameter], *, trains: bool) -> None:
@@ -291,17 +301,19 @@ class LISA:
         """Look up the param groups: `load_state_dict` replaces them all."""
         self._param_groups = self._optimizer.param_groups
         if self.warmup:
-            self._groups_of_block = groups_by_block(self._optimizer, self._blocks, self._ends)
+            self._groups_of_block = groups_by_block(
+                self._optimizer, self._blocks, (*self._ends.parameters, *self._ends.resting)
+            )
 
     # ---- proof
 
     def _named_layers(self) -> dict[str, Sequence[nn.Parameter]]:
         blocks = {f"block {i}": block for i, block in enumerate(self._blocks)}
-        return {**blocks, "ends": self._ends, "frozen part": self._others}
+        return {**blocks, "ends": self._ends.parameters, "frozen part": self._others}
 
     def _moving(self) -> set[str]:
         """Names of the layers that train in this period."""
-        return {f"block {i}" for i in self.active_blocks} | ({"ends"} if self._trains_ends else set())
+        return {f"block {i}" for i in self.active_blocks} | ({"ends"} if self.ends_train else set())
 
     def _driven_layers(self) -> set[str]:
         """Layers that this step must move."""
@@ -343,7 +355,7 @@ class LISA:
             "period": self.period,
             "seed": self.seed,
             "state": self.state,
-            "trains_ends": self._trains_ends,
+            "ends": str(self._ends.policy),
             "warmup": self.warmup,
         }
 

@@ -201,6 +201,9 @@ def enable_activation_checkpointing(model: Any) -> None:
             f"{type(model).__name__} can't recompute activations; set run.activation_checkpointing: false"
         )
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    # Only reentrant checkpoints need an input that requires grad. It would hold open the graph below the
+    # lowest active block: frozen blocks would be recomputed and gone through for nothing.
+    model.disable_input_require_grads()
 
 
 # ---- where a model is
