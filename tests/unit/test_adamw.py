@@ -83,6 +83,26 @@ def test_chunks_do_not_change_the_update(rounding: Any, moments: Any, size: int)
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("shape", [(5, 7), (3, 4, 2), (6,)])
+def test_factored_moments_follow_adafactor_written_out(shape: tuple[int, ...]) -> None:
+    lr, beta2, eps, decay = 1e-2, 0.99, 1e-8, 0.1
+    weight = nn.Parameter(torch.linspace(-1, 1, torch.Size(shape).numel()).view(shape))
+    optimizer = AdamW([weight], lr, (0.9, beta2), eps, decay, moments="factored", chunk_size=256)
+    want = weight.detach().double().view(shape[0], -1)
+    rows, columns = torch.zeros(want.shape[0]).double(), torch.zeros(want.shape[1]).double()
+    whole = torch.zeros_like(want)
+    for step in range(6):
+        steps_on(optimizer, weight, range(step, step + 1))
+        g = gradients(shape, step, torch.float32).double().view(want.shape)
+        rows = beta2 * rows + (1 - beta2) * g.square().mean(1)
+        columns = beta2 * columns + (1 - beta2) * g.square().mean(0)
+        whole = beta2 * whole + (1 - beta2) * g.square()
+        v = whole if len(shape) == 1 else torch.outer(rows, columns) / rows.mean()
+        u = g / ((v / (1 - beta2 ** (step + 1))).sqrt() + eps)
+        want = want * (1 - lr * decay) - lr * u / u.square().mean().sqrt().clamp(min=1)
+    torch.testing.assert_close(weight.detach().view(want.shape).double(), want, rtol=1e-5, atol=1e-6)
+
+
 def test_500_small_steps_follow_float32_where_nearest_stands_still() -> None:
     start = tiny.llama(blocks=2).to(torch.bfloat16)
     wide, wide_loss = train_500(copy.deepcopy(start).float(), "exact")
@@ -167,7 +187,10 @@ def test_every_kind_learns_as_well_as_wide_adamw(dtype: torch.dtype, rounding: A
         ids = tiny.tokens(0)
         return float(model(input_ids=ids, labels=ids).loss.detach())
 
-    assert loss_after(rounding=rounding, moments=moments) < loss_after() + 0.6 < 4.0
+    start = 4.86
+    gain = start - loss_after()
+    assert gain > 0.5
+    assert start - loss_after(rounding=rounding, moments=moments) > 0.8 * gain
 
 
 @pytest.mark.parametrize("moments", MOMENTS)
@@ -263,25 +286,3 @@ def test_frozen_weights_are_left_alone() -> None:
     steps_on(optimizer, weights[0], range(1))
     assert weights[1] not in optimizer.state
     assert torch.equal(weights[1], torch.ones(3))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"rounding": "up"}, "rounding must be one of exact, stochastic, nearest, got 'up'"),
-        ({"moments": "fp8"}, "moments must be one of fp32, bf16, 8bit, factored, got 'fp8'"),
-        ({"state_device": "cuda"}, "state_device must be one of None, cpu, got 'cuda'"),
-        ({"lr": -1.0}, "lr must be >= 0, got -1.0"),
-        ({"betas": (0.9, 1.0)}, r"betas must be in \[0, 1\)"),
-        ({"chunk_size": 100}, "chunk_size must be a positive multiple of 256, got 100"),
-    ],
-)
-def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        AdamW([nn.Parameter(torch.ones(3))], **options)
-
-
-def test_half_precision_weights_are_refused() -> None:
-    weight = nn.Parameter(torch.ones(3, dtype=torch.float16))
-    with pytest.raises(ValueError, match=r"got torch\.float16; load the model in one of these"):
-        steps_on(AdamW([weight]), weight, range(1))
