@@ -10,8 +10,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "lisatune"
 
 LEVELS = {
-    0: {"layers", "samplers", "recipe", "runs", "environment", "disk", "plain_yaml"},
-    1: {"lisa", "optim", "frozen_state", "ends", "loss", "memory", "proof", "named_state"},
+    0: {"codecs", "layers", "samplers", "recipe", "runs", "environment", "disk", "plain_yaml"},
+    1: {"lisa", "optim", "frozen_state", "ends", "loss", "memory", "proof", "named_state"}
+    | {"adamw", "adamw_state", "factored", "host_chunks", "in_backward"},
     2: {"methods"},
     3: {"records", "sources", "chat", "data", "python_docs", "models", "pretrained", "gguf_models"}
     | {"evaluate", "checkpoint", "trackers", "step"},
@@ -29,7 +30,10 @@ LEVELS = {
     5: {"cli"},
 }
 LEVEL = {module: level for level, modules in LEVELS.items() for module in modules}
-CORE = ["lisatune", *(f"lisatune.{name}" for name in ("layers", "samplers", "optim", "proof", "lisa"))]
+CORE = [
+    "lisatune",
+    *(f"lisatune.{name}" for name in ("layers", "samplers", "adamw", "optim", "proof", "lisa")),
+]
 TOP = {"__init__", "__main__"}
 """These only re-export or call, and may import anything."""
 

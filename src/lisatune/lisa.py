@@ -37,6 +37,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lisatune.adamw import AdamW
 from lisatune.ends import Ends, EndsPolicy
 from lisatune.frozen_state import FrozenState
 from lisatune.layers import LayerMap, find_layers
@@ -324,7 +325,14 @@ class LISA:
         }
         layers = self._named_layers()
         sample = None if self._proof is None else self._proof.sample
-        return {name for name in self._may_rest if has_reason_to_move(layers[name], rates, sample=sample)}
+        gone: frozenset[nn.Parameter] = frozenset()
+        if isinstance(self._optimizer, AdamW) and self._optimizer.in_backward is not None:
+            gone = self._optimizer.in_backward.updated  # gradients are released: no telling how large
+        return {
+            name
+            for name in self._may_rest
+            if gone.isdisjoint(layers[name]) and has_reason_to_move(layers[name], rates, sample=sample)
+        }
 
     def _warn_of_untrained_blocks(self, total_steps: int) -> None:
         chances = self.sampler.inclusion()

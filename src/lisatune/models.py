@@ -22,6 +22,7 @@ __all__ = [
     "meta_model",
     "pick_device",
     "save_model",
+    "stored_dtype",
 ]
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -56,6 +57,15 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
             f"model {name} is stored quantised ({method}), which can't be fine-tuned; use its plain weights"
         )
     return config
+
+
+def stored_dtype(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> torch.dtype | None:
+    """Tell the dtype that a model's config names for its weights; None where it names none."""
+    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    dtype = config.get_text_config().dtype or config.dtype
+    return dtype if isinstance(dtype, torch.dtype) else None
 
 
 def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
