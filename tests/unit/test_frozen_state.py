@@ -152,19 +152,24 @@ def test_adamw_with_exact_weights_keeps_their_remainders(model: nn.Module, state
     optimizer = AdamW(model.parameters(), lr=1e-3)
     lisa = LISA(model, optimizer, period=2, state=state, ends="every:2", verify="full")
     before: dict[nn.Parameter, Tensor] = {}
+    trained = set(lisa.trainable_parameters())
+    rested = 0
 
     def after(step: int) -> None:
+        nonlocal trained, rested
         entries = optimizer.state_dict()["state"]
-        trained = set(lisa.trainable_parameters())
         for i, p in enumerate(model.parameters()):
             remainder = entries.get(i, {}).get("remainder")
             if p in before and p not in trained:
                 assert torch.equal(remainder, before[p])
+                rested += 1
             if remainder is not None:
                 before[p] = remainder.clone()
+        trained = set(lisa.trainable_parameters())
 
     tiny.fit(model, optimizer, 12, after=after)
     assert len(before) == len(list(model.parameters()))
+    assert rested > 100
     assert all(bool(remainder.any()) for remainder in before.values() if remainder.ndim > 1)
 
 
