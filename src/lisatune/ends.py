@@ -7,7 +7,7 @@ several joined by "+":
     head        head and final norm train, the input embedding is frozen
     frozen      none of them trains
     every:M     they train in every M-th period only, from the first on; in between they are frozen blocks
-    8bit        moments of the ends in 8 bits
+    8bit        moments of the ends in 8 bits, those of parameters below 4096 elements whole
     factored    second moment of the ends as means of rows and columns, no first moment
     cpu         moments of the ends in host memory
 
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lisatune.adamw import AdamW
 from lisatune.layers import LayerMap
 
 __all__ = ["Ends", "EndsPolicy"]
@@ -136,7 +137,7 @@ class Ends:
             if mine.isdisjoint(group["params"]):
                 continue
             seen = {key: group.get(key) for key in wanted}
-            if seen != wanted:
+            if seen != wanted or (wanted and not isinstance(optimizer, AdamW)):
                 raise ValueError(
                     f"ends {str(self.policy)!r} is up to the optimizer, and the ends' param groups of this "
                     f"{type(optimizer).__name__} say {_options(seen)}; build it as lisatune.AdamW("

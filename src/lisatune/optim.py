@@ -5,7 +5,7 @@ and sharding hold on to them. A group whose block is frozen costs nothing, since
 has a gradient.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lisatune.adamw import AdamW
+from lisatune.ends import EndsPolicy
 from lisatune.layers import LayerMap
 from lisatune.memory import tensors_bytes
 from lisatune.recipe import OptimizerConfig
@@ -31,8 +32,21 @@ __all__ = [
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
-def param_groups(model: nn.Module, layers: LayerMap, *, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+def param_groups(
+    model: nn.Module,
+    layers: LayerMap,
+    *,
+    weight_decay: float = 0.0,
+    ends: str | EndsPolicy | None = None,
+) -> list[dict[str, Any]]:
     """Build the param groups of the ends and of each block.
+
+    Args:
+        model: everything that will ever train requires grad.
+        layers: its blocks and ends.
+        weight_decay: of the groups that are decayed.
+        ends: policy of the ends (`lisatune.ends`); the state formats in it become options of their groups,
+            which `lisatune.AdamW` reads.
 
     With weight decay each layer has a second group, with `weight_decay` 0, for norms, biases and
     embeddings: all parameters of fewer than two dimensions and all weights of `nn.Embedding`.
@@ -52,6 +66,9 @@ def param_groups(model: nn.Module, layers: LayerMap, *, weight_decay: float = 0.
             if names:
                 pairs = [(name, p) for name, p in parameters.items() if name in names]
                 groups.append({"params": pairs, "weight_decay": decay, "layer": layer})
+    for group in groups:
+        if group["layer"] == "ends":
+            group |= EndsPolicy.parse(ends or "train").state_options()
     return groups
 
 
@@ -71,7 +88,7 @@ def build_adamw(
 
 
 def build_optimizer(
-    model: nn.Module, layers: LayerMap, config: OptimizerConfig, *, ends: Mapping[str, Any] | None = None
+    model: nn.Module, layers: LayerMap, config: OptimizerConfig, *, ends: str | EndsPolicy = "train"
 ) -> Optimizer:
     """Build AdamW over ends and blocks, one param group per layer, as a recipe asks.
 
@@ -82,10 +99,11 @@ def build_optimizer(
         model: everything that will ever train requires grad.
         layers: its blocks and ends.
         config: the recipe's section.
-        ends: options of `lisatune.AdamW` for the groups of the ends, `moments` and `state_device`.
+        ends: policy of the ends, whose state formats their groups take; see `lisatune.ends`.
     """
+    compact_ends = EndsPolicy.parse(ends).state_options()
     is_wide = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters())
-    if is_wide and config.moments == "fp32" and not ends and not config.in_backward:
+    if is_wide and config.moments == "fp32" and not compact_ends and not config.in_backward:
         return build_adamw(
             model,
             layers,
@@ -94,9 +112,8 @@ def build_optimizer(
             eps=config.eps,
             weight_decay=config.weight_decay,
         )
-    groups = param_groups(model, layers, weight_decay=config.weight_decay)
     optimizer = AdamW(
-        [{**group, **ends} if ends and group["layer"] == "ends" else group for group in groups],
+        param_groups(model, layers, weight_decay=config.weight_decay, ends=ends),
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,

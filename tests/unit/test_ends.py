@@ -11,9 +11,10 @@ from torch.optim import Optimizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import tiny
-from lisatune import LISA, ProofError, build_adamw, find_layers
-from lisatune.ends import Ends, EndsPolicy
+from lisatune import LISA, AdamW, ProofError, build_adamw, find_layers, param_groups
+from lisatune.ends import EndsPolicy
 from lisatune.methods import Lisa
+from lisatune.recipe import OptimizerConfig
 
 PERIOD = 3
 STATES = ("drop", "reset", "cpu", "keep")
@@ -312,12 +313,72 @@ def test_optimizer_that_stores_the_ends_otherwise_is_refused(untied_llama: nn.Mo
         attach(untied_llama, ends)
 
 
-def test_only_groups_of_ends_that_train_are_looked_at(untied_llama: nn.Module) -> None:
-    layers = find_layers(untied_llama)
-    optimizer = torch.optim.SGD(untied_llama.parameters(), lr=0.1)
-    ends = Ends(EndsPolicy.parse("8bit+cpu"), untied_llama, layers)
-    optimizer.param_groups[0] |= {"moments": "8bit", "state_device": "cpu"}
-    ends.check_state(optimizer)
-    optimizer.param_groups[0]["state_device"] = None
-    with pytest.raises(ValueError, match="this SGD say moments='8bit' and state_device=None"):
-        ends.check_state(optimizer)
+def test_groups_that_another_optimizer_would_not_read_are_refused(untied_llama: nn.Module) -> None:
+    groups = param_groups(untied_llama, find_layers(untied_llama), ends="8bit")
+    with pytest.raises(ValueError, match="ends '8bit' is up to the optimizer"):
+        LISA(untied_llama, torch.optim.AdamW(groups), ends="8bit")
+
+
+def test_groups_of_an_embedding_that_never_trains_are_not_looked_at(untied_llama: nn.Module) -> None:
+    groups = param_groups(untied_llama, find_layers(untied_llama), weight_decay=0.1, ends="head+8bit")
+    embedding = [group for group in groups if group["params"][0][0] == "model.embed_tokens.weight"]
+    assert len(embedding) == 1
+    embedding[0]["moments"] = "fp32"
+    name, norm = embedding[0]["params"].pop()
+    groups.append({"params": [(name, norm)], "weight_decay": 0.0, "layer": "ends", "moments": "8bit"})
+    LISA(untied_llama, AdamW(groups), ends="head+8bit")
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_moments_in_host_memory_change_nothing(precision: torch.dtype) -> None:
+    models = [tiny.llama(tied=True).to(precision) for _ in range(2)]
+    for model, ends in zip(models, ("every:2", "every:2+cpu"), strict=True):
+        optimizer = AdamW(param_groups(model, find_layers(model), ends=ends), lr=1e-2)
+        tiny.fit(model, optimizer, 2)  # as full fine-tuning
+        LISA(model, optimizer, period=PERIOD, ends=ends, verify="full")
+        tiny.fit(model, optimizer, range(2, 12))
+    tiny.assert_same_weights(*models)
+
+
+@pytest.mark.parametrize("ends", ["8bit", "factored", "head+factored", "every:2+8bit"])
+def test_compact_state_is_that_of_the_ends_alone(ends: str) -> None:
+    model = tiny.llama(tied=False, hidden=64)
+    layers = find_layers(model)
+    optimizer = AdamW(param_groups(model, layers, ends=ends), lr=1e-2)
+    in_step: list[dict[str, dict[str, tuple[int, torch.dtype]]]] = []
+    named = {p: name for name, p in model.named_parameters()}
+    optimizer.register_step_post_hook(  # before LISA's
+        lambda *_: in_step.append(
+            {
+                named[p]: {key: (value.numel(), value.dtype) for key, value in entry.items()}
+                for p, entry in optimizer.state.items()
+            }
+        )
+    )
+    lisa = LISA(model, optimizer, period=1, ends=ends, verify="full", layers=layers)
+    tiny.fit(model, optimizer, 3)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    for name, entry in in_step[2].items():
+        if name not in layers.ends:
+            assert entry["exp_avg"] == entry["exp_avg_sq"] == (sizes[name], torch.float32)
+    head = in_step[2]["lm_head.weight"]
+    if "8bit" in ends:
+        assert head["exp_avg_codes"] == head["exp_avg_sq_codes"] == (128 * 64, torch.uint8)
+        assert "exp_avg" not in head
+    else:
+        assert head["exp_avg_sq_rows"][0] + head["exp_avg_sq_columns"][0] == 128 + 64
+        assert set(head) == {"step", "exp_avg_sq_rows", "exp_avg_sq_columns"}
+    assert ("model.embed_tokens.weight" in in_step[2]) == ("head" not in ends)
+    assert ("lm_head.weight" in in_step[1]) == ("every" not in ends)
+    assert lisa.periods_proven == 3
+
+
+@pytest.mark.parametrize("ends", ["train", "head", "every:2", "every:2+8bit+cpu", "factored"])
+def test_recipe_builds_the_optimizer_that_its_policy_needs(untied_llama: nn.Module, ends: str) -> None:
+    method, layers = Lisa(ends=ends, period=2), find_layers(untied_llama)
+    optimizer = method.build_optimizer(untied_llama, layers, OptimizerConfig())
+    needs_own = any(word in ends for word in ("8bit", "cpu", "factored"))
+    assert isinstance(optimizer, AdamW) == needs_own
+    lisa = method.attach(untied_llama, optimizer, layers, total_steps=8)
+    tiny.fit(untied_llama, optimizer, 4)
+    assert lisa.periods_proven == 2

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import tiny
-from lisatune import LISA
+from lisatune import LISA, AdamW
 from lisatune.frozen_state import HostState
 
 POLICIES = ("drop", "reset", "cpu", "keep")
@@ -145,6 +145,32 @@ def test_detach_gives_lasting_state_of_frozen_blocks_back(model: nn.Module, stat
     held = {p for i in ever for p in lisa.layers.block_parameters(model)[i].values()}
     assert set(optimizer.state) == held | set(lisa.layers.end_parameters(model).values())
     tiny.fit(model, optimizer, range(10, 12))  # as full fine-tuning
+
+
+@pytest.mark.parametrize("state", ["drop", "reset", "cpu"])
+def test_adamw_with_exact_weights_keeps_their_remainders(model: nn.Module, state: str) -> None:
+    optimizer = AdamW(model.parameters(), lr=1e-3)
+    lisa = LISA(model, optimizer, period=2, state=state, ends="every:2", verify="full")
+    before: dict[nn.Parameter, Tensor] = {}
+    trained = set(lisa.trainable_parameters())
+    rested = 0
+
+    def after(step: int) -> None:
+        nonlocal trained, rested
+        entries = optimizer.state_dict()["state"]
+        for i, p in enumerate(model.parameters()):
+            remainder = entries.get(i, {}).get("remainder")
+            if p in before and p not in trained:
+                assert torch.equal(remainder, before[p])
+                rested += 1
+            if remainder is not None:
+                before[p] = remainder.clone()
+        trained = set(lisa.trainable_parameters())
+
+    tiny.fit(model, optimizer, 12, after=after)
+    assert len(before) == len(list(model.parameters()))
+    assert rested > 100
+    assert all(bool(remainder.any()) for remainder in before.values() if remainder.ndim > 1)
 
 
 def test_optimizers_without_lasting_state_keep_nothing(untied_llama: nn.Module) -> None:

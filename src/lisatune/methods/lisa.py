@@ -10,6 +10,8 @@ from lisatune.ends import EndsPolicy
 from lisatune.layers import LayerMap
 from lisatune.lisa import LISA
 from lisatune.methods.base import Method
+from lisatune.optim import build_optimizer
+from lisatune.recipe import OptimizerConfig
 from lisatune.samplers import Independent
 
 __all__ = ["Lisa"]
@@ -64,6 +66,12 @@ class Lisa(Method):
                 f"method.probabilities has no use with method.sampler {self.sampler}; "
                 f"choose weighted or independent"
             )
+
+    def build_optimizer(
+        self, model: nn.Module, layers: LayerMap, config: OptimizerConfig
+    ) -> torch.optim.Optimizer:
+        """Build AdamW over ends and blocks, the ends' state as `ends` says."""
+        return build_optimizer(model, layers, config, ends=self.ends)
 
     def attach(
         self,
