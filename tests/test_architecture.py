@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "lisatune"
 
 LEVELS = {
     0: {"layers", "samplers", "recipe", "runs", "environment", "disk", "plain_yaml"},
-    1: {"lisa", "optim", "loss", "memory", "proof", "named_state"},
+    1: {"lisa", "optim", "loss", "cross_entropy", "chunked_loss", "blocks", "memory", "proof", "named_state"},
     2: {"methods"},
     3: {"records", "sources", "chat", "data", "python_docs", "models", "pretrained", "gguf_models"}
     | {"evaluate", "checkpoint", "trackers", "step"},

@@ -1,5 +1,6 @@
 """LISA, Layerwise Importance Sampled AdamW (Pan et al., arXiv 2403.17919), for PyTorch models."""
 
+from lisatune.chunked_loss import use_chunked_loss as use_chunked_loss
 from lisatune.layers import LayerMap as LayerMap
 from lisatune.layers import find_layers as find_layers
 from lisatune.lisa import LISA as LISA
