@@ -173,8 +173,8 @@ def _warn_of_widened_weights(recipe: Recipe, model: nn.Module) -> None:
 def _attach(
     recipe: Recipe, model: nn.Module, steps: int
 ) -> tuple[nn.Module, LayerMap, Optimizer, StateMeter, LISA | None]:
-    layers = find_layers(model)
     model = recipe.method.prepare(model)
+    layers = find_layers(model)
     optimizer = recipe.method.build_optimizer(model, layers, recipe.optimizer)
     state = StateMeter(optimizer)  # before LISA, whose hook releases state
     lisa = recipe.method.attach(model, optimizer, layers, total_steps=steps)

@@ -83,66 +83,95 @@ def test_chunks_do_not_change_the_update(rounding: Any, moments: Any, size: int)
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("shape", [(5, 7), (3, 4, 2), (6,)])
+def test_factored_moments_follow_adafactor_written_out(shape: tuple[int, ...]) -> None:
+    lr, beta2, eps, decay = 1e-2, 0.99, 1e-8, 0.1
+    weight = nn.Parameter(torch.linspace(-1, 1, torch.Size(shape).numel()).view(shape))
+    optimizer = AdamW([weight], lr, (0.9, beta2), eps, decay, moments="factored", chunk_size=256)
+    want = weight.detach().double().view(shape[0], -1)
+    rows, columns = torch.zeros(want.shape[0]).double(), torch.zeros(want.shape[1]).double()
+    whole = torch.zeros_like(want)
+    for step in range(6):
+        steps_on(optimizer, weight, range(step, step + 1))
+        g = gradients(shape, step, torch.float32).double().view(want.shape)
+        rows = beta2 * rows + (1 - beta2) * g.square().mean(1)
+        columns = beta2 * columns + (1 - beta2) * g.square().mean(0)
+        whole = beta2 * whole + (1 - beta2) * g.square()
+        v = whole if len(shape) == 1 else torch.outer(rows, columns) / rows.mean()
+        u = g / ((v / (1 - beta2 ** (step + 1))).sqrt() + eps)
+        want = want * (1 - lr * decay) - lr * u / u.square().mean().sqrt().clamp(min=1)
+    torch.testing.assert_close(weight.detach().view(want.shape).double(), want, rtol=1e-5, atol=1e-6)
+
+
 def test_500_small_steps_follow_float32_where_nearest_stands_still() -> None:
-    models = {name: tiny.llama() for name in ("fp32", *ROUNDINGS)}
-    start = tiny.weights(models["fp32"])
-    for name, model in models.items():
-        rounded = {key: value.to(torch.bfloat16) for key, value in start.items()}
-        model.load_state_dict({key: value.float() for key, value in rounded.items()}, strict=False)
-        if name != "fp32":
-            model.to(torch.bfloat16)
-    start = tiny.weights(models["fp32"])
-    distance, still, meant = {}, {}, {}
-    for name, model in models.items():
-        rounding: Any = "exact" if name == "fp32" else name
-        optimizer = AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, rounding=rounding)
-        for step in range(500):
-            # Everybody's gradients are those of the float32 run, so that rounding alone tells them apart.
-            for (key, p), g in zip(model.named_parameters(), recorded_gradients(step), strict=True):
-                assert key
-                p.grad = g.to(p.dtype)
-            optimizer.step()
-        means = [
-            codec_value(p, optimizer.state[p].get("remainder")) - start[key]
-            for key, p in model.named_parameters()
-        ]
-        meant[name] = torch.cat([each.reshape(-1) for each in means])
-        moved = torch.cat([(p.detach().float() - start[k]).reshape(-1) for k, p in model.named_parameters()])
-        still[name] = float((moved == 0).float().mean())
-    for name in ROUNDINGS:
-        error = (meant[name] - meant["fp32"]).norm() / meant["fp32"].norm()
-        distance[name] = float(error)
-    # exact: gradients rounded to bf16 (0.2 % each) are all that differs. stochastic: unbiased noise.
-    assert distance["exact"] < 0.01
-    assert distance["nearest"] > 0.5
-    assert distance["exact"] < distance["stochastic"] < distance["nearest"]
-    assert still["nearest"] > 0.5
-    slope = float((meant["stochastic"] * meant["fp32"]).sum() / meant["fp32"].square().sum())
-    assert abs(slope - 1) < 0.02
+    start = tiny.llama(blocks=2).to(torch.bfloat16)
+    wide, wide_loss = train_500(copy.deepcopy(start).float(), "exact")
+    results = {rounding: train_500(copy.deepcopy(start), rounding) for rounding in ROUNDINGS}
+    # How far the weights are from the float32 run's, over how far these have come.
+    error = {name: float((way - wide).norm() / wide.norm()) for name, (way, _) in results.items()}
+    # How far they have come in its direction: 1 is right on average.
+    slope = {name: float(way @ wide / (wide @ wide)) for name, (way, _) in results.items()}
+    # Forward and backward in bf16 make other gradients, by 1 %; Adam's mean over steps evens that out.
+    assert error["exact"] < 0.02
+    assert abs(results["exact"][1] - wide_loss) < 0.002
+    # One rounding of up to a spacing at each step: noise as large as 500 of them, and no bias.
+    assert error["exact"] < error["stochastic"] < error["nearest"]
+    assert abs(slope["stochastic"] - 1) < 0.02
+    # lr is below half a spacing of all weights but those next to zero.
+    assert slope["nearest"] < 0.2
+    assert float((results["nearest"][0] == 0).float().mean()) > 0.75
 
 
-def recorded_gradients(step: int) -> list[Tensor]:
-    """Gradients of the tiny model at its start, a new batch every step."""
-    model = _recorder()
-    model.zero_grad()
-    tiny.backward(model, step % 20)
-    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+def train_500(model: nn.Module, rounding: Any) -> tuple[Tensor, float]:
+    """Return the way that all weights went, and the mean loss at its end."""
+    before = tiny.weights(model)
+    optimizer = AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, rounding=rounding)
+    for step in range(500):
+        tiny.backward(model, step % 20)
+        optimizer.step()
+        optimizer.zero_grad()
+    ways = [float32_of(optimizer, p) - before[name].float() for name, p in model.named_parameters()]
+    with torch.no_grad():
+        batches = [tiny.tokens(step) for step in range(20)]
+        model.float()
+        losses = [float(model(input_ids=ids, labels=ids).loss) for ids in batches]
+    return torch.cat([way.reshape(-1) for way in ways]), sum(losses) / len(losses)
 
 
-_model: list[nn.Module] = []
-
-
-def _recorder() -> nn.Module:
-    if not _model:
-        _model.append(tiny.llama())
-    return _model[0]
-
-
-def codec_value(p: Tensor, remainder: Tensor | None) -> Tensor:
-    exact = p.detach().float()
-    if remainder is not None:
-        exact.view(torch.int32).add_(remainder)
+def float32_of(optimizer: AdamW, p: Tensor) -> Tensor:
+    """What a weight is together with its remainder."""
+    exact = p.detach().float().clone()
+    if "remainder" in optimizer.state[p]:
+        exact.view(torch.int32).add_(optimizer.state[p]["remainder"])
     return exact
+
+
+@pytest.mark.parametrize("state", ["drop", "reset", "cpu", "keep"])
+def test_a_block_that_freezes_and_thaws_keeps_its_remainder(state: Any) -> None:
+    model = tiny.llama().to(torch.bfloat16)
+    optimizer = AdamW(model.parameters(), lr=1e-5)
+    last: dict[str, Tensor] = {}
+    seen: set[str] = set()
+
+    def look(step: int) -> None:
+        names = {p: name for name, p in model.named_parameters()}
+        for p in lisa.trainable_parameters():
+            if step % 2 == 0 and names[p] in last:
+                seen.add(names[p])
+                assert torch.equal(optimizer.state[p]["remainder"], last[names[p]])
+
+    def remember(*_: Any) -> None:
+        last.update(
+            (name, optimizer.state[p]["remainder"].clone())
+            for name, p in model.named_parameters()
+            if p.requires_grad
+        )
+
+    optimizer.register_step_post_hook(remember)  # before LISA's, which freezes
+    lisa = LISA(model, optimizer, active=2, period=2, state=state)
+    tiny.fit(model, optimizer, 12, after=look)
+    assert {name for name in last if "layers" in name} <= seen
+    assert all(remainder.any() for remainder in last.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -158,7 +187,10 @@ def test_every_kind_learns_as_well_as_wide_adamw(dtype: torch.dtype, rounding: A
         ids = tiny.tokens(0)
         return float(model(input_ids=ids, labels=ids).loss.detach())
 
-    assert loss_after(rounding=rounding, moments=moments) < loss_after() + 0.6 < 4.0
+    start = 4.86
+    gain = start - loss_after()
+    assert gain > 0.5
+    assert start - loss_after(rounding=rounding, moments=moments) > 0.8 * gain
 
 
 @pytest.mark.parametrize("moments", MOMENTS)
@@ -254,25 +286,3 @@ def test_frozen_weights_are_left_alone() -> None:
     steps_on(optimizer, weights[0], range(1))
     assert weights[1] not in optimizer.state
     assert torch.equal(weights[1], torch.ones(3))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"rounding": "up"}, "rounding must be one of exact, stochastic, nearest, got 'up'"),
-        ({"moments": "fp8"}, "moments must be one of fp32, bf16, 8bit, factored, got 'fp8'"),
-        ({"state_device": "cuda"}, "state_device must be one of None, cpu, got 'cuda'"),
-        ({"lr": -1.0}, "lr must be >= 0, got -1.0"),
-        ({"betas": (0.9, 1.0)}, r"betas must be in \[0, 1\)"),
-        ({"chunk_size": 100}, "chunk_size must be a positive multiple of 256, got 100"),
-    ],
-)
-def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        AdamW([nn.Parameter(torch.ones(3))], **options)
-
-
-def test_half_precision_weights_are_refused() -> None:
-    weight = nn.Parameter(torch.ones(3, dtype=torch.float16))
-    with pytest.raises(ValueError, match=r"got torch\.float16; load the model in one of these"):
-        steps_on(AdamW([weight]), weight, range(1))
