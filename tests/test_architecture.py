@@ -10,27 +10,63 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "lisatune"
 
 LEVELS = {
-    0: {"layers", "samplers", "recipe", "runs", "environment", "disk", "plain_yaml"},
-    1: {"lisa", "optim", "loss", "memory", "proof", "named_state", "storage", "fake"},
+    0: {"codecs", "disk", "environment", "layers", "plain_yaml", "recipe", "runs", "samplers"},
+    1: {
+        "adamw",
+        "adamw_state",
+        "chunked_loss",
+        "cross_entropy",
+        "ends",
+        "factored",
+        "fake",
+        "frozen_state",
+        "host_chunks",
+        "in_backward",
+        "lisa",
+        "loss",
+        "memory",
+        "named_state",
+        "optim",
+        "proof",
+        "storage",
+    },
     2: {"methods"},
-    3: {"records", "sources", "chat", "data", "python_docs", "models", "pretrained", "gguf_models"}
-    | {"evaluate", "checkpoint", "trackers", "step"},
+    3: {
+        "chat",
+        "checkpoint",
+        "data",
+        "evaluate",
+        "gguf_models",
+        "models",
+        "pretrained",
+        "python_docs",
+        "records",
+        "shapes",
+        "sources",
+        "step",
+        "trackers",
+    },
     4: {
-        "recipe_file",
-        "prepare",
-        "outline",
         "assemble",
+        "check",
+        "fit",
+        "layer_table",
+        "outline",
         "plan",
+        "plan_table",
+        "prepare",
+        "progress",
+        "recipe_file",
         "stopping",
         "train",
-        "check",
-        "progress",
-        "layer_table",
     },
     5: {"cli"},
 }
 LEVEL = {module: level for level, modules in LEVELS.items() for module in modules}
-CORE = ["lisatune", *(f"lisatune.{name}" for name in ("layers", "samplers", "optim", "proof", "lisa"))]
+CORE = [
+    "lisatune",
+    *(f"lisatune.{name}" for name in ("layers", "samplers", "adamw", "optim", "proof", "lisa")),
+]
 TOP = {"__init__", "__main__"}
 """These only re-export or call, and may import anything."""
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lisatune import models
+from lisatune.adamw import AdamW
 from lisatune.data import Row, collate
 from lisatune.layers import LayerMap, find_layers
 from lisatune.lisa import LISA
@@ -23,7 +24,7 @@ from lisatune.prepare import Data, check_fits, max_positions, prepare_data
 from lisatune.recipe import Recipe
 from lisatune.step import TrainingStep
 
-__all__ = ["Built", "Parts", "StateMeter", "assemble", "build", "rehearse"]
+__all__ = ["Built", "Parts", "StateMeter", "assemble", "build", "rehearse", "weight_dtype"]
 
 
 class StateMeter:
@@ -95,8 +96,13 @@ def assemble(recipe: Recipe) -> Parts:
         check_fits(rehearse(recipe, data.steps)[0], data)
     torch.manual_seed(run.seed)
     model = models.load_model(
-        name, revision=revision, trust_remote_code=trusted, attention=recipe.model.attention
+        name,
+        revision=revision,
+        trust_remote_code=trusted,
+        attention=recipe.model.attention,
+        dtype=weight_dtype(recipe),
     ).to(device)
+    _warn_of_widened_weights(recipe, model)
     loss = CausalLMLoss(model)
     if recipe.data.packing:
         loss.check_packing()
@@ -165,8 +171,14 @@ def build(
         device=device,
         autocast=torch.bfloat16 if run.precision == "bf16-mixed" else None,
         max_grad_norm=recipe.optimizer.max_grad_norm,
+        in_backward=optimizer.in_backward if isinstance(optimizer, AdamW) else None,
     )
     return Built(model, layers, step, lisa, state)
+
+
+def weight_dtype(recipe: Recipe) -> torch.dtype:
+    """Dtype that the recipe's weights are loaded in."""
+    return torch.bfloat16 if recipe.run.precision == "bf16" else torch.float32
 
 
 def rehearse(recipe: Recipe, steps: int) -> tuple[nn.Module, LayerMap, LISA | None]:
@@ -180,16 +192,36 @@ def rehearse(recipe: Recipe, steps: int) -> tuple[nn.Module, LayerMap, LISA | No
         revision=recipe.model.revision,
         trust_remote_code=recipe.model.trust_remote_code,
         attention=recipe.model.attention,
+        dtype=weight_dtype(recipe),
     )
+    _warn_of_widened_weights(recipe, model)
     model, layers, _, _, lisa = _attach(recipe, model, steps)
     return model, layers, lisa
+
+
+def _warn_of_widened_weights(recipe: Recipe, model: nn.Module) -> None:
+    """Say what it costs to load the 16-bit weights of a model as fp32."""
+    stored = models.stored_dtype(
+        recipe.model.name,
+        revision=recipe.model.revision,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+    if weight_dtype(recipe) != torch.float32 or stored not in (torch.bfloat16, torch.float16):
+        return
+    more = 2 * sum(p.numel() for p in model.parameters())
+    warnings.warn(
+        f"{recipe.model.name} is stored in {str(stored).removeprefix('torch.')} and run.precision: "
+        f"{recipe.run.precision} loads it in float32, which takes {more:,} bytes more; run.precision: bf16 "
+        f"keeps weights in 16 bits with updates as exact",
+        stacklevel=2,
+    )
 
 
 def _attach(
     recipe: Recipe, model: nn.Module, steps: int, materialise: Callable[[nn.Module], None] | None = None
 ) -> tuple[nn.Module, LayerMap, Optimizer, StateMeter, LISA | None]:
-    layers = find_layers(model)
     model = recipe.method.prepare(model)
+    layers = find_layers(model)
     if materialise is not None:
         materialise(model)
     optimizer = recipe.method.build_optimizer(model, layers, recipe.optimizer)

@@ -63,6 +63,8 @@ class _RealIds(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if tensors and not any(isinstance(each, FakeTensor) for each in tensors):
             with unset_fake_temporarily():
                 return function(*args, **kwargs)
+        if function is aten._local_scalar_dense.default and tensors[0].dtype == torch.bool:
+            return True  # whether values are finite: they are, and other such questions are rare
         if function in INDEXING:  # the shape of x[mask] hangs on the mask's values
             args = (args[0], _numbers(args[1]), *args[2:])
         return function(*args, **kwargs)

@@ -37,8 +37,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lisatune.adamw import AdamW
+from lisatune.ends import Ends, EndsPolicy
+from lisatune.frozen_state import FrozenState
 from lisatune.layers import LayerMap, find_layers
-from lisatune.optim import HostState, check_parameters, groups_by_block, plain_optimizer, state_bytes
+from lisatune.optim import check_parameters, groups_by_block, plain_optimizer, state_bytes
 from lisatune.proof import Proof, ProofError, has_reason_to_move
 from lisatune.samplers import Independent, Sampler, auto_period, make_sampler, visits
 
@@ -66,7 +69,8 @@ class LISA:
             drop: released; a block drawn twice running keeps it. reset: all state, the ends' too, is cleared
             at every draw, as in the paper's published runs. cpu: moved to host memory and back. keep: never
             released, which costs the memory LISA is meant to save; for comparisons.
-        ends: "train", or "frozen": only drawn blocks train.
+        ends: which of embedding, head and final norm train in which periods, as text or `EndsPolicy`; see
+            `lisatune.ends`. State formats (8bit, factored, cpu) must be those of the optimizer's groups.
         warmup: steps at the start of a period over which a newly thawed block's learning rate ramps up,
             i/(warmup + 1) at step i. Needs param groups that do not mix layers (`param_groups`).
         verify: "sample" proves from a moving window of every parameter that the drawn blocks moved and no
@@ -97,14 +101,14 @@ class LISA:
         sampler: str | Sequence[float] | Sampler = "permutation",
         seed: int = 0,
         state: Literal["drop", "reset", "cpu", "keep"] = "drop",
-        ends: Literal["train", "frozen"] = "train",
+        ends: str | EndsPolicy = "train",
         warmup: int = 0,
         verify: Literal["sample", "full", "off"] = "sample",
         total_steps: int | None = None,
         layers: LayerMap | None = None,
     ) -> None:
         _one_of("state", state, ("drop", "reset", "cpu", "keep"))
-        _one_of("ends", ends, ("train", "frozen"))
+        policy = EndsPolicy.parse(ends)
         _one_of("verify", verify, ("sample", "full", "off"))
         _refuse_several_ranks()
         optimizer = plain_optimizer(model, optimizer)
@@ -116,25 +120,29 @@ class LISA:
         self.period = _period(period, self.sampler, seed, total_steps)
         if not 0 <= warmup < self.period:
             raise ValueError(f"warmup must be >= 0 and below period={self.period}, got {warmup}")
-        if ends == "frozen" and (active == 0 or isinstance(self.sampler, Independent)):
+        always = policy.trains != "none" and policy.every == 1
+        if not always and (active == 0 or isinstance(self.sampler, Independent)):
             raise ValueError(
-                "ends='frozen' needs active >= 1 and no Independent sampler, or nothing may train"
+                f"ends={str(policy)!r} needs active >= 1 and no Independent sampler, or nothing may train"
             )
 
         self._optimizer = optimizer
         self._blocks = [tuple(block.values()) for block in self.layers.block_parameters(model)]
-        self._ends = tuple(self.layers.end_parameters(model).values())
-        self._others = tuple(self.layers.frozen_parameters(model).values())
-        self._trains_ends = ends == "train"
         check_parameters(self.layers, model, optimizer)
+        self._ends = Ends(policy, model, self.layers)
+        self._others = (*self._ends.resting, *self.layers.frozen_parameters(model).values())
+        self._ends.check_state(optimizer)
         self._find_groups()
 
-        self._host = HostState()
+        self._frozen_state = FrozenState(optimizer, state)
         self._ramped: list[tuple[dict[str, Any], Any, Any]] = []
         self._saved: dict[str, Any] = {}
+        self._saved_state: dict[int, Any] = {}
         self._may_rest: set[str] = set()
         self._proof = None if verify == "off" else Proof(self._named_layers(), verify)
-        self._flags = {p: p.requires_grad for p in (*self._ends, *self._others, *sum(self._blocks, ()))}
+        self._flags = {
+            p: p.requires_grad for p in (*self._ends.parameters, *self._others, *sum(self._blocks, ()))
+        }
 
         self.steps_done = 0
         """Optimizer steps done."""
@@ -142,8 +150,11 @@ class LISA:
         """In how many periods each block has trained, the current one included once it has made a step."""
         self.active_blocks: tuple[int, ...] = ()
         """Blocks that train in the current period, in rising order."""
+        self.ends_train = False
+        """Whether the ends, or under `head` the head, train in the current period."""
 
         _attached.add(optimizer)
+        self._ends.attach()
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -173,7 +184,7 @@ class LISA:
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that train in this period: the ends and the active blocks."""
         active = [p for block in self.active_blocks for p in self._blocks[block]]
-        return [*self._ends, *active] if self._trains_ends else active
+        return [*self._ends.parameters, *active] if self.ends_train else active
 
     def state_bytes(self) -> int:
         """Count the bytes of optimizer state on the training device; what `cpu` keeps is not in it."""
@@ -215,7 +226,8 @@ class LISA:
         if type(self._optimizer).load_state_dict is not Optimizer.load_state_dict:
             vars(self._optimizer).pop("load_state_dict", None)
         self._restore_lr()
-        self._host.clear()
+        self._frozen_state.detach()
+        self._ends.detach()
         for parameter, flag in self._flags.items():
             parameter.requires_grad_(flag)
         _attached.discard(self._optimizer)
@@ -226,14 +238,15 @@ class LISA:
         """Draw this period's blocks, freeze everything else, thaw them."""
         self.active_blocks = self.sampler.draw(self.period_index, seed=self.seed)
         if self.state == "reset":
-            self._optimizer.state.clear()
+            self._frozen_state.reset()
         self._set_trainable()
 
     def _set_trainable(self) -> None:
         _refuse_several_ranks()
+        self.ends_train = self._ends.policy.trains_in(self.period_index)
         for index, parameters in enumerate(self._blocks):
             self._set(parameters, trains=index in self.active_blocks)
-        self._set(self._ends, trains=self._trains_ends)
+        self._set(self._ends.parameters, trains=self.ends_train)
         self._set(self._others, trains=False)
 
     def _set(self, parameters: Sequence[nn.Parameter], *, trains: bool) -> None:
@@ -241,16 +254,11 @@ class LISA:
         for parameter in parameters:
             parameter.requires_grad_(trains)
             if trains:
-                kept = self._host.take(parameter)
-                if kept is not None:
-                    self._optimizer.state[parameter] = kept
+                self._frozen_state.thaw(parameter)
                 continue
             # The gradient has to go as well: AdamW moves whatever has one, `requires_grad` or not.
             parameter.grad = None
-            if self.state != "keep" and parameter in self._optimizer.state:
-                released = self._optimizer.state.pop(parameter)
-                if self.state == "cpu":
-                    self._host.put(parameter, released)
+            self._frozen_state.freeze(parameter)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if optimizer.param_groups is not self._param_groups:
@@ -303,17 +311,19 @@ class LISA:
         """Look up the param groups: `load_state_dict` replaces them all."""
         self._param_groups = self._optimizer.param_groups
         if self.warmup:
-            self._groups_of_block = groups_by_block(self._optimizer, self._blocks, self._ends)
+            self._groups_of_block = groups_by_block(
+                self._optimizer, self._blocks, (*self._ends.parameters, *self._ends.resting)
+            )
 
     # ---- proof
 
     def _named_layers(self) -> dict[str, Sequence[nn.Parameter]]:
         blocks = {f"block {i}": block for i, block in enumerate(self._blocks)}
-        return {**blocks, "ends": self._ends, "frozen part": self._others}
+        return {**blocks, "ends": self._ends.parameters, "frozen part": self._others}
 
     def _moving(self) -> set[str]:
         """Names of the layers that train in this period."""
-        return {f"block {i}" for i in self.active_blocks} | ({"ends"} if self._trains_ends else set())
+        return {f"block {i}" for i in self.active_blocks} | ({"ends"} if self.ends_train else set())
 
     def _driven_layers(self) -> set[str]:
         """Layers that this step must move."""
@@ -325,7 +335,14 @@ class LISA:
         }
         layers = self._named_layers()
         sample = None if self._proof is None else self._proof.sample
-        return {name for name in self._may_rest if has_reason_to_move(layers[name], rates, sample=sample)}
+        gone: frozenset[nn.Parameter] = frozenset()
+        if isinstance(self._optimizer, AdamW) and self._optimizer.in_backward is not None:
+            gone = self._optimizer.in_backward.updated  # gradients are released: no telling how large
+        return {
+            name
+            for name in self._may_rest
+            if gone.isdisjoint(layers[name]) and has_reason_to_move(layers[name], rates, sample=sample)
+        }
 
     def _warn_of_untrained_blocks(self, total_steps: int) -> None:
         chances = self.sampler.inclusion()
@@ -348,7 +365,7 @@ class LISA:
             "period": self.period,
             "seed": self.seed,
             "state": self.state,
-            "trains_ends": self._trains_ends,
+            "ends": str(self._ends.policy),
             "warmup": self.warmup,
         }
 
@@ -360,10 +377,7 @@ class LISA:
             "periods_proven": self.periods_proven,
             "settings": self._settings(),
         }
-        for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-            kept = self._host.get(parameter)
-            if kept is not None:
-                state_dict["state"][index] = kept
+        self._frozen_state.add_to(state_dict["state"])
 
     def _check_saved(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         if "lisa" not in state_dict:
@@ -381,7 +395,7 @@ class LISA:
             raise ValueError(
                 f"LISA was saved with other settings; construct it with these ({'; '.join(differing)})"
             )
-        self._saved = saved
+        self._saved, self._saved_state = saved, state_dict["state"]
 
     def _load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Stands before an optimizer's own `load_state_dict`: that of bitsandbytes runs no hooks."""
@@ -400,7 +414,8 @@ class LISA:
             self._proof.periods = self._saved["periods_proven"]
         self._ramped = []
         self._find_groups()
-        self._host.clear()
+        self._frozen_state.load(self._saved_state)
+        self._saved_state = {}
         self._set_trainable()
 
 

@@ -5,6 +5,8 @@ hold is an error: it would be a random number. GGUF files are converted once int
 (see `lisatune.gguf_models`).
 """
 
+import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,11 @@ __all__ = [
     "model_from_config",
     "pick_device",
     "save_model",
+    "stored_dtype",
 ]
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+ADAPTER_CONFIG = "adapter_config.json"
 DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia")
 
 
@@ -46,6 +50,11 @@ def load_config(
         ValueError: the model can't be fine-tuned here: pickled or quantised weights, own Python code that is
             not trusted, an architecture that transformers does not know.
     """
+    if _is_adapter(name):
+        raise ValueError(
+            f"model folder {name} holds adapters, not a model; merge them into theirs first "
+            "(peft: PeftModel.merge_and_unload, then save_pretrained)"
+        )
     path = _locate(name, needs_weights=needs_weights)
     with one_sentence(name):
         config = import_transformers().AutoConfig.from_pretrained(
@@ -60,6 +69,15 @@ def load_config(
             f"model {name} is stored quantised ({method}), which can't be fine-tuned; use its plain weights"
         )
     return config
+
+
+def stored_dtype(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> torch.dtype | None:
+    """Tell the dtype that a model's config names for its weights; None where it names none."""
+    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    dtype = config.get_text_config().dtype or config.dtype
+    return dtype if isinstance(dtype, torch.dtype) else None
 
 
 def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -92,6 +110,8 @@ def load_model(
 ) -> Any:
     """Load a causal language model onto the CPU, in evaluation mode.
 
+    A folder of PEFT adapters gives the model they belong to, with the adapters in it.
+
     Args:
         name, revision, trust_remote_code: as in `load_config`.
         attention: attention implementation by its transformers name; None is transformers' choice.
@@ -101,6 +121,8 @@ def load_model(
         FileNotFoundError, ValueError: as in `load_config`.
         RuntimeError: the files lack weights of the model, or hold them in another shape.
     """
+    if _is_adapter(name):
+        return _load_adapter(name, attention=attention, dtype=dtype, trust_remote_code=trust_remote_code)
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
     with one_sentence(name):
         model, info = import_transformers().AutoModelForCausalLM.from_pretrained(
@@ -152,11 +174,15 @@ def model_from_config(
 def save_model(model: Any, tokenizer: Any, folder: str | Path) -> None:
     """Write model, tokenizer and chat template as a Hugging Face folder, complete or not at all.
 
+    Of a model with PEFT adapters only these are written, with the name of the model they belong to.
+
     Raises:
         OSError: it could not be written; a folder from before is as it was.
     """
     with quiet(), written_aside(Path(folder)) as aside:
-        model.save_pretrained(aside)
+        # Else PEFT asks the hub whether the vocabulary has grown.
+        options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
+        model.save_pretrained(aside, **options)
         tokenizer.save_pretrained(aside)
 
 
@@ -192,6 +218,9 @@ def enable_activation_checkpointing(model: Any) -> None:
             f"{type(model).__name__} can't recompute activations; set run.activation_checkpointing: false"
         )
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    # Only reentrant checkpoints need an input that requires grad. It would hold open the graph below the
+    # lowest active block: frozen blocks would be recomputed and gone through for nothing.
+    model.disable_input_require_grads()
 
 
 # ---- where a model is
@@ -216,7 +245,32 @@ def _locate(name: str, *, needs_weights: bool = True) -> str:
     return name
 
 
+def _is_adapter(name: str) -> bool:
+    path = Path(name).expanduser()
+    return (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").exists()
+
+
+def _load_adapter(name: str, **options: Any) -> Any:
+    """Load the model that a folder's PEFT adapters belong to, and put them in."""
+    path = Path(name).expanduser()
+    if not (path / "adapter_model.safetensors").is_file():
+        raise FileNotFoundError(f"adapter folder {name} has no adapter_model.safetensors; save it as that")
+    base = json.loads((path / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{path / ADAPTER_CONFIG} does not name the model it belongs to; load it with PEFT")
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ImportError(f'adapters in {name} need PEFT: pip install "lisatune[train]"') from error
+    model = load_model(base, **options)
+    with quiet(), one_sentence(name), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name of old
+        return PeftModel.from_pretrained(model, str(path)).eval()
+
+
 def _check_folder(path: Path, *, needs_weights: bool) -> None:
+    if _is_adapter(str(path)):
+        return
     if not (path / "config.json").is_file():
         raise FileNotFoundError(
             f"model folder {path} has no config.json; give a folder that save_pretrained wrote"

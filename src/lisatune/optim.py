@@ -1,4 +1,4 @@
-"""AdamW over the layers of a model, and what happens to a frozen block's optimizer state.
+"""AdamW over the layers of a model, and what LISA asks of an optimizer.
 
 Param groups are built once, ends first, then one per block, and never replaced: learning-rate schedules
 and sharding hold on to them. A group whose block is frozen costs nothing, since none of its parameters
@@ -12,12 +12,15 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lisatune.adamw import AdamW
+from lisatune.ends import EndsPolicy
 from lisatune.layers import LayerMap
 from lisatune.memory import tensors_bytes
+from lisatune.recipe import OptimizerConfig
 
 __all__ = [
-    "HostState",
     "build_adamw",
+    "build_optimizer",
     "check_parameters",
     "groups_by_block",
     "param_groups",
@@ -29,8 +32,21 @@ __all__ = [
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
-def param_groups(model: nn.Module, layers: LayerMap, *, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+def param_groups(
+    model: nn.Module,
+    layers: LayerMap,
+    *,
+    weight_decay: float = 0.0,
+    ends: str | EndsPolicy | None = None,
+) -> list[dict[str, Any]]:
     """Build the param groups of the ends and of each block.
+
+    Args:
+        model: everything that will ever train requires grad.
+        layers: its blocks and ends.
+        weight_decay: of the groups that are decayed.
+        ends: policy of the ends (`lisatune.ends`); the state formats in it become options of their groups,
+            which `lisatune.AdamW` reads.
 
     With weight decay each layer has a second group, with `weight_decay` 0, for norms, biases and
     embeddings: all parameters of fewer than two dimensions and all weights of `nn.Embedding`.
@@ -50,6 +66,9 @@ def param_groups(model: nn.Module, layers: LayerMap, *, weight_decay: float = 0.
             if names:
                 pairs = [(name, p) for name, p in parameters.items() if name in names]
                 groups.append({"params": pairs, "weight_decay": decay, "layer": layer})
+    for group in groups:
+        if group["layer"] == "ends":
+            group |= EndsPolicy.parse(ends or "train").state_options()
     return groups
 
 
@@ -68,57 +87,63 @@ def build_adamw(
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
 
 
+def build_optimizer(
+    model: nn.Module, layers: LayerMap, config: OptimizerConfig, *, ends: str | EndsPolicy = "train"
+) -> Optimizer:
+    """Build AdamW over ends and blocks, one param group per layer, as a recipe asks.
+
+    torch's fused AdamW where weights are wide, moments float32 and updates made in `step()`; else
+    `lisatune.AdamW`.
+
+    Args:
+        model: everything that will ever train requires grad.
+        layers: its blocks and ends.
+        config: the recipe's section.
+        ends: policy of the ends, whose state formats their groups take; see `lisatune.ends`.
+    """
+    compact_ends = EndsPolicy.parse(ends).state_options()
+    is_wide = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters())
+    is_plain = config.moments == "fp32" and config.state_device is None and not config.in_backward
+    if is_wide and is_plain and not compact_ends:
+        return build_adamw(
+            model,
+            layers,
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        )
+    optimizer = AdamW(
+        param_groups(model, layers, weight_decay=config.weight_decay, ends=ends),
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        rounding=config.rounding,
+        moments=config.moments,
+        state_device=config.state_device,
+    )
+    if config.in_backward:
+        optimizer.update_in_backward()
+    return optimizer
+
+
 def state_bytes(optimizer: Optimizer) -> int:
     """Count the bytes of all tensors in the optimizer's state, each parameter's step counter included."""
     return _bytes_of(optimizer.state.values())
 
 
 def state_elements(optimizer: Optimizer) -> int:
-    """Count the elements of the state that is shaped like its parameter: AdamW's two moments."""
+    """Count the elements of the state that is shaped like its parameter: AdamW's two moments.
+
+    The remainder of a bf16 weight is a part of the weight.
+    """
+    lasting = optimizer.lasting_state if isinstance(optimizer, AdamW) else ()
     return sum(
         value.numel()
         for parameter, state in optimizer.state.items()
-        for value in state.values()
-        if isinstance(value, torch.Tensor) and value.shape == parameter.shape
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor) and value.shape == parameter.shape and key not in lasting
     )
-
-
-class HostState:
-    """Optimizer state of frozen blocks in host memory: `state="cpu"`.
-
-    Tensors come back to the device they were on, so a step counter that AdamW keeps on the CPU stays there.
-    """
-
-    def __init__(self) -> None:
-        self._kept: dict[nn.Parameter, dict[str, Any]] = {}
-        self._devices: dict[nn.Parameter, dict[str, torch.device]] = {}
-
-    def put(self, parameter: nn.Parameter, state: dict[str, Any]) -> None:
-        """Move one parameter's state to host memory."""
-        tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
-        self._devices[parameter] = {key: value.device for key, value in tensors.items()}
-        self._kept[parameter] = {**state, **{key: value.cpu() for key, value in tensors.items()}}
-
-    def take(self, parameter: nn.Parameter) -> dict[str, Any] | None:
-        """Move one parameter's state back to its device, None where there is none."""
-        state = self._kept.pop(parameter, None)
-        if state is None:
-            return None
-        devices = self._devices.pop(parameter)
-        return {key: value.to(devices[key]) if key in devices else value for key, value in state.items()}
-
-    def get(self, parameter: nn.Parameter) -> dict[str, Any] | None:
-        """Return one parameter's state as it is kept, None where there is none."""
-        return self._kept.get(parameter)
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._kept.clear()
-        self._devices.clear()
-
-    def nbytes(self) -> int:
-        """Count the bytes kept."""
-        return _bytes_of(self._kept.values())
 
 
 def plain_optimizer(model: nn.Module, optimizer: Optimizer) -> Optimizer:

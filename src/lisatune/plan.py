@@ -8,14 +8,16 @@ inside and fragmentation come on top, see `RESERVE_BYTES` and `RESERVE_SHARE`.
 
 import time
 import warnings
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lisatune import models
-from lisatune.assemble import Built, build
+from lisatune.assemble import Built, build, weight_dtype
 from lisatune.fake import fake_storage, fake_tensors
 from lisatune.layers import LayerMap
 from lisatune.lisa import LISA
@@ -23,6 +25,7 @@ from lisatune.loss import CausalLMLoss
 from lisatune.memory import tensors_bytes
 from lisatune.prepare import max_positions
 from lisatune.recipe import Recipe
+from lisatune.shapes import shape_config
 from lisatune.storage import StepMemory, StorageTracker
 
 __all__ = ["RESERVE_BYTES", "RESERVE_SHARE", "MemoryPlan", "plan_memory"]
@@ -123,14 +126,19 @@ def plan_memory(
         length = length or recipe.data.max_length
         length = min(length, max_positions(model) or length)
         batches = [_batch(recipe, model, length)] * min(recipe.run.accumulation, 2)
-        with fake_tensors():
+        with torch.random.fork_rng(devices=[]), ExitStack() as stack:
+
+            def materialise(prepared: nn.Module) -> None:  # not before: PEFT can't adapt fake tensors
+                stack.enter_context(fake_tensors())
+                fake_storage(prepared)
+
             built = build(
                 recipe,
                 model,
                 CausalLMLoss(model, prove=False),
                 steps=recipe.run.steps or UNKNOWN_STEPS,
                 device=torch.device("cpu"),
-                materialise=fake_storage,
+                materialise=materialise,
             )
             if built.lisa is not None:
                 built.lisa.activate(blocks or costliest_draw(built.lisa, recipe.run.steps or UNKNOWN_STEPS))
@@ -168,8 +176,10 @@ def costliest_draw(lisa: LISA, steps: int) -> tuple[int, ...]:
 
 def _shapes(recipe: Recipe, config: Any) -> Any:
     """The recipe's model on the meta device."""
-    dtype = torch.bfloat16 if str(recipe.run.precision) == "bf16" else torch.float32
+    dtype = weight_dtype(recipe)
     name, attention = recipe.model, recipe.model.attention
+    if config is None and not Path(name.name).exists():
+        config = shape_config(name.name)
     if config is None:
         return models.meta_model(
             name.name,

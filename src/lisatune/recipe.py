@@ -101,7 +101,26 @@ class OptimizerConfig:
     max_grad_norm: float | None = 1.0
     """Clip the gradients' global norm to this value. null: no clipping."""
 
+    rounding: Literal["exact", "stochastic", "nearest"] = "exact"
+    """How updates go into bf16 weights: as if they were float32 (2 more bytes), by chance, or rounded off."""
+
+    moments: Literal["fp32", "bf16", "8bit", "factored"] = "fp32"
+    """How moments are stored: 8, 4 or 2.03 bytes per trained element, or means of rows and columns only."""
+
+    state_device: Literal["cpu"] | None = None
+    """cpu: moments and remainders in host memory, brought over piece by piece. Default: with the weights."""
+
+    in_backward: bool = False
+    """Update each parameter as soon as its gradient is there, and release it. Needs max_grad_norm: null."""
+
     def __post_init__(self) -> None:
+        _one_of("optimizer.rounding", self.rounding, ("exact", "stochastic", "nearest"))
+        _one_of("optimizer.moments", self.moments, ("fp32", "bf16", "8bit", "factored"))
+        if self.in_backward and self.max_grad_norm is not None:
+            raise ValueError(
+                f"optimizer.in_backward updates weights before all gradients are known, so their global norm "
+                f"can't be clipped to optimizer.max_grad_norm={self.max_grad_norm}; set it to null"
+            )
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise ValueError(f"optimizer.lr must be a positive number, got {self.lr}")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -137,8 +156,8 @@ class RunConfig:
     accumulation: int = 1
     """Micro-steps per optimizer step."""
 
-    precision: Literal["fp32", "bf16-mixed"] = "bf16-mixed"
-    """fp32 weights throughout, or fp32 weights with bf16 autocast in forward and backward."""
+    precision: Literal["fp32", "bf16-mixed", "bf16"] = "bf16-mixed"
+    """fp32 throughout, fp32 weights with bf16 autocast, or bf16 weights (see optimizer.rounding)."""
 
     activation_checkpointing: bool = False
     """Recompute each block's activations in backward instead of storing them."""
@@ -192,6 +211,13 @@ class Recipe:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
+    def __post_init__(self) -> None:
+        if self.optimizer.in_backward and self.run.accumulation > 1:
+            raise ValueError(
+                f"optimizer.in_backward releases a gradient before the next one could be added, so "
+                f"run.accumulation={self.run.accumulation} can't work; set it to 1"
+            )
+
     def as_dict(self) -> dict[str, Any]:
         """The recipe with every default filled in, as plain dicts, lists, numbers and strings."""
         return {name: _plain(section) for name, section in asdict(self).items()}
@@ -206,3 +232,8 @@ def _plain(value: Any) -> Any:
 def _at_least(low: int, name: str, value: int | None) -> None:
     if value is not None and value < low:
         raise ValueError(f"{name} must be >= {low}, got {value}")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lisatune.in_backward import UpdateInBackward
 from lisatune.loss import CausalLMLoss
 
 __all__ = ["TrainingStep"]
@@ -35,6 +36,9 @@ class TrainingStep:
     max_grad_norm: float | None = 1.0
     """Largest global norm of the gradients; None leaves them as they are."""
 
+    in_backward: UpdateInBackward | None = None
+    """Where `backward` updates the weights: a loss that is not finite then skips backward."""
+
     def backward(self, batches: Sequence[dict[str, Tensor]]) -> Tensor:
         """Leave the step's gradients in the parameters.
 
@@ -50,12 +54,19 @@ class TrainingStep:
             with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
                 loss_sum, _ = self.loss({name: ids.to(self.device) for name, ids in batch.items()})
                 micro_loss = loss_sum / num_labels
+            if self.in_backward is not None and not torch.isfinite(micro_loss):  # waits for the device
+                return micro_loss.detach()
             micro_loss.backward()  # type: ignore[no-untyped-call]
             loss += micro_loss.detach()
         return loss
 
     def clip(self) -> Tensor:
-        """Clip the gradients' global norm, and return what it was: a scalar on the device."""
+        """Clip the gradients' global norm, and return what it was: a scalar on the device.
+
+        With update in backward nothing is left to clip.
+        """
+        if self.in_backward is not None:
+            return self.in_backward.grad_norm().to(self.device)
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         return nn.utils.clip_grad_norm_(trainable, self.max_grad_norm or math.inf)
 

@@ -155,8 +155,8 @@ def _step(parts: Parts, done: Progress, folder: RunFolder) -> dict[str, Any]:
     # The only wait for the device in a step: what is not finite must not reach the weights.
     if is_finite := bool(torch.isfinite(loss + grad_norm)):
         parts.step.update()
-    elif run.on_nonfinite == "stop":
-        raise _not_finite(done.step + 1, loss, grad_norm, folder)
+    elif run.on_nonfinite == "stop" or (parts.recipe.optimizer.in_backward and torch.isfinite(loss)):
+        raise _not_finite(parts, done.step + 1, loss, grad_norm, folder)
     else:
         parts.step.skip()
     with warnings.catch_warnings():
@@ -255,10 +255,16 @@ def _proof(lisa: LISA) -> str:
     return f"{periods}{tail}: drawn blocks moved, {resting} others bit-identical"
 
 
-def _not_finite(step: int, loss: torch.Tensor, grad_norm: torch.Tensor, folder: RunFolder) -> TrainingError:
+def _not_finite(
+    parts: Parts, step: int, loss: torch.Tensor, grad_norm: torch.Tensor, folder: RunFolder
+) -> TrainingError:
     last = newest_checkpoint(folder.checkpoints)
     way_back = f"the last good checkpoint is {last}" if last else "no checkpoint was saved yet"
+    has_hit = parts.recipe.optimizer.in_backward and torch.isfinite(loss)
+    weights = (
+        "optimizer.in_backward has put it into the weights" if has_hit else "weights are as before this step"
+    )
     return TrainingError(
-        f"step {step}: loss {float(loss):g}, gradient norm {float(grad_norm):g}; weights are as before "
-        f"this step and {way_back}; lower optimizer.lr, or set run.on_nonfinite: skip to leave such steps out"
+        f"step {step}: loss {float(loss):g}, gradient norm {float(grad_norm):g}; {weights} and {way_back}; "
+        f"lower optimizer.lr, or set run.on_nonfinite: skip to leave such steps out"
     )

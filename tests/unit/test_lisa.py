@@ -602,7 +602,12 @@ def test_ranks_that_appear_later_are_refused_at_the_next_draw(
         ({"sampler": [0.5] * 5 + [float("nan")]}, "the probability of block 5 must be 0 or more, got nan"),
         ({"sampler": "random"}, "unknown sampler 'random'"),
         ({"state": "dropp"}, "state must be one of drop, reset, cpu, keep, got 'dropp'"),
-        ({"ends": "none"}, "ends must be one of train, frozen, got 'none'"),
+        ({"ends": "none"}, "ends 'none': there is no 'none'. Allowed: train, head, frozen, every:M, 8bit"),
+        (
+            {"ends": "8bit"},
+            "the ends' param groups of this AdamW say moments=None; build it as lisatune.AdamW",
+        ),
+        ({"ends": "every:2", "active": 0}, "ends='every:2' needs active >= 1"),
         ({"verify": "yes"}, "verify must be one of sample, full, off, got 'yes'"),
         ({"warmup": 3}, "warmup must be >= 0 and below period=3, got 3"),
         ({"warmup": -1}, "warmup must be >= 0 and below period=3, got -1"),

@@ -153,7 +153,8 @@ def test_6_saved_state_is_a_copy() -> None:
         ("period", {"period": 5}),
         ("seed", {"seed": 1}),
         ("state", {"state": "cpu"}),
-        ("trains_ends", {"ends": "frozen"}),
+        ("ends", {"ends": "frozen"}),
+        ("ends", {"ends": "every:2"}),
         ("warmup", {"warmup": 1}),
     ],
 )

@@ -8,7 +8,7 @@ from transformers.optimization import Adafactor
 
 import tiny
 from lisatune import LISA, build_adamw, find_layers, param_groups
-from lisatune.optim import HostState, check_parameters, groups_by_block, plain_optimizer, state_bytes
+from lisatune.optim import check_parameters, groups_by_block, plain_optimizer, state_bytes
 
 
 def test_one_group_per_layer_ends_first(tiny_llama: nn.Module) -> None:
@@ -56,36 +56,6 @@ def test_state_bytes_counts_every_tensor(untied_llama: nn.Module) -> None:
     tiny.fit(untied_llama, optimizer, 1)
     parameters = list(untied_llama.parameters())
     assert state_bytes(optimizer) == sum(8 * p.numel() + 4 for p in parameters)
-
-
-def test_host_state_gives_back_what_it_took() -> None:
-    host, parameter = HostState(), nn.Parameter(torch.zeros(2))
-    state = {"step": torch.tensor(3.0), "exp_avg": torch.ones(2), "note": "kept"}
-    host.put(parameter, state)
-    assert host.nbytes() == 4 + 8
-    assert host.get(parameter) == state
-    taken = host.take(parameter)
-    assert taken is not None
-    assert taken == state
-    assert taken is not state
-    assert host.take(parameter) is None
-    assert host.get(parameter) is None
-    assert host.nbytes() == 0
-
-
-def test_host_state_moves_every_tensor_back_to_its_own_device() -> None:
-    host, parameter = HostState(), nn.Parameter(torch.zeros(2, device="meta"))
-    host.put(parameter, {"step": torch.tensor(3.0)})
-    taken = host.take(parameter)
-    assert taken is not None
-    assert taken["step"].device.type == "cpu"
-
-
-def test_host_state_forgets() -> None:
-    host, parameter = HostState(), nn.Parameter(torch.zeros(2))
-    host.put(parameter, {"exp_avg": torch.ones(2)})
-    host.clear()
-    assert host.take(parameter) is None
 
 
 def test_optimizer_inside_accelerates_wrapper_is_found(untied_llama: nn.Module) -> None:

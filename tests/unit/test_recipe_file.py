@@ -94,9 +94,9 @@ def test_off_is_a_word_and_null_is_nothing(tmp_path: Path) -> None:
         ),
         (
             BASE + "method: {name: lsia}\n",
-            "{}: unknown method 'lsia'. Did you mean 'lisa'? Known: full, lisa",
+            "{}: unknown method 'lsia'. Did you mean 'lisa'? Known: full, lisa, lora",
         ),
-        (BASE + "method: {name: [x]}\n", "{}: unknown method \"['x']\". Known: full, lisa"),
+        (BASE + "method: {name: [x]}\n", "{}: unknown method \"['x']\". Known: full, lisa, lora"),
         (BASE + "run: {steps: four}\n", "{}: run.steps must be a whole number or null, got 'four'"),
         (BASE + "run: {steps: 1.5}\n", "{}: run.steps must be a whole number or null, got 1.5"),
         (BASE + "run: {steps: true}\n", "{}: run.steps must be a whole number or null, got True"),
@@ -147,7 +147,10 @@ def test_a_wrong_file_is_refused_in_one_sentence(tmp_path: Path, text: str, mess
         ("run.steps=", "command line: run.steps must be a whole number or null, got nothing"),
         ("optimizer.lr=-1", "command line: optimizer.lr must be a positive number, got -1.0"),
         ("optimizer.betas=[0.9", "override 'optimizer.betas=[0.9': a list is written [a, b]"),
-        ("method.name=lsia", "command line: unknown method 'lsia'. Did you mean 'lisa'? Known: full, lisa"),
+        (
+            "method.name=lsia",
+            "command line: unknown method 'lsia'. Did you mean 'lisa'? Known: full, lisa, lora",
+        ),
     ],
 )
 def test_a_wrong_override_is_refused_and_said_to_come_from_the_command_line(

@@ -3,7 +3,8 @@
 from lisatune.methods.base import Method
 from lisatune.methods.full import Full
 from lisatune.methods.lisa import Lisa
+from lisatune.methods.lora import Lora
 
-__all__ = ["METHODS", "Full", "Lisa", "Method"]
+__all__ = ["METHODS", "Full", "Lisa", "Lora", "Method"]
 
-METHODS: dict[str, type[Method]] = {"full": Full, "lisa": Lisa}
+METHODS: dict[str, type[Method]] = {"full": Full, "lisa": Lisa, "lora": Lora}

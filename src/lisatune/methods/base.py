@@ -7,7 +7,7 @@ from torch import nn
 
 from lisatune.layers import LayerMap
 from lisatune.lisa import LISA
-from lisatune.optim import build_adamw
+from lisatune.optim import build_optimizer
 from lisatune.recipe import OptimizerConfig
 
 __all__ = ["Method"]
@@ -30,16 +30,10 @@ class Method:
     ) -> torch.optim.Optimizer:
         """Build the optimizer, with every parameter that will ever train in its param groups.
 
-        Default: AdamW over ends and blocks, one group per layer, while everything still requires grad.
+        Default: AdamW over ends and blocks, one group per layer, while everything still requires grad; see
+        `lisatune.optim.build_optimizer` for which one.
         """
-        return build_adamw(
-            model,
-            layers,
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-        )
+        return build_optimizer(model, layers, config)
 
     def attach(
         self,

@@ -6,9 +6,12 @@ from typing import Literal, Self
 import torch
 from torch import nn
 
+from lisatune.ends import EndsPolicy
 from lisatune.layers import LayerMap
 from lisatune.lisa import LISA
 from lisatune.methods.base import Method
+from lisatune.optim import build_optimizer
+from lisatune.recipe import OptimizerConfig
 from lisatune.samplers import Independent
 
 __all__ = ["Lisa"]
@@ -42,13 +45,17 @@ class Lisa(Method):
     warmup: int = 0
     """Steps at the start of a period over which a thawed block's learning rate ramps up."""
 
-    ends: Literal["train", "frozen"] = "train"
-    """Whether embedding, head and final norm train."""
+    ends: str = "train"
+    """Which ends train, when, with what state: train head frozen every:M 8bit factored cpu, joined by +."""
 
     verify: Literal["sample", "full", "off"] = "sample"
     """How much of every block is hashed each period to prove that drawn blocks moved and no other did."""
 
     def __post_init__(self) -> None:
+        try:
+            EndsPolicy.parse(self.ends)
+        except ValueError as error:
+            raise ValueError(f"method.{error}") from error
         reads_probabilities = self.sampler in ("weighted", "independent")
         if reads_probabilities and self.probabilities is None:
             raise ValueError(
@@ -59,6 +66,12 @@ class Lisa(Method):
                 f"method.probabilities has no use with method.sampler {self.sampler}; "
                 f"choose weighted or independent"
             )
+
+    def build_optimizer(
+        self, model: nn.Module, layers: LayerMap, config: OptimizerConfig
+    ) -> torch.optim.Optimizer:
+        """Build AdamW over ends and blocks, the ends' state as `ends` says."""
+        return build_optimizer(model, layers, config, ends=self.ends)
 
     def attach(
         self,

@@ -1,0 +1,76 @@
+"""AdamW on CUDA: the same numbers as on the CPU, and state in host memory that is brought over in time."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lisatune import AdamW
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+KINDS = list(itertools.product(("exact", "stochastic", "nearest"), ("fp32", "bf16", "8bit", "factored")))
+
+
+def train(device: str, dtype: torch.dtype, **options: Any) -> tuple[torch.Tensor, AdamW]:
+    start = torch.randn(1000, 1000, generator=torch.Generator().manual_seed(0))
+    weight = nn.Parameter(start.to(device, dtype))
+    optimizer = AdamW([weight], lr=1e-3, **options)
+    for step in range(5):
+        gradient = torch.randn(1000, 1000, generator=torch.Generator().manual_seed(step + 1))
+        weight.grad = gradient.to(device, dtype)
+        optimizer.step()
+    return weight.detach().cpu(), optimizer
+
+
+@pytest.mark.parametrize(("rounding", "moments"), KINDS)
+def test_state_in_host_memory_changes_nothing(rounding: Any, moments: Any) -> None:
+    if moments == "8bit":
+        pytest.importorskip("bitsandbytes")
+    options = {"rounding": rounding, "moments": moments, "chunk_size": 1 << 16}
+    here, _ = train("cuda", torch.bfloat16, **options)
+    brought, optimizer = train("cuda", torch.bfloat16, state_device="cpu", **options)
+    assert torch.equal(here, brought)
+    for state in optimizer.state_dict()["state"].values():
+        for key, value in state.items():
+            if key != "step" and moments != "factored":
+                assert value.device.type == "cpu"
+                assert value.is_pinned()
+
+
+@pytest.mark.parametrize(("rounding", "moments"), KINDS)
+def test_weights_are_near_those_of_the_cpu(rounding: Any, moments: Any) -> None:
+    if moments == "8bit":
+        pytest.importorskip("bitsandbytes")
+    options = {"rounding": rounding, "moments": moments, "chunk_size": 1 << 16}
+    on_cuda, _ = train("cuda", torch.bfloat16, **options)
+    on_cpu, _ = train("cpu", torch.bfloat16, **options)
+    differs = (on_cuda != on_cpu).float().mean()
+    assert differs < 0.01  # the kernels differ in the last bit, which seldom decides a rounding
+
+
+def test_float32_is_torchs_fused_adamw() -> None:
+    mine, _ = train("cuda", torch.float32, weight_decay=0.01)
+    weight = nn.Parameter(torch.randn(1000, 1000, generator=torch.Generator().manual_seed(0)).cuda())
+    optimizer = torch.optim.AdamW([weight], lr=1e-3, weight_decay=0.01, fused=True)
+    for step in range(5):
+        weight.grad = torch.randn(1000, 1000, generator=torch.Generator().manual_seed(step + 1)).cuda()
+        optimizer.step()
+    assert torch.equal(mine, weight.detach().cpu())
+
+
+def test_temporary_memory_is_that_of_chunks() -> None:
+    weight = nn.Parameter(torch.ones(1 << 24, dtype=torch.bfloat16, device="cuda"))
+    optimizer = AdamW([weight], chunk_size=1 << 16)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    optimizer.step()
+    assert torch.cuda.max_memory_allocated() - before < 64 * (1 << 16)

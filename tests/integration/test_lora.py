@@ -1,0 +1,125 @@
+"""LoRA through PEFT as a method of a recipe: only adapters train, and what comes out is PEFT's own form."""
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import tiny_run
+from lisatune import checkpoint
+from lisatune.cli import main
+from lisatune.methods import Lora
+from lisatune.models import load_model, meta_model
+from lisatune.recipe_file import load_recipe
+from lisatune.train import train
+
+IDS_BT = torch.arange(12).view(2, 6)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    model = tiny_run.write_model(tmp_path / "tiny")
+    rows = tiny_run.write_rows(tmp_path / "rows.jsonl")
+    return tiny_run.write_recipe(tmp_path, model, rows, "method: {name: lora, rank: 4}\n")
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=IDS_BT).logits
+    return found
+
+
+def test_only_adapters_train_and_plain_peft_loads_them(recipe: Path, tmp_path: Path) -> None:
+    summary = train(load_recipe(recipe))
+    assert summary["held_out_loss_after"] < summary["held_out_loss_before"]
+    folder = tmp_path / "run" / "model"
+    assert not (folder / "model.safetensors").exists()
+    names = load_file(folder / "adapter_model.safetensors")
+    assert names
+    assert all("lora_" in name for name in names)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "tiny")
+    before = logits(base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        theirs = logits(PeftModel.from_pretrained(base, str(folder)))
+    assert torch.equal(logits(load_model(str(folder))), theirs)
+    assert not torch.equal(before, theirs)
+
+
+def test_trained_and_stored_numbers_are_those_of_rank_and_layers(recipe: Path) -> None:
+    summary = train(load_recipe(recipe))
+    shapes = [(16, 16), (8, 16), (8, 16), (16, 16), (32, 16), (32, 16), (16, 32)]  # q k v o gate up down
+    adapters = tiny_run.BLOCKS * 4 * sum(out + into for out, into in shapes)
+    assert summary["peak_trainable"] == adapters
+    assert summary["peak_state_elements"] == 2 * adapters
+
+
+def test_resume_is_exact(recipe: Path, tmp_path: Path) -> None:
+    overrides = [f"run.output={tmp_path / 'again'}", "run.save_every=2", "optimizer.schedule=constant"]
+    train(load_recipe(recipe, ["optimizer.schedule=constant"]), overwrite=True)
+    whole = load_file(tmp_path / "run" / "model" / "adapter_model.safetensors")
+    train(load_recipe(recipe, [*overrides, "run.steps=2"]))
+    assert checkpoint.newest_checkpoint(tmp_path / "again" / "checkpoints") is not None
+    train(load_recipe(recipe, overrides), resume=True)
+    parts = load_file(tmp_path / "again" / "model" / "adapter_model.safetensors")
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_generate_answers_from_a_run_with_adapters(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(load_recipe(recipe))
+    assert main(["generate", str(tmp_path / "run"), "--prompt", "hi", "--max-new-tokens", "2"]) == 0
+    assert main(["check", str(recipe), f"model.name={tmp_path / 'run' / 'model'}", "--overwrite"]) == 2
+    assert "adapters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method.rank=0"], "method.rank must be >= 1, got 0"),
+        (["method.dropout=1"], "method.dropout must be >= 0 and below 1, got 1"),
+        (["method.alpha=0"], "method.alpha must be > 0, got 0"),
+        (
+            ["method.targets=[q_poj]"],
+            "method.targets names 'q_poj', but the blocks' linear layers are "
+            "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
+        ),
+        (["method.active=2"], "active"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    recipe: Path, overrides: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(recipe), *overrides]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_targets_and_ends_choose_the_modules(tmp_path: Path) -> None:
+    folder = tiny_run.write_model(tmp_path / "tiny")
+
+    def adapted(method: Lora) -> set[str]:
+        names = dict(method.prepare(meta_model(str(folder))).named_parameters())
+        return {name.split(".lora_")[0].split(".")[-1] for name in names if "lora_" in name}
+
+    linear = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert adapted(Lora(targets=("q_proj", "v_proj"))) == {"q_proj", "v_proj"}
+    assert adapted(Lora()) == linear
+    with pytest.warns(UserWarning, match="tie_word_embeddings"):  # PEFT's own advice
+        both = adapted(Lora(ends=True))
+    assert both == linear | {"embed_tokens", "lm_head"}
+
+
+def test_adapters_without_the_name_of_their_model_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    with pytest.raises(FileNotFoundError, match=r"no adapter_model\.safetensors"):
+        load_model(str(tmp_path))
+    (tmp_path / "adapter_model.safetensors").touch()
+    with pytest.raises(ValueError, match="does not name the model"):
+        load_model(str(tmp_path))
