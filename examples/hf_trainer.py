@@ -15,7 +15,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from lisatune import LISA
+from lisatune import LISA, use_chunked_loss
 
 parser = argparse.ArgumentParser(description="Fine-tune a language model with LISA in the HF Trainer.")
 parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M", help="hub id or local folder")
@@ -24,7 +24,6 @@ parser.add_argument("--split", default="train[:1000]")
 parser.add_argument("--output", default="tuned")
 parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output")
 args = parser.parse_args()
-
 tokenizer = AutoTokenizer.from_pretrained(args.model)
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
@@ -52,6 +51,7 @@ trainer = Trainer(
     data_collator=DataCollatorForSeq2Seq(tokenizer),
     processing_class=tokenizer,
 )
+use_chunked_loss(model)  # the same loss, without the logits of all tokens in memory
 # Trainer trains with the optimizer made here, and its checkpoints carry LISA's place inside the period.
 lisa = LISA(trainer.model, trainer.create_optimizer(), active=2, period=10)
 trainer.train(resume_from_checkpoint=args.resume)

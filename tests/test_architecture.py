@@ -14,6 +14,8 @@ LEVELS = {
     1: {
         "adamw",
         "adamw_state",
+        "chunked_loss",
+        "cross_entropy",
         "ends",
         "factored",
         "frozen_state",

@@ -1,11 +1,12 @@
-"""Next-token loss without the full logits: the head and the cross-entropy run on 128 tokens at a time.
+"""Next-token loss without the full logits.
 
 For hidden states h_t, head W and labels y (-100 where no loss), position t predicts label t + 1:
 
     loss = sum over t with y_{t+1} != -100 of  -log softmax(W h_t)[y_{t+1}]
 
-Positions without loss never reach the head. The other positions go through it in chunks, each under
-`torch.utils.checkpoint`, so the logits of one chunk exist at a time, in forward and in backward.
+Positions without loss never reach the head. A head that is a plain `nn.Linear` without bias goes through
+`lisatune.cross_entropy`. Any other head (with a bias, hooks, adapters or quantised weights) is called on 128
+tokens at a time, each chunk under `torch.utils.checkpoint`, so its logits exist for one chunk at a time.
 
 Shapes: B = sequences, T = tokens, H = hidden size, V = vocabulary, N = positions with loss, C = chunk.
 """
@@ -16,12 +17,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
+
+from lisatune.cross_entropy import linear_cross_entropy
 
 __all__ = ["CausalLMLoss", "chunked_cross_entropy", "evaluation_mode"]
 
@@ -42,34 +46,45 @@ def chunked_cross_entropy(
     *,
     chunk_size: int = 128,
     transform: Callable[[Tensor], Tensor] | None = None,
+    is_shifted: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Sum the next-token losses of a batch, in float32.
+    """Sum the next-token losses of a batch, in float32 (float64 for float64).
 
     Args:
         hidden_BTD: what the head reads, [B, T, H], any float dtype.
         head: maps [C, H] to logits [C, V].
         labels_BT: token ids, [B, T]; -100 carries no loss. Position t is scored on label t + 1.
         chunk_size: C, positions whose logits exist at once, >= 1.
-        transform: what the model does to its logits, such as scaling or soft-capping.
+        transform: what the model does to its logits, elementwise, such as scaling or soft-capping.
+        is_shifted: position t is scored on label t instead.
 
     Returns:
-        Loss sum (float32 scalar) and number of positions with loss (int64 scalar). With no such
-        position the sum is a zero whose gradients are zeros.
+        Loss sum (scalar) and number of positions with loss (int64 scalar). With no such position the sum
+        is a zero whose gradients are zeros. On fake tensors every position counts as one with loss, since
+        their values, and so the number of positions, are unknown.
     """
+    target_BT = labels_BT if is_shifted else labels_BT[:, 1:]
+    hidden_BTD = hidden_BTD[:, : target_BT.shape[1]]
+    has_loss_BT = target_BT != IGNORE
+    num_tokens = has_loss_BT.sum()
+    if isinstance(labels_BT, FakeTensor):
+        hidden_ND, target_N = hidden_BTD.flatten(0, 1), target_BT.flatten()
+    else:  # waits for the device once per call: N must be known
+        hidden_ND, target_N = hidden_BTD[has_loss_BT], target_BT[has_loss_BT]
+    if _is_plain(head):
+        total = linear_cross_entropy(
+            hidden_ND, head.weight, target_N, chunk_size=chunk_size, transform=transform
+        )
+        return total, num_tokens
 
     def chunk_loss(hidden_CD: Tensor, target_C: Tensor) -> Tensor:
         logits_CV = head(hidden_CD)
         if transform is not None:
             logits_CV = transform(logits_CV)
-        return cross_entropy(logits_CV.float(), target_C, reduction="sum")
+        wide = torch.promote_types(logits_CV.dtype, torch.float32)
+        return cross_entropy(logits_CV.to(wide), target_C, reduction="sum")
 
-    target_BT = labels_BT[:, 1:]
-    has_loss_BT = target_BT != IGNORE
-    hidden_ND = hidden_BTD[:, :-1][has_loss_BT]  # waits for the device once per call: N must be known
-    target_N = target_BT[has_loss_BT]
-    num_tokens = has_loss_BT.sum()
-
-    total = torch.zeros((), dtype=torch.float32, device=hidden_BTD.device)
+    total = torch.zeros((), device=hidden_BTD.device)
     for start in range(0, max(len(target_N), 1), chunk_size):  # one empty chunk where nothing has loss
         chunk = hidden_ND[start : start + chunk_size], target_N[start : start + chunk_size]
         if torch.is_grad_enabled():
@@ -77,6 +92,18 @@ def chunked_cross_entropy(
         else:
             total = total + chunk_loss(*chunk)
     return total, num_tokens
+
+
+def _is_plain(head: Any) -> TypeGuard[nn.Linear]:
+    """Whether calling the head is a product with its weight and nothing else."""
+    return (
+        type(head) is nn.Linear
+        and head.bias is None
+        and type(head.weight) is nn.Parameter
+        and type(head.weight.data) in (Tensor, FakeTensor)
+        and "forward" not in vars(head)
+        and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks)
+    )
 
 
 class CausalLMLoss:
@@ -97,20 +124,26 @@ class CausalLMLoss:
     Args:
         model: a `transformers` causal language model, with weights and on its device. It is called twice.
         chunk_size: positions whose logits exist at once.
+        on_obstacle: what to do where the model needs its full logits: use them and warn, or raise.
 
     Attributes:
         is_chunked: False where the model needs its full logits.
+        transform: what the model does to its head's output, elementwise; None where that is nothing.
 
     Raises:
-        ValueError: the model computes NaN.
+        ValueError: the model computes NaN, or needs its full logits and `on_obstacle` is "raise".
     """
 
-    def __init__(self, model: nn.Module, *, chunk_size: int = 128) -> None:
+    def __init__(
+        self, model: nn.Module, *, chunk_size: int = 128, on_obstacle: Literal["warn", "raise"] = "warn"
+    ) -> None:
         self.model: Any = model
         self.chunk_size = chunk_size
-        self._transform: Callable[[Tensor], Tensor] | None = None
+        self.transform: Callable[[Tensor], Tensor] | None = None
         obstacle = self._find_transform()
         self.is_chunked = obstacle is None
+        if obstacle is not None and on_obstacle == "raise":
+            raise ValueError(f"{type(model).__name__} needs its full logits: {obstacle}")
         if obstacle is not None:
             warnings.warn(
                 f"the loss of {type(model).__name__} uses full logits, which takes more memory: {obstacle}",
@@ -140,7 +173,7 @@ class CausalLMLoss:
             self.model.get_output_embeddings(),
             batch["labels"],
             chunk_size=self.chunk_size,
-            transform=self._transform,
+            transform=self.transform,
         )
 
     def check_packing(self) -> None:
@@ -188,8 +221,8 @@ class CausalLMLoss:
             except (AttributeError, RuntimeError, TypeError, ValueError) as error:
                 return f"its decoder and head can't be called apart ({error})"
             for transform in _transforms(self.model.config.get_text_config(decoder=True)):
-                if _agree(transform(raw_BTV), want_BTV):
-                    self._transform = transform
+                if _agree(raw_BTV if transform is None else transform(raw_BTV), want_BTV):
+                    self.transform = transform
                     return None
         return "it changes its logits in a way that its config does not name"
 
@@ -218,12 +251,16 @@ def _positions(module: nn.Module, position_ids_BT: Tensor) -> dict[str, Tensor]:
     return {"position_ids": position_ids_BT} if takes_them else {}
 
 
-def _transforms(config: Any) -> list[Callable[[Tensor], Tensor]]:
+def _transforms(config: Any) -> list[Callable[[Tensor], Tensor] | None]:
     """Every way from head output to logits that the config's keys allow, the likeliest first."""
     values = [getattr(config, key, None) for key in SCALE_KEYS]
     factors = [factor for value in values if value for factor in (float(value), 1 / value)]
     cap = getattr(config, "final_logit_softcapping", None)
-    return [partial(_scale_and_cap, factor=f, cap=c) for c, f in product({cap: 0, None: 0}, [*factors, 1.0])]
+    ways = product({cap: 0, None: 0}, [*factors, 1.0])
+    return [
+        None if (cap, factor) == (None, 1) else partial(_scale_and_cap, factor=factor, cap=cap)
+        for cap, factor in ways
+    ]
 
 
 def _scale_and_cap(logits: Tensor, *, factor: float, cap: float | None) -> Tensor:

@@ -103,7 +103,8 @@ def build_optimizer(
     """
     compact_ends = EndsPolicy.parse(ends).state_options()
     is_wide = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters())
-    if is_wide and config.moments == "fp32" and not compact_ends and not config.in_backward:
+    is_plain = config.moments == "fp32" and config.state_device is None and not config.in_backward
+    if is_wide and is_plain and not compact_ends:
         return build_adamw(
             model,
             layers,
@@ -119,6 +120,7 @@ def build_optimizer(
         eps=config.eps,
         rounding=config.rounding,
         moments=config.moments,
+        state_device=config.state_device,
     )
     if config.in_backward:
         optimizer.update_in_backward()

@@ -107,6 +107,9 @@ class OptimizerConfig:
     moments: Literal["fp32", "bf16", "8bit", "factored"] = "fp32"
     """How moments are stored: 8, 4 or 2.03 bytes per trained element, or means of rows and columns only."""
 
+    state_device: Literal["cpu"] | None = None
+    """cpu: moments and remainders in host memory, brought over piece by piece. Default: with the weights."""
+
     in_backward: bool = False
     """Update each parameter as soon as its gradient is there, and release it. Needs max_grad_norm: null."""
 

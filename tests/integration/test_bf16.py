@@ -11,6 +11,9 @@ from safetensors.torch import load_file
 
 import tiny_run
 from lisatune.check import check
+from lisatune.layers import find_layers
+from lisatune.models import load_model
+from lisatune.optim import build_optimizer
 from lisatune.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe, RunConfig
 from lisatune.recipe_file import load_recipe
 from lisatune.train import train
@@ -54,6 +57,15 @@ def test_resume_inside_a_period_is_bit_exact(tmp_path: Path, model: Path, optimi
     straight, resumed = results
     for name, tensor in straight.items():
         assert torch.equal(tensor, resumed[name]), name
+
+
+def test_state_in_host_memory_is_asked_of_every_group(tmp_path: Path, model: Path) -> None:
+    asked = recipe(tmp_path, model, "{state_device: cpu}").optimizer
+    network = load_model(str(model), dtype=torch.bfloat16)
+    optimizer = build_optimizer(network, find_layers(network), asked)
+    assert {group["state_device"] for group in optimizer.param_groups} == {"cpu"}
+    with pytest.raises(ValueError, match=r"optimizer\.state_device.*disk"):
+        recipe(tmp_path, model, "{state_device: disk}")
 
 
 def test_an_infinite_loss_stops_before_the_weights_take_it(

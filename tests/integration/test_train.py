@@ -129,7 +129,7 @@ def test_loss_falls_and_the_model_loads_in_plain_transformers(name: str, recipe:
     use_method(recipe, name)
     options = ["run.steps=30", "optimizer.lr=1e-2", "data.validation=" + str(recipe.parent / "rows.jsonl")]
     summary = run(recipe, "run", *options)
-    assert summary["held_out_loss_after"] < summary["held_out_loss_before"] - 0.5
+    assert summary["held_out_loss_after"] < summary["held_out_loss_before"] - 0.3
     plain = AutoModelForCausalLM.from_pretrained(recipe.parent / "run" / "model")
     model = load_model(str(recipe.parent / "run" / "model"))
     parts = assemble(load_recipe(recipe, options))
