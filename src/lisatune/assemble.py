@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lisatune import models
 from lisatune.adamw import AdamW
+from lisatune.blocks import BlockForward, check_compiler
 from lisatune.data import Row, collate
 from lisatune.layers import LayerMap, find_layers
 from lisatune.lisa import LISA
@@ -54,6 +55,8 @@ class Parts:
     scheduler: LambdaLR
     lisa: LISA | None
     state: "StateMeter"
+    compile_seconds: float | None = None
+    """Wall time of compiling the blocks before the first step; None where nothing was compiled."""
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Make a batch on the CPU, [B, T] with T a multiple of 32 where that is not too long.
@@ -89,6 +92,8 @@ def assemble(recipe: Recipe) -> Parts:
     run, name = recipe.run, recipe.model.name
     revision, trusted = recipe.model.revision, recipe.model.trust_remote_code
     device = models.pick_device(run.device)
+    if run.compile and device.type == "cpu":
+        check_compiler()
     tokenizer = models.load_tokenizer(name, revision=revision, trust_remote_code=trusted)
     data = prepare_data(recipe, tokenizer)
     with warnings.catch_warnings():
@@ -106,8 +111,7 @@ def assemble(recipe: Recipe) -> Parts:
     loss = CausalLMLoss(model)
     if recipe.data.packing:
         loss.check_packing()
-    if run.activation_checkpointing:
-        models.enable_activation_checkpointing(model)
+    blocks = _set_block_forward(recipe, model)
     model.train()
     model, layers, optimizer, state, lisa = _attach(recipe, model, data.steps)
     schedule = recipe.optimizer.schedule
@@ -126,7 +130,46 @@ def assemble(recipe: Recipe) -> Parts:
         max_grad_norm=recipe.optimizer.max_grad_norm,
         in_backward=optimizer.in_backward if isinstance(optimizer, AdamW) else None,
     )
-    return Parts(recipe, device, tokenizer, data, model, layers, step, optimizer, scheduler, lisa, state)
+    parts = Parts(recipe, device, tokenizer, data, model, layers, step, optimizer, scheduler, lisa, state)
+    if run.compile and blocks is not None and lisa is not None:
+        parts.compile_seconds = _compile(parts, lisa, blocks)
+    return parts
+
+
+def _set_block_forward(recipe: Recipe, model: nn.Module) -> BlockForward | None:
+    asked, compiles = recipe.run.activation_checkpointing, recipe.run.compile
+    if asked is True and not compiles:
+        models.enable_activation_checkpointing(model)
+        return None
+    if not (asked or compiles):
+        return None
+    return BlockForward(
+        model,
+        find_layers(model),
+        checkpointing="frozen" if asked == "frozen" else "all" if asked else None,
+        backend="inductor" if compiles else None,
+    )
+
+
+def _compile(parts: Parts, lisa: LISA, blocks: BlockForward) -> float:
+    """Build all graphs on a made-up batch of an odd length, which is that of no weight's dimension."""
+    config = parts.recipe
+    length = max(config.data.max_length // 2, 8) | 1
+    ids_BT = torch.zeros(config.run.batch_size, length, dtype=torch.long)
+    position_ids_BT = torch.arange(length).expand_as(ids_BT)
+    if config.data.packing:  # two records in each sequence
+        position_ids_BT = position_ids_BT % (length // 2 + 1)
+    batch = {"input_ids": ids_BT, "labels": ids_BT, "position_ids": position_ids_BT}
+    batch = {name: ids.to(parts.device) for name, ids in batch.items()}
+
+    def run() -> None:  # no `backward()`: nothing may reach the parameters' gradients and their hooks
+        dtype = parts.step.autocast
+        with torch.autocast(parts.device.type, dtype=dtype, enabled=dtype is not None):
+            loss, _ = parts.step.loss(batch)
+        torch.autograd.grad(loss, parts.trainable(), allow_unused=True)
+
+    ends = list(parts.layers.end_parameters(parts.model).values())
+    return blocks.warm_up(run, embedding=ends, rests=lisa.ends_rest)
 
 
 def weight_dtype(recipe: Recipe) -> torch.dtype:
