@@ -14,6 +14,7 @@ LEVELS = {
     1: {
         "adamw",
         "adamw_state",
+        "blocks",
         "chunked_loss",
         "cross_entropy",
         "ends",

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lisatune import models
 from lisatune.adamw import AdamW
+from lisatune.blocks import BlockForward, check_compiler
 from lisatune.data import Row, collate
 from lisatune.layers import LayerMap, find_layers
 from lisatune.lisa import LISA
@@ -54,6 +55,8 @@ class Parts:
     scheduler: LambdaLR
     lisa: LISA | None
     state: "StateMeter"
+    compile_seconds: float | None = None
+    """Wall time of compiling the blocks before the first step; None where nothing was compiled."""
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Make a batch on the CPU, [B, T] with T a multiple of 32 where that is not too long.
@@ -89,6 +92,8 @@ def assemble(recipe: Recipe) -> Parts:
     run, name = recipe.run, recipe.model.name
     revision, trusted = recipe.model.revision, recipe.model.trust_remote_code
     device = models.pick_device(run.device)
+    if run.compile and device.type == "cpu":
+        check_compiler()
     tokenizer = models.load_tokenizer(name, revision=revision, trust_remote_code=trusted)
     data = prepare_data(recipe, tokenizer)
     with warnings.catch_warnings():
@@ -114,7 +119,7 @@ def assemble(recipe: Recipe) -> Parts:
         num_warmup_steps=recipe.optimizer.warmup_steps,
         num_training_steps=data.steps,
     )
-    return Parts(
+    parts = Parts(
         recipe,
         device,
         tokenizer,
@@ -127,6 +132,9 @@ def assemble(recipe: Recipe) -> Parts:
         built.lisa,
         built.state,
     )
+    if run.compile and built.blocks is not None and built.lisa is not None:
+        parts.compile_seconds = _compile(parts, built.lisa, built.blocks)
+    return parts
 
 
 @dataclass(frozen=True)
@@ -138,6 +146,8 @@ class Built:
     step: TrainingStep
     lisa: LISA | None
     state: StateMeter
+    blocks: BlockForward | None
+    """How the blocks run, where that is not as they are written."""
 
 
 def build(
@@ -160,8 +170,7 @@ def build(
         materialise: gives the prepared model its storage, before the optimizer is built.
     """
     run = recipe.run
-    if run.activation_checkpointing:
-        models.enable_activation_checkpointing(model)
+    blocks = _set_block_forward(recipe, model)
     model.train()
     model, layers, optimizer, state, lisa = _attach(recipe, model, steps, materialise)
     step = TrainingStep(
@@ -173,7 +182,43 @@ def build(
         max_grad_norm=recipe.optimizer.max_grad_norm,
         in_backward=optimizer.in_backward if isinstance(optimizer, AdamW) else None,
     )
-    return Built(model, layers, step, lisa, state)
+    return Built(model, layers, step, lisa, state, blocks)
+
+
+def _set_block_forward(recipe: Recipe, model: nn.Module) -> BlockForward | None:
+    asked, compiles = recipe.run.activation_checkpointing, recipe.run.compile
+    if asked is True and not compiles:
+        models.enable_activation_checkpointing(model)
+        return None
+    if not (asked or compiles):
+        return None
+    return BlockForward(
+        model,
+        find_layers(model),
+        checkpointing="frozen" if asked == "frozen" else "all" if asked else None,
+        backend="inductor" if compiles else None,
+    )
+
+
+def _compile(parts: Parts, lisa: LISA, blocks: BlockForward) -> float:
+    """Build all graphs on a made-up batch of an odd length, which is that of no weight's dimension."""
+    config = parts.recipe
+    length = max(config.data.max_length // 2, 8) | 1
+    ids_BT = torch.zeros(config.run.batch_size, length, dtype=torch.long)
+    position_ids_BT = torch.arange(length).expand_as(ids_BT)
+    if config.data.packing:  # two records in each sequence
+        position_ids_BT = position_ids_BT % (length // 2 + 1)
+    batch = {"input_ids": ids_BT, "labels": ids_BT, "position_ids": position_ids_BT}
+    batch = {name: ids.to(parts.device) for name, ids in batch.items()}
+
+    def run() -> None:  # no `backward()`: nothing may reach the parameters' gradients and their hooks
+        dtype = parts.step.autocast
+        with torch.autocast(parts.device.type, dtype=dtype, enabled=dtype is not None):
+            loss, _ = parts.step.loss(batch)
+        torch.autograd.grad(loss, parts.trainable(), allow_unused=True)
+
+    ends = list(parts.layers.end_parameters(parts.model).values())
+    return blocks.warm_up(run, embedding=ends, rests=lisa.ends_rest)
 
 
 def weight_dtype(recipe: Recipe) -> torch.dtype:

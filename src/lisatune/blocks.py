@@ -73,7 +73,7 @@ class BlockForward:
         self._own = [vars(block).get("forward") for block in self.blocks]
         for block in self.blocks:
             if backend is not None and type(block) not in self.compiled:
-                self.compiled[type(block)] = torch.compile(
+                self.compiled[type(block)] = torch.compile(  # type: ignore[call-overload]
                     inspect.unwrap(type(block).forward),  # below transformers' own checkpointing
                     backend=backend,
                     dynamic=dynamic,

@@ -181,6 +181,11 @@ class LISA:
         """Full periods after which the drawn blocks had moved and all others were bit-identical."""
         return 0 if self._proof is None else self._proof.periods
 
+    @property
+    def ends_rest(self) -> bool:
+        """Whether there are periods in which nothing before the blocks trains."""
+        return self._ends.policy.trains != "all" or self._ends.policy.every > 1
+
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that train in this period: the ends and the active blocks."""
         active = [p for block in self.active_blocks for p in self._blocks[block]]

@@ -119,7 +119,8 @@ def plan_memory(
     if ranks < 1:
         raise ValueError(f"ranks must be >= 1, got {ranks}")
     started = time.perf_counter()
-    recipe = replace(recipe, method=recipe.method.without_proof())
+    run = replace(recipe.run, compile=False)  # compiled blocks keep what these keep, or less
+    recipe = replace(recipe, method=recipe.method.without_proof(), run=run)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # they come with the run
         model = _shapes(recipe, config)

@@ -53,6 +53,8 @@ class Summary(TypedDict, total=False):
     """Tokens trained on, padding left out."""
     skipped_steps: int
     train_seconds: float
+    compile_seconds: float
+    """Wall time of compiling the blocks, before the first step; not part of train_seconds."""
     tokens_per_second: float
     held_out_loss_before: float
     held_out_loss_after: float
@@ -175,6 +177,8 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
         rows.append(
             ("time", f"{_clock(summary['train_seconds'])} for {plural(summary['steps'], 'step')}{speed}")
         )
+    if "compile_seconds" in summary:
+        rows.append(("compiling", f"{_clock(summary['compile_seconds'])} before the first step"))
     if summary.get("skipped_steps"):
         rows.append(("skipped", f"{plural(summary['skipped_steps'], 'step')}: loss or gradients not finite"))
     if "peak_bytes" in summary:

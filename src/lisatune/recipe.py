@@ -159,8 +159,11 @@ class RunConfig:
     precision: Literal["fp32", "bf16-mixed", "bf16"] = "bf16-mixed"
     """fp32 throughout, fp32 weights with bf16 autocast, or bf16 weights (see optimizer.rounding)."""
 
-    activation_checkpointing: bool = False
-    """Recompute each block's activations in backward instead of storing them."""
+    activation_checkpointing: bool | Literal["frozen"] = False
+    """Recompute activations in backward instead of storing them: all blocks', or frozen blocks' alone."""
+
+    compile: bool = False
+    """Compile the blocks before the first step, one graph for frozen and one for active ones."""
 
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, `mps`, … Default: an accelerator where there is one."""

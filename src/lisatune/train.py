@@ -238,6 +238,8 @@ def _finish(parts: Parts, done: Progress, folder: RunFolder, log: Log) -> progre
         ],
         model=str(folder.model),
     )
+    if parts.compile_seconds is not None:
+        summary["compile_seconds"] = parts.compile_seconds
     if parts.lisa is not None:
         summary["visits"] = parts.lisa.visits
         summary["proof"] = _proof(parts.lisa)

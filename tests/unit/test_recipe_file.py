@@ -118,7 +118,7 @@ def test_off_is_a_word_and_null_is_nothing(tmp_path: Path) -> None:
         (BASE + "method: {period: 2.5}\n", "{}: method.period must be a whole number or auto, got 2.5"),
         (
             BASE + "run: {activation_checkpointing: 1}\n",
-            "{}: run.activation_checkpointing must be true or false, got 1",
+            "{}: run.activation_checkpointing must be true or false or frozen, got 1",
         ),
         (
             BASE + "method: {sampler: unifrm}\n",
