@@ -2,9 +2,9 @@
 
 python benchmarks/loss.py --dtype float32 --hidden 576 --vocabulary 49152
 
-Each way computes loss and gradients for the same hidden states. Ways are interleaved; figures are medians of the
-process's clock over --repeats. Memory is the highest sum of live allocations above the inputs, from torch's
-allocation log in a run of its own: it includes both gradients.
+Each way computes loss and gradients for the same hidden states. Ways are interleaved; figures are medians
+of the process's clock over --repeats. Memory is the highest sum of live allocations above the inputs, from
+torch's allocation log in a run of its own: it includes both gradients.
 
     full          plain cross-entropy over all logits
     checkpointed  chunks of tokens under torch.utils.checkpoint, what heads with biases or adapters take
