@@ -2,10 +2,11 @@
 
 python benchmarks/step.py --precision fp32 --repeats 3 --steps 10 --output step-fp32
 
-Every arm does the same work, forward, backward, clipping to norm 1 and AdamW on random sequences, in a
+Every arm does the same work (forward, backward, clipping to norm 1, AdamW) on random sequences, in a
 process of its own. Arms are interleaved: a round runs each once, in random order. Figures are medians over
 the rounds. A round's figure is the mean of its steps, after warm-up and compiling, so that a cycle of cheap
-ends counts in full: give --steps a multiple of 10. LISA draws every 2 steps.
+ends counts in full: give --steps a multiple of 10. LISA draws every 2 steps. Longer than 300 lines: arms
+are read side by side.
 
     full, lora128, lora16   HF Trainer (and PEFT, on the 7 matrices of a block), as their users run them
     toggle                  LISA as toggling only: plain loss, state kept, verify off
@@ -18,7 +19,7 @@ ends counts in full: give --steps a multiple of 10. LISA draws every 2 steps.
 In bf16 all weights are bf16; peers round as they do, ours updates exactly (`run.precision: bf16`).
 
 Memory is a run of its own with torch's allocation log: the highest sum of live allocations in the steps,
-above what lives when the loaded model is ready. It includes gradients, optimizer state and activations.
+above what lives when model and optimizer are ready. It includes gradients, optimizer state and activations.
 
 The arm `gemm` measures the rate of the model's own matrix products. With T tokens, P the blocks' parameters,
 P_active those that train (γ / N of P), V × H the head and A the width of attention, a step of LISA needs
