@@ -107,7 +107,9 @@ def test_plan_measurement_and_profiler_agree(kind: str, method: str, options: di
             measured.at_peak[category], abs=0.03 * measured.peak_bytes
         )
     # Kernels allocate inside, which only the profiler sees: more where products are in bf16.
-    assert measured.peak_bytes == pytest.approx(profiled, rel=0.01 if recipe.run.precision == "fp32" else 0.08)
+    assert measured.peak_bytes == pytest.approx(
+        profiled, rel=0.01 if recipe.run.precision == "fp32" else 0.08
+    )
 
 
 def test_categories_add_up_and_weights_and_state_are_exact() -> None:
