@@ -119,7 +119,7 @@ def plan(
 ) -> int:
     """Tell how much memory a run takes, without its weights or data.
 
-    Two training steps with tensors that have shapes only; with --gpu also what to change so that it fits:
+    With --gpu also what to change so that it fits:
 
         lisatune plan recipe.yaml --gpu 24GB
         lisatune plan --model llama-3.1-8b --length 2048 --precision bf16 method.active=4
@@ -141,19 +141,16 @@ def plan(
     from lisatune.plan_table import print_plan
     from lisatune.recipe_file import load_recipe, recipe_without_file
 
-    options = {
-        "model.name": model,
-        "method.name": method,
-        "run.batch_size": batch if batch is not None or not model else 1,
-        "data.max_length": length,
-        "run.precision": precision,
-    }
+    if model and not recipe and batch is None:
+        batch = 1
+    options = {"model.name": model, "method.name": method, "run.batch_size": batch}
+    options |= {"data.max_length": length, "run.precision": precision}
     given = [*overrides, *(f"{key}={value}" for key, value in options.items() if value is not None)]
-    if "=" in recipe:  # an override, where no file is given
-        given, recipe = [recipe, *given], ""
-    if not recipe and model is None:
-        raise ValueError("give a recipe file, or --model with a model's name")
-    size = None if gpu is None else memory_size(gpu)
+    if "=" in recipe:
+        given, recipe = [recipe, *given], ""  # an override
+    if not recipe and not model:
+        raise ValueError("give a recipe file, or --model")
+    size = memory_size(gpu) if gpu is not None else None
     asked = load_recipe(recipe, given) if recipe else recipe_without_file(given)
     planned = plan_memory(asked, ranks=ranks)
     fit = None if size is None else find_fit(asked, size, ranks=ranks, first=planned)

@@ -12,7 +12,7 @@ A change that turns out not to be needed is taken back.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, KeysView
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -106,6 +106,7 @@ def find_fit(
     length = planned.length
     best: Changes = {}
     reasons: dict[str, str] = {}
+    applied: list[KeysView[str]] = []
     if planned.needed_bytes <= size_bytes:
         return Fit(size_bytes, True, {}, (), planned)
 
@@ -124,9 +125,10 @@ def find_fit(
                 continue
             best, planned = best | change, made
             reasons |= dict.fromkeys(change, reason)
+            applied = [keys for keys in applied if keys != change.keys()] + [change.keys()]
             if planned.needed_bytes <= size_bytes:
-                for key in [*best][-2::-1]:  # the costliest first
-                    fewer = {other: value for other, value in best.items() if other != key}
+                for together in [*applied][-2::-1]:  # the costliest first
+                    fewer = {key: value for key, value in best.items() if key not in together}
                     made = attempt(fewer)
                     if made is not None and made.needed_bytes <= size_bytes:
                         best, planned = fewer, made
