@@ -50,6 +50,7 @@ LEVELS = {
     4: {
         "assemble",
         "check",
+        "estimate",
         "fit",
         "layer_table",
         "outline",

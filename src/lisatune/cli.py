@@ -104,6 +104,60 @@ def check(recipe: Path, /, *overrides: str, resume: bool = False, overwrite: boo
     return 2 if report.problems else 0
 
 
+def plan(
+    recipe: str = "",
+    /,
+    *overrides: str,
+    model: str | None = None,
+    method: str | None = None,
+    batch: int | None = None,
+    length: int | None = None,
+    precision: str | None = None,
+    gpu: str | None = None,
+    ranks: int = 1,
+    json: bool = False,
+) -> int:
+    """Tell how much memory a run takes, without its weights or data.
+
+    With --gpu also what to change so that it fits:
+
+        lisatune plan recipe.yaml --gpu 24GB
+        lisatune plan --model llama-3.1-8b --length 2048 --precision bf16 method.active=4
+
+    Args:
+        recipe: YAML file; none with --model.
+        overrides: `section.key=value`; wins over the file.
+        model: Hugging Face folder, hub id, .gguf file, or a shape such as llama-2-7b.
+        method: `method.name`.
+        batch: `run.batch_size`; 1 without a recipe.
+        length: `data.max_length`.
+        precision: `run.precision`.
+        gpu: Memory of the device, such as 24GB, 24GiB or 24 (GB).
+        ranks: Devices that share weights, gradients and optimizer state.
+        json: Print one JSON object.
+    """
+    from lisatune.fit import find_fit, memory_size
+    from lisatune.plan import plan_memory
+    from lisatune.plan_table import print_plan
+    from lisatune.recipe_file import load_recipe, recipe_without_file
+
+    if model and not recipe and batch is None:
+        batch = 1
+    options = {"model.name": model, "method.name": method, "run.batch_size": batch}
+    options |= {"data.max_length": length, "run.precision": precision}
+    given = [*overrides, *(f"{key}={value}" for key, value in options.items() if value is not None)]
+    if "=" in recipe:
+        given, recipe = [recipe, *given], ""  # an override
+    if not recipe and not model:
+        raise ValueError("give a recipe file, or --model")
+    size = memory_size(gpu) if gpu is not None else None
+    asked = load_recipe(recipe, given) if recipe else recipe_without_file(given)
+    planned = plan_memory(asked, ranks=ranks)
+    fit = None if size is None else find_fit(asked, size, ranks=ranks, first=planned)
+    print_plan(asked, planned, fit, as_json=json)
+    return 0
+
+
 def layers(model: str, /, *, revision: str | None = None, trust_remote_code: bool = False) -> int:
     """Show what is a block and what is an end of a model, without loading its weights.
 
@@ -192,6 +246,7 @@ def _app() -> "App":
     usage = "Usage: lisatune {} RECIPE [section.key=value …] [OPTIONS]"
     app.command(train, usage=usage.format("train"))
     app.command(check, usage=usage.format("check"))
+    app.command(plan, usage=usage.format("plan").replace("RECIPE", "[RECIPE | --model MODEL]"))
     app.command(layers)
     app.command(generate)
     return app

@@ -125,8 +125,7 @@ class CausalLMLoss:
         model: a `transformers` causal language model, with weights and on its device. It is called twice.
         chunk_size: positions whose logits exist at once.
         on_obstacle: what to do where the model needs its full logits: use them and warn, or raise.
-        prove: False takes the head and the transform that the config names at their word, and calls nothing:
-            for a model without weights.
+        prove: False believes the config and calls nothing: for a model without weights.
 
     Attributes:
         is_chunked: False where the model needs its full logits.

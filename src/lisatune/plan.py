@@ -18,11 +18,10 @@ from torch import Tensor, nn
 
 from lisatune import models
 from lisatune.assemble import Built, build, weight_dtype
+from lisatune.estimate import divided, estimate
 from lisatune.fake import fake_storage, fake_tensors
-from lisatune.layers import LayerMap
 from lisatune.lisa import LISA
 from lisatune.loss import CausalLMLoss
-from lisatune.memory import tensors_bytes
 from lisatune.prepare import max_positions
 from lisatune.recipe import Recipe
 from lisatune.shapes import shape_config
@@ -148,10 +147,10 @@ def plan_memory(
                 memory = _trace(built, batches)
             except Exception as error:  # a model's own code can raise anything on tensors without values
                 kind, note = "arithmetic", _why_untraced(built, batches, error)
-                memory = _arithmetic(built, recipe, length)
+                memory = estimate(built, recipe, length)
             if ranks > 1:
                 kind = f"{kind}, divided by ranks"
-                memory = _divided(memory, built.model, built.layers, ranks)
+                memory = divided(memory, built.model, built.layers, ranks)
             return MemoryPlan(
                 **asdict(memory),
                 kind=kind,
@@ -217,9 +216,6 @@ def _trace(built: Built, batches: list[dict[str, Tensor]]) -> StepMemory:
     return memory
 
 
-# ---- where tracing is not possible
-
-
 def _why_untraced(built: Built, batches: list[dict[str, Tensor]], error: Exception) -> str:
     """Run the step once more to see which module fails."""
     inside: list[str] = []
@@ -244,58 +240,3 @@ def _why_untraced(built: Built, batches: list[dict[str, Tensor]], error: Excepti
     )
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return f"{where} can't be traced ({reason}); the figures are arithmetic, and rough in activations"
-
-
-def _arithmetic(built: Built, recipe: Recipe, length: int) -> StepMemory:
-    """Count parameters, and estimate the rest.
-
-    Activations of a block: 34 bytes per token and hidden unit at two bytes a number, attention scores not
-    stored (Korthikanti et al., arXiv 2205.05198, section 4.1). With checkpointing each block keeps its input,
-    and one block is whole. Loss: logits of a chunk of 128 tokens, three times in float32. AdamW: two moments.
-    """
-    trained = [p for p in built.model.parameters() if p.requires_grad]
-    weights = tensors_bytes([*built.model.parameters(), *built.model.buffers()])
-    gradients = tensors_bytes(trained)
-    config: Any = built.model.config
-    text, tokens = config.get_text_config(), recipe.run.batch_size * length
-    width = 2 if built.step.autocast is not None else next(iter(built.model.parameters())).element_size()
-    block = 17 * width * tokens * text.hidden_size
-    blocks = built.layers.num_blocks
-    kept = block + blocks * width * tokens * text.hidden_size
-    activations = kept if recipe.run.activation_checkpointing else blocks * block
-    at_peak = {
-        "weights": weights,
-        "gradients": gradients,
-        "optimizer state": 2 * gradients,
-        "activations": activations,
-        "loss": 3 * 4 * min(128, tokens) * text.vocab_size,
-        "workspace": 0,
-    }
-    peak = sum(at_peak.values())
-    return StepMemory(
-        peak_bytes=peak,
-        phase="backward",
-        at_peak=at_peak,
-        by_phase={"backward": peak},
-        static_bytes=weights + 2 * gradients,
-    )
-
-
-def _divided(memory: StepMemory, model: nn.Module, layers: LayerMap, ranks: int) -> StepMemory:
-    """Share weights, gradients and state among ranks, as FSDP2 does with each block and the ends as units.
-
-    Gathered on top: the ends, which stay for the whole step, and two blocks: the one that computes, the next.
-    """
-    blocks = [tensors_bytes(block.values()) for block in layers.block_parameters(model)]
-    gathered = tensors_bytes(layers.end_parameters(model).values()) + 2 * max(blocks, default=0)
-    shared = ("weights", "gradients", "optimizer state")
-    at_peak = {name: -(-size // ranks) if name in shared else size for name, size in memory.at_peak.items()}
-    at_peak["workspace"] += gathered
-    saved = memory.peak_bytes - sum(at_peak.values())
-    return replace(
-        memory,
-        peak_bytes=sum(at_peak.values()),
-        at_peak=at_peak,
-        by_phase={memory.phase: memory.peak_bytes - saved},
-        static_bytes=-(-memory.static_bytes // ranks),
-    )

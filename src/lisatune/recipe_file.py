@@ -26,7 +26,7 @@ from lisatune import plain_yaml
 from lisatune.methods import METHODS
 from lisatune.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe, RunConfig
 
-__all__ = ["load_recipe", "print_keys"]
+__all__ = ["load_recipe", "print_keys", "recipe_without_file"]
 
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,
@@ -55,12 +55,22 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         ValueError: anything in file or overrides is unknown, of the wrong type or out of range; the
             message is one sentence with file, key and value.
     """
-    from_file = _read_file(Path(path))
+    recipe = _build(str(path), _read_file(Path(path)), overrides)
+    output = recipe.run.output or f"runs/{Path(path).stem}"
+    return dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, output=output))
+
+
+def recipe_without_file(overrides: Sequence[str]) -> Recipe:
+    """Build a recipe from overrides alone, for what reads no data; errors as in `load_recipe`."""
+    return _build("command line", {"data": {"train": "none"}}, overrides)
+
+
+def _build(path: str, from_file: Values, overrides: Sequence[str]) -> Recipe:
     from_overrides = _read_overrides(overrides)
     given = {name: from_file.get(name, {}) | from_overrides.get(name, {}) for name in SECTIONS}
 
     def where(section: str, key: str) -> str:
-        return "command line" if key in from_overrides.get(section, {}) else str(path)
+        return "command line" if key in from_overrides.get(section, {}) else path
 
     method = given["method"].get("name", "lisa")
     if not isinstance(method, str) or method not in METHODS:
@@ -86,8 +96,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         for key, value in values.items():
             if not _is_faithful(value, getattr(getattr(recipe, section), key)):
                 _refuse(where(section, key), sections, section, key, value)
-    output = recipe.run.output or f"runs/{Path(path).stem}"
-    return dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, output=output))
+    return recipe
 
 
 def print_keys(console: Console) -> None:

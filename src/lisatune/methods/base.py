@@ -1,6 +1,6 @@
 """What a method of fine-tuning answers: how to prepare the model, which optimizer, what to attach to it."""
 
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -49,3 +49,11 @@ class Method:
     def without_proof(self) -> Self:
         """The method as it costs memory, without what reads weights: for a model that has shapes only."""
         return self
+
+    def cheaper_ends(self) -> tuple[dict[str, Any], ...]:
+        """Settings that make the ends take less memory, the one that changes training least first."""
+        return ()
+
+    def fewer_weights(self) -> tuple[dict[str, Any], ...]:
+        """Settings that train fewer weights at once, the closest to this first."""
+        return ()

@@ -1,7 +1,7 @@
 """LISA as a method of a recipe. The algorithm is in `lisatune.lisa`."""
 
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import nn
@@ -100,6 +100,19 @@ class Lisa(Method):
     def without_proof(self) -> Self:
         """LISA that takes no fingerprints."""
         return replace(self, verify="off")
+
+    def cheaper_ends(self) -> tuple[dict[str, Any], ...]:
+        """8-bit moments, then factored ones, then a head that trains alone, then frozen ends."""
+        order = ("train", "8bit", "factored", "head+factored", "frozen")
+        later = order[order.index(self.ends) + 1 :] if self.ends in order else ("frozen",)
+        return tuple({"ends": ends} for ends in later)
+
+    def fewer_weights(self) -> tuple[dict[str, Any], ...]:
+        """Half the blocks, and half of that, down to one."""
+        if self.sampler == "independent":
+            return ()
+        halves = (self.active >> shift for shift in range(1, self.active.bit_length()))
+        return tuple({"active": active} for active in halves)
 
     def _sampler(self) -> str | tuple[float, ...] | Independent:
         if self.sampler == "independent":

@@ -82,6 +82,11 @@ class Lora(Method):
             fused=all(p.device.type in FUSED_DEVICES for _, p in adapters),
         )
 
+    def fewer_weights(self) -> tuple[dict[str, Any], ...]:
+        """Half the rank, and half of that, down to 8."""
+        halves = (self.rank >> shift for shift in range(1, self.rank.bit_length()))
+        return tuple({"rank": rank} for rank in halves if rank >= 8)
+
     def _target_modules(self, model: nn.Module) -> list[str]:
         """Paths of the modules that get adapters."""
         blocks = tuple(f"{path}." for path in find_layers(model).blocks)

@@ -1,0 +1,176 @@
+"""What to change so that a run fits a device, in the order that costs least.
+
+The loss never builds its full logits, so nothing can be saved there. Then come, each on top of the last:
+
+    cheaper ends               no slower; the ends' moments are coarser, or fewer ends train
+    smaller micro-batches      the same step in more parts
+    activation checkpointing   frozen blocks, then all: up to a third more computing
+    fewer weights at once      smaller γ, or a smaller rank
+    shorter sequences          what is longer is cut
+
+A change that turns out not to be needed is taken back.
+"""
+
+import re
+from collections.abc import Iterator, KeysView
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lisatune.plan import MemoryPlan, plan_memory
+from lisatune.recipe import Recipe
+
+__all__ = ["Fit", "find_fit", "memory_size"]
+
+SHORTEST = 256
+UNITS = {
+    "": 10**9,
+    "g": 10**9,
+    "gb": 10**9,
+    "gib": 2**30,
+    "mb": 10**6,
+    "mib": 2**20,
+    "tb": 10**12,
+    "tib": 2**40,
+}
+
+Changes = dict[str, Any]
+"""Overrides: `section.key` and its value."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What the search found."""
+
+    size_bytes: int
+    """Memory of the device."""
+
+    fits: bool
+    """Whether the recipe, with `changes`, needs no more."""
+
+    changes: Changes
+    """What to override; empty where nothing has to change."""
+
+    reasons: tuple[str, ...]
+    """Why each change was chosen, in the order of `changes`."""
+
+    plan: MemoryPlan
+    """Memory with the changes; where nothing fits, the smallest that was found."""
+
+    @property
+    def overrides(self) -> str:
+        """The changes as they are written on the command line."""
+        return " ".join(f"{key}={_text(value)}" for key, value in self.changes.items())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "size_bytes": self.size_bytes,
+            "fits": self.fits,
+            "overrides": self.overrides,
+            "reasons": list(self.reasons),
+            "plan": self.plan.as_dict(),
+        }
+
+
+def memory_size(text: str) -> int:
+    """Read `24GB`, `24GiB`, `81559MiB` or `24`, which means GB, as bytes.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    unit = UNITS.get(match[2].lower()) if match else None
+    if match is None or unit is None or float(match[1]) <= 0:
+        raise ValueError(f"--gpu must be an amount of memory such as 24GB, 24GiB or 24, got {text!r}")
+    return round(float(match[1]) * unit)
+
+
+def find_fit(
+    recipe: Recipe,
+    size_bytes: int,
+    *,
+    ranks: int = 1,
+    length: int | None = None,
+    first: MemoryPlan | None = None,
+) -> Fit:
+    """Search for the cheapest change of settings that lets a run fit.
+
+    Args:
+        recipe: what is asked for.
+        size_bytes: memory of the device, of which the plan's reserve is kept free.
+        ranks: as for `plan_memory`.
+        length: tokens of the longest sequence. Default: `data.max_length`.
+        first: the recipe's own plan, where it was made before.
+    """
+    planned = first or plan_memory(recipe, ranks=ranks, length=length)
+    length = planned.length
+    best: Changes = {}
+    reasons: dict[str, str] = {}
+    applied: list[KeysView[str]] = []
+    if planned.needed_bytes <= size_bytes:
+        return Fit(size_bytes, True, {}, (), planned)
+
+    def attempt(changes: Changes) -> MemoryPlan | None:
+        try:
+            return plan_memory(
+                changed(recipe, changes), ranks=ranks, length=changes.get("data.max_length", length)
+            )
+        except ValueError:  # settings that can't be had together
+            return None
+
+    for stage in _stages(recipe, length):
+        for change, reason in stage:
+            made = attempt(best | change)
+            if made is None or made.needed_bytes >= 0.995 * planned.needed_bytes:
+                continue
+            best, planned = best | change, made
+            reasons |= dict.fromkeys(change, reason)
+            applied = [keys for keys in applied if keys != change.keys()] + [change.keys()]
+            if planned.needed_bytes <= size_bytes:
+                for together in [*applied][-2::-1]:  # the costliest first
+                    fewer = {key: value for key, value in best.items() if key not in together}
+                    made = attempt(fewer)
+                    if made is not None and made.needed_bytes <= size_bytes:
+                        best, planned = fewer, made
+                return Fit(size_bytes, True, best, tuple(reasons[key] for key in best), planned)
+    return Fit(size_bytes, False, best, tuple(reasons[key] for key in best), planned)
+
+
+def changed(recipe: Recipe, changes: Changes) -> Recipe:
+    """The recipe with overrides."""
+    for path, value in changes.items():
+        section, key = path.split(".")
+        recipe = replace(recipe, **{section: replace(getattr(recipe, section), **{key: value})})
+    return recipe
+
+
+def _stages(recipe: Recipe, length: int) -> Iterator[list[tuple[Changes, str]]]:
+    method, run = recipe.method, recipe.run
+    yield [(_keyed(change), "the ends cost less, at the same speed") for change in method.cheaper_ends()]
+    halves = (2**power for power in range(1, run.batch_size.bit_length()))
+    yield [
+        (
+            {"run.batch_size": run.batch_size // by, "run.accumulation": run.accumulation * by},
+            "the same step in parts",
+        )
+        for by in halves
+        if run.batch_size % by == 0
+    ]
+    if run.activation_checkpointing is not True:
+        kinds: list[Any] = [True] if run.activation_checkpointing else ["frozen", True]
+        what = {
+            "frozen": "frozen blocks compute their activations again",
+            True: "all blocks compute them again",
+        }
+        yield [({"run.activation_checkpointing": kind}, what[kind]) for kind in kinds]
+    yield [(_keyed(change), "fewer weights train at once") for change in method.fewer_weights()]
+    shorter = [length >> shift for shift in range(1, length.bit_length()) if length >> shift >= SHORTEST]
+    yield [({"data.max_length": each}, "longer records are cut") for each in shorter]
+
+
+def _keyed(change: Changes) -> Changes:
+    return {f"method.{key}": value for key, value in change.items()}
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
