@@ -127,7 +127,7 @@ def test_resume_is_bit_equal(run: Run, tmp_path: Path, monkeypatch: pytest.Monke
         patch.setattr(lisatune.train, "interruptible", interrupt_after(BREAK))
         with pytest.raises(KeyboardInterrupt):
             watched(patch, run.recipe, tmp_path / "run", *OPTIONS)
-    torch.manual_seed(12345)  # random numbers come from the checkpoint
+    torch.manual_seed(12345)  # what ran before must not matter
     resumed = watched(monkeypatch, run.recipe, tmp_path / "run", *OPTIONS, resume=True)
     assert len(resumed.trainable) == STEPS - BREAK
     assert resumed.trainable == run.trainable[BREAK:]
