@@ -1,0 +1,158 @@
+"""What every way to fine-tune promises, whatever its name: each test runs over all of METHODS."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lisatune.train
+import tiny
+import tiny_run
+from lisatune.assemble import Parts, assemble
+from lisatune.methods import METHODS
+from lisatune.models import load_model
+from lisatune.progress import Summary
+from lisatune.recipe_file import load_recipe
+from lisatune.train import train
+
+STEPS, BREAK = 14, 7  # the break is inside a period, a draw comes after it
+OPTIONS = ("optimizer.lr=1e-2", "optimizer.schedule=constant")
+IDS_BT = torch.arange(24).view(2, 12)
+
+
+@dataclass
+class Run:
+    """A finished run, and what was seen while it went."""
+
+    recipe: Path
+    output: Path
+    summary: Summary
+    model: nn.Module
+    before: dict[str, Tensor]
+    """Weights before the first step."""
+    trainable: list[set[str]]
+    """Names of what requires grad, at each step."""
+    with_state: list[set[str]]
+    """Names of what has optimizer state, at the beginning of each step."""
+
+
+def watched(patch: pytest.MonkeyPatch, recipe: Path, output: Path, *overrides: str, **flags: bool) -> Run:
+    """Train, and note at each step what trains and what has state."""
+    seen: dict[str, Any] = {}
+    trainable: list[set[str]] = []
+    with_state: list[set[str]] = []
+
+    def watch(*args: Any) -> Parts:
+        parts = assemble(*args)
+        seen["model"], seen["before"] = parts.model, tiny.weights(parts.model)
+        names = {p: name for name, p in parts.model.named_parameters()}
+
+        def note(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            trainable.append({name for p, name in names.items() if p.requires_grad})
+            with_state.append({names[p] for p in optimizer.state})
+
+        parts.optimizer.register_step_pre_hook(note)
+        return parts
+
+    patch.setattr(lisatune.train, "assemble", watch)
+    summary = train(load_recipe(recipe, [f"run.output={output}", *overrides]), **flags)
+    return Run(recipe, output, summary, seen["model"], seen["before"], trainable, with_state)
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """A run with the method's own defaults."""
+    folder = tmp_path_factory.mktemp(request.param)
+    recipe = tiny_run.write_recipe(
+        folder,
+        tiny_run.write_model(folder / "tiny"),
+        tiny_run.write_rows(folder / "rows.jsonl", 14),
+        f"method: {{name: {request.param}}}\n",
+    )
+    recipe.write_text(recipe.read_text().replace("steps: 4", f"steps: {STEPS}"))
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
+        yield watched(patch, recipe, folder / "run", *OPTIONS)
+
+
+def interrupt_after(steps: int) -> Callable[[], AbstractContextManager[Callable[[], bool]]]:
+    """Stand in for Ctrl-C: it is asked for once after each step."""
+
+    @contextmanager
+    def interruptible() -> Iterator[Callable[[], bool]]:
+        asked = iter(range(10**6))
+        yield lambda: next(asked) >= 2 * steps - 2  # each step asks twice: to save, and to stop
+
+    return interruptible
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(input_ids=IDS_BT).logits
+    return found
+
+
+def test_held_out_loss_falls(run: Run) -> None:
+    assert run.summary["held_out_loss_after"] < run.summary["held_out_loss_before"] - 0.02
+
+
+def test_what_trains_moves_and_nothing_else_does(run: Run) -> None:
+    trained = set().union(*run.trainable)
+    assert trained
+    assert tiny.moved(run.before, run.model) == trained
+
+
+def test_only_what_trains_has_gradients_and_state(run: Run) -> None:
+    assert run.with_state[0] == set()
+    for with_state, trainable in zip(run.with_state[1:], run.trainable[1:], strict=True):
+        assert with_state
+        assert with_state <= trainable
+    last = {name for name, p in run.model.named_parameters() if p.grad is not None}
+    assert last == set(), "gradients are released after the step"
+
+
+def test_summary_counts_what_trained_and_its_two_moments(run: Run) -> None:
+    sizes = {name: weight.numel() for name, weight in run.before.items()}
+    most = max(sum(sizes[name] for name in names) for names in run.trainable)
+    assert run.summary["peak_trainable"] == most
+    assert run.summary["peak_state_elements"] == 2 * most
+
+
+def test_resume_is_bit_equal(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(lisatune.train, "interruptible", interrupt_after(BREAK))
+        with pytest.raises(KeyboardInterrupt):
+            watched(patch, run.recipe, tmp_path / "run", *OPTIONS)
+    torch.manual_seed(12345)  # what ran before must not matter
+    resumed = watched(monkeypatch, run.recipe, tmp_path / "run", *OPTIONS, resume=True)
+    assert len(resumed.trainable) == STEPS - BREAK
+    assert resumed.trainable == run.trainable[BREAK:]
+    tiny.assert_same_weights(resumed.model, run.model)
+    assert resumed.summary["held_out_loss_after"] == run.summary["held_out_loss_after"]
+
+
+def test_the_same_recipe_gives_the_same_weights(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(12345)  # what ran before must not matter
+    again = watched(monkeypatch, run.recipe, tmp_path / "run", *OPTIONS)
+    tiny.assert_same_weights(again.model, run.model)
+
+
+def test_recomputed_activations_train_the_same_weights(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = (*OPTIONS, "run.activation_checkpointing=true")
+    recomputed = watched(monkeypatch, run.recipe, tmp_path / "run", *options)
+    tiny.assert_same_weights(recomputed.model, run.model)
+
+
+def test_written_model_loads_with_equal_logits(run: Run) -> None:
+    loaded = load_model(str(run.output / "model"))
+    assert torch.equal(logits(loaded.eval()), logits(run.model.eval()))
+    untrained = load_model(str(run.recipe.parent / "tiny"))
+    assert not torch.equal(logits(untrained), logits(loaded))
