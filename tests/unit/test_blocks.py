@@ -135,8 +135,8 @@ def test_frozen_blocks_store_less_and_active_ones_as_much_as_before(family: str)
         with BlockForward(model, find_layers(model), checkpointing=checkpointing):
             stored[checkpointing] = saved_bytes(model)
     assert stored["all"] < stored["frozen"] < stored[None]
-    # Three of four blocks are frozen; an active block stores more than a frozen one.
-    assert stored["frozen"] - stored["all"] > (stored[None] - stored["frozen"]) / 3
+    # Three of four blocks are frozen, so they are most of what recomputing saves.
+    assert stored[None] - stored["frozen"] > stored["frozen"] - stored["all"]
 
 
 def test_which_blocks_recompute_follows_every_draw() -> None:
