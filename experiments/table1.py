@@ -4,8 +4,9 @@ python experiments/table1.py [--json table1.json] [--models gpt2 tinyllama-1.1b]
 
 Setting of the paper (arXiv 2403.17919, section 4.1): one sequence of 1024 tokens, no activation
 checkpointing, LoRA's adapters also on embedding and head, 70B on 4 GPUs. All weights, gradients and moments
-are bf16 here, but for LoRA's adapters, which PEFT keeps in float32 with float32 moments. Every figure is a plan
-(`lisatune.plan`) of a training step with our loss; it holds live tensors only, in GB of 10^9 bytes.
+are bf16 here: only with these does full fine-tuning of 7B come near the paper's 59 GB. LoRA's adapters are
+the exception, which PEFT keeps in float32 with float32 moments. Every figure is a plan (`lisatune.plan`) of
+a training step with our loss; it holds live tensors only, in GB of 10^9 bytes.
 """
 
 import argparse
