@@ -18,6 +18,7 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
+from common import peak_of_allocations
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
@@ -58,15 +59,10 @@ def vocabulary(size: int) -> Way:
 
 
 def peak_bytes(run: Callable[[], None]) -> int:
-    """Highest sum of live bytes in torch's allocation log."""
+    """Highest sum of live bytes while `run` runs."""
     with torch.profiler.profile(profile_memory=True) as log:
         run()
-    events = [e for e in log.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+    return peak_of_allocations(log)
 
 
 def main() -> None:

@@ -44,6 +44,7 @@ from statistics import mean, median
 from typing import Any
 
 import torch
+from common import peak_of_allocations
 from torch import nn
 
 from lisatune import LISA, find_layers, use_chunked_loss
@@ -76,16 +77,6 @@ class Meter:
             return {"peak_bytes": peak_of_allocations(self.log)}
         seconds = [end - start for start, end in zip(self.marks, self.marks[1:], strict=False)][WARM_UP - 1 :]
         return {"seconds": mean(seconds), "steps": [round(each, 4) for each in seconds]}
-
-
-def peak_of_allocations(log: Any) -> int:
-    """Highest sum of live bytes in torch's allocation log, above its start."""
-    events = [e for e in log.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
 
 
 def load(args: argparse.Namespace) -> nn.Module:

@@ -25,6 +25,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from common import SHAPES
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -32,24 +33,6 @@ from lisatune import LISA, build_adamw, find_layers
 from lisatune.loss import CausalLMLoss
 from lisatune.models import enable_activation_checkpointing
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 512,
-    },
-    "smollm2": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-    },
-}
 ENDS = ("train", "head", "frozen")
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "build_optimizer",
     "check_parameters",
     "groups_by_block",
+    "optimizer_over",
     "param_groups",
     "plain_optimizer",
     "state_bytes",
@@ -82,9 +83,7 @@ def build_adamw(
     weight_decay: float = 0.0,
 ) -> torch.optim.AdamW:
     """Build AdamW over ends and blocks, with the fused kernel where the device has one."""
-    groups = param_groups(model, layers, weight_decay=weight_decay)
-    fused = all(p.device.type in FUSED_DEVICES for group in groups for _, p in group["params"])
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
+    return _fused_adamw(param_groups(model, layers, weight_decay=weight_decay), lr, betas, eps, weight_decay)
 
 
 def build_optimizer(
@@ -101,23 +100,23 @@ def build_optimizer(
         config: the recipe's section.
         ends: policy of the ends, whose state formats their groups take; see `lisatune.ends`.
     """
-    compact_ends = EndsPolicy.parse(ends).state_options()
-    is_wide = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters())
+    return optimizer_over(param_groups(model, layers, weight_decay=config.weight_decay, ends=ends), config)
+
+
+def optimizer_over(groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:
+    """Build AdamW over param groups of (name, parameter) pairs as a recipe asks; see `build_optimizer`."""
+    parameters = [p for group in groups for _, p in group["params"]]
+    is_wide = all(p.dtype in (torch.float32, torch.float64) for p in parameters)
     is_plain = config.moments == "fp32" and config.state_device is None and not config.in_backward
-    if is_wide and is_plain and not compact_ends:
-        return build_adamw(
-            model,
-            layers,
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-        )
+    is_compact = any({"moments", "state_device"} & group.keys() for group in groups)
+    if is_wide and is_plain and not is_compact:
+        return _fused_adamw(groups, config.lr, config.betas, config.eps, config.weight_decay)
     optimizer = AdamW(
-        param_groups(model, layers, weight_decay=config.weight_decay, ends=ends),
+        groups,
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
+        weight_decay=config.weight_decay,
         rounding=config.rounding,
         moments=config.moments,
         state_device=config.state_device,
@@ -125,6 +124,13 @@ def build_optimizer(
     if config.in_backward:
         optimizer.update_in_backward()
     return optimizer
+
+
+def _fused_adamw(
+    groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+) -> torch.optim.AdamW:
+    fused = all(p.device.type in FUSED_DEVICES for group in groups for _, p in group["params"])
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
 
 
 def state_bytes(optimizer: Optimizer) -> int:

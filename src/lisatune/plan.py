@@ -40,23 +40,8 @@ UNKNOWN_STEPS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemoryPlan:
-    """Memory of a training step, in bytes of live tensors on one device."""
-
-    peak_bytes: int
-    """Most bytes at once."""
-
-    phase: str
-    """Where that is: forward, loss, backward, clip or optimizer step."""
-
-    at_peak: dict[str, int]
-    """Bytes at the peak by category: weights, gradients, optimizer state, activations, loss, workspace."""
-
-    by_phase: dict[str, int]
-    """Most bytes in each phase."""
-
-    static_bytes: int
-    """Bytes between two steps: weights and optimizer state."""
+class MemoryPlan(StepMemory):
+    """Memory of a training step on one device, and of which step that is."""
 
     kind: str
     """`traced`; `traced, divided by ranks`; or `arithmetic` where the model can't be traced."""

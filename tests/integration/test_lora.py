@@ -59,6 +59,15 @@ def test_trained_and_stored_numbers_are_those_of_rank_and_layers(recipe: Path) -
     assert summary["peak_state_elements"] == 2 * adapters
 
 
+def test_the_optimizer_keys_hold_for_adapters_too(recipe: Path) -> None:
+    wide, compact = (
+        train(load_recipe(recipe, [f"optimizer.moments={kind}"]), overwrite=True) for kind in ("fp32", "bf16")
+    )
+    # A step counter of 4 bytes for each adapter matrix stands beside the moments in both.
+    matrices = 2 * 7 * tiny_run.BLOCKS
+    assert 2 * (compact["peak_state_bytes"] - 4 * matrices) == wide["peak_state_bytes"] - 4 * matrices
+
+
 def test_resume_is_exact(recipe: Path, tmp_path: Path) -> None:
     overrides = [f"run.output={tmp_path / 'again'}", "run.save_every=2", "optimizer.schedule=constant"]
     train(load_recipe(recipe, ["optimizer.schedule=constant"]), overwrite=True)

@@ -69,11 +69,13 @@ def test_exact_bf16_weights_are_a_float32_master_rounded(size: int) -> None:
         assert torch.equal(optimizer.state[weight][name], reference.state[master][name])
 
 
-@pytest.mark.parametrize(("rounding", "moments"), KINDS)
+@pytest.mark.parametrize(
+    ("rounding", "moments"),
+    # Where chance rounds, each chunk has random numbers of its own.
+    [(rounding, moments) for rounding, moments in KINDS if rounding != "stochastic" and moments != "bf16"],
+)
 @pytest.mark.parametrize("size", [1, 256, 257, 5000])
 def test_chunks_do_not_change_the_update(rounding: Any, moments: Any, size: int) -> None:
-    if rounding == "stochastic" or moments == "bf16":
-        pytest.skip("each chunk has random numbers of its own")
     results = []
     for chunk_size in (256, 1 << 17):
         weight = nn.Parameter(torch.linspace(-1, 1, size).to(torch.bfloat16))

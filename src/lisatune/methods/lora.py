@@ -9,7 +9,7 @@ from torch import nn
 
 from lisatune.layers import LayerMap, find_layers
 from lisatune.methods.base import Method
-from lisatune.optim import FUSED_DEVICES
+from lisatune.optim import optimizer_over
 from lisatune.recipe import OptimizerConfig
 
 __all__ = ["Lora"]
@@ -73,14 +73,7 @@ class Lora(Method):
     ) -> torch.optim.Optimizer:
         """Build AdamW over the adapters, which PEFT keeps in float32 beside bf16 weights."""
         adapters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        return torch.optim.AdamW(
-            [{"params": adapters, "layer": "adapters"}],
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            fused=all(p.device.type in FUSED_DEVICES for _, p in adapters),
-        )
+        return optimizer_over([{"params": adapters, "layer": "adapters"}], config)
 
     def fewer_weights(self) -> tuple[dict[str, Any], ...]:
         """Half the rank, and half of that, down to 8."""
