@@ -16,6 +16,7 @@ __all__ = [
     "ROUNDINGS",
     "Home",
     "home_of",
+    "is_host_state",
     "layout_of",
     "prepare",
     "read_moments",
@@ -82,11 +83,15 @@ class Home:
         return here.pin_memory() if self.is_pinned else here
 
 
+def is_host_state(group: dict[str, Any], key: str) -> bool:
+    """Whether a piece of a parameter's state is kept in host memory, by its group's options."""
+    is_host = group["state_device"] == "cpu" and key in CHUNKED
+    return is_host and (key == "remainder" or group["moments"] != "factored")
+
+
 def home_of(group: dict[str, Any], p: Tensor, key: str) -> Home:
     """Tell where a piece of a parameter's state lives: beside the weight, or in host memory."""
-    is_host = group["state_device"] == "cpu" and key in CHUNKED
-    if group["moments"] == "factored":
-        is_host = is_host and key == "remainder"
+    is_host = is_host_state(group, key)
     device = torch.device("cpu") if is_host else p.device
     return Home(device, is_pinned=is_host and p.device.type == "cuda")
 

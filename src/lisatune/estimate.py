@@ -66,4 +66,5 @@ def divided(memory: StepMemory, model: nn.Module, layers: LayerMap, ranks: int) 
         at_peak=at_peak,
         by_phase={memory.phase: memory.peak_bytes - saved},
         static_bytes=-(-memory.static_bytes // ranks),
+        host_bytes=-(-memory.host_bytes // ranks),
     )

@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lisatune.adamw import AdamW
+from lisatune.adamw_state import is_host_state
 from lisatune.ends import EndsPolicy
 from lisatune.layers import LayerMap
 from lisatune.memory import tensors_bytes
@@ -23,6 +24,7 @@ __all__ = [
     "build_optimizer",
     "check_parameters",
     "groups_by_block",
+    "host_state",
     "optimizer_over",
     "param_groups",
     "plain_optimizer",
@@ -150,6 +152,19 @@ def state_elements(optimizer: Optimizer) -> int:
         for key, value in state.items()
         if isinstance(value, torch.Tensor) and value.shape == parameter.shape and key not in lasting
     )
+
+
+def host_state(optimizer: Optimizer) -> list[torch.Tensor]:
+    """Return the state that `state_device: cpu` keeps in host memory, also where that is the only memory."""
+    if not isinstance(optimizer, AdamW):
+        return []
+    return [
+        value
+        for group in optimizer.param_groups
+        for p in group["params"]
+        for key, value in optimizer.state.get(p, {}).items()
+        if is_host_state(group, key)
+    ]
 
 
 def plain_optimizer(model: nn.Module, optimizer: Optimizer) -> Optimizer:

@@ -56,6 +56,8 @@ def print_plan(
         rows.append((name, _bar(size, plan.peak_bytes)))
     rows.append(("peak", Text(f"{byte_text(plan.peak_bytes)} in {plan.phase}", style="bold")))
     rows.append(("between steps", byte_text(plan.static_bytes)))
+    if plan.host_bytes:
+        rows.append(("host memory", f"{byte_text(plan.host_bytes)} of optimizer state"))
     rows.append(("device needs", f"{byte_text(plan.needed_bytes)} with context, fragmentation and kernels"))
     rows.append(("plan", f"{plan.kind} in {plan.seconds:.1f} s"))
     if plan.note:

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from lisatune.memory import plain_tensors
+from lisatune.optim import host_state
 
 __all__ = ["CATEGORIES", "PHASES", "StepMemory", "StorageTracker"]
 
@@ -62,6 +63,9 @@ class StepMemory:
     static_bytes: int
     """Bytes at the end of the step: weights and optimizer state."""
 
+    host_bytes: int = 0
+    """Bytes of optimizer state with `state_device: cpu`: no other figure here counts them."""
+
 
 @dataclass(slots=True)
 class _Storage:
@@ -70,6 +74,7 @@ class _Storage:
     born: int
     reference: Any
     died: int | None = None
+    is_host: bool = False
 
 
 class StorageTracker(TorchDispatchMode):
@@ -98,7 +103,7 @@ class StorageTracker(TorchDispatchMode):
         self._recomputing_since: int | None = None
         self._peaks: dict[str, tuple[int, int]] = {}
         self.mark("weights", [*model.parameters(), *model.buffers()])
-        self.mark("optimizer state", _state(optimizer))
+        self._mark_state()
         self.mark("gradients", [p.grad for p in model.parameters() if p.grad is not None])
 
     # ---- what the caller does
@@ -137,12 +142,13 @@ class StorageTracker(TorchDispatchMode):
 
     def end_step(self) -> StepMemory:
         """Settle the categories of the step that has just ended, and begin the next one."""
-        self.mark("optimizer state", _state(self._optimizer))
+        self._mark_state()
         self._peaks.setdefault(self._phase, (self._total, self._event))
         phase, (peak, moment) = max(self._peaks.items(), key=lambda item: item[1][0])
         at_peak = dict.fromkeys(CATEGORIES, 0)
         for storage in self._storages:
-            if storage.born <= moment and (storage.died is None or storage.died > moment):
+            is_there = storage.born <= moment and (storage.died is None or storage.died > moment)
+            if is_there and not storage.is_host:
                 at_peak[storage.category or "workspace"] += storage.size
         memory = StepMemory(
             peak_bytes=peak,
@@ -150,6 +156,7 @@ class StorageTracker(TorchDispatchMode):
             at_peak=at_peak,
             by_phase={name: self._peaks[name][0] for name in PHASES if name in self._peaks},
             static_bytes=self._total,
+            host_bytes=sum(storage.size for storage in self._storages if storage.is_host),
         )
         self._storages = [storage for storage in self._storages if storage.died is None]
         self._peaks = {}
@@ -199,7 +206,16 @@ class StorageTracker(TorchDispatchMode):
         storage = self._live.pop(key)
         self._event += 1
         storage.died = self._event
-        self._total -= storage.size
+        if not storage.is_host:
+            self._total -= storage.size
+
+    def _mark_state(self) -> None:
+        """Find the optimizer's state; what belongs into host memory leaves the count."""
+        self.mark("optimizer state", _state(self._optimizer))
+        for storage in map(self._note, host_state(self._optimizer)):
+            if not storage.is_host:
+                storage.is_host = True
+                self._total -= storage.size
 
     # ---- the phases
 
@@ -262,7 +278,7 @@ class StorageTracker(TorchDispatchMode):
         self._enter("optimizer step")
 
     def _after_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self.mark("optimizer state", _state(optimizer))
+        self.mark("optimizer state", _state(optimizer))  # before a draw releases any
         if torch._C._current_graph_task_id() != -1:  # an update inside backward
             self._enter("backward")
 

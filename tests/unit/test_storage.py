@@ -90,6 +90,8 @@ CASES = [
     ("untied", "full", {"optimizer": {"moments": "8bit", "rounding": "stochastic"}, "precision": "bf16"}),
     ("untied", "full", {"optimizer": {"in_backward": True, "max_grad_norm": None}}),
     ("untied", "lisa", {"packing": True}),
+    ("untied", "lisa cpu", {}),
+    ("untied", "full", {"optimizer": {"state_device": "cpu"}, "precision": "bf16"}),
     ("gpt2", "full", {}),
     ("gpt2", "lora", {"precision": "bf16"}),
 ]
@@ -122,6 +124,18 @@ def test_categories_add_up_and_weights_and_state_are_exact() -> None:
     assert plan.at_peak["weights"] == pytest.approx(4 * numbers, rel=1e-3)
     assert plan.at_peak["optimizer state"] == pytest.approx(8 * numbers, rel=1e-3)
     assert plan.static_bytes == pytest.approx(12 * numbers, rel=1e-3)
+
+
+def test_state_in_host_memory_is_told_apart_to_the_byte() -> None:
+    here = plan_memory(make_recipe("full", {"moments": "bf16"}, precision="bf16"), config=CONFIGS["untied"])
+    away = plan_memory(
+        make_recipe("full", {"moments": "bf16", "state_device": "cpu"}, precision="bf16"),
+        config=CONFIGS["untied"],
+    )
+    numbers = away.trainable
+    assert (here.host_bytes, away.host_bytes) == (0, 6 * numbers)  # two moments and a remainder
+    assert here.static_bytes - away.static_bytes == 6 * numbers
+    assert here.peak_bytes - away.peak_bytes == pytest.approx(6 * numbers, rel=0.02)
 
 
 def test_measuring_changes_no_gradient() -> None:
