@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from lisatune.memory import plain_tensors
+from lisatune.memory import plain_tensors, tensors_bytes
 from lisatune.optim import host_state
 
 __all__ = ["CATEGORIES", "PHASES", "StepMemory", "StorageTracker"]
@@ -64,7 +64,8 @@ class StepMemory:
     """Bytes at the end of the step: weights and optimizer state."""
 
     host_bytes: int = 0
-    """Bytes of optimizer state with `state_device: cpu`: no other figure here counts them."""
+    """Bytes of optimizer state with `state_device: cpu`. In the step that makes it `peak_bytes` has it too;
+    later no other figure counts it."""
 
 
 @dataclass(slots=True)
@@ -74,7 +75,6 @@ class _Storage:
     born: int
     reference: Any
     died: int | None = None
-    is_host: bool = False
 
 
 class StorageTracker(TorchDispatchMode):
@@ -147,8 +147,7 @@ class StorageTracker(TorchDispatchMode):
         phase, (peak, moment) = max(self._peaks.items(), key=lambda item: item[1][0])
         at_peak = dict.fromkeys(CATEGORIES, 0)
         for storage in self._storages:
-            is_there = storage.born <= moment and (storage.died is None or storage.died > moment)
-            if is_there and not storage.is_host:
+            if storage.born <= moment and (storage.died is None or storage.died > moment):
                 at_peak[storage.category or "workspace"] += storage.size
         memory = StepMemory(
             peak_bytes=peak,
@@ -156,7 +155,7 @@ class StorageTracker(TorchDispatchMode):
             at_peak=at_peak,
             by_phase={name: self._peaks[name][0] for name in PHASES if name in self._peaks},
             static_bytes=self._total,
-            host_bytes=sum(storage.size for storage in self._storages if storage.is_host),
+            host_bytes=tensors_bytes(host_state(self._optimizer)),
         )
         self._storages = [storage for storage in self._storages if storage.died is None]
         self._peaks = {}
@@ -203,19 +202,20 @@ class StorageTracker(TorchDispatchMode):
             self._peaks[self._phase] = self._total, self._event
 
     def _free(self, key: int) -> None:
-        storage = self._live.pop(key)
-        self._event += 1
-        storage.died = self._event
-        if not storage.is_host:
+        self._leave(self._live.pop(key))
+
+    def _leave(self, storage: _Storage) -> None:
+        """Count it no more."""
+        if storage.died is None:
+            self._event += 1
+            storage.died = self._event
             self._total -= storage.size
 
     def _mark_state(self) -> None:
-        """Find the optimizer's state; what belongs into host memory leaves the count."""
+        """Find the optimizer's state; for a device, what belongs into host memory is gone from here on."""
         self.mark("optimizer state", _state(self._optimizer))
-        for storage in map(self._note, host_state(self._optimizer)):
-            if not storage.is_host:
-                storage.is_host = True
-                self._total -= storage.size
+        for plain in (each for value in host_state(self._optimizer) for each in plain_tensors(value)):
+            self._leave(self._note(plain))
 
     # ---- the phases
 

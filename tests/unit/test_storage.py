@@ -60,6 +60,7 @@ def measure(recipe: Recipe, kind: str, blocks: tuple[int, ...] | None) -> tuple[
     with memory.measure(built.model, built.step.optimizer) as measured:
         step()
         second = measured.end_step()
+    assert sum(second.at_peak.values()) == second.peak_bytes
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -170,3 +171,17 @@ def test_a_plan_uses_up_no_random_number() -> None:
     before = torch.get_rng_state()
     plan_memory(make_recipe("lora"), config=CONFIGS["tied"])
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_categories_add_up_in_the_step_that_makes_host_state() -> None:
+    model = type(model_from_config(CONFIGS["untied"], dtype=torch.float32))(CONFIGS["untied"])
+    recipe = make_recipe("full", {"state_device": "cpu"})
+    built = build(recipe, model, CausalLMLoss(model), steps=4, device=torch.device("cpu"))
+    with memory.measure(built.model, built.step.optimizer) as measured:
+        for _ in range(2):
+            built.step.backward([_batch(recipe, model, 64)])
+            built.step.clip()
+            built.step.update()
+            step = measured.end_step()
+            assert sum(step.at_peak.values()) == step.peak_bytes
+            assert step.host_bytes == 8 * sum(p.numel() for p in model.parameters())
