@@ -53,6 +53,7 @@ LEVELS = {
         "estimate",
         "fit",
         "layer_table",
+        "memory_check",
         "outline",
         "plan",
         "plan_table",

@@ -25,7 +25,7 @@ from lisatune.prepare import Data, check_fits, max_positions, prepare_data
 from lisatune.recipe import Recipe
 from lisatune.step import TrainingStep
 
-__all__ = ["Built", "Parts", "StateMeter", "assemble", "build", "rehearse", "weight_dtype"]
+__all__ = ["Built", "Parts", "StateMeter", "assemble", "batch_length", "build", "rehearse", "weight_dtype"]
 
 
 class StateMeter:
@@ -64,9 +64,7 @@ class Parts:
         On the CPU every new length leaves kernels in oneDNN's cache: resident memory would grow for
         hundreds of steps.
         """
-        longest = max(len(row["input_ids"]) for row in rows)
-        rounded = min(-(-longest // 32) * 32, self.recipe.data.max_length)
-        length = max(longest, min(rounded, max_positions(self.model) or rounded))
+        length = batch_length(rows, self.recipe, self.model)
         return collate(rows, self.tokenizer.pad_token_id, length=length)
 
     def set_learning_rates(self) -> None:
@@ -82,10 +80,18 @@ class Parts:
         return [p for p in self.model.parameters() if p.requires_grad]
 
 
-def assemble(recipe: Recipe) -> Parts:
+def batch_length(rows: Sequence[Row], recipe: Recipe, model: nn.Module) -> int:
+    """Tokens that each row of a batch is padded to."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    rounded = min(-(-longest // 32) * 32, recipe.data.max_length)
+    return max(longest, min(rounded, max_positions(model) or rounded))
+
+
+def assemble(recipe: Recipe, *, before_load: Callable[..., None] | None = None) -> Parts:
     """Build everything a run needs, in this order: data, model, layers, optimizer, LISA, schedule.
 
-    A rehearsal without weights goes first: what can't work fails before a large model loads.
+    A rehearsal without weights goes first: what can't work fails before a large model loads. Then comes
+    `before_load(device, steps=…, length=…)`, with the tokens of the longest batch.
     """
     from transformers import get_scheduler
 
@@ -98,7 +104,10 @@ def assemble(recipe: Recipe) -> Parts:
     data = prepare_data(recipe, tokenizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come again with the real model
-        check_fits(rehearse(recipe, data.steps)[0], data)
+        rehearsed = rehearse(recipe, data.steps)[0]
+        check_fits(rehearsed, data)
+    if before_load is not None:
+        before_load(device, steps=data.steps, length=batch_length(data.train.rows, recipe, rehearsed))
     torch.manual_seed(run.seed)
     model = models.load_model(
         name,

@@ -41,7 +41,8 @@ from lisatune.adamw import AdamW
 from lisatune.ends import Ends, EndsPolicy
 from lisatune.frozen_state import FrozenState
 from lisatune.layers import LayerMap, find_layers
-from lisatune.optim import check_parameters, groups_by_block, plain_optimizer, state_bytes
+from lisatune.memory import tensors_bytes
+from lisatune.optim import check_parameters, groups_by_block, host_state, plain_optimizer, state_bytes
 from lisatune.proof import Proof, ProofError, has_reason_to_move
 from lisatune.samplers import Independent, Sampler, auto_period, make_sampler, visits
 
@@ -192,8 +193,12 @@ class LISA:
         return [*self._ends.parameters, *active] if self.ends_train else active
 
     def state_bytes(self) -> int:
-        """Count the bytes of optimizer state on the training device; what `cpu` keeps is not in it."""
-        return state_bytes(self._optimizer)
+        """Count the bytes of optimizer state on the training device; see `host_bytes` for the rest."""
+        return state_bytes(self._optimizer) - tensors_bytes(host_state(self._optimizer))
+
+    def host_bytes(self) -> int:
+        """Count the bytes of optimizer state in host memory, that of frozen blocks too."""
+        return self._frozen_state.nbytes() + tensors_bytes(host_state(self._optimizer))
 
     def planned_visits(self, total_steps: int) -> tuple[int, ...]:
         """Count how often each block will have been drawn after `total_steps`: draws are known beforehand."""

@@ -30,7 +30,7 @@ __all__ = ["RunFolder", "check_output", "differences"]
 
 MAY_CHANGE = frozenset(
     {"run.output", "run.steps", "run.epochs", "run.log_every", "run.eval_every", "run.save_every"}
-    | {"run.keep_checkpoints", "run.samples", "run.sample_tokens", "run.report_to"}
+    | {"run.keep_checkpoints", "run.samples", "run.sample_tokens", "run.report_to", "run.check_memory"}
 )
 """Keys that may differ on resume: lengths, intervals, where to. Steps and epochs stretch the lr schedule."""
 

@@ -17,6 +17,7 @@ from lisatune.assemble import Parts, assemble
 from lisatune.checkpoint import load_checkpoint, newest_checkpoint, prune, save_checkpoint
 from lisatune.evaluate import generate_answers, held_out_loss
 from lisatune.lisa import LISA
+from lisatune.memory_check import MemoryCheck
 from lisatune.outline import make_outline, print_outline
 from lisatune.recipe import Recipe
 from lisatune.runs import RunFolder, check_output
@@ -68,7 +69,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> p
     checkpoint = newest_checkpoint(output / "checkpoints") if resume else None
     if resume and checkpoint is None:
         raise ValueError(f"there is no complete checkpoint in {output}; start again with --overwrite")
-    parts = assemble(recipe)
+    check = MemoryCheck(recipe)
+    parts = assemble(recipe, before_load=check.before_load)
     done = Progress() if checkpoint is None else _restore(parts, checkpoint)
     with (
         RunFolder.open(output, recipe.as_dict(), resume=resume, overwrite=overwrite) as folder,
@@ -87,8 +89,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> p
             done.held_out_before = _held_out(parts)
             done.answers_before = _answers(parts)
             folder.log({"step": 0, "held_out_loss": done.held_out_before})
-        _loop(parts, done, folder, log)
-        summary = _finish(parts, done, folder, log)
+        _loop(parts, done, folder, log, check)
+        summary = _finish(parts, done, folder, log, check)
     progress.print_summary(summary)
     return summary
 
@@ -106,11 +108,13 @@ def _restore(parts: Parts, checkpoint: Path) -> Progress:
     return done
 
 
-def _loop(parts: Parts, done: Progress, folder: RunFolder, log: Log) -> None:
+def _loop(parts: Parts, done: Progress, folder: RunFolder, log: Log, check: MemoryCheck) -> None:
     run, last = parts.recipe.run, parts.data.steps
     with interruptible() as interrupted, progress.Bar(last, done.step) as bar:
         while done.step < last:
+            check.before_step(parts.device)
             record = _step(parts, done, folder)
+            check.after_step(parts.device)
             if record:
                 folder.log(record)
                 log(
@@ -203,7 +207,9 @@ def _answers(parts: Parts) -> list[str]:
     )
 
 
-def _finish(parts: Parts, done: Progress, folder: RunFolder, log: Log) -> progress.Summary:
+def _finish(
+    parts: Parts, done: Progress, folder: RunFolder, log: Log, check: MemoryCheck
+) -> progress.Summary:
     """Prove the last period, write the model, evaluate, write the summary."""
     if done.skipped_steps == done.step:
         raise TrainingError(
@@ -219,7 +225,6 @@ def _finish(parts: Parts, done: Progress, folder: RunFolder, log: Log) -> progre
     log({"held_out_loss": after}, done.step)
     # Not strict: a resumed run may ask for more samples than were answered before.
     questions = zip(parts.data.questions, done.answers_before, _answers(parts), strict=False)
-    device_peak = memory.device_peak_bytes(parts.device)
     summary = progress.Summary(
         steps=done.step,
         skipped_steps=done.skipped_steps,
@@ -228,7 +233,7 @@ def _finish(parts: Parts, done: Progress, folder: RunFolder, log: Log) -> progre
         tokens_per_second=done.num_tokens / done.train_seconds,
         held_out_loss_before=done.held_out_before,
         held_out_loss_after=after,
-        peak_bytes=memory.peak_resident_bytes() if device_peak is None else device_peak,
+        peak_bytes=check.device_peak(parts.device) or memory.peak_resident_bytes(),
         peak_state_bytes=done.peak_state_bytes,
         peak_state_elements=done.peak_state_elements,
         peak_trainable=done.peak_trainable,
@@ -238,6 +243,7 @@ def _finish(parts: Parts, done: Progress, folder: RunFolder, log: Log) -> progre
         ],
         model=str(folder.model),
     )
+    summary.update(check.outcome(parts.device))
     if parts.compile_seconds is not None:
         summary["compile_seconds"] = parts.compile_seconds
     if parts.lisa is not None:
