@@ -20,7 +20,7 @@ from lisatune.storage import StepMemory
 pytestmark = pytest.mark.smollm2
 
 LENGTH = 24
-"""Tokens: few, so that all steps together take seconds. `benchmarks/memory.py` has longer ones, and every cell."""
+"""Tokens: few, so that all steps take seconds. `benchmarks/memory.py` has longer ones, and every cell."""
 
 METHOD_OF: dict[str, Method] = {
     "full": METHODS["full"](),

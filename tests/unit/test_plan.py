@@ -1,6 +1,8 @@
 """Which step is planned, for which device, and what waits in host memory meanwhile."""
 
 import itertools
+import subprocess
+import sys
 import warnings
 from typing import Any
 
@@ -169,3 +171,9 @@ def test_a_compiled_run_is_planned_as_it_is_written() -> None:
     assert plan.note is not None
     assert "uncompiled" in plan.note
     assert plan.peak_bytes == plan_memory(make_recipe(), config=CONFIG).peak_bytes
+
+
+def test_the_command_says_nothing_but_the_plan() -> None:
+    command = [sys.executable, "-m", "lisatune.cli", "plan", "--model", "gpt2", "--length", "8"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
