@@ -16,6 +16,7 @@ from rich.text import Text
 
 from lisatune import models
 from lisatune.assemble import rehearse
+from lisatune.exits import USER_ERRORS
 from lisatune.outline import Outline, make_outline, print_outline
 from lisatune.prepare import Data, check_fits, prepare_data
 from lisatune.progress import plural, terminal
@@ -28,10 +29,6 @@ __all__ = ["CheckReport", "check", "print_report"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-USER_ERRORS = (ValueError, OSError, RuntimeError, ImportError)
-"""What the parts of a run raise at bad input, each with one sentence for the user."""
-
 
 UNKNOWN_STEPS = 10_000
 """Steps assumed where the data can't be read: enough that no warning comes from them."""

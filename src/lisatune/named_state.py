@@ -10,7 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["check_same", "from_json", "from_names", "restore_dtypes", "to_json", "to_names"]
+__all__ = ["MisfitError", "check_same", "from_json", "from_names", "restore_dtypes", "to_json", "to_names"]
+
+
+class MisfitError(ValueError):
+    """A saved state is another model's or optimizer's."""
 
 
 def to_names(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -43,7 +47,7 @@ def from_names(
     """Turn what `to_names` gave back into a state_dict that `optimizer.load_state_dict` takes.
 
     Raises:
-        ValueError: a parameter is missing, new, or in another param group; names the first.
+        MisfitError: a parameter is missing, new, or in another param group; names the first.
     """
     names = _group_names(model, optimizer)
     where = {name: f"in group {i}" for i, group in enumerate(names) for name in group}
@@ -74,11 +78,11 @@ def restore_dtypes(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str,
 
 
 def check_same(what: str, saved: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Raise ValueError, naming the first entry that differs."""
+    """Raise MisfitError, naming the first entry that differs."""
     for name in (*saved, *now):
         if saved.get(name) != now.get(name):
             was, is_now = saved.get(name, "not there"), now.get(name, "not there")
-            raise ValueError(f"{what} are not the saved ones: {name} was {was} and is {is_now}")
+            raise MisfitError(f"{what} are not the saved ones: {name} was {was} and is {is_now}")
 
 
 def to_json(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

@@ -58,6 +58,11 @@ class Data:
     skipped: int
     """Records that could not be used, under `on_bad_row: skip`."""
 
+    @property
+    def hashes(self) -> dict[str, str]:
+        """Hash of the rows by the recipe's keys, which tells a run that goes on whether they are the same."""
+        return {"data.train": self.train.sha256, "data.validation": self.validation.sha256}
+
 
 def prepare_data(recipe: Recipe, tokenizer: Any) -> Data:
     """Read, split and tokenise the recipe's data.

@@ -189,13 +189,19 @@ class RunConfig:
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What to do when loss or gradients are NaN or infinite: stop, or skip that step and count it."""
 
+    max_skipped_steps: int = 10
+    """Stop after so many steps in a row were skipped; what is trained after that would be lost time."""
+
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """When a checkpoint can't be written (a full disk, a read-only folder): stop, or count it and go on."""
+
     report_to: tuple[str, ...] = ()
     """Trackers by name: tensorboard, wandb, trackio, mlflow."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "log_every", "eval_every", "save_every"):
             _at_least(1, f"run.{name}", getattr(self, name))
-        for name in ("keep_checkpoints", "sample_tokens"):
+        for name in ("keep_checkpoints", "sample_tokens", "max_skipped_steps"):
             _at_least(1, f"run.{name}", getattr(self, name))
         _at_least(0, "run.samples", self.samples)
         if not 0 <= self.seed < 2**63:
