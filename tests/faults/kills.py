@@ -178,6 +178,22 @@ def changes(event: str, arguments: tuple[Any, ...], inside: str) -> bool:
     return isinstance(arguments[0], str | os.PathLike) and os.fspath(arguments[0]).startswith(inside)
 
 
+def before_step(number: int) -> Killer:
+    """Die before step `number` + 1."""
+
+    def set_up(run: Path) -> None:
+        make_step = lisatune.train._step
+
+        def step(parts: Any, done: Any, *rest: Any) -> Any:
+            if done.step == number:
+                die()
+            return make_step(parts, done, *rest)
+
+        lisatune.train._step = step
+
+    return set_up
+
+
 def inside_file(number: int) -> Killer:
     """Die when half of the `number`-th safetensors file is written, from 1."""
 
@@ -306,6 +322,3 @@ def outcome(run: Path) -> dict[str, Any]:
         path.name for path in (*run.iterdir(), *(run / "checkpoints").iterdir()) if ".tmp" in path.name
     )
     return found
-
-
-assert lisatune.train  # imported before the fork
