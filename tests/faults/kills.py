@@ -110,6 +110,12 @@ def attempt(recipe: Path, run: Path, *flags: str, killer: Killer | None = None) 
     return forked(lambda: cli.main(command), run.with_name(run.name + ".log"), run, killer)
 
 
+def train(recipe: Path, run: Path, *flags: str) -> int:
+    """Train in this process; return the exit code."""
+    overrides = json.loads((recipe.parent / "overrides.json").read_text())
+    return cli.main(["train", str(recipe), f"run.output={run}", *overrides, *flags])
+
+
 def forked(act: Callable[[], int], log: Path, run: Path, killer: Killer | None = None) -> int:
     """Call something in a forked process whose output goes to a file, and leave with what it returns."""
     sys.stdout.flush()
@@ -178,20 +184,20 @@ def changes(event: str, arguments: tuple[Any, ...], inside: str) -> bool:
     return isinstance(arguments[0], str | os.PathLike) and os.fspath(arguments[0]).startswith(inside)
 
 
+def at_steps(**act: Callable[[], Any]) -> None:
+    """Call `_N` before step N + 1 of this process; for a forked one."""
+    make_step = lisatune.train._step
+
+    def step(parts: Any, done: Any, *rest: Any) -> Any:
+        act.pop(f"_{done.step}", lambda: None)()
+        return make_step(parts, done, *rest)
+
+    lisatune.train._step = step
+
+
 def before_step(number: int) -> Killer:
     """Die before step `number` + 1."""
-
-    def set_up(run: Path) -> None:
-        make_step = lisatune.train._step
-
-        def step(parts: Any, done: Any, *rest: Any) -> Any:
-            if done.step == number:
-                die()
-            return make_step(parts, done, *rest)
-
-        lisatune.train._step = step
-
-    return set_up
+    return lambda run: at_steps(**{f"_{number}": die})
 
 
 def inside_file(number: int) -> Killer:
@@ -267,7 +273,7 @@ class Series:
             raise AssertionError("the last attempt is not killed")
         if not tally.mismatches:
             tally.finished += 1
-            tally.mismatches += [f"{self.variant}: {what}" for what in self._differences(run)]
+            tally.mismatches += [f"{self.variant}: {what}" for what in self.differences(run)]
         shutil.rmtree(run, ignore_errors=True)
         return tally
 
@@ -289,7 +295,8 @@ class Series:
             return inside_file(generator.randint(1, 3 * STEPS)), None
         return None, None
 
-    def _differences(self, run: Path) -> list[str]:
+    def differences(self, run: Path) -> list[str]:
+        """What a finished run left behind that is not bit-equal to what the undisturbed one did."""
         now, was = outcome(run), self.straight
         different = [name for name in was.keys() | now.keys() if was.get(name) != now.get(name)]
         return [f"{name} was {was.get(name)!r:.200}, is {now.get(name)!r:.200}" for name in different]
@@ -322,3 +329,8 @@ def outcome(run: Path) -> dict[str, Any]:
         path.name for path in (*run.iterdir(), *(run / "checkpoints").iterdir()) if ".tmp" in path.name
     )
     return found
+
+
+def assert_as_undisturbed(series: "Series", run: Path) -> None:
+    """Compare all that a run left behind with the undisturbed one."""
+    assert series.differences(run) == []

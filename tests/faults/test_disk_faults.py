@@ -6,13 +6,11 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-import lisatune.train
 from faults import kills, mounts
-from lisatune import cli
+from faults.kills import assert_as_undisturbed, at_steps, train
 from lisatune.manifest import FILES
 
 TWO = "run.save_every=2"
@@ -29,27 +27,6 @@ def can_mount(tmp_path_factory: pytest.TempPathFactory) -> None:
         pytest.skip("no right to mount a disk here")
 
 
-def train(recipe: Path, run: Path, *flags: str) -> int:
-    overrides = json.loads((recipe.parent / "overrides.json").read_text())
-    return cli.main(["train", str(recipe), f"run.output={run}", *overrides, *flags])
-
-
-def at_steps(**act: Callable[[], Any]) -> None:
-    """Call `_N` before step N + 1 of this process; for a forked one."""
-    make_step = lisatune.train._step
-
-    def step(parts: Any, done: Any, *rest: Any) -> Any:
-        act.pop(f"_{done.step}", lambda: None)()
-        return make_step(parts, done, *rest)
-
-    lisatune.train._step = step
-
-
-def assert_as_undisturbed(series: kills.Series, run: Path) -> None:
-    now = kills.outcome(run)
-    assert [name for name in series.straight if series.straight[name] != now.get(name)] == []
-
-
 def assert_intact(run: Path, name: str, log: Path) -> None:
     assert [path.name for path in (run / "checkpoints").iterdir()] == [name], log.read_text()
 
@@ -64,6 +41,7 @@ def test_a_disk_that_gives_out_costs_the_steps_since_the_last_checkpoint(
 ) -> None:
     def act(disk: mounts.Disk) -> int:
         run = disk.path / "run"
+        folder = run / "checkpoints"
         act = {
             "full": lambda: disk.fill(left=60_000),
             "read-only": lambda: disk.read_only(run / "checkpoints"),
@@ -71,7 +49,7 @@ def test_a_disk_that_gives_out_costs_the_steps_since_the_last_checkpoint(
         at_steps(_2=act)
         code = train(series.recipe, run, TWO)
         shutil.copytree(run, tmp_path / "failed", ignore=shutil.ignore_patterns("ballast"))
-        disk.writable(run / "checkpoints") if fault == "read-only" else disk.empty()
+        disk.writable(folder) if fault == "read-only" else disk.empty()
         assert code == 2, code
         assert train(series.recipe, run, "run.save_every=1", "--resume") == 0
         shutil.copytree(run, tmp_path / "resumed")
