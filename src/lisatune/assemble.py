@@ -23,6 +23,7 @@ from lisatune.lisa import LISA
 from lisatune.loss import CausalLMLoss
 from lisatune.optim import state_bytes, state_elements
 from lisatune.prepare import Data, check_fits, max_positions, prepare_data
+from lisatune.pretrained import announce_remote_code
 from lisatune.recipe import Recipe
 from lisatune.step import TrainingStep
 
@@ -92,6 +93,7 @@ def assemble(recipe: Recipe) -> Parts:
 
     run, name = recipe.run, recipe.model.name
     revision, trusted = recipe.model.revision, recipe.model.trust_remote_code
+    announce_remote_code(name, trusted)
     device = models.pick_device(run.device)
     if run.compile and device.type == "cpu":
         check_compiler()
