@@ -14,7 +14,7 @@ from lisatune.checkpoint import load_checkpoint, save_checkpoint
 from lisatune.manifest import DamagedCheckpointError, checkpoints, newest_checkpoint, prune
 from lisatune.runs import RunFolder
 
-__all__ = ["Progress", "find_checkpoint", "restore", "save"]
+__all__ = ["Progress", "find_checkpoint", "read_progress", "restore", "save"]
 
 
 @dataclass
@@ -63,7 +63,7 @@ def restore(parts: Parts, output: Path) -> tuple[Progress, list[Path]]:
     problem = DamagedCheckpointError(f"there is no complete checkpoint in {output}")
     for path in checkpoints(output / "checkpoints"):
         try:
-            done = _progress(
+            done = read_progress(
                 path,
                 load_checkpoint(
                     path, model=parts.model, optimizer=parts.optimizer, scheduler=parts.scheduler
@@ -115,7 +115,7 @@ def save(parts: Parts, done: Progress, folder: RunFolder, say: Callable[[str], N
     return True
 
 
-def _progress(path: Path, extra: Mapping[str, Any]) -> Progress:
+def read_progress(path: Path, extra: Mapping[str, Any]) -> Progress:
     """Check the types of what a checkpoint holds: a run without some field is an older one."""
     kinds = typing.get_type_hints(Progress)
     for name, value in extra.items():

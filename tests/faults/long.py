@@ -64,8 +64,25 @@ def row(name: str, tally: "kills.Tally") -> str:  # noqa: F821
 
 
 def fuzz(folder: Path, cases: int, seed: int) -> bool:
-    """Feed changed inputs."""
-    raise NotImplementedError
+    """Feed as many changed inputs, the same number of each kind."""
+    from faults.fuzzing import Fuzz, Outcome
+
+    fuzz, failures, total = Fuzz(folder / "fuzz"), [], Outcome()
+    print("| input | cases | taken | refused in a sentence | failures |\n| --- | --: | --: | --: | --: |")
+    each = -(-cases // len(fuzz.kinds))
+    for kind in fuzz.kinds:
+        outcome = Outcome()
+        for case in range(each):
+            fuzz.run(kind, seed * each + case, outcome)
+        figures = (outcome.cases, outcome.taken, outcome.refused, len(outcome.failures))
+        print(f"| {kind} | {' | '.join(map(str, figures))} |", flush=True)
+        total.cases, total.taken = total.cases + outcome.cases, total.taken + outcome.taken
+        total.refused += outcome.refused
+        failures += outcome.failures
+    print(f"| **all** | {total.cases} | {total.taken} | {total.refused} | {len(failures)} |")
+    for failure in failures:
+        print(failure)
+    return not failures
 
 
 if __name__ == "__main__":
