@@ -115,6 +115,7 @@ def load_checkpoint(
         optimizer_tensors = load_file(path / "optimizer.safetensors")
         check_same("the model's weights", state["weights"], _describe(weights))
         optimizer_state = from_names(model, optimizer, state["optimizer"], optimizer_tensors)
+        extra = dict(state["extra"])
     except MisfitError as error:
         raise ValueError(f"checkpoint {path} does not fit: {error}") from error
     except (*UNREADABLE, SafetensorError) as error:
@@ -135,7 +136,7 @@ def load_checkpoint(
         if scheduler is not None:
             scheduler.load_state_dict(state["scheduler"])
         _set_rng_states(state["rng"])
-        return dict(state["extra"])
+        return extra
     except (LookupError, TypeError, AttributeError, OverflowError, SafetensorError) as error:
         raise _damaged(path, error) from error
     finally:

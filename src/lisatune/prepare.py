@@ -12,7 +12,7 @@ from torch import nn
 
 from lisatune.data import Examples, Order, pack, tokenize
 from lisatune.evaluate import prompt_ids
-from lisatune.recipe import Recipe
+from lisatune.recipe import Recipe, check_steps
 from lisatune.records import Records, read_records, split_records
 
 __all__ = ["Data", "Question", "check_fits", "max_positions", "prepare_data"]
@@ -79,6 +79,7 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> Data:
         rows = pack(rows, data.max_length)
     order = Order(len(rows.rows), run.batch_size, run.seed)
     steps = run.steps or max(1, math.ceil(run.epochs * order.batches_per_epoch / run.accumulation))
+    check_steps(steps, f"run.epochs={run.epochs:g}")
     asked = (_question(row) for row in validation.rows)
     short = (question for question in asked if len(prompt_ids(tokenizer, question.prompt)) < data.max_length)
     questions = tuple(islice(short, run.samples))

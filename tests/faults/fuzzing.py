@@ -16,7 +16,7 @@ import random
 import shutil
 import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,16 +105,19 @@ def mutate(data: bytes, generator: random.Random) -> bytes:
     for _ in range(generator.randint(1, 4)):
         at = generator.randrange(len(data) + 1)
         end = min(len(data), at + generator.choice([1, 1, 2, 8, 64]))
-        middle = generator.choice(
-            [
-                lambda at=at: bytes([data[at] ^ (1 << generator.randrange(8))]) if at < len(data) else b"",
-                lambda at=at, end=end: data[at:end] * 2,
-                lambda: b"",
-                lambda: generator.choice(BYTES),
-                lambda: generator.randbytes(4),
-                lambda: str(generator.choice(VALUES)).encode(errors="surrogatepass"),
-            ]
-        )()
+        act = generator.randrange(6)
+        if act == 0 and at < len(data):
+            middle = bytes([data[at] ^ (1 << generator.randrange(8))]) + data[at + 1 : end]
+        elif act == 1:
+            middle = data[at:end] * 2
+        elif act == 2:
+            middle = b""
+        elif act == 3:
+            middle = generator.choice(BYTES)
+        elif act == 4:
+            middle = generator.randbytes(4)
+        else:
+            middle = str(generator.choice(VALUES)).encode(errors="surrogatepass")
         data = data[:at] + middle + data[end:]
         if generator.random() < 0.1:
             data = data[: generator.randrange(len(data) + 1)]
@@ -125,29 +128,30 @@ def mutate_value(value: Any, generator: random.Random) -> Any:
     """Change one to four places of dicts and lists: another value, a key gone, new or moved."""
     value = json.loads(json.dumps(value))
     for _ in range(generator.randint(1, 4)):
-        places = list(_places(value))
-        if not places:
+        if not value or not isinstance(value, dict | list):
             return generator.choice(VALUES)
-        holder, key = generator.choice(places)
+        holder, key = _place(value, generator)
         act = generator.randrange(6)
         if act == 0:
             del holder[key]
         elif act == 1 and isinstance(holder, dict):
             holder[str(generator.choice(VALUES))[:40]] = holder.pop(key)
         elif act == 2:
-            other, name = generator.choice(places)
-            with contextlib.suppress(LookupError):
-                holder[key] = json.loads(json.dumps(other[name]))
+            other, name = _place(value, generator)
+            holder[key] = json.loads(json.dumps(other[name]))
         else:
             holder[key] = generator.choice(VALUES)
     return value
 
 
-def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in items:
-        yield value, key
-        yield from _places(item)
+def _place(value: Any, generator: random.Random) -> tuple[Any, Any]:
+    """A place in nested dicts and lists that are not empty: the upper ones as likely as the many below."""
+    while True:
+        key = generator.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        inner = value[key]
+        if not inner or not isinstance(inner, dict | list) or generator.random() < 0.3:
+            return value, key
+        value = inner
 
 
 def mutate_json(text: bytes, generator: random.Random) -> bytes:
