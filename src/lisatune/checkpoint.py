@@ -28,6 +28,7 @@ from lisatune.disk import written_aside
 from lisatune.manifest import DamagedCheckpointError, checkpoint_name, verify, write_manifest
 from lisatune.named_state import (
     MisfitError,
+    check_kinds,
     check_same,
     from_json,
     from_names,
@@ -115,6 +116,7 @@ def load_checkpoint(
         optimizer_tensors = load_file(path / "optimizer.safetensors")
         check_same("the model's weights", state["weights"], _describe(weights))
         optimizer_state = from_names(model, optimizer, state["optimizer"], optimizer_tensors)
+        _check_plain(state, optimizer, scheduler)
         extra = dict(state["extra"])
     except MisfitError as error:
         raise ValueError(f"checkpoint {path} does not fit: {error}") from error
@@ -144,6 +146,31 @@ def load_checkpoint(
 
 
 # ---- tensors
+
+
+def _check_plain(state: dict[str, Any], optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
+    """Refuse values that no run wrote, before they are put where only a later step would trip over them.
+
+    Raises:
+        LookupError, TypeError, AttributeError: there is one.
+    """
+    saved, now = state["optimizer"], optimizer.state_dict()
+    for i, (was, group) in enumerate(zip(saved["param_groups"], now["param_groups"], strict=True)):
+        if missing := group.keys() - was.keys():
+            raise KeyError(f"param_groups.{i}.{min(missing)}")
+        check_kinds(f"param_groups.{i}", {**was, "params": []}, {**group, "params": []})
+    for key in now.keys() - {"state", "param_groups"}:
+        check_kinds(key, saved[key], now[key])
+    for name, entry in saved["state"].items():
+        for key, value in entry.items():
+            if not isinstance(value, int | float | None):
+                raise TypeError(f"state.{name}.{key} is {value!r:.80}")
+    if scheduler is not None and state["scheduler"] is not None:
+        plan = scheduler.state_dict()
+        if plan.keys() != state["scheduler"].keys():
+            raise KeyError(f"scheduler: {', '.join(sorted(plan.keys() ^ state['scheduler'].keys()))}"[:80])
+        check_kinds("scheduler", state["scheduler"], plan)
+    state["rng"]["python"], state["rng"]["torch"]
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:

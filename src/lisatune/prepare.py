@@ -78,8 +78,9 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> Data:
     if data.packing:
         rows = pack(rows, data.max_length)
     order = Order(len(rows.rows), run.batch_size, run.seed)
-    steps = run.steps or max(1, math.ceil(run.epochs * order.batches_per_epoch / run.accumulation))
-    check_steps(steps, f"run.epochs={run.epochs:g}")
+    wanted = run.steps or run.epochs * order.batches_per_epoch / run.accumulation
+    check_steps(wanted, f"run.epochs={run.epochs:g}")
+    steps = max(1, math.ceil(wanted))
     asked = (_question(row) for row in validation.rows)
     short = (question for question in asked if len(prompt_ids(tokenizer, question.prompt)) < data.max_length)
     questions = tuple(islice(short, run.samples))

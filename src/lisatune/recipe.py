@@ -238,7 +238,7 @@ class Recipe:
         return {name: _plain(section) for name, section in asdict(self).items()}
 
 
-def check_steps(steps: int, asked: str) -> None:
+def check_steps(steps: float, asked: str) -> None:
     """Refuse a run whose draws could not even be planned.
 
     Raises:
