@@ -301,6 +301,7 @@ class Fuzz:
         tiny.fit(parts["model"], parts["optimizer"], range(3, 5), after=after)
 
     def _changed(self, generator: random.Random, name: str, change: Callable[..., bytes]) -> None:
+        shutil.rmtree(self.work / self.checkpoint.name, ignore_errors=True)
         path = shutil.copytree(self.checkpoint, self.work / self.checkpoint.name)
         (path / name).write_bytes(change((path / name).read_bytes(), generator))
         if name != "manifest.json" and generator.random() < 0.8:
