@@ -6,11 +6,7 @@ a process that hangs, or a file that was not there before is a failure.
 """
 
 import contextlib
-import csv
-import gzip
 import io
-import json
-import math
 import os
 import random
 import shutil
@@ -21,13 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 import tiny
 import tiny_run
+from faults import changing
+from faults.formats import FORMS, ROWS
 from lisatune import LISA, AdamW, cli, plain_yaml
 from lisatune.checkpoint import load_checkpoint, save_checkpoint
 from lisatune.data import tokenize
@@ -40,47 +36,6 @@ from lisatune.resume import Progress, read_progress
 
 SECONDS = 20
 """A case that takes longer hangs."""
-
-VALUES: list[Any] = [
-    *(
-        None,
-        True,
-        False,
-        0,
-        -1,
-        1,
-        0.5,
-        -0.0,
-        1e308,
-        10**30,
-        2**63,
-        math.nan,
-        math.inf,
-        [],
-        {},
-        "",
-        " ",
-        "null",
-    ),
-    *("../../../etc/passwd", "/etc/passwd", "\0", "\ud800", "é" * 300, "a\nb", "${HOME}", "{{7*7}}", "1e400"),
-    *([None], [[[[]]]], {"__tensor__": "x"}, {"__tuple__": 5}, {"__items__": [1]}, {"a": {"a": {"a": 1}}}),
-    *("auto", "cpu", "cuda:99", "meta", "python-docs", "all", "F64", "I8", [0, 2**62], [8, 4], ["a", 1]),
-]
-BYTES = [
-    b"",
-    b"\0",
-    b"\xff\xfe",
-    b"{",
-    b"}",
-    b"[" * 2000,
-    b'"',
-    b"\\u",
-    b"\r",
-    b"\n\n",
-    b": ",
-    b"!!python/object",
-    b"&a",
-]
 
 
 class Hangs(BaseException):
@@ -95,83 +50,6 @@ class Outcome:
     taken: int = 0
     refused: int = 0
     failures: list[str] = field(default_factory=list)
-
-
-# ---- changing
-
-
-def mutate(data: bytes, generator: random.Random) -> bytes:
-    """Change one to four places of some bytes."""
-    for _ in range(generator.randint(1, 4)):
-        at = generator.randrange(len(data) + 1)
-        end = min(len(data), at + generator.choice([1, 1, 2, 8, 64]))
-        act = generator.randrange(6)
-        if act == 0 and at < len(data):
-            middle = bytes([data[at] ^ (1 << generator.randrange(8))]) + data[at + 1 : end]
-        elif act == 1:
-            middle = data[at:end] * 2
-        elif act == 2:
-            middle = b""
-        elif act == 3:
-            middle = generator.choice(BYTES)
-        elif act == 4:
-            middle = generator.randbytes(4)
-        else:
-            middle = str(generator.choice(VALUES)).encode(errors="surrogatepass")
-        data = data[:at] + middle + data[end:]
-        if generator.random() < 0.1:
-            data = data[: generator.randrange(len(data) + 1)]
-    return data
-
-
-def mutate_value(value: Any, generator: random.Random) -> Any:
-    """Change one to four places of dicts and lists: another value, a key gone, new or moved."""
-    value = json.loads(json.dumps(value))
-    for _ in range(generator.randint(1, 4)):
-        if not value or not isinstance(value, dict | list):
-            return generator.choice(VALUES)
-        holder, key = _place(value, generator)
-        act = generator.randrange(6)
-        if act == 0:
-            del holder[key]
-        elif act == 1 and isinstance(holder, dict):
-            holder[str(generator.choice(VALUES))[:40]] = holder.pop(key)
-        elif act == 2:
-            other, name = _place(value, generator)
-            holder[key] = json.loads(json.dumps(other[name]))
-        else:
-            holder[key] = generator.choice(VALUES)
-    return value
-
-
-def _place(value: Any, generator: random.Random) -> tuple[Any, Any]:
-    """A place in nested dicts and lists that are not empty: the upper ones as likely as the many below."""
-    while True:
-        key = generator.choice(list(value) if isinstance(value, dict) else range(len(value)))
-        inner = value[key]
-        if not inner or not isinstance(inner, dict | list) or generator.random() < 0.3:
-            return value, key
-        value = inner
-
-
-def mutate_json(text: bytes, generator: random.Random) -> bytes:
-    """Change JSON by its structure or by its bytes."""
-    if generator.random() < 0.4:
-        return mutate(text, generator)
-    return json.dumps(mutate_value(json.loads(text), generator)).encode()
-
-
-def mutate_safetensors(data: bytes, generator: random.Random) -> bytes:
-    """Change the header of a safetensors file, its length, or the file."""
-    size = int.from_bytes(data[:8], "little")
-    header, rest = data[8 : 8 + size], data[8 + size :]
-    if generator.random() < 0.2:
-        claimed = generator.choice([0, 1, size - 1, size + 1, 2**31, 2**63, generator.randrange(2 * size)])
-        return claimed.to_bytes(8, "little") + header + rest
-    header = mutate_json(header, generator)
-    if generator.random() < 0.1:
-        rest = mutate(rest, generator)
-    return len(header).to_bytes(8, "little") + header + rest
 
 
 # ---- what is fed
@@ -237,9 +115,9 @@ class Fuzz:
         path = self.work / "recipe.yaml"
         text = self.recipe.read_text()
         if generator.random() < 0.5:
-            path.write_bytes(mutate(text.encode(), generator))
+            path.write_bytes(changing.mutate(text.encode(), generator))
         else:
-            path.write_text(plain_yaml.dump(mutate_value(plain_yaml.load(text), generator)))
+            path.write_text(plain_yaml.dump(changing.mutate_value(plain_yaml.load(text), generator)))
         self._check(path)
 
     def feed_override(self, generator: random.Random) -> None:
@@ -253,9 +131,9 @@ class Fuzz:
             ("run", "output"),
         ):
             key = "revision" if section == "model" else "split" if section == "data" else "seed"
-        override = f"{section}.{key}={generator.choice(VALUES)}"
+        override = f"{section}.{key}={generator.choice(changing.VALUES)}"
         if generator.random() < 0.3:
-            override = mutate(override.encode(errors="replace"), generator).decode(errors="replace")
+            override = changing.mutate(override.encode(errors="replace"), generator).decode(errors="replace")
         self._check(self.recipe, override)
 
     def _check(self, path: Path, *overrides: str) -> None:
@@ -309,99 +187,21 @@ class Fuzz:
         self._load(path)
 
     def feed_manifest(self, generator: random.Random) -> None:
-        self._changed(generator, "manifest.json", mutate_json)
+        self._changed(generator, "manifest.json", changing.mutate_json)
 
     def feed_state(self, generator: random.Random) -> None:
-        self._changed(generator, "state.json", mutate_json)
+        self._changed(generator, "state.json", changing.mutate_json)
 
     def feed_checkpoint_tensors(self, generator: random.Random) -> None:
-        self._changed(generator, generator.choice(FILES[:3]), mutate_safetensors)
+        self._changed(generator, generator.choice(FILES[:3]), changing.mutate_safetensors)
 
     # -- models
 
     def feed_model(self, generator: random.Random) -> None:
         folder = shutil.copytree(self.model, self.work / "model")
         file = folder / "model.safetensors"
-        file.write_bytes(mutate_safetensors(file.read_bytes(), generator))
+        file.write_bytes(changing.mutate_safetensors(file.read_bytes(), generator))
         load_model(str(folder))
-
-
-# ---- records of every kind and format
-
-ROWS: dict[str, list[dict[str, Any]]] = {
-    "alpaca": [{"instruction": "Count.", "input": "to 2", "output": "1 2"}] * 3,
-    "prompt-completion": [{"prompt": "1 + 1 =", "completion": " 2"}] * 3,
-    "messages": [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 3,
-    "sharegpt": [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}] * 3,
-    "text": [{"text": "Once upon a time"}] * 3,
-}
-
-
-def _some(rows: list[dict[str, Any]], generator: random.Random) -> list[Any]:
-    return [mutate_value(row, generator) if generator.random() < 0.5 else row for row in rows]
-
-
-def _jsonl(folder: Path, rows: list[dict[str, Any]], generator: random.Random) -> Path:
-    path = folder / "rows.jsonl"
-    if generator.random() < 0.5:
-        path.write_bytes("\n".join(json.dumps(row) for row in _some(rows, generator)).encode())
-    else:
-        path.write_bytes(mutate("\n".join(map(json.dumps, rows)).encode(), generator))
-    return path
-
-
-def _json(folder: Path, rows: list[dict[str, Any]], generator: random.Random) -> Path:
-    path = folder / "rows.json"
-    path.write_bytes(mutate_json(json.dumps(rows).encode(), generator))
-    return path
-
-
-def _csv(folder: Path, rows: list[dict[str, Any]], generator: random.Random) -> Path:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys())
-    writer.writeheader()
-    writer.writerows(rows)
-    path = folder / "rows.csv"
-    path.write_bytes(mutate(text.getvalue().encode(), generator))
-    return path
-
-
-def _parquet(folder: Path, rows: list[dict[str, Any]], generator: random.Random) -> Path:
-    path = folder / "rows.parquet"
-    changed = rows
-    if generator.random() < 0.5:
-        changed = [row if isinstance(row, dict) else {"text": row} for row in _some(rows, generator)]
-    try:
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(changed), path)
-    except Exception:  # arrow can't hold such a table
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-        changed = rows
-    if changed is rows:
-        path.write_bytes(mutate(path.read_bytes(), generator))
-    return path
-
-
-def _gz(folder: Path, rows: list[dict[str, Any]], generator: random.Random) -> Path:
-    data = gzip.compress("\n".join(map(json.dumps, rows)).encode())
-    path = folder / "rows.jsonl.gz"
-    path.write_bytes(mutate(data, generator))
-    return path
-
-
-def _folder(folder: Path, rows: list[dict[str, Any]], generator: random.Random) -> Path:
-    for number, row in enumerate(rows):
-        (folder / f"{number}.txt").write_bytes(mutate(json.dumps(row).encode(), generator))
-    return folder
-
-
-FORMS = {
-    ".jsonl": _jsonl,
-    ".json": _json,
-    ".csv": _csv,
-    ".parquet": _parquet,
-    ".jsonl.gz": _gz,
-    "folder": _folder,
-}
 
 
 def _hang(*_: Any) -> None:

@@ -39,14 +39,14 @@ def main() -> int:
 
 def kill(folder: Path, at_least: int, seed: int) -> bool:
     """Kill runs of every variant, up to six times each, until there are enough kills."""
-    from faults import kills
+    from faults import kills, runs
 
     print(f"| run | {' | '.join(kills.KINDS)} | resumes | begun again | compared | mismatches |")
     print("| --- |" + " --: |" * (len(kills.KINDS) + 4))
     generator, total = random.Random(seed), kills.Tally()
-    for number, variant in enumerate(kills.VARIANTS):
+    for number, variant in enumerate(runs.VARIANTS):
         series, tally = kills.Series(folder / str(number), variant), kills.Tally()
-        while sum(tally.kills.values()) < at_least / len(kills.VARIANTS):
+        while sum(tally.kills.values()) < at_least / len(runs.VARIANTS):
             kinds = generator.choices(kills.KINDS, k=generator.randint(1, 6))
             tally.add(series.kill_and_compare(generator, kinds))
         print(row(variant, tally), flush=True)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from faults import kills, mounts
-from faults.kills import assert_as_undisturbed, at_steps, train
+from faults import kills, mounts, runs
+from faults.kills import assert_as_undisturbed
+from faults.runs import at_steps, train
 from lisatune.manifest import FILES
 
 TWO = "run.save_every=2"
@@ -101,11 +102,11 @@ def test_a_file_that_may_not_grow_any_more_leaves_the_checkpoint_before(
     def limit(run: Path) -> None:
         at_steps(_2=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
 
-    assert kills.ended(kills.attempt(series.recipe, run, TWO, killer=limit)) == 2
+    assert runs.ended(runs.attempt(series.recipe, run, TWO, killer=limit)) == 2
     log = tmp_path / "run.log"
     assert "File too large" in log.read_text().splitlines()[-1]
     assert_intact(run, "step-000002", log)
-    assert kills.ended(kills.attempt(series.recipe, run, "--resume")) == 0
+    assert runs.ended(runs.attempt(series.recipe, run, "--resume")) == 0
     assert_as_undisturbed(series, run)
 
 
@@ -142,7 +143,7 @@ def test_a_damaged_checkpoint_is_passed_over_in_one_line(
     if not (series.folder / "cut").exists():
         killer = kills.before_step(6)
         assert (
-            kills.ended(kills.attempt(series.recipe, series.folder / "cut", killer=killer)) == -signal.SIGKILL
+            runs.ended(runs.attempt(series.recipe, series.folder / "cut", killer=killer)) == -signal.SIGKILL
         )
     shutil.copytree(series.folder / "cut", run)
     newest = run / "checkpoints" / "step-000006"

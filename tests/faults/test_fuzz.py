@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from faults import fuzzing
-from faults.fuzzing import FORMS, Fuzz, Outcome
+from faults import changing, fuzzing
+from faults.formats import FORMS
+from faults.fuzzing import Fuzz, Outcome
 
 CASES = 25
 KINDS = [
@@ -37,10 +38,10 @@ def test_changed_input_is_taken_or_refused_in_a_sentence(kind: str, fuzz: Fuzz) 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_input_unchanged_is_taken(kind: str, fuzz: Fuzz, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fuzzing, "mutate", lambda data, generator: data)
-    monkeypatch.setattr(fuzzing, "mutate_value", lambda value, generator: value)
-    monkeypatch.setattr(fuzzing, "mutate_safetensors", lambda data, generator: data)
-    monkeypatch.setattr(fuzzing, "VALUES", [1])
+    monkeypatch.setattr(changing, "mutate", lambda data, generator: data)
+    monkeypatch.setattr(changing, "mutate_value", lambda value, generator: value)
+    monkeypatch.setattr(changing, "mutate_safetensors", lambda data, generator: data)
+    monkeypatch.setattr(changing, "VALUES", [1])
     outcome = Outcome()
     # Not every key takes a 1, and lists of messages are nothing for a table.
     for seed in range(12 if kind in ("override", "records, .csv") else 1):

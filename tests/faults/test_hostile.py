@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import tiny_run
-from faults import kills
+from faults import kills, runs
 from lisatune import cli
 from lisatune.manifest import set_aside
 
@@ -136,8 +136,8 @@ def test_data_that_could_be_a_pickle_is_refused(name: str, recipe: Path, refused
 
 
 def test_a_checkpoint_can_neither_lead_out_of_its_folder_nor_be_a_link(tmp_path: Path) -> None:
-    recipe, run = kills.prepare(tmp_path, "lisa"), tmp_path / "run"
-    assert kills.ended(kills.attempt(recipe, run, killer=kills.before_step(4))) == -signal.SIGKILL
+    recipe, run = runs.prepare(tmp_path, "lisa"), tmp_path / "run"
+    assert runs.ended(runs.attempt(recipe, run, killer=kills.before_step(4))) == -signal.SIGKILL
     newest, before = (run / "checkpoints" / f"step-00000{step}" for step in (4, 3))
     manifest = json.loads((newest / "manifest.json").read_text())
     outside = shutil.copytree(newest, tmp_path / "outside")
@@ -149,11 +149,11 @@ def test_a_checkpoint_can_neither_lead_out_of_its_folder_nor_be_a_link(tmp_path:
     shutil.rmtree(before)
     before.symlink_to(outside)  # a whole checkpoint, elsewhere
     kept = {path: path.read_bytes() for path in outside.iterdir()}
-    assert kills.ended(kills.attempt(recipe, run, "--resume")) == 2  # only these two were kept
+    assert runs.ended(runs.attempt(recipe, run, "--resume")) == 2  # only these two were kept
     log = (tmp_path / "run.log").read_text().splitlines()[-1]
     assert log.endswith(f"there is no complete checkpoint in {run}; start again with --overwrite")
     set_aside(newest)
-    assert kills.ended(kills.attempt(recipe, run, "--overwrite")) == 0
+    assert runs.ended(runs.attempt(recipe, run, "--overwrite")) == 0
     assert {path: path.read_bytes() for path in outside.iterdir()} == kept
 
 

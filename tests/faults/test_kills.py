@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from faults import kills
+from faults import kills, runs
 
 
 @pytest.mark.parametrize("variant", ["lisa", "lisa, packed, evaluated"])
@@ -23,13 +23,13 @@ def test_killed_and_resumed_runs_end_bit_equal(variant: str, tmp_path: Path) -> 
 
 
 def test_a_run_killed_while_it_starts_or_overwrites_can_be_started_again(tmp_path: Path) -> None:
-    recipe, run = kills.prepare(tmp_path, "lisa"), tmp_path / "run"
+    recipe, run = runs.prepare(tmp_path, "lisa"), tmp_path / "run"
     for begun in ("never", "before"):
         for change in (2, 3, 5, 8):  # lock, recipe, environment, metrics; or old files, one by one
             flags = ["--overwrite"] if begun == "before" else []
-            code = kills.ended(kills.attempt(recipe, run, *flags, killer=kills.before_file(change)))
+            code = runs.ended(runs.attempt(recipe, run, *flags, killer=kills.before_file(change)))
             assert code == -signal.SIGKILL
-            code = kills.ended(kills.attempt(recipe, run, "--overwrite", "run.steps=4"))
+            code = runs.ended(runs.attempt(recipe, run, "--overwrite", "run.steps=4"))
             assert code == 0, run.with_name("run.log").read_text()
             assert [path.name for path in run.iterdir() if ".tmp" in path.name] == []
             if begun == "never":

@@ -11,8 +11,9 @@ import torch
 
 import lisatune.out_of_memory
 import lisatune.train
-from faults import kills
-from faults.kills import assert_as_undisturbed, at_steps, train
+from faults import kills, runs
+from faults.kills import assert_as_undisturbed
+from faults.runs import at_steps, train
 from lisatune.out_of_memory import is_out_of_memory, limit_bytes
 
 
@@ -27,7 +28,7 @@ def test_the_sentence_names_what_the_plan_suggests(
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has\nmore")
 
-    recipe = kills.prepare(tmp_path, "full")
+    recipe = runs.prepare(tmp_path, "full")
     monkeypatch.setattr(lisatune.train, "_step", full)
     monkeypatch.setattr(lisatune.out_of_memory, "limit_bytes", lambda device: 660 * 2**20)
     capfd.readouterr()
@@ -60,11 +61,11 @@ def test_a_limit_on_the_process_is_one_sentence_and_costs_no_checkpoint(
         at_steps(_2=ALLOCATIONS[kind])
 
     run, log = tmp_path / "run", tmp_path / "run.log"
-    assert kills.ended(kills.attempt(series.recipe, run, killer=limit)) == 2, log.read_text()
+    assert runs.ended(runs.attempt(series.recipe, run, killer=limit)) == 2, log.read_text()
     line = log.read_text().splitlines()[-1]
     assert line.startswith("lisatune: error: memory ran out (")
     assert line.endswith("; the limit is True")
-    assert kills.ended(kills.attempt(series.recipe, run, "--resume")) == 0
+    assert runs.ended(runs.attempt(series.recipe, run, "--resume")) == 0
     assert_as_undisturbed(series, run)
 
 

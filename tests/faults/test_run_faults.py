@@ -15,8 +15,9 @@ import pytest
 import torch
 
 import lisatune.train
-from faults import kills
-from faults.kills import assert_as_undisturbed, at_steps, train
+from faults import kills, runs
+from faults.kills import assert_as_undisturbed
+from faults.runs import at_steps, train
 from lisatune.step import TrainingStep
 
 Say = Callable[[], str]
@@ -87,11 +88,11 @@ def test_sigterm_saves_and_ends_with_143_and_the_run_goes_on_bit_equal(
     function: str, call: int, says: str, resumes: bool, series: kills.Series, tmp_path: Path
 ) -> None:
     run, log = tmp_path / "run", tmp_path / "run.log"
-    pid = kills.attempt(series.recipe, run, "run.save_every=null", killer=lambda run: term_in(function, call))
-    assert kills.ended(pid, within=60) == 143
+    pid = runs.attempt(series.recipe, run, "run.save_every=null", killer=lambda run: term_in(function, call))
+    assert runs.ended(pid, within=60) == 143
     assert log.read_text().splitlines()[-1].startswith(f"lisatune: {says}")
     flags = ["--resume"] if resumes else ["--overwrite"] if run.exists() else []
-    assert kills.ended(kills.attempt(series.recipe, run, *flags)) == 0, log.read_text()
+    assert runs.ended(runs.attempt(series.recipe, run, *flags)) == 0, log.read_text()
     assert_as_undisturbed(series, run)
 
 
@@ -100,12 +101,12 @@ def test_sigterm_from_outside_ends_the_process_within_ten_seconds(
 ) -> None:
     run = tmp_path / "run"
     read, write = os.pipe()
-    pid = kills.attempt(
+    pid = runs.attempt(
         series.recipe, run, "run.steps=5000", killer=lambda run: at_steps(_2=lambda: os.write(write, b"."))
     )
     assert os.read(read, 1) == b"."
     os.kill(pid, signal.SIGTERM)
-    assert kills.ended(pid, within=10) == 143
+    assert runs.ended(pid, within=10) == 143
     assert "which is saved" in (tmp_path / "run.log").read_text().splitlines()[-1]
 
 
@@ -114,11 +115,11 @@ def test_a_second_sigterm_stops_at_once(series: kills.Series, tmp_path: Path) ->
         at_steps(_2=lambda: (term(), term()))
 
     run = tmp_path / "run"
-    assert kills.ended(kills.attempt(series.recipe, run, killer=twice)) == 143
+    assert runs.ended(runs.attempt(series.recipe, run, killer=twice)) == 143
     last = run / "checkpoints" / "step-000002"
     line = (tmp_path / "run.log").read_text().splitlines()[-1]
     assert line == f"lisatune: stopped at once; go on with the same command and --resume, from {last}"
-    assert kills.ended(kills.attempt(series.recipe, run, "--resume")) == 0
+    assert runs.ended(runs.attempt(series.recipe, run, "--resume")) == 0
     assert_as_undisturbed(series, run)
 
 
@@ -157,7 +158,7 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_dead(
     def stop_in_the_middle(run: Path) -> None:
         at_steps(_3=lambda: (os.write(write, b"."), os.kill(os.getpid(), signal.SIGSTOP)))
 
-    pid = kills.attempt(series.recipe, run, killer=stop_in_the_middle)
+    pid = runs.attempt(series.recipe, run, killer=stop_in_the_middle)
     try:
         assert os.read(read, 1) == b"."
         before = files(run)
@@ -167,7 +168,7 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_dead(
         assert files(run) == before
     finally:
         os.kill(pid, signal.SIGKILL)
-        assert kills.ended(pid) == -signal.SIGKILL
+        assert runs.ended(pid) == -signal.SIGKILL
     assert train(series.recipe, run, "--resume") == 0
     assert_as_undisturbed(series, run)
 
@@ -184,14 +185,14 @@ def test_a_clock_that_jumps_changes_nothing(series: kills.Series, tmp_path: Path
         time.time_ns = lambda: int(time.time() * 1e9)
 
     assert (
-        kills.ended(
-            kills.attempt(series.recipe, run, killer=lambda run: (jump(run), kills.before_step(5)(run)))
+        runs.ended(
+            runs.attempt(series.recipe, run, killer=lambda run: (jump(run), kills.before_step(5)(run)))
         )
         == -9
     )
     for age, path in enumerate(sorted((run / "checkpoints").iterdir())):
         os.utime(path, (age * -1e6 + 1e9, age * -1e6 + 1e9))  # the newest is the oldest by its date
-    assert kills.ended(kills.attempt(series.recipe, run, "--resume", killer=jump)) == 0
+    assert runs.ended(runs.attempt(series.recipe, run, "--resume", killer=jump)) == 0
     assert_as_undisturbed(series, run)
 
 
