@@ -10,7 +10,18 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "lisatune"
 
 LEVELS = {
-    0: {"codecs", "disk", "environment", "layers", "plain_yaml", "recipe", "runs", "samplers"},
+    0: {
+        "codecs",
+        "disk",
+        "environment",
+        "exits",
+        "layers",
+        "manifest",
+        "plain_yaml",
+        "recipe",
+        "runs",
+        "samplers",
+    },
     1: {
         "adamw",
         "adamw_state",
@@ -54,12 +65,14 @@ LEVELS = {
         "fit",
         "layer_table",
         "memory_check",
+        "out_of_memory",
         "outline",
         "plan",
         "plan_table",
         "prepare",
         "progress",
         "recipe_file",
+        "resume",
         "stopping",
         "train",
     },

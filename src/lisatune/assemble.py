@@ -3,6 +3,7 @@
 Everything still requires grad while the optimizer is built; LISA attaches last and freezes.
 """
 
+import random
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from lisatune.lisa import LISA
 from lisatune.loss import CausalLMLoss
 from lisatune.optim import state_bytes, state_elements
 from lisatune.prepare import Data, check_fits, max_positions, prepare_data
+from lisatune.pretrained import announce_remote_code
 from lisatune.recipe import Recipe
 from lisatune.step import TrainingStep
 
@@ -87,7 +89,7 @@ def batch_length(rows: Sequence[Row], recipe: Recipe, model: nn.Module) -> int:
     return max(longest, min(rounded, max_positions(model) or rounded))
 
 
-def assemble(recipe: Recipe, *, before_load: Callable[..., None] | None = None) -> Parts:
+def assemble(recipe: Recipe, before_load: Callable[..., None] | None = None) -> Parts:
     """Build everything a run needs, in this order: data, model, layers, optimizer, LISA, schedule.
 
     A rehearsal without weights goes first: what can't work fails before a large model loads. Then comes
@@ -97,6 +99,7 @@ def assemble(recipe: Recipe, *, before_load: Callable[..., None] | None = None) 
 
     run, name = recipe.run, recipe.model.name
     revision, trusted = recipe.model.revision, recipe.model.trust_remote_code
+    announce_remote_code(name, trusted)
     device = models.pick_device(run.device)
     if run.compile and device.type == "cpu":
         check_compiler()
@@ -108,7 +111,7 @@ def assemble(recipe: Recipe, *, before_load: Callable[..., None] | None = None) 
         check_fits(rehearsed, data)
     if before_load is not None:
         before_load(device, steps=data.steps, length=batch_length(data.train.rows, recipe, rehearsed))
-    torch.manual_seed(run.seed)
+    _seed(run.seed)
     model = models.load_model(
         name,
         revision=revision,
@@ -192,6 +195,15 @@ def build(
         in_backward=optimizer.in_backward if isinstance(optimizer, AdamW) else None,
     )
     return Built(model, layers, step, lisa, state, blocks)
+
+
+def _seed(seed: int) -> None:
+    """Seed every generator that a model may draw from, and that checkpoints hold."""
+    import numpy as np
+
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def _set_block_forward(recipe: Recipe, model: nn.Module) -> BlockForward | None:

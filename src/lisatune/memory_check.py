@@ -1,6 +1,8 @@
 """Whether a run fits its device, known before weights load; and at its end, whether the plan was right."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -68,29 +70,31 @@ class MemoryCheck:
             )
         self._resident_before = memory.resident_bytes()
 
-    def before_step(self, device: torch.device) -> None:
-        """Count anew, so that no evaluation is in the step's peak."""
-        self._other_peak = self.device_peak(device)
+    @contextmanager
+    def step(self, device: torch.device) -> Iterator[None]:
+        """Count what is inside anew, so that no evaluation is in the step's peak."""
+        self._other_peak = self._device_peak(device)
         memory.reset_device_peak(device)
-
-    def after_step(self, device: torch.device) -> None:
-        """Take the step's peak."""
+        yield
         self._step_peak = max(self._step_peak, memory.device_peak_bytes(device) or 0)
 
-    def device_peak(self, device: torch.device) -> int:
+    def _device_peak(self, device: torch.device) -> int:
         """Most memory that tensors took on the device, evaluation included; 0 where torch keeps no count."""
         return max(self._other_peak, self._step_peak, memory.device_peak_bytes(device) or 0)
 
     def outcome(self, device: torch.device) -> progress.Summary:
-        """Say for the run's summary what was planned and what was measured; empty without a plan.
+        """Say for the run's summary how much memory it took, and where there is a plan what that said.
 
         On CUDA that is the most that tensors took in a training step of this process. A CPU keeps no such
         count: there it is by how much resident memory has grown since before the weights loaded, at most.
         """
+        resident = memory.peak_resident_bytes()
+        peak_bytes = self._device_peak(device) or resident
         if self.plan is None:
-            return {}
-        grown = memory.peak_resident_bytes() - self._resident_before
+            return {"peak_bytes": peak_bytes}
+        grown = resident - self._resident_before
         return {
+            "peak_bytes": peak_bytes,
             "planned_bytes": self.plan.tensor_bytes,
             "plan": self.plan.kind,
             "measured_bytes": self._step_peak or grown,

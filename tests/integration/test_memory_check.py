@@ -132,7 +132,7 @@ def test_a_defect_of_the_plan_stops_no_run(recipe: Path, monkeypatch: pytest.Mon
     check = MemoryCheck(load_recipe(recipe))
     with pytest.warns(UserWarning, match=r"can't be planned \(a defect\)"):
         check.before_load(torch.device("cpu"), steps=4, length=32)
-    assert check.outcome(torch.device("cpu")) == {}
+    assert check.outcome(torch.device("cpu")).keys() == {"peak_bytes"}
 
 
 def test_planning_a_tiny_run_takes_less_than_a_second(recipe: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM
 
@@ -71,8 +72,8 @@ def press_ctrl_c(monkeypatch: pytest.MonkeyPatch, *, after: int) -> None:
         return make_step(*args)
 
     @contextmanager
-    def interruptible() -> Iterator[Callable[[], bool]]:
-        yield lambda: made >= after
+    def interruptible() -> Iterator[Callable[[], type[KeyboardInterrupt] | None]]:
+        yield lambda: KeyboardInterrupt if made >= after else None
 
     monkeypatch.setattr(lisatune.train, "_step", step)
     monkeypatch.setattr(lisatune.train, "interruptible", interruptible)
@@ -217,7 +218,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> None:
 
     def poisoned(self: CausalLMLoss, batch: Any) -> Any:
         loss, count = original(self, batch)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not isinstance(loss, FakeTensor):  # the plan's
             made.append(1)
             if len(made) in calls:
                 loss = loss * math.nan
