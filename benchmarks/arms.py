@@ -3,7 +3,7 @@
     gemm                    no step: the rate of the model's own matrix products
     full, lora128, lora16   HF Trainer (and PEFT, on the linear layers of a block), as their users run them
     toggle                  LISA as toggling only: plain loss, state kept, verify off
-    lisa                    ours, γ = 2: loss without full logits, compiled blocks
+    lisa                    ours, γ = --active, 2: loss without full logits, compiled blocks
     lisa-plain              ours without compiling
     lisa-every5, lisa-8bit, lisa-factored, lisa-head, lisa-frozen
                             ours, with that policy of the ends (`method.ends`)
@@ -62,7 +62,7 @@ def run_arm(args: argparse.Namespace, arm: str) -> dict[str, Any]:
         args: of `step.py`: model, precision, length, batch, steps, threads, memory, profile.
         arm: one of ARMS.
     """
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1 if args.memory else args.threads)
     if arm == "gemm":
         return run_gemm(args)
     return run_peer(args, arm) if arm.startswith(PEERS) else run_lisa(args, arm)
@@ -101,18 +101,21 @@ class Meter:
 
 
 def load(args: argparse.Namespace) -> Any:
-    """The model in its precision; a name of `lisatune.shapes` other than SmolLM2 gets random weights."""
+    """The model in its precision. Other shapes of `lisatune.shapes` than SmolLM2's own get random weights."""
     from lisatune import models
 
     torch.manual_seed(0)
     dtype = DTYPES[args.precision]
-    if args.model == "smollm2-135m" or Path(args.model).exists():
+    if args.blocks is None and (args.model == "smollm2-135m" or Path(args.model).exists()):
         return models.load_model(args.model, dtype=dtype).train()
     from transformers import AutoModelForCausalLM
 
     from lisatune.shapes import shape_config
 
-    return AutoModelForCausalLM.from_config(shape_config(args.model), dtype=dtype).train()
+    config = shape_config(args.model)
+    if args.blocks is not None:
+        config.num_hidden_layers = args.blocks
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).train()
 
 
 def sequences(model: Any, args: argparse.Namespace, steps: int) -> list[Tensor]:
@@ -129,7 +132,7 @@ def run_peer(args: argparse.Namespace, arm: str) -> dict[str, Any]:
 
     name, _, extra = arm.partition("+")
     model = load(args)
-    batches = sequences(model, args, steps_of(arm, args.steps))
+    batches = sequences(model, args, steps_of(arm, 2 if args.memory else args.steps))
     if extra == "tricks":
         use_chunked_loss(model)
         BlockForward(model, find_layers(model), backend="inductor", dynamic=False)
@@ -166,10 +169,10 @@ def run_peer(args: argparse.Namespace, arm: str) -> dict[str, Any]:
 
 
 def run_lisa(args: argparse.Namespace, arm: str) -> dict[str, Any]:
-    """LISA with γ = 2 in a plain loop: ours, or by toggling only."""
+    """LISA in a plain loop: ours, or by toggling only."""
     name, _, extra = arm.partition("+")
     model = load(args)
-    batches = sequences(model, args, steps_of(arm, args.steps))
+    batches = sequences(model, args, steps_of(arm, 2 if args.memory else args.steps))
     layers, facts, ours = find_layers(model), {}, name != "toggle"
     ends = ENDS.get(name.removeprefix("lisa-"), "train")
     blocks = None
@@ -182,10 +185,10 @@ def run_lisa(args: argparse.Namespace, arm: str) -> dict[str, Any]:
     gc.collect()
     if ours:
         optimizer = build_optimizer(model, layers, OptimizerConfig(lr=1e-5), ends=ends)
-        lisa = LISA(model, optimizer, active=2, period=2, ends=ends)
+        lisa = LISA(model, optimizer, active=args.active, period=2, ends=ends)
     else:
         optimizer = build_adamw(model, layers, lr=1e-5)
-        lisa = LISA(model, optimizer, active=2, period=2, state="keep", verify="off")
+        lisa = LISA(model, optimizer, active=args.active, period=2, state="keep", verify="off")
 
     def forward(ids: Tensor) -> Tensor:
         loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss

@@ -32,7 +32,7 @@ from typing import Any
 from arms import ARMS, DTYPES, run_arm
 
 CORE = "gemm,full,lora128,toggle,lisa,lisa-every5"
-SETTINGS = ("model", "precision", "length", "batch", "steps", "threads")
+SETTINGS = ("model", "precision", "length", "batch", "blocks", "active", "steps", "threads")
 """What must be equal for figures of two calls to stand in one table."""
 
 
@@ -59,9 +59,9 @@ class Results:
             self.path.with_suffix(".md").write_text(report(self) + "\n")
 
 
-def spawn(arm: str, *more: str) -> dict[str, Any]:
+def spawn(arm: str, arguments: list[str]) -> dict[str, Any]:
     """Run one arm in a process of its own and read its figures, the last line it prints."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--child", arm, *more]
+    command = [sys.executable, __file__, *arguments, "--child", arm]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"arm {arm} failed:\n{done.stderr[-3000:]}")
@@ -82,7 +82,7 @@ def run_rounds(args: argparse.Namespace, arms: list[str], results: Results) -> N
 
     def timed(arm: str, *more: str) -> dict[str, Any]:
         started = time.monotonic()
-        figures = spawn(arm, *more)
+        figures = spawn(arm, [*sys.argv[1:], *more])
         longest[arm] = max(longest.get(arm, 0), time.monotonic() - started)
         return figures
 
@@ -140,6 +140,8 @@ def main() -> None:
     parser.add_argument("--precision", choices=DTYPES, default="fp32")
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--blocks", type=int, help="blocks of a model with random weights of that shape")
+    parser.add_argument("--active", type=int, default=2, help="blocks that LISA trains at once")
     parser.add_argument("--steps", type=int, default=4, help="measured steps of a round, an even number")
     parser.add_argument("--repeats", type=int, default=3, help="rounds at most")
     parser.add_argument("--budget", type=float, help="minutes, after which no arm starts")
