@@ -3,11 +3,13 @@
     gemm                    no step: the rate of the model's own matrix products
     full, lora128, lora16   HF Trainer (and PEFT, on the linear layers of a block), as their users run them
     toggle                  LISA as toggling only: plain loss, state kept, verify off
-    lisa                    ours, γ = --active, 2: loss without full logits, compiled blocks
+    lisa                    ours, γ = --active, 2: loss without full logits, compiled blocks,
+                            attention for CPUs
     lisa-plain              ours without compiling
     lisa-every5, lisa-8bit, lisa-factored, lisa-head, lisa-frozen
                             ours, with that policy of the ends (`method.ends`)
-    …+tricks                the peer with our loss and compiled blocks
+    lisa-sdpa               ours with torch's attention instead of `model.attention: lisatune_cpu`
+    …+tricks                the peer with our loss, attention and compiled blocks
     …+checkpointing         activations recomputed: transformers' own in peers, `frozen` in ours
 
 In bf16 all weights are bf16; peers round as they do, ours updates exactly (`run.precision: bf16`).
@@ -34,6 +36,7 @@ from torch.profiler import record_function
 
 from lisatune import LISA, find_layers, use_chunked_loss
 from lisatune.blocks import BlockForward, num_graphs
+from lisatune.cpu_attention import use_cpu_attention
 from lisatune.layers import LayerMap
 from lisatune.methods import Lora
 from lisatune.optim import build_adamw, build_optimizer
@@ -48,7 +51,7 @@ CYCLE = 10
 PEERS = ("full", "lora128", "lora16")
 ENDS = {"every5": "every:5", "8bit": "8bit", "factored": "factored", "head": "head", "frozen": "frozen"}
 ARMS = (
-    *("gemm", *PEERS, "toggle", "lisa", "lisa-plain", *(f"lisa-{ends}" for ends in ENDS)),
+    *("gemm", *PEERS, "toggle", "lisa", "lisa-plain", "lisa-sdpa", *(f"lisa-{ends}" for ends in ENDS)),
     *("full+tricks", "lora128+tricks", "full+checkpointing", "lora128+checkpointing"),
     *("lisa+checkpointing", "lisa-every5+checkpointing", "lisa-8bit+checkpointing"),
 )
@@ -135,6 +138,7 @@ def run_peer(args: argparse.Namespace, arm: str) -> dict[str, Any]:
     batches = sequences(model, args, steps_of(arm, 2 if args.memory else args.steps))
     if extra == "tricks":
         use_chunked_loss(model)
+        use_cpu_attention(model)
         BlockForward(model, find_layers(model), backend="inductor", dynamic=False)
     if name != "full":
         model = Lora(rank=int(name.removeprefix("lora"))).prepare(model)
@@ -178,6 +182,8 @@ def run_lisa(args: argparse.Namespace, arm: str) -> dict[str, Any]:
     blocks = None
     if ours:
         use_chunked_loss(model)
+    if ours and "sdpa" not in name:
+        use_cpu_attention(model)
     if ours and name != "lisa-plain":
         kind: Any = "frozen" if extra else None
         blocks = BlockForward(model, layers, checkpointing=kind, backend="inductor", dynamic=False)
@@ -231,8 +237,8 @@ def run_lisa(args: argparse.Namespace, arm: str) -> dict[str, Any]:
 
 
 KINDS = {
-    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::"),
-    "attention": ("aten::_scaled_dot_product",),
+    "matrix products": ("aten::mm", "aten::addmm", "mkldnn::"),
+    "attention": ("aten::_scaled_dot_product", "lisatune::causal", "aten::bmm", "aten::_softmax"),
     "elementwise work of compiled blocks": ("## Call CompiledFxGraph", "Torch-Compiled Region"),
     "AdamW's kernel": ("aten::_fused_adamw",),
 }

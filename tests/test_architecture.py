@@ -16,6 +16,7 @@ LEVELS = {
         "adamw_state",
         "blocks",
         "chunked_loss",
+        "cpu_attention",
         "cross_entropy",
         "ends",
         "factored",

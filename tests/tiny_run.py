@@ -13,7 +13,7 @@ BLOCKS = 4
 
 
 def write_model(folder: Path) -> Path:
-    """Save a Llama of 4 blocks and hidden size 16 whose tokens are bytes, with equal weights in every call."""
+    """Save a Llama of 4 blocks and hidden size 16 whose tokens are bytes; every call writes equal weights."""
     tokenizer = byte_tokenizer(CHATML, extra=["<|im_start|>"])
     config = LlamaConfig(
         vocab_size=len(tokenizer),
