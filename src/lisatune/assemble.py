@@ -3,6 +3,7 @@
 Everything still requires grad while the optimizer is built; LISA attaches last and freezes.
 """
 
+import random
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from lisatune.lisa import LISA
 from lisatune.loss import CausalLMLoss
 from lisatune.optim import state_bytes, state_elements
 from lisatune.prepare import Data, check_fits, max_positions, prepare_data
+from lisatune.pretrained import announce_remote_code
 from lisatune.recipe import Recipe
 from lisatune.step import TrainingStep
 
@@ -91,6 +93,7 @@ def assemble(recipe: Recipe) -> Parts:
 
     run, name = recipe.run, recipe.model.name
     revision, trusted = recipe.model.revision, recipe.model.trust_remote_code
+    announce_remote_code(name, trusted)
     device = models.pick_device(run.device)
     if run.compile and device.type == "cpu":
         check_compiler()
@@ -99,7 +102,7 @@ def assemble(recipe: Recipe) -> Parts:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come again with the real model
         check_fits(rehearse(recipe, data.steps)[0], data)
-    torch.manual_seed(run.seed)
+    _seed(run.seed)
     model = models.load_model(
         name,
         revision=revision,
@@ -183,6 +186,15 @@ def build(
         in_backward=optimizer.in_backward if isinstance(optimizer, AdamW) else None,
     )
     return Built(model, layers, step, lisa, state, blocks)
+
+
+def _seed(seed: int) -> None:
+    """Seed every generator that a model may draw from, and that checkpoints hold."""
+    import numpy as np
+
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def _set_block_forward(recipe: Recipe, model: nn.Module) -> BlockForward | None:

@@ -1,8 +1,8 @@
 """Chat templates as training needs them: where answers begin and end in a rendered conversation."""
 
-import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ from lisatune.records import Messages
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["PLAIN_CHAT_TEMPLATE", "Chat", "common_length", "set_chat_template"]
+__all__ = ["PLAIN_CHAT_TEMPLATE", "Chat", "common_length", "set_chat_template", "template_errors"]
 
 PLAIN_CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -52,6 +52,21 @@ def set_chat_template(tokenizer: "PreTrainedTokenizerBase") -> bool:
     return True
 
 
+@contextmanager
+def template_errors() -> Iterator[None]:
+    """Turn what a template raises, which is a program and can raise anything, into one ValueError.
+
+    transformers renders templates in jinja's sandbox, which keeps them from Python and from files.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"the chat template refuses this conversation: {reason}") from error
+
+
 class Chat:
     """The chat template of a tokenizer, which gets `PLAIN_CHAT_TEMPLATE` if it has none.
 
@@ -61,7 +76,6 @@ class Chat:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         try:
-            from jinja2 import TemplateError
             from trl.chat_template_utils import get_training_chat_template
         except ImportError as error:
             raise ImportError('chat templates need trl: pip install "lisatune[train]"') from error
@@ -69,7 +83,7 @@ class Chat:
         self.tokenizer = tokenizer
         self.template: str | None = None
         # Not known to TRL: the own template stays, and `prefixes` checks it on every conversation.
-        with contextlib.suppress(TemplateError, TypeError, ValueError):
+        with suppress(ValueError), template_errors():
             self.template = get_training_chat_template(tokenizer)
         special = (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())
         self._stops = tuple(token for token in special if token.strip())
@@ -80,14 +94,10 @@ class Chat:
         Raises:
             ValueError: the template refuses the messages, or leaves out what one of them says.
         """
-        from jinja2 import TemplateError
-
-        try:
+        with template_errors():
             text: str = self.tokenizer.apply_chat_template(
                 messages, chat_template=self.template, tokenize=False, add_generation_prompt=ask
             )
-        except TemplateError as error:
-            raise ValueError(f"the chat template refuses this conversation: {error}") from error
         for number, message in enumerate(messages, 1):
             if _last_word(message) not in text:
                 raise ValueError(

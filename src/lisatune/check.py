@@ -16,8 +16,10 @@ from rich.text import Text
 
 from lisatune import models
 from lisatune.assemble import rehearse
+from lisatune.exits import USER_ERRORS
 from lisatune.outline import Outline, make_outline, print_outline
 from lisatune.prepare import Data, check_fits, prepare_data
+from lisatune.pretrained import announce_remote_code
 from lisatune.progress import plural, terminal
 from lisatune.recipe import Recipe
 from lisatune.records import read_records
@@ -28,10 +30,6 @@ __all__ = ["CheckReport", "check", "print_report"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-USER_ERRORS = (ValueError, OSError, RuntimeError, ImportError)
-"""What the parts of a run raise at bad input, each with one sentence for the user."""
-
 
 UNKNOWN_STEPS = 10_000
 """Steps assumed where the data can't be read: enough that no warning comes from them."""
@@ -83,6 +81,7 @@ def check(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> C
     output = Path(recipe.run.output or "")
     report.attempt(check_output, output, recipe.as_dict(), resume=resume, overwrite=overwrite)
     report.attempt(check_trackers, recipe.run.report_to)
+    report.attempt(announce_remote_code, recipe.model.name, recipe.model.trust_remote_code)
     device = report.attempt(models.pick_device, recipe.run.device)
     data = _check_data(recipe, report)
     steps = recipe.run.steps if data is None else data.steps

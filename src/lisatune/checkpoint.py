@@ -9,13 +9,11 @@
         manifest.json           size and sha256 of the files above
 
 A folder is written under another name, synced and renamed, so what has its final name is complete. Loading
-opens these files only, after checking them against the manifest.
+opens these files only, never through a link, after checking them against the manifest.
 """
 
 import json
 import random
-import re
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,13 +24,23 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lisatune.disk import sha256_of, written_aside
-from lisatune.named_state import check_same, from_json, from_names, restore_dtypes, to_json, to_names
+from lisatune.disk import written_aside
+from lisatune.manifest import DamagedCheckpointError, checkpoint_name, verify, write_manifest
+from lisatune.named_state import (
+    MisfitError,
+    check_kinds,
+    check_same,
+    from_json,
+    from_names,
+    restore_dtypes,
+    to_json,
+    to_names,
+)
 
-__all__ = ["load_checkpoint", "newest_checkpoint", "prune", "save_checkpoint"]
+__all__ = ["load_checkpoint", "save_checkpoint"]
 
-FILES = ("weights.safetensors", "optimizer.safetensors", "other.safetensors", "state.json")
-FORMAT = 1
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError)
+"""What reading JSON and tensors raises that `save_checkpoint` did not write."""
 
 
 def save_checkpoint(
@@ -74,19 +82,13 @@ def save_checkpoint(
         "rng": to_json(_rng_states(), "rng", other),
         "extra": to_json(dict(extra or {}), "extra", other),
     }
-    target = Path(folder) / f"step-{step:06d}"
+    target = Path(folder) / checkpoint_name(step)
     with written_aside(target) as aside:
         save_file(_storable(weights), aside / "weights.safetensors")
         save_file(_storable(optimizer_tensors), aside / "optimizer.safetensors")
         save_file(_storable(other), aside / "other.safetensors")
         (aside / "state.json").write_text(json.dumps(state))
-        files = {
-            name: {"bytes": (aside / name).stat().st_size, "sha256": sha256_of(aside / name)}
-            for name in FILES
-        }
-        (aside / "manifest.json").write_text(
-            json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1)
-        )
+        write_manifest(aside, step)
     return target
 
 
@@ -98,69 +100,89 @@ def load_checkpoint(
     Names, shapes, dtypes and param groups are compared before anything changes.
 
     Raises:
-        ValueError: the checkpoint is incomplete or damaged, or it is not of this model, optimizer
-            and scheduler.
+        DamagedCheckpointError: the checkpoint is incomplete or damaged.
+        ValueError: it is not of this model, optimizer and scheduler.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
     path = Path(path)
-    _verify(path)
-    state = from_json(json.loads((path / "state.json").read_text()), load_file(path / "other.safetensors"))
-    optimizer_tensors = load_file(path / "optimizer.safetensors")
+    verify(path)
     weights = _weights(model)
     try:
+        state = from_json(
+            json.loads((path / "state.json").read_text()), load_file(path / "other.safetensors")
+        )
+        optimizer_tensors = load_file(path / "optimizer.safetensors")
         check_same("the model's weights", state["weights"], _describe(weights))
         optimizer_state = from_names(model, optimizer, state["optimizer"], optimizer_tensors)
-    except ValueError as error:
+        _check_plain(state, optimizer, scheduler)
+        extra = dict(state["extra"])
+    except MisfitError as error:
         raise ValueError(f"checkpoint {path} does not fit: {error}") from error
+    except (*UNREADABLE, SafetensorError) as error:
+        raise _damaged(path, error) from error
     if (scheduler is None) != (state["scheduler"] is None):
         kind = "with" if scheduler is None else "without"
         raise ValueError(f"checkpoint {path} does not fit: it was saved {kind} a scheduler")
 
-    with safe_open(path / "weights.safetensors", framework="pt") as file, torch.no_grad():
-        for name, tensor in weights.items():
-            tensor.copy_(file.get_tensor(name))
     hook = optimizer.register_load_state_dict_post_hook(
         lambda loaded: restore_dtypes(model, loaded, optimizer_tensors),
         prepend=True,  # before LISA moves a frozen block's state to host memory
     )
     try:
+        with safe_open(path / "weights.safetensors", framework="pt") as file, torch.no_grad():
+            for name, tensor in weights.items():
+                _copy(tensor, file.get_tensor(name), name)
         optimizer.load_state_dict(optimizer_state)
+        if scheduler is not None:
+            scheduler.load_state_dict(state["scheduler"])
+        _set_rng_states(state["rng"])
+        return extra
+    except (LookupError, TypeError, AttributeError, OverflowError, SafetensorError) as error:
+        raise _damaged(path, error) from error
     finally:
         hook.remove()
-    if scheduler is not None:
-        scheduler.load_state_dict(state["scheduler"])
-    _set_rng_states(state["rng"])
-    extra: dict[str, Any] = state["extra"]
-    return extra
-
-
-def newest_checkpoint(folder: str | Path) -> Path | None:
-    """Find the complete checkpoint with the highest step, by file sizes; None where there is none."""
-    return next((path for path in _by_step(Path(folder)) if _is_complete(path)), None)
-
-
-def prune(folder: str | Path, keep: int) -> None:
-    """Delete all but the `keep` newest complete checkpoints, and what interrupted writing left behind.
-
-    Raises:
-        ValueError: keep < 1.
-    """
-    if keep < 1:
-        raise ValueError(f"keep must be >= 1, got {keep}")
-    complete = [path for path in _by_step(Path(folder)) if _is_complete(path)]
-    for path in (*complete[keep:], *Path(folder).glob(".step-*.tmp-*")):
-        shutil.rmtree(path)
 
 
 # ---- tensors
+
+
+def _check_plain(state: dict[str, Any], optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
+    """Refuse values that no run wrote, before they are put where only a later step would trip over them.
+
+    Raises:
+        LookupError, TypeError, AttributeError: there is one.
+    """
+    saved, now = state["optimizer"], optimizer.state_dict()
+    for i, (was, group) in enumerate(zip(saved["param_groups"], now["param_groups"], strict=True)):
+        if missing := group.keys() - was.keys():
+            raise KeyError(f"param_groups.{i}.{min(missing)}")
+        check_kinds(f"param_groups.{i}", {**was, "params": []}, {**group, "params": []})
+    for key in now.keys() - {"state", "param_groups"}:
+        check_kinds(key, saved[key], now[key])
+    for name, entry in saved["state"].items():
+        for key, value in entry.items():
+            if not isinstance(value, int | float | None):
+                raise TypeError(f"state.{name}.{key} is {value!r:.80}")
+    if scheduler is not None and state["scheduler"] is not None:
+        plan = scheduler.state_dict()
+        if plan.keys() != state["scheduler"].keys():
+            raise KeyError(f"scheduler: {', '.join(sorted(plan.keys() ^ state['scheduler'].keys()))}"[:80])
+        check_kinds("scheduler", state["scheduler"], plan)
+    state["rng"]["python"], state["rng"]["torch"]
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
     persistent = model.state_dict(keep_vars=True).keys()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
     return {**dict(model.named_parameters()), **buffers}
+
+
+def _copy(tensor: Tensor, saved: Tensor, name: str) -> None:
+    if saved.shape != tensor.shape or saved.dtype != tensor.dtype:
+        raise TypeError(f"{name} is {saved.dtype} {list(saved.shape)}, not what state.json says")
+    tensor.copy_(saved)
 
 
 def _describe(weights: Mapping[str, Tensor]) -> dict[str, str]:
@@ -195,56 +217,21 @@ def _rng_states() -> dict[str, Any]:
 
 
 def _set_rng_states(states: Mapping[str, Any]) -> None:
-    random.setstate(states["python"])
-    torch.set_rng_state(states["torch"])
-    if "numpy" in states:
-        import numpy as np
+    try:
+        random.setstate(states["python"])
+        torch.set_rng_state(states["torch"])
+        if "numpy" in states:
+            import numpy as np
 
-        np.random.set_state(states["numpy"])
+            np.random.set_state(states["numpy"])
+    except (ValueError, RuntimeError) as error:
+        raise TypeError(f"the state of a random number generator: {error}") from error
     for device, state in enumerate(states.get("cuda", ())[: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(state, device)
 
 
-# ---- files
-
-
-def _by_step(folder: Path) -> list[Path]:
-    """Checkpoint folders, the highest step first."""
-    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
-
-
-def _is_complete(path: Path) -> bool:
-    try:
-        _manifest(path)
-    except ValueError:
-        return False
-    return True
-
-
-def _manifest(path: Path) -> dict[str, str]:
-    """Hash of each file by name; ValueError where a file is missing, cut, or from another format."""
-    try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        files = {name: manifest["files"][name] for name in FILES}
-        wrong = [name for name in FILES if (path / name).stat().st_size != files[name]["bytes"]]
-        hashes = {name: str(files[name]["sha256"]) for name in FILES}
-        is_known = manifest["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"no complete checkpoint in {path} ({type(error).__name__}: {error})") from error
-    if not is_known:
-        raise ValueError(f"checkpoint {path} has format {manifest['format']}, this version reads {FORMAT}")
-    if wrong:
-        raise ValueError(
-            f"checkpoint {path} is damaged: {wrong[0]} has another size than when it was written"
-        )
-    return hashes
-
-
-def _verify(path: Path) -> None:
-    for name, sha256 in _manifest(path).items():
-        if sha256_of(path / name) != sha256:
-            raise ValueError(
-                f"checkpoint {path} is damaged: {name} is not what was written; "
-                "delete the folder to use an earlier one"
-            )
+def _damaged(path: Path, error: Exception) -> DamagedCheckpointError:
+    reason = (str(error).splitlines() or ["no reason given"])[0][:200]
+    return DamagedCheckpointError(
+        f"checkpoint {path} holds what no run wrote ({type(error).__name__}: {reason})"
+    )

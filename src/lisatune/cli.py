@@ -1,7 +1,7 @@
 """The command `lisatune`: parse, call, print.
 
-Bad input ends in one sentence on standard error and exit code 2, Ctrl-C in 130, a defect in 1. Imports
-are inside the functions, so that a missing package is such a sentence too, and `--help` is quick.
+What ends a command ends in one sentence on standard error and one of the exit codes of `lisatune.exits`.
+Imports are inside the functions, so that a missing package is such a sentence too, and `--help` is quick.
 """
 
 import os
@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lisatune import __version__
+from lisatune.exits import BAD_INPUT, DEFECT, USER_ERRORS, exit_code
 
 if TYPE_CHECKING:
     from cyclopts import App
 
 __all__ = ["main"]
-
-USER_ERRORS = (ValueError, OSError, RuntimeError, ImportError)
-"""What bad input raises, with a sentence for the user."""
 
 ABOUT = """Fine-tune all weights of a language model at the memory of a few layers: LISA.
 
@@ -48,15 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(tokens)
     except KeyboardInterrupt as stop:
-        return _say(str(stop) or "interrupted", 130, debug)
+        return _say(str(stop) or "interrupted", exit_code(stop), debug)
     except BrokenPipeError:  # the reader of our output has gone, as in `lisatune layers MODEL | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except USER_ERRORS as error:
-        return _say(f"error: {_first_line(error)}", 2, debug)
+        return _say(f"error: {_first_line(error)}", BAD_INPUT, debug)
     except Exception as error:
         name = type(error).__name__
-        return _say(f"{name}: {_first_line(error)} (a defect; --debug shows the traceback)", 1, debug)
+        return _say(f"{name}: {_first_line(error)} (a defect; --debug shows the traceback)", DEFECT, debug)
 
 
 def train(recipe: Path, /, *overrides: str, resume: bool = False, overwrite: bool = False) -> int:
@@ -75,9 +73,11 @@ def train(recipe: Path, /, *overrides: str, resume: bool = False, overwrite: boo
         overwrite: Delete the run in the run folder and start again.
     """
     from lisatune.recipe_file import load_recipe
+    from lisatune.stopping import terminable
     from lisatune.train import train
 
-    train(load_recipe(recipe, overrides), resume=resume, overwrite=overwrite)
+    with terminable():
+        train(load_recipe(recipe, overrides), resume=resume, overwrite=overwrite)
     return 0
 
 

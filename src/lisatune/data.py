@@ -9,6 +9,7 @@ Shapes: B = rows of a batch, T = tokens of a row, padding included.
 """
 
 import hashlib
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -59,6 +60,16 @@ class Examples:
     def longest(self) -> int:
         """Tokens of the longest row."""
         return max(len(row["input_ids"]) for row in self.rows)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of every row's tokens, labels and documents, in their order."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            for name in sorted(row):
+                digest.update(f"{name} {len(row[name])} ".encode())
+                digest.update(array("q", row[name]).tobytes())
+        return digest.hexdigest()
 
 
 def tokenize(

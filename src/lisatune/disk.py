@@ -1,19 +1,22 @@
-"""Folders that appear complete or not at all, and the hash that tells whether a file is still the same."""
+"""Files and folders that appear complete or not at all, a lock, and a hash that tells what changed."""
 
 import hashlib
 import os
 import shutil
+import socket
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["sha256_of", "written_aside"]
+__all__ = ["delete", "replace_file", "sha256_of", "take_lock", "writing", "written_aside"]
 
 
 @contextmanager
 def written_aside(target: Path, *, replace: bool = True) -> Iterator[Path]:
     """Fill the folder given inside; at the end it is synced to disk and renamed to `target`.
+
+    A process that is killed inside leaves `.TARGET.tmp-…` beside the target, which `delete` may take.
 
     Args:
         target: the final folder; its parents are made.
@@ -26,19 +29,98 @@ def written_aside(target: Path, *, replace: bool = True) -> Iterator[Path]:
     from safetensors import SafetensorError
 
     aside = target.parent / f".{target.name}.tmp-{uuid.uuid4().hex[:8]}"
+    existing = next(folder for folder in aside.absolute().parents if folder.exists())
     try:
         aside.mkdir(parents=True)
         yield aside
         for path in (*aside.rglob("*"), aside):
             _sync(path)
         _put_in_place(aside, target, replace)
-        _sync(target.parent)
+        for folder in target.absolute().parents:
+            _sync(folder)
+            if folder == existing:
+                break
     except (OSError, SafetensorError) as error:
         raise OSError(
             f"could not write {target} ({error}); free some space or choose another folder"
         ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file aside, flush it to the disk and rename it over the old one.
+
+    Raises:
+        OSError: it could not be written; the old one is as it was.
+    """
+    aside = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
+    with writing(path):
+        try:
+            with aside.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
+        _sync(path.parent)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Let an OSError inside name what could not be written."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"cannot write {path}: {reason}; free space or name another run.output") from error
+
+
+def delete(path: Path) -> None:
+    """Delete a folder, file or link. A folder loses its name first, so that no half of one keeps it.
+
+    Raises:
+        OSError: it could not be deleted.
+    """
+    if path.is_dir() and not path.is_symlink():
+        hidden = path.name if path.name.startswith(".") else f".{path.name}"
+        aside = path.with_name(f"{hidden}.tmp-{uuid.uuid4().hex[:8]}")
+        path.rename(aside)
+        shutil.rmtree(aside)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def take_lock(path: Path, *, sign: bool = True) -> int:
+    """Lock a file, made if missing; the system drops the lock however the process ends.
+
+    Args:
+        path: the file.
+        sign: write this process's number and machine into it.
+
+    Returns:
+        The open file; closing it gives the lock back.
+
+    Raises:
+        RuntimeError: another process holds it, named by what that one wrote into the file.
+    """
+    import fcntl  # POSIX only
+
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.read(file, 200).decode(errors="replace").strip() or "another process"
+        os.close(file)
+        raise RuntimeError(
+            f"run folder {path.parent} is in use by {owner}; wait for it or name another run.output"
+        ) from None
+    if sign:
+        with suppress(OSError):  # a full disk: then the process has no name
+            os.truncate(file, 0)
+            os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    return file
 
 
 def sha256_of(file: Path) -> str:
@@ -56,7 +138,7 @@ def _put_in_place(aside: Path, target: Path, replace: bool) -> None:
         except OSError:
             old.rename(target)
             raise
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
         return
     try:
         aside.rename(target)  # fails on a folder with files in it

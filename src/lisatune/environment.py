@@ -56,6 +56,9 @@ def masked(arguments: Sequence[str]) -> list[str]:
     """Blank out what looks like a key: known prefixes, user:password@, values of token and the like."""
     text = "\0".join(arguments)
     text = re.sub(r"\b(hf|sk|gh[oprsu]|github_pat|glpat|xox[abp])([_-])[\w-]{8,}", r"\1\2***", text)
+    text = re.sub(r"\b(AKIA|ASIA|AIza|eyJ)[\w.+/=-]{12,}", r"\1***", text)
+    text = re.sub(r"(?i)\b(bearer|basic)([ :=\0]+)[^\s\0]{8,}", r"\1\2***", text)
     text = re.sub(r"(://)[^/\s\0@]+@", r"\1***@", text)
-    text = re.sub(r"(?i)((?:token|secret|password|api[_-]?key)[=\0 ]+)[^\0]+", r"\1***", text)
+    names = r"(?:token|secret|passw(?:or)?d|(?:api|access|private)[_-]?key)"
+    text = re.sub(rf"(?i)({names}[=\0 ]+)[^\0]+", r"\1***", text)
     return text.split("\0")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lisatune.chat import template_errors
 from lisatune.loss import CausalLMLoss, evaluation_mode
 
 __all__ = ["HeldOut", "generate_answers", "held_out_loss"]
@@ -112,9 +113,10 @@ def prompt_ids(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
     if isinstance(prompt, str):
         ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
     else:
-        ids = tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, return_dict=True, tokenizer_kwargs={"verbose": False}
-        )["input_ids"]
+        with template_errors():
+            ids = tokenizer.apply_chat_template(
+                prompt, add_generation_prompt=True, return_dict=True, tokenizer_kwargs={"verbose": False}
+            )["input_ids"]
     return ids
 
 

@@ -15,7 +15,7 @@ import torch
 from lisatune import cpu_attention
 from lisatune.disk import written_aside
 from lisatune.gguf_models import SMOLLM2, SMOLLM2_SHA256, converted, smollm2_file
-from lisatune.pretrained import check_loaded, import_transformers, one_sentence, quiet
+from lisatune.pretrained import check_index, check_loaded, import_transformers, one_sentence, quiet
 
 __all__ = [
     "enable_activation_checkpointing",
@@ -278,6 +278,7 @@ def _check_folder(path: Path, *, needs_weights: bool) -> None:
         raise FileNotFoundError(
             f"model folder {path} has no config.json; give a folder that save_pretrained wrote"
         )
+    check_index(path / "model.safetensors.index.json")
     if not needs_weights or any(path.glob("*.safetensors")):
         return
     pickled = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))

@@ -10,7 +10,20 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["check_same", "from_json", "from_names", "restore_dtypes", "to_json", "to_names"]
+__all__ = [
+    "MisfitError",
+    "check_kinds",
+    "check_same",
+    "from_json",
+    "from_names",
+    "restore_dtypes",
+    "to_json",
+    "to_names",
+]
+
+
+class MisfitError(ValueError):
+    """A saved state is another model's or optimizer's."""
 
 
 def to_names(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -43,7 +56,7 @@ def from_names(
     """Turn what `to_names` gave back into a state_dict that `optimizer.load_state_dict` takes.
 
     Raises:
-        ValueError: a parameter is missing, new, or in another param group; names the first.
+        MisfitError: a parameter is missing, new, or in another param group; names the first.
     """
     names = _group_names(model, optimizer)
     where = {name: f"in group {i}" for i, group in enumerate(names) for name in group}
@@ -74,11 +87,37 @@ def restore_dtypes(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str,
 
 
 def check_same(what: str, saved: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Raise ValueError, naming the first entry that differs."""
+    """Raise MisfitError, naming the first entry that differs."""
     for name in (*saved, *now):
         if saved.get(name) != now.get(name):
             was, is_now = saved.get(name, "not there"), now.get(name, "not there")
-            raise ValueError(f"{what} are not the saved ones: {name} was {was} and is {is_now}")
+            raise MisfitError(f"{what} are not the saved ones: {name} was {was} and is {is_now}")
+
+
+def check_kinds(what: str, saved: Any, now: Any) -> None:
+    """Compare the kinds of plain values, as deep as both go: a number for a number, text for text.
+
+    Where one is None, or a list has another length, anything may stand for it.
+
+    Raises:
+        TypeError: they differ; names the first.
+    """
+    if isinstance(now, Mapping):
+        if not isinstance(saved, Mapping):
+            raise TypeError(f"{what} is {saved!r:.80}")
+        for key in now:
+            if key in saved:
+                check_kinds(f"{what}.{key}", saved[key], now[key])
+    elif isinstance(now, list | tuple):
+        if not isinstance(saved, list | tuple):
+            raise TypeError(f"{what} is {saved!r:.80}")
+        if len(saved) == len(now):
+            for i, pair in enumerate(zip(saved, now, strict=True)):
+                check_kinds(f"{what}.{i}", *pair)
+    elif now is not None and saved is not None:
+        kinds = int | float if isinstance(now, int | float) else type(now)
+        if not isinstance(saved, kinds):
+            raise TypeError(f"{what} is {saved!r:.80}")
 
 
 def to_json(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

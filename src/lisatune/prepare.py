@@ -12,7 +12,7 @@ from torch import nn
 
 from lisatune.data import Examples, Order, pack, tokenize
 from lisatune.evaluate import prompt_ids
-from lisatune.recipe import Recipe
+from lisatune.recipe import Recipe, check_steps
 from lisatune.records import Records, read_records, split_records
 
 __all__ = ["Data", "Question", "check_fits", "max_positions", "prepare_data"]
@@ -58,6 +58,11 @@ class Data:
     skipped: int
     """Records that could not be used, under `on_bad_row: skip`."""
 
+    @property
+    def hashes(self) -> dict[str, str]:
+        """Hash of the rows by the recipe's keys, which tells a run that goes on whether they are the same."""
+        return {"data.train": self.train.sha256, "data.validation": self.validation.sha256}
+
 
 def prepare_data(recipe: Recipe, tokenizer: Any) -> Data:
     """Read, split and tokenise the recipe's data.
@@ -73,7 +78,9 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> Data:
     if data.packing:
         rows = pack(rows, data.max_length)
     order = Order(len(rows.rows), run.batch_size, run.seed)
-    steps = run.steps or max(1, math.ceil(run.epochs * order.batches_per_epoch / run.accumulation))
+    wanted = run.steps or run.epochs * order.batches_per_epoch / run.accumulation
+    check_steps(wanted, f"run.epochs={run.epochs:g}")
+    steps = max(1, math.ceil(wanted))
     asked = (_question(row) for row in validation.rows)
     short = (question for question in asked if len(prompt_ids(tokenizer, question.prompt)) < data.max_length)
     questions = tuple(islice(short, run.samples))

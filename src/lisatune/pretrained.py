@@ -1,11 +1,20 @@
-"""Calls into transformers: quiet, with errors in one sentence, and never a random weight."""
+"""Calls into transformers: quiet, with errors in one sentence, never a random weight, never a pickle."""
 
+import json
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-__all__ = ["check_loaded", "import_transformers", "one_sentence", "quiet"]
+__all__ = [
+    "announce_remote_code",
+    "check_index",
+    "check_loaded",
+    "import_transformers",
+    "one_sentence",
+    "quiet",
+]
 
 
 def import_transformers() -> Any:
@@ -15,6 +24,28 @@ def import_transformers() -> Any:
     except ImportError as error:
         raise ImportError('opening models needs transformers: pip install "lisatune[train]"') from error
     return transformers
+
+
+def announce_remote_code(name: str, trusted: bool) -> None:
+    """Warn, once before any of it runs, where Python code that comes with a model is trusted."""
+    if trusted:
+        warnings.warn(
+            f"model.trust_remote_code is on: Python code that comes with {name} runs with your rights",
+            stacklevel=2,
+        )
+
+
+def check_index(index: Path) -> None:
+    """Refuse an index of weight files that names anything but safetensors in its own folder."""
+    if not index.is_file():
+        return
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index} is damaged ({type(error).__name__}: {error}); fetch it again") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"{index} names {name!r}; only .safetensors files beside it are ever opened")
 
 
 def check_loaded(name: str, info: dict[str, Any]) -> None:

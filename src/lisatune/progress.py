@@ -52,6 +52,8 @@ class Summary(TypedDict, total=False):
     tokens: int
     """Tokens trained on, padding left out."""
     skipped_steps: int
+    failed_saves: int
+    """Checkpoints that could not be written."""
     train_seconds: float
     compile_seconds: float
     """Wall time of compiling the blocks, before the first step; not part of train_seconds."""
@@ -181,6 +183,8 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
         rows.append(("compiling", f"{_clock(summary['compile_seconds'])} before the first step"))
     if summary.get("skipped_steps"):
         rows.append(("skipped", f"{plural(summary['skipped_steps'], 'step')}: loss or gradients not finite"))
+    if summary.get("failed_saves"):
+        rows.append(("not saved", f"{plural(summary['failed_saves'], 'checkpoint')}: see the lines above"))
     if "peak_bytes" in summary:
         rows.append(("peak memory", byte_text(summary["peak_bytes"])))
     if "peak_state_bytes" in summary:

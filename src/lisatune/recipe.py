@@ -10,7 +10,11 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-__all__ = ["DataConfig", "ModelConfig", "OptimizerConfig", "Recipe", "RunConfig"]
+__all__ = ["DataConfig", "ModelConfig", "OptimizerConfig", "Recipe", "RunConfig", "check_steps"]
+
+
+MAX_STEPS = 1_000_000
+"""Optimizer steps of the longest run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,15 +193,23 @@ class RunConfig:
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What to do when loss or gradients are NaN or infinite: stop, or skip that step and count it."""
 
+    max_skipped_steps: int = 10
+    """Stop after so many steps in a row were skipped; what is trained after that would be lost time."""
+
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """When a checkpoint can't be written (a full disk, a read-only folder): stop, or count it and go on."""
+
     report_to: tuple[str, ...] = ()
     """Trackers by name: tensorboard, wandb, trackio, mlflow."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "log_every", "eval_every", "save_every"):
             _at_least(1, f"run.{name}", getattr(self, name))
-        for name in ("keep_checkpoints", "sample_tokens"):
+        for name in ("keep_checkpoints", "sample_tokens", "max_skipped_steps"):
             _at_least(1, f"run.{name}", getattr(self, name))
         _at_least(0, "run.samples", self.samples)
+        if self.steps is not None:
+            check_steps(self.steps, "run.steps")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"run.seed must be >= 0 and below 2**63, got {self.seed}")
         if not (self.epochs > 0 and math.isfinite(self.epochs)):
@@ -224,6 +236,16 @@ class Recipe:
     def as_dict(self) -> dict[str, Any]:
         """The recipe with every default filled in, as plain dicts, lists, numbers and strings."""
         return {name: _plain(section) for name, section in asdict(self).items()}
+
+
+def check_steps(steps: float, asked: str) -> None:
+    """Refuse a run whose draws could not even be planned.
+
+    Raises:
+        ValueError: more than a million steps.
+    """
+    if steps > MAX_STEPS:
+        raise ValueError(f"{asked} makes a run of {steps:.3g} optimizer steps, the most is {MAX_STEPS:,}")
 
 
 def _plain(value: Any) -> Any:

@@ -12,18 +12,18 @@ JSON files are written aside and renamed, so that a reader never sees half of on
 system drops when the process ends (flock, so POSIX only) keeps two runs out of one folder.
 """
 
-import fcntl
+import errno
 import json
 import math
 import os
-import shutil
-import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+import re
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from lisatune.disk import delete, replace_file, take_lock, writing
 from lisatune.environment import environment
 
 __all__ = ["RunFolder", "check_output", "differences"]
@@ -31,12 +31,17 @@ __all__ = ["RunFolder", "check_output", "differences"]
 MAY_CHANGE = frozenset(
     {"run.output", "run.steps", "run.epochs", "run.log_every", "run.eval_every", "run.save_every"}
     | {"run.keep_checkpoints", "run.samples", "run.sample_tokens", "run.report_to"}
+    | {"run.on_save_error", "run.on_nonfinite", "run.max_skipped_steps", "run.activation_checkpointing"}
 )
-"""Keys that may differ on resume: lengths, intervals, where to. Steps and epochs stretch the lr schedule."""
+"""Keys that may differ on resume: lengths, intervals, where to, and what a run that stopped may need.
+
+Steps and epochs stretch the lr schedule.
+"""
 
 _FILES = ("recipe.yaml", "environment.json", "metrics.jsonl", "summary.json")
 _FOLDERS = ("checkpoints", "model", "trackers")
 _LOCK = ".lock"
+_LEFT_BY_A_KILL = re.compile(rf"\.({'|'.join(map(re.escape, (*_FILES, *_FOLDERS)))})\.tmp-.*")
 
 
 class RunFolder:
@@ -54,6 +59,7 @@ class RunFolder:
         self.trackers = path / "trackers"
         self.metrics = path / "metrics.jsonl"
         self._lock: int | None = lock
+        self._unwritten: list[str] = []
 
     @classmethod
     def open(
@@ -76,10 +82,14 @@ class RunFolder:
         """
         path = Path(path)
         check_output(path, recipe, resume=resume, overwrite=overwrite)
-        with _writing(path):
+        with writing(path):
             path.mkdir(parents=True, exist_ok=True)
-            folder = cls(path, _take_lock(path / _LOCK))
+            folder = cls(path, take_lock(path / _LOCK))
         try:
+            with writing(path):
+                for entry in path.iterdir():
+                    if _LEFT_BY_A_KILL.fullmatch(entry.name):
+                        delete(entry)
             now = environment()
             if resume:
                 before = _read_json(path / "environment.json")
@@ -88,32 +98,53 @@ class RunFolder:
                 folder._delete_run()
             from lisatune import plain_yaml
 
-            _replace(path / "recipe.yaml", plain_yaml.dump(dict(recipe)))
-            _replace(path / "environment.json", _json(now, indent=2))
+            replace_file(path / "recipe.yaml", plain_yaml.dump(dict(recipe)))
+            replace_file(path / "environment.json", _json(now, indent=2))
         except BaseException:
             folder.close()
             raise
         return folder
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Add a line to metrics.jsonl. It needs the key `step`; NaN and infinity become null."""
-        with _writing(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
-            file.write(_json(record) + "\n")
+        """Add a line to metrics.jsonl. It needs the key `step`; NaN and infinity become null.
 
-    def drop_metrics_after(self, step: int) -> None:
-        """Forget what was logged after `step`, so that going on from its checkpoint logs no step twice."""
+        Raises:
+            OSError: it could not be written. No half line is left, and the next call writes it as well.
+        """
+        self._unwritten.append(_json(record) + "\n")
+        with writing(self.metrics), self.metrics.open("ab", buffering=0) as file:
+            size = file.tell()
+            text = "".join(self._unwritten).encode()
+            try:
+                if file.write(text) < len(text):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(size)
+                raise
+        self._unwritten.clear()
+
+    def drop_metrics_after(self, step: int, *, evaluated: bool = True) -> None:
+        """Forget what was logged after `step`, so that going on from its checkpoint logs no step twice.
+
+        Args:
+            step: optimizer steps done.
+            evaluated: whether the held-out loss of that very step was taken before it was saved.
+        """
         if not self.metrics.exists():
             return
         kept = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            with suppress(json.JSONDecodeError):  # a line cut off by a crash
-                if json.loads(line)["step"] <= step:
+        for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError, LookupError, TypeError):  # a line cut off by a crash
+                record = json.loads(line)
+                if record["step"] < step or (
+                    record["step"] == step and (evaluated or "held_out_loss" not in record)
+                ):
                     kept.append(line + "\n")
-        _replace(self.metrics, "".join(kept))
+        replace_file(self.metrics, "".join(kept))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json."""
-        _replace(self.path / "summary.json", _json(summary, indent=2))
+        replace_file(self.path / "summary.json", _json(summary, indent=2))
 
     def close(self) -> None:
         """Give the folder free for another process."""
@@ -130,13 +161,10 @@ class RunFolder:
         self.close()
 
     def _delete_run(self) -> None:
-        with _writing(self.path):
-            for name in (*_FILES, *_FOLDERS):
-                entry = self.path / name
-                if entry.is_dir() and not entry.is_symlink():
-                    shutil.rmtree(entry)
-                else:
-                    entry.unlink(missing_ok=True)
+        """Delete what a run wrote; last what makes the folder a run's, for a kill may come in between."""
+        with writing(self.path):
+            for name in (*_FOLDERS, *reversed(_FILES)):
+                delete(self.path / name)
 
 
 def check_output(
@@ -147,6 +175,7 @@ def check_output(
     Raises:
         ValueError: it is a file; it exists and neither flag is given; there is no run to resume or to
             overwrite; the run in it has another recipe.
+        RuntimeError: another process runs in it.
         OSError: it can't be written.
     """
     path = Path(path)
@@ -159,12 +188,14 @@ def check_output(
         raise ValueError(f"run.output {path} lies in {existing}, which is a file; name another folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise OSError(f"cannot write to {existing}; name another run.output")
+    if (path / _LOCK).is_file() and os.access(path / _LOCK, os.W_OK):
+        os.close(take_lock(path / _LOCK, sign=False))
     is_run = (path / "recipe.yaml").is_file() and (path / "environment.json").is_file()
     if resume:
         if not is_run:
             raise ValueError(f"there is no run to resume in {path}; start it without --resume")
         _check_same_recipe(path / "recipe.yaml", recipe)
-    elif path.exists() and any(entry.name != _LOCK for entry in path.iterdir()):
+    elif path.exists() and not _was_killed_at_once(path):
         if not overwrite:
             raise ValueError(
                 f"run folder {path} exists; give --resume to go on with it, --overwrite to start again, "
@@ -175,6 +206,14 @@ def check_output(
                 f"{path} does not look like a run folder (it lacks recipe.yaml or environment.json), so "
                 "nothing in it is overwritten; name another run.output"
             )
+
+
+def _was_killed_at_once(path: Path) -> bool:
+    """Whether the folder is empty, or holds only what a run leaves that was killed while it began."""
+    names = {entry.name for entry in path.iterdir()}
+    return all(name in (_LOCK, "recipe.yaml") or _LEFT_BY_A_KILL.fullmatch(name) for name in names) and (
+        _LOCK in names or not names
+    )
 
 
 def _check_same_recipe(stored: Path, recipe: Mapping[str, Any]) -> None:
@@ -208,21 +247,6 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str
     ]
 
 
-def _take_lock(path: Path) -> int:
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        owner = os.read(file, 200).decode(errors="replace").strip() or "another process"
-        os.close(file)
-        raise RuntimeError(
-            f"run folder {path.parent} is in use by {owner}; wait for it or name another run.output"
-        ) from None
-    os.truncate(file, 0)
-    os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
-    return file
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     value: Any = None
     with suppress(json.JSONDecodeError):
@@ -242,26 +266,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file aside, flush it to the disk and rename it over the old one."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with _writing(path):
-        try:
-            with aside.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            aside.replace(path)
-        finally:
-            aside.unlink(missing_ok=True)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or error
-        raise OSError(f"cannot write {path}: {reason}; free space or name another run.output") from error

@@ -1,4 +1,4 @@
-"""How a run ends before its time, and what it then says: Ctrl-C, and memory that runs out."""
+"""How a run ends before its time: Ctrl-C and SIGTERM, and what it then says."""
 
 import signal
 import sys
@@ -7,51 +7,70 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-import torch
-
-from lisatune.checkpoint import newest_checkpoint
+from lisatune.exits import Terminated
+from lisatune.manifest import newest_checkpoint
 from lisatune.runs import RunFolder
 
-__all__ = ["interruptible", "way_back"]
+__all__ = ["interruptible", "terminable", "way_back"]
+
+Handler = Callable[[int, FrameType | None], None]
 
 
 @contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a flag that is read at the end of a step; the second stops at once."""
-    pressed = False
+def terminable() -> Iterator[None]:
+    """Let SIGTERM raise `Terminated`, so that what is half written is taken back before the process ends."""
+    with _handling({signal.SIGTERM: _terminate}):
+        yield
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], type[KeyboardInterrupt] | None]]:
+    """Turn the first Ctrl-C or SIGTERM into a flag, read at the end of a step; the second stops at once.
+
+    Yields:
+        What tells the kind of error to end with, None as long as neither came.
+    """
+    asked: type[KeyboardInterrupt] | None = None
 
     def press(signum: int, frame: FrameType | None) -> None:
-        nonlocal pressed
-        pressed = True
-        sys.stderr.write("\nlisatune: stopping after this step; Ctrl-C again stops at once\n")
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        nonlocal asked
+        is_term = signum == signal.SIGTERM
+        asked = Terminated if is_term else KeyboardInterrupt
+        name = "SIGTERM" if is_term else "Ctrl-C"
+        sys.stderr.write(f"\nlisatune: stopping after this step; {name} again stops at once\n")
+        signal.signal(signum, _terminate if is_term else signal.default_int_handler)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False  # only the main thread hears signals
-        return
-    before = signal.signal(signal.SIGINT, press)
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with _handling({signal.SIGINT: press, signal.SIGTERM: press}):
+        yield lambda: asked
 
 
 @contextmanager
 def way_back(folder: RunFolder) -> Iterator[None]:
-    """Say how to go on after Ctrl-C outside the loop, or twice in it, and when memory runs out."""
+    """Say how to go on after Ctrl-C or SIGTERM outside the loop, or twice in it."""
     try:
         yield
     except KeyboardInterrupt as stop:
         if stop.args:
             raise
         if folder.model.is_dir():
-            raise KeyboardInterrupt(f"stopped after training; the model is in {folder.model}") from None
+            raise type(stop)(f"stopped after training; the model is in {folder.model}") from None
         last = newest_checkpoint(folder.checkpoints)
         way_back = f"--resume, from {last}" if last else "--overwrite, for no checkpoint was saved yet"
-        raise KeyboardInterrupt(f"stopped at once; go on with the same command and {way_back}") from None
-    except torch.OutOfMemoryError as error:
-        reason = str(error).partition(". ")[0]
-        raise RuntimeError(
-            f"the device's memory is full ({reason}); lower run.batch_size or data.max_length, or set "
-            "run.activation_checkpointing: true"
-        ) from error
+        raise type(stop)(f"stopped at once; go on with the same command and {way_back}") from None
+
+
+@contextmanager
+def _handling(handlers: dict[signal.Signals, Handler]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread hears signals
+        return
+    before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise Terminated

@@ -3,10 +3,10 @@
 Order of set-up, always: data, model, layers, optimizer over all parameters, LISA, checkpoint, loop.
 """
 
-import math
 import time
 import warnings
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,13 @@ import torch
 
 from lisatune import memory, models, progress
 from lisatune.assemble import Parts, assemble
-from lisatune.checkpoint import load_checkpoint, newest_checkpoint, prune, save_checkpoint
 from lisatune.evaluate import generate_answers, held_out_loss
 from lisatune.lisa import LISA
+from lisatune.manifest import newest_checkpoint, prune, set_aside
+from lisatune.out_of_memory import say_what_fits
 from lisatune.outline import make_outline, print_outline
 from lisatune.recipe import Recipe
+from lisatune.resume import Progress, find_checkpoint, restore, save
 from lisatune.runs import RunFolder, check_output
 from lisatune.stopping import interruptible, way_back
 from lisatune.trackers import Log, check_trackers, trackers
@@ -30,19 +32,8 @@ class TrainingError(RuntimeError):
     """Training can't go on: loss or gradients are not finite."""
 
 
-@dataclass
-class Progress:
-    """How far a run has come: goes into checkpoints, so only JSON values."""
-
-    step: int = 0
-    num_tokens: int = 0
-    skipped_steps: int = 0
-    train_seconds: float = 0.0
-    peak_state_bytes: int = 0
-    peak_state_elements: int = 0
-    peak_trainable: int = 0
-    held_out_before: float = math.nan
-    answers_before: list[str] = field(default_factory=list)
+class _NoTimeError(Exception):
+    """An evaluation was broken off, for the run is to stop."""
 
 
 def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> progress.Summary:
@@ -59,31 +50,41 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> p
     Raises:
         ValueError, FileNotFoundError, ImportError: the recipe can't be used; nothing was written.
         TrainingError: loss or gradients were not finite and `run.on_nonfinite` is `stop`.
-        KeyboardInterrupt: Ctrl-C, after a checkpoint was saved; the message says how to resume.
+        OSError: the disk is full, or the folder can't be written (see `run.on_save_error`).
+        RuntimeError: memory ran out; the message says what would fit. Or another process runs in the folder.
+        KeyboardInterrupt: Ctrl-C or (`Terminated`) SIGTERM, after a checkpoint was saved; the message says
+            how to resume.
     """
+    with say_what_fits(recipe):
+        return _train(recipe, resume, overwrite)
+
+
+def _train(recipe: Recipe, resume: bool, overwrite: bool) -> progress.Summary:
     assert recipe.run.output is not None
     output = Path(recipe.run.output)
     check_output(output, recipe.as_dict(), resume=resume, overwrite=overwrite)
     check_trackers(recipe.run.report_to)
-    checkpoint = newest_checkpoint(output / "checkpoints") if resume else None
-    if resume and checkpoint is None:
-        raise ValueError(f"there is no complete checkpoint in {output}; start again with --overwrite")
+    if resume:
+        find_checkpoint(output)
     parts = assemble(recipe)
-    done = Progress() if checkpoint is None else _restore(parts, checkpoint)
+    done, damaged = restore(parts, output) if resume else (Progress(data=parts.data.hashes), [])
     with (
         RunFolder.open(output, recipe.as_dict(), resume=resume, overwrite=overwrite) as folder,
         trackers(recipe.run.report_to, output, recipe.as_dict()) as log,
         way_back(folder),
     ):
-        if checkpoint is not None:
-            folder.drop_metrics_after(done.step)
+        for path in damaged:
+            set_aside(path)
+        if resume:
+            prune(folder.checkpoints, recipe.run.keep_checkpoints)  # what a kill left behind
+            folder.drop_metrics_after(done.step, evaluated=done.evaluated_step == done.step)
         device, start = str(parts.device), done.step
         print_outline(
             make_outline(
                 recipe, parts.model, parts.layers, parts.lisa, parts.data, device=device, start_step=start
             )
         )
-        if checkpoint is None:
+        if not resume:
             done.held_out_before = _held_out(parts)
             done.answers_before = _answers(parts)
             folder.log({"step": 0, "held_out_loss": done.held_out_before})
@@ -93,50 +94,51 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> p
     return summary
 
 
-def _restore(parts: Parts, checkpoint: Path) -> Progress:
-    done = Progress(
-        **load_checkpoint(checkpoint, model=parts.model, optimizer=parts.optimizer, scheduler=parts.scheduler)
-    )
-    if done.step > parts.data.steps:
-        raise ValueError(
-            f"the run has done {done.step} steps and the recipe asks for {parts.data.steps}; give more "
-            "run.steps (or run.epochs) to go on"
-        )
-    parts.set_learning_rates()
-    return done
-
-
 def _loop(parts: Parts, done: Progress, folder: RunFolder, log: Log) -> None:
     run, last = parts.recipe.run, parts.data.steps
     with interruptible() as interrupted, progress.Bar(last, done.step) as bar:
+
+        def note(record: Mapping[str, Any]) -> None:
+            try:
+                folder.log(record)
+            except OSError as error:
+                if run.on_save_error == "stop":
+                    raise
+                bar.print(f"step {done.step}: {error}; going on, as run.on_save_error says")
+            log({key: value for key, value in record.items() if isinstance(value, int | float)}, done.step)
+
+        def evaluate() -> None:
+            """Take the held-out loss that is due after this step, before or after a break."""
+            is_due = run.eval_every and done.step % run.eval_every == 0 and 0 < done.step < last
+            if is_due and done.evaluated_step < done.step:
+                with suppress(_NoTimeError):
+                    held_out = _held_out(parts, interrupted)
+                    done.evaluated_step = done.step
+                    note({"step": done.step, "held_out_loss": held_out})
+                    bar.print(f"step {done.step}: held-out loss {held_out:.3f}")
+
+        evaluate()
         while done.step < last:
             record = _step(parts, done, folder)
             if record:
-                folder.log(record)
-                log(
-                    {key: value for key, value in record.items() if isinstance(value, int | float)}, done.step
-                )
+                note(record)
                 bar.update(**record)
-            if run.eval_every and done.step % run.eval_every == 0 and done.step < last:
-                held_out = _held_out(parts)
-                folder.log({"step": done.step, "held_out_loss": held_out})
-                log({"held_out_loss": held_out}, done.step)
-                bar.print(f"step {done.step}: held-out loss {held_out:.3f}")
-            if interrupted() or (run.save_every and done.step % run.save_every == 0):
-                save_checkpoint(
-                    folder.checkpoints,
-                    step=done.step,
-                    model=parts.model,
-                    optimizer=parts.optimizer,
-                    scheduler=parts.scheduler,
-                    extra=asdict(done),
-                )
-                prune(folder.checkpoints, run.keep_checkpoints)
-            if interrupted():
-                raise KeyboardInterrupt(
-                    f"stopped after step {done.step} of {last}, which is saved; "
-                    f"go on with the same command and --resume"
-                )
+            evaluate()
+            stop = interrupted()
+            saved = True
+            if stop or (run.save_every and done.step % run.save_every == 0):
+                saved = save(parts, done, folder, bar.print)
+            if stop:
+                raise stop(_stopped(done.step, last, folder, saved))
+
+
+def _stopped(step: int, last: int, folder: RunFolder, saved: bool) -> str:
+    where = f"stopped after step {step} of {last}, which"
+    if saved:
+        return f"{where} is saved; go on with the same command and --resume"
+    before = newest_checkpoint(folder.checkpoints)
+    way_back = f"--resume, from {before}" if before else "--overwrite, for no checkpoint was saved before"
+    return f"{where} could not be saved; go on with the same command and {way_back}"
 
 
 def _step(parts: Parts, done: Progress, folder: RunFolder) -> dict[str, Any]:
@@ -157,6 +159,13 @@ def _step(parts: Parts, done: Progress, folder: RunFolder) -> dict[str, Any]:
         parts.step.update()
     elif run.on_nonfinite == "stop" or (parts.recipe.optimizer.in_backward and torch.isfinite(loss)):
         raise _not_finite(parts, done.step + 1, loss, grad_norm, folder)
+    elif done.skipped_in_a_row >= run.max_skipped_steps:
+        raise TrainingError(
+            f"step {done.step + 1}: loss {float(loss):g}, gradient norm {float(grad_norm):g}, after "
+            f"{progress.plural(done.skipped_in_a_row, 'step')} in a row that were left out "
+            f"(run.max_skipped_steps); {_way_back(folder)}; lower optimizer.lr, or look for what the rows of "
+            "these steps hold"
+        )
     else:
         parts.step.skip()
     with warnings.catch_warnings():
@@ -170,6 +179,7 @@ def _step(parts: Parts, done: Progress, folder: RunFolder) -> dict[str, Any]:
     done.step += 1
     done.num_tokens += num_tokens
     done.skipped_steps += not is_finite
+    done.skipped_in_a_row = 0 if is_finite else done.skipped_in_a_row + 1
     done.train_seconds += seconds
     done.peak_state_bytes = max(done.peak_state_bytes, parts.state.bytes)
     done.peak_state_elements = max(done.peak_state_elements, parts.state.elements)
@@ -188,12 +198,22 @@ def _step(parts: Parts, done: Progress, folder: RunFolder) -> dict[str, Any]:
     }
 
 
-def _held_out(parts: Parts) -> float:
-    """Loss per token of the held-out rows, taken in order of length to waste little on padding."""
+def _held_out(parts: Parts, interrupted: Callable[[], object] = lambda: None) -> float:
+    """Loss per token of the held-out rows, taken in order of length to waste little on padding.
+
+    Raises:
+        _NoTimeError: `interrupted` told so between two batches.
+    """
     rows = sorted(parts.data.validation.rows, key=lambda row: len(row["input_ids"]))
     size = parts.recipe.run.batch_size
-    batches = (parts.collate(rows[i : i + size]) for i in range(0, len(rows), size))
-    return held_out_loss(parts.step.loss, batches, device=parts.device, autocast=parts.step.autocast).loss
+
+    def batches() -> Iterator[dict[str, torch.Tensor]]:
+        for i in range(0, len(rows), size):
+            if interrupted():
+                raise _NoTimeError
+            yield parts.collate(rows[i : i + size])
+
+    return held_out_loss(parts.step.loss, batches(), device=parts.device, autocast=parts.step.autocast).loss
 
 
 def _answers(parts: Parts) -> list[str]:
@@ -238,6 +258,8 @@ def _finish(parts: Parts, done: Progress, folder: RunFolder, log: Log) -> progre
         ],
         model=str(folder.model),
     )
+    if done.failed_saves:
+        summary["failed_saves"] = done.failed_saves
     if parts.compile_seconds is not None:
         summary["compile_seconds"] = parts.compile_seconds
     if parts.lisa is not None:
@@ -260,13 +282,16 @@ def _proof(lisa: LISA) -> str:
 def _not_finite(
     parts: Parts, step: int, loss: torch.Tensor, grad_norm: torch.Tensor, folder: RunFolder
 ) -> TrainingError:
-    last = newest_checkpoint(folder.checkpoints)
-    way_back = f"the last good checkpoint is {last}" if last else "no checkpoint was saved yet"
     has_hit = parts.recipe.optimizer.in_backward and torch.isfinite(loss)
     weights = (
         "optimizer.in_backward has put it into the weights" if has_hit else "weights are as before this step"
     )
     return TrainingError(
-        f"step {step}: loss {float(loss):g}, gradient norm {float(grad_norm):g}; {weights} and {way_back}; "
-        f"lower optimizer.lr, or set run.on_nonfinite: skip to leave such steps out"
+        f"step {step}: loss {float(loss):g}, gradient norm {float(grad_norm):g}; {weights} and "
+        f"{_way_back(folder)}; lower optimizer.lr, or set run.on_nonfinite: skip to leave such steps out"
     )
+
+
+def _way_back(folder: RunFolder) -> str:
+    last = newest_checkpoint(folder.checkpoints)
+    return f"the last good checkpoint is {last}" if last else "no checkpoint was saved yet"

@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 import lisatune.train
 import tiny_run
 from lisatune import trackers
-from lisatune.checkpoint import newest_checkpoint
 from lisatune.cli import main
 from lisatune.loss import CausalLMLoss
+from lisatune.manifest import newest_checkpoint
 
 GOOD = json.dumps({"instruction": "Count.", "output": "1 2"})
 
@@ -452,19 +452,6 @@ def test_resume_refuses_what_is_not_the_same_run(recipe: Path, refused: Callable
     refused("train", recipe, "--resume", "run.steps=3", says=says)
 
 
-def test_resume_refuses_a_damaged_checkpoint(recipe: Path, refused: Callable[..., str]) -> None:
-    trained(recipe, "run", "run.save_every=2")
-    weights = recipe.parent / "run" / "checkpoints" / "step-000004" / "weights.safetensors"
-    damaged = bytearray(weights.read_bytes())
-    damaged[-1] ^= 1
-    weights.write_bytes(damaged)
-    says = (
-        f"checkpoint {weights.parent} is damaged: weights.safetensors",
-        "delete the folder to use an earlier",
-    )
-    refused("train", recipe, "--resume", says=says)
-
-
 # ---- numbers that are not finite, memory that runs out
 
 
@@ -531,17 +518,6 @@ def nan_at(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
             return make_step(parts, done, *rest)
 
     monkeypatch.setattr(lisatune.train, "_step", step)
-
-
-def test_memory_that_runs_out_is_one_sentence_with_what_to_lower(
-    recipe: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    def full(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has\nmore")
-
-    monkeypatch.setattr(lisatune.train, "_step", full)
-    assert main(["train", str(recipe)]) == 2
-    one_sentence(capfd, "memory is full (CUDA out of memory); lower run.batch_size or data.max_length")
 
 
 # ---- Ctrl-C

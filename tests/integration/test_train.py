@@ -71,8 +71,8 @@ def press_ctrl_c(monkeypatch: pytest.MonkeyPatch, *, after: int) -> None:
         return make_step(*args)
 
     @contextmanager
-    def interruptible() -> Iterator[Callable[[], bool]]:
-        yield lambda: made >= after
+    def interruptible() -> Iterator[Callable[[], type[KeyboardInterrupt] | None]]:
+        yield lambda: KeyboardInterrupt if made >= after else None
 
     monkeypatch.setattr(lisatune.train, "_step", step)
     monkeypatch.setattr(lisatune.train, "interruptible", interruptible)

@@ -15,7 +15,8 @@ from transformers.optimization import Adafactor
 
 import tiny
 from lisatune import LISA
-from lisatune.checkpoint import FILES, load_checkpoint, newest_checkpoint, prune, save_checkpoint
+from lisatune.checkpoint import load_checkpoint, save_checkpoint
+from lisatune.manifest import FILES, newest_checkpoint, prune
 
 
 class Tiny(nn.Module):

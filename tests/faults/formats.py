@@ -1,0 +1,89 @@
+"""Changed records of every kind, written in every format."""
+
+import csv
+import gzip
+import io
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from faults import changing
+
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "alpaca": [{"instruction": "Count.", "input": "to 2", "output": "1 2"}] * 3,
+    "prompt-completion": [{"prompt": "1 + 1 =", "completion": " 2"}] * 3,
+    "messages": [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 3,
+    "sharegpt": [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}] * 3,
+    "text": [{"text": "Once upon a time"}] * 3,
+}
+
+
+def _some(rows: list[dict[str, Any]], generator: random.Random) -> list[Any]:
+    return [changing.mutate_value(row, generator) if generator.random() < 0.5 else row for row in rows]
+
+
+def _jsonl(folder: Path, rows: list[dict[str, Any]], generator: random.Random) -> Path:
+    path = folder / "rows.jsonl"
+    if generator.random() < 0.5:
+        path.write_bytes("\n".join(json.dumps(row) for row in _some(rows, generator)).encode())
+    else:
+        path.write_bytes(changing.mutate("\n".join(map(json.dumps, rows)).encode(), generator))
+    return path
+
+
+def _json(folder: Path, rows: list[dict[str, Any]], generator: random.Random) -> Path:
+    path = folder / "rows.json"
+    path.write_bytes(changing.mutate_json(json.dumps(rows).encode(), generator))
+    return path
+
+
+def _csv(folder: Path, rows: list[dict[str, Any]], generator: random.Random) -> Path:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys())
+    writer.writeheader()
+    writer.writerows(rows)
+    path = folder / "rows.csv"
+    path.write_bytes(changing.mutate(text.getvalue().encode(), generator))
+    return path
+
+
+def _parquet(folder: Path, rows: list[dict[str, Any]], generator: random.Random) -> Path:
+    path = folder / "rows.parquet"
+    changed = rows
+    if generator.random() < 0.5:
+        changed = [row if isinstance(row, dict) else {"text": row} for row in _some(rows, generator)]
+    try:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(changed), path)
+    except Exception:  # arrow can't hold such a table
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        changed = rows
+    if changed is rows:
+        path.write_bytes(changing.mutate(path.read_bytes(), generator))
+    return path
+
+
+def _gz(folder: Path, rows: list[dict[str, Any]], generator: random.Random) -> Path:
+    data = gzip.compress("\n".join(map(json.dumps, rows)).encode())
+    path = folder / "rows.jsonl.gz"
+    path.write_bytes(changing.mutate(data, generator))
+    return path
+
+
+def _folder(folder: Path, rows: list[dict[str, Any]], generator: random.Random) -> Path:
+    for number, row in enumerate(rows):
+        (folder / f"{number}.txt").write_bytes(changing.mutate(json.dumps(row).encode(), generator))
+    return folder
+
+
+FORMS = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+    ".jsonl.gz": _gz,
+    "folder": _folder,
+}

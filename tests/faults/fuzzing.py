@@ -1,0 +1,208 @@
+"""Changed inputs, from a seed: recipes, overrides, records of every format, checkpoints, model files.
+
+A case takes something good, changes it in one to four places, by its structure or by its bytes, and gives it
+to the code that reads such things. It may be taken, or refused in a sentence (`USER_ERRORS`); anything else,
+a process that hangs, or a file that was not there before is a failure.
+"""
+
+import contextlib
+import io
+import os
+import random
+import shutil
+import signal
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+import tiny
+import tiny_run
+from faults import changing
+from faults.formats import FORMS, ROWS
+from lisatune import LISA, AdamW, cli, plain_yaml
+from lisatune.checkpoint import load_checkpoint, save_checkpoint
+from lisatune.data import tokenize
+from lisatune.exits import USER_ERRORS
+from lisatune.manifest import FILES, newest_checkpoint, write_manifest
+from lisatune.models import load_model, load_tokenizer
+from lisatune.recipe_file import load_recipe
+from lisatune.records import read_records
+from lisatune.resume import Progress, read_progress
+
+SECONDS = 20
+"""A case that takes longer hangs."""
+
+
+class Hangs(BaseException):
+    """A case took too long."""
+
+
+@dataclass
+class Outcome:
+    """What the cases of one kind came to."""
+
+    cases: int = 0
+    taken: int = 0
+    refused: int = 0
+    failures: list[str] = field(default_factory=list)
+
+
+# ---- what is fed
+
+
+class Fuzz:
+    """Good inputs in a folder, and how each kind of case is made from them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(0)
+        self.model = tiny_run.write_model(folder / "model")
+        self.rows = tiny_run.write_rows(folder / "rows.jsonl")
+        self.recipe = tiny_run.write_recipe(folder, self.model, self.rows)
+        self.tokenizer = load_tokenizer(str(self.model))
+        self.checkpoint = self._save()
+        self.work = folder / "work"
+        self.kinds: dict[str, Callable[[random.Random], None]] = {
+            "recipe": self.feed_recipe,
+            "override": self.feed_override,
+            **{f"records, {form}": self._records(form) for form in FORMS},
+            "manifest.json": self.feed_manifest,
+            "state.json": self.feed_state,
+            "checkpoint, safetensors": self.feed_checkpoint_tensors,
+            "model, safetensors": self.feed_model,
+        }
+
+    def run(self, kind: str, seed: int, outcome: Outcome) -> None:
+        """Make and feed one case; it can be made again from its kind and seed."""
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir()
+        outcome.cases += 1
+        before = self._names()
+        here = os.getcwd()  # noqa: PTH109
+        handler = signal.signal(signal.SIGALRM, _hang)
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        os.chdir(self.work)
+        try:
+            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+                warnings.simplefilter("ignore")
+                self.kinds[kind](random.Random(f"{kind} {seed}"))
+            outcome.taken += 1
+        except USER_ERRORS as error:
+            outcome.refused += 1
+            if not str(error).strip():
+                outcome.failures.append(f"{kind} {seed}: {type(error).__name__} without a word")
+        except (Exception, Hangs) as error:
+            outcome.failures.append(f"{kind} {seed}: {type(error).__name__}: {error}"[:300])
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, handler)
+            os.chdir(here)
+        if new := self._names() - before:
+            outcome.failures.append(f"{kind} {seed}: left {sorted(new)}")
+
+    def _names(self) -> set[str]:
+        return {str(path) for path in self.folder.rglob("*") if self.work not in (path, *path.parents)}
+
+    # -- recipes
+
+    def feed_recipe(self, generator: random.Random) -> None:
+        path = self.work / "recipe.yaml"
+        text = self.recipe.read_text()
+        if generator.random() < 0.5:
+            path.write_bytes(changing.mutate(text.encode(), generator))
+        else:
+            path.write_text(plain_yaml.dump(changing.mutate_value(plain_yaml.load(text), generator)))
+        self._check(path)
+
+    def feed_override(self, generator: random.Random) -> None:
+        full = load_recipe(self.recipe).as_dict()
+        section = generator.choice(list(full))
+        key = generator.choice(list(full[section]))
+        if (section, key) in (
+            ("data", "train"),
+            ("data", "validation"),
+            ("model", "name"),
+            ("run", "output"),
+        ):
+            key = "revision" if section == "model" else "split" if section == "data" else "seed"
+        override = f"{section}.{key}={generator.choice(changing.VALUES)}"
+        if generator.random() < 0.3:
+            override = changing.mutate(override.encode(errors="replace"), generator).decode(errors="replace")
+        self._check(self.recipe, override)
+
+    def _check(self, path: Path, *overrides: str) -> None:
+        """`lisatune check` in this process; what can be read goes on to the model and the data."""
+        load_recipe(path, overrides)
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            code = cli.main(["check", str(path), *overrides])
+        if code not in (0, 2):
+            raise AssertionError(f"exit code {code}: {said.getvalue()}")
+
+    # -- records
+
+    def _records(self, form: str) -> Callable[[random.Random], None]:
+        def feed(generator: random.Random) -> None:
+            kind = generator.choice(list(ROWS))
+            path = FORMS[form](self.work, ROWS[kind], generator)
+            on_bad_row = generator.choice(["error", "skip"])
+            records = read_records(str(path), on_bad_row=on_bad_row)  # type: ignore[arg-type]
+            tokenize(records, self.tokenizer, max_length=64)
+
+        return feed
+
+    # -- checkpoints
+
+    def _save(self) -> Path:
+        parts = self._parts()
+        return save_checkpoint(self.folder / "checkpoints", step=3, extra=vars(Progress(step=3)), **parts)
+
+    def _parts(self) -> dict[str, Any]:
+        model = tiny.llama(blocks=2, hidden=8)
+        optimizer = AdamW(model.parameters(), lr=1e-3)
+        LISA(model, optimizer, active=1, period=2)
+        scheduler = LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        tiny.fit(model, optimizer, 3, after=lambda step: scheduler.step())
+        return {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+
+    def _load(self, path: Path) -> None:
+        """Find and load it, then train two steps with what was loaded."""
+        newest_checkpoint(path.parent)
+        parts = self._parts()
+        read_progress(path, load_checkpoint(path, **parts))
+        after = lambda step: parts["scheduler"].step()  # noqa: E731
+        tiny.fit(parts["model"], parts["optimizer"], range(3, 5), after=after)
+
+    def _changed(self, generator: random.Random, name: str, change: Callable[..., bytes]) -> None:
+        shutil.rmtree(self.work / self.checkpoint.name, ignore_errors=True)
+        path = shutil.copytree(self.checkpoint, self.work / self.checkpoint.name)
+        (path / name).write_bytes(change((path / name).read_bytes(), generator))
+        if name != "manifest.json" and generator.random() < 0.8:
+            write_manifest(path, 3)  # as one would who means harm
+        self._load(path)
+
+    def feed_manifest(self, generator: random.Random) -> None:
+        self._changed(generator, "manifest.json", changing.mutate_json)
+
+    def feed_state(self, generator: random.Random) -> None:
+        self._changed(generator, "state.json", changing.mutate_json)
+
+    def feed_checkpoint_tensors(self, generator: random.Random) -> None:
+        self._changed(generator, generator.choice(FILES[:3]), changing.mutate_safetensors)
+
+    # -- models
+
+    def feed_model(self, generator: random.Random) -> None:
+        folder = shutil.copytree(self.model, self.work / "model")
+        file = folder / "model.safetensors"
+        file.write_bytes(changing.mutate_safetensors(file.read_bytes(), generator))
+        load_model(str(folder))
+
+
+def _hang(*_: Any) -> None:
+    raise Hangs(f"took more than {SECONDS} s")
