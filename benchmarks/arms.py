@@ -30,7 +30,7 @@ from statistics import mean, median
 from typing import Any
 
 import torch
-from common import peak_of_allocations
+from common import peak_of_allocations, where_time_goes
 from torch import Tensor, nn
 from torch.profiler import record_function
 
@@ -234,28 +234,6 @@ def run_lisa(args: argparse.Namespace, arm: str) -> dict[str, Any]:
                 step(ids)
         print(where_time_goes(log), file=sys.stderr)
     return facts | meter.figures()
-
-
-KINDS = {
-    "matrix products": ("aten::mm", "aten::addmm", "mkldnn::"),
-    "attention": ("aten::_scaled_dot_product", "lisatune::causal", "aten::bmm", "aten::_softmax"),
-    "elementwise work of compiled blocks": ("## Call CompiledFxGraph", "Torch-Compiled Region"),
-    "AdamW's kernel": ("aten::_fused_adamw",),
-}
-
-
-def where_time_goes(log: Any) -> str:
-    """Markdown: shares of the steps' time by phase and by kind of work, then the longest operators."""
-    events = log.key_averages()
-    kinds = dict.fromkeys([*KINDS, "all else"], 0.0)
-    phases = {e.key: e.cpu_time_total for e in events if e.key.startswith("phase: ")}
-    total = sum(phases.values())
-    for event in events:
-        found = [kind for kind, names in KINDS.items() if event.key.startswith(names)]
-        kinds[found[0] if found else "all else"] += event.self_cpu_time_total
-    lines = ["| part | share |", "|---|---|"]
-    lines += [f"| {key} | {each / total:.1%} |" for key, each in [*phases.items(), *kinds.items()]]
-    return "\n".join(lines) + "\n\n" + log.key_averages().table(sort_by="self_cpu_time_total", row_limit=20)
 
 
 def step_flops(model: Any, args: argparse.Namespace, extra: str) -> int:
