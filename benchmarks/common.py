@@ -1,8 +1,8 @@
-"""What several benchmarks use: model shapes, and the peak in torch's allocation log."""
+"""What several benchmarks use: model shapes, the peak in torch's allocation log, and where time goes."""
 
 from typing import Any
 
-__all__ = ["SHAPES", "peak_of_allocations"]
+__all__ = ["SHAPES", "peak_of_allocations", "where_time_goes"]
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -32,3 +32,25 @@ def peak_of_allocations(log: Any) -> int:
         now += event.nbytes()
         peak = max(peak, now)
     return peak
+
+
+KINDS = {
+    "matrix products": ("aten::mm", "aten::addmm", "mkldnn::"),
+    "attention": ("aten::_scaled_dot_product", "lisatune::causal", "aten::bmm", "aten::_softmax"),
+    "elementwise work of compiled blocks": ("## Call CompiledFxGraph", "Torch-Compiled Region"),
+    "AdamW's kernel": ("aten::_fused_adamw",),
+}
+
+
+def where_time_goes(log: Any) -> str:
+    """Markdown: shares of the steps' time by phase and by kind of work, then the longest operators."""
+    events = log.key_averages()
+    kinds = dict.fromkeys([*KINDS, "all else"], 0.0)
+    phases = {e.key: e.cpu_time_total for e in events if e.key.startswith("phase: ")}
+    total = sum(phases.values())
+    for event in events:
+        found = [kind for kind, names in KINDS.items() if event.key.startswith(names)]
+        kinds[found[0] if found else "all else"] += event.self_cpu_time_total
+    lines = ["| part | share |", "|---|---|"]
+    lines += [f"| {key} | {each / total:.1%} |" for key, each in [*phases.items(), *kinds.items()]]
+    return "\n".join(lines) + "\n\n" + log.key_averages().table(sort_by="self_cpu_time_total", row_limit=20)

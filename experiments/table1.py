@@ -4,24 +4,33 @@ python experiments/table1.py [--json table1.json] [--models gpt2 tinyllama-1.1b]
 
 Setting of the paper (arXiv 2403.17919, section 4.1): one sequence of 1024 tokens, no activation
 checkpointing, LoRA's adapters also on embedding and head, 70B on 4 GPUs. All weights, gradients and moments
-are bf16 here: only with these does full fine-tuning of 7B come near the paper's 59 GB. LoRA's adapters are
-the exception, which PEFT keeps in float32 with float32 moments. Every figure is a plan (`lisatune.plan`) of
-a training step with our loss; it holds live tensors only, in GB of 10^9 bytes.
+are bf16 here: only with these does full fine-tuning of 7B come near the paper's 59 GB. LoRA has two rows:
+adapters in bf16, and in float32, which is PEFT's default. Every figure is a plan (`lisatune.plan`) of a
+training step with our loss; it holds live tensors only, in GB of 10^9 bytes.
+
+Every cell is printed when it is ready and written to the JSON; a second call with the same JSON goes on
+where the first stopped. Small models first; the large ones take minutes a cell.
 """
 
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
+from lisatune import adamw
 from lisatune.methods import Full, Lisa, Lora, Method
 from lisatune.plan import MemoryPlan, plan_memory
 from lisatune.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe, RunConfig
 
+
+def _lora(rank: int, adapter_dtype: str) -> Lora:
+    return Lora(rank=rank, ends=True, adapter_dtype=adapter_dtype)  # type: ignore[arg-type]
+
+
 METHODS: dict[str, Method] = {
     "full": Full(),
-    "LoRA 128": Lora(rank=128, ends=True),
-    "LoRA 256": Lora(rank=256, ends=True),
-    "LoRA 512": Lora(rank=512, ends=True),
+    **{f"LoRA {rank}": _lora(rank, "weights") for rank in (128, 256, 512)},
+    **{f"LoRA {rank} fp32": _lora(rank, "fp32") for rank in (128, 256, 512)},
     "LISA E+H": Lisa(active=0),
     "LISA +2L": Lisa(active=2),
     "LISA +4L": Lisa(active=4),
@@ -34,29 +43,49 @@ PAPER: dict[str, tuple[str, ...]] = {
     "llama-2-7b": ("59", "23", "26", "28", "21", "23", "24"),
     "llama-2-70b": ("OOM", "79", "OOM", "OOM", "71", "75", "79"),
 }
-"""GB, in the order of METHODS."""
+"""GB: full, LoRA of rank 128, 256, 512, LISA E+H, +2L, +4L."""
 
 RANKS = {"llama-2-70b": 4}
 
 
 def main() -> None:
-    """Plan every cell, print the table, write the JSON."""
+    """Plan every cell, print it, write the JSON; then the table."""
     parser = argparse.ArgumentParser(description="Plan the cells of the LISA paper's Table 1.")
     parser.add_argument("--models", nargs="+", choices=list(PAPER), default=list(PAPER))
-    parser.add_argument("--json", type=Path, help="write the plans here")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--json", type=Path, help="write the plans here, and go on from what is there")
     args = parser.parse_args()
-    plans = {model: {name: plan(model, method) for name, method in METHODS.items()} for model in args.models}
-    print(f"| planned / paper, GB | {' | '.join(METHODS)} |")
-    print(f"|---|{'---|' * len(METHODS)}")
-    for model, row in plans.items():
-        cells = [
-            f"{each.peak_bytes / 1e9:.1f} / {paper}"
-            for each, paper in zip(row.values(), PAPER[model], strict=True)
+    adamw.CHUNK["cpu"] = adamw.CHUNK_ELSEWHERE  # the plan is for an accelerator
+    cells: dict[str, dict[str, Any]] = {}
+    if args.json is not None and args.json.exists():
+        cells = json.loads(args.json.read_text())
+    for model in args.models:
+        row = cells.setdefault(model, {})
+        for name in args.methods:
+            if name in row:
+                continue
+            row[name] = plan(model, METHODS[name]).as_dict()
+            gigabytes, seconds = row[name]["peak_bytes"] / 1e9, row[name]["seconds"]
+            print(f"{model}, {name}: {gigabytes:.2f} GB, planned in {seconds:.0f} s", flush=True)
+            if args.json is not None:
+                args.json.write_text(json.dumps(cells, indent=1) + "\n")
+    print(table({model: cells[model] for model in args.models}), flush=True)
+
+
+def table(cells: dict[str, dict[str, Any]]) -> str:
+    """Markdown with a row for each method: planned / the paper's, in GB."""
+    lines = [f"| planned / paper, GB | {' | '.join(cells)} |", f"|---|{'---|' * len(cells)}"]
+    papers = [name.removesuffix(" fp32") for name in METHODS]
+    order = list(dict.fromkeys(papers))
+    for name, theirs in zip(METHODS, papers, strict=True):
+        column = [
+            f"{row[name]['peak_bytes'] / 1e9:.1f} / {PAPER[model][order.index(theirs)]}"
+            if name in row
+            else ""
+            for model, row in cells.items()
         ]
-        print(f"| {model} | {' | '.join(cells)} |")
-    if args.json:
-        values = {model: {name: each.as_dict() for name, each in row.items()} for model, row in plans.items()}
-        args.json.write_text(json.dumps(values, indent=1) + "\n")
+        lines.append(f"| {name} | {' | '.join(column)} |")
+    return "\n".join(lines)
 
 
 def plan(model: str, method: Method) -> MemoryPlan:

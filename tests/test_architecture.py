@@ -27,6 +27,7 @@ LEVELS = {
         "adamw_state",
         "blocks",
         "chunked_loss",
+        "cpu_attention",
         "cross_entropy",
         "ends",
         "factored",

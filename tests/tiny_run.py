@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tiny_text import CHATML, byte_tokenizer
@@ -12,7 +13,7 @@ BLOCKS = 4
 
 
 def write_model(folder: Path) -> Path:
-    """Save a Llama of 4 blocks and hidden size 16 whose tokens are bytes."""
+    """Save a Llama of 4 blocks and hidden size 16 whose tokens are bytes; every call writes equal weights."""
     tokenizer = byte_tokenizer(CHATML, extra=["<|im_start|>"])
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -27,7 +28,9 @@ def write_model(folder: Path) -> Path:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -96,9 +96,9 @@ def check_fits(model: nn.Module, data: Data) -> None:
     rows = (*data.train.rows, *data.validation.rows)
     highest = max(max(row["input_ids"]) for row in rows)
     embedding: nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]
-    if highest >= embedding.num_embeddings:
+    if highest >= embedding.weight.shape[0]:
         raise ValueError(
-            f"the tokenizer makes token {highest}, the model has {embedding.num_embeddings} (from 0); "
+            f"the tokenizer makes token {highest}, the model has {embedding.weight.shape[0]} (from 0); "
             "give the model the tokenizer that it was trained with"
         )
     longest = max(max(row.get("seq_lengths", [len(row["input_ids"])])) for row in rows)

@@ -31,7 +31,7 @@ class ModelConfig:
     """Run Python code that comes with the model. Off unless asked for."""
 
     attention: str | None = None
-    """Attention implementation by its name in transformers: sdpa, eager, … Default: its choice."""
+    """Attention by its name in transformers: sdpa, eager, …; or lisatune_cpu. Default: its choice."""
 
 
 @dataclass(frozen=True, kw_only=True)

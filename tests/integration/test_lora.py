@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import tiny_run
-from lisatune import checkpoint
+from lisatune import manifest
 from lisatune.cli import main
 from lisatune.methods import Lora
 from lisatune.models import load_model, meta_model
@@ -73,7 +73,7 @@ def test_resume_is_exact(recipe: Path, tmp_path: Path) -> None:
     train(load_recipe(recipe, ["optimizer.schedule=constant"]), overwrite=True)
     whole = load_file(tmp_path / "run" / "model" / "adapter_model.safetensors")
     train(load_recipe(recipe, [*overrides, "run.steps=2"]))
-    assert checkpoint.newest_checkpoint(tmp_path / "again" / "checkpoints") is not None
+    assert manifest.newest_checkpoint(tmp_path / "again" / "checkpoints") is not None
     train(load_recipe(recipe, overrides), resume=True)
     parts = load_file(tmp_path / "again" / "model" / "adapter_model.safetensors")
     assert whole.keys() == parts.keys()
@@ -94,6 +94,7 @@ def test_generate_answers_from_a_run_with_adapters(
     [
         (["method.rank=0"], "method.rank must be >= 1, got 0"),
         (["method.dropout=1"], "method.dropout must be >= 0 and below 1, got 1"),
+        (["method.adapter_dtype=bf16"], "adapter"),
         (["method.alpha=0"], "method.alpha must be > 0, got 0"),
         (
             ["method.targets=[q_poj]"],
@@ -123,6 +124,45 @@ def test_targets_and_ends_choose_the_modules(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="tie_word_embeddings"):  # PEFT's own advice
         both = adapted(Lora(ends=True))
     assert both == linear | {"embed_tokens", "lm_head"}
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning")  # PEFT's advice
+def test_ends_and_dropout_train_resume_exactly_and_load_with_equal_logits(
+    recipe: Path, tmp_path: Path
+) -> None:
+    options = ["method.ends=true", "method.dropout=0.5", "optimizer.schedule=constant", "run.save_every=2"]
+    summary = train(load_recipe(recipe, options))
+    assert summary["held_out_loss_after"] < summary["held_out_loss_before"]
+    whole = load_file(tmp_path / "run" / "model" / "adapter_model.safetensors")
+    for end in ("embed_tokens", "lm_head"):
+        moved = [each for name, each in whole.items() if end in name and "lora_" in name]
+        assert len(moved) == 2
+        assert all(each.any() for each in moved)
+    options.append(f"run.output={tmp_path / 'again'}")
+    train(load_recipe(recipe, [*options, "run.steps=2"]))
+    train(load_recipe(recipe, options), resume=True)  # draws the same dropout as if it had never stopped
+    parts = load_file(tmp_path / "again" / "model" / "adapter_model.safetensors")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    without = train(load_recipe(recipe, [*options, "method.dropout=0"]), overwrite=True)
+    assert without["held_out_loss_after"] != summary["held_out_loss_after"]
+
+
+def test_adapters_in_the_dtype_of_the_weights_take_half_and_train(recipe: Path, tmp_path: Path) -> None:
+    summaries, stored = {}, {}
+    for kind in ("fp32", "weights"):
+        options = ["run.precision=bf16", f"method.adapter_dtype={kind}", "optimizer.schedule=constant"]
+        summaries[kind] = train(load_recipe(recipe, options), overwrite=True)
+        stored[kind] = load_file(tmp_path / "run" / "model" / "adapter_model.safetensors")
+    assert {each.dtype for each in stored["fp32"].values()} == {torch.float32}
+    assert {each.dtype for each in stored["weights"].values()} == {torch.bfloat16}
+    numbers = summaries["weights"]["peak_trainable"]
+    # Exact rounding keeps 2 bytes for each bf16 adapter weight beside its float32 moments.
+    assert summaries["weights"]["peak_state_bytes"] - summaries["fp32"]["peak_state_bytes"] == 2 * numbers
+    for summary in summaries.values():
+        assert summary["held_out_loss_after"] < summary["held_out_loss_before"]
+    # lr 1e-3 over 4 steps: the rounding of bf16 activations, no more, tells the runs apart.
+    losses = [summary["held_out_loss_after"] for summary in summaries.values()]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
 
 
 def test_adapters_without_the_name_of_their_model_are_refused(tmp_path: Path) -> None:

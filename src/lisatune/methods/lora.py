@@ -37,6 +37,9 @@ class Lora(Method):
     ends: bool = False
     """Adapters on embedding and head too, as in the LISA paper's comparison."""
 
+    adapter_dtype: Literal["fp32", "weights"] = "fp32"
+    """Dtype of the adapters: float32 (PEFT's default), or that of the weights, half as large beside bf16."""
+
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"method.rank must be >= 1, got {self.rank}")
@@ -44,6 +47,8 @@ class Lora(Method):
             raise ValueError(f"method.alpha must be > 0, got {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"method.dropout must be >= 0 and below 1, got {self.dropout}")
+        if self.adapter_dtype not in ("fp32", "weights"):
+            raise ValueError(f"method.adapter_dtype must be fp32 or weights, got {self.adapter_dtype!r}")
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Put adapters into the model, in place, and return PEFT's model around it.
@@ -65,13 +70,15 @@ class Lora(Method):
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name of old
-            prepared: nn.Module = peft.get_peft_model(model, config)
+            prepared: nn.Module = peft.get_peft_model(
+                model, config, autocast_adapter_dtype=self.adapter_dtype == "fp32"
+            )
         return prepared
 
     def build_optimizer(
         self, model: nn.Module, layers: LayerMap, config: OptimizerConfig
     ) -> torch.optim.Optimizer:
-        """Build AdamW over the adapters, which PEFT keeps in float32 beside bf16 weights."""
+        """Build AdamW over the adapters; those in bf16 are updated as `optimizer.rounding` says."""
         adapters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         return optimizer_over([{"params": adapters, "layer": "adapters"}], config)
 
