@@ -10,7 +10,17 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "lisatune"
 
 LEVELS = {
-    0: {"codecs", "disk", "environment", "layers", "plain_yaml", "recipe", "runs", "samplers"},
+    0: {
+        "codecs",
+        "compare_results",
+        "disk",
+        "environment",
+        "layers",
+        "plain_yaml",
+        "recipe",
+        "runs",
+        "samplers",
+    },
     1: {
         "adamw",
         "adamw_state",
