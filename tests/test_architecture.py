@@ -60,6 +60,7 @@ LEVELS = {
     4: {
         "assemble",
         "check",
+        "compare",
         "estimate",
         "fit",
         "layer_table",
@@ -72,7 +73,7 @@ LEVELS = {
         "stopping",
         "train",
     },
-    5: {"cli"},
+    5: {"cli", "compare_command"},
 }
 LEVEL = {module: level for level, modules in LEVELS.items() for module in modules}
 CORE = [

@@ -3,12 +3,13 @@
 import hashlib
 import os
 import shutil
+import socket
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["sha256_of", "written_aside"]
+__all__ = ["replace_file", "sha256_of", "take_lock", "written_aside"]
 
 
 @contextmanager
@@ -39,6 +40,54 @@ def written_aside(target: Path, *, replace: bool = True) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file aside, flush it to the disk and rename it over the old one.
+
+    Raises:
+        OSError: it could not be written; the old one is as it was.
+    """
+    aside = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def take_lock(path: Path, *, sign: bool = True) -> int:
+    """Lock a file, made if missing; the system drops the lock however the process ends.
+
+    Args:
+        path: the file.
+        sign: write this process's number and machine into it.
+
+    Returns:
+        The open file; closing it gives the lock back.
+
+    Raises:
+        RuntimeError: another process holds it, named by what that one wrote into the file.
+    """
+    import fcntl  # POSIX only
+
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.read(file, 200).decode(errors="replace").strip() or "another process"
+        os.close(file)
+        raise RuntimeError(
+            f"run folder {path.parent} is in use by {owner}; wait for it or name another run.output"
+        ) from None
+    if sign:
+        with suppress(OSError):  # a full disk: then the process has no name
+            os.truncate(file, 0)
+            os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    return file
 
 
 def sha256_of(file: Path) -> str:
