@@ -139,9 +139,10 @@ def read_comparison(
         _build(str(path), name, parts, sections, overrides, recipe, default_lrs)
         for name, parts in given.items()
     )
-    count = _whole("--seeds" if seeds is not None else "compare.seeds", seeds or asked.get("seeds", 1))
-    if seeds is not None:
-        count = _whole("--seeds", seeds)
+    count = _whole("compare.seeds", asked.get("seeds", 1)) if seeds is None else _whole("--seeds", seeds)
+    text = general if general is not None else asked.get("general")
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"{path}: compare.general must be text, got {text!r}; put it in quotes")
     reference = reference if reference is not None else asked.get("reference")
     if reference is not None and reference not in given:
         raise ValueError(unknown("reference", reference, given))
@@ -151,7 +152,7 @@ def read_comparison(
         arms=arms,
         seeds=tuple(range(recipe.run.seed, recipe.run.seed + count)),
         budget=_budget(asked.get("budget", {}) if budget is None else budget),
-        general=general if general is not None else asked.get("general"),
+        general=text,
         general_limit=_whole("compare.general_limit", asked.get("general_limit", 64)),
         evaluations=_whole("compare.evaluations", asked.get("evaluations", 8)),
         reference=reference,

@@ -31,16 +31,14 @@ def _identity(comparison: Comparison) -> dict[str, Any]:
         }
         for arm in comparison.arms
     }
-    return {
-        "recipe": {section: values for section, values in recipe.items() if section != "method"},
-        "compare": {
-            "budget": comparison.budget or "the recipe's",
-            "general": comparison.general,
-            "general_limit": comparison.general_limit,
-            "evaluations": comparison.evaluations,
-        },
-        "arms": arms,
+    shared = {section: values for section, values in recipe.items() if section != "method"}
+    shared["compare"] = {
+        "budget": ", ".join(f"{kind}={count}" for kind, count in comparison.budget.items()) or "the recipe's",
+        "general": comparison.general,
+        "general_limit": comparison.general_limit,
+        "evaluations": comparison.evaluations,
     }
+    return {"shared": shared, "arms": arms}
 
 
 def check_folder(output: Path, comparison: Comparison) -> None:
@@ -58,11 +56,10 @@ def check_folder(output: Path, comparison: Comparison) -> None:
         return
     try:
         before = json.loads(file.read_text(encoding="utf-8"))["asked"]
-        pairs = [(before[part], _identity(comparison)[part]) for part in ("recipe", "compare")]
+        changed = _differences("", before["shared"], _identity(comparison)["shared"])
         known = before["arms"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{file} is damaged; name another --output") from None
-    changed = [line for pair in pairs for line in _differences("", *pair)]
     for name, arm in _identity(comparison)["arms"].items():
         if name in known:
             changed += _differences(f"{name}: ", known[name], arm)
@@ -75,15 +72,11 @@ def check_folder(output: Path, comparison: Comparison) -> None:
 
 def _differences(place: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     flat = [
-        {
-            f"{section}.{key}": value
-            for section, values in each.items()
-            for key, value in (values.items() if isinstance(values, dict) else [("", values)])
-        }
+        {f"{section}.{key}": value for section, values in each.items() for key, value in values.items()}
         for each in (before, after)
     ]
     return [
-        f"{place}{key.rstrip('.')}: {flat[0].get(key, 'not set')} → {flat[1].get(key, 'not set')}"
+        f"{place}{key}: {flat[0].get(key, 'not set')} → {flat[1].get(key, 'not set')}"
         for key in sorted(flat[0] | flat[1])
         if key not in NO_MATTER and flat[0].get(key, "not set") != flat[1].get(key, "not set")
     ]

@@ -28,7 +28,7 @@ from lisatune.compare.measure import Job, Measured
 from lisatune.disk import replace_file
 from lisatune.recipe import DataConfig
 
-__all__ = ["FailedError", "Run", "measure_base", "measure_run", "train_run"]
+__all__ = ["FailedError", "Run", "call", "check_exit", "measure_base", "measure_run", "train_run"]
 
 POLL_SECONDS = 0.5
 
@@ -138,8 +138,8 @@ def train_run(run: Run, recipe: Path, poll: Callable[[], None], lock: int) -> No
     resume = newest_checkpoint(run.folder / "checkpoints") is not None
     if not resume:
         run.forget()
-    command = ["lisatune.cli", "train", str(recipe), *(["--resume"] if resume else [])]
-    _call(command, run.beside(".log"), poll, lock)
+    command = ["lisatune.cli", "train", str(recipe), "--debug", *(["--resume"] if resume else [])]
+    call(command, run.beside(".log"), poll, lock)
     summary = run.summary
     if summary is None:
         raise FailedError("it ended without a summary")
@@ -175,12 +175,12 @@ def measure_base(recipe: Path, slices: dict[str, str], poll: Callable[[], None],
 def _measure(job: Job, stem: Path, poll: Callable[[], None], lock: int) -> None:
     file = stem.with_name(stem.name + ".job.json")
     replace_file(file, json.dumps(job, indent=1))
-    _call(["lisatune.compare.measure", str(file)], stem.with_name(stem.name + ".log"), poll, lock)
+    call(["lisatune.compare.measure", str(file)], stem.with_name(stem.name + ".log"), poll, lock)
     file.unlink()
 
 
-def _call(command: Sequence[str], log: Path, poll: Callable[[], None], lock: int) -> None:
-    """Run a module of ours to its end."""
+def call(command: Sequence[str], log: Path, poll: Callable[[], None], lock: int) -> None:
+    """Run a module of ours, its output into `log`, to its end; raises as `check_exit`."""
     with log.open("ab") as output:
         start = output.tell()
         process = subprocess.Popen(
@@ -200,19 +200,28 @@ def _call(command: Sequence[str], log: Path, poll: Callable[[], None], lock: int
         except BaseException:
             _stop(process)
             raise
+    check_exit(code, log.read_bytes()[start:].decode(errors="replace"))
+
+
+def check_exit(code: int, output: str) -> None:
+    """Raise, unless the exit code of a process is 0, with the sentence it wrote last.
+
+    Raises:
+        FailedError: it failed.
+        KeyboardInterrupt: someone else stopped it.
+    """
     if code == 0:
         return
-    said = log.read_bytes()[start:].decode(errors="replace").splitlines()
-    words = next((line for line in reversed(said) if line.startswith("lisatune: ")), "")
-    words = words.removeprefix("lisatune: ").removeprefix("error: ")
+    said = [line for line in output.splitlines() if line.startswith("lisatune: ")]
+    words = said[-1].removeprefix("lisatune: ").removeprefix("error: ") if said else ""
+    words = words.replace("--debug shows", "its log shows")
     if code in (130, 143):
         raise KeyboardInterrupt(f"a run was stopped from outside ({words}); give the same command to go on")
     if code < 0:
         name = signal.Signals(-code).name
-        words = f"its process was ended by {name}" + (
-            ", as the system does when memory runs out" if name == "SIGKILL" else ""
-        )
-    raise FailedError(words or f"its process ended with exit code {code}; see {log}")
+        cause = ", as the system does when memory runs out" if name == "SIGKILL" else ""
+        words = f"its process was ended by {name}{cause}"
+    raise FailedError(words or f"its process ended with exit code {code} and without a word")
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:

@@ -68,10 +68,10 @@ def _compare(
     if not slices.exists() or not (output / "compare.json").exists():
         write_slices(comparison, slices)
     data = read_slices(slices)
-    claim(output, comparison, data)
-    runs.mkdir(exist_ok=True)
     config = data_of_runs(comparison.recipe.data, slices)
     lengths = _lengths(comparison, config)
+    claim(output, comparison, data)
+    runs.mkdir(exist_ok=True)
     board = Board(comparison)
     work = _Work(comparison, output, runs, config, lengths, lock, board, data, keep_models, retry_failed)
     try:
