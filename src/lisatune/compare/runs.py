@@ -77,7 +77,7 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl, without one that is being written."""
         lines = []
-        with suppress(FileNotFoundError, ValueError):
+        with suppress(FileNotFoundError, ValueError):  # the last line may be half written
             for line in (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
                 lines.append(json.loads(line))
         return lines

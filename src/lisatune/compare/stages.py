@@ -162,6 +162,7 @@ class _Work:
         if run.failed is not None and self.retry_failed:
             run.forget()
         if run.failed is not None or run.summary is not None:
+            self.board.end(run)
             return
         totals = self.lengths[run.seed]
         recipe = run.write_recipe(

@@ -73,6 +73,11 @@ class Board:
         lines = run.metrics()[-1:]
         self._cell(run, Text(f"{lines[0]['step'] if lines else 0}/{steps}", style="cyan"))
 
+    def draw(self) -> None:
+        """Draw the table now, not only four times a second."""
+        if self._live is not None:
+            self._live.refresh()
+
     def _cell(self, run: Run, text: Text) -> None:
         column = f"lr {run.lr:g}, seed {run.seed}"
         if column not in self._columns:
