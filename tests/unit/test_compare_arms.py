@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lisatune.cli import main
 from lisatune.compare.arms import read_comparison
 from lisatune.recipe_file import load_recipe
 
@@ -127,6 +128,17 @@ def test_bad_files_are_refused_in_a_sentence(
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(sentence)):
         read_comparison(write(tmp_path, **compare))
+
+
+def test_the_command_ends_in_a_sentence_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", str(write(tmp_path)), "--methods", "lora,lsia", "--lr", "1e-5"]) == 2
+    assert capsys.readouterr().err.startswith("lisatune: error: arm 'lsia': unknown method 'lsia'. Did you")
+    assert main(["compare", str(tmp_path)]) == 2
+    assert "there are no results in" in capsys.readouterr().err
+    assert main(["compare", str(tmp_path / "none.yaml"), "--methods", "full"]) == 2
+    assert "none.yaml does not exist" in capsys.readouterr().err
 
 
 def test_train_sends_a_file_with_a_comparison_to_compare(tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from lisatune import plain_yaml
-from lisatune.checkpoint import newest_checkpoint
 from lisatune.compare.arms import Arm, with_seed
 from lisatune.compare.measure import Job, Measured
 from lisatune.disk import replace_file
@@ -50,7 +49,7 @@ class Run:
     @property
     def folder(self) -> Path:
         """Run folder."""
-        return self.runs / f"{self.arm.folder}_lr={self.lr:g}_seed={self.seed}"
+        return self.runs / f"{self.arm.folder}_lr={self.lr!r}_seed={self.seed}"
 
     def beside(self, ending: str) -> Path:
         """File beside the run folder."""
@@ -135,7 +134,7 @@ def train_run(run: Run, recipe: Path, poll: Callable[[], None], lock: int) -> No
         FailedError: with the reason.
         KeyboardInterrupt: Ctrl-C, after the process has ended.
     """
-    resume = newest_checkpoint(run.folder / "checkpoints") is not None
+    resume = any((run.folder / "checkpoints").glob("step-*"))  # has its name once it is complete
     if not resume:
         run.forget()
     command = ["lisatune.cli", "train", str(recipe), "--debug", *(["--resume"] if resume else [])]

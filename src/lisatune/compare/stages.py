@@ -23,6 +23,7 @@ from lisatune.compare.runs import FailedError, Run, measure_base, measure_run, t
 from lisatune.compare.tables import Board, markdown
 from lisatune.compare_results import Data, Results
 from lisatune.disk import replace_file, take_lock
+from lisatune.progress import plural
 from lisatune.recipe import DataConfig
 
 __all__ = ["compare"]
@@ -76,17 +77,15 @@ def _compare(
     work = _Work(comparison, output, runs, config, lengths, lock, board, data, keep_models, retry_failed)
     try:
         with board:
+            work.outline()
             work.measure_base()
             work.choose_learning_rates()
             work.repeat_with_seeds()
     except KeyboardInterrupt as stop:
         results = work.write()
         done = sum(run["status"] == "done" for run in results["runs"])
-        raise KeyboardInterrupt(
-            stop.args[0]
-            if stop.args
-            else f"stopped, {done} of {len(results['runs'])} runs are done; go on with the same command"
-        ) from None
+        way_on = f"stopped, {done} of {len(results['runs'])} runs are done; go on with the same command"
+        raise type(stop)(stop.args[0] if stop.args else way_on) from None
     results = work.write()
     _write_report(output)
     return results
@@ -107,6 +106,17 @@ class _Work:
     keep_models: bool
     retry_failed: bool
     base: Measured | None = None
+
+    def outline(self) -> None:
+        """Say how much there is to do."""
+        arms, seeds = self.comparison.arms, self.comparison.seeds
+        first = self.lengths[seeds[0]]
+        num_runs = sum(len(arm.lrs) + len(seeds) - 1 for arm in arms)
+        self.board.print(
+            f"{plural(len(arms), 'arm')}, {plural(num_runs, 'run')} of {plural(len(first), 'step')} and "
+            f"{first[-1]:,} tokens; {plural(self.data['validation'], 'record')} to choose learning rates by, "
+            f"{self.data['test']:,} to report"
+        )
 
     def measure_base(self) -> None:
         """Take the losses of the model before training."""

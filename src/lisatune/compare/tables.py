@@ -52,18 +52,18 @@ class Board:
         summary, reason = run.summary, run.failed
         if reason is not None:
             self._cell(run, Text("failed", style="bold red"))
-            self._print(f"{run.arm.name}, lr {run.lr:g}, seed {run.seed} failed: {reason}")
+            self.print(f"{run.arm.name}, lr {run.lr:g}, seed {run.seed} failed: {reason}")
         elif summary is not None:
             loss = summary["held_out_loss_after"]
             self._cell(run, Text(f"{loss:.4f}", style="green"))
             if self._live is None:
-                self._print(f"{run.arm.name}, lr {run.lr:g}, seed {run.seed}: validation loss {loss:.4f}")
+                self.print(f"{run.arm.name}, lr {run.lr:g}, seed {run.seed}: validation loss {loss:.4f}")
 
     def say(self, text: str) -> None:
         """What is being done now."""
         self._now = text
         if self._live is None:
-            self._print(text)
+            self.print(text)
 
     def refresh(self) -> None:
         """Look at how far the run in progress has come."""
@@ -94,7 +94,8 @@ class Board:
             table.add_row(arm, *(self._cells.get((arm, column), "") for column in self._columns))
         return table
 
-    def _print(self, text: str) -> None:
+    def print(self, text: str) -> None:
+        """Print a line that stays."""
         self._console.print(Text(text), soft_wrap=True)
 
     def __enter__(self) -> Self:
