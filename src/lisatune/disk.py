@@ -1,4 +1,4 @@
-"""Folders that appear complete or not at all, and the hash that tells whether a file is still the same."""
+"""Files and folders that appear complete or not at all, a lock, and a hash that tells what changed."""
 
 import hashlib
 import os
@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["replace_file", "sha256_of", "take_lock", "written_aside"]
+__all__ = ["delete", "replace_file", "sha256_of", "take_lock", "writing", "written_aside"]
 
 
 @contextmanager
 def written_aside(target: Path, *, replace: bool = True) -> Iterator[Path]:
     """Fill the folder given inside; at the end it is synced to disk and renamed to `target`.
+
+    A process that is killed inside leaves `.TARGET.tmp-…` beside the target, which `delete` may take.
 
     Args:
         target: the final folder; its parents are made.
@@ -27,13 +29,17 @@ def written_aside(target: Path, *, replace: bool = True) -> Iterator[Path]:
     from safetensors import SafetensorError
 
     aside = target.parent / f".{target.name}.tmp-{uuid.uuid4().hex[:8]}"
+    existing = next(folder for folder in aside.absolute().parents if folder.exists())
     try:
         aside.mkdir(parents=True)
         yield aside
         for path in (*aside.rglob("*"), aside):
             _sync(path)
         _put_in_place(aside, target, replace)
-        _sync(target.parent)
+        for folder in target.absolute().parents:
+            _sync(folder)
+            if folder == existing:
+                break
     except (OSError, SafetensorError) as error:
         raise OSError(
             f"could not write {target} ({error}); free some space or choose another folder"
@@ -49,14 +55,41 @@ def replace_file(path: Path, text: str) -> None:
         OSError: it could not be written; the old one is as it was.
     """
     aside = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
+    with writing(path):
+        try:
+            with aside.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
+        _sync(path.parent)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Let an OSError inside name what could not be written."""
     try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"cannot write {path}: {reason}; free space or name another run.output") from error
+
+
+def delete(path: Path) -> None:
+    """Delete a folder, file or link. A folder loses its name first, so that no half of one keeps it.
+
+    Raises:
+        OSError: it could not be deleted.
+    """
+    if path.is_dir() and not path.is_symlink():
+        hidden = path.name if path.name.startswith(".") else f".{path.name}"
+        aside = path.with_name(f"{hidden}.tmp-{uuid.uuid4().hex[:8]}")
+        path.rename(aside)
+        shutil.rmtree(aside)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def take_lock(path: Path, *, sign: bool = True) -> int:
@@ -105,7 +138,7 @@ def _put_in_place(aside: Path, target: Path, replace: bool) -> None:
         except OSError:
             old.rename(target)
             raise
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
         return
     try:
         aside.rename(target)  # fails on a folder with files in it
