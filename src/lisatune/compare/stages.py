@@ -134,13 +134,11 @@ class _Work:
         first = self.comparison.seeds[0]
         for arm in self.comparison.arms:
             runs = runs_of(arm, first, self.runs)
-            measured = {run.lr: run.measured for run in runs}
             for run in runs:
                 self._train(run)
             while (chosen := choose(arm, first, self.runs)) is not None:
                 run = Run(arm, chosen, first, self.runs)
-                if measured[chosen] is None:
-                    self._measure(run, with_memory=True)
+                self._measure(run, with_memory=True)
                 if run.failed is None:
                     break
             for run in runs:
@@ -195,6 +193,8 @@ class _Work:
         if not (run.folder / "model").exists():  # its learning rate wasn't the best one before
             run.forget()
             self._train(run)
+            if run.failed is not None:
+                return
         self.board.say(f"measuring {run.arm.name}, lr {run.lr:g}, seed {run.seed}")
         try:
             recipe, poll = run.beside(".yaml"), self.board.refresh
