@@ -26,5 +26,5 @@ def test_the_reason_of_a_failure_is_the_processs_own(code: int, output: str, rea
 
 @pytest.mark.parametrize("code", [130, 143])
 def test_a_run_that_was_stopped_from_outside_has_not_failed(code: int) -> None:
-    with pytest.raises(KeyboardInterrupt, match="stopped after step 3.*; give the same command to go on"):
+    with pytest.raises(KeyboardInterrupt, match=r"stopped after step 3.*; give the same command to go on"):
         runs.check_exit(code, "lisatune: stopped after step 3, which is saved\n")
