@@ -21,10 +21,10 @@ def compare(
 ) -> int:
     """Compare methods on the same records and tokens, each with its own best learning rate.
 
-    Held-out records are halved: one half chooses learning rates, the other gives the final figures. The same
-    command goes on after an interruption. With a finished folder it prints the results again:
+    Held-out records are halved: one half chooses learning rates, the other gives the final figures.
+    Given again, the command goes on where it was; with a finished folder it prints the results:
 
-        lisatune compare recipe.yaml --methods full,lora:rank=128,lisa:active=8+ends=frozen --lr 1e-5,1e-4
+        lisatune compare recipe.yaml --methods full,lora:rank=128,lisa:active=8 --lr 1e-5,1e-4
         lisatune compare experiments/table2.yaml --seeds 3 --budget tokens=100000
         lisatune compare runs/table2-compare --reference full
 
