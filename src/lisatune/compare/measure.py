@@ -24,6 +24,7 @@ from lisatune.disk import replace_file
 from lisatune.evaluate import held_out_loss
 from lisatune.loss import CausalLMLoss
 from lisatune.plan import costliest_draw
+from lisatune.progress import ranges_text
 from lisatune.recipe import Recipe
 from lisatune.recipe_file import load_recipe
 from lisatune.records import read_records
@@ -155,7 +156,8 @@ def _step_memory(recipe: Recipe) -> MemoryResult:
             result = measured.end_step()
     longest = max(batch["input_ids"].shape[1] for batch in batches)
     how = f"live tensors in a step of its own on the batches of step {step}, {longest} tokens at the longest"
-    how += f", blocks {', '.join(map(str, draw))} active" if draw is not None else ""
+    if draw is not None:
+        how += f", blocks {ranges_text(draw)} active"
     return MemoryResult(
         how=how + (", not compiled" if recipe.run.compile else ""),
         peak_bytes=result.peak_bytes,
