@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "lisatune"
 LEVELS = {
     0: {
         "codecs",
+        "compare_results",
         "disk",
         "environment",
         "exits",
@@ -62,6 +63,7 @@ LEVELS = {
     4: {
         "assemble",
         "check",
+        "compare",
         "estimate",
         "fit",
         "layer_table",
@@ -77,7 +79,7 @@ LEVELS = {
         "stopping",
         "train",
     },
-    5: {"cli"},
+    5: {"cli", "compare_command"},
 }
 LEVEL = {module: level for level, modules in LEVELS.items() for module in modules}
 CORE = [

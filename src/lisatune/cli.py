@@ -232,6 +232,7 @@ def _app() -> "App":
             f'{error}; the command needs more packages: pip install "lisatune[train]"'
         ) from None
 
+    from lisatune.compare_command import compare
     from lisatune.progress import terminal
 
     app = App(
@@ -248,6 +249,7 @@ def _app() -> "App":
     app.command(train, usage=usage.format("train"))
     app.command(check, usage=usage.format("check"))
     app.command(plan, usage=usage.format("plan").replace("RECIPE", "[RECIPE | --model MODEL]"))
+    app.command(compare, usage=usage.format("compare").replace("RECIPE", "[RECIPE | FOLDER]"))
     app.command(layers)
     app.command(generate)
     return app

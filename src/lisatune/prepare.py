@@ -15,7 +15,7 @@ from lisatune.evaluate import prompt_ids
 from lisatune.recipe import Recipe, check_steps
 from lisatune.records import Records, read_records, split_records
 
-__all__ = ["Data", "Question", "check_fits", "max_positions", "prepare_data"]
+__all__ = ["Data", "Question", "check_fits", "max_positions", "prepare_data", "read_data"]
 
 TEXT_PROMPT_WORDS = 24
 
@@ -72,7 +72,7 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> Data:
         FileNotFoundError: a file is missing.
     """
     data, run = recipe.data, recipe.run
-    train, validation = _read(recipe)
+    train, validation = read_data(recipe)
     rows = tokenize(train, tokenizer, max_length=data.max_length, loss_on=data.loss_on)
     held_out = tokenize(validation, tokenizer, max_length=data.max_length, loss_on=data.loss_on)
     if data.packing:
@@ -116,7 +116,8 @@ def max_positions(model: nn.Module) -> int | None:
     return limit
 
 
-def _read(recipe: Recipe) -> tuple[Records, Records]:
+def read_data(recipe: Recipe) -> tuple[Records, Records]:
+    """Records to train on, and held-out ones; errors as in `prepare_data`."""
     data = recipe.data
 
     def read(source: str, limit: int | None) -> Records:

@@ -26,7 +26,15 @@ from lisatune import plain_yaml
 from lisatune.methods import METHODS
 from lisatune.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe, RunConfig
 
-__all__ = ["load_recipe", "print_keys", "recipe_without_file"]
+__all__ = [
+    "Sections",
+    "build_recipe",
+    "load_recipe",
+    "print_keys",
+    "read_sections",
+    "recipe_without_file",
+    "unknown",
+]
 
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,
@@ -37,7 +45,8 @@ SECTIONS: dict[str, type] = {
 }
 """Sections in the order they are shown; the class of `method` is the one `method.name` picks."""
 
-Values = dict[str, dict[str, Any]]
+Sections = dict[str, dict[str, Any]]
+"""What a file says: {section: {key: value}}."""
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -55,17 +64,18 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         ValueError: anything in file or overrides is unknown, of the wrong type or out of range; the
             message is one sentence with file, key and value.
     """
-    recipe = _build(str(path), _read_file(Path(path)), overrides)
+    recipe = build_recipe(str(path), read_sections(Path(path)), overrides)
     output = recipe.run.output or f"runs/{Path(path).stem}"
     return dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, output=output))
 
 
 def recipe_without_file(overrides: Sequence[str]) -> Recipe:
     """Build a recipe from overrides alone, for what reads no data; errors as in `load_recipe`."""
-    return _build("command line", {"data": {"train": "none"}}, overrides)
+    return build_recipe("command line", {"data": {"train": "none"}}, overrides)
 
 
-def _build(path: str, from_file: Values, overrides: Sequence[str]) -> Recipe:
+def build_recipe(path: str, from_file: Sections, overrides: Sequence[str]) -> Recipe:
+    """Build a recipe from what a file says and overrides; errors as in `load_recipe`, naming `path`."""
     from_overrides = _read_overrides(overrides)
     given = {name: from_file.get(name, {}) | from_overrides.get(name, {}) for name in SECTIONS}
 
@@ -74,7 +84,7 @@ def _build(path: str, from_file: Values, overrides: Sequence[str]) -> Recipe:
 
     method = given["method"].get("name", "lisa")
     if not isinstance(method, str) or method not in METHODS:
-        raise ValueError(f"{where('method', 'name')}: {_unknown('method', method, METHODS)}")
+        raise ValueError(f"{where('method', 'name')}: {unknown('method', method, METHODS)}")
     sections = SECTIONS | {"method": METHODS[method]}
     for section, values in given.items():
         for key, value in values.items():
@@ -141,7 +151,7 @@ def _app(sections: Mapping[str, type], **options: Any) -> App:
     return app
 
 
-def _parse(sections: Mapping[str, type], given: Values) -> Recipe:
+def _parse(sections: Mapping[str, type], given: Sections) -> Recipe:
     app = _app(sections, config=Dict(given, use_commands_as_keys=False))
     recipe = app([], exit_on_error=False, print_error=False)
     assert isinstance(recipe, Recipe)
@@ -156,8 +166,8 @@ def _dotted(error: CycloptsError) -> str:
 # --- reading --------------------------------------------------------------------------------------
 
 
-def _read_file(path: Path) -> Values:
-    """Read the file into {section: {key: value}}."""
+def read_sections(path: Path, *, also: Sequence[str] = ()) -> Sections:
+    """Read a recipe file; errors as in `load_recipe`. `also` names sections that it may have besides."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give a recipe file, such as {path}/recipe.yaml")
     try:
@@ -175,8 +185,10 @@ def _read_file(path: Path) -> Values:
     if not isinstance(root, dict):
         raise ValueError(f"recipe {path} must be sections of keys, got a {type(root).__name__}")
     for section, values in root.items():
-        if section not in SECTIONS:
-            raise ValueError(f"{path}: {_unknown('section', section, SECTIONS)}")
+        if section == "compare" and section not in also:
+            raise ValueError(f"{path} describes a comparison; give it to `lisatune compare`")
+        if section not in (*SECTIONS, *also):
+            raise ValueError(f"{path}: {unknown('section', section, SECTIONS)}")
         if not isinstance(values, dict | None):
             raise ValueError(
                 f"{path}: section {section} must hold keys, a `key: value` per line, got {values!r}"
@@ -184,15 +196,15 @@ def _read_file(path: Path) -> Values:
     return {section: values or {} for section, values in root.items()}
 
 
-def _read_overrides(overrides: Iterable[str]) -> Values:
-    values: Values = {}
+def _read_overrides(overrides: Iterable[str]) -> Sections:
+    values: Sections = {}
     for override in overrides:
         match = re.fullmatch(r"(?:--)?([\w-]+)\.([\w-]+)=(.*)", override, flags=re.DOTALL)
         if match is None:
             raise ValueError(f"override {override!r} must look like section.key=value, such as run.steps=100")
         section, key, text = match[1], match[2].replace("-", "_"), match[3]
         if section not in SECTIONS:
-            raise ValueError(f"command line: {_unknown('section', section, SECTIONS)}")
+            raise ValueError(f"command line: {unknown('section', section, SECTIONS)}")
         value: Any = text
         if text.startswith("[") or text in ("null", "~"):
             try:
@@ -210,7 +222,8 @@ def _keys(section: type) -> list[str]:
     return [field.name for field in dataclasses.fields(section)]
 
 
-def _unknown(what: str, name: object, known: Iterable[str]) -> str:
+def unknown(what: str, name: object, known: Iterable[str]) -> str:
+    """Say that a name is unknown, which one is nearest, and which there are."""
     close = difflib.get_close_matches(str(name), known, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"unknown {what} {str(name)!r}.{hint} Known: {', '.join(known)}"

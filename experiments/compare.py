@@ -1,0 +1,37 @@
+"""The LISA paper's comparisons on SmolLM2-135M, each a recipe for `lisatune compare`.
+
+python experiments/compare.py table2 [--smoke] [section.key=value …] [options of lisatune compare]
+
+table2  methods side by side            table7  sampler, state of frozen blocks, warm-up
+table6  active blocks × period          draws   five seeds of the draws alone
+
+Data is python-docs unless `data.train=` and `data.validation=` name other; `--general FILE` adds forgetting.
+Given again it goes on. Results are in runs/NAME-compare, with --smoke in runs/NAME-smoke.
+"""
+
+import sys
+from pathlib import Path
+
+from lisatune.cli import main
+
+RECIPES = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
+
+SMOKE = (
+    *("data.max_length=64", "data.limit=64", "data.validation_limit=16", "run.batch_size=1"),
+    *("--budget", "steps=2", "--seeds", "1", "--lr", "1e-4"),
+)
+"""Two steps of every arm at one learning rate: does it run?"""
+
+
+def arguments(given: list[str]) -> list[str]:
+    """Arguments of `lisatune` for those of this script."""
+    names = [name for name in given if name in RECIPES]
+    if len(names) != 1:
+        sys.exit(f"name one of {', '.join(RECIPES)}")
+    rest = [each for each in given if each not in ("--smoke", *names)]
+    smoke = [*SMOKE, "--output", f"runs/{names[0]}-smoke"] if "--smoke" in given else []
+    return ["compare", str(RECIPES[names[0]]), *rest, *smoke]
+
+
+if __name__ == "__main__":
+    sys.exit(main(arguments(sys.argv[1:])))

@@ -1,0 +1,1 @@
+"""Methods side by side: `stages.compare` makes the runs, `lisatune.compare_results` says what comes out."""

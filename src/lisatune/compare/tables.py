@@ -1,0 +1,270 @@
+"""A comparison in words: the live table of its runs, and results.md."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rich import box
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from lisatune.compare.arms import Comparison
+from lisatune.compare.runs import Run
+from lisatune.compare_results import ArmResult, EqualTime, Results, Spread
+from lisatune.progress import byte_text, count_text, plural, terminal
+
+__all__ = ["Board", "equal_time_table", "markdown", "overview", "print_results"]
+
+
+class Board:
+    """The table that moves while a comparison runs. Use as a context manager.
+
+    Where the output is no terminal, each run gives a line when it starts and one when it ends.
+    """
+
+    def __init__(self, comparison: Comparison, *, console: Console | None = None) -> None:
+        self._console = console or terminal()
+        self._arms = [arm.name for arm in comparison.arms]
+        self._cells: dict[tuple[str, str], Text] = {}
+        self._columns: list[str] = []
+        self._running: tuple[Run, int] | None = None
+        self._now = ""
+        self._began = time.monotonic()
+        self._live = (
+            Live(console=self._console, refresh_per_second=4, get_renderable=self._table)
+            if self._console.is_terminal
+            else None
+        )
+
+    def start(self, run: Run, steps: int) -> None:
+        """A run of so many steps begins, or goes on."""
+        self._running = run, steps
+        self.say(f"{run.arm.name}, lr {run.lr:g}, seed {run.seed}: {plural(steps, 'step')}")
+        self.refresh()
+
+    def end(self, run: Run) -> None:
+        """The run is done or has failed."""
+        self._running = None
+        summary, reason = run.summary, run.failed
+        if reason is not None:
+            self._cell(run, Text("failed", style="bold red"))
+            self.print(f"{run.arm.name}, lr {run.lr:g}, seed {run.seed} failed: {reason}")
+        elif summary is not None:
+            loss = summary["held_out_loss_after"]
+            self._cell(run, Text(f"{loss:.4f}", style="green"))
+            if self._live is None:
+                self.print(f"{run.arm.name}, lr {run.lr:g}, seed {run.seed}: validation loss {loss:.4f}")
+
+    def say(self, text: str) -> None:
+        """What is being done now."""
+        self._now = text
+        if self._live is None:
+            self.print(text)
+
+    def refresh(self) -> None:
+        """Look at how far the run in progress has come."""
+        if self._running is None or self._live is None:
+            return
+        run, steps = self._running
+        lines = run.metrics()[-1:]
+        self._cell(run, Text(f"{lines[0]['step'] if lines else 0}/{steps}", style="cyan"))
+
+    def draw(self) -> None:
+        """Draw the table now, not only four times a second."""
+        if self._live is not None:
+            self._live.refresh()
+
+    def _cell(self, run: Run, text: Text) -> None:
+        column = f"lr {run.lr:g}, seed {run.seed}"
+        if column not in self._columns:
+            self._columns.append(column)
+        self._cells[run.arm.name, column] = text
+
+    def _table(self) -> Table:
+        minutes, seconds = divmod(round(time.monotonic() - self._began), 60)
+        table = Table(box=box.ROUNDED, title=f"{minutes}:{seconds:02} · {self._now}", title_justify="left")
+        table.add_column("validation loss", style="cyan")
+        for column in self._columns:
+            table.add_column(column, justify="right")
+        for arm in self._arms:
+            table.add_row(arm, *(self._cells.get((arm, column), "") for column in self._columns))
+        return table
+
+    def print(self, text: str) -> None:
+        """Print a line that stays."""
+        self._console.print(Text(text), soft_wrap=True)
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+
+Column = tuple[str, Callable[[ArmResult], str]]
+
+
+def overview(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows of the table of arms, columns without any figure left out."""
+    columns: list[Column] = [
+        ("arm", lambda arm: arm["name"]),
+        ("lr", lambda arm: _lr(arm)),
+        ("test loss", lambda arm: _spread(arm["test_loss"])),
+        ("gain", lambda arm: "" if arm["gain_share"] is None else f"{100 * arm['gain_share']:.0f} %"),
+        ("forgetting", lambda arm: _spread(arm["forgetting"], "+.4f")),
+        ("peak memory", lambda arm: _mean(arm["peak_bytes"], byte_text)),
+        ("tensors in a step", lambda arm: "" if arm["memory"] is None else _tensors(arm)),
+        ("trainable", lambda arm: "" if arm["trainable"] is None else count_text(arm["trainable"])),
+        ("touched", lambda arm: _mean(arm["touched"], count_text)),
+        ("to save", lambda arm: "" if arm["delta_bytes"] is None else byte_text(arm["delta_bytes"])),
+        ("tokens/s", lambda arm: _mean(arm["tokens_per_second"], lambda rate: f"{rate:,.0f}")),
+        ("training time", lambda arm: _mean(arm["train_seconds"], _seconds)),
+    ]
+    rows = [[cell(arm) for _, cell in columns] for arm in results["arms"]]
+    shown = [i for i in range(len(columns)) if i < 3 or any(row[i] for row in rows)]
+    return [columns[i][0] for i in shown], [[row[i] for i in shown] for row in rows]
+
+
+def equal_time_table(results: Results, times: EqualTime) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows of the losses at one wall time."""
+    losses = times["losses"]
+    rows = [[name, "not reached" if loss is None else f"{loss:.4f}"] for name, loss in losses.items()]
+    head = f"validation loss after {_seconds(times['seconds'])}, the end of {times['reference']}"
+    return ["arm", head], rows
+
+
+def print_results(results: Results, folder: Path, console: Console | None = None) -> None:
+    """Print the arms, losses at equal wall time and what a reader must know."""
+    console = console or terminal()
+    heads, rows = overview(results)
+    wide = {"tensors in a step", "trainable", "touched", "to save", "training time"}
+    shown = [i for i, head in enumerate(heads) if head not in wide]
+    _print_table(console, [heads[i] for i in shown], [[row[i] for i in shown] for row in rows])
+    for times in results["equal_time"]:
+        _print_table(console, *equal_time_table(results, times))
+    for problem in results["problems"]:
+        console.print(Text(f"! {problem}", style="yellow"), soft_wrap=True)
+    files = [name for name in ("results.md", "results.json", "report.html") if (folder / name).exists()]
+    console.print(Text(f"{folder}: {', '.join(files)}"), soft_wrap=True)
+
+
+def _print_table(console: Console, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(box=box.ROUNDED)
+    for head in heads:
+        table.add_column(head, justify="left" if head == "arm" else "right")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
+
+
+def markdown(results: Results) -> str:
+    """Write results.md."""
+    data, base = results["data"], results["base"]
+    seeds = ", ".join(map(str, results["seeds"]))
+    tokens = {run["tokens"] for run in results["runs"] if run["status"] == "done" and run["tokens"]}
+    amount = f"{min(tokens):,}" + (f" to {max(tokens):,}" if len(tokens) > 1 else "") if tokens else "no"
+    before = "unknown" if base["test_loss"] is None else f"{base['test_loss']:.4f}"
+    model, records = results["recipe"]["model"]["name"], results["recipe"]["data"]["train"]
+    lines = [
+        f"# Comparison {results['name']}",
+        "",
+        f"{model} on {records}; every run has {amount} tokens of the same records in the same order. "
+        f"Seeds {seeds}. Learning rates were chosen by the loss on "
+        f"{plural(data['validation'], 'validation record')} with seed {results['seeds'][0]}; the test loss "
+        f"is that of {plural(data['test'], 'other record')}, read by chosen runs alone. Before training it "
+        f"was {before}.",
+        "",
+        *_table(*overview(results)),
+        "",
+        "Mean ± standard deviation over seeds. gain: share of the loss that "
+        f"{results['reference'] or 'the reference'} takes off. peak memory: of the process on a CPU, "
+        "loading included, else allocated on the device. tensors in a step: live bytes at the peak of one "
+        "step of its own, measured. to save: touched tensors, or adapters. Time is that of training steps.",
+        "",
+        "## Memory of a step",
+        "",
+        *_memory(results),
+        "",
+        "## Learning rates",
+        "",
+        *_table(["arm", "lr", "seed", "validation loss", "test loss", ""], _run_rows(results)),
+        "",
+        "## At equal wall time",
+        "",
+        "Read off the runs' evaluations, between two of them linear in time. A run whose learning rate still "
+        "had to fall at that time would have done better had it been planned to end there.",
+        "",
+    ]
+    for times in results["equal_time"]:
+        lines += [*_table(*equal_time_table(results, times)), ""]
+    if results["problems"]:
+        lines += ["## To know", "", *(f"- {problem}" for problem in results["problems"]), ""]
+    return "\n".join(lines)
+
+
+def _memory(results: Results) -> list[str]:
+    measured = [arm for arm in results["arms"] if arm["memory"] is not None]
+    if not measured:
+        return ["Not measured."]
+    categories = [name for arm in measured[:1] if arm["memory"] for name in arm["memory"]["at_peak"]]
+    rows = []
+    for arm in measured:
+        memory = arm["memory"]
+        assert memory is not None
+        sizes = [byte_text(memory["at_peak"].get(name, 0)) for name in categories]
+        rows.append([arm["name"], byte_text(memory["peak_bytes"]), memory["phase"], *sizes, memory["how"]])
+    return _table(["arm", "peak", "in", *categories, "how"], rows)
+
+
+def _run_rows(results: Results) -> list[list[str]]:
+    return [
+        [
+            run["arm"],
+            f"{run['lr']:g}",
+            str(run["seed"]),
+            "" if run["validation_loss"] is None else f"{run['validation_loss']:.4f}",
+            "" if run["test_loss"] is None else f"{run['test_loss']:.4f}",
+            "chosen" if run["chosen"] and run["status"] == "done" else run["status"],
+        ]
+        for run in results["runs"]
+    ]
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (heads, *rows)]
+    lines = [f"| {' | '.join(row)} |" for row in cells]
+    return [lines[0], f"|{'---|' * len(heads)}", *lines[1:]]
+
+
+def _lr(arm: ArmResult) -> str:
+    if arm["chosen_lr"] is None:
+        return "failed" if arm["reason"] else "–"
+    return f"{arm['chosen_lr']:g}" + (" (edge)" if arm["lr_at_edge"] else "")
+
+
+def _spread(spread: Spread | None, form: str = ".4f") -> str:
+    if spread is None:
+        return ""
+    std = "" if spread["std"] is None else f" ± {spread['std']:.4f}"
+    return f"{spread['mean']:{form}}{std}"
+
+
+def _mean(spread: Spread | None, text: Callable[[float], str]) -> str:
+    return "" if spread is None else text(spread["mean"])
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:,.0f} s"
+
+
+def _tensors(arm: ArmResult) -> str:
+    return "" if arm["memory"] is None else byte_text(arm["memory"]["peak_bytes"])
