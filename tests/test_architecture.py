@@ -10,7 +10,18 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "lisatune"
 
 LEVELS = {
-    0: {"codecs", "disk", "environment", "layers", "plain_yaml", "recipe", "runs", "samplers"},
+    0: {
+        "codecs",
+        "disk",
+        "environment",
+        "layers",
+        "plain_yaml",
+        "recipe",
+        "ranks",
+        "runs",
+        "samplers",
+        "shards",
+    },
     1: {
         "adamw",
         "adamw_state",
@@ -29,6 +40,7 @@ LEVELS = {
         "named_state",
         "optim",
         "proof",
+        "sharding",
         "storage",
     },
     2: {"methods"},
@@ -60,6 +72,7 @@ LEVELS = {
         "prepare",
         "progress",
         "recipe_file",
+        "run_ranks",
         "resume",
         "stopping",
         "train",

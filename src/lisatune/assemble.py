@@ -7,14 +7,15 @@ import random
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lisatune import models
+from lisatune import models, ranks
 from lisatune.adamw import AdamW
 from lisatune.blocks import BlockForward, check_compiler
 from lisatune.data import Row, collate
@@ -25,6 +26,7 @@ from lisatune.optim import state_bytes, state_elements
 from lisatune.prepare import Data, check_fits, max_positions, prepare_data
 from lisatune.pretrained import announce_remote_code
 from lisatune.recipe import Recipe
+from lisatune.sharding import ShardedLoss, check_optimizer, check_recipe, shard
 from lisatune.step import TrainingStep
 
 __all__ = ["Built", "Parts", "StateMeter", "assemble", "build", "rehearse", "weight_dtype"]
@@ -71,6 +73,14 @@ class Parts:
         length = max(longest, min(rounded, max_positions(self.model) or rounded))
         return collate(rows, self.tokenizer.pad_token_id, length=length)
 
+    def my_share(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """Take this rank's rows of a batch; where it has none, one without loss, for all must compute."""
+        mine = rows[ranks.rank() :: ranks.count()]
+        if mine:
+            return mine
+        blank = {"input_ids": rows[0]["input_ids"][:2], "labels": [-100] * len(rows[0]["input_ids"][:2])}
+        return [blank | ({"seq_lengths": [len(blank["labels"])]} if "seq_lengths" in rows[0] else {})]
+
     def set_learning_rates(self) -> None:
         """Take the rates of the schedule's current step: after a resume with another `run.steps`."""
         groups = zip(
@@ -84,8 +94,11 @@ class Parts:
         return [p for p in self.model.parameters() if p.requires_grad]
 
 
-def assemble(recipe: Recipe) -> Parts:
+def assemble(recipe: Recipe, *, device_name: str | None = None) -> Parts:
     """Build everything a run needs, in this order: data, model, layers, optimizer, LISA, schedule.
+
+    On several ranks the model is divided among them before the optimizer is built. `device_name` stands for
+    `run.device` there.
 
     A rehearsal without weights goes first: what can't work fails before a large model loads.
     """
@@ -94,7 +107,9 @@ def assemble(recipe: Recipe) -> Parts:
     run, name = recipe.run, recipe.model.name
     revision, trusted = recipe.model.revision, recipe.model.trust_remote_code
     announce_remote_code(name, trusted)
-    device = models.pick_device(run.device)
+    device = models.pick_device(device_name or run.device)
+    if ranks.count() > 1:
+        check_recipe(recipe)
     if run.compile and device.type == "cpu":
         check_compiler()
     tokenizer = models.load_tokenizer(name, revision=revision, trust_remote_code=trusted)
@@ -109,12 +124,15 @@ def assemble(recipe: Recipe) -> Parts:
         trust_remote_code=trusted,
         attention=recipe.model.attention,
         dtype=weight_dtype(recipe),
-    ).to(device)
+    )
+    if ranks.count() == 1:  # else block by block, each rank its part
+        model = model.to(device)
     _warn_of_widened_weights(recipe, model)
     loss = CausalLMLoss(model)
     if recipe.data.packing:
         loss.check_packing()
-    built = build(recipe, model, loss, steps=data.steps, device=device)
+    divide = partial(_shard, how=run.sharding, device=device) if ranks.count() > 1 else None
+    built = build(recipe, model, loss, steps=data.steps, device=device, materialise=divide)
     schedule = recipe.optimizer.schedule
     scheduler = get_scheduler(
         "constant_with_warmup" if schedule == "constant" else schedule,
@@ -170,12 +188,15 @@ def build(
         loss: of that model.
         steps: optimizer steps of the whole run.
         device: where it trains.
-        materialise: gives the prepared model its storage, before the optimizer is built.
+        materialise: gives the prepared model its storage, or divides it among ranks, before the optimizer
+            is built.
     """
     run = recipe.run
     blocks = _set_block_forward(recipe, model)
     model.train()
     model, layers, optimizer, state, lisa = _attach(recipe, model, steps, materialise)
+    if ranks.count() > 1:
+        loss = ShardedLoss(loss)
     step = TrainingStep(
         model=model,
         loss=loss,
@@ -186,6 +207,10 @@ def build(
         in_backward=optimizer.in_backward if isinstance(optimizer, AdamW) else None,
     )
     return Built(model, layers, step, lisa, state, blocks)
+
+
+def _shard(model: nn.Module, *, how: Literal["fsdp", "replicate"], device: torch.device) -> None:
+    shard(model, find_layers(model), device, how)
 
 
 def _seed(seed: int) -> None:
@@ -282,6 +307,8 @@ def _attach(
     if materialise is not None:
         materialise(model)
     optimizer = recipe.method.build_optimizer(model, layers, recipe.optimizer)
+    if ranks.count() > 1:
+        check_optimizer(optimizer)
     state = StateMeter(optimizer)  # before LISA, whose hook releases state
     lisa = recipe.method.attach(model, optimizer, layers, total_steps=steps)
     return model, layers, optimizer, state, lisa

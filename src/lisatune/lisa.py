@@ -33,10 +33,10 @@ import weakref
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lisatune import ranks
 from lisatune.adamw import AdamW
 from lisatune.ends import Ends, EndsPolicy
 from lisatune.frozen_state import FrozenState
@@ -44,6 +44,7 @@ from lisatune.layers import LayerMap, find_layers
 from lisatune.optim import check_parameters, groups_by_block, plain_optimizer, state_bytes
 from lisatune.proof import Proof, ProofError, has_reason_to_move
 from lisatune.samplers import Independent, Sampler, auto_period, make_sampler, visits
+from lisatune.shards import is_sharded, reshard
 
 __all__ = ["LISA"]
 
@@ -110,7 +111,8 @@ class LISA:
         _one_of("state", state, ("drop", "reset", "cpu", "keep"))
         policy = EndsPolicy.parse(ends)
         _one_of("verify", verify, ("sample", "full", "off"))
-        _refuse_several_ranks()
+        _refuse_unsharded(model)
+        self._model = model
         optimizer = plain_optimizer(model, optimizer)
         if optimizer in _attached:
             raise RuntimeError("a LISA is already attached to this optimizer; call its detach() first")
@@ -242,12 +244,16 @@ class LISA:
     def _draw(self) -> None:
         """Draw this period's blocks, freeze everything else, thaw them."""
         self.active_blocks = self.sampler.draw(self.period_index, seed=self.seed)
+        ranks.check_equal(
+            f"the blocks drawn for period {self.period_index}", (self.active_blocks, self.steps_done)
+        )
         if self.state == "reset":
             self._frozen_state.reset()
         self._set_trainable()
 
     def _set_trainable(self) -> None:
-        _refuse_several_ranks()
+        _refuse_unsharded(self._model)
+        reshard(self._model)
         self.ends_train = self._ends.policy.trains_in(self.period_index)
         for index, parameters in enumerate(self._blocks):
             self._set(parameters, trains=index in self.active_blocks)
@@ -439,10 +445,11 @@ def _period(period: int | Literal["auto"], sampler: Sampler, seed: int, total_st
     return period
 
 
-def _refuse_several_ranks() -> None:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+def _refuse_unsharded(model: nn.Module) -> None:
+    if ranks.count() > 1 and not all(is_sharded(p) or p.is_meta for p in model.parameters()):
         raise RuntimeError(
-            "LISA does not run on several ranks yet: data-parallel wrappers would let the ranks' weights "
-            "drift apart without an error; run it in one process"
+            "on several ranks LISA needs a model that torch's fully_shard has divided, its optimizer "
+            "built after that: DistributedDataParallel fixes which gradients it exchanges when it wraps a model, "
+            "so blocks that thaw later would drift apart between ranks without an error; fully_shard with a "
+            "mesh of (ranks, 1) keeps all weights on each rank as DDP does"
         )
