@@ -448,8 +448,8 @@ def _period(period: int | Literal["auto"], sampler: Sampler, seed: int, total_st
 def _refuse_unsharded(model: nn.Module) -> None:
     if ranks.count() > 1 and not all(is_sharded(p) or p.is_meta for p in model.parameters()):
         raise RuntimeError(
-            "on several ranks LISA needs a model that torch's fully_shard has divided, its optimizer "
-            "built after that: DistributedDataParallel fixes which gradients it exchanges when it wraps a model, "
-            "so blocks that thaw later would drift apart between ranks without an error; fully_shard with a "
-            "mesh of (ranks, 1) keeps all weights on each rank as DDP does"
+            "on several ranks LISA needs a model that torch's fully_shard has divided, its optimizer built "
+            "after that: DistributedDataParallel fixes which gradients it exchanges when it wraps a model, so "
+            "blocks that thaw later would drift apart without an error; fully_shard with a mesh of (ranks, 1) "
+            "keeps all weights on each rank as DDP does"
         )
