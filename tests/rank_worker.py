@@ -28,7 +28,7 @@ def draws() -> dict[str, Any]:
     """Train a bare loop with LISA while the ranks' global generators drift apart."""
     model = tiny.llama(seed=0)
     layers = find_layers(model)
-    shard(model, layers, torch.device("cpu"), "fsdp")
+    shard(model, device=torch.device("cpu"), how="fsdp")
     optimizer = build_optimizer(model, layers, OptimizerConfig(lr=1e-3))
     lisa = LISA(model, optimizer, active=2, period=2, verify="full")
     torch.manual_seed(100 + ranks.rank())
@@ -61,7 +61,7 @@ def seeds() -> None:
     """Give each rank a seed of its own."""
     model = tiny.llama(seed=0)
     layers = find_layers(model)
-    shard(model, layers, torch.device("cpu"), "fsdp")
+    shard(model, device=torch.device("cpu"), how="fsdp")
     LISA(model, build_optimizer(model, layers, OptimizerConfig()), seed=ranks.rank())
 
 

@@ -50,7 +50,7 @@ from lisatune.adamw_state import (
 from lisatune.factored import update_factored
 from lisatune.host_chunks import on_device
 from lisatune.in_backward import UpdateInBackward
-from lisatune.shards import is_sharded, local_part
+from lisatune.shards import part_to_update
 
 __all__ = ["AdamW"]
 
@@ -210,7 +210,7 @@ class AdamW(Optimizer):
         whole: list[Tensor] = []
         states: list[dict[str, Any]] = []
         for place, parameter in ready:
-            state, p = self.state[parameter], _mine(parameter)
+            state, p = self.state[parameter], part_to_update(parameter)
             prepare(group, p, state)
             key = codecs.key_of(group["seed"], group["steps_done"], place)
             if _is_whole(group, p, state):
@@ -247,16 +247,6 @@ class AdamW(Optimizer):
 
     def _chunk(self, p: Tensor) -> int:
         return self.chunk_size or CHUNK.get(p.device.type, CHUNK_ELSEWHERE)
-
-
-def _mine(p: nn.Parameter) -> Tensor:
-    """This rank's part of a weight that is divided among ranks, with its gradient; else the weight."""
-    if not is_sharded(p):
-        return p
-    assert p.grad is not None
-    part = local_part(p)
-    part.grad = local_part(p.grad)
-    return part
 
 
 def _is_whole(group: dict[str, Any], p: Tensor, state: dict[str, Any]) -> bool:

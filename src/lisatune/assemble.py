@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,26 +22,14 @@ from lisatune.data import Row, collate
 from lisatune.layers import LayerMap, find_layers
 from lisatune.lisa import LISA
 from lisatune.loss import CausalLMLoss
-from lisatune.optim import state_bytes, state_elements
+from lisatune.optim import StateMeter
 from lisatune.prepare import Data, check_fits, max_positions, prepare_data
 from lisatune.pretrained import announce_remote_code
 from lisatune.recipe import Recipe
 from lisatune.sharding import ShardedLoss, check_optimizer, check_recipe, shard
 from lisatune.step import TrainingStep
 
-__all__ = ["Built", "Parts", "StateMeter", "assemble", "build", "rehearse", "weight_dtype"]
-
-
-class StateMeter:
-    """Measures the optimizer's state after every step, before a draw can release any of it."""
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.bytes = 0
-        self.elements = 0
-        optimizer.register_step_post_hook(self._measure)
-
-    def _measure(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self.bytes, self.elements = state_bytes(optimizer), state_elements(optimizer)
+__all__ = ["Built", "Parts", "assemble", "batch_length", "build", "rehearse", "weight_dtype"]
 
 
 @dataclass
@@ -58,7 +46,7 @@ class Parts:
     optimizer: torch.optim.Optimizer
     scheduler: LambdaLR
     lisa: LISA | None
-    state: "StateMeter"
+    state: StateMeter
     compile_seconds: float | None = None
     """Wall time of compiling the blocks before the first step; None where nothing was compiled."""
 
@@ -68,18 +56,8 @@ class Parts:
         On the CPU every new length leaves kernels in oneDNN's cache: resident memory would grow for
         hundreds of steps.
         """
-        longest = max(len(row["input_ids"]) for row in rows)
-        rounded = min(-(-longest // 32) * 32, self.recipe.data.max_length)
-        length = max(longest, min(rounded, max_positions(self.model) or rounded))
+        length = batch_length(rows, self.recipe, self.model)
         return collate(rows, self.tokenizer.pad_token_id, length=length)
-
-    def my_share(self, rows: Sequence[Row]) -> Sequence[Row]:
-        """Take this rank's rows of a batch; where it has none, one without loss, for all must compute."""
-        mine = rows[ranks.rank() :: ranks.count()]
-        if mine:
-            return mine
-        blank = {"input_ids": rows[0]["input_ids"][:2], "labels": [-100] * len(rows[0]["input_ids"][:2])}
-        return [blank | ({"seq_lengths": [len(blank["labels"])]} if "seq_lengths" in rows[0] else {})]
 
     def set_learning_rates(self) -> None:
         """Take the rates of the schedule's current step: after a resume with another `run.steps`."""
@@ -94,20 +72,27 @@ class Parts:
         return [p for p in self.model.parameters() if p.requires_grad]
 
 
-def assemble(recipe: Recipe, *, device_name: str | None = None) -> Parts:
+def batch_length(rows: Sequence[Row], recipe: Recipe, model: nn.Module) -> int:
+    """Tokens that each row of a batch is padded to."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    rounded = min(-(-longest // 32) * 32, recipe.data.max_length)
+    return max(longest, min(rounded, max_positions(model) or rounded))
+
+
+def assemble(recipe: Recipe, before_load: Callable[..., None] | None = None) -> Parts:
     """Build everything a run needs, in this order: data, model, layers, optimizer, LISA, schedule.
 
-    On several ranks the model is divided among them before the optimizer is built. `device_name` stands for
-    `run.device` there.
+    On several ranks the model is divided among them before the optimizer is built.
 
-    A rehearsal without weights goes first: what can't work fails before a large model loads.
+    A rehearsal without weights goes first: what can't work fails before a large model loads. Then comes
+    `before_load(device, steps=…, length=…)`, with the tokens of the longest batch.
     """
     from transformers import get_scheduler
 
     run, name = recipe.run, recipe.model.name
     revision, trusted = recipe.model.revision, recipe.model.trust_remote_code
     announce_remote_code(name, trusted)
-    device = models.pick_device(device_name or run.device)
+    device = models.pick_device(run.device)
     if ranks.count() > 1:
         check_recipe(recipe)
     if run.compile and device.type == "cpu":
@@ -116,7 +101,10 @@ def assemble(recipe: Recipe, *, device_name: str | None = None) -> Parts:
     data = prepare_data(recipe, tokenizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come again with the real model
-        check_fits(rehearse(recipe, data.steps)[0], data)
+        rehearsed = rehearse(recipe, data.steps)[0]
+        check_fits(rehearsed, data)
+    if before_load is not None:
+        before_load(device, steps=data.steps, length=batch_length(data.train.rows, recipe, rehearsed))
     _seed(run.seed)
     model = models.load_model(
         name,
@@ -131,7 +119,7 @@ def assemble(recipe: Recipe, *, device_name: str | None = None) -> Parts:
     loss = CausalLMLoss(model)
     if recipe.data.packing:
         loss.check_packing()
-    divide = partial(_shard, how=run.sharding, device=device) if ranks.count() > 1 else None
+    divide = partial(shard, how=run.sharding, device=device) if ranks.count() > 1 else None
     built = build(recipe, model, loss, steps=data.steps, device=device, materialise=divide)
     schedule = recipe.optimizer.schedule
     scheduler = get_scheduler(
@@ -207,10 +195,6 @@ def build(
         in_backward=optimizer.in_backward if isinstance(optimizer, AdamW) else None,
     )
     return Built(model, layers, step, lisa, state, blocks)
-
-
-def _shard(model: nn.Module, *, how: Literal["fsdp", "replicate"], device: torch.device) -> None:
-    shard(model, find_layers(model), device, how)
 
 
 def _seed(seed: int) -> None:

@@ -136,7 +136,7 @@ def plan(
         ranks: Devices that share weights, gradients and optimizer state.
         json: Print one JSON object.
     """
-    from lisatune.fit import find_fit, memory_size
+    from lisatune.fit import find_fit, memory_size, on_accelerator
     from lisatune.plan import plan_memory
     from lisatune.plan_table import print_plan
     from lisatune.recipe_file import load_recipe, recipe_without_file
@@ -152,6 +152,7 @@ def plan(
         raise ValueError("give a recipe file, or --model")
     size = memory_size(gpu) if gpu is not None else None
     asked = load_recipe(recipe, given) if recipe else recipe_without_file(given)
+    asked = asked if size is None else on_accelerator(asked)
     planned = plan_memory(asked, ranks=ranks)
     fit = None if size is None else find_fit(asked, size, ranks=ranks, first=planned)
     print_plan(asked, planned, fit, as_json=json)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lisatune.assemble import Built
 from lisatune.layers import LayerMap
@@ -11,7 +11,7 @@ from lisatune.memory import tensors_bytes
 from lisatune.recipe import Recipe
 from lisatune.storage import StepMemory
 
-__all__ = ["divided", "estimate"]
+__all__ = ["divided", "estimate", "why_untraced"]
 
 
 def estimate(built: Built, recipe: Recipe, length: int) -> StepMemory:
@@ -68,3 +68,29 @@ def divided(memory: StepMemory, model: nn.Module, layers: LayerMap, ranks: int) 
         static_bytes=-(-memory.static_bytes // ranks),
         host_bytes=-(-memory.host_bytes // ranks),
     )
+
+
+def why_untraced(built: Built, batches: list[dict[str, Tensor]], error: Exception) -> str:
+    """Say which module fails under fake tensors: the step runs once more."""
+    inside: list[str] = []
+    handles = []
+    for name, module in built.model.named_modules():
+        handles += [
+            module.register_forward_pre_hook(lambda *_, name=name: inside.append(name)),
+            module.register_forward_hook(lambda *_: inside.pop() and None),
+        ]
+    try:
+        built.step.backward(batches)
+    except Exception as again:
+        error = again
+    finally:
+        for handle in handles:
+            handle.remove()
+        built.step.skip()
+    where = (
+        f"module {inside[-1]} ({type(built.model.get_submodule(inside[-1])).__name__})"
+        if inside
+        else "the step"
+    )
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"{where} can't be traced ({reason}); the figures are arithmetic, and rough in activations"

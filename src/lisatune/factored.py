@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lisatune import codecs
+from lisatune.fake import enough_chunks
 from lisatune.host_chunks import on_device
 
 __all__ = ["update_factored"]
@@ -38,7 +39,7 @@ def update_factored(
     step = state["step"].add_(1)
     correction = (1 - beta2**step).to(wide)
     at_a_time = max(1, chunk_size // columns)
-    chunks = [slice(i, min(i + at_a_time, rows)) for i in range(0, rows, at_a_time)]
+    chunks = enough_chunks([slice(i, min(i + at_a_time, rows)) for i in range(0, rows, at_a_time)], p)
 
     if is_matrix:
         sums_C = torch.zeros(columns, dtype=wide, device=p.device)

@@ -5,9 +5,9 @@ device doesn't have. Token ids, labels and positions are real and small, so that
 many tokens carry loss, where a packed record begins) finds numbers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import arg_tree_leaves
 
-__all__ = ["fake_storage", "fake_tensors"]
+__all__ = ["enough_chunks", "fake_storage", "fake_tensors"]
+
+T = TypeVar("T")
 
 aten = torch.ops.aten
 INDEXING = (
@@ -50,6 +52,17 @@ def fake_storage(model: nn.Module) -> None:
                     is_parameter = isinstance(tensor, nn.Parameter)
                     twins[tensor] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
                 tensors[name] = twins[tensor]  # type: ignore[assignment]
+
+
+def enough_chunks(chunks: Sequence[T], of: Tensor) -> Sequence[T]:
+    """All chunks of a real tensor; of a fake one those that tell its memory.
+
+    These are the first, the second, which is made while what the first has left is still held, and the last,
+    which may be smaller.
+    """
+    if isinstance(of, FakeTensor) and len(chunks) > 3:
+        return [*chunks[:2], chunks[-1]]
+    return chunks
 
 
 class _RealIds(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -19,7 +19,7 @@ from typing import Any
 from lisatune.plan import MemoryPlan, plan_memory
 from lisatune.recipe import Recipe
 
-__all__ = ["Fit", "find_fit", "memory_size"]
+__all__ = ["Fit", "find_fit", "memory_size", "on_accelerator"]
 
 SHORTEST = 256
 UNITS = {
@@ -134,6 +134,11 @@ def find_fit(
                         best, planned = fewer, made
                 return Fit(size_bytes, True, best, tuple(reasons[key] for key in best), planned)
     return Fit(size_bytes, False, best, tuple(reasons[key] for key in best), planned)
+
+
+def on_accelerator(recipe: Recipe) -> Recipe:
+    """The recipe for the device that `--gpu` is about, whatever this machine has."""
+    return changed(recipe, {"run.device": "cuda"}) if recipe.run.device == "auto" else recipe
 
 
 def changed(recipe: Recipe, changes: Changes) -> Recipe:

@@ -83,6 +83,10 @@ class FrozenState:
                 if isinstance(value, Tensor) and key in entry and entry[key].dtype != value.dtype:
                     entry[key] = value.detach().clone().to(entry[key].device)
 
+    def nbytes(self) -> int:
+        """Count the bytes that are kept in host memory."""
+        return self._host.nbytes()
+
     def _lasting_part(self, entry: Mapping[str, Any]) -> dict[str, Any]:
         return {key: entry[key] for key in self._lasting if key in entry}
 

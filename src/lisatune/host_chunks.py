@@ -4,12 +4,13 @@ State in host memory is copied to the device chunk by chunk and back again. On C
 of their own, the next chunk's before this one is computed: two chunks are on the device at once.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lisatune.codecs import BLOCK
+from lisatune.fake import enough_chunks
 
 __all__ = ["on_device"]
 
@@ -26,7 +27,10 @@ def on_device(
         chunk_size: elements of a chunk, a multiple of 256.
         device: where the weight is.
     """
-    slices = [slice(start, min(start + chunk_size, size)) for start in range(0, size, chunk_size)]
+    slices: Sequence[slice] = [
+        slice(start, min(start + chunk_size, size)) for start in range(0, size, chunk_size)
+    ]
+    slices = enough_chunks(slices, next(iter(stored.values()), torch.empty(0)))
     is_away = any(value.device != device for value in stored.values())
     if not is_away:
         for at in slices:
@@ -42,7 +46,7 @@ def on_device(
 
 
 def _overlapped(
-    stored: Mapping[str, Tensor], slices: list[slice], device: torch.device
+    stored: Mapping[str, Tensor], slices: Sequence[slice], device: torch.device
 ) -> Iterator[tuple[slice, dict[str, Tensor]]]:
     copies, computes = _stream(device), torch.cuda.current_stream(device)
 

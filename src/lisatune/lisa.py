@@ -41,7 +41,8 @@ from lisatune.adamw import AdamW
 from lisatune.ends import Ends, EndsPolicy
 from lisatune.frozen_state import FrozenState
 from lisatune.layers import LayerMap, find_layers
-from lisatune.optim import check_parameters, groups_by_block, plain_optimizer, state_bytes
+from lisatune.memory import tensors_bytes
+from lisatune.optim import check_parameters, groups_by_block, host_state, plain_optimizer, state_bytes
 from lisatune.proof import Proof, ProofError, has_reason_to_move
 from lisatune.samplers import Independent, Sampler, auto_period, make_sampler, visits
 from lisatune.shards import is_sharded, reshard
@@ -194,8 +195,12 @@ class LISA:
         return [*self._ends.parameters, *active] if self.ends_train else active
 
     def state_bytes(self) -> int:
-        """Count the bytes of optimizer state on the training device; what `cpu` keeps is not in it."""
-        return state_bytes(self._optimizer)
+        """Count the bytes of optimizer state on the training device; see `host_bytes` for the rest."""
+        return state_bytes(self._optimizer) - tensors_bytes(host_state(self._optimizer))
+
+    def host_bytes(self) -> int:
+        """Count the bytes of optimizer state in host memory, that of frozen blocks too."""
+        return self._frozen_state.nbytes() + tensors_bytes(host_state(self._optimizer))
 
     def planned_visits(self, total_steps: int) -> tuple[int, ...]:
         """Count how often each block will have been drawn after `total_steps`: draws are known beforehand."""
@@ -302,6 +307,7 @@ class LISA:
                 self.visits[block] += 1
         self.steps_done += 1
         if self.steps_done % self.period == 0:
+            _refuse_unsharded(self._model)
             if self._proof is not None:
                 self._proof.end(moving=self._moving(), may_rest=self._may_rest)
             self._draw()
@@ -449,7 +455,7 @@ def _refuse_unsharded(model: nn.Module) -> None:
     if ranks.count() > 1 and not all(is_sharded(p) or p.is_meta for p in model.parameters()):
         raise RuntimeError(
             "on several ranks LISA needs a model that torch's fully_shard has divided, its optimizer built "
-            "after that: DistributedDataParallel fixes which gradients it exchanges when it wraps a model, so "
-            "blocks that thaw later would drift apart without an error; fully_shard with a mesh of (ranks, 1) "
-            "keeps all weights on each rank as DDP does"
+            "after that: DistributedDataParallel fixes which gradients it exchanges when it wraps a model, "
+            "so blocks that thaw later would drift apart without an error; fully_shard with a mesh of "
+            "(ranks, 1) keeps all weights on each rank as DDP does"
         )

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lisatune.storage import StorageTracker
 
 __all__ = [
+    "available_bytes",
     "device_peak_bytes",
     "measure",
     "peak_resident_bytes",
@@ -47,6 +48,51 @@ def peak_resident_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that this process may still take on `device`; None where that can't be told.
+
+    On a CPU that is what the system has, or what is left of a control group's limit. On an accelerator it is
+    what is free there, with what torch keeps for this process without using it.
+    """
+    if device.type == "cpu":
+        import psutil
+
+        return min([int(psutil.virtual_memory().available), *_group_rooms()])
+    if device.type not in ("cuda", "xpu"):
+        return None
+    module = torch.get_device_module(device)
+    free, _ = module.mem_get_info(device)
+    return int(free + module.memory_reserved(device) - module.memory_allocated(device))
+
+
+def _group_rooms(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """What is left below the memory limits of this process's control groups on Linux, in bytes.
+
+    Page cache counts as used there, and can be taken back.
+    """
+    rooms = []
+    lines = own.read_text().splitlines() if own.exists() else []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if not controllers:  # version 2
+            base, limit, used, cache = root, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            base, limit = root / "memory", "memory.limit_in_bytes"
+            used, cache = "memory.usage_in_bytes", "total_inactive_file"
+        else:
+            continue
+        group = base / path.strip("/")
+        for folder in (group, *group.parents):
+            if folder != base and base not in folder.parents:
+                break
+            try:
+                most, taken = (int((folder / name).read_text()) for name in (limit, used))
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):  # no limit: "max", or no such file
+                continue
+            rooms.append(max(most - taken + int(stat.get(cache, 0)), 0))
+    return rooms
 
 
 def device_peak_bytes(device: torch.device) -> int | None:

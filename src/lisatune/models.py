@@ -14,7 +14,14 @@ import torch
 
 from lisatune.disk import written_aside
 from lisatune.gguf_models import SMOLLM2, SMOLLM2_SHA256, converted, smollm2_file
-from lisatune.pretrained import check_index, check_loaded, import_transformers, one_sentence, quiet
+from lisatune.pretrained import (
+    check_index,
+    check_loaded,
+    import_auto_model,
+    import_transformers,
+    one_sentence,
+    quiet,
+)
 
 __all__ = [
     "enable_activation_checkpointing",
@@ -125,7 +132,7 @@ def load_model(
         return _load_adapter(name, attention=attention, dtype=dtype, trust_remote_code=trust_remote_code)
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
     with one_sentence(name):
-        model, info = import_transformers().AutoModelForCausalLM.from_pretrained(
+        model, info = import_auto_model().from_pretrained(
             _locate(name),
             config=config,
             revision=revision,
@@ -164,7 +171,7 @@ def model_from_config(
 ) -> Any:
     """Build a causal language model on the meta device."""
     with torch.device("meta"):
-        model = import_transformers().AutoModelForCausalLM.from_config(
+        model = import_auto_model().from_config(
             config, attn_implementation=attention, dtype=dtype, trust_remote_code=trust_remote_code
         )
     model.tie_weights()

@@ -21,6 +21,7 @@ from lisatune.recipe import OptimizerConfig
 from lisatune.shards import is_sharded, local_part
 
 __all__ = [
+    "StateMeter",
     "build_adamw",
     "build_optimizer",
     "check_parameters",
@@ -164,6 +165,18 @@ def state_elements(optimizer: Optimizer) -> int:
         and value.shape == local_part(parameter).shape
         and key not in lasting
     )
+
+
+class StateMeter:
+    """Measures the optimizer's state after every step, before a draw can release any of it."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.bytes = 0
+        self.elements = 0
+        optimizer.register_step_post_hook(self._measure)
+
+    def _measure(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.bytes, self.elements = state_bytes(optimizer), state_elements(optimizer)
 
 
 def host_state(optimizer: Optimizer) -> list[torch.Tensor]:

@@ -86,12 +86,13 @@ def _advice(recipe: Recipe) -> str:
     """Ask `lisatune plan` in a process of its own, since this one may have no memory left to do it."""
     plain = "lower run.batch_size or data.max_length, or set run.activation_checkpointing: true"
     try:
-        size = limit_bytes(models.pick_device(recipe.run.device))
+        device = models.pick_device(recipe.run.device)
+        size = limit_bytes(device)
         if size is None:
             return plain
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "recipe.yaml"
-            run = replace(recipe.run, device="cpu", report_to=())
+            run = replace(recipe.run, device=device.type, report_to=())
             path.write_text(plain_yaml.dump(replace(recipe, run=run).as_dict()), encoding="utf-8")
             command = [sys.executable, "-m", "lisatune.cli", "plan", str(path), "--json"]
             done = subprocess.run(

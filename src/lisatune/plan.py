@@ -1,9 +1,9 @@
 """How much memory a run takes, known before any weights load.
 
-The plan makes two training steps with fake tensors: the model from its config, prepared by the method, our
-loss, our optimizer, the step that `train` runs. The second step counts: the optimizer's state exists by then.
-What is added up are live tensors (`lisatune.storage`); an accelerator's own context, what kernels allocate
-inside and fragmentation come on top, see `RESERVE_BYTES` and `RESERVE_SHARE`.
+The plan makes a training step with fake tensors: the model from its config, prepared by the method, our
+loss, our optimizer with the state it has by then, the step that `train` runs. What is added up are live
+tensors (`lisatune.storage`); an accelerator's own context, what kernels allocate inside and fragmentation
+come on top, see `RESERVE_BYTES` and `RESERVE_SHARE`.
 """
 
 import time
@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from lisatune import models
+from lisatune.adamw import CHUNK, CHUNK_ELSEWHERE, AdamW
+from lisatune.adamw_state import prepare
 from lisatune.assemble import Built, build, weight_dtype
-from lisatune.estimate import divided, estimate
+from lisatune.estimate import divided, estimate, why_untraced
 from lisatune.fake import fake_storage, fake_tensors
 from lisatune.lisa import LISA
 from lisatune.loss import CausalLMLoss
@@ -52,6 +54,9 @@ class MemoryPlan(StepMemory):
     length: int
     """Tokens per sequence."""
 
+    device: str
+    """Kind of device that the plan is for: cpu, cuda, …"""
+
     ranks: int
     """Devices that share weights, gradients and optimizer state."""
 
@@ -69,8 +74,14 @@ class MemoryPlan(StepMemory):
 
     @property
     def needed_bytes(self) -> int:
-        """What a device must have free: the peak and the reserve."""
-        return round(self.peak_bytes * (1 + RESERVE_SHARE)) + RESERVE_BYTES
+        """What a device must have free: tensors and the reserve."""
+        reserve = 0 if self.device == "cpu" else RESERVE_BYTES
+        return round(self.tensor_bytes * (1 + RESERVE_SHARE)) + reserve
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Most bytes of tensors in the device's memory; on a CPU with those in host memory."""
+        return self.peak_bytes + (self.host_bytes if self.device == "cpu" else 0)
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain dicts, lists, numbers and strings."""
@@ -91,7 +102,7 @@ def plan_memory(
     Every sequence is taken as long as `length`, with loss on every token: the most a batch can be.
 
     Args:
-        recipe: the recipe; its data isn't read.
+        recipe: the recipe; its data isn't read, and `run.device` need not be here.
         ranks: devices among which weights, gradients and optimizer state are divided.
         length: tokens per sequence. Default: `data.max_length`, or what the model can read.
         blocks: blocks that train, for a method that draws. Default: the costliest draw of the run.
@@ -103,7 +114,9 @@ def plan_memory(
     if ranks < 1:
         raise ValueError(f"ranks must be >= 1, got {ranks}")
     started = time.perf_counter()
-    run = replace(recipe.run, compile=False)  # compiled blocks keep what these keep, or less
+    device = recipe.run.device.partition(":")[0]
+    device = models.pick_device("auto").type if device == "auto" else device
+    compiles, run = recipe.run.compile, replace(recipe.run, compile=False)
     recipe = replace(recipe, method=recipe.method.without_proof(), run=run)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # they come with the run
@@ -125,13 +138,16 @@ def plan_memory(
                 device=torch.device("cpu"),
                 materialise=materialise,
             )
-            if built.lisa is not None:
-                built.lisa.activate(blocks or costliest_draw(built.lisa, recipe.run.steps or UNKNOWN_STEPS))
-            kind, note = "traced", None
+            if isinstance(built.step.optimizer, AdamW):
+                built.step.optimizer.chunk_size = CHUNK.get(device, CHUNK_ELSEWHERE)
+            kind, note = (
+                "traced",
+                "planned uncompiled: compiled blocks keep as much, or less" if compiles else None,
+            )
             try:
-                memory = _trace(built, batches)
+                memory = _trace_costliest(built, batches, blocks, recipe.run.steps or UNKNOWN_STEPS)
             except Exception as error:  # a model's own code can raise anything on tensors without values
-                kind, note = "arithmetic", _why_untraced(built, batches, error)
+                kind, note = "arithmetic", why_untraced(built, batches, error)
                 memory = estimate(built, recipe, length)
             if ranks > 1:
                 kind = f"{kind}, divided by ranks"
@@ -141,6 +157,7 @@ def plan_memory(
                 kind=kind,
                 batch_size=recipe.run.batch_size,
                 length=length,
+                device=device,
                 ranks=ranks,
                 active_blocks=None if built.lisa is None else built.lisa.active_blocks,
                 trainable=sum(p.numel() for p in built.model.parameters() if p.requires_grad),
@@ -149,14 +166,38 @@ def plan_memory(
             )
 
 
-def costliest_draw(lisa: LISA, steps: int) -> tuple[int, ...]:
-    """Of a run's draws, the one that needs most memory.
+def costly_draws(lisa: LISA, model: nn.Module, steps: int) -> list[tuple[int, ...]]:
+    """Of a run's draws, the few of which one needs most memory.
 
-    That is one of the most blocks, with the lowest block: backward goes down to it where the embedding rests.
+    The more numbers train, the more memory it takes. Among equals it depends on where the peak is. That of
+    the highest blocks has their gradients while activations below are still there; that of the lowest keeps
+    their activations until the end, and more of them where backward stops at the lowest active block; that
+    of the lowest block and high others has some of both. Where backward stops there, a smaller draw can need
+    more if it reaches lower.
     """
+    sizes = [sum(p.numel() for p in block.values()) for block in lisa.layers.block_parameters(model)]
+
+    def size(draw: tuple[int, ...]) -> int:
+        return sum(sizes[block] for block in draw)
+
+    def lowest(draw: tuple[int, ...]) -> int:
+        return min(draw, default=len(sizes))
+
+    draws = sorted(_draws(lisa, steps))
+    largest = [draw for draw in draws if size(draw) == max(map(size, draws))]
+    costly = [
+        max(largest, key=sum),
+        min(largest, key=sum),
+        min(largest, key=lambda draw: (lowest(draw), -sum(draw))),
+    ]
+    if lisa.ends_rest:
+        costly.append(min(draws, key=lambda draw: (lowest(draw), -size(draw))))
+    return list(dict.fromkeys(costly))
+
+
+def _draws(lisa: LISA, steps: int) -> set[tuple[int, ...]]:
     periods = range(min(-(-steps // lisa.period), UNKNOWN_STEPS))
-    draws = {lisa.sampler.draw(period, seed=lisa.seed) for period in periods}
-    return max(draws, key=lambda draw: (len(draw), -min(draw, default=0), draw))
+    return {lisa.sampler.draw(period, seed=lisa.seed) for period in periods}
 
 
 def _shapes(recipe: Recipe, config: Any) -> Any:
@@ -191,37 +232,45 @@ def _batch(recipe: Recipe, model: nn.Module, length: int) -> dict[str, Tensor]:
     }
 
 
+def _trace_costliest(
+    built: Built, batches: list[dict[str, Tensor]], blocks: tuple[int, ...] | None, steps: int
+) -> StepMemory:
+    """Trace a step of each draw that may need most, leave that draw active which does."""
+    lisa = built.lisa
+    if lisa is None:
+        return _trace(built, batches)
+    draws = [blocks] if blocks is not None else costly_draws(lisa, built.model, steps)
+    visited = sorted({block for draw in _draws(lisa, steps) for block in draw})
+    lisa.period = UNKNOWN_STEPS  # no draw but ours
+    lisa.activate(visited)
+    _make_state(built)  # of which a block that freezes leaves something behind
+    traced = {}
+    for draw in draws:
+        lisa.activate(draw)
+        traced[draw] = replace(_trace(built, batches), host_bytes=lisa.host_bytes())
+    costliest = max(traced, key=lambda draw: traced[draw].peak_bytes)
+    lisa.activate(costliest)
+    return traced[costliest]
+
+
 def _trace(built: Built, batches: list[dict[str, Tensor]]) -> StepMemory:
+    _make_state(built)
     with StorageTracker(built.model, built.step.optimizer) as tracker:
-        for _ in range(2):
-            built.step.backward(batches)
-            built.step.clip()
-            built.step.update()
-            memory = tracker.end_step()
-    return memory
-
-
-def _why_untraced(built: Built, batches: list[dict[str, Tensor]], error: Exception) -> str:
-    """Run the step once more to see which module fails."""
-    inside: list[str] = []
-    handles = []
-    for name, module in built.model.named_modules():
-        handles += [
-            module.register_forward_pre_hook(lambda *_, name=name: inside.append(name)),
-            module.register_forward_hook(lambda *_: inside.pop() and None),
-        ]
-    try:
         built.step.backward(batches)
-    except Exception as again:
-        error = again
-    finally:
-        for handle in handles:
-            handle.remove()
-        built.step.skip()
-    where = (
-        f"module {inside[-1]} ({type(built.model.get_submodule(inside[-1])).__name__})"
-        if inside
-        else "the step"
-    )
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"{where} can't be traced ({reason}); the figures are arithmetic, and rough in activations"
+        built.step.clip()
+        built.step.update()
+        return tracker.end_step()
+
+
+def _make_state(built: Built) -> None:
+    """Let the optimizer make the state of everything that trains."""
+    optimizer = built.step.optimizer
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.requires_grad:
+                p.grad = torch.empty_like(p)
+                if isinstance(optimizer, AdamW):
+                    prepare(group, p, optimizer.state[p])
+    if not isinstance(optimizer, AdamW):
+        optimizer.step()
+    built.step.skip()

@@ -1,6 +1,7 @@
 """Calls into transformers: quiet, with errors in one sentence, never a random weight, never a pickle."""
 
 import json
+import logging
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ __all__ = [
     "announce_remote_code",
     "check_index",
     "check_loaded",
+    "import_auto_model",
     "import_transformers",
     "one_sentence",
     "quiet",
@@ -24,6 +26,24 @@ def import_transformers() -> Any:
     except ImportError as error:
         raise ImportError('opening models needs transformers: pip install "lisatune[train]"') from error
     return transformers
+
+
+def import_auto_model() -> Any:
+    """Import the class that opens causal language models.
+
+    That brings torchao along, where it is installed, which logs each of its kernels that can't be loaded.
+    """
+    transformers = import_transformers()
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        _ = transformers.PreTrainedModel
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+    return transformers.AutoModelForCausalLM
 
 
 def announce_remote_code(name: str, trusted: bool) -> None:
@@ -105,17 +125,17 @@ def _reason(error: Exception) -> str:
 @contextmanager
 def quiet() -> Iterator[None]:
     """No log lines and progress bars of transformers inside, except those of a download."""
-    logging = import_transformers().utils.logging
+    messages = import_transformers().utils.logging
     from huggingface_hub.utils import enable_progress_bars  # type: ignore[attr-defined]
 
-    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    verbosity, has_bars = messages.get_verbosity(), messages.is_progress_bar_enabled()
+    messages.set_verbosity_error()
+    messages.disable_progress_bar()
     if has_bars:
         enable_progress_bars()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        messages.set_verbosity(verbosity)
         if has_bars:
-            logging.enable_progress_bar()
+            messages.enable_progress_bar()

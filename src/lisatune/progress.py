@@ -62,6 +62,13 @@ class Summary(TypedDict, total=False):
     held_out_loss_after: float
     peak_bytes: int
     """Most memory in use: resident, or the accelerator's."""
+    planned_bytes: int
+    """Most bytes of tensors in a training step, by the plan."""
+    plan: str
+    """How that was planned: traced, or arithmetic."""
+    measured_bytes: int
+    measured: str
+    """What measured_bytes is: tensors in a step, or growth of resident memory."""
     peak_state_bytes: int
     peak_state_elements: int
     peak_trainable: int
@@ -187,6 +194,8 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
         rows.append(("not saved", f"{plural(summary['failed_saves'], 'checkpoint')}: see the lines above"))
     if "peak_bytes" in summary:
         rows.append(("peak memory", byte_text(summary["peak_bytes"])))
+    if "planned_bytes" in summary:
+        rows.append(("memory plan", _plan_text(summary)))
     if "peak_state_bytes" in summary:
         state = f"{byte_text(summary['peak_state_bytes'])} at most"
         if "peak_state_elements" in summary and "peak_trainable" in summary:
@@ -202,6 +211,16 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
         console.print(_answers(sample))
     console.print(
         Panel(grid(rows), title="result", title_align="left", border_style="green", box=box.ROUNDED)
+    )
+
+
+def _plan_text(summary: Summary) -> str:
+    planned, measured = summary["planned_bytes"], summary["measured_bytes"]
+    text = f"{byte_text(planned)} of tensors in a step ({summary['plan']}); "
+    if summary["measured"] == "tensors in a step":
+        return text + f"measured {byte_text(measured)}, {measured / planned - 1:+.1%}"
+    return (
+        text + f"resident memory grew by {byte_text(measured)}, evaluation, libraries and allocator included"
     )
 
 

@@ -41,36 +41,32 @@ def is_first() -> bool:
 
 
 @contextmanager
-def joined(device: str) -> Iterator[str]:
+def joined(device: str) -> Iterator[None]:
     """Join the ranks that a launcher started; does nothing in a process that was started alone.
 
-    Inside, ranks other than the first print nothing and show no warnings.
+    Inside, the accelerator that the launcher assigned is torch's current one; ranks other than the first
+    print nothing and show no warnings.
 
     Args:
         device: `run.device`.
-
-    Yields:
-        This rank's device: where `device` names no number, the one that the launcher assigned.
 
     Raises:
         ValueError: a device's number, which would put all ranks onto one device.
         RuntimeError: another rank has gone.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or distributed.is_initialized():
-        yield device
+        yield
         return
     if ":" in device:
         raise ValueError(f"run.device {device} would put all ranks onto one device; leave out the number")
     accelerator = torch.accelerator.current_accelerator(check_available=True) if device != "cpu" else None
     backend = "gloo"
     if accelerator is not None:
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        torch.accelerator.set_device_index(local)
-        device = f"{accelerator.type}:{local}"
+        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
         backend = f"cpu:gloo,{accelerator.type}:{distributed.get_default_backend_for_device(accelerator)}"
     with _lost_rank(), _silent_unless_first(int(os.environ["RANK"])):
         distributed.init_process_group(backend, timeout=TIMEOUT)
-        yield device
+        yield
     distributed.destroy_process_group()  # not after an error: it could wait for a rank that has gone
 
 

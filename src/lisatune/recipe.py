@@ -172,6 +172,9 @@ class RunConfig:
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, `mps`, … Default: an accelerator where there is one."""
 
+    check_memory: bool = True
+    """Plan the run's memory before weights load, and stop where it does not fit."""
+
     log_every: int = 1
     """Steps between two lines in metrics.jsonl."""
 

@@ -15,7 +15,7 @@ from lisatune.checkpoint import load_checkpoint, save_checkpoint
 from lisatune.manifest import DamagedCheckpointError, checkpoints, newest_checkpoint, prune
 from lisatune.runs import RunFolder
 
-__all__ = ["Progress", "find_checkpoint", "read_progress", "restore", "save"]
+__all__ = ["Progress", "begin", "find_checkpoint", "read_progress", "restore", "save"]
 
 
 @dataclass
@@ -51,6 +51,11 @@ def find_checkpoint(output: Path) -> Path:
     if found is None:
         raise ValueError(f"there is no complete checkpoint in {output}; start again with --overwrite")
     return found
+
+
+def begin(parts: Parts) -> Progress:
+    """Note what a new run begins with."""
+    return Progress(batch=parts.data.order.batch_size, data=parts.data.hashes)
 
 
 def restore(parts: Parts, output: Path) -> tuple[Progress, list[Path]]:

@@ -1,16 +1,17 @@
 """A run on several ranks: the first one writes, all of them stop together."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lisatune import models, ranks
+from lisatune.data import Row
 from lisatune.exits import Terminated
 from lisatune.runs import RunFolder
 from lisatune.shards import reshard, whole_weights
 
-__all__ = ["agreed_stop", "open_folder", "save_whole_model"]
+__all__ = ["agreed_stop", "my_share", "open_folder", "save_whole_model"]
 
 Stop = type[KeyboardInterrupt]
 
@@ -44,8 +45,20 @@ def open_folder(
 
 def agreed_stop(asked: Callable[[], Stop | None]) -> Callable[[], Stop | None]:
     """Let all ranks stop where one is asked to; every rank must call the result as often."""
+    if ranks.count() == 1:
+        return asked
     kinds: tuple[Stop | None, ...] = (None, KeyboardInterrupt, Terminated)
     return lambda: kinds[ranks.agreed(kinds.index(asked()))]
+
+
+def my_share(rows: Sequence[Row]) -> Sequence[Row]:
+    """Take this rank's rows of a batch; where it has none, one without loss, for all must compute."""
+    mine = rows[ranks.rank() :: ranks.count()]
+    if mine:
+        return mine
+    ids = rows[0]["input_ids"][:2]
+    blank = {"input_ids": ids, "labels": [-100] * len(ids)}
+    return [blank | ({"seq_lengths": [len(ids)]} if "seq_lengths" in rows[0] else {})]
 
 
 def save_whole_model(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -19,16 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lisatune.layers import LayerMap
+from lisatune.layers import find_layers
 from lisatune.loss import CausalLMLoss
 from lisatune.recipe import Recipe
 
 __all__ = ["ShardedLoss", "check_optimizer", "check_recipe", "shard"]
 
 
-def shard(
-    model: nn.Module, layers: LayerMap, device: torch.device, how: Literal["fsdp", "replicate"]
-) -> None:
+def shard(model: nn.Module, *, device: torch.device, how: Literal["fsdp", "replicate"]) -> None:
     """Divide a loaded model among the ranks, block by block onto `device`, in place.
 
     Every rank must have loaded the same weights. Build the optimizer after this.
@@ -42,7 +40,7 @@ def shard(
         mesh = init_device_mesh(device.type, (ranks, 1), mesh_dim_names=("replicate", "shard"))
     else:
         mesh = init_device_mesh(device.type, (ranks,))
-    for path in layers.blocks:
+    for path in find_layers(model).blocks:
         fully_shard(model.get_submodule(path), mesh=mesh)
     fully_shard(model, mesh=mesh)
 

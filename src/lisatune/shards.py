@@ -16,6 +16,7 @@ __all__ = [
     "is_sharded",
     "like_shard",
     "local_part",
+    "part_to_update",
     "reshard",
     "units",
     "whole_state",
@@ -37,6 +38,15 @@ def local_part(tensor: Any) -> Tensor:
     """Return this rank's part of a tensor, without its history; of a plain tensor the whole."""
     plain = tensor.detach()
     part: Tensor = plain.to_local() if is_sharded(plain) else plain
+    return part
+
+
+def part_to_update(parameter: nn.Parameter) -> Tensor:
+    """Return this rank's part of a parameter, with that of its gradient; a plain parameter as it is."""
+    if not is_sharded(parameter):
+        return parameter
+    part = local_part(parameter)
+    part.grad = local_part(parameter.grad)
     return part
 
 

@@ -105,6 +105,7 @@ class StorageTracker(TorchDispatchMode):
         self.mark("weights", [*model.parameters(), *model.buffers()])
         self._mark_state()
         self.mark("gradients", [p.grad for p in model.parameters() if p.grad is not None])
+        self._peaks.clear()  # what is in host memory was counted for a moment
 
     # ---- what the caller does
 

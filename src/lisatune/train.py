@@ -17,11 +17,13 @@ from lisatune.assemble import Parts, assemble
 from lisatune.evaluate import generate_answers, held_out_loss
 from lisatune.lisa import LISA
 from lisatune.manifest import newest_checkpoint, prune, set_aside
+from lisatune.memory_check import MemoryCheck
 from lisatune.out_of_memory import say_what_fits
 from lisatune.outline import make_outline, print_outline
+from lisatune.progress import Summary
 from lisatune.recipe import Recipe
-from lisatune.resume import Progress, find_checkpoint, restore, save
-from lisatune.run_ranks import agreed_stop, open_folder, save_whole_model
+from lisatune.resume import Progress, begin, find_checkpoint, restore, save
+from lisatune.run_ranks import agreed_stop, my_share, open_folder, save_whole_model
 from lisatune.runs import RunFolder, check_output
 from lisatune.stopping import interruptible, way_back
 from lisatune.trackers import Log, check_trackers, trackers
@@ -37,7 +39,7 @@ class _NoTimeError(Exception):
     """An evaluation was broken off, for the run is to stop."""
 
 
-def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> progress.Summary:
+def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Summary:
     """Run a recipe.
 
     Args:
@@ -56,23 +58,20 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> p
         KeyboardInterrupt: Ctrl-C or (`Terminated`) SIGTERM, after a checkpoint was saved; the message says
             how to resume.
     """
-    with say_what_fits(recipe), ranks.joined(recipe.run.device) as device:
-        return _train(recipe, resume, overwrite, device)
+    with say_what_fits(recipe), ranks.joined(recipe.run.device):
+        return _train(recipe, resume, overwrite)
 
 
-def _train(recipe: Recipe, resume: bool, overwrite: bool, device_name: str) -> progress.Summary:
+def _train(recipe: Recipe, resume: bool, overwrite: bool) -> Summary:
     assert recipe.run.output is not None
     output = Path(recipe.run.output)
     ranks.on_first(lambda: check_output(output, recipe.as_dict(), resume=resume, overwrite=overwrite))
     check_trackers(recipe.run.report_to)
     if resume:
         find_checkpoint(output)
-    parts = assemble(recipe, device_name=device_name)
-    done, damaged = (
-        restore(parts, output)
-        if resume
-        else (Progress(batch=parts.data.order.batch_size, data=parts.data.hashes), [])
-    )
+    check = MemoryCheck(recipe)
+    parts = assemble(recipe, check.before_load)
+    done, damaged = restore(parts, output) if resume else (begin(parts), [])
     with (
         open_folder(output, recipe.as_dict(), resume=resume, overwrite=overwrite) as folder,
         trackers(recipe.run.report_to, output, recipe.as_dict()) as log,
@@ -83,23 +82,19 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool, device_name: str) -> p
         if resume and ranks.is_first():
             prune(folder.checkpoints, recipe.run.keep_checkpoints)  # what a kill left behind
             folder.drop_metrics_after(done.step, evaluated=done.evaluated_step == done.step)
-        device, start = str(parts.device), done.step
-        print_outline(
-            make_outline(
-                recipe, parts.model, parts.layers, parts.lisa, parts.data, device=device, start_step=start
-            )
-        )
+        at: dict[str, Any] = {"device": str(parts.device), "start_step": done.step}
+        print_outline(make_outline(recipe, parts.model, parts.layers, parts.lisa, parts.data, **at))
         if not resume:
             done.held_out_before = _held_out(parts)
             done.answers_before = _answers(parts)
             folder.log({"step": 0, "held_out_loss": done.held_out_before})
-        _loop(parts, done, folder, log)
-        summary = _finish(parts, done, folder, log)
+        _loop(parts, done, folder, log, check)
+        summary = _finish(parts, done, folder, log, check)
     progress.print_summary(summary)
     return summary
 
 
-def _loop(parts: Parts, done: Progress, folder: RunFolder, log: Log) -> None:
+def _loop(parts: Parts, done: Progress, folder: RunFolder, log: Log, check: MemoryCheck) -> None:
     run, last = parts.recipe.run, parts.data.steps
     with interruptible() as mine, progress.Bar(last, done.step) as bar:
         interrupted = agreed_stop(mine)
@@ -125,7 +120,8 @@ def _loop(parts: Parts, done: Progress, folder: RunFolder, log: Log) -> None:
 
         evaluate()
         while done.step < last:
-            record = _step(parts, done, folder)
+            with check.step(parts.device):
+                record = _step(parts, done, folder)
             if record:
                 note(record)
                 bar.update(**record)
@@ -153,8 +149,7 @@ def _step(parts: Parts, done: Progress, folder: RunFolder) -> dict[str, Any]:
     started = time.perf_counter()
     first = done.step * run.accumulation
     batches = [[data.train.rows[i] for i in data.order.batch(first + j)] for j in range(run.accumulation)]
-    rows = [parts.my_share(batch) for batch in batches]
-    loss = parts.step.backward([parts.collate(micro_rows) for micro_rows in rows])
+    loss = parts.step.backward([parts.collate(my_share(batch)) for batch in batches])
     grad_norm = parts.step.clip()
     # Noted before the step, which may draw the next blocks.
     record: dict[str, Any] = {"lr": parts.optimizer.param_groups[0]["lr"]}
@@ -218,7 +213,7 @@ def _held_out(parts: Parts, interrupted: Callable[[], object] = lambda: None) ->
         for i in range(0, len(rows), size):
             if interrupted():
                 raise _NoTimeError
-            yield parts.collate(parts.my_share(rows[i : i + size]))
+            yield parts.collate(my_share(rows[i : i + size]))
 
     return held_out_loss(parts.step.loss, batches(), device=parts.device, autocast=parts.step.autocast).loss
 
@@ -230,7 +225,7 @@ def _answers(parts: Parts) -> list[str]:
     )
 
 
-def _finish(parts: Parts, done: Progress, folder: RunFolder, log: Log) -> progress.Summary:
+def _finish(parts: Parts, done: Progress, folder: RunFolder, log: Log, check: MemoryCheck) -> Summary:
     """Prove the last period, write the model, evaluate, write the summary."""
     if done.skipped_steps == done.step:
         raise TrainingError(
@@ -246,8 +241,7 @@ def _finish(parts: Parts, done: Progress, folder: RunFolder, log: Log) -> progre
     log({"held_out_loss": after}, done.step)
     # Not strict: a resumed run may ask for more samples than were answered before.
     questions = zip(parts.data.questions, done.answers_before, _answers(parts), strict=False)
-    device_peak = memory.device_peak_bytes(parts.device)
-    summary = progress.Summary(
+    summary = Summary(
         steps=done.step,
         skipped_steps=done.skipped_steps,
         tokens=done.num_tokens,
@@ -255,7 +249,6 @@ def _finish(parts: Parts, done: Progress, folder: RunFolder, log: Log) -> progre
         tokens_per_second=done.num_tokens / done.train_seconds,
         held_out_loss_before=done.held_out_before,
         held_out_loss_after=after,
-        peak_bytes=memory.peak_resident_bytes() if device_peak is None else device_peak,
         peak_state_bytes=done.peak_state_bytes,
         peak_state_elements=done.peak_state_elements,
         peak_trainable=done.peak_trainable,
@@ -265,6 +258,7 @@ def _finish(parts: Parts, done: Progress, folder: RunFolder, log: Log) -> progre
         ],
         model=str(folder.model),
     )
+    summary.update(check.outcome(parts.device))
     if done.failed_saves:
         summary["failed_saves"] = done.failed_saves
     if parts.compile_seconds is not None:

@@ -30,13 +30,13 @@ def test_the_sentence_names_what_the_plan_suggests(
 
     recipe = runs.prepare(tmp_path, "full")
     monkeypatch.setattr(lisatune.train, "_step", full)
-    monkeypatch.setattr(lisatune.out_of_memory, "limit_bytes", lambda device: 660 * 2**20)
+    monkeypatch.setattr(lisatune.out_of_memory, "limit_bytes", lambda device: 60 * 2**20)
     capfd.readouterr()
     assert train(recipe, tmp_path / "run", "run.batch_size=64", "data.max_length=256") == 2
     error = capfd.readouterr().err.splitlines()[-1]
     assert error == (
         "lisatune: error: memory ran out (CUDA out of memory); `lisatune plan` suggests run.batch_size=32 "
-        "run.accumulation=2 for 660 MiB"
+        "run.accumulation=2 for 60 MiB"
     )
 
 

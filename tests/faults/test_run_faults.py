@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 import lisatune.train
 from faults import kills, runs
@@ -232,6 +233,8 @@ def test_steps_that_are_not_finite_are_left_out_up_to_a_bound(
 
     def spoilt(self: TrainingStep, batches: Any) -> torch.Tensor:
         loss = backward(self, batches)
+        if isinstance(loss, FakeTensor):  # the plan's
+            return loss
         steps.append(loss)
         if len(steps) in bad and what == "gradient":
             next(p for p in self.model.parameters() if p.grad is not None).grad.view(-1)[3] = math.inf

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM
 
@@ -217,7 +218,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> None:
 
     def poisoned(self: CausalLMLoss, batch: Any) -> Any:
         loss, count = original(self, batch)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not isinstance(loss, FakeTensor):  # the plan's
             made.append(1)
             if len(made) in calls:
                 loss = loss * math.nan

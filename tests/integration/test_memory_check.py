@@ -1,0 +1,172 @@
+"""`train` knows its memory before weights load, and says at the end whether that was right."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import lisatune.assemble
+import tiny_run
+from lisatune import memory
+from lisatune.cli import main
+from lisatune.memory import _group_rooms
+from lisatune.memory_check import MemoryCheck
+from lisatune.plan import plan_memory
+from lisatune.recipe_file import load_recipe
+
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_run.write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def recipe(model: Path, tmp_path: Path) -> Path:
+    return tiny_run.write_recipe(tmp_path, model, tiny_run.write_rows(tmp_path / "rows.jsonl"))
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """What is free on a kind of device, to be set."""
+    sizes = {"cpu": 2**40, "cuda": 2**40}
+    monkeypatch.setattr(memory, "available_bytes", lambda device: sizes.get(device.type))
+    return sizes
+
+
+def test_a_run_that_does_not_fit_stops_before_its_weights_load(
+    recipe: Path, free: dict[str, int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free["cpu"] = plan_memory(load_recipe(recipe)).needed_bytes // 2
+    monkeypatch.setattr(lisatune.assemble.models, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    before = sorted(recipe.parent.iterdir())
+    assert main(["train", str(recipe)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    for words in ("the run needs", "are free on cpu", "fits", "=", "run.check_memory=false"):
+        assert words in error
+    assert sorted(recipe.parent.iterdir()) == before
+
+
+def test_what_the_refusal_advises_runs(
+    recipe: Path, free: dict[str, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    check = MemoryCheck(load_recipe(recipe))
+    lisatune.assemble.assemble(check.recipe, before_load=check.before_load)
+    assert check.plan is not None
+    free["cpu"] = int(0.95 * check.plan.needed_bytes)
+    assert main(["train", str(recipe)]) == 2
+    error = capsys.readouterr().err
+    overrides = error.partition(" with ")[2].partition(": needs")[0].split()
+    assert overrides, error
+    assert main(["train", str(recipe), *overrides]) == 0
+
+
+def test_a_refused_overwrite_leaves_the_run_that_is_there(recipe: Path, free: dict[str, int]) -> None:
+    assert main(["train", str(recipe)]) == 0
+    output = recipe.parent / "run"
+    before = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
+    free["cpu"] = 1000
+    assert main(["train", str(recipe), "--overwrite"]) == 2
+    assert {file: file.read_bytes() for file in output.rglob("*") if file.is_file()} == before
+
+
+def test_the_check_can_be_left_out(recipe: Path, free: dict[str, int]) -> None:
+    free["cpu"] = 1000
+    assert main(["train", str(recipe), "run.check_memory=false"]) == 0
+    summary = json.loads((recipe.parent / "run" / "summary.json").read_text())
+    assert "planned_bytes" not in summary
+
+
+def test_the_summary_has_planned_beside_measured(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(recipe)]) == 0
+    summary = json.loads((recipe.parent / "run" / "summary.json").read_text())
+    assert summary["plan"] == "traced"
+    assert summary["measured"] == "growth of resident memory"
+    # The rows of the run are shorter than data.max_length: the plan is of their length.
+    assert 0 < summary["planned_bytes"] < plan_memory(load_recipe(recipe)).tensor_bytes
+    assert 0 <= summary["measured_bytes"] < 2**32
+    assert "memory plan" in capsys.readouterr().out
+
+
+def test_the_plan_is_of_the_longest_batch_and_of_the_runs_own_steps(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, seen = load_recipe(recipe), []
+    monkeypatch.setattr(
+        MemoryCheck, "before_load", lambda self, device, *, steps, length: seen.append((steps, length))
+    )
+    parts = lisatune.assemble.assemble(asked, before_load=MemoryCheck(asked).before_load)
+    order = [parts.data.order.batch(step) for step in range(20)]
+    lengths = [
+        parts.collate([parts.data.train.rows[i] for i in rows])["input_ids"].shape[1] for rows in order
+    ]
+    assert seen == [(4, max(lengths))]
+
+
+def test_state_in_host_memory_needs_room_there(recipe: Path, free: dict[str, int]) -> None:
+    check = MemoryCheck(load_recipe(recipe, ["optimizer.state_device=cpu", "run.device=cuda"]))
+    check.before_load(torch.device("cuda"), steps=4, length=32)
+    assert check.plan is not None
+    assert check.plan.host_bytes > 0
+    free["cpu"] = check.plan.host_bytes - 1
+    with pytest.raises(ValueError, match="of host memory by its plan"):
+        check.before_load(torch.device("cuda"), steps=4, length=32)
+
+
+def test_where_free_memory_is_unknown_the_run_is_planned_and_not_refused(recipe: Path) -> None:
+    assert memory.available_bytes(torch.device("mps")) is None
+    check = MemoryCheck(load_recipe(recipe))
+    check.before_load(torch.device("mps"), steps=4, length=32)
+    assert check.plan is not None
+
+
+def test_a_defect_of_the_plan_stops_no_run(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise AssertionError("a defect")
+
+    monkeypatch.setattr("lisatune.memory_check.plan_memory", fails)
+    check = MemoryCheck(load_recipe(recipe))
+    with pytest.warns(UserWarning, match=r"can't be planned \(a defect\)"):
+        check.before_load(torch.device("cpu"), steps=4, length=32)
+    assert check.outcome(torch.device("cpu")).keys() == {"peak_bytes"}
+
+
+def test_planning_a_tiny_run_takes_less_than_a_second(recipe: Path) -> None:
+    asked = load_recipe(recipe)
+    seconds = []
+    for _ in range(3):
+        started = time.process_time()
+        MemoryCheck(asked).before_load(torch.device("cpu"), steps=4, length=96)
+        seconds.append(time.process_time() - started)
+    assert min(seconds) < 1
+
+
+def test_limits_of_control_groups_bound_what_is_free(tmp_path: Path) -> None:
+    own, root = tmp_path / "cgroup", tmp_path / "fs"
+    group = root / "a" / "b"
+    group.mkdir(parents=True)
+
+    def limit(folder: Path, most: str, used: int, cache: int) -> None:
+        for name, text in (("max", most), ("current", used), ("stat", f"anon 1\ninactive_file {cache}")):
+            (folder / f"memory.{name}").write_text(f"{text}\n")
+
+    own.write_text("0::/a/b\n")
+    assert _group_rooms(root, own) == []
+    limit(group, "max", 5, 0)
+    assert _group_rooms(root, own) == []
+    limit(root / "a", str(100 * MIB), 30 * MIB, 10 * MIB)
+    assert _group_rooms(root, own) == [80 * MIB]
+    limit(group, str(50 * MIB), 60 * MIB, 0)
+    assert sorted(_group_rooms(root, own)) == [0, 80 * MIB]
+    first = root / "memory" / "job"
+    first.mkdir(parents=True)
+    for name, text in (("limit_in_bytes", 9), ("usage_in_bytes", 4), ("stat", "total_inactive_file 2")):
+        (first / f"memory.{name}").write_text(f"{text}\n")
+    own.write_text("5:cpu,memory:/job\n3:pids:/job\n")
+    assert _group_rooms(root, own) == [7]
+    own.write_text("0::/somewhere/else\n")
+    assert _group_rooms(tmp_path / "absent", own) == []

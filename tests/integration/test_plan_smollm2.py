@@ -1,0 +1,112 @@
+"""The plan is within 3 % of what a step of SmolLM2-135M takes, on the CPU and on CUDA."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from lisatune import memory
+from lisatune.assemble import build, weight_dtype
+from lisatune.loss import CausalLMLoss
+from lisatune.methods import METHODS, Method
+from lisatune.models import load_model, pick_device
+from lisatune.plan import RESERVE_SHARE, _batch, plan_memory
+from lisatune.recipe import DataConfig, ModelConfig, Recipe, RunConfig
+from lisatune.storage import StepMemory
+
+pytestmark = pytest.mark.smollm2
+
+LENGTH = 24
+"""Tokens: few, so that all steps take seconds. `benchmarks/memory.py` has longer ones, and every cell."""
+
+METHOD_OF: dict[str, Method] = {
+    "full": METHODS["full"](),
+    "lora": METHODS["lora"](),
+    "lisa 2": METHODS["lisa"](active=2),
+    "lisa 8": METHODS["lisa"](active=8),
+}
+
+BLOCKS_OF = {"lisa 2": (0, 29), "lisa 8": (0, 4, 8, 12, 16, 20, 24, 28)}
+
+
+@pytest.fixture(scope="module")
+def loaded() -> nn.Module:
+    return load_model("smollm2-135m")
+
+
+@pytest.fixture
+def fresh_cuda() -> Iterator[None]:
+    """No blocks left over from the test before."""
+    torch.cuda.empty_cache()
+    yield
+    torch.cuda.empty_cache()
+
+
+def make_recipe(
+    method: str, precision: str, checkpointing: bool, device: str = "cpu", length: int = LENGTH
+) -> Recipe:
+    return Recipe(
+        model=ModelConfig(name="smollm2-135m"),
+        data=DataConfig(train="none", max_length=length),
+        method=METHOD_OF[method],
+        run=RunConfig(
+            batch_size=1,
+            precision=precision,
+            activation_checkpointing=checkpointing,
+            steps=400,
+            device=device,
+        ),
+    )
+
+
+def take_steps(recipe: Recipe, model: nn.Module, blocks: tuple[int, ...] | None) -> StepMemory:
+    """Make two real steps; return the second's memory."""
+    device = pick_device(recipe.run.device)
+    recipe = replace(recipe, method=recipe.method.without_proof())
+    built = build(recipe, model, CausalLMLoss(model), steps=400, device=device)
+    batch = _batch(recipe, model, recipe.data.max_length)
+    if built.lisa is not None and blocks is not None:
+        built.lisa.activate(blocks)
+    with memory.measure(built.model, built.step.optimizer) as measured:
+        for _ in range(2):
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            built.step.backward([batch])
+            built.step.clip()
+            built.step.update()
+            second = measured.end_step()
+    return second
+
+
+@pytest.mark.parametrize(("precision", "checkpointing"), [("fp32", False), ("bf16", True)])
+@pytest.mark.parametrize("method", METHOD_OF)
+def test_plan_is_within_3_percent_of_the_measurement(
+    method: str, precision: str, checkpointing: bool, loaded: nn.Module
+) -> None:
+    recipe = make_recipe(method, precision, checkpointing)
+    plan = plan_memory(recipe, blocks=BLOCKS_OF.get(method))
+    assert plan.kind == "traced", plan.note
+    model = copy.deepcopy(loaded).to(weight_dtype(recipe))
+    measured = take_steps(recipe, model, plan.active_blocks)
+    assert plan.peak_bytes == pytest.approx(measured.peak_bytes, rel=0.03)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", METHOD_OF)
+def test_plan_is_close_to_what_cuda_allocates(
+    method: str, precision: str, loaded: nn.Module, fresh_cuda: None
+) -> None:
+    recipe = make_recipe(method, precision, checkpointing=False, device="cuda", length=512)
+    plan = plan_memory(recipe, blocks=BLOCKS_OF.get(method))
+    before = torch.cuda.memory_allocated()
+    model = copy.deepcopy(loaded).to(weight_dtype(recipe)).cuda()
+    take_steps(recipe, model, plan.active_blocks)
+    allocated = torch.cuda.max_memory_allocated() - before
+    # Kernels allocate inside, and tensors in units of 512 bytes: RESERVE_SHARE is kept for that.
+    assert plan.peak_bytes == pytest.approx(allocated, rel=RESERVE_SHARE)
+    assert plan.needed_bytes > allocated
