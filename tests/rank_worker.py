@@ -30,14 +30,13 @@ def draws() -> dict[str, Any]:
     layers = find_layers(model)
     shard(model, device=torch.device("cpu"), how="fsdp")
     optimizer = build_optimizer(model, layers, OptimizerConfig(lr=1e-3))
-    lisa = LISA(model, optimizer, active=2, period=2, verify="full")
+    lisa = LISA(model, optimizer, active=2, period=2, ends="every:2", verify="full")
     torch.manual_seed(100 + ranks.rank())
     random.seed(100 + ranks.rank())
     drawn, strangers = [], []
     for step in range(8):
-        random.random(), torch.rand(ranks.rank() + 1)
-        with torch.no_grad():  # leaves the ends whole: a draw has to take them apart first
-            model(input_ids=tiny.tokens(0), use_cache=False)
+        random.random()
+        torch.rand(ranks.rank() + 1)
         drawn.append(lisa.active_blocks)
         resting = {
             name
@@ -45,8 +44,12 @@ def draws() -> dict[str, Any]:
             for name in block
             if index not in lisa.active_blocks
         }
+        if not lisa.ends_train:
+            resting |= set(layers.ends)
         tiny.backward(model, step)
         strangers += [name for name, p in model.named_parameters() if name in resting and p.grad is not None]
+        with torch.no_grad():  # leaves the ends whole: a draw has to take them apart first
+            model(input_ids=tiny.tokens(0), use_cache=False)
         optimizer.step()
         optimizer.zero_grad()
         named = dict(model.named_parameters())

@@ -112,6 +112,7 @@ class LISA:
         _one_of("state", state, ("drop", "reset", "cpu", "keep"))
         policy = EndsPolicy.parse(ends)
         _one_of("verify", verify, ("sample", "full", "off"))
+        reshard(model)
         _refuse_unsharded(model)
         self._model = model
         optimizer = plain_optimizer(model, optimizer)
@@ -257,8 +258,8 @@ class LISA:
         self._set_trainable()
 
     def _set_trainable(self) -> None:
-        _refuse_unsharded(self._model)
         reshard(self._model)
+        _refuse_unsharded(self._model)
         self.ends_train = self._ends.policy.trains_in(self.period_index)
         for index, parameters in enumerate(self._blocks):
             self._set(parameters, trains=index in self.active_blocks)
@@ -277,6 +278,7 @@ class LISA:
             self._frozen_state.freeze(parameter)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        reshard(self._model)  # else the next forward pass would read ends that an evaluation has left whole
         if optimizer.param_groups is not self._param_groups:
             raise RuntimeError(
                 f"the param groups of {type(optimizer).__name__} were replaced by something else than its "

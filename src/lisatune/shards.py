@@ -126,5 +126,5 @@ def units(model: nn.Module) -> Iterator[Any]:
 
 def reshard(model: nn.Module) -> None:
     """Give back parameters that the last forward pass left whole: before anything looks at parameters."""
-    for unit in units(model):
+    for unit in units(model) if ranks.count() > 1 else ():
         unit.reshard()
