@@ -50,6 +50,7 @@ from lisatune.adamw_state import (
 from lisatune.factored import update_factored
 from lisatune.host_chunks import on_device
 from lisatune.in_backward import UpdateInBackward
+from lisatune.shards import part_to_update
 
 __all__ = ["AdamW"]
 
@@ -206,26 +207,27 @@ class AdamW(Optimizer):
 
     def _update(self, group: dict[str, Any], ready: Sequence[tuple[int, nn.Parameter]]) -> None:
         """Update parameters of a group, each given with its place in the optimizer."""
-        whole: list[nn.Parameter] = []
-        for place, p in ready:
-            prepare(group, p, self.state[p])
+        whole: list[Tensor] = []
+        states: list[dict[str, Any]] = []
+        for place, parameter in ready:
+            state, p = self.state[parameter], part_to_update(parameter)
+            prepare(group, p, state)
             key = codecs.key_of(group["seed"], group["steps_done"], place)
-            if _is_whole(group, p, self.state[p]):
+            if _is_whole(group, p, state):
                 whole.append(p)
+                states.append(state)
             elif group["moments"] == "factored":
-                update_factored(group, p, self.state[p], key, self._chunk(p))
+                update_factored(group, p, state, key, self._chunk(p))
             else:
-                self._update_in_chunks(group, p, key)
+                self._update_in_chunks(group, p, state, key)
         if whole:
-            states = [self.state[p] for p in whole]
             steps = [state["step"] for state in states]
             torch._foreach_add_(steps, 1)
             exp_avgs, exp_avg_sqs = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
             _fused_adamw(group, whole, [p.grad for p in whole], exp_avgs, exp_avg_sqs, steps)
 
-    def _update_in_chunks(self, group: dict[str, Any], p: nn.Parameter, key: int) -> None:
+    def _update_in_chunks(self, group: dict[str, Any], p: Tensor, state: dict[str, Any], key: int) -> None:
         assert p.grad is not None
-        state = self.state[p]
         state["step"].add_(1)
         weight, gradient = p.detach().reshape(-1), p.grad.reshape(-1)
         stored = {name: value.view(-1) for name, value in state.items() if name in CHUNKED}
@@ -243,11 +245,11 @@ class AdamW(Optimizer):
         if not p.is_contiguous():
             p.copy_(weight.view(p.shape))
 
-    def _chunk(self, p: nn.Parameter) -> int:
+    def _chunk(self, p: Tensor) -> int:
         return self.chunk_size or CHUNK.get(p.device.type, CHUNK_ELSEWHERE)
 
 
-def _is_whole(group: dict[str, Any], p: nn.Parameter, state: dict[str, Any]) -> bool:
+def _is_whole(group: dict[str, Any], p: Tensor, state: dict[str, Any]) -> bool:
     """Whether the kernel can take weight, gradient and moments as they are stored."""
     assert p.grad is not None
     is_flat = p.is_contiguous() and p.grad.is_contiguous() and p.grad.dtype == p.dtype

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lisatune import codecs
 from lisatune.codecs import BLOCK
@@ -96,7 +96,7 @@ def home_of(group: dict[str, Any], p: Tensor, key: str) -> Home:
     return Home(device, is_pinned=is_host and p.device.type == "cuda")
 
 
-def prepare(group: dict[str, Any], p: nn.Parameter, state: dict[str, Any]) -> None:
+def prepare(group: dict[str, Any], p: Tensor, state: dict[str, Any]) -> None:
     """Refuse what can't be updated, and start state that is missing."""
     assert p.grad is not None
     if p.dtype not in (torch.bfloat16, torch.float32, torch.float64):

@@ -7,6 +7,7 @@ import random
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,32 +15,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lisatune import models
+from lisatune import models, ranks
 from lisatune.adamw import AdamW
 from lisatune.blocks import BlockForward, check_compiler
 from lisatune.data import Row, collate
 from lisatune.layers import LayerMap, find_layers
 from lisatune.lisa import LISA
 from lisatune.loss import CausalLMLoss
-from lisatune.optim import state_bytes, state_elements
+from lisatune.optim import StateMeter
 from lisatune.prepare import Data, check_fits, max_positions, prepare_data
 from lisatune.pretrained import announce_remote_code
 from lisatune.recipe import Recipe
+from lisatune.sharding import ShardedLoss, check_optimizer, check_recipe, shard
 from lisatune.step import TrainingStep
 
-__all__ = ["Built", "Parts", "StateMeter", "assemble", "batch_length", "build", "rehearse", "weight_dtype"]
-
-
-class StateMeter:
-    """Measures the optimizer's state after every step, before a draw can release any of it."""
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.bytes = 0
-        self.elements = 0
-        optimizer.register_step_post_hook(self._measure)
-
-    def _measure(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self.bytes, self.elements = state_bytes(optimizer), state_elements(optimizer)
+__all__ = ["Built", "Parts", "assemble", "batch_length", "build", "rehearse", "weight_dtype"]
 
 
 @dataclass
@@ -56,7 +46,7 @@ class Parts:
     optimizer: torch.optim.Optimizer
     scheduler: LambdaLR
     lisa: LISA | None
-    state: "StateMeter"
+    state: StateMeter
     compile_seconds: float | None = None
     """Wall time of compiling the blocks before the first step; None where nothing was compiled."""
 
@@ -92,6 +82,8 @@ def batch_length(rows: Sequence[Row], recipe: Recipe, model: nn.Module) -> int:
 def assemble(recipe: Recipe, before_load: Callable[..., None] | None = None) -> Parts:
     """Build everything a run needs, in this order: data, model, layers, optimizer, LISA, schedule.
 
+    On several ranks the model is divided among them before the optimizer is built.
+
     A rehearsal without weights goes first: what can't work fails before a large model loads. Then comes
     `before_load(device, steps=…, length=…)`, with the tokens of the longest batch.
     """
@@ -101,6 +93,8 @@ def assemble(recipe: Recipe, before_load: Callable[..., None] | None = None) -> 
     revision, trusted = recipe.model.revision, recipe.model.trust_remote_code
     announce_remote_code(name, trusted)
     device = models.pick_device(run.device)
+    if ranks.count() > 1:
+        check_recipe(recipe)
     if run.compile and device.type == "cpu":
         check_compiler()
     tokenizer = models.load_tokenizer(name, revision=revision, trust_remote_code=trusted)
@@ -118,12 +112,15 @@ def assemble(recipe: Recipe, before_load: Callable[..., None] | None = None) -> 
         trust_remote_code=trusted,
         attention=recipe.model.attention,
         dtype=weight_dtype(recipe),
-    ).to(device)
+    )
+    if ranks.count() == 1:  # else block by block, each rank its part
+        model = model.to(device)
     _warn_of_widened_weights(recipe, model)
     loss = CausalLMLoss(model)
     if recipe.data.packing:
         loss.check_packing()
-    built = build(recipe, model, loss, steps=data.steps, device=device)
+    divide = partial(shard, how=run.sharding, device=device) if ranks.count() > 1 else None
+    built = build(recipe, model, loss, steps=data.steps, device=device, materialise=divide)
     schedule = recipe.optimizer.schedule
     scheduler = get_scheduler(
         "constant_with_warmup" if schedule == "constant" else schedule,
@@ -179,12 +176,15 @@ def build(
         loss: of that model.
         steps: optimizer steps of the whole run.
         device: where it trains.
-        materialise: gives the prepared model its storage, before the optimizer is built.
+        materialise: gives the prepared model its storage, or divides it among ranks, before the optimizer
+            is built.
     """
     run = recipe.run
     blocks = _set_block_forward(recipe, model)
     model.train()
     model, layers, optimizer, state, lisa = _attach(recipe, model, steps, materialise)
+    if ranks.count() > 1:
+        loss = ShardedLoss(loss)
     step = TrainingStep(
         model=model,
         loss=loss,
@@ -291,6 +291,8 @@ def _attach(
     if materialise is not None:
         materialise(model)
     optimizer = recipe.method.build_optimizer(model, layers, recipe.optimizer)
+    if ranks.count() > 1:
+        check_optimizer(optimizer)
     state = StateMeter(optimizer)  # before LISA, whose hook releases state
     lisa = recipe.method.attach(model, optimizer, layers, total_steps=steps)
     return model, layers, optimizer, state, lisa

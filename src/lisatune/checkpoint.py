@@ -10,6 +10,9 @@
 
 A folder is written under another name, synced and renamed, so what has its final name is complete. Loading
 opens these files only, never through a link, after checking them against the manifest.
+
+On several ranks the first one puts together what is divided, tensor by tensor, and writes; all of them read
+and take their part. So a run goes on with any number of ranks, and a checkpoint has to fit rank 0's memory.
 """
 
 import json
@@ -24,6 +27,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lisatune import ranks
 from lisatune.disk import written_aside
 from lisatune.manifest import DamagedCheckpointError, checkpoint_name, verify, write_manifest
 from lisatune.named_state import (
@@ -36,6 +40,8 @@ from lisatune.named_state import (
     to_json,
     to_names,
 )
+from lisatune.optim import translate_group
+from lisatune.shards import cut_states, like_shard, local_part, reshard, whole_states, whole_weights
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
@@ -71,6 +77,7 @@ def save_checkpoint(
     """
     from safetensors.torch import save_file
 
+    reshard(model)
     weights = _weights(model)
     other: dict[str, Tensor] = {}
     optimizer_state, optimizer_tensors = to_names(model, optimizer)
@@ -82,13 +89,20 @@ def save_checkpoint(
         "rng": to_json(_rng_states(), "rng", other),
         "extra": to_json(dict(extra or {}), "extra", other),
     }
+    parameters = dict(model.named_parameters())
+    weights = whole_weights(weights, keep=ranks.is_first())
+    optimizer_tensors = whole_states(optimizer_tensors, parameters, keep=ranks.is_first())
     target = Path(folder) / checkpoint_name(step)
-    with written_aside(target) as aside:
-        save_file(_storable(weights), aside / "weights.safetensors")
-        save_file(_storable(optimizer_tensors), aside / "optimizer.safetensors")
-        save_file(_storable(other), aside / "other.safetensors")
-        (aside / "state.json").write_text(json.dumps(state))
-        write_manifest(aside, step)
+
+    def write() -> None:
+        with written_aside(target) as aside:
+            save_file(_storable(weights), aside / "weights.safetensors")
+            save_file(_storable(optimizer_tensors), aside / "optimizer.safetensors")
+            save_file(_storable(other), aside / "other.safetensors")
+            (aside / "state.json").write_text(json.dumps(state))
+            write_manifest(aside, step)
+
+    ranks.on_first(write)
     return target
 
 
@@ -108,13 +122,19 @@ def load_checkpoint(
 
     path = Path(path)
     verify(path)
+    reshard(model)
     weights = _weights(model)
     try:
         state = from_json(
             json.loads((path / "state.json").read_text()), load_file(path / "other.safetensors")
         )
         optimizer_tensors = load_file(path / "optimizer.safetensors")
+        optimizer_tensors = cut_states(optimizer_tensors, dict(model.named_parameters()))
         check_same("the model's weights", state["weights"], _describe(weights))
+        groups = state["optimizer"]["param_groups"]
+        if len(groups) == len(optimizer.param_groups):
+            both = zip(groups, optimizer.param_groups, strict=True)
+            state["optimizer"]["param_groups"] = [translate_group(dict(was), now) for was, now in both]
         optimizer_state = from_names(model, optimizer, state["optimizer"], optimizer_tensors)
         _check_plain(state, optimizer, scheduler)
         extra = dict(state["extra"])
@@ -182,7 +202,7 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 def _copy(tensor: Tensor, saved: Tensor, name: str) -> None:
     if saved.shape != tensor.shape or saved.dtype != tensor.dtype:
         raise TypeError(f"{name} is {saved.dtype} {list(saved.shape)}, not what state.json says")
-    tensor.copy_(saved)
+    local_part(tensor).copy_(like_shard(saved, tensor))
 
 
 def _describe(weights: Mapping[str, Tensor]) -> dict[str, str]:

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lisatune import ranks
 from lisatune.chat import template_errors
 from lisatune.loss import CausalLMLoss, evaluation_mode
+from lisatune.shards import reshard
 
 __all__ = ["HeldOut", "generate_answers", "held_out_loss"]
 
@@ -40,7 +42,7 @@ def held_out_loss(
     device: torch.device | str,
     autocast: torch.dtype | None = None,
 ) -> HeldOut:
-    """Mean loss over all tokens of `batches`, without dropout. Training flags are given back.
+    """Mean loss over all tokens of `batches`, of all ranks, without dropout. Training flags are given back.
 
     Args:
         loss_fn: holds the model, which is on `device`.
@@ -62,6 +64,9 @@ def held_out_loss(
             loss_sum, count = loss_fn({name: tensor.to(device) for name, tensor in batch.items()})
             total += loss_sum.item()
             num_tokens += int(count)
+    reshard(loss_fn.model)
+    total, all_tokens = ranks.total(total, num_tokens)
+    num_tokens = int(all_tokens)
     if num_tokens == 0:
         raise ValueError(
             "no token of the held-out data carries loss; give it more rows or a larger max_length"
@@ -105,6 +110,7 @@ def generate_answers(
                 prompt_BT, attention_mask=torch.ones_like(prompt_BT), generation_config=greedy
             )
             answers.append(tokenizer.decode(out_BT[0, len(ids) :], skip_special_tokens=True))
+    reshard(model)
     return answers
 
 

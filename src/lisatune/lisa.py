@@ -33,10 +33,10 @@ import weakref
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lisatune import ranks
 from lisatune.adamw import AdamW
 from lisatune.ends import Ends, EndsPolicy
 from lisatune.frozen_state import FrozenState
@@ -45,6 +45,7 @@ from lisatune.memory import tensors_bytes
 from lisatune.optim import check_parameters, groups_by_block, host_state, plain_optimizer, state_bytes
 from lisatune.proof import Proof, ProofError, has_reason_to_move
 from lisatune.samplers import Independent, Sampler, auto_period, make_sampler, visits
+from lisatune.shards import is_sharded, reshard
 
 __all__ = ["LISA"]
 
@@ -111,7 +112,9 @@ class LISA:
         _one_of("state", state, ("drop", "reset", "cpu", "keep"))
         policy = EndsPolicy.parse(ends)
         _one_of("verify", verify, ("sample", "full", "off"))
-        _refuse_several_ranks()
+        reshard(model)
+        _refuse_unsharded(model)
+        self._model = model
         optimizer = plain_optimizer(model, optimizer)
         if optimizer in _attached:
             raise RuntimeError("a LISA is already attached to this optimizer; call its detach() first")
@@ -247,12 +250,16 @@ class LISA:
     def _draw(self) -> None:
         """Draw this period's blocks, freeze everything else, thaw them."""
         self.active_blocks = self.sampler.draw(self.period_index, seed=self.seed)
+        ranks.check_equal(
+            f"the blocks drawn for period {self.period_index}", (self.active_blocks, self.steps_done)
+        )
         if self.state == "reset":
             self._frozen_state.reset()
         self._set_trainable()
 
     def _set_trainable(self) -> None:
-        _refuse_several_ranks()
+        reshard(self._model)
+        _refuse_unsharded(self._model)
         self.ends_train = self._ends.policy.trains_in(self.period_index)
         for index, parameters in enumerate(self._blocks):
             self._set(parameters, trains=index in self.active_blocks)
@@ -271,6 +278,7 @@ class LISA:
             self._frozen_state.freeze(parameter)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        reshard(self._model)  # else the next forward pass would read ends that an evaluation has left whole
         if optimizer.param_groups is not self._param_groups:
             raise RuntimeError(
                 f"the param groups of {type(optimizer).__name__} were replaced by something else than its "
@@ -301,6 +309,7 @@ class LISA:
                 self.visits[block] += 1
         self.steps_done += 1
         if self.steps_done % self.period == 0:
+            _refuse_unsharded(self._model)
             if self._proof is not None:
                 self._proof.end(moving=self._moving(), may_rest=self._may_rest)
             self._draw()
@@ -444,10 +453,11 @@ def _period(period: int | Literal["auto"], sampler: Sampler, seed: int, total_st
     return period
 
 
-def _refuse_several_ranks() -> None:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+def _refuse_unsharded(model: nn.Module) -> None:
+    if ranks.count() > 1 and not all(is_sharded(p) or p.is_meta for p in model.parameters()):
         raise RuntimeError(
-            "LISA does not run on several ranks yet: data-parallel wrappers would let the ranks' weights "
-            "drift apart without an error; run it in one process"
+            "on several ranks LISA needs a model that torch's fully_shard has divided, its optimizer built "
+            "after that: DistributedDataParallel fixes which gradients it exchanges when it wraps a model, "
+            "so blocks that thaw later would drift apart without an error; fully_shard with a mesh of "
+            "(ranks, 1) keeps all weights on each rank as DDP does"
         )

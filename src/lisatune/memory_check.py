@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from lisatune import memory, progress
+from lisatune import memory, progress, ranks
 from lisatune.fit import find_fit
 from lisatune.plan import MemoryPlan, plan_memory
 from lisatune.plan_table import advice
@@ -43,7 +43,7 @@ class MemoryCheck:
         Raises:
             ValueError: the run needs more memory than is free; the message says what to change.
         """
-        if not self.recipe.run.check_memory:
+        if not self.recipe.run.check_memory or ranks.count() > 1:  # the plan traces a model that is whole
             return
         recipe = replace(self.recipe, run=replace(self.recipe.run, steps=steps, device=device.type))
         try:

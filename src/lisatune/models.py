@@ -181,17 +181,21 @@ def model_from_config(
     return model
 
 
-def save_model(model: Any, tokenizer: Any, folder: str | Path) -> None:
+def save_model(model: Any, tokenizer: Any, folder: str | Path, *, weights: Any = None) -> None:
     """Write model, tokenizer and chat template as a Hugging Face folder, complete or not at all.
 
     Of a model with PEFT adapters only these are written, with the name of the model they belong to.
+
+    `weights`, by name, stand for those of a model that is divided among ranks.
 
     Raises:
         OSError: it could not be written; a folder from before is as it was.
     """
     with quiet(), written_aside(Path(folder)) as aside:
         # Else PEFT asks the hub whether the vocabulary has grown.
-        options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
+        options: dict[str, Any] = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
+        if weights is not None:
+            options["state_dict"] = weights
         model.save_pretrained(aside, **options)
         tokenizer.save_pretrained(aside)
 

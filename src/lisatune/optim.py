@@ -18,8 +18,10 @@ from lisatune.ends import EndsPolicy
 from lisatune.layers import LayerMap
 from lisatune.memory import tensors_bytes
 from lisatune.recipe import OptimizerConfig
+from lisatune.shards import is_sharded, local_part
 
 __all__ = [
+    "StateMeter",
     "build_adamw",
     "build_optimizer",
     "check_parameters",
@@ -30,7 +32,15 @@ __all__ = [
     "plain_optimizer",
     "state_bytes",
     "state_elements",
+    "translate_group",
 ]
+
+OURS = frozenset(("rounding", "moments", "state_device", "seed", "steps_done"))
+"""Options of a param group that `lisatune.AdamW` has and torch's lacks."""
+TORCHS = frozenset(
+    ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
+)
+"""The reverse."""
 
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
@@ -108,7 +118,8 @@ def build_optimizer(
 def optimizer_over(groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:
     """Build AdamW over param groups of (name, parameter) pairs as a recipe asks; see `build_optimizer`."""
     parameters = [p for group in groups for _, p in group["params"]]
-    is_wide = all(p.dtype in (torch.float32, torch.float64) for p in parameters)
+    # torch's fused kernel takes no parameters that are divided among ranks; ours updates each rank's part.
+    is_wide = all(p.dtype in (torch.float32, torch.float64) and not is_sharded(p) for p in parameters)
     is_plain = config.moments == "fp32" and config.state_device is None and not config.in_backward
     is_compact = any({"moments", "state_device"} & group.keys() for group in groups)
     if is_wide and is_plain and not is_compact:
@@ -150,8 +161,22 @@ def state_elements(optimizer: Optimizer) -> int:
         value.numel()
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
-        if isinstance(value, torch.Tensor) and value.shape == parameter.shape and key not in lasting
+        if isinstance(value, torch.Tensor)
+        and value.shape == local_part(parameter).shape
+        and key not in lasting
     )
+
+
+class StateMeter:
+    """Measures the optimizer's state after every step, before a draw can release any of it."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.bytes = 0
+        self.elements = 0
+        optimizer.register_step_post_hook(self._measure)
+
+    def _measure(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.bytes, self.elements = state_bytes(optimizer), state_elements(optimizer)
 
 
 def host_state(optimizer: Optimizer) -> list[torch.Tensor]:
@@ -165,6 +190,19 @@ def host_state(optimizer: Optimizer) -> list[torch.Tensor]:
         for key, value in optimizer.state.get(p, {}).items()
         if is_host_state(group, key)
     ]
+
+
+def translate_group(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Make a param group that torch's AdamW saved one of ours, and the reverse: their state is the same.
+
+    A run on several ranks always uses ours, one on a single rank may use torch's. Options that only one of
+    them has are those of now. Any other group comes back as it is.
+    """
+    for mine, theirs in ((OURS, TORCHS), (TORCHS, OURS)):
+        if mine <= now.keys() and theirs <= saved.keys() and not mine & saved.keys():
+            shared = {key: value for key, value in saved.items() if key not in theirs}
+            return shared | {key: now[key] for key in mine}
+    return saved
 
 
 def plain_optimizer(model: nn.Module, optimizer: Optimizer) -> Optimizer:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from lisatune import ranks
 from lisatune.data import Examples, Order, pack, tokenize
 from lisatune.evaluate import prompt_ids
 from lisatune.recipe import Recipe, check_steps
@@ -50,7 +51,7 @@ class Data:
     """The first `run.samples` held-out records whose prompts fit `max_length`, as prompts and answers."""
 
     order: Order
-    """Which rows make up each micro-step's batch."""
+    """Which rows make up each micro-step's batch, of all ranks together."""
 
     steps: int
     """Optimizer steps of the whole run."""
@@ -77,7 +78,7 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> Data:
     held_out = tokenize(validation, tokenizer, max_length=data.max_length, loss_on=data.loss_on)
     if data.packing:
         rows = pack(rows, data.max_length)
-    order = Order(len(rows.rows), run.batch_size, run.seed)
+    order = Order(len(rows.rows), run.batch_size * ranks.count(), run.seed)
     wanted = run.steps or run.epochs * order.batches_per_epoch / run.accumulation
     check_steps(wanted, f"run.epochs={run.epochs:g}")
     steps = max(1, math.ceil(wanted))

@@ -19,6 +19,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lisatune import ranks
+from lisatune.shards import local_part
+
 __all__ = ["Proof", "ProofError", "fingerprint", "has_reason_to_move"]
 
 WINDOW = 1024
@@ -79,7 +82,8 @@ class Proof:
         """
         if self._before is None:
             return
-        moved_R = (self._fingerprints() != self._before).tolist()
+        # Of a layer that is divided among ranks, each reads its part.
+        moved_R = [ranks.agreed(each) for each in (self._fingerprints() != self._before).tolist()]
         moved = {name for name, has_moved in zip(self._layers, moved_R, strict=True) if has_moved}
         drawn = moving & self._layers.keys()
         strangers = sorted(moved - drawn)
@@ -112,11 +116,12 @@ def fingerprint(parameters: Sequence[Tensor], *, sample: int | None = None) -> T
         parameters: tensors of any shape, of a dtype of 1, 2, 4 or 8 bytes, on any devices.
         sample: hash one window per tensor, whose place follows from this number. None: hash everything.
     """
+    parameters = [local_part(parameter) for parameter in parameters]
     device = parameters[0].device
     total = torch.zeros((), dtype=torch.int64, device=device)
     parts: list[Tensor] = []
     for index, parameter in enumerate(parameters):
-        bits = parameter.detach().reshape(-1).view(INTEGERS[parameter.element_size()])
+        bits = parameter.reshape(-1).view(INTEGERS[parameter.element_size()])
         if sample is not None:
             parts.append(_window(bits, index, sample).to(device, torch.int64))
         else:
@@ -147,13 +152,13 @@ def has_reason_to_move(
     with_gradient = [(index, p, p.grad) for index, p in driven if p.grad is not None]
     wanted = movable = 0
     for index, p, gradient in with_gradient:
-        weights, gradients = _read(p.detach(), index, sample), _read(gradient, index, sample)
+        weights, gradients = _read(local_part(p), index, sample), _read(local_part(gradient), index, sample)
         coarse = 2 * torch.finfo(p.dtype).eps * weights.abs()
         movable += int(((gradients != 0) & (coarse < rates[p])).sum())
         wanted += weights.numel()
         if movable >= 16:
             return True
-    return 4 * movable >= wanted
+    return wanted > 0 and 4 * movable >= wanted
 
 
 def _read(values: Tensor, index: int, sample: int | None) -> Tensor:

@@ -155,7 +155,7 @@ class RunConfig:
     """Passes over the training data when `steps` is not given."""
 
     batch_size: int = 4
-    """Sequences per micro-step."""
+    """Sequences per micro-step, on each rank."""
 
     accumulation: int = 1
     """Micro-steps per optimizer step."""
@@ -184,6 +184,9 @@ class RunConfig:
     save_every: int | None = None
     """Steps between two checkpoints. Default: only when interrupted."""
 
+    sharding: Literal["fsdp", "replicate"] = "fsdp"
+    """With several ranks: divide weights, gradients and state among them, or keep all on each."""
+
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay on disk."""
 
@@ -206,6 +209,7 @@ class RunConfig:
     """Trackers by name: tensorboard, wandb, trackio, mlflow."""
 
     def __post_init__(self) -> None:
+        _one_of("run.sharding", self.sharding, ("fsdp", "replicate"))
         for name in ("steps", "batch_size", "accumulation", "log_every", "eval_every", "save_every"):
             _at_least(1, f"run.{name}", getattr(self, name))
         for name in ("keep_checkpoints", "sample_tokens", "max_skipped_steps"):

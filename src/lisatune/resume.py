@@ -9,12 +9,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lisatune import ranks
 from lisatune.assemble import Parts
 from lisatune.checkpoint import load_checkpoint, save_checkpoint
 from lisatune.manifest import DamagedCheckpointError, checkpoints, newest_checkpoint, prune
 from lisatune.runs import RunFolder
 
-__all__ = ["Progress", "find_checkpoint", "read_progress", "restore", "save"]
+__all__ = ["Progress", "begin", "find_checkpoint", "read_progress", "restore", "save"]
 
 
 @dataclass
@@ -34,6 +35,8 @@ class Progress:
     peak_trainable: int = 0
     held_out_before: float = math.nan
     answers_before: list[str] = field(default_factory=list)
+    batch: int = 0
+    """Sequences of a micro-step on all ranks together; 0 where an older run did not say."""
     data: dict[str, str] = field(default_factory=dict)
     """`Data.hashes` of the rows that the run began with."""
 
@@ -48,6 +51,11 @@ def find_checkpoint(output: Path) -> Path:
     if found is None:
         raise ValueError(f"there is no complete checkpoint in {output}; start again with --overwrite")
     return found
+
+
+def begin(parts: Parts) -> Progress:
+    """Note what a new run begins with."""
+    return Progress(batch=parts.data.order.batch_size, data=parts.data.hashes)
 
 
 def restore(parts: Parts, output: Path) -> tuple[Progress, list[Path]]:
@@ -76,6 +84,7 @@ def restore(parts: Parts, output: Path) -> tuple[Progress, list[Path]]:
         if damaged:
             warnings.warn(f"{problem}; going on from {path.name} instead", stacklevel=2)
         _check_same_data(parts, done, output)
+        _check_same_batch(parts, done)
         if done.step > parts.data.steps:
             raise ValueError(
                 f"the run has done {done.step} steps and the recipe asks for {parts.data.steps}; give more "
@@ -105,7 +114,8 @@ def save(parts: Parts, done: Progress, folder: RunFolder, say: Callable[[str], N
             scheduler=parts.scheduler,
             extra=asdict(done),
         )
-        prune(folder.checkpoints, run.keep_checkpoints)
+        if ranks.is_first():
+            prune(folder.checkpoints, run.keep_checkpoints)
     except OSError as error:
         if run.on_save_error == "stop":
             raise
@@ -125,6 +135,16 @@ def read_progress(path: Path, extra: Mapping[str, Any]) -> Progress:
             reason = f"extra.{name} is {value!r:.80}"
             raise DamagedCheckpointError(f"checkpoint {path} holds what no run wrote ({reason})")
     return dataclasses.replace(Progress(), **extra)
+
+
+def _check_same_batch(parts: Parts, done: Progress) -> None:
+    now = parts.data.order.batch_size
+    if done.batch not in (0, now):
+        raise ValueError(
+            f"the run began with {done.batch} sequences in a micro-step and would go on with {now}: "
+            f"run.batch_size={parts.recipe.run.batch_size} on each of {ranks.count()} ranks; choose them so "
+            "that their product is the former one, or start again with --overwrite"
+        )
 
 
 def _check_same_data(parts: Parts, done: Progress, output: Path) -> None:

@@ -32,6 +32,7 @@ MAY_CHANGE = frozenset(
     {"run.output", "run.steps", "run.epochs", "run.log_every", "run.eval_every", "run.save_every"}
     | {"run.keep_checkpoints", "run.samples", "run.sample_tokens", "run.report_to", "run.check_memory"}
     | {"run.on_save_error", "run.on_nonfinite", "run.max_skipped_steps", "run.activation_checkpointing"}
+    | {"run.sharding", "run.batch_size"}
 )
 """Keys that may differ on resume: lengths, intervals, where to, and what a run that stopped may need.
 

@@ -1,7 +1,7 @@
 """One optimizer step, from batches to updated weights: what `train` runs and what `plan` traces.
 
 The loss of a step is the sum over its loss-carrying tokens divided by their number, whatever micro-batches
-they come in.
+they come in, and on whichever rank.
 """
 
 import math
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lisatune import ranks
 from lisatune.in_backward import UpdateInBackward
 from lisatune.loss import CausalLMLoss
+from lisatune.shards import full_tensor
 
 __all__ = ["TrainingStep"]
 
@@ -48,7 +50,8 @@ class TrainingStep:
         Returns:
             Mean loss per token, a float32 scalar on the device.
         """
-        num_labels = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+        mine = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+        num_labels = int(ranks.total(mine)[0])
         loss = torch.zeros((), device=self.device)
         for batch in batches:
             with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
@@ -56,9 +59,11 @@ class TrainingStep:
                 micro_loss = loss_sum / num_labels
             if self.in_backward is not None and not torch.isfinite(micro_loss):  # waits for the device
                 return micro_loss.detach()
-            micro_loss.backward()  # type: ignore[no-untyped-call]
+            # FSDP2 takes the mean of the ranks' gradients; the sum is meant.
+            scaled = micro_loss if ranks.count() == 1 else micro_loss * ranks.count()
+            scaled.backward()  # type: ignore[no-untyped-call]
             loss += micro_loss.detach()
-        return loss
+        return loss if ranks.count() == 1 else loss.new_tensor(ranks.total(float(loss))[0])
 
     def clip(self) -> Tensor:
         """Clip the gradients' global norm, and return what it was: a scalar on the device.
@@ -68,7 +73,7 @@ class TrainingStep:
         if self.in_backward is not None:
             return self.in_backward.grad_norm().to(self.device)
         trainable = [p for p in self.model.parameters() if p.requires_grad]
-        return nn.utils.clip_grad_norm_(trainable, self.max_grad_norm or math.inf)
+        return full_tensor(nn.utils.clip_grad_norm_(trainable, self.max_grad_norm or math.inf))
 
     def update(self) -> None:
         """Let the optimizer move the weights, and release the gradients."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lisatune import memory, models, progress
+from lisatune import memory, progress, ranks
 from lisatune.assemble import Parts, assemble
 from lisatune.evaluate import generate_answers, held_out_loss
 from lisatune.lisa import LISA
@@ -22,7 +22,8 @@ from lisatune.out_of_memory import say_what_fits
 from lisatune.outline import make_outline, print_outline
 from lisatune.progress import Summary
 from lisatune.recipe import Recipe
-from lisatune.resume import Progress, find_checkpoint, restore, save
+from lisatune.resume import Progress, begin, find_checkpoint, restore, save
+from lisatune.run_ranks import agreed_stop, my_share, open_folder, save_whole_model
 from lisatune.runs import RunFolder, check_output
 from lisatune.stopping import interruptible, way_back
 from lisatune.trackers import Log, check_trackers, trackers
@@ -57,36 +58,32 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> S
         KeyboardInterrupt: Ctrl-C or (`Terminated`) SIGTERM, after a checkpoint was saved; the message says
             how to resume.
     """
-    with say_what_fits(recipe):
+    with say_what_fits(recipe), ranks.joined(recipe.run.device):
         return _train(recipe, resume, overwrite)
 
 
 def _train(recipe: Recipe, resume: bool, overwrite: bool) -> Summary:
     assert recipe.run.output is not None
     output = Path(recipe.run.output)
-    check_output(output, recipe.as_dict(), resume=resume, overwrite=overwrite)
+    ranks.on_first(lambda: check_output(output, recipe.as_dict(), resume=resume, overwrite=overwrite))
     check_trackers(recipe.run.report_to)
     if resume:
         find_checkpoint(output)
     check = MemoryCheck(recipe)
     parts = assemble(recipe, check.before_load)
-    done, damaged = restore(parts, output) if resume else (Progress(data=parts.data.hashes), [])
+    done, damaged = restore(parts, output) if resume else (begin(parts), [])
     with (
-        RunFolder.open(output, recipe.as_dict(), resume=resume, overwrite=overwrite) as folder,
+        open_folder(output, recipe.as_dict(), resume=resume, overwrite=overwrite) as folder,
         trackers(recipe.run.report_to, output, recipe.as_dict()) as log,
         way_back(folder),
     ):
-        for path in damaged:
+        for path in damaged if ranks.is_first() else ():
             set_aside(path)
-        if resume:
+        if resume and ranks.is_first():
             prune(folder.checkpoints, recipe.run.keep_checkpoints)  # what a kill left behind
             folder.drop_metrics_after(done.step, evaluated=done.evaluated_step == done.step)
-        device, start = str(parts.device), done.step
-        print_outline(
-            make_outline(
-                recipe, parts.model, parts.layers, parts.lisa, parts.data, device=device, start_step=start
-            )
-        )
+        at: dict[str, Any] = {"device": str(parts.device), "start_step": done.step}
+        print_outline(make_outline(recipe, parts.model, parts.layers, parts.lisa, parts.data, **at))
         if not resume:
             done.held_out_before = _held_out(parts)
             done.answers_before = _answers(parts)
@@ -99,7 +96,8 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool) -> Summary:
 
 def _loop(parts: Parts, done: Progress, folder: RunFolder, log: Log, check: MemoryCheck) -> None:
     run, last = parts.recipe.run, parts.data.steps
-    with interruptible() as interrupted, progress.Bar(last, done.step) as bar:
+    with interruptible() as mine, progress.Bar(last, done.step) as bar:
+        interrupted = agreed_stop(mine)
 
         def note(record: Mapping[str, Any]) -> None:
             try:
@@ -150,8 +148,8 @@ def _step(parts: Parts, done: Progress, folder: RunFolder) -> dict[str, Any]:
     run, data = parts.recipe.run, parts.data
     started = time.perf_counter()
     first = done.step * run.accumulation
-    rows = [[data.train.rows[i] for i in data.order.batch(first + j)] for j in range(run.accumulation)]
-    loss = parts.step.backward([parts.collate(micro_rows) for micro_rows in rows])
+    batches = [[data.train.rows[i] for i in data.order.batch(first + j)] for j in range(run.accumulation)]
+    loss = parts.step.backward([parts.collate(my_share(batch)) for batch in batches])
     grad_norm = parts.step.clip()
     # Noted before the step, which may draw the next blocks.
     record: dict[str, Any] = {"lr": parts.optimizer.param_groups[0]["lr"]}
@@ -179,7 +177,7 @@ def _step(parts: Parts, done: Progress, folder: RunFolder) -> dict[str, Any]:
         parts.scheduler.step()
 
     seconds = time.perf_counter() - started
-    num_tokens = sum(len(row["input_ids"]) for micro_rows in rows for row in micro_rows)
+    num_tokens = sum(len(row["input_ids"]) for batch in batches for row in batch)
     done.step += 1
     done.num_tokens += num_tokens
     done.skipped_steps += not is_finite
@@ -209,13 +207,13 @@ def _held_out(parts: Parts, interrupted: Callable[[], object] = lambda: None) ->
         _NoTimeError: `interrupted` told so between two batches.
     """
     rows = sorted(parts.data.validation.rows, key=lambda row: len(row["input_ids"]))
-    size = parts.recipe.run.batch_size
+    size = parts.recipe.run.batch_size * ranks.count()
 
     def batches() -> Iterator[dict[str, torch.Tensor]]:
         for i in range(0, len(rows), size):
             if interrupted():
                 raise _NoTimeError
-            yield parts.collate(rows[i : i + size])
+            yield parts.collate(my_share(rows[i : i + size]))
 
     return held_out_loss(parts.step.loss, batches(), device=parts.device, autocast=parts.step.autocast).loss
 
@@ -237,7 +235,7 @@ def _finish(parts: Parts, done: Progress, folder: RunFolder, log: Log, check: Me
         )
     if parts.lisa is not None:
         parts.lisa.check()
-    models.save_model(parts.model, parts.tokenizer, folder.model)  # first, for Ctrl-C may end the rest
+    save_whole_model(parts.model, parts.tokenizer, folder.model)  # first, for Ctrl-C may end the rest
     after = _held_out(parts)
     folder.log({"step": done.step, "held_out_loss": after})
     log({"held_out_loss": after}, done.step)

@@ -1,6 +1,6 @@
 """What a method of fine-tuning answers: how to prepare the model, which optimizer, what to attach to it."""
 
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -20,6 +20,9 @@ class Method:
     """
 
     name: str
+
+    shards: ClassVar[bool] = False
+    """Whether it trains a model that is divided among ranks."""
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Change the model before the optimizer is built (adapters would go in here). Default: as it is."""

@@ -12,5 +12,7 @@ __all__ = ["Full"]
 class Full(Method):
     """AdamW on every parameter: the yardstick for quality, and for memory."""
 
+    shards = True
+
     name: Literal["full"] = "full"
     """Way to fine-tune."""

@@ -21,6 +21,8 @@ __all__ = ["Lisa"]
 class Lisa(Method):
     """Ends and a few drawn blocks train, all other blocks are frozen until they are drawn."""
 
+    shards = True
+
     name: Literal["lisa"] = "lisa"
     """Way to fine-tune."""
 

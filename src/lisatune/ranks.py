@@ -1,0 +1,154 @@
+"""The ranks of a run: processes that a launcher such as `torchrun` started, one for each device.
+
+Every function here does its work with one rank too, without a process group. Those that compare or add up
+are collective: each rank must call them, in the same order. Numbers travel over gloo, on the CPU.
+"""
+
+import hashlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import distributed
+
+__all__ = ["agreed", "check_equal", "count", "is_first", "joined", "on_first", "rank", "total"]
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits for another one that is alive but silent. One that has died is noticed at once."""
+
+Result = TypeVar("Result")
+
+
+def count() -> int:
+    """Number of ranks."""
+    is_on = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if is_on else 1
+
+
+def rank() -> int:
+    """Number of this rank, from 0."""
+    return distributed.get_rank() if count() > 1 else 0
+
+
+def is_first() -> bool:
+    """Whether this rank is the one that writes and prints."""
+    return rank() == 0
+
+
+@contextmanager
+def joined(device: str) -> Iterator[None]:
+    """Join the ranks that a launcher started; does nothing in a process that was started alone.
+
+    Inside, the accelerator that the launcher assigned is torch's current one; ranks other than the first
+    print nothing and show no warnings.
+
+    Args:
+        device: `run.device`.
+
+    Raises:
+        ValueError: a device's number, which would put all ranks onto one device.
+        RuntimeError: another rank has gone.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or distributed.is_initialized():
+        yield
+        return
+    if ":" in device:
+        raise ValueError(f"run.device {device} would put all ranks onto one device; leave out the number")
+    accelerator = torch.accelerator.current_accelerator(check_available=True) if device != "cpu" else None
+    backend = "gloo"
+    if accelerator is not None:
+        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = f"cpu:gloo,{accelerator.type}:{distributed.get_default_backend_for_device(accelerator)}"
+    with _lost_rank(), _silent_unless_first(int(os.environ["RANK"])):
+        distributed.init_process_group(backend, timeout=TIMEOUT)
+        yield
+    distributed.destroy_process_group()  # not after an error: it could wait for a rank that has gone
+
+
+def total(*numbers: float) -> list[float]:
+    """Add up numbers over all ranks, in float64."""
+    if count() == 1:
+        return list(numbers)
+    sums = torch.tensor(numbers, dtype=torch.float64)
+    distributed.all_reduce(sums)
+    return [float(each) for each in sums]
+
+
+def agreed(number: int) -> int:
+    """Return the largest of all ranks' numbers."""
+    if count() == 1:
+        return number
+    largest = torch.tensor(number)
+    distributed.all_reduce(largest, distributed.ReduceOp.MAX)
+    return int(largest)
+
+
+def check_equal(what: str, value: object) -> None:
+    """Compare `repr(value)` between the ranks.
+
+    Raises:
+        RuntimeError: it differs; names the ranks that differ from the first.
+    """
+    if count() == 1:
+        return
+    digest = int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=7).digest(), "big")
+    mine = torch.tensor([digest])
+    everyone = [torch.empty_like(mine) for _ in range(count())]
+    distributed.all_gather(everyone, mine)
+    others = [i for i, each in enumerate(everyone) if int(each) != int(everyone[0])]
+    if others:
+        raise RuntimeError(
+            f"{what} differ between ranks: rank {', '.join(map(str, others))} not as rank 0, and "
+            f"rank {rank()} has {value}; give every rank the same recipe, seed and checkpoint"
+        )
+
+
+def on_first(work: Callable[[], Result]) -> Result | None:
+    """Do something on the first rank while the others wait, which get None.
+
+    Raises:
+        RuntimeError: on the other ranks, where the first one failed; OSError where that was one.
+    """
+    result, failure = None, None
+    if is_first():
+        try:
+            result = work()
+        except BaseException as error:
+            failure = error
+    outcome = agreed(0 if failure is None else 2 if isinstance(failure, OSError) else 1)
+    if failure is not None:
+        raise failure
+    if outcome:
+        raise (OSError if outcome == 2 else RuntimeError)("rank 0 failed; its own message says why")
+    return result
+
+
+@contextmanager
+def _silent_unless_first(number: int) -> Iterator[None]:
+    if number == 0:
+        yield
+        return
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def _lost_rank() -> Iterator[None]:
+    """Say in one sentence that another rank has gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        is_network = isinstance(error, distributed.DistError) or "gloo" in str(error).lower()
+        if not is_network:
+            raise
+        number = os.environ.get("RANK", "0")
+        raise RuntimeError(
+            f"rank {number} lost another rank and can't go on alone; that rank's message, if it had time for "
+            "one, says why; go on from the last checkpoint with --resume"
+        ) from error

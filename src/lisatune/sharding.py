@@ -1,0 +1,100 @@
+"""A model divided among ranks by torch's FSDP2, and what has to be known about its parameters.
+
+Each block is a unit of its own and the ends are one: a rank holds a slice of every parameter, and the whole
+of a block only while that block computes. Of a frozen block no gradient is made, exchanged or kept.
+
+    fsdp        slices over all ranks: weights, gradients and optimizer state are divided by their number
+    replicate   the same with a mesh of (ranks, 1): every rank holds everything, gradients are added up
+
+Between two steps the model must be in slices: parameters that an evaluation has left whole are other objects,
+and freezing these would freeze nothing. `shards.reshard` sees to that.
+
+Gradients are in the weights' dtype, also while they are added up over ranks.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lisatune.layers import find_layers
+from lisatune.loss import CausalLMLoss
+from lisatune.recipe import Recipe
+
+__all__ = ["ShardedLoss", "check_optimizer", "check_recipe", "shard"]
+
+
+def shard(model: nn.Module, *, device: torch.device, how: Literal["fsdp", "replicate"]) -> None:
+    """Divide a loaded model among the ranks, block by block onto `device`, in place.
+
+    Every rank must have loaded the same weights. Build the optimizer after this.
+    """
+    from torch.distributed import get_world_size
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    ranks = get_world_size()
+    if how == "replicate":
+        mesh = init_device_mesh(device.type, (ranks, 1), mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh(device.type, (ranks,))
+    for path in find_layers(model).blocks:
+        fully_shard(model.get_submodule(path), mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+class ShardedLoss(CausalLMLoss):
+    """The loss of a sharded model, which FSDP2 takes for its forward pass.
+
+    Args:
+        loss: of the model before it was sharded, in place.
+    """
+
+    def __init__(self, loss: CausalLMLoss) -> None:
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
+        vars(self).update(vars(loss))
+        self.model._sharded_loss = super().__call__
+        register_fsdp_forward_method(self.model, "_sharded_loss")
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Sum the token losses of this rank's batch; every rank must call it."""
+        result: tuple[Tensor, Tensor] = self.model._sharded_loss(batch)
+        return result
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Refuse state that can't be cut along a weight's rows, or would differ from one rank's.
+
+    Raises:
+        ValueError: names the option.
+    """
+    for group in optimizer.param_groups:
+        for key, allowed in (("moments", "fp32"), ("state_device", None), ("rounding", ("exact", "nearest"))):
+            value = group.get(key, allowed)
+            if value != allowed and value not in (allowed or ()):
+                raise ValueError(
+                    f"{key} {value!r} does not work on several ranks yet, be it of the optimizer or of "
+                    "method.ends; use moments fp32 and rounding exact, with state_device null"
+                )
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse what does not work on several ranks.
+
+    Raises:
+        ValueError: names the recipe's key and what to do.
+    """
+    if not recipe.method.shards:
+        raise ValueError(f"method.name: {recipe.method.name} runs in one process only; use lisa or full")
+    if recipe.run.compile:
+        raise ValueError("run.compile does not work on several ranks yet; set it to false")
+    if recipe.optimizer.in_backward:
+        raise ValueError(
+            "optimizer.in_backward works on one rank only: gradients of several ranks come in after "
+            "backward; set it to false"
+        )
+    if recipe.run.report_to:
+        raise ValueError("run.report_to works on one rank only; read metrics.jsonl, or leave it out")

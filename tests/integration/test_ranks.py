@@ -1,0 +1,244 @@
+"""Runs on 2 and 4 ranks over gloo: the same result as on one, less on each, and an end when one dies.
+
+Losses of 2 ranks and 1 rank are sums of the same numbers in another order, so they differ by float32's
+rounding, and Adam divides by a gradient's own size: where that is next to zero, its rounding error decides a
+whole step. `optimizer.eps: 1e-3` keeps such steps small; then weights agree to 1e-5, a hundredth of a step.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import tiny_run
+from lisatune.recipe_file import load_recipe
+from lisatune.train import train
+
+TESTS = Path(__file__).parents[1]
+PLAIN = ["optimizer.eps=1e-3", "run.samples=0"]
+CLOSE = {"atol": 1e-5, "rtol": 1e-4}
+
+
+def launch(count: int, folder: Path, jobs: list[dict[str, Any]]) -> list[list[Any]]:
+    """Make the jobs on `count` ranks; return each rank's results."""
+    path = folder / f"jobs-{count}.json"
+    path.write_text(json.dumps(jobs))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = os.environ | {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(TESTS / "rank_worker.py"), str(path)],
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+    try:
+        texts = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * count, "\n".join(texts)
+    return [json.loads(path.with_name(f"{path.name}.{rank}").read_text()) for rank in range(count)]
+
+
+class Runs:
+    """A folder with a recipe, and what came of it on one rank, on two, and on four."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        model = tiny_run.write_model(folder / "model")
+        self.recipe = tiny_run.write_recipe(folder, model, tiny_run.write_rows(folder / "rows.jsonl", 13))
+
+    def job(self, output: str, *overrides: str, **flags: bool) -> dict[str, Any]:
+        keys = [*PLAIN, f"run.output={self.folder / output}", *overrides]
+        return {"recipe": str(self.recipe), "overrides": keys, "flags": flags}
+
+    def alone(self, output: str, *overrides: str, **flags: bool) -> Any:
+        job = self.job(output, *overrides, **flags)
+        return train(load_recipe(self.recipe, job["overrides"]), **flags)
+
+    def weights(self, output: str) -> dict[str, torch.Tensor]:
+        return load_file(self.folder / output / "model" / "model.safetensors")
+
+    def metrics(self, output: str) -> list[dict[str, Any]]:
+        lines = (self.folder / output / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("ranks"))
+
+
+WAYS = {
+    "fsdp": [],
+    "replicate": ["run.sharding=replicate"],
+    "checkpointing": ["run.activation_checkpointing=true"],
+    "checkpointing-frozen": ["run.activation_checkpointing=frozen"],
+    "accumulation": ["run.accumulation=2"],
+    "mixed": ["run.precision=bf16-mixed"],
+    "bf16": ["run.precision=bf16"],
+    "head": ["method.ends=head"],
+    "every": ["method.ends=every:2"],
+    "full": ["method.name=full"],
+}
+REFUSED = {
+    "compile": ("run.compile=true", "run.compile does not work on several ranks yet"),
+    "8bit": ("optimizer.moments=8bit", "moments '8bit' does not work on several ranks yet"),
+    "ends-8bit": ("method.ends=8bit", "moments '8bit' does not work on several ranks yet"),
+    "cpu": ("optimizer.state_device=cpu", "state_device 'cpu' does not work on several ranks yet"),
+    "stochastic": (
+        "optimizer.rounding=stochastic",
+        "rounding 'stochastic' does not work on several",
+    ),
+    "tracker": ("run.report_to=[tensorboard]", "run.report_to works on one rank only"),
+}
+HALF = "run.batch_size=1"
+FOUR = "run.batch_size=4"
+CHECKS = ("draws", "seeds", "unsharded")
+
+
+@pytest.fixture(scope="module")
+def two(runs: Runs) -> dict[str, list[Any]]:
+    """Results of each rank by name."""
+    full = runs.folder / "full.yaml"
+    full.write_text(runs.recipe.read_text().replace("{active: 2, period: 2}", "{name: full}"))
+    jobs = {name: runs.job(f"two-{name}", HALF, *keys) for name, keys in WAYS.items()}
+    jobs["full"] |= {"recipe": str(full), "overrides": jobs["full"]["overrides"][:-1]}
+    jobs |= {name: runs.job(f"no-{name}", key) for name, (key, _) in REFUSED.items()}
+    jobs |= {name: {"check": name} for name in CHECKS}
+    jobs["saved"] = runs.job(
+        "saved", "run.batch_size=2", "run.steps=3", "run.save_every=3", "optimizer.schedule=constant"
+    )
+    return dict(
+        zip(jobs, map(list, zip(*launch(2, runs.folder, list(jobs.values())), strict=True)), strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_two_ranks_are_one_rank_on_the_same_global_batch(runs: Runs, two: dict[str, Any], name: str) -> None:
+    assert "error" not in two[name][0], two[name][0]
+    if name == "full":
+        job = runs.job("one-full")
+        one = train(load_recipe(runs.folder / "full.yaml", job["overrides"]))
+    else:
+        one = runs.alone(f"one-{name}", *WAYS[name])
+    # bf16 products and weights round at 2^-9; one spacing of a weight of 0.06 is 2.4e-4.
+    close = {"atol": 5e-4, "rtol": 1e-2} if name in ("mixed", "bf16") else CLOSE
+    rel = 1e-2 if name in ("mixed", "bf16") else 1e-4
+    expected, got = runs.weights(f"one-{name}"), runs.weights(f"two-{name}")
+    assert expected.keys() == got.keys()
+    for key, weight in expected.items():
+        assert weight.dtype == got[key].dtype
+        torch.testing.assert_close(got[key], weight, **close, msg=lambda text, key=key: f"{key}: {text}")
+    first, second = runs.metrics(f"one-{name}"), runs.metrics(f"two-{name}")
+    assert [line.get("active_blocks") for line in first] == [line.get("active_blocks") for line in second]
+    assert [line.get("tokens") for line in first] == [line.get("tokens") for line in second]
+    for key in ("loss", "grad_norm", "held_out_loss"):
+        pairs = [(a[key], b[key]) for a, b in zip(first, second, strict=True) if key in a]
+        assert [b for _, b in pairs] == pytest.approx([a for a, _ in pairs], rel=rel)
+    before = load_file(runs.folder / "model" / "model.safetensors")
+    assert not all(torch.equal(weight.to(got[key].dtype), got[key]) for key, weight in before.items())
+    assert one["steps"] == two[name][0]["steps"]
+
+
+def test_each_rank_holds_half_the_state(runs: Runs, two: dict[str, Any]) -> None:
+    one = runs.alone("one-state")
+    shares = [rank["peak_state_elements"] / one["peak_state_elements"] for rank in two["fsdp"]]
+    assert shares == pytest.approx([0.5, 0.5], abs=0.01)
+    copies = [rank["peak_state_bytes"] / one["peak_state_bytes"] for rank in two["replicate"]]
+    assert copies == pytest.approx([1, 1], abs=0.01)
+    assert [rank["parts"] / rank["whole"] for rank in two["draws"]] == pytest.approx([0.5, 0.5], abs=0.01)
+
+
+def test_draws_are_equal_though_global_generators_differ(two: dict[str, Any]) -> None:
+    first, second = two["draws"]
+    assert first["drawn"] == second["drawn"]
+    assert len({tuple(blocks) for blocks in first["drawn"]}) > 1
+
+
+def test_frozen_blocks_hold_no_gradient_and_no_state_on_any_rank(two: dict[str, Any]) -> None:
+    assert [rank["strangers"] for rank in two["draws"]] == [[], []]
+
+
+def test_ranks_that_draw_other_blocks_are_told_so(two: dict[str, Any]) -> None:
+    for result in two["seeds"]:
+        assert "the blocks drawn for period 0 differ between ranks: rank 1 not as rank 0" in result["error"]
+
+
+def test_plain_ddp_is_refused_with_the_reason(two: dict[str, Any]) -> None:
+    for result in two["unsharded"]:
+        assert "DistributedDataParallel fixes which gradients it exchanges" in result["error"]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_work_on_several_ranks_is_refused(runs: Runs, two: dict[str, Any], name: str) -> None:
+    for result in two[name]:
+        assert REFUSED[name][1] in result["error"]
+    assert not (runs.folder / f"no-{name}").exists()
+
+
+def test_a_run_saved_on_two_ranks_goes_on_with_one_and_with_four(runs: Runs, two: dict[str, Any]) -> None:
+    assert "error" not in two["saved"][0]
+    more = ["run.steps=6", "optimizer.schedule=constant", "run.save_every=3"]
+    runs.alone("straight", *more, FOUR)
+    for name in ("on-one", "on-four"):
+        shutil.copytree(runs.folder / "saved", runs.folder / name)
+    runs.alone("on-one", *more, FOUR, resume=True)
+    wrong = runs.job("on-four", "run.batch_size=2", *more, resume=True)
+    right = runs.job("on-four", "run.batch_size=1", *more, resume=True)
+    for first, second in launch(4, runs.folder, [wrong, right]):
+        assert "began with 4 sequences in a micro-step and would go on with 8" in first["error"]
+        assert second.get("steps") == 6, second
+    for key, weight in runs.weights("straight").items():
+        for name in ("on-one", "on-four"):
+            torch.testing.assert_close(runs.weights(name)[key], weight, **CLOSE)
+
+
+def test_the_written_model_is_a_plain_folder(runs: Runs, two: dict[str, Any]) -> None:
+    assert two["fsdp"][0]["model"]
+    folder = runs.folder / "two-fsdp" / "model"
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_rank_that_dies_ends_the_run_with_a_message(runs: Runs) -> None:
+    job = runs.job("dies", HALF, "run.steps=100000")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "lisatune", "train", job["recipe"], *job["overrides"]]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    log = runs.folder / "dies.log"
+    with log.open("w") as out, subprocess.Popen(command, env=environment, stdout=out, stderr=out) as process:
+        try:
+            metrics = runs.folder / "dies" / "metrics.jsonl"
+            deadline = time.monotonic() + 60
+            while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.1)
+            children = psutil.Process(process.pid).children()
+            victim = next(each for each in children if each.environ().get("RANK") == "1")
+            victim.send_signal(signal.SIGKILL)
+            assert process.wait(timeout=45) != 0
+        finally:
+            for each in psutil.Process(process.pid).children() if process.poll() is None else ():
+                each.kill()
+            process.kill()
+    assert "rank 0 lost another rank and can't go on alone" in log.read_text()
