@@ -10,7 +10,18 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "lisatune"
 
 LEVELS = {
-    0: {"codecs", "disk", "environment", "layers", "plain_yaml", "recipe", "runs", "samplers"},
+    0: {
+        "codecs",
+        "disk",
+        "environment",
+        "exits",
+        "layers",
+        "manifest",
+        "plain_yaml",
+        "recipe",
+        "runs",
+        "samplers",
+    },
     1: {
         "adamw",
         "adamw_state",
