@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import tiny_run
-from lisatune import checkpoint
+from lisatune import manifest
 from lisatune.cli import main
 from lisatune.methods import Lora
 from lisatune.models import load_model, meta_model
@@ -73,7 +73,7 @@ def test_resume_is_exact(recipe: Path, tmp_path: Path) -> None:
     train(load_recipe(recipe, ["optimizer.schedule=constant"]), overwrite=True)
     whole = load_file(tmp_path / "run" / "model" / "adapter_model.safetensors")
     train(load_recipe(recipe, [*overrides, "run.steps=2"]))
-    assert checkpoint.newest_checkpoint(tmp_path / "again" / "checkpoints") is not None
+    assert manifest.newest_checkpoint(tmp_path / "again" / "checkpoints") is not None
     train(load_recipe(recipe, overrides), resume=True)
     parts = load_file(tmp_path / "again" / "model" / "adapter_model.safetensors")
     assert whole.keys() == parts.keys()
