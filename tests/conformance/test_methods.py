@@ -83,9 +83,9 @@ def interrupt_after(steps: int) -> Callable[[], AbstractContextManager[Callable[
     """Stand in for Ctrl-C: it is asked for once after each step."""
 
     @contextmanager
-    def interruptible() -> Iterator[Callable[[], bool]]:
+    def interruptible() -> Iterator[Callable[[], type[KeyboardInterrupt] | None]]:
         asked = iter(range(10**6))
-        yield lambda: next(asked) >= 2 * steps - 2  # each step asks twice: to save, and to stop
+        yield lambda: KeyboardInterrupt if next(asked) >= steps - 1 else None  # each step asks once
 
     return interruptible
 

@@ -147,11 +147,28 @@ def test_sigterm_on_a_full_disk_says_from_where_to_go_on(
     )
 
 
+# ---- held-out losses
+
+
+@pytest.mark.parametrize("when", ["after an evaluated step was saved", "after the last evaluation"])
+def test_a_held_out_loss_is_logged_once_however_the_run_was_killed(
+    when: str, series: kills.Series, tmp_path: Path
+) -> None:
+    def die_at_the_end(run: Path) -> None:
+        lisatune.train.RunFolder.write_summary = lambda *_: runs.die()
+
+    killer = die_at_the_end if "last" in when else kills.before_step(6)
+    run = tmp_path / "run"
+    assert runs.ended(runs.attempt(series.recipe, run, killer=killer)) == -signal.SIGKILL
+    assert runs.ended(runs.attempt(series.recipe, run, "--resume")) == 0
+    assert_as_undisturbed(series, run)
+
+
 # ---- two runs in one folder
 
 
 def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_dead(
-    series: kills.Series, tmp_path: Path, said: Say
+    series: kills.Series, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: Say
 ) -> None:
     run = tmp_path / "run"
     read, write = os.pipe()
@@ -163,6 +180,7 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_dead(
     try:
         assert os.read(read, 1) == b"."
         before = files(run)
+        monkeypatch.setattr(lisatune.train, "assemble", pytest.fail)  # refused before anything loads
         for flag in ("--resume", "--overwrite"):
             assert train(series.recipe, run, flag) == 2
             assert f"run folder {run} is in use by process {pid} on " in said()
@@ -170,6 +188,7 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_dead(
     finally:
         os.kill(pid, signal.SIGKILL)
         assert runs.ended(pid) == -signal.SIGKILL
+    monkeypatch.undo()
     assert train(series.recipe, run, "--resume") == 0
     assert_as_undisturbed(series, run)
 
