@@ -1,7 +1,6 @@
 """The command `lisatune`: parse, call, print.
 
-What ends a command ends in one sentence on standard error and one of the exit codes of `lisatune.exits`.
-Imports are inside the functions, so that a missing package is such a sentence too, and `--help` is quick.
+Failures are one sentence on standard error and an exit code of `lisatune.exits`; imports are lazy for both.
 """
 
 import os

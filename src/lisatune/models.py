@@ -1,8 +1,7 @@
 """Open and save models: a local folder, a hub id, a GGUF file, or the built-in alias `smollm2-135m`.
 
-Weights are read from safetensors only, in float32 unless asked otherwise, and a weight that the files don't
-hold is an error: it would be a random number. GGUF files are converted once into a cache folder
-(see `lisatune.gguf_models`).
+Weights are read from safetensors only, in float32 unless asked otherwise; one that the files don't hold is
+an error, not a random number. `lisatune.gguf_models` converts GGUF files once into a cache folder.
 """
 
 import json
