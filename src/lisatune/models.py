@@ -131,9 +131,10 @@ def load_model(
     if _is_adapter(name):
         return _load_adapter(name, attention=attention, dtype=dtype, trust_remote_code=trust_remote_code)
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    auto_model = import_auto_model()
     cpu_attention.register()
     with one_sentence(name):
-        model, info = import_auto_model().from_pretrained(
+        model, info = auto_model.from_pretrained(
             _locate(name),
             config=config,
             revision=revision,
@@ -171,9 +172,10 @@ def model_from_config(
     config: Any, *, attention: str | None = None, dtype: torch.dtype, trust_remote_code: bool = False
 ) -> Any:
     """Build a causal language model on the meta device."""
+    auto_model = import_auto_model()
     cpu_attention.register()
     with torch.device("meta"):
-        model = import_auto_model().from_config(
+        model = auto_model.from_config(
             config, attn_implementation=attention, dtype=dtype, trust_remote_code=trust_remote_code
         )
     model.tie_weights()

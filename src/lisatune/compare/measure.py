@@ -23,7 +23,7 @@ from lisatune.data import IGNORE, Row, collate, tokenize
 from lisatune.disk import replace_file
 from lisatune.evaluate import held_out_loss
 from lisatune.loss import CausalLMLoss
-from lisatune.plan import costliest_draw
+from lisatune.plan import costly_draws
 from lisatune.progress import ranges_text
 from lisatune.recipe import Recipe
 from lisatune.recipe_file import load_recipe
@@ -141,19 +141,28 @@ def _loss(recipe: Recipe, model: nn.Module, file: str, device: torch.device) -> 
 
 
 def _step_memory(recipe: Recipe) -> MemoryResult:
-    """Make two steps as the run does, on its longest step's batches, and count the second's live tensors."""
+    """Make two steps as the run does, on its longest step's batches, and count the second's live tensors.
+
+    For a method that draws blocks, of each draw that may need most memory; the largest peak is kept.
+    """
     run = replace(recipe.run, compile=False, samples=0)
     parts = assemble(replace(recipe, run=run, method=recipe.method.without_proof()))
     step, batches = _longest_step(parts)
-    draw = None if parts.lisa is None else costliest_draw(parts.lisa, parts.data.steps)
+    draws: list[tuple[int, ...] | None] = [None]
+    if parts.lisa is not None:
+        draws = [*costly_draws(parts.lisa, parts.model, parts.data.steps)]
+    results = {}
     with memory.measure(parts.model, parts.optimizer) as measured:
-        for _ in range(2):  # the optimizer's state exists by the second
-            if parts.lisa is not None and draw is not None:
-                parts.lisa.activate(draw)
-            parts.step.backward(batches)
-            parts.step.clip()
-            parts.step.update()
-            result = measured.end_step()
+        for draw in draws:
+            for _ in range(2):  # the optimizer's state exists by the second
+                if parts.lisa is not None and draw is not None:
+                    parts.lisa.activate(draw)
+                parts.step.backward(batches)
+                parts.step.clip()
+                parts.step.update()
+                results[draw] = measured.end_step()
+    draw = max(results, key=lambda draw: results[draw].peak_bytes)
+    result = results[draw]
     longest = max(batch["input_ids"].shape[1] for batch in batches)
     how = f"live tensors in a step of its own on the batches of step {step}, {longest} tokens at the longest"
     if draw is not None:
