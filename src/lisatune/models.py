@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from lisatune import cpu_attention
 from lisatune.disk import written_aside
 from lisatune.gguf_models import SMOLLM2, SMOLLM2_SHA256, converted, smollm2_file
 from lisatune.pretrained import (
@@ -131,10 +130,8 @@ def load_model(
     if _is_adapter(name):
         return _load_adapter(name, attention=attention, dtype=dtype, trust_remote_code=trust_remote_code)
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
-    auto_model = import_auto_model()
-    cpu_attention.register()
     with one_sentence(name):
-        model, info = auto_model.from_pretrained(
+        model, info = import_auto_model().from_pretrained(
             _locate(name),
             config=config,
             revision=revision,
@@ -172,10 +169,8 @@ def model_from_config(
     config: Any, *, attention: str | None = None, dtype: torch.dtype, trust_remote_code: bool = False
 ) -> Any:
     """Build a causal language model on the meta device."""
-    auto_model = import_auto_model()
-    cpu_attention.register()
     with torch.device("meta"):
-        model = auto_model.from_config(
+        model = import_auto_model().from_config(
             config, attn_implementation=attention, dtype=dtype, trust_remote_code=trust_remote_code
         )
     model.tie_weights()

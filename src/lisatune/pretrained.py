@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lisatune import cpu_attention
+
 __all__ = [
     "announce_remote_code",
     "check_index",
@@ -29,9 +31,9 @@ def import_transformers() -> Any:
 
 
 def import_auto_model() -> Any:
-    """Import the class that opens causal language models.
+    """Import the class that opens causal language models, and name our attention on CPUs to it.
 
-    That brings torchao along, where it is installed, which logs each of its kernels that can't be loaded.
+    The import brings torchao along, where it is installed, which logs each of its kernels that can't be loaded.
     """
     transformers = import_transformers()
     loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
@@ -43,6 +45,7 @@ def import_auto_model() -> Any:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+    cpu_attention.register()  # only now: it imports what logs
     return transformers.AutoModelForCausalLM
 
 
