@@ -33,7 +33,7 @@ def import_transformers() -> Any:
 def import_auto_model() -> Any:
     """Import the class that opens causal language models, and name our attention on CPUs to it.
 
-    The import brings torchao along, where it is installed, which logs each of its kernels that can't be loaded.
+    The import brings torchao along, if installed, which logs each of its kernels that can't be loaded.
     """
     transformers = import_transformers()
     loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
