@@ -27,6 +27,7 @@ LEVELS = {
     },
     1: {
         "adamw",
+        "adamw_rows",
         "adamw_state",
         "blocks",
         "chunked_loss",

@@ -38,9 +38,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lisatune import codecs
+from lisatune.adamw_rows import RowGradients, update_rows
 from lisatune.adamw_state import (
     CHUNKED,
     check_group,
+    fused_adamw,
     home_of,
     layout_of,
     prepare,
@@ -73,6 +75,8 @@ class AdamW(Optimizer):
         state_device: None, where the weight is; or "cpu": moments and remainder in host memory, pinned where
             the weight is on CUDA, brought over chunk by chunk while other chunks are computed. Factored
             moments stay with the weight. Per param group.
+        rows: True for the weight of an `nn.Embedding(sparse=True)`: gradient and moments of the rows that a
+            step reads, see `lisatune.adamw_rows`. Per param group.
         seed: names the random numbers of stochastic rounding. They follow from it, the number of steps and
             the parameter's place in the optimizer; no global generator is touched, and resume is exact.
         chunk_size: elements brought to float32 at a time, a multiple of 256. Default: 2^17 on a CPU, 2^22
@@ -80,11 +84,11 @@ class AdamW(Optimizer):
 
     Raises:
         ValueError: an argument is out of range; at the first step, a weight of another dtype than bf16,
-            float32 and float64, or a sparse gradient.
+            float32 and float64, or a gradient that is sparse without `rows`, or dense with it.
 
     State of a parameter: `step` (float32 scalar), `exp_avg` and `exp_avg_sq`, with 8bit `exp_avg_codes`,
     `exp_avg_scales` and the same of `exp_avg_sq`, with factored `exp_avg_sq_rows` and `exp_avg_sq_columns`;
-    with exact rounding `remainder` (int16). What is missing starts as new: moments and remainder of zero.
+    with exact rounding `remainder` (int16); with rows a table instead of all these. What is missing starts as new: moments and remainder of zero.
     """
 
     lasting_state: tuple[str, ...] = ("remainder",)
@@ -103,6 +107,7 @@ class AdamW(Optimizer):
         rounding: Literal["exact", "stochastic", "nearest"] = "exact",
         moments: Literal["fp32", "bf16", "8bit", "factored"] = "fp32",
         state_device: Literal["cpu"] | None = None,
+        rows: bool = False,
         seed: int = 0,
         chunk_size: int | None = None,
     ) -> None:
@@ -110,6 +115,7 @@ class AdamW(Optimizer):
             raise ValueError(f"chunk_size must be a positive multiple of {codecs.BLOCK}, got {chunk_size}")
         self.chunk_size = chunk_size
         self.in_backward: UpdateInBackward | None = None
+        self._row_gradients = RowGradients()
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -118,6 +124,7 @@ class AdamW(Optimizer):
             "rounding": rounding,
             "moments": moments,
             "state_device": state_device,
+            "rows": rows,
             "seed": seed,
             "steps_done": 0,
         }
@@ -131,6 +138,8 @@ class AdamW(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+        for p in self.param_groups[-1]["params"] if self.param_groups[-1]["rows"] else ():
+            self._row_gradients.watch(p)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -148,6 +157,11 @@ class AdamW(Optimizer):
         if self.in_backward is not None:
             self.in_backward.end_step()
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Release the gradients."""
+        super().zero_grad(set_to_none)
+        self._row_gradients.forget()
 
     def update_in_backward(self) -> UpdateInBackward:
         """From now on update each parameter in backward, as soon as its gradient is complete.
@@ -211,9 +225,11 @@ class AdamW(Optimizer):
         states: list[dict[str, Any]] = []
         for place, parameter in ready:
             state, p = self.state[parameter], part_to_update(parameter)
-            prepare(group, p, state)
+            prepare(group, p, state, ids=self._row_gradients.take(parameter) if group["rows"] else None)
             key = codecs.key_of(group["seed"], group["steps_done"], place)
-            if _is_whole(group, p, state):
+            if group["rows"]:
+                update_rows(group, p, state, key, self._chunk(p))
+            elif _is_whole(group, p, state):
                 whole.append(p)
                 states.append(state)
             elif group["moments"] == "factored":
@@ -224,7 +240,7 @@ class AdamW(Optimizer):
             steps = [state["step"] for state in states]
             torch._foreach_add_(steps, 1)
             exp_avgs, exp_avg_sqs = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
-            _fused_adamw(group, whole, [p.grad for p in whole], exp_avgs, exp_avg_sqs, steps)
+            fused_adamw(group, whole, [p.grad for p in whole], exp_avgs, exp_avg_sqs, steps)
 
     def _update_in_chunks(self, group: dict[str, Any], p: Tensor, state: dict[str, Any], key: int) -> None:
         assert p.grad is not None
@@ -239,7 +255,7 @@ class AdamW(Optimizer):
             wide = codecs.widen(weight[at], chunk.get("remainder"))
             exp_avg, exp_avg_sq = read_moments(chunk, wide.dtype)
             grads = [gradient[at].to(wide.dtype)]
-            _fused_adamw(group, [wide], grads, [exp_avg], [exp_avg_sq], [state["step"]])
+            fused_adamw(group, [wide], grads, [exp_avg], [exp_avg_sq], [state["step"]])
             write_moments(chunk, exp_avg, exp_avg_sq, noise)
             codecs.narrow(wide, weight[at], chunk.get("remainder"), group["rounding"], noise)
         if not p.is_contiguous():
@@ -260,34 +276,3 @@ def _is_whole(group: dict[str, Any], p: Tensor, state: dict[str, Any]) -> bool:
 
 def _is_random(group: dict[str, Any], p: Tensor) -> bool:
     return group["moments"] == "bf16" or (p.dtype == torch.bfloat16 and group["rounding"] == "stochastic")
-
-
-def _fused_adamw(
-    group: dict[str, Any],
-    weights: Sequence[Tensor],
-    gradients: Sequence[Tensor | None],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-) -> None:
-    """Run torch's kernel; all tensors of one dtype, `steps` counted up already."""
-    lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.device.type != "cpu":
-        lr = lr.to(weights[0].device, non_blocking=True)
-    for kind in dict.fromkeys((weight.device, weight.dtype) for weight in weights):
-        mine = [i for i, weight in enumerate(weights) if (weight.device, weight.dtype) == kind]
-        torch._fused_adamw_(
-            [weights[i] for i in mine],
-            [gradient for i in mine if (gradient := gradients[i]) is not None],
-            [exp_avgs[i] for i in mine],
-            [exp_avg_sqs[i] for i in mine],
-            [],
-            [steps[i] for i in mine],
-            lr=lr,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            amsgrad=False,
-            maximize=False,
-        )

@@ -1,4 +1,4 @@
-"""What AdamW keeps for a parameter: names, shapes, dtypes and places (see `lisatune.adamw`)."""
+"""What AdamW keeps for a parameter: names, shapes, dtypes and places, and torch's kernel that updates it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lisatune import codecs
+from lisatune.adamw_rows import make_table, table_layout
 from lisatune.codecs import BLOCK
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "MOMENTS",
     "ROUNDINGS",
     "Home",
+    "check_group",
+    "fused_adamw",
     "home_of",
     "is_host_state",
     "layout_of",
@@ -35,7 +38,9 @@ CHUNKED = frozenset(
 
 
 def layout_of(group: dict[str, Any], p: Tensor) -> dict[str, tuple[Sequence[int], torch.dtype]]:
-    """Shape and dtype of everything that a parameter's state holds."""
+    """Shape and dtype of everything that a parameter's state holds; of a table of rows, at its longest."""
+    if group["rows"]:
+        return dict(table_layout(p, len(p)))
     wide = p.dtype if p.dtype == torch.float64 else torch.float32
     layout: dict[str, tuple[Sequence[int], torch.dtype]] = {"step": ((), torch.float32)}
     moments = group["moments"]
@@ -68,6 +73,23 @@ def check_group(group: dict[str, Any]) -> None:
         raise ValueError(f"betas must be in [0, 1), got {group['betas']}")
     if group["moments"] == "8bit":
         codecs.check_8bit()  # a missing package shows now, not at the first step
+    if group["rows"]:
+        _check_rows(group)
+
+
+def _check_rows(group: dict[str, Any]) -> None:
+    """Rows have float32 moments beside the weight, and no remainder, which would be as large as the weight."""
+    for name, allowed in (("moments", "fp32"), ("state_device", None)):
+        if group[name] != allowed:
+            raise ValueError(f"a param group with rows: True has {name} {allowed}, got {group[name]!r}")
+    for p in group["params"]:
+        if p.ndim != 2:
+            raise ValueError(f"rows: True is for weights of nn.Embedding [V, D], got one of {list(p.shape)}")
+        if p.dtype == torch.bfloat16 and group["rounding"] == "exact":
+            raise ValueError(
+                "rows: True can't round bf16 weights exactly, for the remainder would be as large as the whole "
+                "weight; set the group's rounding to stochastic"
+            )
 
 
 @dataclass(frozen=True)
@@ -96,16 +118,30 @@ def home_of(group: dict[str, Any], p: Tensor, key: str) -> Home:
     return Home(device, is_pinned=is_host and p.device.type == "cuda")
 
 
-def prepare(group: dict[str, Any], p: Tensor, state: dict[str, Any]) -> None:
-    """Refuse what can't be updated, and start state that is missing."""
+def prepare(group: dict[str, Any], p: Tensor, state: dict[str, Any], *, ids: int | None = None) -> None:
+    """Refuse what can't be updated, and start state that is missing.
+
+    `ids` is how many ids a gradient of rows was made of, where these were merged.
+    """
     assert p.grad is not None
     if p.dtype not in (torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(
             f"lisatune.AdamW updates weights of bfloat16, float32 and float64, got {p.dtype}; "
             "load the model in one of these"
         )
-    if p.grad.is_sparse:
-        raise ValueError("lisatune.AdamW takes dense gradients; build the embedding with sparse=False")
+    if p.grad.is_sparse and not group["rows"]:
+        raise ValueError(
+            "lisatune.AdamW takes a sparse gradient only in a param group with rows: True; build the embedding "
+            "with sparse=False"
+        )
+    if group["rows"]:
+        if not p.grad.is_sparse:
+            raise ValueError(
+                "a param group with rows: True takes sparse gradients, and got a dense one; build the embedding "
+                'with sparse=True, or attach LISA with ends="rows", and use its weight nowhere else'
+            )
+        make_table(p, state, max(ids or 0, p.grad._nnz()))
+        return
     for key, (shape, dtype) in layout_of(group, p).items():
         if key not in state:
             home = home_of(group, p, key)
@@ -134,3 +170,34 @@ def write_moments(
         assert noise is not None
         chunk["exp_avg"].copy_(exp_avg)
         codecs.round_stochastically(exp_avg_sq.float(), chunk["exp_avg_sq"], noise >> 16)
+
+
+def fused_adamw(
+    group: dict[str, Any],
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+) -> None:
+    """Run torch's kernel; all tensors of one dtype, `steps` counted up already."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.device.type != "cpu":
+        lr = lr.to(weights[0].device, non_blocking=True)
+    for kind in dict.fromkeys((weight.device, weight.dtype) for weight in weights):
+        mine = [i for i, weight in enumerate(weights) if (weight.device, weight.dtype) == kind]
+        torch._fused_adamw_(
+            [weights[i] for i in mine],
+            [gradient for i in mine if (gradient := gradients[i]) is not None],
+            [exp_avgs[i] for i in mine],
+            [exp_avg_sqs[i] for i in mine],
+            [],
+            [steps[i] for i in mine],
+            lr=lr,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+        )

@@ -35,7 +35,7 @@ __all__ = [
     "translate_group",
 ]
 
-OURS = frozenset(("rounding", "moments", "state_device", "seed", "steps_done"))
+OURS = frozenset(("rounding", "moments", "state_device", "rows", "seed", "steps_done"))
 """Options of a param group that `lisatune.AdamW` has and torch's lacks."""
 TORCHS = frozenset(
     ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
