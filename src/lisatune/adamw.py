@@ -88,7 +88,8 @@ class AdamW(Optimizer):
 
     State of a parameter: `step` (float32 scalar), `exp_avg` and `exp_avg_sq`, with 8bit `exp_avg_codes`,
     `exp_avg_scales` and the same of `exp_avg_sq`, with factored `exp_avg_sq_rows` and `exp_avg_sq_columns`;
-    with exact rounding `remainder` (int16); with rows a table instead of all these. What is missing starts as new: moments and remainder of zero.
+    with exact rounding `remainder` (int16); with rows a table instead of all these. What is missing starts
+    as new: moments and remainder of zero.
     """
 
     lasting_state: tuple[str, ...] = ("remainder",)

@@ -11,8 +11,8 @@ m̂_r = m_r / (1 - β1^t_r), v̂_r = v_r / (1 - β2^t_r). A row that a step does
 nor its weight decay. Rows that every step reads go as in AdamW.
 
 The moments are in a table of R ≤ V rows. R is the number of ids of the largest step so far, repeated ones
-counted, so that it holds what a step needs and, text repeating its words, that of a few steps before. Where it
-is full, the row that was read longest ago gives way, and starts anew when it is read again.
+counted, so that it holds what a step needs and, text repeating its words, that of a few steps before. Where
+it is full, the row that was read longest ago gives way, and starts anew when it is read again.
 
 Shapes: V rows of the embedding, D its width, R rows of the table, n different rows in a step.
 """
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lisatune import codecs
 from lisatune.fake import enough_chunks
 
-__all__ = ["TABLE", "RowGradients", "make_table", "sparse_rows", "table_layout", "update_rows"]
+__all__ = ["TABLE", "RowGradients", "make_table", "sparse_rows", "table_layout", "update_rows", "values_of"]
 
 TABLE = ("row_ids", "row_steps", "row_used", "exp_avg", "exp_avg_sq")
 """State of a parameter whose rows are updated: id of each row of the table, -1 where it is empty; t_r; the
@@ -55,6 +55,11 @@ class RowGradients:
         if gradient is not None and gradient.is_sparse:
             self._ids[parameter] = max(self._ids.get(parameter, 0), gradient._nnz())
             parameter.grad = gradient.coalesce()
+
+
+def values_of(gradient: Tensor) -> Tensor:
+    """Return the numbers of a gradient that can differ from zero, in its own memory: a merged one's rows."""
+    return gradient.coalesce()._values() if gradient.is_sparse else gradient
 
 
 def sparse_rows(like: Tensor, rows: int) -> Tensor:

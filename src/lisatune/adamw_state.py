@@ -78,7 +78,7 @@ def check_group(group: dict[str, Any]) -> None:
 
 
 def _check_rows(group: dict[str, Any]) -> None:
-    """Rows have float32 moments beside the weight, and no remainder, which would be as large as the weight."""
+    """Rows have float32 moments beside the weight, and no remainder: it would be as large as the weight."""
     for name, allowed in (("moments", "fp32"), ("state_device", None)):
         if group[name] != allowed:
             raise ValueError(f"a param group with rows: True has {name} {allowed}, got {group[name]!r}")
@@ -87,7 +87,7 @@ def _check_rows(group: dict[str, Any]) -> None:
             raise ValueError(f"rows: True is for weights of nn.Embedding [V, D], got one of {list(p.shape)}")
         if p.dtype == torch.bfloat16 and group["rounding"] == "exact":
             raise ValueError(
-                "rows: True can't round bf16 weights exactly, for the remainder would be as large as the whole "
+                "rows: True can't round bf16 weights exactly, for the remainder would be as large as the "
                 "weight; set the group's rounding to stochastic"
             )
 
@@ -131,14 +131,14 @@ def prepare(group: dict[str, Any], p: Tensor, state: dict[str, Any], *, ids: int
         )
     if p.grad.is_sparse and not group["rows"]:
         raise ValueError(
-            "lisatune.AdamW takes a sparse gradient only in a param group with rows: True; build the embedding "
-            "with sparse=False"
+            "lisatune.AdamW takes a sparse gradient only in a param group with rows: True; build the "
+            "embedding with sparse=False"
         )
     if group["rows"]:
         if not p.grad.is_sparse:
             raise ValueError(
-                "a param group with rows: True takes sparse gradients, and got a dense one; build the embedding "
-                'with sparse=True, or attach LISA with ends="rows", and use its weight nowhere else'
+                "a param group with rows: True takes sparse gradients, and got a dense one; build the "
+                'embedding with sparse=True, or attach LISA with ends="rows", and use its weight nowhere else'
             )
         make_table(p, state, max(ids or 0, p.grad._nnz()))
         return

@@ -10,6 +10,8 @@ several joined by "+":
     8bit        moments of the ends in 8 bits, those of parameters below 4096 elements whole
     factored    second moment of the ends as means of rows and columns, no first moment
     cpu         moments of the ends in host memory
+    rows        the embedding, untied, has gradient and moments of the rows that a step reads, and no others
+                (`lisatune.adamw_rows`); its moments start anew at each draw
 
 In periods in which no parameter before the blocks trains, autograd records nothing below the lowest active
 block: forward keeps no activations there and backward stops at it.
@@ -29,9 +31,9 @@ from torch.utils.hooks import RemovableHandle
 from lisatune.adamw import AdamW
 from lisatune.layers import LayerMap
 
-__all__ = ["Ends", "EndsPolicy"]
+__all__ = ["ROW_OPTIONS", "Ends", "EndsPolicy", "row_embedding"]
 
-WORDS = ("train", "head", "frozen", "every:M", "8bit", "factored", "cpu")
+WORDS = ("train", "head", "frozen", "every:M", "8bit", "factored", "cpu", "rows")
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,10 @@ class EndsPolicy:
     state_device: Literal["cpu"] | None = None
     """Where their moments are; None where the weights are."""
 
+    rows: bool = False
+    """Whether the embedding's gradient and moments are those of rows; `moments` and `state_device` are then
+    those of the other ends."""
+
     @classmethod
     def parse(cls, text: "str | EndsPolicy") -> "EndsPolicy":
         """Read a policy.
@@ -66,6 +72,7 @@ class EndsPolicy:
             ("when they train", "every"),
             ("how moments are stored", "moments"),
             ("where moments are", "state_device"),
+            ("which rows of the embedding train", "rows"),
         ):
             same = [word for word, option in zip(words, read, strict=True) if meaning in option]
             if len(same) > 1:
@@ -79,12 +86,17 @@ class EndsPolicy:
                 f"ends {text!r}: frozen ends have neither periods nor state, so {others} has no use; "
                 f"write frozen alone. {_allowed()}"
             )
+        if policy.trains == "head" and policy.rows:
+            raise ValueError(
+                f"ends {text!r}: head freezes the embedding, whose rows were to train; keep one of them. "
+                f"{_allowed()}"
+            )
         return policy
 
     def __str__(self) -> str:
         words = [] if self.trains == "all" else [{"head": "head", "none": "frozen"}[self.trains]]
         words += [f"every:{self.every}"] if self.every > 1 else []
-        words += [word for word in (self.moments, self.state_device) if word]
+        words += [word for word in (self.moments, self.state_device, "rows" if self.rows else None) if word]
         return "+".join(words) or "train"
 
     def trains_in(self, period: int) -> bool:
@@ -97,6 +109,10 @@ class EndsPolicy:
         return {key: value for key, value in options.items() if value is not None}
 
 
+ROW_OPTIONS = {"rows": True, "rounding": "stochastic", "moments": "fp32", "state_device": None}
+"""Options of the param group of an embedding whose rows train."""
+
+
 class Ends:
     """The ends of one model under a policy.
 
@@ -106,7 +122,8 @@ class Ends:
         layers: its blocks and ends.
 
     Raises:
-        ValueError: `head` for a model whose embedding or head is unknown.
+        ValueError: `head` for a model whose embedding or head is unknown; `rows` for one whose embedding is
+            unknown, frozen or tied.
     """
 
     def __init__(self, policy: EndsPolicy, model: nn.Module, layers: LayerMap) -> None:
@@ -118,26 +135,39 @@ class Ends:
         self.resting = tuple(p for name, p in named.items() if name in resting)
         """Those that never train while others do: the embedding under `head`."""
         needs_detach = policy.trains == "head" and layers.is_tied
-        self._embedding = _embedding_module(model, layers) if needs_detach else None
+        self._embedding = _embedding_module("head", model, layers) if needs_detach else None
+        self._row_embedding = row_embedding(model, layers) if policy.rows else None
+        self._was_sparse = False
         self._hook: RemovableHandle | None = None
 
     def attach(self) -> None:
-        """Detach the embedding's output where `head` needs it; `detach` undoes that.
+        """Detach the embedding's output where `head` needs it, let it give rows; `detach` undoes that.
 
         Before other hooks: that of reentrant checkpointing makes the output require grad again, and must.
         """
         if self._embedding is not None:
             self._hook = self._embedding.register_forward_hook(_detach, prepend=True)
+        if self._row_embedding is not None:
+            self._was_sparse, self._row_embedding.sparse = self._row_embedding.sparse, True
+
+    @property
+    def rows_of(self) -> tuple[nn.Parameter, ...]:
+        """The embedding's weight if rows of it train."""
+        wanted = None if self._row_embedding is None else self._row_embedding.weight
+        return tuple(p for p in self.parameters if p is wanted)
 
     def check_state(self, optimizer: Optimizer) -> None:
         """Raise ValueError unless the optimizer stores the ends' state as the policy says."""
-        wanted = self.policy.state_options()
-        mine = set(self.parameters)
+        mine, of_rows = set(self.parameters), set(self.rows_of)
         for group in optimizer.param_groups:
             if mine.isdisjoint(group["params"]):
                 continue
+            has_rows = of_rows == set(group["params"])
+            wanted: dict[str, Any] = {"rows": True} if has_rows else self.policy.state_options()
             seen = {key: group.get(key) for key in wanted}
-            if seen != wanted or (wanted and not isinstance(optimizer, AdamW)):
+            is_misfit = seen != wanted or (wanted and not isinstance(optimizer, AdamW))
+            if is_misfit or (not has_rows and (group.get("rows") or not of_rows.isdisjoint(group["params"]))):
+                seen |= {"rows": group.get("rows")}
                 raise ValueError(
                     f"ends {str(self.policy)!r} is up to the optimizer, and the ends' param groups of this "
                     f"{type(optimizer).__name__} say {_options(seen)}; build it as lisatune.AdamW("
@@ -146,6 +176,8 @@ class Ends:
 
     def detach(self) -> None:
         """Give the model its embedding back."""
+        if self._row_embedding is not None:
+            self._row_embedding.sparse = self._was_sparse
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -164,6 +196,8 @@ def _read(word: str, text: object) -> dict[str, Any]:
             return {"moments": word}
         case ("cpu", "", ""):
             return {"state_device": word}
+        case ("rows", "", ""):
+            return {"rows": True}
         case ("every", ":", number) if number.isascii() and number.isdigit() and int(number) >= 1:
             return {"every": int(number)}
         case ("every", _, number):
@@ -192,14 +226,37 @@ def _before_the_blocks(model: nn.Module, layers: LayerMap) -> set[str]:
     return {name for name, p in named.items() if id(p) in embeddings and name != layers.head}
 
 
-def _embedding_module(model: nn.Module, layers: LayerMap) -> nn.Module:
+def row_embedding(model: nn.Module, layers: LayerMap) -> nn.Embedding:
+    """Return the input embedding of whose weight rows can train.
+
+    Raises:
+        ValueError: it is unknown, tied to the head, or frozen.
+    """
+    kind = type(model).__name__
+    if layers.embedding is None:
+        raise ValueError(
+            f"ends 'rows' needs to know the input embedding of {kind}, which does not tell; use 8bit"
+        )
+    if layers.is_tied:
+        raise ValueError(
+            f"ends 'rows' needs an embedding of its own, and {kind} ties it to the head, through which every "
+            "row has a gradient; use 8bit, factored or every:M"
+        )
+    if layers.embedding not in layers.ends:
+        raise ValueError(
+            f"ends 'rows' trains rows of {layers.embedding!r}, which is frozen; name it in the ends"
+        )
+    return _embedding_module("rows", model, layers)
+
+
+def _embedding_module(word: str, model: nn.Module, layers: LayerMap) -> nn.Embedding:
     """The module that looks up the input embedding, under whichever of its weight's names it is."""
     names = {layers.embedding, *(alias for alias, name in layers.tied if name == layers.embedding)}
     for path, module in model.named_modules():
         if f"{path}.weight" in names and isinstance(module, nn.Embedding):
             return module
     raise ValueError(
-        f"ends 'head' needs the input embedding of {type(model).__name__} as a torch.nn.Embedding, and "
+        f"ends {word!r} needs the input embedding of {type(model).__name__} as a torch.nn.Embedding, and "
         f"{layers.embedding!r} belongs to none; use every:M or frozen"
     )
 

@@ -7,7 +7,7 @@ many tokens carry loss, where a packed record begins) finds numbers.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ INDEXING = (
     aten.index_put_.default,
     aten._index_put_impl_.default,
 )
+
+SPARSE = (aten.clone.default, aten._coalesce.default, aten.add_.Tensor)
 
 
 @contextmanager
@@ -78,9 +80,29 @@ class _RealIds(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return function(*args, **kwargs)
         if function is aten._local_scalar_dense.default and tensors[0].dtype == torch.bool:
             return True  # whether values are finite: they are, and other such questions are rare
+        if function in SPARSE and args[0].layout == torch.sparse_coo:
+            return _sparse(function, args)
         if function in INDEXING:  # the shape of x[mask] hangs on the mask's values
             args = (args[0], _numbers(args[1]), *args[2:])
         return function(*args, **kwargs)
+
+
+def _sparse(function: Any, args: tuple[Any, ...]) -> Tensor:
+    """What torch's fake sparse tensors get wrong: how many rows they have. All ids are taken as different."""
+    tensor = args[0]
+    rows = tensor._nnz() + (args[1]._nnz() if function is aten.add_.Tensor else 0)
+    if function is aten._coalesce.default:
+        rows = min(rows, len(tensor))
+    ids_1n = torch.empty(1, rows, dtype=torch.int64, device=tensor.device)
+    values_nD = torch.empty(rows, *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
+    is_coalesced = function is aten._coalesce.default or (rows == tensor._nnz() and tensor.is_coalesced())
+    made = torch.sparse_coo_tensor(
+        ids_1n, values_nD, tensor.shape, check_invariants=False, is_coalesced=is_coalesced
+    )
+    if function is aten.add_.Tensor:
+        tensor.data = made
+        return cast(Tensor, tensor)
+    return made
 
 
 def _numbers(indices: Any) -> list[Tensor | None]:

@@ -47,6 +47,12 @@ class FrozenState:
         if kept is not None:
             self._optimizer.state[parameter] = kept
 
+    def forget(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Release all state of parameters, wherever it is; keep does nothing."""
+        for parameter in parameters if self._policy != "keep" else ():
+            self._optimizer.state.pop(parameter, None)
+            self._host.drop(parameter)
+
     def reset(self) -> None:
         """Clear the optimizer's state but for what has to last."""
         lasting = {p: self._lasting_part(entry) for p, entry in self._optimizer.state.items()}
@@ -118,6 +124,11 @@ class HostState:
     def get(self, parameter: nn.Parameter) -> dict[str, Any] | None:
         """Return one parameter's state as it is kept, None where there is none."""
         return self._kept.get(parameter)
+
+    def drop(self, parameter: nn.Parameter) -> None:
+        """Forget one parameter's state."""
+        self._kept.pop(parameter, None)
+        self._devices.pop(parameter, None)
 
     def parameters(self) -> Sequence[nn.Parameter]:
         """Return the parameters whose state is kept."""

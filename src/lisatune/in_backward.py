@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lisatune.adamw_rows import values_of
+
 __all__ = ["UpdateInBackward"]
 
 
@@ -80,7 +82,9 @@ class UpdateInBackward:
                 "accumulate gradients, so call step() after every backward"
             )
         self._updated.add(parameter)
-        self._squares.append(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).square())
+        self._squares.append(
+            torch.linalg.vector_norm(values_of(parameter.grad), dtype=torch.float32).square()
+        )
         self._update(self._places[parameter], parameter)
         parameter.grad = None
 

@@ -255,6 +255,7 @@ class LISA:
         )
         if self.state == "reset":
             self._frozen_state.reset()
+        self._frozen_state.forget(self._ends.rows_of)
         self._set_trainable()
 
     def _set_trainable(self) -> None:

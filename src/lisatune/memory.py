@@ -142,7 +142,10 @@ def tensors_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
-    """Walk over what a tensor is made of: codes and scales, a sharded tensor's part, or just itself."""
+    """Walk over what a tensor is made of: codes and scales, ids and rows, a shard's part, or itself."""
+    if tensor.layout == torch.sparse_coo:
+        yield from (tensor._indices(), tensor._values())
+        return
     if is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
             yield from plain_tensors(getattr(tensor, name))

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lisatune.adamw import AdamW
 from lisatune.adamw_state import is_host_state
-from lisatune.ends import EndsPolicy
+from lisatune.ends import ROW_OPTIONS, EndsPolicy, row_embedding
 from lisatune.layers import LayerMap
 from lisatune.memory import tensors_bytes
 from lisatune.recipe import OptimizerConfig
@@ -59,14 +59,19 @@ def param_groups(
         layers: its blocks and ends.
         weight_decay: of the groups that are decayed.
         ends: policy of the ends (`lisatune.ends`); the state formats in it become options of their groups,
-            which `lisatune.AdamW` reads.
+            which `lisatune.AdamW` reads. With `rows` the embedding has a group of its own.
 
     With weight decay each layer has a second group, with `weight_decay` 0, for norms, biases and
     embeddings: all parameters of fewer than two dimensions and all weights of `nn.Embedding`.
 
     Returns:
         Dicts with `params` as (name, parameter) pairs, `weight_decay`, and `layer`: "ends" or "block 7".
+
+    Raises:
+        ValueError: `rows` for an embedding that is unknown, frozen or tied.
     """
+    policy = EndsPolicy.parse(ends or "train")
+    of_rows = {id(row_embedding(model, layers).weight)} if policy.rows else set()
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     named_layers = [("ends", layers.end_parameters(model))]
     named_layers += [(f"block {i}", block) for i, block in enumerate(layers.block_parameters(model))]
@@ -76,12 +81,13 @@ def param_groups(
         if weight_decay == 0:
             undecayed = set()
         for decay, names in ((weight_decay, parameters.keys() - undecayed), (0.0, undecayed)):
-            if names:
-                pairs = [(name, p) for name, p in parameters.items() if name in names]
-                groups.append({"params": pairs, "weight_decay": decay, "layer": layer})
-    for group in groups:
-        if group["layer"] == "ends":
-            group |= EndsPolicy.parse(ends or "train").state_options()
+            options = policy.state_options() if layer == "ends" else {}
+            pairs = [(name, p) for name, p in parameters.items() if name in names]
+            rows = [pair for pair in pairs if id(pair[1]) in of_rows]
+            others = [pair for pair in pairs if id(pair[1]) not in of_rows]
+            for chosen, own in ((rows, ROW_OPTIONS), (others, options)):
+                if chosen:
+                    groups.append({"params": chosen, "weight_decay": decay, "layer": layer, **own})
     return groups
 
 
@@ -121,7 +127,7 @@ def optimizer_over(groups: list[dict[str, Any]], config: OptimizerConfig) -> Opt
     # torch's fused kernel takes no parameters that are divided among ranks; ours updates each rank's part.
     is_wide = all(p.dtype in (torch.float32, torch.float64) and not is_sharded(p) for p in parameters)
     is_plain = config.moments == "fp32" and config.state_device is None and not config.in_backward
-    is_compact = any({"moments", "state_device"} & group.keys() for group in groups)
+    is_compact = any({"moments", "state_device", "rows"} & group.keys() for group in groups)
     if is_wide and is_plain and not is_compact:
         return _fused_adamw(groups, config.lr, config.betas, config.eps, config.weight_decay)
     optimizer = AdamW(
@@ -152,7 +158,7 @@ def state_bytes(optimizer: Optimizer) -> int:
 
 
 def state_elements(optimizer: Optimizer) -> int:
-    """Count the elements of the state that is shaped like its parameter: AdamW's two moments.
+    """Count the elements of the state that is shaped like its parameter or its rows: AdamW's two moments.
 
     The remainder of a bf16 weight is a part of the weight.
     """
@@ -162,7 +168,7 @@ def state_elements(optimizer: Optimizer) -> int:
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
         if isinstance(value, torch.Tensor)
-        and value.shape == local_part(parameter).shape
+        and (value.shape == local_part(parameter).shape or ("row_ids" in state and value.ndim == 2))
         and key not in lasting
     )
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lisatune import models
 from lisatune.adamw import CHUNK, CHUNK_ELSEWHERE, AdamW
+from lisatune.adamw_rows import sparse_rows
 from lisatune.adamw_state import prepare
 from lisatune.assemble import Built, build, weight_dtype
 from lisatune.estimate import divided, estimate, why_untraced
@@ -145,7 +146,8 @@ def plan_memory(
                 "planned uncompiled: compiled blocks keep as much, or less" if compiles else None,
             )
             try:
-                memory = _trace_costliest(built, batches, blocks, recipe.run.steps or UNKNOWN_STEPS)
+                steps = recipe.run.steps or UNKNOWN_STEPS
+                memory = _trace_costliest(built, batches, blocks, steps, recipe.run.accumulation)
             except Exception as error:  # a model's own code can raise anything on tensors without values
                 kind, note = "arithmetic", why_untraced(built, batches, error)
                 memory = estimate(built, recipe, length)
@@ -222,7 +224,8 @@ def _batch(recipe: Recipe, model: nn.Module, length: int) -> dict[str, Tensor]:
     """A real batch of the largest kind, each id int64 [B, T]; packed, each row holds two records."""
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     positions_T = torch.arange(length)
-    ids_BT = (positions_T % embedding.weight.shape[0]).expand(recipe.run.batch_size, -1)
+    ids_BT = torch.arange(recipe.run.batch_size * length) % embedding.weight.shape[0]
+    ids_BT = ids_BT.view(recipe.run.batch_size, length)
     if recipe.data.packing:
         positions_T = positions_T % max(length // 2, 1)
     return {
@@ -233,28 +236,37 @@ def _batch(recipe: Recipe, model: nn.Module, length: int) -> dict[str, Tensor]:
 
 
 def _trace_costliest(
-    built: Built, batches: list[dict[str, Tensor]], blocks: tuple[int, ...] | None, steps: int
+    built: Built,
+    batches: list[dict[str, Tensor]],
+    blocks: tuple[int, ...] | None,
+    steps: int,
+    micro_steps: int,
 ) -> StepMemory:
     """Trace a step of each draw that may need most, leave that draw active which does."""
     lisa = built.lisa
     if lisa is None:
-        return _trace(built, batches)
+        return _trace(built, batches, micro_steps)
     draws = [blocks] if blocks is not None else costly_draws(lisa, built.model, steps)
     visited = sorted({block for draw in _draws(lisa, steps) for block in draw})
     lisa.period = UNKNOWN_STEPS  # no draw but ours
     lisa.activate(visited)
-    _make_state(built)  # of which a block that freezes leaves something behind
+    _make_state(
+        built, batches[0]["input_ids"].numel() * micro_steps
+    )  # of which a block that freezes leaves something behind
     traced = {}
     for draw in draws:
         lisa.activate(draw)
-        traced[draw] = replace(_trace(built, batches), host_bytes=lisa.host_bytes())
+        traced[draw] = replace(_trace(built, batches, micro_steps), host_bytes=lisa.host_bytes())
     costliest = max(traced, key=lambda draw: traced[draw].peak_bytes)
     lisa.activate(costliest)
     return traced[costliest]
 
 
-def _trace(built: Built, batches: list[dict[str, Tensor]]) -> StepMemory:
-    _make_state(built)
+def _trace(built: Built, batches: list[dict[str, Tensor]], micro_steps: int) -> StepMemory:
+    ids = batches[0]["input_ids"].numel()
+    _make_state(built, ids * micro_steps)
+    for p in _row_parameters(built) if micro_steps > len(batches) else ():
+        p.grad = sparse_rows(p, ids * (micro_steps - len(batches)))  # what came before
     with StorageTracker(built.model, built.step.optimizer) as tracker:
         built.step.backward(batches)
         built.step.clip()
@@ -262,13 +274,19 @@ def _trace(built: Built, batches: list[dict[str, Tensor]]) -> StepMemory:
         return tracker.end_step()
 
 
-def _make_state(built: Built) -> None:
-    """Let the optimizer make the state of everything that trains."""
+def _row_parameters(built: Built) -> list[nn.Parameter]:
+    """What trains by the rows that a step reads."""
+    groups = [group for group in built.step.optimizer.param_groups if group.get("rows")]
+    return [p for group in groups for p in group["params"] if p.requires_grad]
+
+
+def _make_state(built: Built, ids: int) -> None:
+    """Let the optimizer make the state of everything that trains in a step of so many ids, all different."""
     optimizer = built.step.optimizer
     for group in optimizer.param_groups:
         for p in group["params"]:
             if p.requires_grad:
-                p.grad = torch.empty_like(p)
+                p.grad = sparse_rows(p, ids) if group.get("rows") else torch.empty_like(p)
                 if isinstance(optimizer, AdamW):
                     prepare(group, p, optimizer.state[p])
     if not isinstance(optimizer, AdamW):

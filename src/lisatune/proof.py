@@ -152,27 +152,44 @@ def has_reason_to_move(
     with_gradient = [(index, p, p.grad) for index, p in driven if p.grad is not None]
     wanted = movable = 0
     for index, p, gradient in with_gradient:
-        weights, gradients = _read(local_part(p), index, sample), _read(local_part(gradient), index, sample)
+        weights, gradients = _read(local_part(p), local_part(gradient), index, sample)
         coarse = 2 * torch.finfo(p.dtype).eps * weights.abs()
         movable += int(((gradients != 0) & (coarse < rates[p])).sum())
-        wanted += weights.numel()
+        wanted += weights.numel() if sample is not None else p.numel()
         if movable >= 16:
             return True
     return wanted > 0 and 4 * movable >= wanted
 
 
-def _read(values: Tensor, index: int, sample: int | None) -> Tensor:
-    """The part of a weight or gradient that the fingerprint reads."""
-    dense = (values.to_dense() if values.is_sparse else values).reshape(-1)
-    return dense if sample is None else _window(dense, index, sample)
+def _read(weight: Tensor, gradient: Tensor, index: int, sample: int | None) -> tuple[Tensor, Tensor]:
+    """What the fingerprint reads of a weight, and its gradient there; of a sparse one its rows."""
+    if not gradient.is_sparse:
+        pair = weight.reshape(-1), gradient.reshape(-1)
+        return pair if sample is None else (_window(pair[0], index, sample), _window(pair[1], index, sample))
+    gradient = gradient.coalesce()
+    ids_n, values_nD = gradient._indices()[0], gradient._values()
+    if sample is None:
+        return weight[ids_n].reshape(-1), values_nD.reshape(-1)
+    width = weight[0].numel()
+    at = _place(weight.numel(), index, sample)
+    first, last = at.start // width, (at.stop - 1) // width
+    is_near_n = (ids_n >= first) & (ids_n <= last)
+    near = values_nD.new_zeros(last + 1 - first, width)
+    near[ids_n[is_near_n] - first] = values_nD[is_near_n]
+    begin = at.start - first * width
+    return weight.reshape(-1)[at], near.view(-1)[begin : begin + at.stop - at.start]
 
 
 def _window(values: Tensor, index: int, sample: int) -> Tensor:
     """Up to WINDOW values, all of which are met by counting `sample` up; each `index` starts elsewhere."""
-    windows = -(-values.numel() // WINDOW)
+    return values[_place(values.numel(), index, sample)]
+
+
+def _place(size: int, index: int, sample: int) -> slice:
+    windows = -(-size // WINDOW)
     start = (sample + index * 104729) % max(windows, 1) * WINDOW
-    start = min(start, max(values.numel() - WINDOW, 0))
-    return values[start : start + WINDOW]
+    start = min(start, max(size - WINDOW, 0))
+    return slice(start, min(start + WINDOW, size))
 
 
 def _weighted_sum(values: Tensor) -> Tensor:

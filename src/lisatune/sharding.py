@@ -72,6 +72,11 @@ def check_optimizer(optimizer: Optimizer) -> None:
         ValueError: names the option.
     """
     for group in optimizer.param_groups:
+        if group.get("rows"):
+            raise ValueError(
+                "method.ends with rows does not work on several ranks yet: a divided embedding has no sparse "
+                "gradient; leave rows out"
+            )
         for key, allowed in (("moments", "fp32"), ("state_device", None), ("rounding", ("exact", "nearest"))):
             value = group.get(key, allowed)
             if value != allowed and value not in (allowed or ()):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lisatune import ranks
+from lisatune.adamw_rows import values_of
 from lisatune.in_backward import UpdateInBackward
 from lisatune.loss import CausalLMLoss
 from lisatune.shards import full_tensor
@@ -72,7 +73,7 @@ class TrainingStep:
         """
         if self.in_backward is not None:
             return self.in_backward.grad_norm().to(self.device)
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        trainable = [_as_dense(p) for p in self.model.parameters() if p.requires_grad]
         return full_tensor(nn.utils.clip_grad_norm_(trainable, self.max_grad_norm or math.inf))
 
     def update(self) -> None:
@@ -83,3 +84,14 @@ class TrainingStep:
     def skip(self) -> None:
         """Release the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
+
+
+def _as_dense(parameter: nn.Parameter) -> Tensor:
+    """What torch's clipping takes: for rows of an embedding a stand-in whose gradient is in their memory."""
+    if parameter.grad is None or not parameter.grad.is_sparse:
+        return parameter
+    parameter.grad = parameter.grad.coalesce()
+    values = values_of(parameter.grad)
+    stand_in = values.detach()
+    stand_in.grad = values
+    return stand_in

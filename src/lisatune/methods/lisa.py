@@ -48,7 +48,7 @@ class Lisa(Method):
     """Steps at the start of a period over which a thawed block's learning rate ramps up."""
 
     ends: str = "train"
-    """Which ends train, when, with what state: train head frozen every:M 8bit factored cpu, joined by +."""
+    """Which ends train, when, with what state: train head frozen every:M 8bit factored cpu rows, by +."""
 
     verify: Literal["sample", "full", "off"] = "sample"
     """How much of every block is hashed each period to prove that drawn blocks moved and no other did."""
