@@ -212,7 +212,7 @@ def translate_group(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, Any
 
 
 def plain_optimizer(model: nn.Module, optimizer: Optimizer) -> Optimizer:
-    """Return the torch optimizer inside Accelerate's wrapper; refuse DeepSpeed."""
+    """Return the torch optimizer inside Accelerate's wrapper; refuse what can't work."""
     inner = getattr(optimizer, "optimizer", optimizer)
     for each in (model, optimizer, inner):
         if type(each).__module__.startswith("deepspeed"):
@@ -222,6 +222,12 @@ def plain_optimizer(model: nn.Module, optimizer: Optimizer) -> Optimizer:
             )
     if not isinstance(inner, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    scaler = getattr(optimizer, "scaler", None)
+    if scaler is not None and isinstance(inner, AdamW) and inner.in_backward is not None:
+        raise ValueError(
+            f"update in backward can't work with a loss scaler ({type(scaler).__name__}, fp16): weights "
+            "would move by gradients that are still scaled; train in bf16, or update in step()"
+        )
     return inner
 
 

@@ -115,3 +115,20 @@ def test_frozen_parameters_are_refused() -> None:
     next(model.parameters()).requires_grad_(False)
     with pytest.raises(ValueError, match="1 don't require grad; call it before anything is frozen"):
         optimizer.update_in_backward()
+
+
+def test_a_loss_scaler_is_refused() -> None:
+    class Wrapper:
+        """As AcceleratedOptimizer holds them."""
+
+        def __init__(self, optimizer: Any, scaler: Any) -> None:
+            self.optimizer, self.scaler = optimizer, scaler
+
+    scaler = torch.amp.GradScaler("cpu")
+    model = tiny.llama()
+    optimizer = AdamW(model.parameters())
+    LISA(model, Wrapper(optimizer, scaler)).detach()
+    optimizer.update_in_backward()
+    LISA(model, Wrapper(optimizer, None)).detach()
+    with pytest.raises(ValueError, match=r"can't work with a loss scaler \(GradScaler, fp16\)"):
+        LISA(model, Wrapper(optimizer, scaler))
