@@ -141,7 +141,7 @@ def assemble(recipe: Recipe, before_load: Callable[..., None] | None = None) -> 
         built.lisa,
         built.state,
     )
-    if run.compile and built.blocks is not None and built.lisa is not None:
+    if run.compile and built.blocks is not None:
         parts.compile_seconds = _compile(parts, built.lisa, built.blocks)
     return parts
 
@@ -221,7 +221,7 @@ def _set_block_forward(recipe: Recipe, model: nn.Module) -> BlockForward | None:
     )
 
 
-def _compile(parts: Parts, lisa: LISA, blocks: BlockForward) -> float:
+def _compile(parts: Parts, lisa: LISA | None, blocks: BlockForward) -> float:
     """Build all graphs on a made-up batch of an odd length, which is that of no weight's dimension."""
     config = parts.recipe
     length = max(config.data.max_length // 2, 8) | 1
@@ -239,7 +239,8 @@ def _compile(parts: Parts, lisa: LISA, blocks: BlockForward) -> float:
         torch.autograd.grad(loss, parts.trainable(), allow_unused=True)
 
     ends = list(parts.layers.end_parameters(parts.model).values())
-    return blocks.warm_up(run, embedding=ends, rests=lisa.ends_rest)
+    rests = lisa is not None and lisa.ends_rest
+    return blocks.warm_up(run, embedding=ends, rests=rests, draws=lisa is not None)
 
 
 def weight_dtype(recipe: Recipe) -> torch.dtype:

@@ -96,7 +96,14 @@ class BlockForward:
     def __exit__(self, *_: object) -> None:
         self.undo()
 
-    def warm_up(self, run: Callable[[], Any], *, embedding: Sequence[nn.Parameter], rests: bool) -> float:
+    def warm_up(
+        self,
+        run: Callable[[], Any],
+        *,
+        embedding: Sequence[nn.Parameter],
+        rests: bool,
+        draws: bool = True,
+    ) -> float:
         """Compile every graph that a draw can need.
 
         Freezes and thaws blocks and calls `run`, then puts flags, gradients and random numbers back.
@@ -107,11 +114,16 @@ class BlockForward:
             embedding: parameters below the blocks, the input embedding.
             rests: whether the embedding is frozen in some periods, so that blocks run without a gradient
                 below the lowest active one.
+            draws: whether blocks freeze and thaw. If not, one pass as everything is shows all graphs.
 
         Returns:
             Seconds it took.
         """
         started = time.perf_counter()
+        if not draws:
+            with _flags_kept(list(self.model.parameters())):
+                run()
+            return time.perf_counter() - started
         last = len(self.blocks) - 1
         even = set(range(0, last + 1, 2))
         passes = [(True, even), (True, set(range(last + 1)) - even)]
