@@ -167,7 +167,7 @@ class Ends:
             seen = {key: group.get(key) for key in wanted}
             is_misfit = seen != wanted or (wanted and not isinstance(optimizer, AdamW))
             if is_misfit or (not has_rows and (group.get("rows") or not of_rows.isdisjoint(group["params"]))):
-                seen |= {"rows": group.get("rows")}
+                seen |= {"rows": group.get("rows")} if self.policy.rows or group.get("rows") else {}
                 raise ValueError(
                     f"ends {str(self.policy)!r} is up to the optimizer, and the ends' param groups of this "
                     f"{type(optimizer).__name__} say {_options(seen)}; build it as lisatune.AdamW("

@@ -73,8 +73,9 @@ class LISA:
             released, which costs the memory LISA is meant to save; for comparisons.
         ends: which of embedding, head and final norm train in which periods, as text or `EndsPolicy`; see
             `lisatune.ends`. State formats (8bit, factored, cpu) must be those of the optimizer's groups.
-        warmup: steps at the start of a period over which a newly thawed block's learning rate ramps up,
-            i/(warmup + 1) at step i. Needs param groups that do not mix layers (`param_groups`).
+        warmup: steps at the start of a period over which the learning rate of newly thawed blocks, and of ends
+            under every:M, ramps up, i/(warmup + 1) at step i. Needs param groups that do not mix layers
+            (`param_groups`).
         verify: "sample" proves from a moving window of every parameter that the drawn blocks moved and no
             other did, "full" from every element, "off" not at all. See `lisatune.proof`.
         total_steps: optimizer steps of the whole run, for period="auto" and the coverage warning.
@@ -291,11 +292,12 @@ class LISA:
         self._restore_lr()  # a step that raised has left its ramp behind
         done = self.steps_done % self.period
         if done < self.warmup:
-            for block in self._thawed_blocks():
-                for group in self._groups_of_block[block]:
-                    ramped = group["lr"] * ((done + 1) / (self.warmup + 1))
-                    self._ramped.append((group, group["lr"], ramped))
-                    group["lr"] = ramped
+            thawed = [group for block in self._thawed_blocks() for group in self._groups_of_block[block]]
+            thawed += self._groups_of_ends if self.ends_train and self._ends.policy.every > 1 else []
+            for group in thawed:
+                ramped = group["lr"] * ((done + 1) / (self.warmup + 1))
+                self._ramped.append((group, group["lr"], ramped))
+                group["lr"] = ramped
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._restore_lr()
@@ -334,6 +336,8 @@ class LISA:
             self._groups_of_block = groups_by_block(
                 self._optimizer, self._blocks, (*self._ends.parameters, *self._ends.resting)
             )
+            ends = set(self._ends.parameters)
+            self._groups_of_ends = [g for g in self._param_groups if not ends.isdisjoint(g["params"])]
 
     # ---- proof
 

@@ -173,6 +173,25 @@ def test_all_blocks_with_resting_ends_is_full_fine_tuning_that_freezes_the_ends_
     tiny.assert_same_weights(tied_llama, full)
 
 
+@pytest.mark.parametrize(("ends", "ramps"), [("every:2", True), ("train", False)])
+def test_ends_that_rest_in_between_ramp_when_they_train_again(
+    untied_llama: nn.Module, ends: str, ramps: bool
+) -> None:
+    layers = find_layers(untied_llama)
+    optimizer = build_adamw(untied_llama, layers, lr=1e-2)
+    lisa = LISA(untied_llama, optimizer, period=4, warmup=3, ends=ends, layers=layers)
+    rates = []
+    optimizer.register_step_pre_hook(  # after LISA's
+        lambda *_: rates.append((lisa.ends_train, optimizer.param_groups[0]["lr"]))
+    )
+    assert optimizer.param_groups[0]["layer"] == "ends"
+    tiny.fit(untied_llama, optimizer, 12)
+    trained = [rate for trains, rate in rates if trains]
+    wanted = [2.5e-3, 5e-3, 7.5e-3, 1e-2] if ramps else [1e-2] * 4
+    assert trained == pytest.approx(wanted * (2 if ramps else 3))
+    assert optimizer.param_groups[0]["lr"] == 1e-2
+
+
 # ---- head
 
 
