@@ -73,8 +73,8 @@ class LISA:
             released, which costs the memory LISA is meant to save; for comparisons.
         ends: which of embedding, head and final norm train in which periods, as text or `EndsPolicy`; see
             `lisatune.ends`. State formats (8bit, factored, cpu) must be those of the optimizer's groups.
-        warmup: steps at the start of a period over which the learning rate of newly thawed blocks, and of ends
-            under every:M, ramps up, i/(warmup + 1) at step i. Needs param groups that do not mix layers
+        warmup: steps at the start of a period over which the learning rate of newly thawed blocks, and of
+            ends under every:M, ramps up, i/(warmup + 1) at step i. Needs param groups that do not mix layers
             (`param_groups`).
         verify: "sample" proves from a moving window of every parameter that the drawn blocks moved and no
             other did, "full" from every element, "off" not at all. See `lisatune.proof`.

@@ -224,8 +224,7 @@ def _batch(recipe: Recipe, model: nn.Module, length: int) -> dict[str, Tensor]:
     """A real batch of the largest kind, each id int64 [B, T]; packed, each row holds two records."""
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     positions_T = torch.arange(length)
-    ids_BT = torch.arange(recipe.run.batch_size * length) % embedding.weight.shape[0]
-    ids_BT = ids_BT.view(recipe.run.batch_size, length)
+    ids_BT = (positions_T % embedding.weight.shape[0]).expand(recipe.run.batch_size, -1)
     if recipe.data.packing:
         positions_T = positions_T % max(length // 2, 1)
     return {
