@@ -75,5 +75,5 @@ def test_bad_input_is_one_sentence(
     model = tiny_run.write_model(tmp_path / "tiny")
     rows = tiny_run.write_rows(tmp_path / "rows.jsonl")
     recipe = tiny_run.write_recipe(tmp_path, model, rows, "method: {}\n")
-    assert main(["check", str(recipe), *overrides]) == 2
+    assert main(["train", str(recipe), *overrides]) == 2
     assert message in capsys.readouterr().err
