@@ -21,7 +21,7 @@ from lisatune.recipe_file import load_recipe
 from lisatune.train import train
 
 STEPS, BREAK = 14, 7  # the break is inside a period, a draw comes after it
-OPTIONS = ("optimizer.lr=1e-2", "optimizer.schedule=constant")
+OPTIONS = ("optimizer.schedule=constant",)
 IDS_BT = torch.arange(24).view(2, 12)
 
 
@@ -74,7 +74,9 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         tiny_run.write_rows(folder / "rows.jsonl", 14),
         f"method: {{name: {request.param}}}\n",
     )
-    recipe.write_text(recipe.read_text().replace("steps: 4", f"steps: {STEPS}"))
+    lr = 1e-2 * METHODS[request.param].lr_scale
+    text = recipe.read_text().replace("steps: 4", f"steps: {STEPS}")
+    recipe.write_text(text.replace("lr: 1e-3", f"lr: {lr}"))
     with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
         yield watched(patch, recipe, folder / "run", *OPTIONS)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -127,13 +129,18 @@ def test_resume_is_bit_equal_with(options: list[str], recipe: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_loss_falls_and_the_model_loads_in_plain_transformers(name: str, recipe: Path) -> None:
+def test_loss_falls_and_the_model_loads_in_plain_transformers_or_peft(name: str, recipe: Path) -> None:
     use_method(recipe, name)
-    options = ["run.steps=30", "optimizer.lr=1e-2", "data.validation=" + str(recipe.parent / "rows.jsonl")]
+    lr = f"optimizer.lr={1e-2 * METHODS[name].lr_scale}"
+    options = ["run.steps=30", lr, "data.validation=" + str(recipe.parent / "rows.jsonl")]
     summary = run(recipe, "run", *options)
     assert summary["held_out_loss_after"] < summary["held_out_loss_before"] - 0.1
-    plain = AutoModelForCausalLM.from_pretrained(recipe.parent / "run" / "model")
-    model = load_model(str(recipe.parent / "run" / "model"))
+    folder = recipe.parent / "run" / "model"
+    kind = AutoPeftModelForCausalLM if (folder / "adapter_config.json").exists() else AutoModelForCausalLM
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name of old
+        plain = kind.from_pretrained(folder)
+    model = load_model(str(folder))
     parts = assemble(load_recipe(recipe, options))
     batch = parts.collate(parts.data.validation.rows[:2])
     with torch.no_grad():

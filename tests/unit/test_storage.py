@@ -100,6 +100,12 @@ CASES = [
     ("untied", "full", {"optimizer": {"state_device": "cpu"}, "precision": "bf16"}),
     ("gpt2", "full", {}),
     ("gpt2", "lora", {"precision": "bf16"}),
+    ("untied", "dora", {}),
+    ("tied", "dora", {"precision": "bf16-mixed", "activation_checkpointing": True}),
+    ("gpt2", "dora", {"precision": "bf16"}),
+    ("untied", "ia3", {}),
+    ("tied", "ia3", {"precision": "bf16-mixed", "activation_checkpointing": True}),
+    ("gpt2", "ia3", {"precision": "bf16"}),
 ]
 
 

@@ -24,6 +24,9 @@ class Method:
     shards: ClassVar[bool] = False
     """Whether it trains a model that is divided among ranks."""
 
+    lr_scale: ClassVar[float] = 1.0
+    """Learning rate that suits it, as a multiple of LoRA's: few trained numbers take larger steps."""
+
     def prepare(self, model: nn.Module) -> nn.Module:
         """Change the model before the optimizer is built (adapters would go in here). Default: as it is."""
         return model

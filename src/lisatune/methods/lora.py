@@ -1,26 +1,18 @@
 """LoRA (Hu et al., arXiv 2106.09685) by way of PEFT: low-rank adapters beside frozen weights."""
 
-import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
-from lisatune.layers import LayerMap, find_layers
-from lisatune.methods.base import Method
-from lisatune.optim import optimizer_over
-from lisatune.recipe import OptimizerConfig
+from lisatune.methods.adapters import Adapters, linear_layers, named_modules_among
 
-__all__ = ["Lora"]
+__all__ = ["Lora", "LowRank"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lora(Method):
-    """Low-rank adapters on the linear layers train, all weights of the model are frozen."""
-
-    name: Literal["lora"] = "lora"
-    """Way to fine-tune."""
+class LowRank(Adapters):
+    """The keys of LoRA and its kin."""
 
     rank: int = 16
     """Rank r of the adapters: a matrix [out, in] gets r·(out + in) trained numbers."""
@@ -50,37 +42,21 @@ class Lora(Method):
         if self.adapter_dtype not in ("fp32", "weights"):
             raise ValueError(f"method.adapter_dtype must be fp32 or weights, got {self.adapter_dtype!r}")
 
-    def prepare(self, model: nn.Module) -> nn.Module:
-        """Put adapters into the model, in place, and return PEFT's model around it.
+    def peft_config(self, model: nn.Module) -> Any:
+        """PEFT's LoraConfig; ValueError where a name in `targets` is none of the model's linear layers."""
+        from peft import LoraConfig
 
-        Raises:
-            ImportError: PEFT is not installed.
-            ValueError: a name in `targets` is none of the model's linear layers.
-        """
-        try:
-            import peft
-        except ImportError as error:
-            raise ImportError('method.name: lora needs PEFT: pip install "lisatune[train]"') from error
-        config = peft.LoraConfig(
+        return LoraConfig(
             r=self.rank,
             lora_alpha=2 * self.rank if self.alpha is None else self.alpha,
             lora_dropout=self.dropout,
             target_modules=self._target_modules(model),
             task_type="CAUSAL_LM",
         )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name of old
-            prepared: nn.Module = peft.get_peft_model(
-                model, config, autocast_adapter_dtype=self.adapter_dtype == "fp32"
-            )
-        return prepared
 
-    def build_optimizer(
-        self, model: nn.Module, layers: LayerMap, config: OptimizerConfig
-    ) -> torch.optim.Optimizer:
-        """Build AdamW over the adapters; those in bf16 are updated as `optimizer.rounding` says."""
-        adapters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        return optimizer_over([{"params": adapters, "layer": "adapters"}], config)
+    def keeps_fp32(self) -> bool:
+        """As `adapter_dtype` says."""
+        return self.adapter_dtype == "fp32"
 
     def fewer_weights(self) -> tuple[dict[str, Any], ...]:
         """Half the rank, and half of that, down to 8."""
@@ -89,18 +65,9 @@ class Lora(Method):
 
     def _target_modules(self, model: nn.Module) -> list[str]:
         """Paths of the modules that get adapters."""
-        blocks = tuple(f"{path}." for path in find_layers(model).blocks)
-        linear = [
-            path for path, module in model.named_modules() if path.startswith(blocks) and _is_linear(module)
-        ]
-        unknown = [name for name in self.targets if not any(_is_named(path, name) for path in linear)]
-        if unknown:
-            known = ", ".join(sorted({path.rpartition(".")[2] for path in linear}))
-            raise ValueError(
-                f"method.targets names {unknown[0]!r}, but the blocks' linear layers are {known}"
-            )
+        linear = linear_layers(model)
         if self.targets:
-            linear = [path for path in linear if any(_is_named(path, name) for name in self.targets)]
+            linear = named_modules_among(linear, self.targets, "method.targets")
         ends: list[Any] = []
         if self.ends:
             hf: Any = model
@@ -108,10 +75,9 @@ class Lora(Method):
         return linear + [path for path, module in model.named_modules() if any(module is end for end in ends)]
 
 
-def _is_linear(module: nn.Module) -> bool:
-    """Whether PEFT can adapt it: a linear layer, or the transposed one of GPT-2."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+@dataclass(frozen=True, kw_only=True)
+class Lora(LowRank):
+    """Low-rank adapters on the linear layers train, all weights of the model are frozen."""
 
-
-def _is_named(path: str, name: str) -> bool:
-    return path == name or path.endswith(f".{name}")
+    name: Literal["lora"] = "lora"
+    """Way to fine-tune."""
