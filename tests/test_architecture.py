@@ -36,6 +36,7 @@ LEVELS = {
         "factored",
         "fake",
         "frozen_state",
+        "galore",
         "host_chunks",
         "in_backward",
         "lisa",

@@ -94,9 +94,9 @@ def test_off_is_a_word_and_null_is_nothing(tmp_path: Path) -> None:
         ),
         (
             BASE + "method: {name: lsia}\n",
-            "{}: unknown method 'lsia'. Did you mean 'lisa'? Known: full, lisa, lora",
+            "{}: unknown method 'lsia'. Did you mean 'lisa'? Known: full, galore, lisa, lora",
         ),
-        (BASE + "method: {name: [x]}\n", "{}: unknown method \"['x']\". Known: full, lisa, lora"),
+        (BASE + "method: {name: [x]}\n", "{}: unknown method \"['x']\". Known: full, galore, lisa, lora"),
         (BASE + "run: {steps: four}\n", "{}: run.steps must be a whole number or null, got 'four'"),
         (BASE + "run: {steps: 1.5}\n", "{}: run.steps must be a whole number or null, got 1.5"),
         (BASE + "run: {steps: true}\n", "{}: run.steps must be a whole number or null, got True"),
@@ -149,7 +149,7 @@ def test_a_wrong_file_is_refused_in_one_sentence(tmp_path: Path, text: str, mess
         ("optimizer.betas=[0.9", "override 'optimizer.betas=[0.9': a list is written [a, b]"),
         (
             "method.name=lsia",
-            "command line: unknown method 'lsia'. Did you mean 'lisa'? Known: full, lisa, lora",
+            "command line: unknown method 'lsia'. Did you mean 'lisa'? Known: full, galore, lisa, lora",
         ),
     ],
 )

@@ -2,9 +2,10 @@
 
 from lisatune.methods.base import Method
 from lisatune.methods.full import Full
+from lisatune.methods.galore import GaLore
 from lisatune.methods.lisa import Lisa
 from lisatune.methods.lora import Lora
 
-__all__ = ["METHODS", "Full", "Lisa", "Lora", "Method"]
+__all__ = ["METHODS", "Full", "GaLore", "Lisa", "Lora", "Method"]
 
-METHODS: dict[str, type[Method]] = {"full": Full, "lisa": Lisa, "lora": Lora}
+METHODS: dict[str, type[Method]] = {"full": Full, "galore": GaLore, "lisa": Lisa, "lora": Lora}
