@@ -37,6 +37,7 @@ LEVELS = {
         "factored",
         "fake",
         "frozen_state",
+        "galore",
         "host_chunks",
         "in_backward",
         "lisa",

@@ -233,15 +233,19 @@ class AdamW(Optimizer):
             elif _is_whole(group, p, state):
                 whole.append(p)
                 states.append(state)
-            elif group["moments"] == "factored":
-                update_factored(group, p, state, key, self._chunk(p))
             else:
-                self._update_in_chunks(group, p, state, key)
+                self._update_alone(group, p, state, key)
         if whole:
             steps = [state["step"] for state in states]
             torch._foreach_add_(steps, 1)
             exp_avgs, exp_avg_sqs = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
             fused_adamw(group, whole, [p.grad for p in whole], exp_avgs, exp_avg_sqs, steps)
+
+    def _update_alone(self, group: dict[str, Any], p: Tensor, state: dict[str, Any], key: int) -> None:
+        if group["moments"] == "factored":
+            update_factored(group, p, state, key, self._chunk(p))
+        else:
+            self._update_in_chunks(group, p, state, key)
 
     def _update_in_chunks(self, group: dict[str, Any], p: Tensor, state: dict[str, Any], key: int) -> None:
         assert p.grad is not None

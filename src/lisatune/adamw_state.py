@@ -21,6 +21,7 @@ __all__ = [
     "home_of",
     "is_host_state",
     "layout_of",
+    "low_rank_shape",
     "prepare",
     "read_moments",
     "write_moments",
@@ -44,7 +45,11 @@ def layout_of(group: dict[str, Any], p: Tensor) -> dict[str, tuple[Sequence[int]
     wide = p.dtype if p.dtype == torch.float64 else torch.float32
     layout: dict[str, tuple[Sequence[int], torch.dtype]] = {"step": ((), torch.float32)}
     moments = group["moments"]
-    if moments == "factored" and p.ndim >= 2:
+    if "rank" in group:  # of projected gradients, see `lisatune.galore`
+        plain = {name: value for name, value in group.items() if name != "rank"}
+        small = torch.empty(low_rank_shape(group, p), dtype=wide, device="meta")
+        layout |= layout_of(plain, small) | {"basis": ((min(p.shape), group["rank"]), wide)}
+    elif moments == "factored" and p.ndim >= 2:
         layout["exp_avg_sq_rows"] = (p.shape[:1], wide)
         layout["exp_avg_sq_columns"] = ((p[0].numel() if len(p) else 0,), wide)
     elif moments == "factored":
@@ -59,6 +64,12 @@ def layout_of(group: dict[str, Any], p: Tensor) -> dict[str, tuple[Sequence[int]
     if p.dtype == torch.bfloat16 and group["rounding"] == "exact":
         layout["remainder"] = (p.shape, torch.int16)
     return layout
+
+
+def low_rank_shape(group: dict[str, Any], p: Tensor) -> tuple[int, int]:
+    """Shape of a matrix's projected gradient: its smaller side becomes the group's rank."""
+    m, n = p.shape
+    return (m, group["rank"]) if m >= n else (group["rank"], n)
 
 
 def check_group(group: dict[str, Any]) -> None:

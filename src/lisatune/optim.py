@@ -121,16 +121,21 @@ def build_optimizer(
     return optimizer_over(param_groups(model, layers, weight_decay=config.weight_decay, ends=ends), config)
 
 
-def optimizer_over(groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:
-    """Build AdamW over param groups of (name, parameter) pairs as a recipe asks; see `build_optimizer`."""
+def optimizer_over(
+    groups: list[dict[str, Any]], config: OptimizerConfig, kind: type[AdamW] = AdamW
+) -> Optimizer:
+    """Build AdamW over param groups of (name, parameter) pairs as a recipe asks; see `build_optimizer`.
+
+    A `kind` of its own is never replaced by torch's.
+    """
     parameters = [p for group in groups for _, p in group["params"]]
     # torch's fused kernel takes no parameters that are divided among ranks; ours updates each rank's part.
     is_wide = all(p.dtype in (torch.float32, torch.float64) and not is_sharded(p) for p in parameters)
     is_plain = config.moments == "fp32" and config.state_device is None and not config.in_backward
     is_compact = any({"moments", "state_device", "rows"} & group.keys() for group in groups)
-    if is_wide and is_plain and not is_compact:
+    if is_wide and is_plain and not is_compact and kind is AdamW:
         return _fused_adamw(groups, config.lr, config.betas, config.eps, config.weight_decay)
-    optimizer = AdamW(
+    optimizer = kind(
         groups,
         lr=config.lr,
         betas=config.betas,
@@ -160,7 +165,8 @@ def state_bytes(optimizer: Optimizer) -> int:
 def state_elements(optimizer: Optimizer) -> int:
     """Count the elements of the state that is shaped like its parameter or its rows: AdamW's two moments.
 
-    The remainder of a bf16 weight is a part of the weight.
+    Those of a projected gradient count as they are, without its basis. The remainder of a bf16 weight is a
+    part of the weight.
     """
     lasting = optimizer.lasting_state if isinstance(optimizer, AdamW) else ()
     return sum(
@@ -168,7 +174,10 @@ def state_elements(optimizer: Optimizer) -> int:
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
         if isinstance(value, torch.Tensor)
-        and (value.shape == local_part(parameter).shape or ("row_ids" in state and value.ndim == 2))
+        and (
+            value.shape == local_part(parameter).shape
+            or (value.ndim == 2 and ("row_ids" in state or ("basis" in state and key != "basis")))
+        )
         and key not in lasting
     )
 

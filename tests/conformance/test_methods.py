@@ -64,17 +64,20 @@ def watched(patch: pytest.MonkeyPatch, recipe: Path, output: Path, *overrides: s
     return Run(recipe, output, summary, seen["model"], seen["before"], trainable, with_state)
 
 
-@pytest.fixture(scope="module", params=METHODS)
+SETTINGS = [*METHODS, "galore, rank: 4, gap: 5"]  # the default rank is above every side of the tiny model
+
+
+@pytest.fixture(scope="module", params=SETTINGS)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """A run with the method's own defaults."""
-    folder = tmp_path_factory.mktemp(request.param)
+    """A run with the method's own defaults, or with settings that bring out what it does."""
+    folder = tmp_path_factory.mktemp(request.param.partition(",")[0])
     recipe = tiny_run.write_recipe(
         folder,
         tiny_run.write_model(folder / "tiny"),
         tiny_run.write_rows(folder / "rows.jsonl", 14),
         f"method: {{name: {request.param}}}\n",
     )
-    lr = 1e-2 * METHODS[request.param].lr_scale
+    lr = 1e-2 * METHODS[request.param.partition(",")[0]].lr_scale
     text = recipe.read_text().replace("steps: 4", f"steps: {STEPS}")
     recipe.write_text(text.replace("lr: 1e-3", f"lr: {lr}"))
     with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
@@ -121,7 +124,9 @@ def test_summary_counts_what_trained_and_its_two_moments(run: Run) -> None:
     sizes = {name: weight.numel() for name, weight in run.before.items()}
     most = max(sum(sizes[name] for name in names) for names in run.trainable)
     assert run.summary["peak_trainable"] == most
-    assert run.summary["peak_state_elements"] == 2 * most
+    projected = "rank: 4" in run.recipe.read_text()  # moments of a lower rank than what trains
+    elements = run.summary["peak_state_elements"]
+    assert 0 < elements < 2 * most if projected else elements == 2 * most
 
 
 def test_resume_is_bit_equal(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,5 @@
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -27,8 +28,9 @@ CONFIGS = {
 
 
 def make_recipe(method: str, optimizer: dict | None = None, packing: bool = False, **run: object) -> Recipe:
-    name, _, ends = method.partition(" ")
-    options = {"ends": ends} if ends else {}
+    name, _, text = method.partition(" ")
+    options: dict[str, Any] = {"ends": text} if text else {}
+    options = {"rank": int(text), "gap": 1} if name == "galore" else options
     run = {"precision": "fp32", "batch_size": 2, "steps": 4} | run
     return Recipe(
         model=ModelConfig(name="x"),
@@ -98,6 +100,9 @@ CASES = [
     ("untied", "lisa rows", {"precision": "bf16"}),
     ("untied", "lisa rows", {"optimizer": {"in_backward": True, "max_grad_norm": None}}),
     ("untied", "full", {"optimizer": {"state_device": "cpu"}, "precision": "bf16"}),
+    ("untied", "galore 16", {}),
+    ("tied", "galore 16", {"precision": "bf16"}),
+    ("untied", "galore 16", {"optimizer": {"in_backward": True, "max_grad_norm": None}}),
     ("gpt2", "full", {}),
     ("gpt2", "lora", {"precision": "bf16"}),
     ("untied", "dora", {}),

@@ -3,10 +3,18 @@
 from lisatune.methods.base import Method
 from lisatune.methods.dora import Dora
 from lisatune.methods.full import Full
+from lisatune.methods.galore import GaLore
 from lisatune.methods.ia3 import Ia3
 from lisatune.methods.lisa import Lisa
 from lisatune.methods.lora import Lora
 
-__all__ = ["METHODS", "Dora", "Full", "Ia3", "Lisa", "Lora", "Method"]
+__all__ = ["METHODS", "Dora", "Full", "GaLore", "Ia3", "Lisa", "Lora", "Method"]
 
-METHODS: dict[str, type[Method]] = {"full": Full, "lisa": Lisa, "lora": Lora, "dora": Dora, "ia3": Ia3}
+METHODS: dict[str, type[Method]] = {
+    "full": Full,
+    "lisa": Lisa,
+    "lora": Lora,
+    "dora": Dora,
+    "ia3": Ia3,
+    "galore": GaLore,
+}

@@ -1,0 +1,59 @@
+"""GaLore as a method of a recipe. The algorithm is in `lisatune.galore`."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lisatune.galore import GaLoreAdamW, is_projected
+from lisatune.layers import LayerMap
+from lisatune.methods.base import Method
+from lisatune.optim import optimizer_over, param_groups
+from lisatune.recipe import OptimizerConfig
+
+__all__ = ["GaLore"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaLore(Method):
+    """AdamW on every parameter, in the blocks' matrices on gradients of low rank."""
+
+    name: Literal["galore"] = "galore"
+    """Way to fine-tune."""
+
+    rank: int = 128
+    """Rank r that gradients are projected to; matrices with a side of r or less are not projected."""
+
+    gap: int = 200
+    """Steps from one projection to the next, T in the paper: each takes a singular value decomposition."""
+
+    scale: float = 0.25
+    """α: a projected update is multiplied by it."""
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "gap"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"method.{name} must be >= 1, got {getattr(self, name)}")
+        if not 0 < self.scale < float("inf"):
+            raise ValueError(f"method.scale must be a positive number, got {self.scale}")
+
+    def build_optimizer(
+        self, model: nn.Module, layers: LayerMap, config: OptimizerConfig
+    ) -> torch.optim.Optimizer:
+        """Build AdamW over ends and blocks, with the blocks' matrices in groups that project."""
+        groups: list[dict[str, Any]] = []
+        projection = {"rank": self.rank, "gap": self.gap, "scale": self.scale}
+        for group in param_groups(model, layers, weight_decay=config.weight_decay):
+            may = group["layer"] != "ends"
+            matrices = [pair for pair in group["params"] if may and is_projected(pair[1], self.rank)]
+            taken = {name for name, _ in matrices}
+            others = [pair for pair in group["params"] if pair[0] not in taken]
+            groups += [group | {"params": matrices} | projection] if matrices else []
+            groups += [group | {"params": others}] if others else []
+        return optimizer_over(groups, config, GaLoreAdamW)
+
+    def fewer_weights(self) -> tuple[dict[str, Any], ...]:
+        """Half the rank, and half of that, down to 8: fewer moments, though as many weights."""
+        halves = (self.rank >> shift for shift in range(1, self.rank.bit_length()))
+        return tuple({"rank": rank} for rank in halves if rank >= 8)
