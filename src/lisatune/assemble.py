@@ -3,7 +3,6 @@
 Everything still requires grad while the optimizer is built; LISA attaches last and freezes.
 """
 
-import random
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lisatune import models, ranks
 from lisatune.adamw import AdamW
 from lisatune.blocks import BlockForward, check_compiler
+from lisatune.checkpoint import seed_generators
 from lisatune.data import Row, collate
 from lisatune.layers import LayerMap, find_layers
 from lisatune.lisa import LISA
@@ -67,6 +67,11 @@ class Parts:
         for group, lr, factor in groups:
             group["lr"] = lr * factor(self.scheduler.last_epoch)
 
+    def learning_rates(self) -> dict[str, float]:
+        """Rates of the next step: `lr` of the blocks, and `ends_lr` where the ends have their own."""
+        groups, is_own = self.optimizer.param_groups, self.recipe.optimizer.ends_lr is not None
+        return {"lr": groups[-1]["lr"]} | ({"ends_lr": groups[0]["lr"]} if is_own else {})
+
     def trainable(self) -> list[nn.Parameter]:
         """Parameters that train now."""
         return [p for p in self.model.parameters() if p.requires_grad]
@@ -105,7 +110,7 @@ def assemble(recipe: Recipe, before_load: Callable[..., None] | None = None) -> 
         check_fits(rehearsed, data)
     if before_load is not None:
         before_load(device, steps=data.steps, length=batch_length(data.train.rows, recipe, rehearsed))
-    _seed(run.seed)
+    seed_generators(run.seed)
     model = models.load_model(
         name,
         revision=revision,
@@ -195,15 +200,6 @@ def build(
         in_backward=optimizer.in_backward if isinstance(optimizer, AdamW) else None,
     )
     return Built(model, layers, step, lisa, state, blocks)
-
-
-def _seed(seed: int) -> None:
-    """Seed every generator that a model may draw from, and that checkpoints hold."""
-    import numpy as np
-
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
 
 
 def _set_block_forward(recipe: Recipe, model: nn.Module) -> BlockForward | None:

@@ -43,7 +43,7 @@ from lisatune.named_state import (
 from lisatune.optim import translate_group
 from lisatune.shards import cut_states, like_shard, local_part, reshard, whole_states, whole_weights
 
-__all__ = ["load_checkpoint", "save_checkpoint"]
+__all__ = ["load_checkpoint", "save_checkpoint", "seed_generators"]
 
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError)
 """What reading JSON and tensors raises that `save_checkpoint` did not write."""
@@ -224,6 +224,15 @@ def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 # ---- random number generators
+
+
+def seed_generators(seed: int) -> None:
+    """Seed every generator that a model may draw from, and that checkpoints hold."""
+    import numpy as np
+
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def _rng_states() -> dict[str, Any]:

@@ -51,6 +51,7 @@ def param_groups(
     *,
     weight_decay: float = 0.0,
     ends: str | EndsPolicy | None = None,
+    ends_lr: float | None = None,
 ) -> list[dict[str, Any]]:
     """Build the param groups of the ends and of each block.
 
@@ -60,12 +61,14 @@ def param_groups(
         weight_decay: of the groups that are decayed.
         ends: policy of the ends (`lisatune.ends`); the state formats in it become options of their groups,
             which `lisatune.AdamW` reads. With `rows` the embedding has a group of its own.
+        ends_lr: learning rate of the ends' groups; None leaves the optimizer's.
 
     With weight decay each layer has a second group, with `weight_decay` 0, for norms, biases and
     embeddings: all parameters of fewer than two dimensions and all weights of `nn.Embedding`.
 
     Returns:
-        Dicts with `params` as (name, parameter) pairs, `weight_decay`, and `layer`: "ends" or "block 7".
+        Dicts with `params` as (name, parameter) pairs, `weight_decay`, and `layer`: "ends" or "block 7";
+        those of the ends with `lr` where `ends_lr` is given.
 
     Raises:
         ValueError: `rows` for an embedding that is unknown, frozen or tied.
@@ -75,6 +78,7 @@ def param_groups(
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     named_layers = [("ends", layers.end_parameters(model))]
     named_layers += [(f"block {i}", block) for i, block in enumerate(layers.block_parameters(model))]
+    end_options = {} if ends_lr is None else {"lr": ends_lr}
     groups = []
     for layer, parameters in named_layers:
         undecayed = {name for name, p in parameters.items() if p.ndim < 2 or id(p) in embeddings}
@@ -82,12 +86,13 @@ def param_groups(
             undecayed = set()
         for decay, names in ((weight_decay, parameters.keys() - undecayed), (0.0, undecayed)):
             options = policy.state_options() if layer == "ends" else {}
+            shared = end_options if layer == "ends" else {}
             pairs = [(name, p) for name, p in parameters.items() if name in names]
             rows = [pair for pair in pairs if id(pair[1]) in of_rows]
             others = [pair for pair in pairs if id(pair[1]) not in of_rows]
             for chosen, own in ((rows, ROW_OPTIONS), (others, options)):
                 if chosen:
-                    groups.append({"params": chosen, "weight_decay": decay, "layer": layer, **own})
+                    groups.append({"params": chosen, "weight_decay": decay, "layer": layer, **shared, **own})
     return groups
 
 
@@ -99,9 +104,14 @@ def build_adamw(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    ends_lr: float | None = None,
 ) -> torch.optim.AdamW:
-    """Build AdamW over ends and blocks, with the fused kernel where the device has one."""
-    return _fused_adamw(param_groups(model, layers, weight_decay=weight_decay), lr, betas, eps, weight_decay)
+    """Build AdamW over ends and blocks, with the fused kernel where the device has one.
+
+    `ends_lr` is the learning rate of embedding, head and final norm where it is not `lr`.
+    """
+    groups = param_groups(model, layers, weight_decay=weight_decay, ends_lr=ends_lr)
+    return _fused_adamw(groups, lr, betas, eps, weight_decay)
 
 
 def build_optimizer(
@@ -118,7 +128,8 @@ def build_optimizer(
         config: the recipe's section.
         ends: policy of the ends, whose state formats their groups take; see `lisatune.ends`.
     """
-    return optimizer_over(param_groups(model, layers, weight_decay=config.weight_decay, ends=ends), config)
+    groups = param_groups(model, layers, weight_decay=config.weight_decay, ends=ends, ends_lr=config.ends_lr)
+    return optimizer_over(groups, config)
 
 
 def optimizer_over(

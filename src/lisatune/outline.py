@@ -93,6 +93,7 @@ def make_outline(
     rows = (
         f"{run.batch_size} rows" if run.accumulation == 1 else f"{run.accumulation} × {run.batch_size} rows"
     )
+    ends_lr = "" if optimizer.ends_lr is None else f" (ends {optimizer.ends_lr:g})"
     warmup = f" after {plural(optimizer.warmup_steps, 'warm-up step')}" if optimizer.warmup_steps else ""
     return Outline(
         model=recipe.model.name,
@@ -110,7 +111,7 @@ def make_outline(
         period=None if lisa is None else lisa.period,
         visits=() if lisa is None else lisa.planned_visits(data.steps),
         batch=f"{rows} of up to {recipe.data.max_length:,} tokens",
-        lr=f"{optimizer.lr:g}, {optimizer.schedule}{warmup}",
+        lr=f"{optimizer.lr:g}{ends_lr}, {optimizer.schedule}{warmup}",
         train_rows=len(data.train.rows),
         train_tokens=data.train.num_tokens,
         loss_tokens=data.train.num_loss_tokens,

@@ -87,6 +87,9 @@ class OptimizerConfig:
     lr: float = 1e-5
     """Peak learning rate."""
 
+    ends_lr: float | None = None
+    """Peak learning rate of the ends: embedding, head and final norm. Default: `lr`."""
+
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of the first and second moment."""
 
@@ -127,6 +130,8 @@ class OptimizerConfig:
             )
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise ValueError(f"optimizer.lr must be a positive number, got {self.lr}")
+        if self.ends_lr is not None and not (self.ends_lr > 0 and math.isfinite(self.ends_lr)):
+            raise ValueError(f"optimizer.ends_lr must be a positive number or null, got {self.ends_lr}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas must be in [0, 1), got {self.betas}")
         if not (self.eps > 0 and math.isfinite(self.eps)):
@@ -234,6 +239,11 @@ class Recipe:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
+        if self.optimizer.ends_lr is not None and not self.method.has_ends:
+            raise ValueError(
+                f"optimizer.ends_lr={self.optimizer.ends_lr:g} has no use with method {self.method.name}, "
+                "which trains no embedding, head or final norm; set it to null"
+            )
         if self.optimizer.in_backward and self.run.accumulation > 1:
             raise ValueError(
                 f"optimizer.in_backward releases a gradient before the next one could be added, so "

@@ -17,7 +17,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -234,8 +234,13 @@ def _check_same_recipe(stored: Path, recipe: Mapping[str, Any]) -> None:
         )
 
 
-def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """List the keys that two recipes differ in as `section.key: before → after`, `MAY_CHANGE` left out."""
+def differences(
+    before: Mapping[str, Any], after: Mapping[str, Any], may_change: Collection[str] = MAY_CHANGE
+) -> list[str]:
+    """List the keys that two recipes differ in as `section.key: before → after`, `may_change` left out.
+
+    A key that is missing says the same as null: a recipe of before the key was there goes on.
+    """
     flat = [
         {f"{section}.{key}": value for section, values in recipe.items() for key, value in values.items()}
         for recipe in (before, after)
@@ -244,7 +249,7 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str
     return [
         f"{key}: {flat[0].get(key, absent)} → {flat[1].get(key, absent)}"
         for key in sorted(flat[0] | flat[1])
-        if key not in MAY_CHANGE and flat[0].get(key, absent) != flat[1].get(key, absent)
+        if key not in may_change and flat[0].get(key) != flat[1].get(key)
     ]
 
 

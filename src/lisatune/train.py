@@ -152,7 +152,7 @@ def _step(parts: Parts, done: Progress, folder: RunFolder) -> dict[str, Any]:
     loss = parts.step.backward([parts.collate(my_share(batch)) for batch in batches])
     grad_norm = parts.step.clip()
     # Noted before the step, which may draw the next blocks.
-    record: dict[str, Any] = {"lr": parts.optimizer.param_groups[0]["lr"]}
+    record: dict[str, Any] = parts.learning_rates()
     if parts.lisa is not None:
         record |= {"period": parts.lisa.period_index, "active_blocks": parts.lisa.active_blocks}
     done.peak_trainable = max(done.peak_trainable, sum(p.numel() for p in parts.trainable()))

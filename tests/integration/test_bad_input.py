@@ -102,6 +102,11 @@ VALUES: list[tuple[list[str], tuple[str, ...]]] = [
     (["run.seed=9223372036854775808"], ("run.seed must be >= 0 and below 2**63, got 922",)),
     (["optimizer.lr=nan"], ("optimizer.lr must be a positive number, got nan",)),
     (["optimizer.lr=inf"], ("optimizer.lr must be a positive number, got inf",)),
+    (["optimizer.ends_lr=0"], ("optimizer.ends_lr must be a positive number or null, got 0.0",)),
+    (
+        ["method.name=lora", "optimizer.ends_lr=1e-4"],
+        ("optimizer.ends_lr=0.0001 has no use with method lora", "set it to null"),
+    ),
     (["optimizer.eps=nan"], ("optimizer.eps must be a positive number, got nan",)),
     (["optimizer.eps=inf"], ("optimizer.eps must be a positive number, got inf",)),
     (["optimizer.weight_decay=nan"], ("optimizer.weight_decay must be a number >= 0, got nan",)),

@@ -106,6 +106,7 @@ def test_resume_is_bit_equal_inside_a_period_and_an_epoch(
         ["method.state=reset"],
         ["method.state=cpu"],
         ["method.warmup=2"],
+        ["method.warmup=1", "method.ends=every:2", "optimizer.ends_lr=1e-4"],
         ["method.sampler=uniform", "method.ends=frozen"],
         ["method.ends=every:2+8bit"],
         ["method.ends=head+factored", "method.state=reset"],
@@ -292,6 +293,26 @@ def test_learning_rate_follows_warmup_and_schedule(schedule: str, factors: list[
     run(recipe, "run", "run.steps=6", f"optimizer.schedule={schedule}", "optimizer.warmup_steps=2")
     rates = [line["lr"] for line in metrics(recipe, "run")[1:-1]]
     assert rates == pytest.approx([1e-3 * factor for factor in factors])
+
+
+@pytest.mark.parametrize("method", ["lisa", "full", "galore"])
+def test_ends_have_a_rate_of_their_own_that_follows_the_schedule(method: str, recipe: Path) -> None:
+    use_method(recipe, method)
+    used = []
+
+    def note(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        rates = {group["layer"] == "ends": group["lr"] for group in optimizer.param_groups}
+        used.append((rates[False], rates[True]))
+
+    options = ["run.steps=4", "optimizer.ends_lr=1e-4", "optimizer.warmup_steps=1", "run.check_memory=false"]
+    hook = register_optimizer_step_pre_hook(note)
+    try:
+        run(recipe, "run", *options)
+    finally:
+        hook.remove()
+    factors = [0, *((1 + math.cos(math.pi * i / 3)) / 2 for i in range(3))]
+    assert used == [pytest.approx((1e-3 * factor, 1e-4 * factor)) for factor in factors]
+    assert [(line["lr"], line["ends_lr"]) for line in metrics(recipe, "run")[1:-1]] == used
 
 
 @pytest.mark.parametrize("most", [0.01, None])

@@ -67,6 +67,12 @@ def test_a_file_names_arms_and_options_and_the_command_wins(tmp_path: Path) -> N
     assert (chosen.seeds, chosen.budget) == ((0,), {"steps": 1000})
 
 
+def test_an_arm_may_have_a_rate_of_its_own_for_the_ends(tmp_path: Path) -> None:
+    methods = "lisa:optimizer.ends_lr=5e-5,full,lora:optimizer.ends_lr=null"
+    arms = read_comparison(write(tmp_path), ["optimizer.ends_lr=1e-4"], methods=methods).arms
+    assert [arm.recipe.optimizer.ends_lr for arm in arms] == [5e-5, 1e-4, None]
+
+
 def test_folders_of_arms_tell_names_apart_that_differ_in_signs_alone(tmp_path: Path) -> None:
     arms = {"LISA γ": "lisa", "LISA K": "lisa", "LISA κ": "lisa"}
     folders = [arm.folder for arm in read_comparison(write(tmp_path, arms=arms)).arms]
@@ -90,6 +96,7 @@ def test_folders_of_arms_tell_names_apart_that_differ_in_signs_alone(tmp_path: P
         ({"methods": "lora:data.limit=3"}, "can't have data.limit of its own"),
         ({"methods": "lora:run.steps=3"}, "can't have run.steps of its own"),
         ({"methods": "lora:optimizer.lr=3"}, "can't have optimizer.lr of its own"),
+        ({"methods": "lora:optimizer.ends_lr=3"}, "optimizer.ends_lr=3 has no use with method lora"),
         ({"methods": "full", "lr": ""}, "--lr is empty; give learning rates"),
         ({"methods": "full", "lr": "1e-5,fast"}, "--lr must be positive numbers, got 'fast'"),
         ({"methods": "full", "lr": "-1"}, "--lr must be positive numbers, got '-1'"),

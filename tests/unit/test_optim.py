@@ -1,4 +1,4 @@
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -8,7 +8,9 @@ from transformers.optimization import Adafactor
 
 import tiny
 from lisatune import LISA, build_adamw, find_layers, param_groups
-from lisatune.optim import check_parameters, groups_by_block, plain_optimizer, state_bytes
+from lisatune.methods import Full, GaLore, Lisa
+from lisatune.optim import build_optimizer, check_parameters, groups_by_block, plain_optimizer, state_bytes
+from lisatune.recipe import OptimizerConfig
 
 
 def test_one_group_per_layer_ends_first(tiny_llama: nn.Module) -> None:
@@ -48,6 +50,55 @@ def test_build_adamw_is_fused_and_names_its_parameters(untied_llama: nn.Module) 
     assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
     assert optimizer.param_groups[0]["eps"] == 1e-6
     assert optimizer.param_groups[1]["param_names"][0] == "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_ends_lr_is_that_of_the_ends_alone(untied_llama: nn.Module, weight_decay: float) -> None:
+    layers = find_layers(untied_llama)
+    options: dict[str, Any] = {"lr": 1e-3, "weight_decay": weight_decay, "ends_lr": 5e-5}
+    config = OptimizerConfig(**options)
+    for optimizer in (
+        build_adamw(untied_llama, layers, **options),
+        build_optimizer(untied_llama, layers, config),
+        build_optimizer(untied_llama, layers, config, ends="rows+8bit"),
+        Full().build_optimizer(untied_llama, layers, config),
+        Lisa().build_optimizer(untied_llama, layers, config),
+        GaLore(rank=16).build_optimizer(untied_llama, layers, config),
+    ):
+        rates = {(group["layer"] == "ends", group["lr"]) for group in optimizer.param_groups}
+        assert rates == {(True, 5e-5), (False, 1e-3)}
+
+
+@pytest.mark.parametrize("moments", ["fp32", "8bit"])  # torch's AdamW, and ours
+def test_ends_lr_equal_to_lr_changes_no_bit(moments: Literal["fp32", "8bit"]) -> None:
+    trained = []
+    for ends_lr in (None, 1e-2, 2e-2):
+        model = tiny.llama()
+        layers = find_layers(model)
+        config = OptimizerConfig(lr=1e-2, ends_lr=ends_lr, weight_decay=0.1, moments=moments)
+        optimizer = build_optimizer(model, layers, config)
+        LISA(model, optimizer, period=2, warmup=1, ends="every:2", layers=layers)
+        tiny.fit(model, optimizer, 6)
+        trained.append(model)
+    tiny.assert_same_weights(trained[0], trained[1])
+    assert tiny.moved(tiny.weights(trained[0]), trained[2]) >= {"lm_head.weight"}
+
+
+def test_warmup_of_a_period_ramps_each_rate_from_its_own(untied_llama: nn.Module) -> None:
+    layers = find_layers(untied_llama)
+    optimizer = build_adamw(untied_llama, layers, lr=1e-2, ends_lr=1e-3)
+    lisa = LISA(untied_llama, optimizer, period=2, warmup=1, ends="every:2", layers=layers)
+    seen: list[tuple[float, float]] = []
+    block = f"block {lisa.active_blocks[0]}"
+
+    def note(*_: object) -> None:
+        rates = {group["layer"]: group["lr"] for group in optimizer.param_groups}
+        seen.append((rates["ends"], rates[block]))
+
+    optimizer.register_step_pre_hook(note)  # runs after LISA's
+    tiny.fit(untied_llama, optimizer, 2)
+    assert seen == [(5e-4, 5e-3), (1e-3, 1e-2)]
+    assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"]) == (1e-3, 1e-2)
 
 
 def test_state_bytes_counts_every_tensor(untied_llama: nn.Module) -> None:

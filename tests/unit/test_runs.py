@@ -94,6 +94,7 @@ def test_resume_with_another_recipe_is_refused_with_the_keys_that_differ(tmp_pat
     assert f": {keys}; undo that" in str(caught.value)
     assert plain_yaml.load((tmp_path / "recipe.yaml").read_text()) == RECIPE
     assert differences(RECIPE, changed(run__steps=3, run__output="y")) == []
+    assert differences(RECIPE, changed(method__new_key=None)) == []  # saved before there was such a key
     assert differences(RECIPE, changed(run__seed=1)) == ["run.seed: 0 → 1"]
 
 

@@ -4,13 +4,13 @@ Arms, learning rates and seeds may be added to a comparison; what all its runs s
 """
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lisatune.compare.arms import Comparison
 from lisatune.compare_results import Data
 from lisatune.disk import replace_file
+from lisatune.runs import differences
 
 __all__ = ["check_folder", "claim"]
 
@@ -56,30 +56,18 @@ def check_folder(output: Path, comparison: Comparison) -> None:
         return
     try:
         before = json.loads(file.read_text(encoding="utf-8"))["asked"]
-        changed = _differences("", before["shared"], _identity(comparison)["shared"])
+        changed = differences(before["shared"], _identity(comparison)["shared"], NO_MATTER)
         known = before["arms"]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{file} is damaged; name another --output") from None
     for name, arm in _identity(comparison)["arms"].items():
         if name in known:
-            changed += _differences(f"{name}: ", known[name], arm)
+            changed += [f"{name}: {each}" for each in differences(known[name], arm, NO_MATTER)]
     if changed:
         raise ValueError(
             f"{output} holds another comparison: {'; '.join(dict.fromkeys(changed))}; undo that, or name "
             "another --output"
         )
-
-
-def _differences(place: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    flat = [
-        {f"{section}.{key}": value for section, values in each.items() for key, value in values.items()}
-        for each in (before, after)
-    ]
-    return [
-        f"{place}{key}: {flat[0].get(key, 'not set')} → {flat[1].get(key, 'not set')}"
-        for key in sorted(flat[0] | flat[1])
-        if key not in NO_MATTER and flat[0].get(key, "not set") != flat[1].get(key, "not set")
-    ]
 
 
 def claim(output: Path, comparison: Comparison, data: Data) -> None:

@@ -20,6 +20,8 @@ __all__ = ["Adapters", "linear_layers", "named_modules_among"]
 class Adapters(Method):
     """What PEFT adds to the model trains, all weights of the model are frozen."""
 
+    has_ends = False
+
     name: str = ""
     """Way to fine-tune."""
 

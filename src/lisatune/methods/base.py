@@ -24,6 +24,9 @@ class Method:
     shards: ClassVar[bool] = False
     """Whether it trains a model that is divided among ranks."""
 
+    has_ends: ClassVar[bool] = True
+    """Whether embedding, head and final norm may train, and so have a learning rate of their own."""
+
     lr_scale: ClassVar[float] = 1.0
     """Learning rate that suits it, as a multiple of LoRA's: few trained numbers take larger steps."""
 

@@ -44,7 +44,7 @@ class GaLore(Method):
         """Build AdamW over ends and blocks, with the blocks' matrices in groups that project."""
         groups: list[dict[str, Any]] = []
         projection = {"rank": self.rank, "gap": self.gap, "scale": self.scale}
-        for group in param_groups(model, layers, weight_decay=config.weight_decay):
+        for group in param_groups(model, layers, weight_decay=config.weight_decay, ends_lr=config.ends_lr):
             may = group["layer"] != "ends"
             matrices = [pair for pair in group["params"] if may and is_projected(pair[1], self.rank)]
             taken = {name for name, _ in matrices}
