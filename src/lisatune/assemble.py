@@ -24,7 +24,7 @@ from lisatune.lisa import LISA
 from lisatune.loss import CausalLMLoss
 from lisatune.optim import StateMeter
 from lisatune.prepare import Data, check_fits, max_positions, prepare_data
-from lisatune.pretrained import announce_remote_code
+from lisatune.pretrained import announce_remote_code, check_attention
 from lisatune.recipe import Recipe
 from lisatune.sharding import ShardedLoss, check_optimizer, check_recipe, shard
 from lisatune.step import TrainingStep
@@ -92,11 +92,10 @@ def assemble(recipe: Recipe, before_load: Callable[..., None] | None = None) -> 
     A rehearsal without weights goes first: what can't work fails before a large model loads. Then comes
     `before_load(device, steps=…, length=…)`, with the tokens of the longest batch.
     """
-    from transformers import get_scheduler
-
     run, name = recipe.run, recipe.model.name
     revision, trusted = recipe.model.revision, recipe.model.trust_remote_code
     announce_remote_code(name, trusted)
+    check_attention(recipe.model.attention)
     device = models.pick_device(run.device)
     if ranks.count() > 1:
         check_recipe(recipe)
@@ -126,6 +125,8 @@ def assemble(recipe: Recipe, before_load: Callable[..., None] | None = None) -> 
         loss.check_packing()
     divide = partial(shard, how=run.sharding, device=device) if ranks.count() > 1 else None
     built = build(recipe, model, loss, steps=data.steps, device=device, materialise=divide)
+    from transformers import get_scheduler  # only now that it is quiet
+
     schedule = recipe.optimizer.schedule
     scheduler = get_scheduler(
         "constant_with_warmup" if schedule == "constant" else schedule,

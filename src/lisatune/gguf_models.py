@@ -6,7 +6,9 @@ dequantised value exactly as the GGUF file means it.
 
 import copy
 import importlib.util
+import io
 import os
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,7 @@ def converted(file: Path, *, sha256: str | None = None) -> Path:
         raise ValueError(f"{file} is damaged: its sha256 is not {sha256}; install it again")
 
     transformers = import_transformers()
-    with one_sentence(str(file)):
+    with one_sentence(str(file)), redirect_stderr(io.StringIO()):  # a bar that can't be turned off
         quantised, info = transformers.AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
         )

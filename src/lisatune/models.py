@@ -14,6 +14,7 @@ import torch
 from lisatune.disk import written_aside
 from lisatune.gguf_models import SMOLLM2, SMOLLM2_SHA256, converted, smollm2_file
 from lisatune.pretrained import (
+    check_attention,
     check_index,
     check_loaded,
     import_auto_model,
@@ -156,6 +157,7 @@ def meta_model(
     needs_weights: bool = True,
 ) -> Any:
     """Build the model on the meta device: modules, names and shapes without weights. Else as `load_model`."""
+    check_attention(attention)
     config = load_config(
         name, revision=revision, trust_remote_code=trust_remote_code, needs_weights=needs_weights
     )
@@ -169,6 +171,7 @@ def model_from_config(
     config: Any, *, attention: str | None = None, dtype: torch.dtype, trust_remote_code: bool = False
 ) -> Any:
     """Build a causal language model on the meta device."""
+    check_attention(attention)
     with torch.device("meta"):
         model = import_auto_model().from_config(
             config, attn_implementation=attention, dtype=dtype, trust_remote_code=trust_remote_code

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -9,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from lisatune import cpu_attention
+from lisatune.recipe import unknown
 
 __all__ = [
     "announce_remote_code",
+    "check_attention",
     "check_index",
     "check_loaded",
     "import_auto_model",
@@ -20,6 +23,9 @@ __all__ = [
     "quiet",
 ]
 
+CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops")
+"""Loggers that name kernels which can't be loaded, at every start."""
+
 
 def import_transformers() -> Any:
     """Import it; ImportError with the line that installs it."""
@@ -27,26 +33,37 @@ def import_transformers() -> Any:
         import transformers
     except ImportError as error:
         raise ImportError('opening models needs transformers: pip install "lisatune[train]"') from error
+    for name in CHATTY:  # transformers imports these packages, sooner or later, where they are installed
+        logging.getLogger(name).addFilter(_is_of_use)
     return transformers
 
 
-def import_auto_model() -> Any:
-    """Import the class that opens causal language models, and name our attention on CPUs to it.
+def _is_of_use(record: logging.LogRecord) -> bool:
+    """Whether a log line is no complaint about kernels that nothing here calls."""
+    return not re.match(r"Failed to load |<enum '\w+'> is an Enum subclass", record.getMessage())
 
-    The import brings torchao along, if installed, which logs each of its kernels that can't be loaded.
-    """
+
+def import_auto_model() -> Any:
+    """Import the class that opens causal language models, and name our attention on CPUs to it."""
     transformers = import_transformers()
-    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        _ = transformers.PreTrainedModel
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-    cpu_attention.register()  # only now: it imports what logs
+    cpu_attention.register()
     return transformers.AutoModelForCausalLM
+
+
+def check_attention(name: str | None) -> None:
+    """Refuse a name of no attention; one with a slash is a kernel's on the hub, which transformers knows.
+
+    Raises:
+        ValueError: names the nearest.
+    """
+    if name is None or "/" in name:
+        return
+    import_auto_model()
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    known = sorted({"eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()})
+    if name not in known:
+        raise ValueError(unknown("model.attention", name, known))
 
 
 def announce_remote_code(name: str, trusted: bool) -> None:

@@ -6,11 +6,13 @@ of the class that `method.name` picks (`lisatune.methods.METHODS`). `lisatune.cl
 `Recipe` from a file and overrides.
 """
 
+import difflib
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-__all__ = ["DataConfig", "ModelConfig", "OptimizerConfig", "Recipe", "RunConfig", "check_steps"]
+__all__ = ["DataConfig", "ModelConfig", "OptimizerConfig", "Recipe", "RunConfig", "check_steps", "unknown"]
 
 
 MAX_STEPS = 1_000_000
@@ -263,6 +265,13 @@ def check_steps(steps: float, asked: str) -> None:
     """
     if steps > MAX_STEPS:
         raise ValueError(f"{asked} makes a run of {steps:.3g} optimizer steps, the most is {MAX_STEPS:,}")
+
+
+def unknown(what: str, name: object, known: Iterable[str]) -> str:
+    """Say that a name is unknown, which one is nearest, and which there are."""
+    close = difflib.get_close_matches(str(name), known, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"unknown {what} {str(name)!r}.{hint} Known: {', '.join(known)}"
 
 
 def _plain(value: Any) -> Any:

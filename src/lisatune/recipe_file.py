@@ -24,7 +24,7 @@ from rich.console import Console
 
 from lisatune import plain_yaml
 from lisatune.methods import METHODS
-from lisatune.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe, RunConfig
+from lisatune.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe, RunConfig, unknown
 
 __all__ = [
     "Sections",
@@ -33,7 +33,6 @@ __all__ = [
     "print_keys",
     "read_sections",
     "recipe_without_file",
-    "unknown",
 ]
 
 SECTIONS: dict[str, type] = {
@@ -220,13 +219,6 @@ def _read_overrides(overrides: Iterable[str]) -> Sections:
 
 def _keys(section: type) -> list[str]:
     return [field.name for field in dataclasses.fields(section)]
-
-
-def unknown(what: str, name: object, known: Iterable[str]) -> str:
-    """Say that a name is unknown, which one is nearest, and which there are."""
-    close = difflib.get_close_matches(str(name), known, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"unknown {what} {str(name)!r}.{hint} Known: {', '.join(known)}"
 
 
 def _unknown_key(section: str, key: object, sections: Mapping[str, Any]) -> str:

@@ -107,6 +107,7 @@ VALUES: list[tuple[list[str], tuple[str, ...]]] = [
         ["method.name=lora", "optimizer.ends_lr=1e-4"],
         ("optimizer.ends_lr=0.0001 has no use with method lora", "set it to null"),
     ),
+    (["model.attention=lisa_cpu"], ("unknown model.attention 'lisa_cpu'", "Did you mean 'lisatune_cpu'?")),
     (["optimizer.eps=nan"], ("optimizer.eps must be a positive number, got nan",)),
     (["optimizer.eps=inf"], ("optimizer.eps must be a positive number, got inf",)),
     (["optimizer.weight_decay=nan"], ("optimizer.weight_decay must be a number >= 0, got nan",)),

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -313,6 +315,14 @@ def test_ends_have_a_rate_of_their_own_that_follows_the_schedule(method: str, re
     factors = [0, *((1 + math.cos(math.pi * i / 3)) / 2 for i in range(3))]
     assert used == [pytest.approx((1e-3 * factor, 1e-4 * factor)) for factor in factors]
     assert [(line["lr"], line["ends_lr"]) for line in metrics(recipe, "run")[1:-1]] == used
+
+
+@pytest.mark.parametrize("method", ["lisa", "lora"])
+def test_the_command_says_nothing_to_stderr(method: str, recipe: Path) -> None:
+    use_method(recipe, method)
+    command = [sys.executable, "-m", "lisatune", "train", str(recipe), "optimizer.moments=8bit"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("most", [0.01, None])

@@ -291,11 +291,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_gguf_file_becomes_a_plain_model_with_the_same_logits(
-    tmp_path: Path, cache: Path, tied: bool
+    tmp_path: Path, cache: Path, tied: bool, capfd: pytest.CaptureFixture[str]
 ) -> None:
     source, ids = tiny(tied=tied).eval(), torch.arange(9)[None]
     write_gguf(tmp_path / "tiny.gguf", source, "smollm")
     model = load_model(str(tmp_path / "tiny.gguf"))
+    assert capfd.readouterr().err == ""  # no bar of transformers
     assert torch.equal(model(ids).logits, source(ids).logits)
     assert not hasattr(model.config, "quantization_config")
     save_model(

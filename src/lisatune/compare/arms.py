@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from lisatune.methods import METHODS
-from lisatune.recipe import Recipe
-from lisatune.recipe_file import Sections, build_recipe, read_sections, unknown
+from lisatune.recipe import Recipe, unknown
+from lisatune.recipe_file import Sections, build_recipe, read_sections
 
 __all__ = ["RUN_KEYS", "Arm", "Comparison", "read_comparison"]
 
