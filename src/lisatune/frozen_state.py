@@ -24,10 +24,13 @@ class FrozenState:
 
     Args:
         optimizer: whose state it is. The keys in its attribute `lasting_state` outlive every freeze.
-        policy: drop and reset release all other state, cpu keeps it in host memory, keep does nothing.
+        policy: drop and reset release all other state, cpu keeps it in host memory, second_moment of that
+            only AdamW's second moments and step counts, keep does nothing.
     """
 
-    def __init__(self, optimizer: Optimizer, policy: Literal["drop", "reset", "cpu", "keep"]) -> None:
+    def __init__(
+        self, optimizer: Optimizer, policy: Literal["drop", "reset", "second_moment", "cpu", "keep"]
+    ) -> None:
         self._optimizer, self._policy = optimizer, policy
         self._lasting: tuple[str, ...] = tuple(getattr(optimizer, "lasting_state", ()))
         self._host = HostState()
@@ -37,7 +40,11 @@ class FrozenState:
         if self._policy == "keep" or parameter not in self._optimizer.state:
             return
         released = self._optimizer.state.pop(parameter)
-        kept = released if self._policy == "cpu" else self._lasting_part(released)
+        kept = self._lasting_part(released)
+        if self._policy == "cpu":
+            kept = released
+        elif self._policy == "second_moment":
+            kept |= _second_moment(released)
         if kept:
             self._host.put(parameter, kept)
 
@@ -45,6 +52,10 @@ class FrozenState:
         """Give the optimizer back what was kept."""
         kept = self._host.take(parameter)
         if kept is not None:
+            if (
+                self._policy == "second_moment" and "exp_avg_sq" in kept
+            ):  # torch's AdamW makes all state or none
+                kept["exp_avg"] = torch.zeros_like(kept["exp_avg_sq"])
             self._optimizer.state[parameter] = kept
 
     def forget(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -144,6 +155,12 @@ class HostState:
         return tensors_bytes(
             v for state in self._kept.values() for v in state.values() if isinstance(v, Tensor)
         )
+
+
+def _second_moment(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What AdamW knows of the size of gradients, in whatever format; nothing of other optimizers."""
+    found = {key: value for key, value in entry.items() if key.startswith("exp_avg_sq")}
+    return found | {"step": entry["step"]} if found else {}
 
 
 def _in_order(optimizer: Optimizer) -> Iterable[nn.Parameter]:

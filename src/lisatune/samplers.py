@@ -29,6 +29,7 @@ __all__ = [
     "Sampler",
     "Uniform",
     "Weighted",
+    "Window",
     "auto_period",
     "make_sampler",
     "visits",
@@ -105,6 +106,41 @@ class Permutation(Sampler):
     def inclusion(self) -> tuple[float, ...]:
         """Return the chance for a random period of a pass: γ/N for every block."""
         return (self.active / self.num_blocks,) * self.num_blocks
+
+
+@dataclass(frozen=True)
+class Window(Sampler):
+    """γ neighbouring blocks: a shuffled pass over ⌈N/γ⌉ windows that hold all blocks, then another.
+
+    π_l = γ/N where γ divides N. Else the last window reaches back into the one before, and the blocks that
+    both hold train in two periods of a pass.
+    """
+
+    num_blocks: int
+    active: int
+
+    def __post_init__(self) -> None:
+        _check_active(self.active, self.num_blocks)
+
+    def draw(self, period: int, *, seed: int) -> tuple[int, ...]:
+        """Return window number `period mod ⌈N/γ⌉` of the pass that `period` falls into."""
+        if self.active == 0:
+            return ()
+        windows = self._windows()
+        pass_index, slot = divmod(period, len(windows))
+        return tuple(windows[_shuffle((1.0,) * len(windows), f"{seed}/pass {pass_index}")[slot]])
+
+    def inclusion(self) -> tuple[float, ...]:
+        """Return the chance for a random period of a pass: the share of the windows that hold the block."""
+        windows = self._windows() if self.active else [range(0)]
+        return tuple(
+            sum(block in each for each in windows) / len(windows) for block in range(self.num_blocks)
+        )
+
+    def _windows(self) -> list[range]:
+        last = self.num_blocks - self.active
+        starts = (min(first, last) for first in range(0, self.num_blocks, self.active))
+        return [range(first, first + self.active) for first in starts]
 
 
 @dataclass(frozen=True)
@@ -188,7 +224,7 @@ def make_sampler(sampler: str | Sequence[float] | Sampler, active: int, num_bloc
     """Build the sampler that a user named.
 
     Args:
-        sampler: "permutation", "uniform", N probabilities for `Weighted`, or a sampler, taken as it is.
+        sampler: "permutation", "uniform", "window", N probabilities for `Weighted`, or a sampler, taken as it is.
         active: γ, 0 <= γ <= N; a sampler that is taken as it is has its own.
         num_blocks: N.
 
@@ -200,8 +236,10 @@ def make_sampler(sampler: str | Sequence[float] | Sampler, active: int, num_bloc
             return Permutation(num_blocks, active)
         if sampler == "uniform":
             return Uniform(num_blocks, active)
+        if sampler == "window":
+            return Window(num_blocks, active)
         raise ValueError(
-            f"unknown sampler {sampler!r}; use 'permutation', 'uniform' or one probability per block"
+            f"unknown sampler {sampler!r}; use 'permutation', 'uniform', 'window' or one probability per block"
         )
     given = sampler.num_blocks if isinstance(sampler, Sampler) else len(sampler)
     if given != num_blocks:

@@ -103,10 +103,6 @@ VALUES: list[tuple[list[str], tuple[str, ...]]] = [
     (["optimizer.lr=nan"], ("optimizer.lr must be a positive number, got nan",)),
     (["optimizer.lr=inf"], ("optimizer.lr must be a positive number, got inf",)),
     (["optimizer.ends_lr=0"], ("optimizer.ends_lr must be a positive number or null, got 0.0",)),
-    (
-        ["method.name=lora", "optimizer.ends_lr=1e-4"],
-        ("optimizer.ends_lr=0.0001 has no use with method lora", "set it to null"),
-    ),
     (["model.attention=lisa_cpu"], ("unknown model.attention 'lisa_cpu'", "Did you mean 'lisatune_cpu'?")),
     (["optimizer.eps=nan"], ("optimizer.eps must be a positive number, got nan",)),
     (["optimizer.eps=inf"], ("optimizer.eps must be a positive number, got inf",)),

@@ -107,6 +107,8 @@ def test_resume_is_bit_equal_inside_a_period_and_an_epoch(
     [
         ["method.state=reset"],
         ["method.state=cpu"],
+        ["method.state=second_moment"],
+        ["method.sampler=window", "method.lr_scaling=sqrt"],
         ["method.warmup=2"],
         ["method.warmup=1", "method.ends=every:2", "optimizer.ends_lr=1e-4"],
         ["method.sampler=uniform", "method.ends=frozen"],

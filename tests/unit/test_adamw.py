@@ -148,7 +148,7 @@ def float32_of(optimizer: AdamW, p: Tensor) -> Tensor:
     return exact
 
 
-@pytest.mark.parametrize("state", ["drop", "reset", "cpu", "keep"])
+@pytest.mark.parametrize("state", ["drop", "reset", "second_moment", "cpu", "keep"])
 def test_a_block_that_freezes_and_thaws_keeps_its_remainder(state: Any) -> None:
     model = tiny.llama().to(torch.bfloat16)
     optimizer = AdamW(model.parameters(), lr=1e-5)

@@ -11,9 +11,10 @@ from torch.optim import Optimizer
 
 import tiny
 from lisatune import LISA, AdamW
-from lisatune.frozen_state import HostState
+from lisatune.frozen_state import FrozenState, HostState
+from lisatune.memory import tensors_bytes
 
-POLICIES = ("drop", "reset", "cpu", "keep")
+POLICIES = ("drop", "reset", "second_moment", "cpu", "keep")
 
 
 class SplitSGD(Optimizer):
@@ -180,6 +181,39 @@ def test_optimizers_without_lasting_state_keep_nothing(untied_llama: nn.Module) 
     assert len(optimizer.state_dict()["state"]) == len(lisa.trainable_parameters())
     lisa.detach()
     assert len(optimizer.state) == len(optimizer.state_dict()["state"]) < len(list(untied_llama.parameters()))
+
+
+@pytest.mark.parametrize("moments", [None, "fp32", "bf16", "8bit"])  # None: torch's AdamW
+def test_second_moments_are_inherited_and_first_ones_start_at_zero(moments: str | None) -> None:
+    model = tiny.llama(hidden=64)  # matrices of 4096 elements and more: 8-bit moments of fewer are float32
+    optimizer: Optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    if moments is not None:
+        optimizer = AdamW(model.parameters(), moments=moments)
+    tiny.fit(model, optimizer, 3)
+    frozen = FrozenState(optimizer, "second_moment")
+    p = model.model.layers[0].mlp.up_proj.weight
+    before = dict(optimizer.state[p])
+    frozen.freeze(p)
+    assert p not in optimizer.state
+    assert frozen.nbytes() == tensors_bytes(v for k, v in before.items() if k == "step" or "exp_avg_sq" in k)
+    frozen.thaw(p)
+    after = optimizer.state[p]
+    assert all(torch.equal(after[key], before[key]) for key in before if "exp_avg_sq" in key)
+    assert float(after["step"]) == 3
+    tiny.backward(model, 3)
+    optimizer.step()
+    assert float(after["step"]) == 4
+    assert p.grad is not None
+    if moments in (None, "fp32"):  # of no gradient but the last
+        torch.testing.assert_close(after["exp_avg"], 0.1 * p.grad)
+    assert after.keys() == before.keys()
+
+
+def test_an_optimizer_without_second_moments_inherits_nothing(untied_llama: nn.Module) -> None:
+    optimizer = torch.optim.SGD(untied_llama.parameters(), lr=1e-2, momentum=0.9)
+    lisa = LISA(untied_llama, optimizer, period=2, state="second_moment")
+    tiny.fit(untied_llama, optimizer, 5)
+    assert lisa.host_bytes() == 0
 
 
 def test_host_state_gives_back_what_it_took() -> None:

@@ -25,7 +25,7 @@ OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
     "adafactor-own-rate": lambda p: transformers.optimization.Adafactor(p),
 }
-POLICIES = ("drop", "reset", "cpu", "keep")
+POLICIES = ("drop", "reset", "second_moment", "cpu", "keep")
 
 
 def attach(model: nn.Module, kind: str = "adamw", **options: Any) -> tuple[Optimizer, LISA]:
@@ -603,7 +603,7 @@ def test_ranks_that_appear_later_are_refused_at_the_next_draw(
         ({"sampler": [0.5] * 5}, "got 5 probabilities for 6 blocks"),
         ({"sampler": [0.5] * 5 + [float("nan")]}, "the probability of block 5 must be 0 or more, got nan"),
         ({"sampler": "random"}, "unknown sampler 'random'"),
-        ({"state": "dropp"}, "state must be one of drop, reset, cpu, keep, got 'dropp'"),
+        ({"state": "dropp"}, "state must be one of drop, reset, second_moment, cpu, keep, got 'dropp'"),
         ({"ends": "none"}, "ends 'none': there is no 'none'. Allowed: train, head, frozen, every:M, 8bit"),
         (
             {"ends": "8bit"},

@@ -14,7 +14,7 @@ import tiny
 from lisatune import LISA, build_adamw, find_layers
 from lisatune.samplers import Sampler
 
-POLICIES = ("drop", "reset", "cpu", "keep")
+POLICIES = ("drop", "reset", "second_moment", "cpu", "keep")
 STEPS = 14
 PERIOD = 4
 

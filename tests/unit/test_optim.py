@@ -84,6 +84,23 @@ def test_ends_lr_equal_to_lr_changes_no_bit(moments: Literal["fp32", "8bit"]) ->
     assert tiny.moved(tiny.weights(trained[0]), trained[2]) >= {"lm_head.weight"}
 
 
+@pytest.mark.parametrize(("how", "power"), [("inverse", -1), ("sqrt", -0.5), (None, 0)])
+def test_rates_of_blocks_are_scaled_by_their_chance_to_train(
+    untied_llama: nn.Module, how: Literal["inverse", "sqrt"] | None, power: float
+) -> None:
+    layers, config = find_layers(untied_llama), OptimizerConfig(lr=1e-3, ends_lr=1e-4)
+    chances = (1.0, 0.5, 0.0, 0.25, 0.125, 1.0)
+    for method, expected in (
+        (Lisa(active=2, lr_scaling=how), (1 / 3,) * 6),
+        (Lisa(active=0, lr_scaling=how), (1.0,) * 6),
+        (Lisa(active=4, sampler="window", lr_scaling=how), (0.5, 0.5, 1, 1, 0.5, 0.5)),
+        (Lisa(sampler="independent", probabilities=chances, lr_scaling=how), (1, 0.5, 1, 0.25, 0.125, 1)),
+    ):
+        ends, *blocks = method.build_optimizer(untied_llama, layers, config).param_groups
+        assert ends["lr"] == 1e-4
+        assert [group["lr"] for group in blocks] == pytest.approx([1e-3 * p**power for p in expected])
+
+
 def test_warmup_of_a_period_ramps_each_rate_from_its_own(untied_llama: nn.Module) -> None:
     layers = find_layers(untied_llama)
     optimizer = build_adamw(untied_llama, layers, lr=1e-2, ends_lr=1e-3)

@@ -107,6 +107,11 @@ def test_off_is_a_word_and_null_is_nothing(tmp_path: Path) -> None:
         (BASE + "run: {output: ''}\n", "{}: run.output must be text or null, got nothing"),
         (BASE + "data: {limit: 5}\n", "recipe {}: line 3: not valid YAML: key 'data' is given twice"),
         (BASE + "optimizer: {lr: fast}\n", "{}: optimizer.lr must be a number, got 'fast'"),
+        (
+            BASE + "method: {name: ia3}\noptimizer: {ends_lr: 1e-4}\n",
+            "{}: optimizer.ends_lr=0.0001 has no use with method ia3, which trains no embedding, head or final "
+            "norm; set it to null",
+        ),
         (BASE + "optimizer: {lr: -1}\n", "{}: optimizer.lr must be a positive number, got -1.0"),
         (
             BASE + "optimizer: {betas: [0.9]}\n",

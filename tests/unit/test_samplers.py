@@ -14,6 +14,7 @@ from lisatune.samplers import (
     Sampler,
     Uniform,
     Weighted,
+    Window,
     auto_period,
     make_sampler,
     visits,
@@ -40,7 +41,7 @@ def samplers(draw: st.DrawFn) -> tuple[Sampler, int]:
         return Weighted(p, active), active
     num_blocks = draw(st.integers(1, 40))
     active = draw(st.integers(0, num_blocks))
-    return draw(st.sampled_from([Uniform, Permutation]))(num_blocks, active), active
+    return draw(st.sampled_from([Uniform, Permutation, Window]))(num_blocks, active), active
 
 
 @given(samplers(), periods, seeds)
@@ -100,11 +101,27 @@ def test_permutation_trains_every_block_within_a_pass(data: st.DataObject, seed:
     assert max(counts) <= 2
 
 
+@given(st.data(), seeds)
+def test_windows_are_neighbours_that_train_every_block_within_a_pass(data: st.DataObject, seed: int) -> None:
+    num_blocks = data.draw(st.integers(1, 40))
+    active = data.draw(st.integers(1, num_blocks))
+    length = math.ceil(num_blocks / active)
+    first = length * data.draw(st.integers(0, 5))
+    sampler = Window(num_blocks, active)
+    drawn = [sampler.draw(first + slot, seed=seed) for slot in range(length)]
+    assert all(each == tuple(range(each[0], each[0] + active)) for each in drawn)
+    counts = [sum(block in each for each in drawn) for block in range(num_blocks)]
+    assert [count / length for count in counts] == pytest.approx(sampler.inclusion())
+    assert set(counts) <= {1, 2}
+    assert (set(counts) == {1}) == (num_blocks % active == 0)
+
+
 GOLDEN = [
     (Permutation(8, 3), 0, [(1, 4, 6), (0, 2, 5), (3, 6, 7), (1, 3, 4), (0, 5, 7)]),
     (Permutation(32, 2), 7, [(1, 18), (8, 19), (0, 6), (12, 17), (22, 23)]),
     (Uniform(8, 3), 0, [(3, 5, 6), (1, 4, 6), (0, 1, 4), (1, 3, 7), (2, 6, 7)]),
     (Uniform(32, 2), 7, [(21, 22), (15, 28), (4, 19), (7, 8), (0, 12)]),
+    (Window(8, 3), 0, [(3, 4, 5), (5, 6, 7), (0, 1, 2), (3, 4, 5), (0, 1, 2)]),
     (Weighted((1, 2, 3, 4, 0, 6, 7, 8), 3), 0, [(3, 6, 7), (1, 5, 7), (5, 6, 7), (1, 3, 6), (2, 6, 7)]),
     (
         Independent((0.0, 0.1, 0.25, 0.5, 0.75, 1.0)),
@@ -164,6 +181,8 @@ def frequencies(sampler: Sampler, draws: int = 4000) -> list[float]:
         Uniform(5, 2),
         Permutation(5, 2),
         Permutation(8, 3),
+        Window(8, 3),
+        Window(6, 2),
         Weighted((1.0, 2.0, 0.0, 8.0, 4.0), 2),
         Independent((0.0, 0.05, 0.5, 0.9, 1.0)),
     ],
@@ -186,13 +205,13 @@ def test_seeds_name_different_draws() -> None:
 
 
 @pytest.mark.parametrize("active", [-1, 7, 1.5, float("nan")])
-@pytest.mark.parametrize("sampler", ["permutation", "uniform", (1.0,) * 6])
+@pytest.mark.parametrize("sampler", ["permutation", "uniform", "window", (1.0,) * 6])
 def test_gamma_out_of_range_is_refused(sampler: str | tuple[float, ...], active: int) -> None:
     with pytest.raises(ValueError, match=rf"active must be between 0 and the model's 6 blocks, got {active}"):
         make_sampler(sampler, active, 6)
 
 
-@pytest.mark.parametrize("kind", [Uniform, Permutation])
+@pytest.mark.parametrize("kind", [Uniform, Permutation, Window])
 @pytest.mark.parametrize("active", [-1, 7])
 def test_gamma_out_of_range_is_refused_in_a_sampler_of_ones_own(kind: type, active: int) -> None:
     with pytest.raises(ValueError, match="active must be between 0"):
@@ -226,7 +245,9 @@ def test_fewer_positive_probabilities_than_gamma_are_refused() -> None:
 
 
 def test_unknown_sampler_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="unknown sampler 'permute'; use 'permutation', 'uniform' or"):
+    with pytest.raises(
+        ValueError, match="unknown sampler 'permute'; use 'permutation', 'uniform', 'window' or"
+    ):
         make_sampler("permute", 2, 6)
 
 

@@ -12,7 +12,7 @@ from lisatune.lisa import LISA
 from lisatune.methods.base import Method
 from lisatune.optim import build_optimizer
 from lisatune.recipe import OptimizerConfig
-from lisatune.samplers import Independent
+from lisatune.samplers import Independent, make_sampler
 
 __all__ = ["Lisa"]
 
@@ -32,8 +32,8 @@ class Lisa(Method):
     period: int | Literal["auto"] = 10
     """Optimizer steps between two draws, K in the paper. auto: every block trains at least twice."""
 
-    sampler: Literal["permutation", "uniform", "weighted", "independent"] = "permutation"
-    """How blocks are drawn; `weighted` and `independent` read `probabilities`."""
+    sampler: Literal["permutation", "uniform", "window", "weighted", "independent"] = "permutation"
+    """How blocks are drawn, `window` neighbours; `weighted` and `independent` read `probabilities`."""
 
     probabilities: tuple[float, ...] | None = None
     """One number per block for the samplers `weighted` and `independent`."""
@@ -41,11 +41,14 @@ class Lisa(Method):
     seed: int = 0
     """Seed of the draws alone."""
 
-    state: Literal["drop", "reset", "cpu", "keep"] = "drop"
+    state: Literal["drop", "reset", "second_moment", "cpu", "keep"] = "drop"
     """What happens to the optimizer state of a block that freezes."""
 
     warmup: int = 0
     """Steps at the start of a period over which a thawed block's learning rate ramps up."""
+
+    lr_scaling: Literal["inverse", "sqrt"] | None = None
+    """Multiply a block's learning rate by 1/p or 1/√p, p its chance to train in a period. Default: neither."""
 
     ends: str = "train"
     """Which ends train, when, with what state: train head frozen every:M 8bit factored cpu rows, by +."""
@@ -72,8 +75,16 @@ class Lisa(Method):
     def build_optimizer(
         self, model: nn.Module, layers: LayerMap, config: OptimizerConfig
     ) -> torch.optim.Optimizer:
-        """Build AdamW over ends and blocks, the ends' state as `ends` says."""
-        return build_optimizer(model, layers, config, ends=self.ends)
+        """Build AdamW over ends and blocks, the ends' state as `ends` says, rates as `lr_scaling` does."""
+        optimizer = build_optimizer(model, layers, config, ends=self.ends)
+        if self.lr_scaling is not None:
+            chances = make_sampler(self._sampler(), self.active, layers.num_blocks).inclusion()
+            power = {"inverse": -1.0, "sqrt": -0.5}[self.lr_scaling]
+            for group in optimizer.param_groups:
+                kind, _, block = group["layer"].partition(" ")
+                if kind == "block" and chances[int(block)] > 0:  # else it never trains
+                    group["lr"] *= chances[int(block)] ** power
+        return optimizer
 
     def attach(
         self,
