@@ -64,13 +64,14 @@ class LISA:
         active: γ, blocks that train at once, 0 <= γ <= N. γ = N is full fine-tuning, γ = 0 trains the ends.
         period: K, optimizer steps between two draws, or "auto": as long as possible, at most 50, such that
             every block trains twice in `total_steps`.
-        sampler: "permutation", "uniform" (the paper's), "window" (γ neighbouring blocks), N probabilities for γ weighted distinct blocks, or
-            a `lisatune.samplers.Sampler` such as `Independent`, which decides γ itself.
+        sampler: "permutation", "uniform" (the paper's), "window" (γ neighbouring blocks), N probabilities
+            for γ weighted distinct blocks, or a `lisatune.samplers.Sampler` such as `Independent`, which
+            decides γ itself.
         seed: names the draws. They are a pure function of it: equal on every rank, no global RNG.
         state: what happens to the optimizer state of a block that freezes.
             drop: released; a block drawn twice running keeps it. reset: all state, the ends' too, is cleared
-            at every draw, as in the paper's published runs. cpu: moved to host memory and back. second_moment:
-            so is AdamW's second moment with its step count, while the first starts at 0. keep: never
+            at every draw, as in the paper's published runs. cpu: moved to host memory and back.
+            second_moment: so is AdamW's second moment with its step count; the first starts at 0. keep: never
             released, which costs the memory LISA is meant to save; for comparisons.
         ends: which of embedding, head and final norm train in which periods, as text or `EndsPolicy`; see
             `lisatune.ends`. State formats (8bit, factored, cpu) must be those of the optimizer's groups.

@@ -224,7 +224,8 @@ def make_sampler(sampler: str | Sequence[float] | Sampler, active: int, num_bloc
     """Build the sampler that a user named.
 
     Args:
-        sampler: "permutation", "uniform", "window", N probabilities for `Weighted`, or a sampler, taken as it is.
+        sampler: "permutation", "uniform", "window", N probabilities for `Weighted`, or a sampler, which is
+            taken as it is.
         active: γ, 0 <= γ <= N; a sampler that is taken as it is has its own.
         num_blocks: N.
 
@@ -239,7 +240,8 @@ def make_sampler(sampler: str | Sequence[float] | Sampler, active: int, num_bloc
         if sampler == "window":
             return Window(num_blocks, active)
         raise ValueError(
-            f"unknown sampler {sampler!r}; use 'permutation', 'uniform', 'window' or one probability per block"
+            f"unknown sampler {sampler!r}; use 'permutation', 'uniform', 'window' or one probability for "
+            "each block"
         )
     given = sampler.num_blocks if isinstance(sampler, Sampler) else len(sampler)
     if given != num_blocks:

@@ -194,6 +194,14 @@ def test_a_folder_with_other_files_is_refused(recipe: Path, calls: list[list[str
         compare(recipe, "full")
 
 
+def test_an_unknown_attention_is_refused_before_anything_is_made(
+    recipe: Path, calls: list[list[str]]
+) -> None:
+    with pytest.raises(ValueError, match="unknown model.attention 'sdpaa'. Did you mean 'sdpa'"):
+        compare(recipe, "full", "model.attention=sdpaa")
+    assert (calls, (recipe.parent / "out").exists()) == ([], False)
+
+
 def test_failed_runs_show_their_reason_and_the_others_go_on(recipe: Path, calls: list[list[str]]) -> None:
     results = compare(recipe, "full,lora:targets=[nope],lisa", lr="1e-3,1e30")
     assert results["complete"]

@@ -109,8 +109,8 @@ def test_off_is_a_word_and_null_is_nothing(tmp_path: Path) -> None:
         (BASE + "optimizer: {lr: fast}\n", "{}: optimizer.lr must be a number, got 'fast'"),
         (
             BASE + "method: {name: ia3}\noptimizer: {ends_lr: 1e-4}\n",
-            "{}: optimizer.ends_lr=0.0001 has no use with method ia3, which trains no embedding, head or final "
-            "norm; set it to null",
+            "{}: optimizer.ends_lr=0.0001 has no use with method ia3, which trains no embedding, head or "
+            "final norm; set it to null",
         ),
         (BASE + "optimizer: {lr: -1}\n", "{}: optimizer.lr must be a positive number, got -1.0"),
         (
@@ -128,8 +128,8 @@ def test_off_is_a_word_and_null_is_nothing(tmp_path: Path) -> None:
         ),
         (
             BASE + "method: {sampler: unifrm}\n",
-            "{}: method.sampler must be one of permutation, uniform, weighted, independent, got 'unifrm'."
-            " Did you mean 'uniform'?",
+            "{}: method.sampler must be one of permutation, uniform, window, weighted, independent, got "
+            "'unifrm'. Did you mean 'uniform'?",
         ),
         (
             "model: {name: a, revision: 1.10}\ndata: {train: t}\n",

@@ -23,6 +23,7 @@ from lisatune.compare.runs import FailedError, Run, measure_base, measure_run, t
 from lisatune.compare.tables import Board, markdown
 from lisatune.compare_results import Data, Results
 from lisatune.disk import replace_file, take_lock
+from lisatune.pretrained import check_attention
 from lisatune.progress import plural
 from lisatune.recipe import DataConfig
 
@@ -49,6 +50,7 @@ def compare(
     """
     output = Path(output).absolute()  # runs may be gone on with from elsewhere
     check_folder(output, comparison)
+    check_attention(comparison.recipe.model.attention)
     output.mkdir(parents=True, exist_ok=True)
     try:
         lock = take_lock(output / ".lock")

@@ -48,7 +48,7 @@ class Lisa(Method):
     """Steps at the start of a period over which a thawed block's learning rate ramps up."""
 
     lr_scaling: Literal["inverse", "sqrt"] | None = None
-    """Multiply a block's learning rate by 1/p or 1/√p, p its chance to train in a period. Default: neither."""
+    """Multiply a block's learning rate by 1/p or 1/√p, p its chance to train in a period. Default: by 1."""
 
     ends: str = "train"
     """Which ends train, when, with what state: train head frozen every:M 8bit factored cpu rows, by +."""
