@@ -124,22 +124,20 @@ class Window(Sampler):
 
     def draw(self, period: int, *, seed: int) -> tuple[int, ...]:
         """Return window number `period mod ⌈N/γ⌉` of the pass that `period` falls into."""
-        if self.active == 0:
-            return ()
         windows = self._windows()
         pass_index, slot = divmod(period, len(windows))
         return tuple(windows[_shuffle((1.0,) * len(windows), f"{seed}/pass {pass_index}")[slot]])
 
     def inclusion(self) -> tuple[float, ...]:
         """Return the chance for a random period of a pass: the share of the windows that hold the block."""
-        windows = self._windows() if self.active else [range(0)]
+        windows = self._windows()
         return tuple(
             sum(block in each for each in windows) / len(windows) for block in range(self.num_blocks)
         )
 
     def _windows(self) -> list[range]:
         last = self.num_blocks - self.active
-        starts = (min(first, last) for first in range(0, self.num_blocks, self.active))
+        starts = (min(first, last) for first in range(0, self.num_blocks, self.active or self.num_blocks))
         return [range(first, first + self.active) for first in starts]
 
 

@@ -197,7 +197,7 @@ def test_a_folder_with_other_files_is_refused(recipe: Path, calls: list[list[str
 def test_an_unknown_attention_is_refused_before_anything_is_made(
     recipe: Path, calls: list[list[str]]
 ) -> None:
-    with pytest.raises(ValueError, match="unknown model.attention 'sdpaa'. Did you mean 'sdpa'"):
+    with pytest.raises(ValueError, match=r"unknown model\.attention 'sdpaa'\. Did you mean 'sdpa'"):
         compare(recipe, "full", "model.attention=sdpaa")
     assert (calls, (recipe.parent / "out").exists()) == ([], False)
 
