@@ -24,6 +24,7 @@ from functools import lru_cache
 import torch
 
 __all__ = [
+    "Cyclic",
     "Independent",
     "Permutation",
     "Sampler",
@@ -101,6 +102,32 @@ class Permutation(Sampler):
         order = _shuffle((1.0,) * self.num_blocks, f"{seed}/pass {pass_index}")
         first = slot * self.active
         return tuple(sorted((order + order)[first : first + self.active]))
+
+    def inclusion(self) -> tuple[float, ...]:
+        """Return the chance for a random period of a pass: γ/N for every block."""
+        return (self.active / self.num_blocks,) * self.num_blocks
+
+
+@dataclass(frozen=True)
+class Cyclic(Sampler):
+    """Blocks in the order of the model, γ at a time, again and again: the block order of BAdam.
+
+    π_l = γ/N over a pass. When γ does not divide N, the last period of a pass begins the next one.
+    """
+
+    num_blocks: int
+    active: int
+    descending: bool = False
+    """From the last block to the first, not from the first on."""
+
+    def __post_init__(self) -> None:
+        _check_active(self.active, self.num_blocks)
+
+    def draw(self, period: int, *, seed: int) -> tuple[int, ...]:
+        """Return the γ blocks that follow those of the period before; `seed` changes nothing."""
+        first = period * self.active
+        blocks = [place % self.num_blocks for place in range(first, first + self.active)]
+        return tuple(sorted(self.num_blocks - 1 - block if self.descending else block for block in blocks))
 
     def inclusion(self) -> tuple[float, ...]:
         """Return the chance for a random period of a pass: γ/N for every block."""
@@ -188,7 +215,8 @@ def make_sampler(sampler: str | Sequence[float] | Sampler, active: int, num_bloc
     """Build the sampler that a user named.
 
     Args:
-        sampler: "permutation", "uniform", N probabilities for `Weighted`, or a sampler, taken as it is.
+        sampler: "permutation", "uniform", "ascending" and "descending" for `Cyclic`, N probabilities for
+            `Weighted`, or a sampler, taken as it is.
         active: γ, 0 <= γ <= N; a sampler that is taken as it is has its own.
         num_blocks: N.
 
@@ -200,8 +228,11 @@ def make_sampler(sampler: str | Sequence[float] | Sampler, active: int, num_bloc
             return Permutation(num_blocks, active)
         if sampler == "uniform":
             return Uniform(num_blocks, active)
+        if sampler in ("ascending", "descending"):
+            return Cyclic(num_blocks, active, descending=sampler == "descending")
         raise ValueError(
-            f"unknown sampler {sampler!r}; use 'permutation', 'uniform' or one probability per block"
+            f"unknown sampler {sampler!r}; use 'permutation', 'uniform', 'ascending', 'descending' or one "
+            "probability per block"
         )
     given = sampler.num_blocks if isinstance(sampler, Sampler) else len(sampler)
     if given != num_blocks:
