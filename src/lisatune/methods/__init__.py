@@ -9,8 +9,23 @@ from lisatune.methods.galore import GaLore
 from lisatune.methods.ia3 import Ia3
 from lisatune.methods.lisa import Lisa
 from lisatune.methods.lora import Lora
+from lisatune.methods.prefix import Prefix
+from lisatune.methods.prompt import Prompt
 
-__all__ = ["METHODS", "BAdam", "Dora", "EndsOnly", "Full", "GaLore", "Ia3", "Lisa", "Lora", "Method"]
+__all__ = [
+    "METHODS",
+    "BAdam",
+    "Dora",
+    "EndsOnly",
+    "Full",
+    "GaLore",
+    "Ia3",
+    "Lisa",
+    "Lora",
+    "Method",
+    "Prefix",
+    "Prompt",
+]
 
 METHODS: dict[str, type[Method]] = {
     "full": Full,
@@ -20,5 +35,7 @@ METHODS: dict[str, type[Method]] = {
     "lora": Lora,
     "dora": Dora,
     "ia3": Ia3,
+    "prompt": Prompt,
+    "prefix": Prefix,
     "galore": GaLore,
 }
