@@ -24,6 +24,7 @@ LEVELS = {
         "runs",
         "samplers",
         "shards",
+        "virtual_tokens",
     },
     1: {
         "adamw",

@@ -189,6 +189,7 @@ def build(
     blocks = _set_block_forward(recipe, model)
     model.train()
     model, layers, optimizer, state, lisa = _attach(recipe, model, steps, materialise)
+    loss.follow(model)
     if ranks.count() > 1:
         loss = ShardedLoss(loss)
     step = TrainingStep(

@@ -1,6 +1,7 @@
 """How good the model is now: loss on held-out text, and what it answers."""
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,7 +103,8 @@ def generate_answers(
         pad_token_id=tokenizer.pad_token_id,
     )
     answers = []
-    with torch.no_grad(), evaluation_mode(model):
+    with torch.no_grad(), evaluation_mode(model), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Position ids are not supported")  # PEFT's, of virtual tokens
         for prompt in prompts:
             ids = prompt_ids(tokenizer, prompt)
             prompt_BT = torch.tensor([ids], device=model.device)

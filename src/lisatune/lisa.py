@@ -64,9 +64,9 @@ class LISA:
         active: γ, blocks that train at once, 0 <= γ <= N. γ = N is full fine-tuning, γ = 0 trains the ends.
         period: K, optimizer steps between two draws, or "auto": as long as possible, at most 50, such that
             every block trains twice in `total_steps`.
-        sampler: "permutation", "uniform" (the paper's), "window" (γ neighbouring blocks), N probabilities
-            for γ weighted distinct blocks, or a `lisatune.samplers.Sampler` such as `Independent`, which
-            decides γ itself.
+        sampler: "permutation", "uniform" (the paper's), "window" (γ neighbouring blocks), "ascending",
+            "descending" (in order), N probabilities for γ weighted distinct blocks, or a
+            `lisatune.samplers.Sampler` such as `Independent`, which decides γ itself.
         seed: names the draws. They are a pure function of it: equal on every rank, no global RNG.
         state: what happens to the optimizer state of a block that freezes.
             drop: released; a block drawn twice running keeps it. reset: all state, the ends' too, is cleared

@@ -11,7 +11,6 @@ tokens at a time, each chunk under `torch.utils.checkpoint`, so its logits exist
 Shapes: B = sequences, T = tokens, H = hidden size, V = vocabulary, N = positions with loss, C = chunk.
 """
 
-import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from lisatune.cross_entropy import linear_cross_entropy
+from lisatune.virtual_tokens import hidden_states, logits, num_virtual_tokens
 
 __all__ = ["CausalLMLoss", "chunked_cross_entropy", "evaluation_mode"]
 
@@ -146,6 +146,7 @@ class CausalLMLoss:
         self.model: Any = model
         self.chunk_size = chunk_size
         self.transform: Callable[[Tensor], Tensor] | None = None
+        self._is_proven = prove
         obstacle = self._find_transform() if prove else self._expect_transform()
         self.is_chunked = obstacle is None
         if obstacle is not None and on_obstacle == "raise":
@@ -172,10 +173,10 @@ class CausalLMLoss:
         """
         input_ids_BT, position_ids_BT = batch["input_ids"], batch["position_ids"]
         if not self.is_chunked:
-            logits_BTV = self._logits(input_ids_BT, position_ids_BT)
+            logits_BTV = logits(self.model, input_ids_BT, position_ids_BT)
             return chunked_cross_entropy(logits_BTV, _identity, batch["labels"], chunk_size=self.chunk_size)
         return chunked_cross_entropy(
-            self._hidden(input_ids_BT, position_ids_BT),
+            hidden_states(self.model, input_ids_BT, position_ids_BT),
             self.model.get_output_embeddings(),
             batch["labels"],
             chunk_size=self.chunk_size,
@@ -193,7 +194,7 @@ class CausalLMLoss:
         restart_BT = torch.cat([torch.arange(4), torch.arange(4)]).expand(2, -1).to(ids_BT.device)
         other_BT = torch.cat([ids_BT[:, :4].flip(1), ids_BT[:, 4:]], dim=1)
         with torch.no_grad(), evaluation_mode(self.model):
-            second, same = (self._logits(ids, restart_BT)[:, 4:] for ids in (ids_BT, other_BT))
+            second, same = (logits(self.model, ids, restart_BT)[:, 4:] for ids in (ids_BT, other_BT))
         if not _agree(second, same):
             raise ValueError(
                 f"data.packing does not work with {type(self.model).__name__} and attention "
@@ -201,16 +202,16 @@ class CausalLMLoss:
                 "set data.packing: false"
             )
 
-    def _hidden(self, input_ids_BT: Tensor, position_ids_BT: Tensor) -> Tensor:
-        decoder = self.model.get_decoder()
-        out = decoder(input_ids=input_ids_BT, use_cache=False, **_positions(decoder, position_ids_BT))
-        hidden_BTD: Tensor = out.last_hidden_state
-        return hidden_BTD
+    def follow(self, model: nn.Module) -> None:
+        """Compute from now on the loss of a model that a method has put around the one before.
 
-    def _logits(self, input_ids_BT: Tensor, position_ids_BT: Tensor) -> Tensor:
-        positions = _positions(self.model, position_ids_BT)
-        logits_BTV: Tensor = self.model(input_ids=input_ids_BT, use_cache=False, **positions).logits
-        return logits_BTV
+        Raises:
+            ValueError: with virtual tokens hidden states and head don't give the model's own logits any more.
+        """
+        self.model = model
+        obstacle = self._find_transform() if self._is_proven and num_virtual_tokens(model) else None
+        if obstacle is not None:
+            raise ValueError(f"virtual tokens don't work with this model ({obstacle}); use another method")
 
     def _find_transform(self) -> str | None:
         """Find what turns the head's output into the model's logits; say what is wrong where nothing does."""
@@ -219,11 +220,11 @@ class CausalLMLoss:
             return "it names no output head"
         probe = self._probe()
         with torch.no_grad(), evaluation_mode(self.model):
-            want_BTV = self._logits(*probe)
+            want_BTV = logits(self.model, *probe)
             if want_BTV.isnan().any():
                 raise ValueError(_why_nan(self.model))
             try:
-                raw_BTV = head(self._hidden(*probe))
+                raw_BTV = head(hidden_states(self.model, *probe))
             except (AttributeError, RuntimeError, TypeError, ValueError) as error:
                 return f"its decoder and head can't be called apart ({error})"
             for transform in _transforms(self.model.config.get_text_config(decoder=True)):
@@ -256,12 +257,6 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in training.items():
             module.training = flag
-
-
-def _positions(module: nn.Module, position_ids_BT: Tensor) -> dict[str, Tensor]:
-    """Models whose attention counts positions by itself (ALiBi) take no position_ids."""
-    takes_them = "position_ids" in inspect.signature(module.forward).parameters
-    return {"position_ids": position_ids_BT} if takes_them else {}
 
 
 def _transforms(config: Any) -> list[Callable[[Tensor], Tensor] | None]:

@@ -15,6 +15,7 @@ from lisatune.data import Examples, Order, pack, tokenize
 from lisatune.evaluate import prompt_ids
 from lisatune.recipe import Recipe, check_steps
 from lisatune.records import Records, read_records, split_records
+from lisatune.virtual_tokens import num_virtual_tokens
 
 __all__ = ["Data", "Question", "check_fits", "max_positions", "prepare_data", "read_data"]
 
@@ -111,10 +112,10 @@ def check_fits(model: nn.Module, data: Data) -> None:
 
 
 def max_positions(model: nn.Module) -> int | None:
-    """Longest sequence the model's config allows, None where it names none."""
+    """Longest sequence the model's config allows beside PEFT's virtual tokens, None where it names none."""
     config: Any = model.config
     limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return limit
+    return None if limit is None else limit - num_virtual_tokens(model)
 
 
 def read_data(recipe: Recipe) -> tuple[Records, Records]:

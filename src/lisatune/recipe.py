@@ -251,6 +251,7 @@ class Recipe:
                 f"optimizer.in_backward releases a gradient before the next one could be added, so "
                 f"run.accumulation={self.run.accumulation} can't work; set it to 1"
             )
+        self.method.check_mix(self.data, self.run)
 
     def as_dict(self) -> dict[str, Any]:
         """The recipe with every default filled in, as plain dicts, lists, numbers and strings."""

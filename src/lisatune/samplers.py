@@ -17,13 +17,15 @@ import hashlib
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
 __all__ = [
+    "Cyclic",
     "Independent",
     "Permutation",
     "Sampler",
@@ -60,21 +62,14 @@ class Sampler(ABC):
 
 
 @dataclass(frozen=True)
-class Uniform(Sampler):
-    """γ different blocks, every period anew and independent of the one before: Algorithm 1 of the paper.
-
-    π_l = γ/N. A block's visits over P periods are binomial(P, γ/N): some blocks may never be drawn.
-    """
+class _Even(Sampler):
+    """γ of N blocks, in the long run each as often as any other."""
 
     num_blocks: int
     active: int
 
     def __post_init__(self) -> None:
         _check_active(self.active, self.num_blocks)
-
-    def draw(self, period: int, *, seed: int) -> tuple[int, ...]:
-        """Return the first γ blocks of a shuffle keyed by (seed, period)."""
-        return tuple(sorted(_shuffle((1.0,) * self.num_blocks, f"{seed}/{period}")[: self.active]))
 
     def inclusion(self) -> tuple[float, ...]:
         """Return γ/N for every block."""
@@ -82,17 +77,23 @@ class Uniform(Sampler):
 
 
 @dataclass(frozen=True)
-class Permutation(Sampler):
+class Uniform(_Even):
+    """γ different blocks, every period anew and independent of the one before: Algorithm 1 of the paper.
+
+    π_l = γ/N. A block's visits over P periods are binomial(P, γ/N): some blocks may never be drawn.
+    """
+
+    def draw(self, period: int, *, seed: int) -> tuple[int, ...]:
+        """Return the first γ blocks of a shuffle keyed by (seed, period)."""
+        return tuple(sorted(_shuffle((1.0,) * self.num_blocks, f"{seed}/{period}")[: self.active]))
+
+
+@dataclass(frozen=True)
+class Permutation(_Even):
     """A shuffled pass over all blocks, γ at a time, then another: all train within ⌈N/γ⌉ periods.
 
     π_l = γ/N. When γ does not divide N, the last period of a pass is filled up from the pass's start.
     """
-
-    num_blocks: int
-    active: int
-
-    def __post_init__(self) -> None:
-        _check_active(self.active, self.num_blocks)
 
     def draw(self, period: int, *, seed: int) -> tuple[int, ...]:
         """Return slice number `period mod ⌈N/γ⌉` of the pass that `period` falls into."""
@@ -103,24 +104,14 @@ class Permutation(Sampler):
         first = slot * self.active
         return tuple(sorted((order + order)[first : first + self.active]))
 
-    def inclusion(self) -> tuple[float, ...]:
-        """Return the chance for a random period of a pass: γ/N for every block."""
-        return (self.active / self.num_blocks,) * self.num_blocks
-
 
 @dataclass(frozen=True)
-class Window(Sampler):
+class Window(_Even):
     """γ neighbouring blocks: a shuffled pass over ⌈N/γ⌉ windows that hold all blocks, then another.
 
     π_l = γ/N where γ divides N. Else the last window reaches back into the one before, and the blocks that
     both hold train in two periods of a pass.
     """
-
-    num_blocks: int
-    active: int
-
-    def __post_init__(self) -> None:
-        _check_active(self.active, self.num_blocks)
 
     def draw(self, period: int, *, seed: int) -> tuple[int, ...]:
         """Return window number `period mod ⌈N/γ⌉` of the pass that `period` falls into."""
@@ -129,16 +120,30 @@ class Window(Sampler):
         return tuple(windows[_shuffle((1.0,) * len(windows), f"{seed}/pass {pass_index}")[slot]])
 
     def inclusion(self) -> tuple[float, ...]:
-        """Return the chance for a random period of a pass: the share of the windows that hold the block."""
-        windows = self._windows()
-        return tuple(
-            sum(block in each for each in windows) / len(windows) for block in range(self.num_blocks)
-        )
+        """Return the share of the windows that hold each block."""
+        windows, blocks = self._windows(), range(self.num_blocks)
+        return tuple(sum(block in each for each in windows) / len(windows) for block in blocks)
 
     def _windows(self) -> list[range]:
         last = self.num_blocks - self.active
         starts = (min(first, last) for first in range(0, self.num_blocks, self.active or self.num_blocks))
         return [range(first, first + self.active) for first in starts]
+
+
+@dataclass(frozen=True)
+class Cyclic(_Even):
+    """Blocks in the order of the model, γ at a time, again and again: the block order of BAdam.
+
+    π_l = γ/N over a pass. When γ does not divide N, the last period of a pass begins the next one.
+    """
+
+    descending: bool = False
+    """From the last block to the first, not from the first on."""
+
+    def draw(self, period: int, *, seed: int) -> tuple[int, ...]:
+        """Return the γ blocks that follow those of the period before; `seed` changes nothing."""
+        blocks = [(period * self.active + i) % self.num_blocks for i in range(self.active)]
+        return tuple(sorted(self.num_blocks - 1 - block if self.descending else block for block in blocks))
 
 
 @dataclass(frozen=True)
@@ -153,9 +158,7 @@ class Weighted(Sampler):
     num_blocks: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "probabilities", tuple(float(p) for p in self.probabilities))
-        object.__setattr__(self, "num_blocks", len(self.probabilities))
-        _check_probabilities(self.probabilities, most=math.inf)
+        _take_probabilities(self, most=math.inf)
         _check_active(self.active, self.num_blocks)
         positive = sum(p > 0 for p in self.probabilities)
         if positive < self.active:
@@ -204,9 +207,7 @@ class Independent(Sampler):
     num_blocks: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "probabilities", tuple(float(p) for p in self.probabilities))
-        object.__setattr__(self, "num_blocks", len(self.probabilities))
-        _check_probabilities(self.probabilities, most=1.0)
+        _take_probabilities(self, most=1.0)
 
     def draw(self, period: int, *, seed: int) -> tuple[int, ...]:
         """Return the blocks whose coin, keyed by (seed, period), falls below p_l."""
@@ -218,12 +219,20 @@ class Independent(Sampler):
         return tuple(self.probabilities)
 
 
+NAMED: dict[str, Callable[[int, int], Sampler]] = {
+    "permutation": Permutation,
+    "uniform": Uniform,
+    "window": Window,
+    "ascending": Cyclic,
+    "descending": partial(Cyclic, descending=True),
+}
+
+
 def make_sampler(sampler: str | Sequence[float] | Sampler, active: int, num_blocks: int) -> Sampler:
     """Build the sampler that a user named.
 
     Args:
-        sampler: "permutation", "uniform", "window", N probabilities for `Weighted`, or a sampler, which is
-            taken as it is.
+        sampler: a name in `NAMED`, N probabilities for `Weighted`, or a sampler, taken as it is.
         active: γ, 0 <= γ <= N; a sampler that is taken as it is has its own.
         num_blocks: N.
 
@@ -231,16 +240,10 @@ def make_sampler(sampler: str | Sequence[float] | Sampler, active: int, num_bloc
         ValueError: unknown name, γ out of range, probabilities of the wrong number or value.
     """
     if isinstance(sampler, str):
-        if sampler == "permutation":
-            return Permutation(num_blocks, active)
-        if sampler == "uniform":
-            return Uniform(num_blocks, active)
-        if sampler == "window":
-            return Window(num_blocks, active)
-        raise ValueError(
-            f"unknown sampler {sampler!r}; use 'permutation', 'uniform', 'window' or one probability for "
-            "each block"
-        )
+        if sampler not in NAMED:
+            names = ", ".join(map(repr, NAMED))
+            raise ValueError(f"unknown sampler {sampler!r}; use {names} or one probability per block")
+        return NAMED[sampler](num_blocks, active)
     given = sampler.num_blocks if isinstance(sampler, Sampler) else len(sampler)
     if given != num_blocks:
         raise ValueError(f"got {given} probabilities for {num_blocks} blocks; give one per block")
@@ -249,11 +252,8 @@ def make_sampler(sampler: str | Sequence[float] | Sampler, active: int, num_bloc
 
 def visits(sampler: Sampler, *, seed: int, periods: int) -> tuple[int, ...]:
     """Count how often each block is drawn in the first `periods` periods. Exact, not expected."""
-    counts = [0] * sampler.num_blocks
-    for period in range(periods):
-        for block in sampler.draw(period, seed=seed):
-            counts[block] += 1
-    return tuple(counts)
+    counts = Counter(block for period in range(periods) for block in sampler.draw(period, seed=seed))
+    return tuple(counts[block] for block in range(sampler.num_blocks))
 
 
 def auto_period(sampler: Sampler, *, seed: int, total_steps: int) -> int:
@@ -278,8 +278,10 @@ def _check_active(active: int, num_blocks: int) -> None:
         raise ValueError(f"active must be between 0 and the model's {num_blocks} blocks, got {active}")
 
 
-def _check_probabilities(probabilities: Sequence[float], *, most: float) -> None:
-    for block, p in enumerate(probabilities):
+def _take_probabilities(sampler: "Weighted | Independent", *, most: float) -> None:
+    object.__setattr__(sampler, "probabilities", tuple(float(p) for p in sampler.probabilities))
+    object.__setattr__(sampler, "num_blocks", len(sampler.probabilities))
+    for block, p in enumerate(sampler.probabilities):
         if math.isnan(p) or not 0 <= p <= most or math.isinf(p):
             limit = "0 or more" if math.isinf(most) else f"between 0 and {most:g}"
             raise ValueError(f"the probability of block {block} must be {limit}, got {p}")

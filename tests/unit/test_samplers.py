@@ -9,6 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lisatune.samplers import (
+    Cyclic,
     Independent,
     Permutation,
     Sampler,
@@ -41,7 +42,7 @@ def samplers(draw: st.DrawFn) -> tuple[Sampler, int]:
         return Weighted(p, active), active
     num_blocks = draw(st.integers(1, 40))
     active = draw(st.integers(0, num_blocks))
-    return draw(st.sampled_from([Uniform, Permutation, Window]))(num_blocks, active), active
+    return draw(st.sampled_from([Uniform, Permutation, Window, Cyclic]))(num_blocks, active), active
 
 
 @given(samplers(), periods, seeds)
@@ -62,6 +63,15 @@ def test_independent_draw_is_in_range_and_follows_certainties(p: list[float], pe
     assert list(drawn) == sorted(set(drawn))
     assert {i for i, each in enumerate(p) if each == 1} <= set(drawn)
     assert not {i for i, each in enumerate(p) if each == 0} & set(drawn)
+
+
+def test_cyclic_blocks_come_in_the_order_of_the_model() -> None:
+    def blocks(sampler: Sampler) -> list[tuple[int, ...]]:
+        return [sampler.draw(period, seed=7) for period in range(5)]
+
+    assert blocks(make_sampler("ascending", 1, 3)) == [(0,), (1,), (2,), (0,), (1,)]
+    assert blocks(make_sampler("descending", 1, 3)) == [(2,), (1,), (0,), (2,), (1,)]
+    assert blocks(make_sampler("ascending", 2, 3)) == [(0, 1), (0, 2), (1, 2), (0, 1), (0, 2)]
 
 
 @given(samplers(), periods, seeds)
@@ -246,7 +256,8 @@ def test_fewer_positive_probabilities_than_gamma_are_refused() -> None:
 
 def test_unknown_sampler_is_refused_with_the_known_ones() -> None:
     with pytest.raises(
-        ValueError, match="unknown sampler 'permute'; use 'permutation', 'uniform', 'window' or"
+        ValueError,
+        match="unknown sampler 'permute'; use .permutation., .uniform., .window., .asc",
     ):
         make_sampler("permute", 2, 6)
 

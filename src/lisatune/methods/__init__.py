@@ -1,20 +1,41 @@
 """The ways to fine-tune a model, by name. Adding one: its file, its line here, its page in docs/methods."""
 
+from lisatune.methods.badam import BAdam
 from lisatune.methods.base import Method
 from lisatune.methods.dora import Dora
+from lisatune.methods.ends import EndsOnly
 from lisatune.methods.full import Full
 from lisatune.methods.galore import GaLore
 from lisatune.methods.ia3 import Ia3
 from lisatune.methods.lisa import Lisa
 from lisatune.methods.lora import Lora
+from lisatune.methods.prefix import Prefix
+from lisatune.methods.prompt import Prompt
 
-__all__ = ["METHODS", "Dora", "Full", "GaLore", "Ia3", "Lisa", "Lora", "Method"]
+__all__ = [
+    "METHODS",
+    "BAdam",
+    "Dora",
+    "EndsOnly",
+    "Full",
+    "GaLore",
+    "Ia3",
+    "Lisa",
+    "Lora",
+    "Method",
+    "Prefix",
+    "Prompt",
+]
 
 METHODS: dict[str, type[Method]] = {
     "full": Full,
     "lisa": Lisa,
+    "ends": EndsOnly,
+    "badam": BAdam,
     "lora": Lora,
     "dora": Dora,
     "ia3": Ia3,
+    "prompt": Prompt,
+    "prefix": Prefix,
     "galore": GaLore,
 }

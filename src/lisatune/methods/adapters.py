@@ -11,9 +11,9 @@ from torch import nn
 from lisatune.layers import LayerMap, find_layers
 from lisatune.methods.base import Method
 from lisatune.optim import optimizer_over
-from lisatune.recipe import OptimizerConfig
+from lisatune.recipe import DataConfig, OptimizerConfig, RunConfig
 
-__all__ = ["Adapters", "linear_layers", "named_modules_among"]
+__all__ = ["Adapters", "VirtualTokens", "linear_layers", "named_modules_among"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +59,26 @@ class Adapters(Method):
         """Build AdamW over the adapters; those in bf16 are updated as `optimizer.rounding` says."""
         adapters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         return optimizer_over([{"params": adapters, "layer": "adapters"}], config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VirtualTokens(Adapters):
+    """Trained vectors stand before every sequence as tokens would."""
+
+    tokens: int = 20
+    """Virtual tokens before every sequence; they take room of the model's longest sequence."""
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise ValueError(f"method.tokens must be >= 1, got {self.tokens}")
+
+    def check_mix(self, data: DataConfig, run: RunConfig) -> None:
+        """Refuse packing, in which only a sequence's first record would see the virtual tokens."""
+        if data.packing:
+            raise ValueError(
+                f"data.packing can't work with method {self.name}: only the first record of a sequence would "
+                "see the virtual tokens; set it to false"
+            )
 
 
 def linear_layers(model: nn.Module) -> list[str]:

@@ -8,7 +8,7 @@ from torch import nn
 from lisatune.layers import LayerMap
 from lisatune.lisa import LISA
 from lisatune.optim import build_optimizer
-from lisatune.recipe import OptimizerConfig
+from lisatune.recipe import DataConfig, OptimizerConfig, RunConfig
 
 __all__ = ["Method"]
 
@@ -29,6 +29,13 @@ class Method:
 
     lr_scale: ClassVar[float] = 1.0
     """Learning rate that suits it, as a multiple of LoRA's: few trained numbers take larger steps."""
+
+    def check_mix(self, data: DataConfig, run: RunConfig) -> None:
+        """Refuse settings of other sections that can't work with it. Default: all can.
+
+        Raises:
+            ValueError: one can't; the message names its key and what to do.
+        """
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Change the model before the optimizer is built (adapters would go in here). Default: as it is."""

@@ -14,7 +14,7 @@ from lisatune.optim import build_optimizer
 from lisatune.recipe import OptimizerConfig
 from lisatune.samplers import Independent, make_sampler
 
-__all__ = ["Lisa"]
+__all__ = ["AsLisa", "Lisa"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,9 @@ class Lisa(Method):
     period: int | Literal["auto"] = 10
     """Optimizer steps between two draws, K in the paper. auto: every block trains at least twice."""
 
-    sampler: Literal["permutation", "uniform", "window", "weighted", "independent"] = "permutation"
+    sampler: Literal[
+        "permutation", "uniform", "window", "ascending", "descending", "weighted", "independent"
+    ] = "permutation"
     """How blocks are drawn, `window` neighbours; `weighted` and `independent` read `probabilities`."""
 
     probabilities: tuple[float, ...] | None = None
@@ -132,3 +134,36 @@ class Lisa(Method):
             assert self.probabilities is not None
             return Independent(self.probabilities)
         return self.probabilities if self.probabilities is not None else self.sampler
+
+
+@dataclass(frozen=True, kw_only=True)
+class AsLisa(Method):
+    """What is LISA with settings of its own: a subclass says which in `as_lisa`."""
+
+    shards = True
+
+    name: str = ""
+    """Way to fine-tune."""
+
+    verify: Literal["sample", "full", "off"] = "sample"
+    """How much of every block is hashed each period to prove that what trains moved and nothing else did."""
+
+    def as_lisa(self) -> Lisa:
+        """The LISA that this is."""
+        raise NotImplementedError
+
+    def build_optimizer(
+        self, model: nn.Module, layers: LayerMap, config: OptimizerConfig
+    ) -> torch.optim.Optimizer:
+        """Build that LISA's optimizer."""
+        return self.as_lisa().build_optimizer(model, layers, config)
+
+    def attach(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, layers: LayerMap, *, total_steps: int
+    ) -> LISA:
+        """Attach that LISA."""
+        return self.as_lisa().attach(model, optimizer, layers, total_steps=total_steps)
+
+    def without_proof(self) -> Self:
+        """The same without fingerprints."""
+        return replace(self, verify="off")

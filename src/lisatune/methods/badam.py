@@ -1,0 +1,49 @@
+"""BAdam (Luo et al., arXiv 2404.02827): LISA with one block at a time, in order, and frozen ends."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lisatune.methods.lisa import AsLisa, Lisa
+
+__all__ = ["BAdam"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BAdam(AsLisa):
+    """One block trains at a time, in turn; optimizer state is cleared at each switch."""
+
+    name: Literal["badam"] = "badam"
+    """Way to fine-tune."""
+
+    switch_every: int | Literal["auto"] = 50
+    """Optimizer steps between two switches, K in the paper. auto: every block trains at least twice."""
+
+    switch_mode: Literal["descending", "ascending", "random"] = "descending"
+    """Order of the blocks: from the last to the first, the reverse, or shuffled anew in each pass."""
+
+    seed: int = 0
+    """Seed of the order `random`."""
+
+    ends: str = "frozen"
+    """Which ends train besides the block, in the words of LISA's key `ends`."""
+
+    def __post_init__(self) -> None:
+        if self.switch_every != "auto" and self.switch_every < 1:
+            raise ValueError(f"method.switch_every must be >= 1 or auto, got {self.switch_every}")
+        self.as_lisa()
+
+    def as_lisa(self) -> Lisa:
+        """LISA of one block that clears all state at each draw."""
+        return Lisa(
+            active=1,
+            period=self.switch_every,
+            sampler="permutation" if self.switch_mode == "random" else self.switch_mode,
+            seed=self.seed,
+            state="reset",
+            ends=self.ends,
+            verify=self.verify,
+        )
+
+    def cheaper_ends(self) -> tuple[dict[str, Any], ...]:
+        """As LISA's."""
+        return self.as_lisa().cheaper_ends()
