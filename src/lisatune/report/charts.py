@@ -11,7 +11,7 @@ from typing import Any
 
 __all__ = ["Line", "active_blocks", "lines", "scatter", "stacked_bars"]
 
-WIDTH = 4.6
+WIDTH = 4.1
 """Inches: narrow, for a phone scales the whole chart down."""
 
 INK = "#0a0b0c"
@@ -23,7 +23,7 @@ COLOURS = ("#3f87d6", "#dc7a28", "#2c9f70", "#c657a6", "#8d72dc", "#ae8a08", "#d
 DASHES = ("-", "--", ":", "-.")
 MARKERS = "os^Dv"
 STYLE = {
-    "font.size": 9,
+    "font.size": 9.5,
     "svg.fonttype": "none",
     "text.parse_math": False,
     "text.color": INK,
@@ -38,7 +38,7 @@ STYLE = {
     "xtick.color": INK,
     "ytick.color": INK,
     "legend.frameon": False,
-    "legend.fontsize": 8,
+    "legend.fontsize": 8.5,
     "hatch.color": INK,
 }
 
@@ -46,7 +46,7 @@ Line = tuple[str, Sequence[Sequence[tuple[float, float]]]]
 """A name and one or several curves under it, for example of several seeds."""
 
 
-def lines(named: Sequence[Line], *, x: str, y: str, marks: bool = True) -> str:
+def lines(named: Sequence[Line], *, x: str, y: str, from_zero: bool = False) -> str:
     """Draw curves, one colour for each name."""
 
     def draw(figure: Any) -> None:
@@ -55,9 +55,13 @@ def lines(named: Sequence[Line], *, x: str, y: str, marks: bool = True) -> str:
         for index, (_, curves) in enumerate(named):
             look = {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index // 8 % len(DASHES)]}
             for curve in curves:
-                marker = MARKERS[index % len(MARKERS)] if marks else None
+                marker = MARKERS[index % len(MARKERS)]
                 (handle,) = axes.plot(*zip(*curve, strict=True), marker=marker, markersize=3, lw=1.4, **look)
             handles.append(handle)
+        if from_zero:
+            axes.set_ylim(
+                0, 1.1 * max(value for _, curves in named for curve in curves for _, value in curve) or 1
+            )
         _legend(figure, handles, [name for name, _ in named])
 
     return _svg(2.8 + _legend_height([name for name, _ in named]), f"{x} {y}", draw)
@@ -145,7 +149,7 @@ def short(text: str, length: int = 34) -> str:
 def _axes(figure: Any, x: str, y: str) -> Any:
     axes = figure.subplots()
     axes.set(xlabel=x, ylabel=y)
-    axes.locator_params(axis="x", nbins=6)
+    axes.xaxis.get_major_locator().set_params(nbins=6)
     return axes
 
 

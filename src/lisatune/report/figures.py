@@ -229,6 +229,7 @@ def _movement(entries: Sequence[Entry]) -> Figure | None:
             [(name, [list(enumerate(each))]) for name, each in moved],
             x="block, 0 nearest the input",
             y="relative movement",
+            from_zero=True,
         ),
         alt=f"Line chart of how far each block's weights moved: {peaks}.",
         note="Norm of the difference between a block's weights after and before training, as a share of "

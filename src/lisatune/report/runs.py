@@ -184,7 +184,9 @@ def _words(run: _Run) -> str:
     model, data, settings, optimizer = (
         run.recipe.get(name, {}) for name in ("model", "data", "method", "optimizer")
     )
-    method = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "name")
+    method = ", ".join(
+        f"{key} {value}" for key, value in settings.items() if key != "name" and value is not None
+    )
     steps = run.metrics[-1]["step"] if run.metrics else 0
     state = "" if run.summary else f"; not finished, {plural(steps, 'step')} logged"
     return (
