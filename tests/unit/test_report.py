@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lisatune import cli
@@ -21,6 +21,7 @@ from lisatune.report.entries import Entry
 from lisatune.report.figures import make_figures, pareto_front
 from lisatune.report.page import group_samples, render
 from lisatune.report.runs import runs_page
+from tiny import llama
 from tiny_report import HOSTILE, results, write_run
 
 LOADS = {"src", "srcset", "poster", "data", "action", "formaction", "background", "ping"}
@@ -87,7 +88,7 @@ def test_every_figure_of_a_comparison_is_there_with_words_and_a_table(
     assert parsed.alts() == [figure.alt for figure in page.figures]
     assert all(figure.table.rows for figure in page.figures)
     assert "full from 3.0000 to 2.0000" in parsed.alts()[0]
-    assert "the Pareto front is lisa, full." in parsed.alts()[3]
+    assert "the Pareto front is full, lisa." in parsed.alts()[3]
     assert "3 blocks over 2 periods" in parsed.alts()[4]
     assert 'name="viewport"' in html
     assert "prefers-color-scheme: dark" in html
@@ -117,9 +118,10 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     assert not any(key.startswith("on") for _, attrs in parsed.tags for key in attrs)
     assert parsed.texts.count(HOSTILE) >= 5  # overview, prompt, reference, before, after
     assert any(HOSTILE in alt for alt in parsed.alts())
-    assert any(HOSTILE in text for text in parsed.texts if "model:" in text)  # the recipe
+    assert any("onerror=alert(2)" in text for text in parsed.texts if "model:" in text)  # the recipe
 
 
+@settings(max_examples=20, deadline=None)
 @given(st.text())
 def test_any_name_can_be_drawn(name: str) -> None:
     svg = charts.lines([(name, [[(0, 1), (1, 0)]])], x="x", y="y")
@@ -176,15 +178,13 @@ def test_periods_that_were_not_logged_are_told(tmp_path: Path) -> None:
 
 
 def test_movement_is_the_relative_norm_of_the_difference() -> None:
-    def model(scale: float) -> torch.nn.Module:
-        network = torch.nn.Module()
-        network.layers = torch.nn.ModuleList(torch.nn.Linear(2, 2, bias=False) for _ in range(2))
-        network.config = type("Config", (), {"num_hidden_layers": 2})()  # type: ignore[assignment]
-        for index, layer in enumerate(network.layers):
-            torch.nn.init.constant_(layer.weight, scale if index else 1.0)
-        return network
-
-    assert block_movement(model(2.0), model(3.0)) == [0.0, 0.5]
+    before, after = llama(blocks=3), llama(blocks=3)
+    with torch.no_grad():
+        for parameter in after.model.layers[1].parameters():
+            parameter *= 1.5
+    assert block_movement(before, after) == pytest.approx([0, 0.5, 0])
+    with pytest.raises(ValueError, match="the base model has no"):
+        block_movement(llama(blocks=2), after)
 
 
 def test_a_run_that_has_not_ended_is_reported_with_what_is_missing(
