@@ -130,7 +130,7 @@ def active_blocks(active: Mapping[int, Sequence[int]], visits: Sequence[int]) ->
                 heat.broken_barh(spans, (block - 0.45, 0.9), facecolor=COLOURS[0], edgecolor="none")
         counts.barh(range(len(visits)), visits, 0.8, color=COLOURS[1])
         heat.set(xlabel="period", ylabel="block", xlim=(-0.5, last + 0.5), ylim=(-0.6, len(visits) - 0.4))
-        counts.set(xlabel="periods trained")
+        counts.set(xlabel="visits")
         for axes in (heat, counts):
             axes.xaxis.get_major_locator().set_params(integer=True, nbins=7 if axes is heat else 2)
             axes.grid(axis="y", visible=False)
