@@ -190,7 +190,7 @@ def _activity(entry: Entry) -> Figure | None:
         f"Map of active blocks of {entry.name}: {blocks} over {plural(len(active), 'period')}, with each "
         f"block's count; the counts go from {min(visits)} to {max(visits)}."
     )
-    note = "Left: a mark where a block trained in a period. Right: visits, the number of periods that each block trained in."
+    note = "Left: a mark where a block trained in a period. Right: visits, the periods it trained in."
     if never:
         note += f" Never trained: {'blocks' if len(never) > 1 else 'block'} {ranges_text(never)}."
     if unlogged:
