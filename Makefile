@@ -37,7 +37,7 @@ clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/dev.stamp: $(VENV)/train.stamp
-	$(INSTALL) -e ".[train,dev]"
+	$(INSTALL) -e ".[train,report,dev]"
 	@touch $@
 
 $(VENV)/train.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python

@@ -44,6 +44,7 @@ LEVELS = {
         "lisa",
         "loss",
         "memory",
+        "movement",
         "named_state",
         "optim",
         "proof",
@@ -81,12 +82,13 @@ LEVELS = {
         "prepare",
         "progress",
         "recipe_file",
+        "report",
         "resume",
         "run_ranks",
         "stopping",
         "train",
     },
-    5: {"cli", "compare_command"},
+    5: {"cli", "compare_command", "report_command"},
 }
 LEVEL = {module: level for level, modules in LEVELS.items() for module in modules}
 CORE = [
@@ -153,7 +155,17 @@ def test_files_of_more_than_300_lines_say_why(file: Path) -> None:
 
 
 def test_core_imports_torch_alone() -> None:
-    heavy = {"transformers", "datasets", "trl", "accelerate", "peft", "cyclopts", "rich"}
+    heavy = {
+        "transformers",
+        "datasets",
+        "trl",
+        "accelerate",
+        "peft",
+        "cyclopts",
+        "rich",
+        "jinja2",
+        "matplotlib",
+    }
     script = (
         f"import sys, importlib\n"
         f"for name in {CORE!r}: importlib.import_module(name)\n"

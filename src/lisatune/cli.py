@@ -227,12 +227,11 @@ def _app() -> "App":
     try:
         from cyclopts import App, Parameter
     except ImportError as error:
-        raise ImportError(
-            f'{error}; the command needs more packages: pip install "lisatune[train]"'
-        ) from None
+        raise ImportError(f'{error}; the command needs packages: pip install "lisatune[train]"') from None
 
     from lisatune.compare_command import compare
     from lisatune.progress import terminal
+    from lisatune.report_command import report
 
     app = App(
         name="lisatune",
@@ -249,6 +248,7 @@ def _app() -> "App":
     app.command(check, usage=usage.format("check"))
     app.command(plan, usage=usage.format("plan").replace("RECIPE", "[RECIPE | --model MODEL]"))
     app.command(compare, usage=usage.format("compare").replace("RECIPE", "[RECIPE | FOLDER]"))
+    app.command(report)
     app.command(layers)
     app.command(generate)
     return app

@@ -16,7 +16,7 @@ not finite, is None.
 
 import json
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 __all__ = [
     "SCHEMA",
@@ -121,6 +121,8 @@ class RunResult(TypedDict):
     """Mean training loss of at most 200 stretches of equal length; the point is the stretch's end."""
     visits: list[int] | None
     """In how many periods each block trained; None where blocks aren't drawn."""
+    movement: NotRequired[list[float] | None]
+    """How far each block's weights moved, relative to their norm; None for adapters and unless `chosen`."""
     samples: list[dict[str, str]]
     """`prompt`, `reference`, `before`, `after`, as in summary.json."""
 

@@ -96,6 +96,7 @@ class MemoryCheck:
         return {
             "peak_bytes": peak_bytes,
             "planned_bytes": self.plan.tensor_bytes,
+            "planned_at_peak": self.plan.at_peak,
             "plan": self.plan.kind,
             "measured_bytes": self._step_peak or grown,
             "measured": "tensors in a step" if self._step_peak else "growth of resident memory",

@@ -64,6 +64,8 @@ class Summary(TypedDict, total=False):
     """Most memory in use: resident, or the accelerator's."""
     planned_bytes: int
     """Most bytes of tensors in a training step, by the plan."""
+    planned_at_peak: dict[str, int]
+    """The same by category."""
     plan: str
     """How that was planned: traced, or arithmetic."""
     measured_bytes: int

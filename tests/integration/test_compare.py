@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -96,6 +97,19 @@ def test_methods_are_compared_on_the_same_tokens_at_their_own_best_learning_rate
     assert lisa["trainable"] < lisa["touched"]["mean"] <= parameters  # type: ignore[index,operator]
     assert full["delta_bytes"] == 4 * parameters
     assert "lisa:active=1+period=1" in (out / "results.md").read_text()
+    moved = {run["arm"]: run.get("movement") for run in results["runs"] if run["chosen"]}
+    assert moved["lora"] is None
+    assert len(moved["full"] or ()) == 4
+    assert min(moved["full"] or [0]) > 0
+    page = (out / "report.html").read_text()
+    for figure in (
+        "against tokens",
+        "Memory by category",
+        "Quality",
+        "Active blocks: lisa",
+        "Weight movement",
+    ):
+        assert figure in page
 
     slices = {name: (out / "data" / f"{name}.jsonl").read_text().splitlines() for name in SLICES}
     assert all(slices.values())
@@ -137,6 +151,16 @@ def test_what_is_finished_is_not_made_again_and_arms_may_be_added(
     ]
     assert results["runs"][0] == first["runs"][0]
     assert not list(recipe.parent.glob("out/runs/*/model"))  # measured, and not asked to be kept
+
+
+def test_without_the_packages_of_a_report_the_results_are_there_and_it_says_so(
+    recipe: Path, calls: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.warns(UserWarning, match=r"there is no report.html: .*pip install \"lisatune\[report\]\""):
+        results = compare(recipe, "full", lr="1e-4")
+    assert read_results(recipe.parent / "out") == results
+    assert not (recipe.parent / "out" / "report.html").exists()
 
 
 def test_a_run_that_is_chosen_after_its_model_was_deleted_is_made_again(

@@ -43,7 +43,7 @@ def test_commands_exist(capsys: pytest.CaptureFixture[str]) -> None:
 
     commands = [shlex.split(line, comments=True) for text in blocks("sh") for line in text.splitlines()]
     names = {words[1] for words in commands if words[0] == "lisatune"}
-    assert names == {"check", "compare", "train", "generate", "layers", "plan"}
+    assert names == {"check", "compare", "train", "generate", "layers", "plan", "report"}
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in names)

@@ -23,6 +23,7 @@ from lisatune.data import IGNORE, Row, collate, tokenize
 from lisatune.disk import replace_file
 from lisatune.evaluate import held_out_loss
 from lisatune.loss import CausalLMLoss
+from lisatune.movement import block_movement
 from lisatune.plan import costly_draws
 from lisatune.progress import ranges_text
 from lisatune.recipe import Recipe
@@ -54,6 +55,7 @@ class Measured(TypedDict, total=False):
     touched: int
     export_bytes: int
     delta_bytes: int
+    movement: list[float]
     memory: MemoryResult | None
     memory_reason: str | None
 
@@ -75,7 +77,10 @@ def measure(job: Job) -> Measured:
             measured["touched"] = _num_stored(folder)
             measured["delta_bytes"] = measured["export_bytes"]
         else:
-            measured["touched"], measured["delta_bytes"] = _moved(_load(recipe, None), model)
+            base = _load(recipe, None)
+            measured["touched"], measured["delta_bytes"] = _moved(base, model)
+            measured["movement"] = block_movement(base, model)
+            del base
         gc.collect()
     model.to(device)
     losses = {name: _loss(recipe, model, file, device) for name, file in job["slices"].items()}

@@ -23,7 +23,7 @@ from lisatune.compare_results import (
 )
 from lisatune.environment import environment
 
-__all__ = ["build_results", "choose", "compare_to", "equal_time", "runs_of"]
+__all__ = ["build_results", "choose", "compare_to", "equal_time", "held_out_curve", "runs_of"]
 
 TRAIN_POINTS = 200
 
@@ -178,14 +178,16 @@ def _run_result(run: Run, chosen: bool) -> RunResult:
         touched=measured.get("touched"),
         export_bytes=measured.get("export_bytes"),
         delta_bytes=measured.get("delta_bytes"),
-        held_out=_held_out_curve(metrics),
+        held_out=held_out_curve(metrics),
         train=_train_curve(metrics),
         visits=summary.get("visits"),
+        movement=measured.get("movement"),
         samples=summary.get("samples", []),
     )
 
 
-def _held_out_curve(metrics: Sequence[dict[str, Any]]) -> list[Point]:
+def held_out_curve(metrics: Sequence[dict[str, Any]]) -> list[Point]:
+    """Held-out losses in the lines of a metrics.jsonl, with tokens and seconds up to each."""
     curve, tokens, seconds = [], 0, 0.0
     for line in metrics:
         tokens, seconds = line.get("tokens", tokens), line.get("seconds", seconds)

@@ -5,13 +5,11 @@ validation loss, the chosen run's test loss; then the other seeds at the chosen 
 what is finished is not done again.
 """
 
-import importlib
-import importlib.util
 import json
 import os
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from lisatune import plain_yaml
 from lisatune.compare.arms import Comparison
@@ -89,7 +87,7 @@ def _compare(
         way_on = f"stopped, {done} of {len(results['runs'])} runs are done; go on with the same command"
         raise type(stop)(stop.args[0] if stop.args else way_on) from None
     results = work.write()
-    _write_report(output)
+    _write_report(results, output)
     return results
 
 
@@ -245,8 +243,12 @@ def _check_tokens(run: Run, totals: list[int]) -> None:
         )
 
 
-def _write_report(output: Path) -> None:
-    """Write report.html, where this lisatune has reports."""
-    if importlib.util.find_spec("lisatune.report") is not None:
-        report: Any = importlib.import_module("lisatune.report")
-        report.write_report(output / "results.json")
+def _write_report(results: Results, output: Path) -> None:
+    """Write report.html, or say why there is none: the figures themselves are on disk."""
+    from lisatune.report.comparison import comparison_page
+    from lisatune.report.page import write_page
+
+    try:
+        write_page(comparison_page(results, output), output / "report.html")
+    except ImportError as error:
+        warnings.warn(f"there is no report.html: {error}", stacklevel=2)

@@ -1,0 +1,238 @@
+"""The charts of a page, each with words and a table that say the same."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lisatune.compare_results import Point
+from lisatune.progress import byte_text, plural, ranges_text
+from lisatune.report import charts
+from lisatune.report.entries import Entry
+
+__all__ = ["Figure", "Table", "make_figures", "pareto_front"]
+
+CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)
+"""Memory of common cards in GB."""
+
+GB = 10**9
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text; `best` are the cells (row, column) to mark."""
+
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    best: frozenset[tuple[int, int]] = field(default_factory=frozenset)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A chart."""
+
+    title: str
+    svg: str
+    alt: str
+    """What it shows, in words."""
+    note: str
+    """How to read it."""
+    table: Table
+    """The values in it."""
+
+
+def make_figures(
+    entries: Sequence[Entry], *, loss: str, memory: str, memory_note: str, card_bytes: int | None
+) -> list[Figure]:
+    """Draw every chart there are values for.
+
+    Args:
+        entries: what to draw.
+        loss: what `Entry.loss` is.
+        memory: what the sum of `Entry.memory`, where there is none `Entry.peak_bytes`, is.
+        memory_note: how memory was counted.
+        card_bytes: memory of the card to compare with. Default: the smallest common one that is enough.
+    """
+    made = [
+        _curves(entries, "tokens", "tokens trained on"),
+        _curves(entries, "seconds", "seconds in training steps"),
+        _memory(entries, memory, memory_note, card_bytes),
+        _quality(entries, loss, memory),
+        *map(_activity, entries),
+        _movement(entries),
+    ]
+    return [figure for figure in made if figure is not None]
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Points that no other one beats in one figure without losing in the other; lower is better in both."""
+    front: list[tuple[float, float]] = []
+    for point in sorted(set(points)):
+        if not front or point[1] < front[-1][1]:
+            front.append(point)
+    return front
+
+
+def _curves(entries: Sequence[Entry], key: str, label: str) -> Figure | None:
+    named, rows = [], []
+    for entry in entries:
+        curves = [
+            [(_number(point, key), point["loss"]) for point in curve if point["loss"] is not None]
+            for curve in entry.curves
+        ]
+        curves = [curve for curve in curves if len(curve) > 1]
+        if curves:
+            named.append((entry.name, curves))
+        rows += [
+            [entry.name, f"{curve[0][1]:.4f}", f"{curve[-1][1]:.4f}", f"{curve[-1][0]:,.4g}"]
+            for curve in curves
+        ]
+    if not named:
+        return None
+    what = "tokens" if key == "tokens" else "wall time"
+    falls = "; ".join(f"{name} from {first} to {last} after {end} {key}" for name, first, last, end in rows)
+    is_repeated = any(len(curves) > 1 for _, curves in named)
+    return Figure(
+        title=f"Held-out loss against {what}",
+        svg=charts.lines(named, x=label, y="held-out loss"),
+        alt=f"Line chart of held-out loss against {label}: {falls}.",
+        note="Nats per token; lower is better."
+        + (" One curve for each seed." if is_repeated else "")
+        + (" Evaluation, loading and compiling are not in the time." if key == "seconds" else ""),
+        table=Table(["", "loss at first", "loss at last", key], rows),
+    )
+
+
+def _number(point: Point, key: str) -> float:
+    return point["tokens"] if key == "tokens" else point["seconds"]
+
+
+def _memory(entries: Sequence[Entry], memory: str, note: str, card_bytes: int | None) -> Figure | None:
+    shown = [(entry, entry.memory or {memory: round(entry.peak_bytes or 0)}) for entry in entries]
+    shown = [(entry, parts) for entry, parts in shown if any(parts.values())]
+    if not shown:
+        return None
+    most = max(sum(parts.values()) for _, parts in shown)
+    card = card_bytes or next((size * GB for size in CARDS if size * GB >= most), None)
+    fits = [entry.name for entry, parts in shown if card is None or sum(parts.values()) <= card]
+    name = "" if card is None else f"card of {card / GB:g} GB"
+    is_drawn = card is not None and (card_bytes is not None or card < 8 * most)
+    unit, divisor = ("GB", GB) if (card if is_drawn and card else most) >= GB else ("MB", 10**6)
+    bars = {
+        entry.name: {part: size / divisor for part, size in parts.items() if size} for entry, parts in shown
+    }
+    parts_seen = list(dict.fromkeys(part for _, parts in shown for part, size in parts.items() if size))
+    rows = [
+        [entry.name, *(byte_text(parts.get(part, 0)) for part in parts_seen), byte_text(sum(parts.values()))]
+        for entry, parts in shown
+    ]
+    if card is None:
+        verdict = f"No single card of up to {CARDS[-1]} GB holds the largest."
+    elif len(fits) == len(shown):
+        verdict = f"{'All fit' if len(shown) > 1 else 'It fits'} a {name}" + (
+            ": the dashed line." if is_drawn else ", far to the right of what is drawn."
+        )
+    else:
+        verdict = f"Above the {name}, the dashed line: " + ", ".join(
+            entry.name for entry, _ in shown if entry.name not in fits
+        )
+        verdict += "."
+    sums = "; ".join(f"{row[0]} {row[-1]}" for row in rows)
+    return Figure(
+        title="Memory by category" if any(entry.memory for entry, _ in shown) else "Memory",
+        svg=charts.stacked_bars(
+            bars, x=f"{memory}, {unit}", limit=card / divisor if is_drawn and card else None, limit_name=name
+        ),
+        alt=f"Stacked bars of {memory}: {sums}. {verdict}",
+        note=f"{note} {verdict}",
+        table=Table(["", *parts_seen, "sum"], rows),
+    )
+
+
+def _quality(entries: Sequence[Entry], loss: str, memory: str) -> Figure | None:
+    by_part = all(entry.memory for entry in entries if entry.loss is not None)
+    points = []
+    for entry in entries:
+        size = sum(entry.memory.values()) if by_part else entry.peak_bytes
+        if entry.loss is not None and size:
+            points.append((entry.name, size, entry.loss))
+    if len(points) < 2:
+        return None
+    front = pareto_front([point[1:] for point in points])
+    unit, divisor = ("GB", GB) if max(size for _, size, _ in points) >= GB else ("MB", 10**6)
+    best = [name for name, *point in points if tuple(point) in front]
+    label = memory if by_part else "peak memory of the run"
+    rows = [
+        [name, byte_text(size), f"{value:.4f}", "yes" if name in best else "no"]
+        for name, size, value in points
+    ]
+    return Figure(
+        title="Quality against memory",
+        svg=charts.scatter(
+            [(name, size / divisor, value) for name, size, value in points],
+            [(size / divisor, value) for size, value in front],
+            x=f"{label}, {unit}",
+            y=loss,
+        ),
+        alt=f"Scatter of {loss} against {label}; the Pareto front is {', '.join(best)}.",
+        note="Lower and further left is better. Filled: the Pareto front, which no other one beats in one "
+        "figure without losing in the other.",
+        table=Table(["", label, loss, "on the front"], rows),
+    )
+
+
+def _activity(entry: Entry) -> Figure | None:
+    if entry.blocks is None or not entry.blocks.visits:
+        return None
+    active, visits = entry.blocks.active, entry.blocks.visits
+    never = [block for block, count in enumerate(visits) if not count]
+    unlogged = sorted(set(range(max(active, default=-1) + 1)) - set(active))
+    blocks = plural(len(visits), "block")
+    alt = (
+        f"Map of active blocks of {entry.name}: {blocks} over {plural(len(active), 'period')}, with each "
+        f"block's count; the counts go from {min(visits)} to {max(visits)}."
+    )
+    note = "Left: a mark where a block trained in a period. Right: visits, the periods it trained in."
+    if never:
+        note += f" Never trained: {'blocks' if len(never) > 1 else 'block'} {ranges_text(never)}."
+    if unlogged:
+        note += f" Shaded: {plural(len(unlogged), 'period')} without a logged step (run.log_every)."
+    if not active:
+        note += " Which periods is not known: the run's metrics.jsonl is not there."
+    periods = [
+        ", ".join(str(period) for period, drawn in sorted(active.items()) if block in drawn)
+        for block in range(len(visits))
+    ]
+    rows = [[str(block), str(visits[block]), periods[block]] for block in range(len(visits))]
+    return Figure(
+        title=f"Active blocks: {entry.name}",
+        svg=charts.active_blocks(active, visits),
+        alt=alt,
+        note=note,
+        table=Table(["block", "visits", "in periods"], rows),
+    )
+
+
+def _movement(entries: Sequence[Entry]) -> Figure | None:
+    moved = [(entry.name, entry.movement) for entry in entries if entry.movement]
+    if not moved:
+        return None
+    most = max(len(movement) for _, movement in moved)
+    rows = [
+        [str(block), *(f"{each[block]:.2e}" if block < len(each) else "" for _, each in moved)]
+        for block in range(most)
+    ]
+    peaks = "; ".join(
+        f"{name} most in block {each.index(max(each))}, {max(each):.2e}" for name, each in moved
+    )
+    return Figure(
+        title="Weight movement by block",
+        svg=charts.lines(
+            [(name, [list(enumerate(each))]) for name, each in moved],
+            x="block, 0 nearest the input",
+            y="relative movement",
+            from_zero=True,
+        ),
+        alt=f"Line chart of how far each block's weights moved: {peaks}.",
+        note="Norm of the difference between a block's weights after and before training, as a share of "
+        "their norm before. 0: never trained.",
+        table=Table(["block", *(name for name, _ in moved)], rows),
+    )

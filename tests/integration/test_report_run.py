@@ -1,0 +1,46 @@
+"""`lisatune report` of a real run with LISA."""
+
+from pathlib import Path
+
+import pytest
+
+from lisatune import cli
+from lisatune.report.runs import runs_page
+from tiny_run import write_model, write_recipe, write_rows
+
+
+def test_a_run_with_lisa_has_every_chart_it_can_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, rows = write_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", 24)
+    recipe = write_recipe(tmp_path, model, rows)
+    assert cli.main(["train", str(recipe), "run.eval_every=1", "run.log_every=1"]) == 0
+    capsys.readouterr()
+    assert cli.main(["report", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr()
+    assert said.out == f"{tmp_path / 'run' / 'report.html'}\n"
+    assert said.err == ""
+
+    page = runs_page([tmp_path / "run"])
+    figures = {figure.title: figure for figure in page.figures}
+    assert list(figures) == [
+        "Held-out loss against tokens",
+        "Held-out loss against wall time",
+        "Memory by category",
+        "Active blocks: run",
+        "Weight movement by block",
+    ]
+    assert {"weights", "optimizer state", "activations"} < set(figures["Memory by category"].table.heads)
+    visits = [int(row[1]) for row in figures["Active blocks: run"].table.rows]
+    movement = [float(row[1]) for row in figures["Weight movement by block"].table.rows]
+    assert sum(visits) == 4  # 2 periods of 2 blocks
+    assert [each > 0 for each in movement] == [each > 0 for each in visits]
+    assert len(page.samples) == 1
+
+    assert not [
+        each for each in runs_page([tmp_path / "run"], weights=False).figures if "movement" in each.title
+    ]
+    (model / "model.safetensors").write_bytes(b"not weights")
+    damaged = runs_page([tmp_path / "run"])
+    assert "Weight movement by block" not in [figure.title for figure in damaged.figures]
+    assert any("weight movement is left out" in problem for problem in damaged.problems)
