@@ -24,6 +24,7 @@ LEVELS = {
         "runs",
         "samplers",
         "shards",
+        "tensor_files",
     },
     1: {
         "adamw",
@@ -59,6 +60,7 @@ LEVELS = {
         "models",
         "pretrained",
         "python_docs",
+        "rank_weights",
         "records",
         "shapes",
         "sources",

@@ -16,12 +16,13 @@ from typing import TypeVar
 import torch
 from torch import distributed
 
-__all__ = ["agreed", "check_equal", "count", "is_first", "joined", "on_first", "rank", "total"]
+__all__ = ["agreed", "check_equal", "count", "first_takes", "is_first", "joined", "on_first", "rank", "total"]
 
 TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for another one that is alive but silent. One that has died is noticed at once."""
 
 Result = TypeVar("Result")
+Part = TypeVar("Part")
 
 
 def count() -> int:
@@ -126,6 +127,27 @@ def on_first(work: Callable[[], Result]) -> Result | None:
     if outcome:
         raise (OSError if outcome == 2 else RuntimeError)("rank 0 failed; its own message says why")
     return result
+
+
+def first_takes(parts: Iterator[Part], work: Callable[[Iterator[Part]], Result]) -> Result | None:
+    """Let the first rank work on what all ranks must make together, part by part; the others get None.
+
+    Where the first one fails it makes the remaining parts all the same, so that no rank waits for it.
+
+    Raises:
+        RuntimeError, OSError: as in `on_first`.
+    """
+
+    def take_all() -> Result:
+        try:
+            return work(parts)
+        finally:
+            for _ in parts:
+                pass
+
+    for _ in parts if not is_first() else ():
+        pass
+    return on_first(take_all)
 
 
 @contextmanager
