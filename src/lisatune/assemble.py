@@ -184,7 +184,7 @@ def build(
     blocks = _set_block_forward(recipe, model)
     model.train()
     model, layers, optimizer, state, lisa = _attach(recipe, model, steps, materialise)
-    loss = loss or ShardedLoss(model)
+    loss = loss or ShardedLoss(model, prove=not ranks.is_pretended())
     step = TrainingStep(
         model=model,
         loss=loss,

@@ -140,7 +140,7 @@ def load_checkpoint(
         parameters = dict(model.named_parameters())
         with safe_open(path / "optimizer.safetensors", framework="pt") as file:
             owners = {key: parameters.get(key.rpartition("//")[0]) for key in list(file.keys())}
-            optimizer_tensors = {key: read_part(file, key, owner) for key, owner in owners.items()}
+            optimizer_tensors = {key: read_part(file, key, owner).clone() for key, owner in owners.items()}
         check_same("the model's weights", state["weights"], _describe(weights))
         groups = state["optimizer"]["param_groups"]
         if len(groups) == len(optimizer.param_groups):

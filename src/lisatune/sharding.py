@@ -17,6 +17,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.optim import Optimizer
 
 from lisatune.layers import find_layers
@@ -49,10 +50,11 @@ def shard(
     from torch.distributed.fsdp import fully_shard
 
     ranks = get_world_size()
-    if how == "replicate":
-        mesh = init_device_mesh(device.type, (ranks, 1), mesh_dim_names=("replicate", "shard"))
-    else:
-        mesh = init_device_mesh(device.type, (ranks,))
+    with unset_fake_temporarily():  # a mesh is made of real numbers, also in a plan
+        if how == "replicate":
+            mesh = init_device_mesh(device.type, (ranks, 1), mesh_dim_names=("replicate", "shard"))
+        else:
+            mesh = init_device_mesh(device.type, (ranks,))
     for path in find_layers(model).blocks:
         fully_shard(model.get_submodule(path), mesh=mesh)
     fully_shard(model, mesh=mesh)

@@ -130,6 +130,8 @@ def collect(tensors: Mapping[str, Divided], wholes: Iterator[Tensor]) -> dict[st
 def read_part(file: Any, name: str, like: Tensor | None) -> Tensor:
     """Read this rank's part of a stored tensor that is cut as `like` is; the whole where that isn't cut.
 
+    It may be a view of the file: copy what is to be kept.
+
     Args:
         file: from `safetensors.safe_open`.
         name: of the tensor.
@@ -148,7 +150,7 @@ def read_part(file: Any, name: str, like: Tensor | None) -> Tensor:
         divided.shape, divided.device_mesh, divided.placements
     )
     rows: Tensor = stored[starts[0] : starts[0] + sizes[0]]  # FSDP2 cuts along rows alone
-    return rows.clone()
+    return rows
 
 
 def _order(tensors: Mapping[str, Divided]) -> list[str]:
