@@ -140,6 +140,8 @@ def measured(job: dict[str, Any]) -> dict[str, Any]:
     recipe = load_recipe(Path(job["measured"]), job["overrides"])
     parts = assemble(recipe)
     batches = [_batch(recipe, parts.model, recipe.data.max_length)] * recipe.run.accumulation
+    if parts.lisa is not None:
+        parts.lisa.period = 1000  # no draw but that of the plan
     for _ in range(2):
         if parts.lisa is not None:
             parts.lisa.activate(job["blocks"])

@@ -49,6 +49,7 @@ LEVELS = {
         "optim",
         "proof",
         "sharding",
+        "step_memory",
         "storage",
     },
     2: {"methods"},

@@ -65,9 +65,10 @@ class MemoryCheck:
         if ranks.agreed(lacking):  # of the rank with least
             free = self.plan.needed_bytes - ranks.agreed(lacking)
             needed = progress.byte_text(self.plan.needed_bytes)
+            change = _advice(recipe, self.plan, free)
             raise ValueError(
                 f"the run needs {needed} of memory by its plan ({self.plan.kind}){_on_each()} and "
-                f"{progress.byte_text(free)} are free on {device}: {_advice(recipe, self.plan, free)}; or set "
+                f"{progress.byte_text(free)} are free on {device}: {change}; or set "
                 "run.check_memory=false to run it as it is"
             )
         host = self.plan.host_bytes * ranks.on_this_machine()

@@ -30,6 +30,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lisatune.memory import plain_tensors, tensors_bytes
 from lisatune.optim import host_state
+from lisatune.step_memory import CATEGORIES, PHASES, StepMemory
 
 __all__ = ["CATEGORIES", "PHASES", "StepMemory", "StorageTracker"]
 
@@ -39,33 +40,6 @@ IN_PLACE = (
     torch.ops.aten._index_put_impl.default,
 )
 """What autograd does in place in backward unless a dispatch mode watches: it takes no memory of its own."""
-
-CATEGORIES = ("weights", "gradients", "optimizer state", "activations", "loss", "workspace")
-PHASES = ("forward", "loss", "backward", "clip", "optimizer step")
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepMemory:
-    """Memory of one training step, in bytes of live tensor storages."""
-
-    peak_bytes: int
-    """Most bytes at once."""
-
-    phase: str
-    """Where that was, one of PHASES. The loss's backward pass belongs to `loss`."""
-
-    at_peak: dict[str, int]
-    """Bytes of each category at the peak; their sum is `peak_bytes`."""
-
-    by_phase: dict[str, int]
-    """Most bytes in each phase the step went through."""
-
-    static_bytes: int
-    """Bytes at the end of the step: weights and optimizer state."""
-
-    host_bytes: int = 0
-    """Bytes of optimizer state with `state_device: cpu`. In the step that makes it `peak_bytes` has it too;
-    later no other figure counts it."""
 
 
 @dataclass(slots=True)
@@ -200,11 +174,10 @@ class StorageTracker(TorchDispatchMode):
 
     def _resize(self, key: int, known: _Storage, size: int) -> _Storage:
         """Count a storage of another size as a new one. FSDP2 alone does so, with weights that it gathers."""
-        category = known.category or "weights"
-        known.category = category
+        known.category = "weights"
         self._leave(known)
         self._event += 1
-        resized = _Storage(size, category, self._event, known.reference)
+        resized = _Storage(size, "weights", self._event, known.reference)
         self._live[key] = resized
         self._storages.append(resized)
         self._total += size

@@ -1,7 +1,7 @@
 """The plan of two ranks, made in one process, is what two real ones measure.
 
 Both count live tensors with the same tracker. They differ in how attention and the optimizer's kernels are
-called on real numbers, and by the gloo group's own small buffers: 2 %.
+called on real numbers: 1 %. Seen are equal peaks, to the byte.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from lisatune.recipe_file import load_recipe
 from rank_launcher import launch
 from tiny_text import CHATML, byte_tokenizer
 
-TOLERANCE = 0.02
+TOLERANCE = 0.01
 CASES = {
     "lisa": [],
     "replicate": ["run.sharding=replicate"],
@@ -62,7 +62,8 @@ def results(recipes: dict[str, Path]) -> dict[str, tuple[Any, list[Any]]]:
         plans[name] = plan_memory(load_recipe(path, keys), ranks=2)
         jobs.append({"measured": str(path), "overrides": keys, "blocks": plans[name].active_blocks})
     memory = {"recipe": str(recipes["lisa"]), "overrides": ["run.samples=0"]}
-    jobs += [memory, memory | {"overrides": ["run.samples=0", "run.batch_size=100000"]}]
+    large = ["run.samples=0", "run.batch_size=100000000", f"run.output={recipes['lisa'].parent / 'large'}"]
+    jobs += [memory, memory | {"overrides": large}]
     done = map(list, zip(*launch(2, recipes["lisa"].parent, jobs), strict=True))
     return dict(
         zip([*CASES, "train", "too large"], zip([*plans.values(), 0, 0], done, strict=True), strict=True)

@@ -72,7 +72,7 @@ def test_no_rank_holds_more_than_its_part_and_one_unit(held: dict[str, list[Any]
         assert part + unit < 0.85 * rank["whole"], "the model is too small to tell"
         assert rank["all at once"] >= rank["whole"], "the count misses something"
         # Where rows can't be divided evenly, torch's all-gather pads the tensor and cuts it again.
-        one = unit if name == "untied" else 2 * rank["tensor"]
+        one = unit if name == "untied" else 2.5 * rank["tensor"]
         assert rank["load"] <= part + unit
         assert rank["export"] <= part + one
         generators = 16384

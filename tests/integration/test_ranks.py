@@ -191,6 +191,22 @@ def test_the_written_model_is_a_plain_folder(runs: Runs, two: dict[str, Any]) ->
     AutoModelForCausalLM.from_pretrained(folder)
 
 
+def test_accelerate_starts_the_same_ranks(runs: Runs, two: dict[str, Any]) -> None:
+    job = runs.job("accelerate", HALF)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["--main_process_port", "0", "-m", "lisatune", "train", job["recipe"], *job["overrides"]]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, check=False, cwd=runs.folder
+    )
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((runs.folder / "accelerate" / "summary.json").read_text())
+    assert summary["peak_state_elements"] == two["fsdp"][0]["peak_state_elements"]
+    for key, weight in runs.weights("two-fsdp").items():
+        assert torch.equal(runs.weights("accelerate")[key], weight), key
+
+
 def test_a_rank_that_dies_ends_the_run_with_a_message(runs: Runs) -> None:
     job = runs.job("dies", HALF, "run.steps=100000")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
