@@ -174,9 +174,8 @@ class StorageTracker(TorchDispatchMode):
 
     def _resize(self, key: int, known: _Storage, size: int) -> _Storage:
         """Count a storage of another size as a new one. FSDP2 alone does so, with weights that it gathers."""
-        known.category = "weights"
+        known.category, self._event = "weights", self._event + 1
         self._leave(known)
-        self._event += 1
         resized = _Storage(size, "weights", self._event, known.reference)
         self._live[key] = resized
         self._storages.append(resized)
