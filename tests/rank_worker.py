@@ -9,6 +9,7 @@ import json
 import os
 import random
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,19 @@ import torch
 
 import tiny
 from lisatune import LISA, find_layers, ranks
-from lisatune.optim import build_adamw, build_optimizer
+from lisatune.assemble import assemble
+from lisatune.checkpoint import load_checkpoint, save_checkpoint
+from lisatune.memory import measure, tensors_bytes
+from lisatune.models import load_model, load_tokenizer
+from lisatune.optim import build_adamw, build_optimizer, state_bytes
+from lisatune.plan import _batch
+from lisatune.rank_weights import load_for_ranks, save_from_ranks
 from lisatune.recipe import OptimizerConfig
 from lisatune.recipe_file import load_recipe
 from lisatune.sharding import shard
-from lisatune.shards import local_part
+from lisatune.shards import full_tensor, local_part
 from lisatune.train import train
+from live_bytes import LiveBytes
 
 
 def draws() -> dict[str, Any]:
@@ -76,9 +84,82 @@ def unsharded() -> None:
     LISA(wrapped.module, optimizer)
 
 
+def held(folder: str, largest_file: str) -> dict[str, Any]:
+    """Load, write, train, save and load again; say what this rank held and whether all is equal."""
+    device, report = torch.device("cpu"), {}
+    expected = load_model(folder).state_dict()
+    with LiveBytes() as live:
+        model, fill = load_for_ranks(folder)
+        shard(model, device=device, how="fsdp", fill=fill)
+    report["load"] = live.peak
+    report["shard"] = tensors_bytes([*model.parameters(), *model.buffers()])
+    report["whole"] = sum(p.nbytes for p in model.parameters())
+    report["tensor"] = max(p.nbytes for p in model.parameters())
+    report["is whole"] = fill is None
+    layers = find_layers(model)
+    units = [layers.end_parameters(model), *layers.block_parameters(model)]
+    report["unit"] = max(sum(p.nbytes for p in unit.values()) for unit in units)
+    got = {name: full_tensor(t) for name, t in model.state_dict(keep_vars=True).items()}
+    report["equal"] = got.keys() == expected.keys() and all(torch.equal(got[n], expected[n]) for n in got)
+    computed = dict(load_model(folder).named_buffers())
+    report["buffers"] = sorted(n for n, b in model.named_buffers() if torch.equal(b, computed[n]))
+    with LiveBytes() as live:
+        kept = {name: full_tensor(t).clone() for name, t in model.state_dict(keep_vars=True).items()}
+    report["all at once"] = live.peak
+    del kept, got
+    with LiveBytes() as live:
+        save_from_ranks(model, load_tokenizer(folder), Path(f"{folder}-out"), largest_file)
+    report["export"] = live.peak
+    optimizer = build_optimizer(model, layers, OptimizerConfig(lr=1e-3))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    report["state"] = state_bytes(optimizer)
+    with LiveBytes() as live:
+        path = save_checkpoint(f"{folder}-checkpoints", step=1, model=model, optimizer=optimizer)
+    report["save"] = live.peak
+    before = [local_part(p).clone() for p in model.parameters()]
+    moments = [{k: torch.as_tensor(v).clone() for k, v in s.items()} for s in optimizer.state.values()]
+    for p in model.parameters():
+        p.grad = -torch.ones_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    with LiveBytes() as live:
+        load_checkpoint(path, model=model, optimizer=optimizer)
+    report["resume"] = live.peak
+    same = [torch.equal(local_part(p), was) for p, was in zip(model.parameters(), before, strict=True)]
+    for entry, was in zip(optimizer.state.values(), moments, strict=True):
+        same += [torch.equal(torch.as_tensor(entry[key]), was[key]) for key in was]
+    report["restored"] = all(same)
+    return report
+
+
+def measured(job: dict[str, Any]) -> dict[str, Any]:
+    """Measure the second training step of a recipe with the given blocks active."""
+    recipe = load_recipe(Path(job["measured"]), job["overrides"])
+    parts = assemble(recipe)
+    batches = [_batch(recipe, parts.model, recipe.data.max_length)] * recipe.run.accumulation
+    if parts.lisa is not None:
+        parts.lisa.period = 1000  # no draw but that of the plan
+    for _ in range(2):
+        if parts.lisa is not None:
+            parts.lisa.activate(job["blocks"])
+        with measure(parts.model, parts.optimizer) as tracker:
+            parts.step.backward(batches)
+            parts.step.clip()
+            parts.step.update()
+            step = tracker.end_step()
+    return asdict(step)
+
+
 def work(job: dict[str, Any]) -> Any:
     if "recipe" in job:
         return train(load_recipe(Path(job["recipe"]), job["overrides"]), **job.get("flags", {}))
+    if "measured" in job:
+        return measured(job)
+    if "held" in job:
+        return held(job["held"], job["largest_file"])
     return {"draws": draws, "seeds": seeds, "unsharded": unsharded}[job["check"]]()
 
 

@@ -25,6 +25,7 @@ from lisatune.loss import CausalLMLoss
 from lisatune.optim import StateMeter
 from lisatune.prepare import Data, check_fits, max_positions, prepare_data
 from lisatune.pretrained import announce_remote_code, check_attention
+from lisatune.rank_weights import load_for_ranks
 from lisatune.recipe import Recipe
 from lisatune.sharding import ShardedLoss, check_optimizer, check_recipe, shard
 from lisatune.step import TrainingStep
@@ -110,21 +111,21 @@ def assemble(recipe: Recipe, before_load: Callable[..., None] | None = None) -> 
     if before_load is not None:
         before_load(device, steps=data.steps, length=batch_length(data.train.rows, recipe, rehearsed))
     seed_generators(run.seed)
-    model = models.load_model(
-        name,
-        revision=revision,
-        trust_remote_code=trusted,
-        attention=recipe.model.attention,
-        dtype=weight_dtype(recipe),
-    )
-    if ranks.count() == 1:  # else block by block, each rank its part
-        model = model.to(device)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trusted}
+    options |= {"attention": recipe.model.attention, "dtype": weight_dtype(recipe)}
+    loss = divide = None
+    if ranks.count() == 1:
+        model = models.load_model(name, **options).to(device)
+        loss = CausalLMLoss(model)
+        if recipe.data.packing:
+            loss.check_packing()
+    else:  # block by block, each rank its part
+        model, fill = load_for_ranks(name, **options)
+        divide = partial(shard, how=run.sharding, device=device, fill=fill)
     _warn_of_widened_weights(recipe, model)
-    loss = CausalLMLoss(model)
-    if recipe.data.packing:
-        loss.check_packing()
-    divide = partial(shard, how=run.sharding, device=device) if ranks.count() > 1 else None
     built = build(recipe, model, loss, steps=data.steps, device=device, materialise=divide)
+    if recipe.data.packing and loss is None:
+        built.step.loss.check_packing()
     from transformers import get_scheduler  # only now that it is quiet
 
     schedule = recipe.optimizer.schedule
@@ -168,7 +169,7 @@ class Built:
 def build(
     recipe: Recipe,
     model: nn.Module,
-    loss: CausalLMLoss,
+    loss: CausalLMLoss | None,
     *,
     steps: int,
     device: torch.device,
@@ -179,7 +180,7 @@ def build(
     Args:
         recipe: the recipe.
         model: on `device`, or wherever `materialise` takes it from.
-        loss: of that model.
+        loss: of that model; on several ranks None, since a divided model needs one of its own.
         steps: optimizer steps of the whole run.
         device: where it trains.
         materialise: gives the prepared model its storage, or divides it among ranks, before the optimizer
@@ -189,9 +190,10 @@ def build(
     blocks = _set_block_forward(recipe, model)
     model.train()
     model, layers, optimizer, state, lisa = _attach(recipe, model, steps, materialise)
-    loss.follow(model)
-    if ranks.count() > 1:
-        loss = ShardedLoss(loss)
+    if loss is None:
+        loss = ShardedLoss(model, prove=not ranks.is_pretended())
+    else:
+        loss.follow(model)
     step = TrainingStep(
         model=model,
         loss=loss,

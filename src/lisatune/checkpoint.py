@@ -11,14 +11,15 @@
 A folder is written under another name, synced and renamed, so what has its final name is complete. Loading
 opens these files only, never through a link, after checking them against the manifest.
 
-On several ranks the first one puts together what is divided, tensor by tensor, and writes; all of them read
-and take their part. So a run goes on with any number of ranks, and a checkpoint has to fit rank 0's memory.
+On several ranks what is divided is put together and written tensor by tensor, by the first of them, and each
+reads its own rows. So a run goes on with any number of ranks, and no process holds more than its part and one
+tensor.
 """
 
 import json
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,15 @@ from lisatune.named_state import (
     to_names,
 )
 from lisatune.optim import translate_group
-from lisatune.shards import cut_states, like_shard, local_part, reshard, whole_states, whole_weights
+from lisatune.shards import local_part, reshard
+from lisatune.tensor_files import (
+    divided_states,
+    divided_tensors,
+    gathered,
+    lasting_tensors,
+    read_part,
+    write_file,
+)
 
 __all__ = ["load_checkpoint", "save_checkpoint", "seed_generators"]
 
@@ -75,10 +84,8 @@ def save_checkpoint(
         OSError: it could not be written. Nothing is left behind, earlier checkpoints are as they were.
         TypeError: a value is neither a plain tensor nor JSON.
     """
-    from safetensors.torch import save_file
-
     reshard(model)
-    weights = _weights(model)
+    weights = lasting_tensors(model)
     other: dict[str, Tensor] = {}
     optimizer_state, optimizer_tensors = to_names(model, optimizer)
     state = {
@@ -90,19 +97,21 @@ def save_checkpoint(
         "extra": to_json(dict(extra or {}), "extra", other),
     }
     parameters = dict(model.named_parameters())
-    weights = whole_weights(weights, keep=ranks.is_first())
-    optimizer_tensors = whole_states(optimizer_tensors, parameters, keep=ranks.is_first())
+    files = {
+        "weights.safetensors": divided_tensors(weights),
+        "optimizer.safetensors": divided_states(optimizer_tensors, parameters),
+        "other.safetensors": divided_tensors(other),
+    }
     target = Path(folder) / checkpoint_name(step)
 
-    def write() -> None:
+    def write(wholes: Iterator[Tensor]) -> None:
         with written_aside(target) as aside:
-            save_file(_storable(weights), aside / "weights.safetensors")
-            save_file(_storable(optimizer_tensors), aside / "optimizer.safetensors")
-            save_file(_storable(other), aside / "other.safetensors")
+            for name, tensors in files.items():
+                write_file(aside / name, tensors, wholes)
             (aside / "state.json").write_text(json.dumps(state))
             write_manifest(aside, step)
 
-    ranks.on_first(write)
+    ranks.first_takes(gathered(*files.values()), write)
     return target
 
 
@@ -123,13 +132,15 @@ def load_checkpoint(
     path = Path(path)
     verify(path)
     reshard(model)
-    weights = _weights(model)
+    weights = lasting_tensors(model)
     try:
         state = from_json(
             json.loads((path / "state.json").read_text()), load_file(path / "other.safetensors")
         )
-        optimizer_tensors = load_file(path / "optimizer.safetensors")
-        optimizer_tensors = cut_states(optimizer_tensors, dict(model.named_parameters()))
+        parameters = dict(model.named_parameters())
+        with safe_open(path / "optimizer.safetensors", framework="pt") as file:
+            owners = {key: parameters.get(key.rpartition("//")[0]) for key in list(file.keys())}
+            optimizer_tensors = {key: read_part(file, key, owner).clone() for key, owner in owners.items()}
         check_same("the model's weights", state["weights"], _describe(weights))
         groups = state["optimizer"]["param_groups"]
         if len(groups) == len(optimizer.param_groups):
@@ -153,7 +164,7 @@ def load_checkpoint(
     try:
         with safe_open(path / "weights.safetensors", framework="pt") as file, torch.no_grad():
             for name, tensor in weights.items():
-                _copy(tensor, file.get_tensor(name), name)
+                _copy(tensor, file, name)
         optimizer.load_state_dict(optimizer_state)
         if scheduler is not None:
             scheduler.load_state_dict(state["scheduler"])
@@ -193,34 +204,16 @@ def _check_plain(state: dict[str, Any], optimizer: Optimizer, scheduler: LRSched
     state["rng"]["python"], state["rng"]["torch"]
 
 
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    persistent = model.state_dict(keep_vars=True).keys()
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
-    return {**dict(model.named_parameters()), **buffers}
-
-
-def _copy(tensor: Tensor, saved: Tensor, name: str) -> None:
-    if saved.shape != tensor.shape or saved.dtype != tensor.dtype:
-        raise TypeError(f"{name} is {saved.dtype} {list(saved.shape)}, not what state.json says")
-    local_part(tensor).copy_(like_shard(saved, tensor))
+def _copy(tensor: Tensor, file: Any, name: str) -> None:
+    stored = file.get_slice(name)
+    part = read_part(file, name, tensor)
+    if tuple(stored.get_shape()) != tuple(tensor.shape) or part.dtype != tensor.dtype:
+        raise TypeError(f"{name} is {part.dtype} {stored.get_shape()}, not what state.json says")
+    local_part(tensor).copy_(part)
 
 
 def _describe(weights: Mapping[str, Tensor]) -> dict[str, str]:
     return {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in weights.items()}
-
-
-def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Plain dense tensors, none sharing memory with another: what safetensors accepts."""
-    storable: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
-            raise TypeError(f"can't save {name}: {type(tensor).__name__} is not a plain dense tensor")
-        dense = tensor.detach().contiguous()
-        address = dense.untyped_storage().data_ptr()
-        storable[name] = dense.clone() if address in seen else dense
-        seen.add(address)
-    return storable
 
 
 # ---- random number generators

@@ -15,6 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import arg_tree_leaves
 
+from lisatune.memory import plain_tensors
+
 __all__ = ["enough_chunks", "fake_storage", "fake_tensors"]
 
 T = TypeVar("T")
@@ -75,7 +77,7 @@ class _RealIds(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         tensors = [each for each in arg_tree_leaves(*args, **kwargs) if isinstance(each, Tensor)]
-        if tensors and not any(isinstance(each, FakeTensor) for each in tensors):
+        if tensors and not any(_is_fake(each) for each in tensors):
             with unset_fake_temporarily():
                 return function(*args, **kwargs)
         if function is aten._local_scalar_dense.default and tensors[0].dtype == torch.bool:
@@ -85,6 +87,13 @@ class _RealIds(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if function in INDEXING:  # the shape of x[mask] hangs on the mask's values
             args = (args[0], _numbers(args[1]), *args[2:])
         return function(*args, **kwargs)
+
+
+def _is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor, or what it is made of, is fake."""
+    return isinstance(tensor, FakeTensor) or any(
+        isinstance(each, FakeTensor) for each in plain_tensors(tensor)
+    )
 
 
 def _sparse(function: Any, args: tuple[Any, ...]) -> Tensor:

@@ -147,7 +147,9 @@ def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
         yield from (tensor._indices(), tensor._values())
         return
     if is_traceable_wrapper_subclass(tensor):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from plain_tensors(getattr(tensor, name))
+        parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        for part in parts:
+            if isinstance(part, Tensor):  # a sharded tensor also names its mesh
+                yield from plain_tensors(part)
     else:
         yield tensor

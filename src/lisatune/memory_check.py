@@ -1,19 +1,25 @@
 """Whether a run fits its device, known before weights load; and at its end, whether the plan was right."""
 
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from subprocess import SubprocessError
 
 import torch
 
 from lisatune import memory, progress, ranks
 from lisatune.fit import find_fit
 from lisatune.plan import MemoryPlan, plan_memory
+from lisatune.plan_apart import plan_apart
 from lisatune.plan_table import advice
 from lisatune.recipe import Recipe
 
 __all__ = ["MemoryCheck"]
+
+PLAN_SECONDS = 300
+"""Longest that ranks wait for their plan."""
 
 
 class MemoryCheck:
@@ -43,29 +49,36 @@ class MemoryCheck:
         Raises:
             ValueError: the run needs more memory than is free; the message says what to change.
         """
-        if not self.recipe.run.check_memory or ranks.count() > 1:  # the plan traces a model that is whole
+        if not self.recipe.run.check_memory:
             return
         recipe = replace(self.recipe, run=replace(self.recipe.run, steps=steps, device=device.type))
         try:
-            self.plan = plan_memory(recipe, length=length)
+            self.plan = _planned(recipe, length)
         except Exception as error:  # the run itself has been rehearsed already: it may go on
             warnings.warn(f"the run's memory can't be planned ({error}); going on without", stacklevel=2)
             return
+        host_free = memory.available_bytes(torch.device("cpu"))
         free = memory.available_bytes(device)
-        if free is not None and self.plan.needed_bytes > free:
-            fit = find_fit(recipe, free, length=length, first=self.plan)
+        if device.type == "cpu" and free is not None:
+            free //= ranks.on_this_machine()
+        lacking = 0 if free is None else max(self.plan.needed_bytes - free, 0)
+        if ranks.agreed(lacking):  # of the rank with least
+            free = self.plan.needed_bytes - ranks.agreed(lacking)
             needed = progress.byte_text(self.plan.needed_bytes)
+            change = _advice(recipe, self.plan, free)
             raise ValueError(
-                f"the run needs {needed} of memory by its plan ({self.plan.kind}) and "
-                f"{progress.byte_text(free)} are free on {device}: {advice(fit)}; or set "
+                f"the run needs {needed} of memory by its plan ({self.plan.kind}){_on_each()} and "
+                f"{progress.byte_text(free)} are free on {device}: {change}; or set "
                 "run.check_memory=false to run it as it is"
             )
-        host = max(self.plan.host_bytes, self.plan.at_peak["weights"])  # weights load into host memory first
-        host_free = memory.available_bytes(torch.device("cpu"))
-        if device.type != "cpu" and host_free is not None and host > host_free:
+        host = self.plan.host_bytes * ranks.on_this_machine()
+        if ranks.count() == 1:
+            host = max(host, self.plan.at_peak["weights"])  # these load into host memory first
+        lacks_host = device.type != "cpu" and host_free is not None and host > host_free
+        if ranks.agreed(int(lacks_host)):
             raise ValueError(
                 f"the run needs {progress.byte_text(host)} of host memory by its plan ({self.plan.kind}) and "
-                f"{progress.byte_text(host_free)} are free: keep less optimizer state there, or set "
+                f"{progress.byte_text(host_free or 0)} are free: keep less optimizer state there, or set "
                 "run.check_memory=false to run it as it is"
             )
         self._resident_before = memory.resident_bytes()
@@ -101,3 +114,30 @@ class MemoryCheck:
             "measured_bytes": self._step_peak or grown,
             "measured": "tensors in a step" if self._step_peak else "growth of resident memory",
         }
+
+
+def _planned(recipe: Recipe, length: int) -> MemoryPlan:
+    """Plan a run: on several ranks in a process of its own, for a plan pretends ranks."""
+    if ranks.count() == 1:
+        return plan_memory(recipe, length=length)
+    text = ""
+    if ranks.is_first():
+        try:
+            options = ("--ranks", str(ranks.count()), "--length", str(length))
+            text = json.dumps(plan_apart(recipe, *options, seconds=PLAN_SECONDS))
+        except (ValueError, OSError, SubprocessError) as error:
+            text = f"!{error}"
+    text = ranks.from_first(text)
+    if text.startswith("!"):
+        raise RuntimeError(text[1:])
+    return MemoryPlan.from_dict(json.loads(text))
+
+
+def _on_each() -> str:
+    return "" if ranks.count() == 1 else f" on each of {ranks.count()} ranks"
+
+
+def _advice(recipe: Recipe, plan: MemoryPlan, free: int) -> str:
+    if ranks.count() == 1:
+        return advice(find_fit(recipe, free, length=plan.length, first=plan))
+    return f"`lisatune plan RECIPE --ranks {ranks.count()} --gpu SIZE` finds what fits"

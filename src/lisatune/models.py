@@ -28,6 +28,7 @@ __all__ = [
     "load_config",
     "load_model",
     "load_tokenizer",
+    "locate",
     "meta_model",
     "model_from_config",
     "pick_device",
@@ -62,7 +63,7 @@ def load_config(
             f"model folder {name} holds adapters, not a model; merge them into theirs first "
             "(peft: PeftModel.merge_and_unload, then save_pretrained)"
         )
-    path = _locate(name, needs_weights=needs_weights)
+    path = locate(name, needs_weights=needs_weights)
     with one_sentence(name):
         config = import_transformers().AutoConfig.from_pretrained(
             path, revision=revision, trust_remote_code=trust_remote_code
@@ -92,7 +93,7 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
 
     Arguments and errors are those of `load_config`.
     """
-    path = _locate(name)
+    path = locate(name)
     with one_sentence(f"the tokenizer of {name}"):
         tokenizer = import_transformers().AutoTokenizer.from_pretrained(
             path, revision=revision, trust_remote_code=trust_remote_code
@@ -133,7 +134,7 @@ def load_model(
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
     with one_sentence(name):
         model, info = import_auto_model().from_pretrained(
-            _locate(name),
+            locate(name),
             config=config,
             revision=revision,
             trust_remote_code=trust_remote_code,
@@ -184,7 +185,6 @@ def save_model(model: Any, tokenizer: Any, folder: str | Path, *, weights: Any =
     """Write model, tokenizer and chat template as a Hugging Face folder, complete or not at all.
 
     Of a model with PEFT adapters only these are written, with the name of the model they belong to.
-
     `weights`, by name, stand for those of a model that is divided among ranks.
 
     Raises:
@@ -239,7 +239,7 @@ def enable_activation_checkpointing(model: Any) -> None:
 # ---- where a model is
 
 
-def _locate(name: str, *, needs_weights: bool = True) -> str:
+def locate(name: str, *, needs_weights: bool = True) -> str:
     """Local folder to load from, or the hub id."""
     if name == SMOLLM2:
         return str(converted(smollm2_file(), sha256=SMOLLM2_SHA256))

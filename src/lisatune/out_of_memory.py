@@ -1,10 +1,7 @@
 """What a run says when memory runs out: one sentence, with what `lisatune plan` finds to change."""
 
-import json
 import os
 import subprocess
-import sys
-import tempfile
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from lisatune import models, plain_yaml
+from lisatune import models
+from lisatune.plan_apart import plan_apart
 from lisatune.progress import byte_text
 from lisatune.recipe import Recipe
 
@@ -90,19 +88,8 @@ def _advice(recipe: Recipe) -> str:
         size = limit_bytes(device)
         if size is None:
             return plain
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "recipe.yaml"
-            run = replace(recipe.run, device=device.type, report_to=())
-            path.write_text(plain_yaml.dump(replace(recipe, run=run).as_dict()), encoding="utf-8")
-            command = [sys.executable, "-m", "lisatune.cli", "plan", str(path), "--json"]
-            done = subprocess.run(
-                [*command, "--gpu", f"{size / 10**6:.3f}MB"],
-                capture_output=True,
-                text=True,
-                timeout=PLAN_SECONDS,
-                check=True,
-            )
-        planned = json.loads(done.stdout)
+        asked = replace(recipe, run=replace(recipe.run, device=device.type))
+        planned = plan_apart(asked, "--gpu", f"{size / 10**6:.3f}MB", seconds=PLAN_SECONDS)
         fit = planned["fit"]
         if fit["fits"] and not fit["overrides"]:
             needs = byte_text(planned["needed_bytes"])

@@ -21,13 +21,16 @@ from lisatune.adamw import CHUNK, CHUNK_ELSEWHERE, AdamW
 from lisatune.adamw_rows import sparse_rows
 from lisatune.adamw_state import prepare
 from lisatune.assemble import Built, build, weight_dtype
+from lisatune.costly_draws import costly_draws, draws_of
 from lisatune.estimate import divided, estimate, why_untraced
 from lisatune.fake import fake_storage, fake_tensors
-from lisatune.lisa import LISA
 from lisatune.loss import CausalLMLoss
 from lisatune.prepare import max_positions
+from lisatune.ranks import is_pretended, pretended
 from lisatune.recipe import Recipe
 from lisatune.shapes import shape_config
+from lisatune.sharding import check_recipe, shard
+from lisatune.shards import part_to_update
 from lisatune.storage import StepMemory, StorageTracker
 
 __all__ = ["RESERVE_BYTES", "RESERVE_SHARE", "MemoryPlan", "plan_memory"]
@@ -47,7 +50,7 @@ class MemoryPlan(StepMemory):
     """Memory of a training step on one device, and of which step that is."""
 
     kind: str
-    """`traced`; `traced, divided by ranks`; or `arithmetic` where the model can't be traced."""
+    """`traced`, or `arithmetic` where the model can't be; `…, divided by ranks` where several ranks can't."""
 
     batch_size: int
     """Sequences per micro-step."""
@@ -89,6 +92,13 @@ class MemoryPlan(StepMemory):
         values = asdict(self) | {"needed_bytes": self.needed_bytes}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "MemoryPlan":
+        """Read what `as_dict` gave."""
+        fields = {key: values[key] for key in cls.__dataclass_fields__}
+        active = fields["active_blocks"]
+        return cls(**fields | {"active_blocks": None if active is None else tuple(active)})
+
 
 def plan_memory(
     recipe: Recipe,
@@ -104,7 +114,7 @@ def plan_memory(
 
     Args:
         recipe: the recipe; its data isn't read, and `run.device` need not be here.
-        ranks: devices among which weights, gradients and optimizer state are divided.
+        ranks: devices among which the model is divided, as `run.sharding` says. The plan is that of each.
         length: tokens per sequence. Default: `data.max_length`, or what the model can read.
         blocks: blocks that train, for a method that draws. Default: the costliest draw of the run.
         config: the model's transformers config. Default: that of `model.name`.
@@ -117,89 +127,70 @@ def plan_memory(
     started = time.perf_counter()
     device = recipe.run.device.partition(":")[0]
     device = models.pick_device("auto").type if device == "auto" else device
-    compiles, run = recipe.run.compile, replace(recipe.run, compile=False)
+    compiles, run = recipe.run.compile, replace(recipe.run, compile=False, device=device)
     recipe = replace(recipe, method=recipe.method.without_proof(), run=run)
+    note = "planned uncompiled: compiled blocks keep as much, or less" if compiles else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # they come with the run
-        model = _shapes(recipe, config)
-        length = length or recipe.data.max_length
-        length = min(length, max_positions(model) or length)
-        batches = [_batch(recipe, model, length)] * min(recipe.run.accumulation, 2)
-        with torch.random.fork_rng(devices=[]), ExitStack() as stack:
-
-            def materialise(prepared: nn.Module) -> None:  # not before: PEFT can't adapt fake tensors
-                stack.enter_context(fake_tensors())
-                fake_storage(prepared)
-
-            built = build(
-                recipe,
-                model,
-                CausalLMLoss(model, prove=False),
-                steps=recipe.run.steps or UNKNOWN_STEPS,
-                device=torch.device("cpu"),
-                materialise=materialise,
-            )
-            if isinstance(built.step.optimizer, AdamW):
-                built.step.optimizer.chunk_size = CHUNK.get(device, CHUNK_ELSEWHERE)
-            kind, note = (
-                "traced",
-                "planned uncompiled: compiled blocks keep as much, or less" if compiles else None,
-            )
+        planned, why_divided = None, ""
+        if ranks > 1:
             try:
-                steps = recipe.run.steps or UNKNOWN_STEPS
-                memory = _trace_costliest(built, batches, blocks, steps, recipe.run.accumulation)
-            except Exception as error:  # a model's own code can raise anything on tensors without values
-                kind, note = "arithmetic", why_untraced(built, batches, error)
-                memory = estimate(built, recipe, length)
-            if ranks > 1:
-                kind = f"{kind}, divided by ranks"
-                memory = divided(memory, built.model, built.layers, ranks)
-            return MemoryPlan(
-                **asdict(memory),
-                kind=kind,
-                batch_size=recipe.run.batch_size,
-                length=length,
-                device=device,
-                ranks=ranks,
-                active_blocks=None if built.lisa is None else built.lisa.active_blocks,
-                trainable=sum(p.numel() for p in built.model.parameters() if p.requires_grad),
-                seconds=time.perf_counter() - started,
-                note=note,
-            )
+                with pretended(ranks):
+                    check_recipe(recipe)
+                    planned = _plan(recipe, length, blocks, config, ranks)
+            except Exception as error:  # as below; and what does not run on several ranks can be estimated
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                why_divided = f"one rank's figures, divided by arithmetic ({reason})"
+        planned = planned or _plan(recipe, length, blocks, config, ranks)
+    notes = [each for each in (note, planned.note, why_divided) if each]
+    return replace(planned, note="; ".join(notes) or None, seconds=time.perf_counter() - started)
 
 
-def costly_draws(lisa: LISA, model: nn.Module, steps: int) -> list[tuple[int, ...]]:
-    """Of a run's draws, the few of which one needs most memory.
+def _plan(
+    recipe: Recipe, length: int | None, blocks: tuple[int, ...] | None, config: Any, ranks: int
+) -> MemoryPlan:
+    """Trace a step, on the first of pretended ranks where there are; else divide what one rank takes."""
+    run, device = recipe.run, torch.device("cpu")
+    model = _shapes(recipe, config)
+    length = length or recipe.data.max_length
+    length = min(length, max_positions(model) or length)
+    batches = [_batch(recipe, model, length)] * min(run.accumulation, 2)
+    steps, is_divided = run.steps or UNKNOWN_STEPS, is_pretended()
+    with torch.random.fork_rng(devices=[]), ExitStack() as stack:
 
-    The more numbers train, the more memory it takes. Among equals it depends on where the peak is. That of
-    the highest blocks has their gradients while activations below are still there; that of the lowest keeps
-    their activations until the end, and more of them where backward stops at the lowest active block; that
-    of the lowest block and high others has some of both. Where backward stops there, a smaller draw can need
-    more if it reaches lower.
-    """
-    sizes = [sum(p.numel() for p in block.values()) for block in lisa.layers.block_parameters(model)]
+        def materialise(prepared: nn.Module) -> None:  # not before: PEFT can't adapt fake tensors
+            stack.enter_context(fake_tensors())
+            fake_storage(prepared)
+            if is_divided:
+                shard(prepared, device=device, how=run.sharding)
 
-    def size(draw: tuple[int, ...]) -> int:
-        return sum(sizes[block] for block in draw)
-
-    def lowest(draw: tuple[int, ...]) -> int:
-        return min(draw, default=len(sizes))
-
-    draws = sorted(_draws(lisa, steps))
-    largest = [draw for draw in draws if size(draw) == max(map(size, draws))]
-    costly = [
-        max(largest, key=sum),
-        min(largest, key=sum),
-        min(largest, key=lambda draw: (lowest(draw), -sum(draw))),
-    ]
-    if lisa.ends_rest:
-        costly.append(min(draws, key=lambda draw: (lowest(draw), -size(draw))))
-    return list(dict.fromkeys(costly))
-
-
-def _draws(lisa: LISA, steps: int) -> set[tuple[int, ...]]:
-    periods = range(min(-(-steps // lisa.period), UNKNOWN_STEPS))
-    return {lisa.sampler.draw(period, seed=lisa.seed) for period in periods}
+        loss = None if is_divided else CausalLMLoss(model, prove=False)
+        built = build(recipe, model, loss, steps=steps, device=device, materialise=materialise)
+        if isinstance(built.step.optimizer, AdamW):
+            built.step.optimizer.chunk_size = CHUNK.get(run.device, CHUNK_ELSEWHERE)
+        kind, note = "traced", None
+        try:
+            memory = _trace_costliest(built, batches, blocks, steps, run.accumulation)
+        except Exception as error:  # a model's own code can raise anything on tensors without values
+            if is_divided:
+                raise
+            kind, note = "arithmetic", why_untraced(built, batches, error)
+            memory = estimate(built, recipe, length)
+        if ranks > 1 and not is_divided:
+            kind = f"{kind}, divided by ranks"
+            memory = divided(memory, built.model, built.layers, ranks)
+        return MemoryPlan(
+            **asdict(memory),
+            kind=kind,
+            batch_size=run.batch_size,
+            length=length,
+            device=run.device,
+            ranks=ranks,
+            active_blocks=None if built.lisa is None else built.lisa.active_blocks,
+            trainable=sum(p.numel() for p in built.model.parameters() if p.requires_grad),
+            seconds=0.0,
+            note=note,
+        )
 
 
 def _shapes(recipe: Recipe, config: Any) -> Any:
@@ -246,7 +237,7 @@ def _trace_costliest(
     if lisa is None:
         return _trace(built, batches, micro_steps)
     draws = [blocks] if blocks is not None else costly_draws(lisa, built.model, steps)
-    visited = sorted({block for draw in _draws(lisa, steps) for block in draw})
+    visited = sorted({block for draw in draws_of(lisa, steps) for block in draw})
     lisa.period = UNKNOWN_STEPS  # no draw but ours
     lisa.activate(visited)
     _make_state(
@@ -287,7 +278,7 @@ def _make_state(built: Built, ids: int) -> None:
             if p.requires_grad:
                 p.grad = sparse_rows(p, ids) if group.get("rows") else torch.empty_like(p)
                 if isinstance(optimizer, AdamW):
-                    prepare(group, p, optimizer.state[p])
+                    prepare(group, part_to_update(p), optimizer.state[p])
     if not isinstance(optimizer, AdamW):
         optimizer.step()
     built.step.skip()

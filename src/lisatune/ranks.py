@@ -16,12 +16,28 @@ from typing import TypeVar
 import torch
 from torch import distributed
 
-__all__ = ["agreed", "check_equal", "count", "is_first", "joined", "on_first", "rank", "total"]
+__all__ = [
+    "agreed",
+    "check_equal",
+    "count",
+    "first_takes",
+    "from_first",
+    "has_others",
+    "is_first",
+    "is_pretended",
+    "joined",
+    "on_first",
+    "on_this_machine",
+    "pretended",
+    "rank",
+    "total",
+]
 
 TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for another one that is alive but silent. One that has died is noticed at once."""
 
 Result = TypeVar("Result")
+Part = TypeVar("Part")
 
 
 def count() -> int:
@@ -70,9 +86,39 @@ def joined(device: str) -> Iterator[None]:
     distributed.destroy_process_group()  # not after an error: it could wait for a rank that has gone
 
 
+@contextmanager
+def pretended(number: int) -> Iterator[None]:
+    """Inside, this process is the first of so many ranks, of which no other exists and no number arrives.
+
+    What ranks exchange has its shape and no meaning: for planning alone.
+
+    Raises:
+        RuntimeError: there are real ranks.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if distributed.is_initialized():
+        raise RuntimeError("ranks can't be pretended in a process that has joined real ones")
+    distributed.init_process_group("fake", rank=0, world_size=number, store=FakeStore())
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def is_pretended() -> bool:
+    """Whether the other ranks don't exist."""
+    return count() > 1 and distributed.get_backend() == "fake"
+
+
+def has_others() -> bool:
+    """Whether there are other ranks to exchange numbers with."""
+    return count() > 1 and not is_pretended()
+
+
 def total(*numbers: float) -> list[float]:
     """Add up numbers over all ranks, in float64."""
-    if count() == 1:
+    if not has_others():
         return list(numbers)
     sums = torch.tensor(numbers, dtype=torch.float64)
     distributed.all_reduce(sums)
@@ -81,7 +127,7 @@ def total(*numbers: float) -> list[float]:
 
 def agreed(number: int) -> int:
     """Return the largest of all ranks' numbers."""
-    if count() == 1:
+    if not has_others():
         return number
     largest = torch.tensor(number)
     distributed.all_reduce(largest, distributed.ReduceOp.MAX)
@@ -94,7 +140,7 @@ def check_equal(what: str, value: object) -> None:
     Raises:
         RuntimeError: it differs; names the ranks that differ from the first.
     """
-    if count() == 1:
+    if not has_others():
         return
     digest = int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=7).digest(), "big")
     mine = torch.tensor([digest])
@@ -126,6 +172,43 @@ def on_first(work: Callable[[], Result]) -> Result | None:
     if outcome:
         raise (OSError if outcome == 2 else RuntimeError)("rank 0 failed; its own message says why")
     return result
+
+
+def from_first(text: str) -> str:
+    """Return the first rank's text."""
+    if not has_others():
+        return text
+    mine = list(text.encode()) if is_first() else []
+    size = agreed(len(mine))
+    arrived = torch.tensor(mine or [0] * size, dtype=torch.uint8)
+    distributed.broadcast(arrived, src=0)
+    return bytes(arrived.tolist()).decode()
+
+
+def on_this_machine() -> int:
+    """Number of ranks that share this machine's memory; all of them where the launcher doesn't say."""
+    return min(int(os.environ.get("LOCAL_WORLD_SIZE") or count()), count())
+
+
+def first_takes(parts: Iterator[Part], work: Callable[[Iterator[Part]], Result]) -> Result | None:
+    """Let the first rank work on what all ranks must make together, part by part; the others get None.
+
+    Where the first one fails it makes the remaining parts all the same, so that no rank waits for it.
+
+    Raises:
+        RuntimeError, OSError: as in `on_first`.
+    """
+
+    def take_all() -> Result:
+        try:
+            return work(parts)
+        finally:
+            for _ in parts:
+                pass
+
+    for _ in parts if not is_first() else ():
+        pass
+    return on_first(take_all)
 
 
 @contextmanager

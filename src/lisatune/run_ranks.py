@@ -5,13 +5,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lisatune import models, ranks
+from lisatune import ranks
 from lisatune.data import Row
 from lisatune.exits import Terminated
 from lisatune.runs import RunFolder
-from lisatune.shards import reshard, whole_weights
 
-__all__ = ["agreed_stop", "my_share", "open_folder", "save_whole_model"]
+__all__ = ["agreed_stop", "my_share", "open_folder"]
 
 Stop = type[KeyboardInterrupt]
 
@@ -59,13 +58,3 @@ def my_share(rows: Sequence[Row]) -> Sequence[Row]:
     ids = rows[0]["input_ids"][:2]
     blank = {"input_ids": ids, "labels": [-100] * len(ids)}
     return [blank | ({"seq_lengths": [len(ids)]} if "seq_lengths" in rows[0] else {})]
-
-
-def save_whole_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Put a model together on the first rank, tensor by tensor into host memory, and write it there."""
-    if ranks.count() == 1:
-        models.save_model(model, tokenizer, folder)
-        return
-    reshard(model)
-    weights = whole_weights(model.state_dict(keep_vars=True), keep=ranks.is_first())
-    ranks.on_first(lambda: models.save_model(model, tokenizer, folder, weights=weights))

@@ -12,52 +12,91 @@ and freezing these would freeze nothing. `shards.reshard` sees to that.
 Gradients are in the weights' dtype, also while they are added up over ranks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.optim import Optimizer
 
 from lisatune.layers import find_layers
 from lisatune.loss import CausalLMLoss
 from lisatune.recipe import Recipe
+from lisatune.shards import reshard
 
 __all__ = ["ShardedLoss", "check_optimizer", "check_recipe", "shard"]
 
 
-def shard(model: nn.Module, *, device: torch.device, how: Literal["fsdp", "replicate"]) -> None:
-    """Divide a loaded model among the ranks, block by block onto `device`, in place.
+def shard(
+    model: nn.Module,
+    *,
+    device: torch.device,
+    how: Literal["fsdp", "replicate"],
+    fill: Callable[[], None] | None = None,
+) -> None:
+    """Divide a model among the ranks, block by block onto `device`, in place.
 
-    Every rank must have loaded the same weights. Build the optimizer after this.
+    Build the optimizer after this.
+
+    Args:
+        model: with the same weights on every rank; or on the meta device, to be filled.
+        device: of this rank.
+        how: what is divided.
+        fill: puts weights into a model on the meta device, once each rank has storage for its part.
     """
     from torch.distributed import get_world_size
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     ranks = get_world_size()
-    if how == "replicate":
-        mesh = init_device_mesh(device.type, (ranks, 1), mesh_dim_names=("replicate", "shard"))
-    else:
-        mesh = init_device_mesh(device.type, (ranks,))
+    with unset_fake_temporarily():  # a mesh is made of real numbers, also in a plan
+        if how == "replicate":
+            mesh = init_device_mesh(device.type, (ranks, 1), mesh_dim_names=("replicate", "shard"))
+        else:
+            mesh = init_device_mesh(device.type, (ranks,))
     for path in find_layers(model).blocks:
         fully_shard(model.get_submodule(path), mesh=mesh)
     fully_shard(model, mesh=mesh)
+    if fill is not None:
+        _allocate(model, device)
+        fill()
+
+
+def _allocate(model: nn.Module, device: torch.device) -> None:
+    """Give parameters on the meta device storage of their own. Ties stay ties."""
+    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                places.setdefault(parameter, []).append((module, name))
+    for parameter, owners in places.items():
+        made = nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
+        for module, name in owners:
+            module._parameters[name] = made
+    model._apply(lambda tensor: tensor)  # type: ignore[no-untyped-call]  # FSDP2 takes notice of them
 
 
 class ShardedLoss(CausalLMLoss):
     """The loss of a sharded model, which FSDP2 takes for its forward pass.
 
     Args:
-        loss: of the model before it was sharded, in place.
+        model: a sharded model; every rank must make its loss.
+        prove: as of `CausalLMLoss`.
     """
 
-    def __init__(self, loss: CausalLMLoss) -> None:
+    def __init__(self, model: nn.Module, *, prove: bool = True) -> None:
         from torch.distributed.fsdp import register_fsdp_forward_method
 
-        vars(self).update(vars(loss))
+        super().__init__(model, prove=prove)
+        reshard(model)
         self.model._sharded_loss = super().__call__
         register_fsdp_forward_method(self.model, "_sharded_loss")
+
+    def check_packing(self) -> None:
+        """As of `CausalLMLoss`; every rank must call it."""
+        super().check_packing()
+        reshard(self.model)
 
     def __call__(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Sum the token losses of this rank's batch; every rank must call it."""

@@ -3,7 +3,7 @@
 Plain tensors pass through all of it as they are.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from lisatune import ranks
 
 __all__ = [
-    "cut_states",
     "full_tensor",
     "is_sharded",
     "like_shard",
@@ -20,8 +19,6 @@ __all__ = [
     "reshard",
     "units",
     "whole_state",
-    "whole_states",
-    "whole_weights",
 ]
 
 
@@ -83,40 +80,6 @@ def whole_state(value: Tensor, parameter: Any) -> Tensor:
         shape=parameter.shape,
         stride=parameter.stride(),
     ).full_tensor()
-
-
-def whole_weights(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """Put tensors together one after the other, into host memory where `keep` says so; collective."""
-    if ranks.count() == 1:
-        return dict(tensors)
-    made: dict[int, Tensor] = {}
-    whole = {}
-    for name, tensor in tensors.items():
-        if id(tensor) not in made:
-            one = full_tensor(tensor)
-            made[id(tensor)] = one.cpu() if keep else one.new_empty(0)
-        if keep:
-            whole[name] = made[id(tensor)]
-    return whole
-
-
-def whole_states(
-    tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], *, keep: bool
-) -> dict[str, Tensor]:
-    """The same for optimizer state named "PARAMETER//KEY"."""
-    if ranks.count() == 1:
-        return dict(tensors)
-    whole = {}
-    for key, tensor in tensors.items():
-        one = whole_state(tensor, parameters[key.rpartition("//")[0]])
-        if keep:
-            whole[key] = one.cpu()
-    return whole
-
-
-def cut_states(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Cut this rank's part out of whole optimizer state named "PARAMETER//KEY"."""
-    return {key: like_shard(each, parameters.get(key.rpartition("//")[0])) for key, each in tensors.items()}
 
 
 def units(model: nn.Module) -> Iterator[Any]:

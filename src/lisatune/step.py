@@ -64,7 +64,7 @@ class TrainingStep:
             scaled = micro_loss if ranks.count() == 1 else micro_loss * ranks.count()
             scaled.backward()  # type: ignore[no-untyped-call]
             loss += micro_loss.detach()
-        return loss if ranks.count() == 1 else loss.new_tensor(ranks.total(float(loss))[0])
+        return loss.new_tensor(ranks.total(float(loss))[0]) if ranks.has_others() else loss
 
     def clip(self) -> Tensor:
         """Clip the gradients' global norm, and return what it was: a scalar on the device.

@@ -30,6 +30,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lisatune.memory import plain_tensors, tensors_bytes
 from lisatune.optim import host_state
+from lisatune.step_memory import CATEGORIES, PHASES, StepMemory
 
 __all__ = ["CATEGORIES", "PHASES", "StepMemory", "StorageTracker"]
 
@@ -39,33 +40,6 @@ IN_PLACE = (
     torch.ops.aten._index_put_impl.default,
 )
 """What autograd does in place in backward unless a dispatch mode watches: it takes no memory of its own."""
-
-CATEGORIES = ("weights", "gradients", "optimizer state", "activations", "loss", "workspace")
-PHASES = ("forward", "loss", "backward", "clip", "optimizer step")
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepMemory:
-    """Memory of one training step, in bytes of live tensor storages."""
-
-    peak_bytes: int
-    """Most bytes at once."""
-
-    phase: str
-    """Where that was, one of PHASES. The loss's backward pass belongs to `loss`."""
-
-    at_peak: dict[str, int]
-    """Bytes of each category at the peak; their sum is `peak_bytes`."""
-
-    by_phase: dict[str, int]
-    """Most bytes in each phase the step went through."""
-
-    static_bytes: int
-    """Bytes at the end of the step: weights and optimizer state."""
-
-    host_bytes: int = 0
-    """Bytes of optimizer state with `state_device: cpu`. In the step that makes it `peak_bytes` has it too;
-    later no other figure counts it."""
 
 
 @dataclass(slots=True)
@@ -125,6 +99,8 @@ class StorageTracker(TorchDispatchMode):
         # Before LISA's own hook, which may release state.
         hooks: Any = self._optimizer._optimizer_step_post_hooks
         hooks.move_to_end(self._handles[3].id, last=False)
+        self._resize_before = torch.UntypedStorage.resize_
+        torch.UntypedStorage.resize_ = self._watch_resize()  # type: ignore[method-assign]
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -132,6 +108,7 @@ class StorageTracker(TorchDispatchMode):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        torch.UntypedStorage.resize_ = self._resize_before  # type: ignore[method-assign]
         for handle in self._handles:
             handle.remove()
 
@@ -183,10 +160,7 @@ class StorageTracker(TorchDispatchMode):
         key = storage._cdata
         known = self._live.get(key)
         if known is not None:
-            if known.size != storage.nbytes():  # resized
-                self._total += storage.nbytes() - known.size
-                known.size = storage.nbytes()
-            return known
+            return known if known.size == storage.nbytes() else self._resize(key, known, storage.nbytes())
         self._event += 1
         reference = weakref.ref(storage, lambda _: self._free(key))
         category = "loss" if self._phase == "loss" else None
@@ -196,6 +170,30 @@ class StorageTracker(TorchDispatchMode):
         self._total += noted.size
         if not self._in_place:
             self._note_peak()
+        return noted
+
+    def _resize(self, key: int, known: _Storage, size: int) -> _Storage:
+        """Count a storage of another size as a new one. FSDP2 alone does so, with weights that it gathers."""
+        known.category, self._event = "weights", self._event + 1
+        self._leave(known)
+        resized = _Storage(size, "weights", self._event, known.reference)
+        self._live[key] = resized
+        self._storages.append(resized)
+        self._total += size
+        self._note_peak()
+        return resized
+
+    def _watch_resize(self) -> Any:
+        """Let a storage that is resized be counted anew: that is no operation which a mode would see."""
+        resize = torch.UntypedStorage.resize_
+
+        def noted(storage: torch.UntypedStorage, size: int) -> Any:
+            result = resize(storage, size)
+            known = self._live.get(storage._cdata)
+            if known is not None and known.size != storage.nbytes():
+                self._resize(storage._cdata, known, storage.nbytes())
+            return result
+
         return noted
 
     def _note_peak(self) -> None:
@@ -276,6 +274,8 @@ class StorageTracker(TorchDispatchMode):
 
     def _before_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._in_loss = False
+        # A sharded parameter gets its gradient from FSDP2, past the hook of its own.
+        self.mark("gradients", [p.grad for p in self._model.parameters() if p.grad is not None])
         self._enter("optimizer step")
 
     def _after_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

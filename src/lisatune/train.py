@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lisatune import memory, progress, ranks
+from lisatune import memory, models, progress, ranks
 from lisatune.assemble import Parts, assemble
 from lisatune.evaluate import generate_answers, held_out_loss
 from lisatune.lisa import LISA
@@ -21,9 +21,10 @@ from lisatune.memory_check import MemoryCheck
 from lisatune.out_of_memory import say_what_fits
 from lisatune.outline import make_outline, print_outline
 from lisatune.progress import Summary
+from lisatune.rank_weights import save_from_ranks
 from lisatune.recipe import Recipe
 from lisatune.resume import Progress, begin, find_checkpoint, restore, save
-from lisatune.run_ranks import agreed_stop, my_share, open_folder, save_whole_model
+from lisatune.run_ranks import agreed_stop, my_share, open_folder
 from lisatune.runs import RunFolder, check_output
 from lisatune.stopping import interruptible, way_back
 from lisatune.trackers import Log, check_trackers, trackers
@@ -235,7 +236,8 @@ def _finish(parts: Parts, done: Progress, folder: RunFolder, log: Log, check: Me
         )
     if parts.lisa is not None:
         parts.lisa.check()
-    save_whole_model(parts.model, parts.tokenizer, folder.model)  # first, for Ctrl-C may end the rest
+    write = models.save_model if ranks.count() == 1 else save_from_ranks
+    write(parts.model, parts.tokenizer, folder.model)  # first, for Ctrl-C may end the rest
     after = _held_out(parts)
     folder.log({"step": done.step, "held_out_loss": after})
     log({"held_out_loss": after}, done.step)

@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,38 +24,10 @@ from transformers import AutoModelForCausalLM
 import tiny_run
 from lisatune.recipe_file import load_recipe
 from lisatune.train import train
+from rank_launcher import launch
 
-TESTS = Path(__file__).parents[1]
-PLAIN = ["optimizer.eps=1e-3", "run.samples=0"]
+PLAIN = ["optimizer.eps=1e-3", "run.samples=0", "run.check_memory=false"]
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
-
-
-def launch(count: int, folder: Path, jobs: list[dict[str, Any]]) -> list[list[Any]]:
-    """Make the jobs on `count` ranks; return each rank's results."""
-    path = folder / f"jobs-{count}.json"
-    path.write_text(json.dumps(jobs))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = os.environ | {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    common |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(TESTS / "rank_worker.py"), str(path)],
-            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-    try:
-        texts = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * count, "\n".join(texts)
-    return [json.loads(path.with_name(f"{path.name}.{rank}").read_text()) for rank in range(count)]
 
 
 class Runs:
@@ -218,6 +189,22 @@ def test_the_written_model_is_a_plain_folder(runs: Runs, two: dict[str, Any]) ->
     folder = runs.folder / "two-fsdp" / "model"
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_accelerate_starts_the_same_ranks(runs: Runs, two: dict[str, Any]) -> None:
+    job = runs.job("accelerate", HALF)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["--main_process_port", "0", "-m", "lisatune", "train", job["recipe"], *job["overrides"]]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, check=False, cwd=runs.folder
+    )
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((runs.folder / "accelerate" / "summary.json").read_text())
+    assert summary["peak_state_elements"] == two["fsdp"][0]["peak_state_elements"]
+    for key, weight in runs.weights("two-fsdp").items():
+        assert torch.equal(runs.weights("accelerate")[key], weight), key
 
 
 def test_a_rank_that_dies_ends_the_run_with_a_message(runs: Runs) -> None:

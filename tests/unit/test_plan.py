@@ -14,9 +14,10 @@ import lisatune.plan
 import tiny
 from lisatune import LISA, build_adamw
 from lisatune.assemble import build
+from lisatune.costly_draws import costly_draws
 from lisatune.loss import CausalLMLoss
 from lisatune.methods import METHODS
-from lisatune.plan import _batch, costly_draws, plan_memory
+from lisatune.plan import _batch, plan_memory
 from lisatune.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe, RunConfig
 
 BLOCKS = 4

@@ -257,7 +257,7 @@ def test_fewer_positive_probabilities_than_gamma_are_refused() -> None:
 def test_unknown_sampler_is_refused_with_the_known_ones() -> None:
     with pytest.raises(
         ValueError,
-        match="unknown sampler 'permute'; use .permutation., .uniform., .window., .asc",
+        match="unknown sampler 'permute'; use 'permutation', 'uniform', 'window', 'asc",
     ):
         make_sampler("permute", 2, 6)
 

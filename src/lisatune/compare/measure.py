@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from lisatune import memory, models
 from lisatune.assemble import Parts, assemble, weight_dtype
 from lisatune.compare_results import MemoryResult
+from lisatune.costly_draws import costly_draws
 from lisatune.data import IGNORE, Row, collate, tokenize
 from lisatune.disk import replace_file
 from lisatune.evaluate import held_out_loss
 from lisatune.loss import CausalLMLoss
 from lisatune.movement import block_movement
-from lisatune.plan import costly_draws
 from lisatune.progress import ranges_text
 from lisatune.recipe import Recipe
 from lisatune.recipe_file import load_recipe

@@ -1,0 +1,60 @@
+"""What a training step of SmolLM2-135M takes on each of several ranks, planned and measured.
+
+    torchrun --standalone --nproc-per-node 2 benchmarks/rank_memory.py
+    python benchmarks/rank_memory.py
+
+Each rank plans for itself before it joins the others, then counts the live tensors of its second step.
+"""
+
+import os
+import warnings
+
+from lisatune import memory, ranks
+from lisatune.assemble import assemble
+from lisatune.plan import _batch, plan_memory
+from lisatune.recipe_file import recipe_without_file
+
+LENGTH = 256
+CASES = {
+    "LISA γ=2, bf16": ["method.name=lisa", "method.active=2", "run.precision=bf16"],
+    "full, bf16": ["method.name=full", "run.precision=bf16"],
+}
+COMMON = [
+    "model.name=smollm2-135m",
+    "data.train=python-docs",
+    "data.limit=16",
+    f"data.max_length={LENGTH}",
+    "run.batch_size=1",
+    "run.steps=100",
+    "run.device=cpu",
+]
+
+
+def main() -> None:
+    """Print a line of a table for each case and rank."""
+    warnings.simplefilter("ignore")
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    recipes = {name: recipe_without_file([*COMMON, *keys]) for name, keys in CASES.items()}
+    plans = {name: plan_memory(recipe, ranks=count) for name, recipe in recipes.items()}
+    with ranks.joined("cpu"):
+        for name, recipe in recipes.items():
+            parts, plan = assemble(recipe), plans[name]
+            batches = [_batch(recipe, parts.model, LENGTH)]
+            for _ in range(2):
+                if parts.lisa is not None:
+                    parts.lisa.period = 1000  # no draw but that of the plan
+                    parts.lisa.activate(plan.active_blocks)
+                with memory.measure(parts.model, parts.optimizer) as tracker:
+                    parts.step.backward(batches)
+                    parts.step.clip()
+                    parts.step.update()
+                    step = tracker.end_step()
+            numbers = [plan.peak_bytes, step.peak_bytes, plan.static_bytes, step.static_bytes]
+            largest = [ranks.agreed(number) / 2**20 for number in numbers]
+            if ranks.is_first():
+                print(f"| {name} | {count} | " + " | ".join(f"{each:.1f}" for each in largest) + " |")
+            del parts
+
+
+if __name__ == "__main__":
+    main()

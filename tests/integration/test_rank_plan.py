@@ -1,0 +1,106 @@
+"""The plan of two ranks, made in one process, is what two real ones measure.
+
+Both count live tensors with the same tracker. They differ in how attention and the optimizer's kernels are
+called on real numbers: 1 %. Seen are equal peaks, to the byte.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import tiny_run
+from lisatune.plan import plan_memory
+from lisatune.recipe_file import load_recipe
+from rank_launcher import launch
+from tiny_text import CHATML, byte_tokenizer
+
+TOLERANCE = 0.01
+CASES = {
+    "lisa": [],
+    "replicate": ["run.sharding=replicate"],
+    "bf16": ["run.precision=bf16"],
+    "checkpointing": ["run.activation_checkpointing=true", "run.precision=bf16-mixed", "run.accumulation=2"],
+    "head": ["method.ends=head"],
+    "full": [],
+}
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Recipes for LISA and for full fine-tuning of one small Llama."""
+    folder = tmp_path_factory.mktemp("plan")
+    tokenizer = byte_tokenizer(CHATML, extra=["<|im_start|>"])
+    config = LlamaConfig(
+        vocab_size=1000,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows = tiny_run.write_rows(folder / "rows.jsonl")
+    lisa = tiny_run.write_recipe(folder, folder / "model", rows)
+    full = folder / "full.yaml"
+    full.write_text(lisa.read_text().replace("{active: 2, period: 2}", "{name: full}"))
+    return {"lisa": lisa, "full": full}
+
+
+@pytest.fixture(scope="module")
+def results(recipes: dict[str, Path]) -> dict[str, tuple[Any, list[Any]]]:
+    """The plan of each case, and what each of two ranks measured."""
+    plans, jobs = {}, []
+    for name, keys in CASES.items():
+        path = recipes.get(name, recipes["lisa"])
+        plans[name] = plan_memory(load_recipe(path, keys), ranks=2)
+        jobs.append({"measured": str(path), "overrides": keys, "blocks": plans[name].active_blocks})
+    memory = {"recipe": str(recipes["lisa"]), "overrides": ["run.samples=0"]}
+    large = ["run.samples=0", "run.batch_size=100000000", f"run.output={recipes['lisa'].parent / 'large'}"]
+    jobs += [memory, memory | {"overrides": large}]
+    done = map(list, zip(*launch(2, recipes["lisa"].parent, jobs), strict=True))
+    return dict(
+        zip([*CASES, "train", "too large"], zip([*plans.values(), 0, 0], done, strict=True), strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_real_ranks_take_what_is_planned(results: dict[str, Any], name: str) -> None:
+    planned, measured = results[name]
+    assert planned.kind == "traced"
+    assert planned.note is None
+    for rank in measured:
+        assert rank["peak_bytes"] == pytest.approx(planned.peak_bytes, rel=TOLERANCE)
+        assert rank["static_bytes"] == pytest.approx(planned.static_bytes, rel=TOLERANCE)
+        assert rank["phase"] == planned.phase
+
+
+def test_a_plan_of_two_ranks_is_not_half_of_one(recipes: dict[str, Path], results: dict[str, Any]) -> None:
+    one = plan_memory(load_recipe(recipes["lisa"]))
+    two = results["lisa"][0]
+    assert two.static_bytes == pytest.approx(one.static_bytes / 2, rel=0.02)
+    assert one.peak_bytes / 2 < two.peak_bytes < one.peak_bytes
+
+
+def test_what_does_not_run_on_several_ranks_is_divided_and_says_so(recipes: dict[str, Path]) -> None:
+    planned = plan_memory(load_recipe(recipes["lisa"], ["optimizer.moments=8bit"]), ranks=2)
+    assert planned.kind == "traced, divided by ranks"
+    assert planned.note is not None
+    assert "does not work on several ranks yet" in planned.note
+
+
+def test_runs_on_several_ranks_are_planned_and_refused_where_they_do_not_fit(
+    recipes: dict[str, Path], results: dict[str, Any]
+) -> None:
+    for rank in results["train"][1]:
+        assert rank["plan"] == "traced"
+        assert rank["planned_bytes"] > 0
+    for rank in results["too large"][1]:
+        for words in ("on each of 2 ranks", "are free on cpu", "--ranks 2", "run.check_memory=false"):
+            assert words in rank["error"]

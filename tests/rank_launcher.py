@@ -1,0 +1,39 @@
+"""Starts the ranks of a test over gloo, without a launcher."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).parent
+
+
+def launch(count: int, folder: Path, jobs: list[dict[str, Any]]) -> list[list[Any]]:
+    """Make the jobs on `count` ranks; return each rank's results."""
+    path = folder / f"jobs-{count}.json"
+    path.write_text(json.dumps(jobs))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = os.environ | {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(TESTS / "rank_worker.py"), str(path)],
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+    try:
+        texts = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * count, "\n".join(texts)
+    return [json.loads(path.with_name(f"{path.name}.{rank}").read_text()) for rank in range(count)]
