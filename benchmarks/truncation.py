@@ -16,6 +16,7 @@ the clock. With one thread the clock is that of the process; with more it is wal
 """
 
 import argparse
+import gc
 import json
 import random
 import time
@@ -102,6 +103,8 @@ def measure(
             if setting not in saved:
                 saved[setting] = saved_bytes(model, lambda: loss(batch)[0])
             lisa.detach()
+            del lisa, optimizer
+            gc.collect()  # they hold each other, and the moments of this setting
     rows = []
     for block, ends in settings:
         mine, full = median(seconds[block, ends]), median(seconds[block, "train"])
