@@ -248,7 +248,7 @@ def _app() -> "App":
     app.command(check, usage=usage.format("check"))
     app.command(plan, usage=usage.format("plan").replace("RECIPE", "[RECIPE | --model MODEL]"))
     app.command(compare, usage=usage.format("compare").replace("RECIPE", "[RECIPE | FOLDER]"))
-    app.command(report)
+    app.command(report, usage="Usage: lisatune report RUN… [OPTIONS]")
     app.command(layers)
     app.command(generate)
     return app

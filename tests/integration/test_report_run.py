@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from lisatune import cli
+from lisatune.models import load_model, load_tokenizer, save_model
 from lisatune.report.runs import runs_page
 from tiny_run import write_model, write_recipe, write_rows
 
@@ -44,3 +46,13 @@ def test_a_run_with_lisa_has_every_chart_it_can_have(
     damaged = runs_page([tmp_path / "run"])
     assert "Weight movement by block" not in [figure.title for figure in damaged.figures]
     assert any("weight movement is left out" in problem for problem in damaged.problems)
+
+
+def test_rounding_to_the_written_dtype_is_no_movement(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "model")  # in float32
+    recipe = write_recipe(tmp_path, base, write_rows(tmp_path / "rows.jsonl", 24))
+    assert cli.main(["train", str(recipe)]) == 0
+    written = tmp_path / "run" / "model"
+    save_model(load_model(str(base), dtype=torch.bfloat16), load_tokenizer(str(base)), written)
+    (figure,) = [each for each in runs_page([tmp_path / "run"]).figures if "movement" in each.title]
+    assert [float(row[1]) for row in figure.table.rows] == [0, 0, 0, 0]

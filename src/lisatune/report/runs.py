@@ -169,11 +169,15 @@ def _movement(run: _Run) -> list[float] | None:
     if not Path(began).exists() and began != "smollm2-135m":
         run.problems.append(f"{run.name}: {began} is not on this disk: weight movement is left out")
         return None
-    from lisatune.models import load_model
+    import torch
+
+    from lisatune.models import load_model, stored_dtype
     from lisatune.movement import block_movement
 
     try:
-        return block_movement(load_model(began), load_model(str(folder)))
+        # Of the written model: rounding to it is no movement.
+        dtype = stored_dtype(str(folder)) or torch.float32
+        return block_movement(load_model(began, dtype=dtype), load_model(str(folder), dtype=dtype))
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0]
         run.problems.append(f"{run.name}: weight movement is left out: {reason}")
