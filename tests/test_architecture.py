@@ -45,6 +45,7 @@ LEVELS = {
         "loss",
         "memory",
         "named_state",
+        "nf4",
         "optim",
         "proof",
         "sharding",

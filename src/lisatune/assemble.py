@@ -82,9 +82,8 @@ def batch_length(rows: Sequence[Row], recipe: Recipe, model: nn.Module) -> int:
 def assemble(recipe: Recipe, before_load: Callable[..., None] | None = None) -> Parts:
     """Build everything a run needs, in this order: data, model, layers, optimizer, LISA, schedule.
 
-    On several ranks the model is divided among them before the optimizer is built.
-
-    A rehearsal without weights goes first: what can't work fails before a large model loads. Then comes
+    On several ranks the model is divided among them before the optimizer is built. A rehearsal without
+    weights goes first: what can't work fails before a large model loads. Then comes
     `before_load(device, steps=…, length=…)`, with the tokens of the longest batch.
     """
     from transformers import get_scheduler
@@ -93,6 +92,7 @@ def assemble(recipe: Recipe, before_load: Callable[..., None] | None = None) -> 
     revision, trusted = recipe.model.revision, recipe.model.trust_remote_code
     announce_remote_code(name, trusted)
     device = models.pick_device(run.device)
+    recipe.method.check_device(device)
     if ranks.count() > 1:
         check_recipe(recipe)
     if run.compile and device.type == "cpu":
