@@ -48,6 +48,7 @@ LEVELS = {
         "memory",
         "movement",
         "named_state",
+        "nf4",
         "optim",
         "proof",
         "sharding",

@@ -88,9 +88,8 @@ def batch_length(rows: Sequence[Row], recipe: Recipe, model: nn.Module) -> int:
 def assemble(recipe: Recipe, before_load: Callable[..., None] | None = None) -> Parts:
     """Build everything a run needs, in this order: data, model, layers, optimizer, LISA, schedule.
 
-    On several ranks the model is divided among them before the optimizer is built.
-
-    A rehearsal without weights goes first: what can't work fails before a large model loads. Then comes
+    On several ranks the model is divided among them before the optimizer is built. A rehearsal without
+    weights goes first: what can't work fails before a large model loads. Then comes
     `before_load(device, steps=…, length=…)`, with the tokens of the longest batch.
     """
     run, name = recipe.run, recipe.model.name
@@ -98,6 +97,7 @@ def assemble(recipe: Recipe, before_load: Callable[..., None] | None = None) -> 
     announce_remote_code(name, trusted)
     check_attention(recipe.model.attention)
     device = models.pick_device(run.device)
+    recipe.method.check_device(device)
     if ranks.count() > 1:
         check_recipe(recipe)
     if run.compile and device.type == "cpu":

@@ -83,6 +83,8 @@ def check(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> C
     report.attempt(check_trackers, recipe.run.report_to)
     report.attempt(announce_remote_code, recipe.model.name, recipe.model.trust_remote_code)
     device = report.attempt(models.pick_device, recipe.run.device)
+    if device is not None:
+        report.attempt(recipe.method.check_device, device)
     data = _check_data(recipe, report)
     steps = recipe.run.steps if data is None else data.steps
     attached = report.attempt(rehearse, recipe, steps or UNKNOWN_STEPS)

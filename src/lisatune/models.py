@@ -13,6 +13,7 @@ import torch
 
 from lisatune.disk import written_aside
 from lisatune.gguf_models import SMOLLM2, SMOLLM2_SHA256, converted, smollm2_file
+from lisatune.nf4 import note_quantized, quantize_as_noted
 from lisatune.pretrained import (
     check_attention,
     check_index,
@@ -196,6 +197,7 @@ def save_model(model: Any, tokenizer: Any, folder: str | Path, *, weights: Any =
         if weights is not None:
             options["state_dict"] = weights
         model.save_pretrained(aside, **options)
+        note_quantized(model, aside)
         tokenizer.save_pretrained(aside)
 
 
@@ -276,6 +278,7 @@ def _load_adapter(name: str, **options: Any) -> Any:
     except ImportError as error:
         raise ImportError(f'adapters in {name} need PEFT: pip install "lisatune[train]"') from error
     model = load_model(base, **options)
+    quantize_as_noted(model, path)
     with quiet(), one_sentence(name), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name of old
         return PeftModel.from_pretrained(model, str(path)).eval()

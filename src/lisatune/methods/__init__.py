@@ -11,6 +11,7 @@ from lisatune.methods.lisa import Lisa
 from lisatune.methods.lora import Lora
 from lisatune.methods.prefix import Prefix
 from lisatune.methods.prompt import Prompt
+from lisatune.methods.qlora import QLora
 
 __all__ = [
     "METHODS",
@@ -34,6 +35,7 @@ METHODS: dict[str, type[Method]] = {
     "badam": BAdam,
     "lora": Lora,
     "dora": Dora,
+    "qlora": QLora,
     "ia3": Ia3,
     "prompt": Prompt,
     "prefix": Prefix,

@@ -37,6 +37,13 @@ class Method:
             ValueError: one can't; the message names its key and what to do.
         """
 
+    def check_device(self, device: torch.device) -> None:
+        """Refuse a device that it can't run on, before anything loads. Default: any will do.
+
+        Raises:
+            ImportError, ValueError: it can't; the message says what to do.
+        """
+
     def prepare(self, model: nn.Module) -> nn.Module:
         """Change the model before the optimizer is built (adapters would go in here). Default: as it is."""
         return model

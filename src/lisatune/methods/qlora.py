@@ -1,0 +1,40 @@
+"""QLoRA (Dettmers et al., arXiv 2305.14314): LoRA beside weights that are stored in 4 bits."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from lisatune.methods.lora import LowRank
+from lisatune.nf4 import check_nf4, quantize_linear_layers
+from lisatune.recipe import DataConfig, RunConfig
+
+__all__ = ["QLora"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QLora(LowRank):
+    """Low-rank adapters train beside linear layers of the blocks that are frozen in 4 bits (NF4)."""
+
+    name: Literal["qlora"] = "qlora"
+    """Way to fine-tune."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.adapter_dtype == "weights":
+            raise ValueError("method.adapter_dtype weights can't work with method qlora: 4 bits don't train")
+
+    def check_mix(self, data: DataConfig, run: RunConfig) -> None:
+        """Refuse compiling, which has not been made to work with these layers."""
+        if run.compile:
+            raise ValueError("run.compile can't work with method qlora yet; set it to false, or use lora")
+
+    def check_device(self, device: torch.device) -> None:
+        """Refuse a device on which bitsandbytes can't store 4 bits, and a Python without it."""
+        check_nf4(device)
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Store the blocks' linear layers in 4 bits, then as LoRA."""
+        quantize_linear_layers(model)
+        return super().prepare(model)
