@@ -31,7 +31,7 @@ def launch(count: int, folder: Path, jobs: list[dict[str, Any]]) -> list[list[An
         for rank in range(count)
     ]
     try:
-        texts = [process.communicate(timeout=120)[0] for process in processes]
+        texts = [process.communicate(timeout=400)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
