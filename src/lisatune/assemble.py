@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lisatune import models, ranks
 from lisatune.adamw import AdamW
-from lisatune.blocks import BlockForward, check_compiler
+from lisatune.blocks import BlockForward, check_compiler, enable_activation_checkpointing
 from lisatune.checkpoint import seed_generators
 from lisatune.data import Row, collate
 from lisatune.layers import LayerMap, find_layers
@@ -209,7 +209,7 @@ def build(
 def _set_block_forward(recipe: Recipe, model: nn.Module) -> BlockForward | None:
     asked, compiles = recipe.run.activation_checkpointing, recipe.run.compile
     if asked is True and not compiles:
-        models.enable_activation_checkpointing(model)
+        enable_activation_checkpointing(model)
         return None
     if not (asked or compiles):
         return None

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lisatune.layers import LayerMap
 
-__all__ = ["BlockForward", "check_compiler", "num_graphs"]
+__all__ = ["BlockForward", "check_compiler", "enable_activation_checkpointing", "num_graphs"]
 
 RECOMPILE_LIMIT = 64
 """Graphs of one block class: kinds of layers × (frozen, active) × (input needs a gradient, or not)."""
@@ -172,6 +172,22 @@ def check_compiler() -> None:
             f"run.compile needs a C++ compiler, and {' or '.join(names)} was not found; "
             "install g++ or set run.compile: false"
         )
+
+
+def enable_activation_checkpointing(model: Any) -> None:
+    """Let every block recompute its activations in backward. Works with frozen blocks and a frozen embedding.
+
+    Raises:
+        ValueError: the model can't.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise ValueError(
+            f"{type(model).__name__} can't recompute activations; set run.activation_checkpointing: false"
+        )
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    # Only reentrant checkpoints need an input that requires grad. It would hold open the graph below the
+    # lowest active block: frozen blocks would be recomputed and gone through for nothing.
+    model.disable_input_require_grads()
 
 
 def num_graphs() -> int:

@@ -25,7 +25,6 @@ from lisatune.pretrained import (
 )
 
 __all__ = [
-    "enable_activation_checkpointing",
     "load_config",
     "load_model",
     "load_tokenizer",
@@ -220,22 +219,6 @@ def pick_device(name: str) -> torch.device:
             f"run.device {name!r} can't be used here ({reason}); use auto, cpu or cuda"
         ) from error
     return device
-
-
-def enable_activation_checkpointing(model: Any) -> None:
-    """Let every block recompute its activations in backward. Works with frozen blocks and a frozen embedding.
-
-    Raises:
-        ValueError: the model can't.
-    """
-    if not model.supports_gradient_checkpointing:
-        raise ValueError(
-            f"{type(model).__name__} can't recompute activations; set run.activation_checkpointing: false"
-        )
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    # Only reentrant checkpoints need an input that requires grad. It would hold open the graph below the
-    # lowest active block: frozen blocks would be recomputed and gone through for nothing.
-    model.disable_input_require_grads()
 
 
 # ---- where a model is

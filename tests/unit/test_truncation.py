@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import tiny
 from lisatune import LISA
+from lisatune.blocks import enable_activation_checkpointing
 from lisatune.loss import CausalLMLoss
-from lisatune.models import enable_activation_checkpointing
 
 ACTIVE = (3, 5)
 LOWEST_TWO = (0.0, 0.0, 0.0, 1.0, 0.0, 1.0)
