@@ -4,6 +4,7 @@ python experiments/compare.py table2 [--smoke] [section.key=value …] [options 
 
 table2  methods side by side            table7  sampler, state of frozen blocks, warm-up
 table6  active blocks × period          draws   five seeds of the draws alone
+gap     what could close the gap to full fine-tuning
 
 Data is python-docs unless `data.train=` and `data.validation=` name other; `--general FILE` adds forgetting.
 Given again it goes on. Results are in runs/NAME-compare, with --smoke in runs/NAME-smoke.

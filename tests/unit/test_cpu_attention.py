@@ -12,7 +12,7 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 import tiny_run
 from lisatune import cpu_attention, find_layers
 from lisatune.blocks import BlockForward, num_graphs
-from lisatune.cpu_attention import causal_attention, use_cpu_attention
+from lisatune.cpu_attention import attention, use_cpu_attention
 from lisatune.plan import plan_memory
 from lisatune.recipe_file import load_recipe
 from lisatune.train import train
@@ -31,33 +31,89 @@ def both(attend: Any, query: Tensor, key: Tensor, value: Tensor, grad: Tensor) -
     return [out.detach(), *torch.autograd.grad(out, (query, key, value), grad)]
 
 
-def reference(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+def reference(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-    return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale).transpose(1, 2)
+    causal = mask is None
+    return scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale).transpose(
+        1, 2
+    )
+
+
+def packed(*lengths: int) -> Tensor:
+    """Sequences one after another, each causal: [1, 1, T, T]."""
+    return torch.block_diag(*(torch.ones(n, n).tril() for n in lengths)).bool()[None, None]
+
+
+def one_mask_for_each_sequence() -> Tensor:
+    return torch.cat([packed(100, 50), packed(20, 130)])
+
+
+def one_mask_for_each_head() -> Tensor:
+    return torch.rand(1, 6, 150, 150, generator=torch.Generator().manual_seed(0)) < torch.tril(
+        torch.full((150, 150), 0.3), -1
+    ) + torch.eye(150)
+
+
+MASKS = {
+    "packed": packed(30, 64, 1, 55),
+    "one for each sequence": one_mask_for_each_sequence(),
+    "one for each head": one_mask_for_each_head(),
+    "window": packed(150) & ~torch.ones(150, 150).tril(-20).bool(),
+    "padded": packed(150) & (torch.arange(150) < 90),
+    "prefix seen from everywhere": packed(150) | (torch.arange(150) < 80),
+    "everything": torch.ones(1, 1, 150, 150, dtype=torch.bool),
+    "more keys than queries": packed(200)[:, :, 50:],
+    "fewer keys than queries": packed(150)[..., :70],
+}
 
 
 @pytest.mark.parametrize(("heads", "shared"), [(4, 4), (6, 2)])
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 200])
 def test_values_and_gradients_are_those_of_torch(heads: int, shared: int, length: int) -> None:
     given = inputs(torch.float64, heads, shared, length)
-    for ours, theirs in zip(both(causal_attention, *given), both(reference, *given), strict=True):
+    for ours, theirs in zip(both(attention, *given), both(reference, *given), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_what_a_mask_shows_is_attended_to_as_in_torch(name: str) -> None:
+    mask = MASKS[name]
+    queries, keys = mask.shape[2:]
+    query, *_, grad = inputs(torch.float64, 6, 2, queries)
+    _, key, value, _ = inputs(torch.float64, 6, 2, keys)
+    ours = both(lambda *qkv: attention(*qkv, mask), query, key, value, grad)
+    theirs = both(lambda *qkv: reference(*qkv, mask), query, key, value, grad)
+    for mine, yours in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, yours, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("blind", [40, 70])
+def test_a_query_that_sees_nothing_gets_zeros_and_no_gradient(blind: int) -> None:
+    mask = packed(150) & (torch.arange(150) >= blind)  # padding on the left; whole chunks of rows for 70
+    out, *gradients = both(lambda *qkv: attention(*qkv, mask), *inputs(torch.float64, 4, 2, 150))
+    assert not out[:, :blind].any()
+    assert not gradients[0][:, :, :blind].any()
+    given = [x[:, blind:] if x.shape[1] == 150 else x[:, :, blind:] for x in inputs(torch.float64, 4, 2, 150)]
+    given = [x.detach().requires_grad_() for x in given]
+    for all_of_it, want in zip((out, *gradients), both(reference, *given), strict=True):
+        rest = all_of_it[:, blind:] if all_of_it is out else all_of_it[:, :, blind:]
+        torch.testing.assert_close(rest, want, rtol=1e-10, atol=1e-12)
 
 
 def test_a_scale_of_ones_own_is_heeded() -> None:
     given = inputs(torch.float64, 4, 2, 70)
-    ours = both(lambda *qkv: causal_attention(*qkv, 0.3), *given)
-    for mine, theirs in zip(ours, both(lambda *qkv: reference(*qkv, 0.3), *given), strict=True):
+    ours = both(lambda *qkv: attention(*qkv, scale=0.3), *given)
+    for mine, theirs in zip(ours, both(lambda *qkv: reference(*qkv, scale=0.3), *given), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 
 
 def test_bf16_errs_no_more_than_twice_as_much_as_torch() -> None:
     given = inputs(torch.bfloat16, 6, 2, 200)
     exact = both(reference, *(x.detach().double().requires_grad_() for x in given))
-    for want, ours, theirs in zip(
-        exact, both(causal_attention, *given), both(reference, *given), strict=True
-    ):
+    for want, ours, theirs in zip(exact, both(attention, *given), both(reference, *given), strict=True):
         errors = [float((x.double() - want).norm() / want.norm()) for x in (ours, theirs)]
         assert errors[0] < 2 * errors[1] < 0.02
 
@@ -66,8 +122,11 @@ def test_it_keeps_queries_keys_and_values_alone() -> None:
     *given, _ = inputs(torch.float32, 6, 2, 100)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        causal_attention(*given)
+        attention(*given)
     assert sorted(x.numel() for x in kept) == sorted(x.numel() for x in given)
+
+
+A_WEIGHT = "model.layers.0.self_attn.q_proj.weight"
 
 
 def model(**changes: Any) -> LlamaForCausalLM:
@@ -96,9 +155,9 @@ def calls(patch: pytest.MonkeyPatch) -> list[int]:
 
     def spy(*args: Any) -> Tensor:
         seen.append(args[0].shape[2])
-        return causal_attention(*args)
+        return attention(*args)
 
-    patch.setattr(cpu_attention, "causal_attention", spy)
+    patch.setattr(cpu_attention, "attention", spy)
     return seen
 
 
@@ -111,44 +170,61 @@ def test_a_model_trains_through_it_with_equal_gradients(monkeypatch: pytest.Monk
     assert seen == [70] * 3
 
 
-@pytest.mark.parametrize("kind", ["padding", "packing", "dropout", "cache"])
-def test_what_is_not_plain_causal_attention_goes_to_torch(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"attention_mask": torch.ones(2, 70, dtype=torch.long).tril(60)},
+        {"position_ids": (torch.arange(70) % 40).expand(2, -1)},
+    ],
+    ids=["padding", "packing"],
+)
+def test_padding_and_packed_records_train_through_it(
+    more: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = model()
+    plain, theirs = gradients(of, 70), gradients(of, 70, **more)
+    assert not torch.allclose(plain[A_WEIGHT], theirs[A_WEIGHT], rtol=1e-2)
+    use_cpu_attention(of)
+    seen = calls(monkeypatch)
+    assert_same(gradients(of, 70, **more), theirs)
+    assert seen == [70] * 3
+
+
+@pytest.mark.parametrize("kind", ["dropout", "cache"])
+def test_what_it_can_not_do_goes_to_torch(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     of = model(attention_dropout=0.5 if kind == "dropout" else 0.0)
     use_cpu_attention(of)
     seen = calls(monkeypatch)
-    if kind == "padding":
-        gradients(of, 8, attention_mask=torch.ones(2, 8).tril(6))
-    elif kind == "packing":
-        gradients(of, 8, position_ids=(torch.arange(8) % 4).expand(2, -1))
-    elif kind == "dropout":
+    if kind == "dropout":
         gradients(of, 8)
+        assert seen == []
     else:
         of.eval().generate(torch.ones(1, 4, dtype=torch.long), max_new_tokens=3, do_sample=False)
         assert set(seen) <= {4}  # the prompt alone
-        return
-    assert seen == []
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-def test_compiled_blocks_take_batches_of_any_length_in_the_same_graphs() -> None:
+@pytest.mark.parametrize("packing", [False, True])
+def test_compiled_blocks_take_batches_of_any_length_in_the_same_graphs(packing: bool) -> None:
+    def batch(length: int) -> dict[str, Tensor]:
+        return {"position_ids": (torch.arange(length) % 30).expand(2, -1)} if packing else {}
+
     of = model()
-    theirs = [gradients(of, length) for length in (40, 70, 130)]
+    theirs = [gradients(of, length, **batch(length)) for length in (40, 70, 130)]
     use_cpu_attention(of)
     with BlockForward(of, find_layers(of), backend="aot_eager"):
-        assert_same(gradients(of, 40), theirs[0])
+        assert_same(gradients(of, 40, **batch(40)), theirs[0])
         graphs = num_graphs()
         for length, want in zip((70, 130), theirs[1:], strict=True):
-            assert_same(gradients(of, length), want)
+            assert_same(gradients(of, length, **batch(length)), want)
         assert num_graphs() == graphs
 
 
 def test_under_autocast_it_computes_in_the_dtype_of_its_inputs() -> None:
     *given, grad = inputs(torch.float32, 4, 2, 70)
-    plain = both(causal_attention, *given, grad)
+    plain = both(attention, *given, grad)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert all(
-            torch.equal(a, b) for a, b in zip(plain, both(causal_attention, *given, grad), strict=True)
-        )
+        assert all(torch.equal(a, b) for a, b in zip(plain, both(attention, *given, grad), strict=True))
 
 
 def test_a_recipe_asks_for_it_by_name_and_the_written_model_does_not(tmp_path: Path) -> None:
