@@ -71,9 +71,7 @@ class MemoryCheck:
                 f"{progress.byte_text(free)} are free on {device}: {change}; or set "
                 "run.check_memory=false to run it as it is"
             )
-        host = self.plan.host_bytes * ranks.on_this_machine()
-        if ranks.count() == 1:
-            host = max(host, self.plan.at_peak["weights"])  # these load into host memory first
+        host = max(self.plan.host_bytes * ranks.on_this_machine(), self.plan.loaded_bytes)
         lacks_host = device.type != "cpu" and host_free is not None and host > host_free
         if ranks.agreed(int(lacks_host)):
             raise ValueError(

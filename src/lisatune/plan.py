@@ -70,6 +70,9 @@ class MemoryPlan(StepMemory):
     trainable: int
     """Parameters that train in it."""
 
+    loaded_bytes: int
+    """Weights as they load into host memory, before a method stores them otherwise; 0 on several ranks."""
+
     seconds: float
     """What making the plan took."""
 
@@ -78,9 +81,9 @@ class MemoryPlan(StepMemory):
 
     @property
     def needed_bytes(self) -> int:
-        """What a device must have free: tensors and the reserve."""
-        reserve = 0 if self.device == "cpu" else RESERVE_BYTES
-        return round(self.tensor_bytes * (1 + RESERVE_SHARE)) + reserve
+        """What a device must have free: tensors and the reserve; on a CPU also the weights as they load."""
+        tensors = round(self.tensor_bytes * (1 + RESERVE_SHARE))
+        return max(tensors, self.loaded_bytes) if self.device == "cpu" else tensors + RESERVE_BYTES
 
     @property
     def tensor_bytes(self) -> int:
@@ -152,6 +155,7 @@ def _plan(
     """Trace a step, on the first of pretended ranks where there are; else divide what one rank takes."""
     run, device = recipe.run, torch.device("cpu")
     model = _shapes(recipe, config)
+    loaded_bytes = sum(p.nbytes for p in model.parameters()) if ranks == 1 else 0
     length = length or recipe.data.max_length
     length = min(length, max_positions(model) or length)
     batches = [_batch(recipe, model, length)] * min(run.accumulation, 2)
@@ -188,6 +192,7 @@ def _plan(
             ranks=ranks,
             active_blocks=None if built.lisa is None else built.lisa.active_blocks,
             trainable=sum(p.numel() for p in built.model.parameters() if p.requires_grad),
+            loaded_bytes=loaded_bytes,
             seconds=0.0,
             note=note,
         )

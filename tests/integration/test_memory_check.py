@@ -13,6 +13,7 @@ from lisatune import memory
 from lisatune.cli import main
 from lisatune.memory import _group_rooms
 from lisatune.memory_check import MemoryCheck
+from lisatune.models import load_model
 from lisatune.plan import plan_memory
 from lisatune.recipe_file import load_recipe
 
@@ -115,6 +116,23 @@ def test_state_in_host_memory_needs_room_there(recipe: Path, free: dict[str, int
     free["cpu"] = check.plan.host_bytes - 1
     with pytest.raises(ValueError, match="of host memory by its plan"):
         check.before_load(torch.device("cuda"), steps=4, length=32)
+
+
+def test_weights_that_are_quantised_need_room_before_that(
+    model: Path, tmp_path: Path, free: dict[str, int]
+) -> None:
+    rows = tiny_run.write_rows(tmp_path / "rows.jsonl")
+    asked = load_recipe(tiny_run.write_recipe(tmp_path, model, rows, "method: {name: qlora, rank: 2}\n"))
+    whole = sum(p.nbytes for p in load_model(str(model)).parameters())
+    check = MemoryCheck(asked)
+    check.before_load(torch.device("cuda"), steps=4, length=2)
+    assert check.plan is not None
+    assert check.plan.at_peak["weights"] < whole == check.plan.loaded_bytes
+    free["cpu"] = whole - 1
+    with pytest.raises(ValueError, match="of host memory by its plan"):
+        check.before_load(torch.device("cuda"), steps=4, length=2)
+    with pytest.raises(ValueError, match="are free on cpu"):
+        check.before_load(torch.device("cpu"), steps=4, length=2)
 
 
 def test_where_free_memory_is_unknown_the_run_is_planned_and_not_refused(recipe: Path) -> None:
