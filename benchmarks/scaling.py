@@ -139,10 +139,10 @@ def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
     figure, panels = pyplot.subplots(len(rows), 3, figsize=(10, 3 * len(rows)), squeeze=False)
     for row, name in zip(panels, rows, strict=True):
         for panel, (axis, label) in zip(row, AXES.items(), strict=True):
-            for arm, title in ARMS.items():
+            for color, (arm, title) in zip(("C0", "C1", "C2"), ARMS.items(), strict=True):
                 pairs = series(found, axis, arm, name)
                 if pairs:
-                    panel.plot(*zip(*pairs, strict=True), marker="o", markersize=3, label=title)
+                    panel.plot(*zip(*pairs, strict=True), marker="o", markersize=3, label=title, color=color)
             panel.set(xlabel=label, ylabel=names[name], ylim=(0, None))
             panel.grid(alpha=0.3)
     panels[0][0].legend()
