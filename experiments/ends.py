@@ -86,7 +86,7 @@ def make_recipe(args: argparse.Namespace, model: str, policy: str, seed: int) ->
             validation_limit=args.held_out,
             max_length=args.length,
         ),
-        method=Lisa(active=args.active, period=args.period, seed=seed, ends=policy),
+        method=Lisa(active=args.active, period=args.period, seed=seed, ends=policy, lr_scaling="none"),
         optimizer=OptimizerConfig(lr=args.lr, warmup_steps=min(10, args.steps // 10)),
         run=RunConfig(
             seed=seed,

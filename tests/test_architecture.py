@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "lisatune"
 LEVELS = {
     0: {
         "codecs",
+        "block_lr",
         "compare_results",
         "disk",
         "environment",

@@ -1,6 +1,7 @@
 """LISA, Layerwise Importance Sampled AdamW (Pan et al., arXiv 2403.17919), for PyTorch models."""
 
 from lisatune.adamw import AdamW as AdamW
+from lisatune.block_lr import scale_block_lr as scale_block_lr
 from lisatune.chunked_loss import use_chunked_loss as use_chunked_loss
 from lisatune.ends import EndsPolicy as EndsPolicy
 from lisatune.layers import LayerMap as LayerMap

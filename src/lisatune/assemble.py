@@ -69,9 +69,10 @@ class Parts:
             group["lr"] = lr * factor(self.scheduler.last_epoch)
 
     def learning_rates(self) -> dict[str, float]:
-        """Rates of the next step: `lr` of the blocks, and `ends_lr` where the ends have their own."""
-        groups, is_own = self.optimizer.param_groups, self.recipe.optimizer.ends_lr is not None
-        return {"lr": groups[-1]["lr"]} | ({"ends_lr": groups[0]["lr"]} if is_own else {})
+        """Rates of the next step: the recipe's `lr`, and those of ends and last block where they differ."""
+        lr, at, groups = self.recipe.optimizer.lr, self.scheduler, self.optimizer.param_groups
+        own = {key: groups[i]["lr"] for key, i in (("ends_lr", 0), ("block_lr", -1)) if at.base_lrs[i] != lr}
+        return {"lr": lr * at.lr_lambdas[0](at.last_epoch)} | own
 
     def trainable(self) -> list[nn.Parameter]:
         """Parameters that train now."""

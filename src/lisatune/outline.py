@@ -93,7 +93,6 @@ def make_outline(
     rows = (
         f"{run.batch_size} rows" if run.accumulation == 1 else f"{run.accumulation} × {run.batch_size} rows"
     )
-    ends_lr = "" if optimizer.ends_lr is None else f" (ends {optimizer.ends_lr:g})"
     warmup = f" after {plural(optimizer.warmup_steps, 'warm-up step')}" if optimizer.warmup_steps else ""
     return Outline(
         model=recipe.model.name,
@@ -111,7 +110,7 @@ def make_outline(
         period=None if lisa is None else lisa.period,
         visits=() if lisa is None else lisa.planned_visits(data.steps),
         batch=f"{rows} of up to {recipe.data.max_length:,} tokens",
-        lr=f"{optimizer.lr:g}{ends_lr}, {optimizer.schedule}{warmup}",
+        lr=f"{_lr_text(recipe, layers.num_blocks)}, {optimizer.schedule}{warmup}",
         train_rows=len(data.train.rows),
         train_tokens=data.train.num_tokens,
         loss_tokens=data.train.num_loss_tokens,
@@ -123,6 +122,20 @@ def make_outline(
         device=f"{device}, {run.precision}",
         output=str(run.output),
     )
+
+
+def _lr_text(recipe: Recipe, num_blocks: int) -> str:
+    """The learning rate, and in brackets those of blocks and ends that differ from it."""
+    lr, ends_lr = recipe.optimizer.lr, recipe.optimizer.ends_lr
+    factors = set(recipe.method.block_lr_factors(num_blocks)) or {1.0}
+    own = []
+    if factors != {1.0}:
+        own.append(
+            "blocks " + " to ".join(f"{lr * factor:.3g}" for factor in sorted({min(factors), max(factors)}))
+        )
+    if ends_lr is not None:
+        own.append(f"ends {ends_lr:g}")
+    return f"{lr:g}" + (f" ({', '.join(own)})" if own else "")
 
 
 def print_outline(outline: Outline, console: Console | None = None) -> None:

@@ -109,7 +109,7 @@ def test_resume_is_bit_equal_inside_a_period_and_an_epoch(
         ["method.state=reset"],
         ["method.state=cpu"],
         ["method.state=second_moment"],
-        ["method.sampler=window", "method.lr_scaling=sqrt"],
+        ["method.sampler=window", "method.lr_scaling=inverse"],
         ["method.warmup=2"],
         ["method.warmup=1", "method.ends=every:2", "optimizer.ends_lr=1e-4"],
         ["method.sampler=uniform", "method.ends=frozen"],
@@ -312,6 +312,7 @@ def test_ends_have_a_rate_of_their_own_that_follows_the_schedule(method: str, re
         used.append((rates[False], rates[True]))
 
     options = ["run.steps=4", "optimizer.ends_lr=1e-4", "optimizer.warmup_steps=1", "run.check_memory=false"]
+    options += ["method.lr_scaling=none"] if method == "lisa" else []
     hook = register_optimizer_step_pre_hook(note)
     try:
         run(recipe, "run", *options)
@@ -320,6 +321,23 @@ def test_ends_have_a_rate_of_their_own_that_follows_the_schedule(method: str, re
     factors = [0, *((1 + math.cos(math.pi * i / 3)) / 2 for i in range(3))]
     assert used == [pytest.approx((1e-3 * factor, 1e-4 * factor)) for factor in factors]
     assert [(line["lr"], line["ends_lr"]) for line in metrics(recipe, "run")[1:-1]] == used
+
+
+def test_blocks_take_the_rate_by_their_chance_to_train(recipe: Path) -> None:
+    used = []
+
+    def note(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        rates = {group["layer"] == "ends": group["lr"] for group in optimizer.param_groups}
+        used.append((rates[True], rates[False]))
+
+    hook = register_optimizer_step_pre_hook(note)
+    try:
+        run(recipe, "run", "run.steps=3", "optimizer.warmup_steps=1", "run.check_memory=false")
+    finally:
+        hook.remove()
+    chance = 2 / 4
+    assert used == [pytest.approx((1e-3 * f, 1e-3 * f / math.sqrt(chance))) for f in (0, 1, 0.5)]
+    assert [(line["lr"], line["block_lr"]) for line in metrics(recipe, "run")[1:-1]] == used
 
 
 @pytest.mark.parametrize("method", ["lisa", "lora"])

@@ -7,7 +7,7 @@ from torch import nn
 from transformers.optimization import Adafactor
 
 import tiny
-from lisatune import LISA, build_adamw, find_layers, param_groups
+from lisatune import LISA, build_adamw, find_layers, param_groups, scale_block_lr
 from lisatune.methods import Full, GaLore, Lisa
 from lisatune.optim import build_optimizer, check_parameters, groups_by_block, plain_optimizer, state_bytes
 from lisatune.recipe import OptimizerConfig
@@ -62,7 +62,7 @@ def test_ends_lr_is_that_of_the_ends_alone(untied_llama: nn.Module, weight_decay
         build_optimizer(untied_llama, layers, config),
         build_optimizer(untied_llama, layers, config, ends="rows+8bit"),
         Full().build_optimizer(untied_llama, layers, config),
-        Lisa().build_optimizer(untied_llama, layers, config),
+        Lisa(lr_scaling="none").build_optimizer(untied_llama, layers, config),
         GaLore(rank=16).build_optimizer(untied_llama, layers, config),
     ):
         rates = {(group["layer"] == "ends", group["lr"]) for group in optimizer.param_groups}
@@ -84,9 +84,9 @@ def test_ends_lr_equal_to_lr_changes_no_bit(moments: Literal["fp32", "8bit"]) ->
     assert tiny.moved(tiny.weights(trained[0]), trained[2]) >= {"lm_head.weight"}
 
 
-@pytest.mark.parametrize(("how", "power"), [("inverse", -1), ("sqrt", -0.5), (None, 0)])
+@pytest.mark.parametrize(("how", "power"), [("inverse", -1), ("sqrt", -0.5), ("none", 0)])
 def test_rates_of_blocks_are_scaled_by_their_chance_to_train(
-    untied_llama: nn.Module, how: Literal["inverse", "sqrt"] | None, power: float
+    untied_llama: nn.Module, how: Literal["inverse", "sqrt", "none"], power: float
 ) -> None:
     layers, config = find_layers(untied_llama), OptimizerConfig(lr=1e-3, ends_lr=1e-4)
     chances = (1.0, 0.5, 0.0, 0.25, 0.125, 1.0)
@@ -99,6 +99,28 @@ def test_rates_of_blocks_are_scaled_by_their_chance_to_train(
         ends, *blocks = method.build_optimizer(untied_llama, layers, config).param_groups
         assert ends["lr"] == 1e-4
         assert [group["lr"] for group in blocks] == pytest.approx([1e-3 * p**power for p in expected])
+
+
+def test_scaled_rates_of_a_loop_of_ones_own(untied_llama: nn.Module) -> None:
+    layers = find_layers(untied_llama)
+    shared = torch.tensor(1e-2)
+    optimizer = torch.optim.AdamW(param_groups(untied_llama, layers, weight_decay=0.1), lr=shared)
+    scale_block_lr(optimizer, [0.25] * 5 + [1.0])
+    rates = {group["layer"]: float(group["lr"]) for group in optimizer.param_groups}
+    doubled = dict.fromkeys((f"block {i}" for i in range(5)), 2e-2)
+    assert rates == pytest.approx({"ends": 1e-2, **doubled, "block 5": 1e-2})
+    assert float(shared) == pytest.approx(1e-2)
+
+
+@pytest.mark.parametrize("groups", ["layers", "model"])
+def test_rates_are_not_scaled_of_groups_that_mix_or_miss_blocks(untied_llama: nn.Module, groups: str) -> None:
+    layers = find_layers(untied_llama)
+    of = param_groups(untied_llama, layers) if groups == "layers" else untied_llama.parameters()
+    optimizer = torch.optim.AdamW(of, lr=1e-2)
+    found = 6 if groups == "layers" else 0
+    with pytest.raises(ValueError, match=f"got 3 chances for {found} blocks.*param_groups"):
+        scale_block_lr(optimizer, [0.5] * 3)
+    assert {group["lr"] for group in optimizer.param_groups} == {1e-2}
 
 
 def test_warmup_of_a_period_ramps_each_rate_from_its_own(untied_llama: nn.Module) -> None:

@@ -91,7 +91,7 @@ def test_the_outline_reads_well_in_100_columns() -> None:
         "lisa, active 3, period 5, state reset",
         "32.0k parameters at a time, 53.5%; now blocks",
         "30 in 6 periods of 5, 10 done already; each 2 × 4 rows of up to 64 tokens",
-        "0.0001, cosine after 5 warm-up steps",
+        "0.0001 (blocks 0.000141), cosine after 5 warm-up steps",
         "1,200 rows, 50.0k tokens, 20.0k with loss; 3 cut at max_length; 1 dropped: no answer",
         "cpu, bf16-mixed",
         "runs/tiny",

@@ -40,6 +40,7 @@ class BAdam(AsLisa):
             sampler="permutation" if self.switch_mode == "random" else self.switch_mode,
             seed=self.seed,
             state="reset",
+            lr_scaling="none",
             ends=self.ends,
             verify=self.verify,
         )

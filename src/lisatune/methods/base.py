@@ -69,6 +69,10 @@ class Method:
         """Attach what freezes and thaws blocks during training. Default: nothing does."""
         return None
 
+    def block_lr_factors(self, num_blocks: int) -> tuple[float, ...]:
+        """What `optimizer.lr` is multiplied by for each block."""
+        return (1.0,) * num_blocks
+
     def without_proof(self) -> Self:
         """The method as it costs memory, without what reads weights: for a model that has shapes only."""
         return self

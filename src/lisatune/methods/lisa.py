@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import nn
 
+from lisatune.block_lr import lr_factors, scale_block_lr
 from lisatune.ends import EndsPolicy
 from lisatune.layers import LayerMap
 from lisatune.lisa import LISA
@@ -49,8 +50,8 @@ class Lisa(Method):
     warmup: int = 0
     """Steps at the start of a period over which a thawed block's learning rate ramps up."""
 
-    lr_scaling: Literal["inverse", "sqrt"] | None = None
-    """Multiply a block's learning rate by 1/p or 1/√p, p its chance to train in a period. Default: by 1."""
+    lr_scaling: Literal["sqrt", "inverse", "none"] = "sqrt"
+    """A block's learning rate is lr/√π, lr/π or lr, π its chance to train; `lr` is full fine-tuning's."""
 
     ends: str = "train"
     """Which ends train, when, with what state: train head frozen every:M 8bit factored cpu rows, by +."""
@@ -79,13 +80,7 @@ class Lisa(Method):
     ) -> torch.optim.Optimizer:
         """Build AdamW over ends and blocks, the ends' state as `ends` says, rates as `lr_scaling` does."""
         optimizer = build_optimizer(model, layers, config, ends=self.ends)
-        if self.lr_scaling is not None:
-            chances = make_sampler(self._sampler(), self.active, layers.num_blocks).inclusion()
-            power = {"inverse": -1.0, "sqrt": -0.5}[self.lr_scaling]
-            for group in optimizer.param_groups:
-                kind, _, block = group["layer"].partition(" ")
-                if kind == "block" and chances[int(block)] > 0:  # else it never trains
-                    group["lr"] *= chances[int(block)] ** power
+        scale_block_lr(optimizer, self._chances(layers.num_blocks), self.lr_scaling)
         return optimizer
 
     def attach(
@@ -112,6 +107,10 @@ class Lisa(Method):
             layers=layers,
         )
 
+    def block_lr_factors(self, num_blocks: int) -> tuple[float, ...]:
+        """As `lr_scaling` says."""
+        return lr_factors(self._chances(num_blocks), self.lr_scaling)
+
     def without_proof(self) -> Self:
         """LISA that takes no fingerprints."""
         return replace(self, verify="off")
@@ -128,6 +127,9 @@ class Lisa(Method):
             return ()
         halves = (self.active >> shift for shift in range(1, self.active.bit_length()))
         return tuple({"active": active} for active in halves)
+
+    def _chances(self, num_blocks: int) -> tuple[float, ...]:
+        return make_sampler(self._sampler(), self.active, num_blocks).inclusion()
 
     def _sampler(self) -> str | tuple[float, ...] | Independent:
         if self.sampler == "independent":
