@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import lisatune
 import tiny
-from lisatune import LISA
 from lisatune.recipe_file import load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -19,15 +19,21 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_drop_in_trains_every_block() -> None:
+@pytest.mark.parametrize("rates", ["one rate", "rates of blocks"])
+def test_drop_in_trains_every_block(rates: str) -> None:
     model = tiny.llama()
     before = tiny.weights(model)
     loader = [{"input_ids": tiny.tokens(step), "labels": tiny.tokens(step)} for step in range(30)]
-    (code,) = blocks("python")
-    names = {"torch": torch, "LISA": LISA, "model": model, "loader": loader}
+    loop, optimizer = blocks("python")
+    plain, _, rest = loop.partition("\n")
+    assert plain.startswith("optimizer = ")
+    code = loop if rates == "one rate" else optimizer + rest
+    names = {**vars(lisatune), "torch": torch, "model": model, "loader": loader}
     exec(compile(code, "README.md", "exec"), names)  # noqa: S102 - our own README
     assert names["lisa"].periods_proven == 3
     assert tiny.moved(before, model) == before.keys()
+    expected = [1e-5] if rates == "one rate" else [1e-5, 1e-5 * 3**0.5]
+    assert sorted({group["lr"] for group in names["optimizer"].param_groups}) == pytest.approx(expected)
 
 
 def test_recipe_loads(tmp_path: Path) -> None:

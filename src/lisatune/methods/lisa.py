@@ -1,6 +1,7 @@
 """LISA as a method of a recipe. The algorithm is in `lisatune.lisa`."""
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal, Self
 
 import torch
@@ -13,7 +14,7 @@ from lisatune.lisa import LISA
 from lisatune.methods.base import Method
 from lisatune.optim import build_optimizer
 from lisatune.recipe import OptimizerConfig
-from lisatune.samplers import Independent, make_sampler
+from lisatune.samplers import Independent, Sampler, make_sampler
 
 __all__ = ["AsLisa", "Lisa"]
 
@@ -129,13 +130,19 @@ class Lisa(Method):
         return tuple({"active": active} for active in halves)
 
     def _chances(self, num_blocks: int) -> tuple[float, ...]:
-        return make_sampler(self._sampler(), self.active, num_blocks).inclusion()
+        return _inclusion(make_sampler(self._sampler(), self.active, num_blocks))
 
     def _sampler(self) -> str | tuple[float, ...] | Independent:
         if self.sampler == "independent":
             assert self.probabilities is not None
             return Independent(self.probabilities)
         return self.probabilities if self.probabilities is not None else self.sampler
+
+
+@lru_cache(maxsize=8)
+def _inclusion(sampler: Sampler) -> tuple[float, ...]:
+    """A second of work for `Weighted` with 80 blocks, asked for by optimizer, outline and each plan."""
+    return sampler.inclusion()
 
 
 @dataclass(frozen=True, kw_only=True)
