@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "src" / "lisatune"
 
 LEVELS = {
     0: {
-        "codecs",
         "block_lr",
+        "codecs",
         "compare_results",
         "disk",
         "environment",

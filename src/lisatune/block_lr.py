@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torch.optim import Optimizer
 
-__all__ = ["lr_factors", "scale_block_lr"]
+__all__ = ["Scaling", "lr_factors", "scale_block_lr"]
 
 Scaling = Literal["sqrt", "inverse", "none"]
 POWER = {"sqrt": -0.5, "inverse": -1.0, "none": 0.0}

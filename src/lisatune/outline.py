@@ -127,12 +127,11 @@ def make_outline(
 def _lr_text(recipe: Recipe, num_blocks: int) -> str:
     """The learning rate, and in brackets those of blocks and ends that differ from it."""
     lr, ends_lr = recipe.optimizer.lr, recipe.optimizer.ends_lr
-    factors = set(recipe.method.block_lr_factors(num_blocks)) or {1.0}
+    factors = sorted(set(recipe.method.block_lr_factors(num_blocks)))
     own = []
-    if factors != {1.0}:
-        own.append(
-            "blocks " + " to ".join(f"{lr * factor:.3g}" for factor in sorted({min(factors), max(factors)}))
-        )
+    if factors != [1.0]:
+        extremes = [factors[0], factors[-1]][: len(factors)]
+        own.append("blocks " + " to ".join(f"{lr * factor:.3g}" for factor in extremes))
     if ends_lr is not None:
         own.append(f"ends {ends_lr:g}")
     return f"{lr:g}" + (f" ({', '.join(own)})" if own else "")

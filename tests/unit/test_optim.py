@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -8,9 +9,10 @@ from transformers.optimization import Adafactor
 
 import tiny
 from lisatune import LISA, build_adamw, find_layers, param_groups, scale_block_lr
-from lisatune.methods import Full, GaLore, Lisa
+from lisatune.methods import BAdam, EndsOnly, Full, GaLore, Lisa, Method
 from lisatune.optim import build_optimizer, check_parameters, groups_by_block, plain_optimizer, state_bytes
 from lisatune.recipe import OptimizerConfig
+from lisatune.recipe_file import load_recipe
 
 
 def test_one_group_per_layer_ends_first(tiny_llama: nn.Module) -> None:
@@ -99,6 +101,18 @@ def test_rates_of_blocks_are_scaled_by_their_chance_to_train(
         ends, *blocks = method.build_optimizer(untied_llama, layers, config).param_groups
         assert ends["lr"] == 1e-4
         assert [group["lr"] for group in blocks] == pytest.approx([1e-3 * p**power for p in expected])
+
+
+@pytest.mark.parametrize("method", [BAdam(), EndsOnly()], ids=["badam", "ends"])
+def test_rates_of_other_methods_are_the_recipes(method: Method, untied_llama: nn.Module) -> None:
+    optimizer = method.build_optimizer(untied_llama, find_layers(untied_llama), OptimizerConfig(lr=1e-3))
+    assert {group["lr"] for group in optimizer.param_groups} == {1e-3}
+
+
+def test_the_papers_recipe_has_one_rate_for_all() -> None:
+    method = load_recipe(Path(__file__).parents[2] / "recipes" / "lisa-paper.yaml", []).method
+    assert isinstance(method, Lisa)
+    assert (method.sampler, method.state, method.lr_scaling) == ("uniform", "reset", "none")
 
 
 def test_scaled_rates_of_a_loop_of_ones_own(untied_llama: nn.Module) -> None:

@@ -84,6 +84,11 @@ def test_blocks_that_never_train_are_a_dot() -> None:
     assert shown(outline).count("·") == 4
 
 
+def test_rates_that_differ_between_blocks_are_a_range() -> None:
+    outline = outline_of(Lisa(period=1, sampler="independent", probabilities=(1, 0.25, 0.25, 0.5, 1, 1)))
+    assert outline.lr.startswith("0.0001 (blocks 0.0001 to 0.0002), ")
+
+
 def test_the_outline_reads_well_in_100_columns() -> None:
     out = shown(outline_of(Lisa(active=3, period=5, state="reset"), start_step=10, accumulation=2))
     for part in (

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import nn
 
-from lisatune.block_lr import lr_factors, scale_block_lr
+from lisatune.block_lr import Scaling, lr_factors, scale_block_lr
 from lisatune.ends import EndsPolicy
 from lisatune.layers import LayerMap
 from lisatune.lisa import LISA
@@ -51,7 +51,7 @@ class Lisa(Method):
     warmup: int = 0
     """Steps at the start of a period over which a thawed block's learning rate ramps up."""
 
-    lr_scaling: Literal["sqrt", "inverse", "none"] = "sqrt"
+    lr_scaling: Scaling = "sqrt"
     """A block's learning rate is lr/√π, lr/π or lr, π its chance to train; `lr` is full fine-tuning's."""
 
     ends: str = "train"
