@@ -43,7 +43,7 @@ from lisatune.frozen_state import FrozenState
 from lisatune.layers import LayerMap, find_layers
 from lisatune.memory import tensors_bytes
 from lisatune.optim import check_parameters, groups_by_block, host_state, plain_optimizer, state_bytes
-from lisatune.proof import Proof, ProofError, has_reason_to_move
+from lisatune.proof import Proof, ProofError, has_reason_to_move, may_hide
 from lisatune.samplers import Independent, Sampler, auto_period, make_sampler, visits
 from lisatune.shards import is_sharded, reshard
 
@@ -146,6 +146,7 @@ class LISA:
         self._saved: dict[str, Any] = {}
         self._saved_state: dict[int, Any] = {}
         self._may_rest: set[str] = set()
+        self._may_hide: set[str] = set()
         self._proof = None if verify == "off" else Proof(self._named_layers(), verify)
         self._flags = {
             p: p.requires_grad for p in (*self._ends.parameters, *self._others, *sum(self._blocks, ()))
@@ -232,7 +233,7 @@ class LISA:
                 "over the model, that the loop trains with (with Trainer: trainer.create_optimizer())"
             )
         if self._proof is not None and self._proof.is_open and self.steps_done % self.period:
-            self._proof.end(moving=self._moving(), may_rest=self._may_rest, still_open=True)
+            self._end_proof(still_open=True)
 
     def detach(self) -> None:
         """Remove every hook and give every parameter its `requires_grad` of before back."""
@@ -290,7 +291,7 @@ class LISA:
             )
         if self._proof is not None and not self._proof.is_open:
             self._proof.begin(self.period_index)
-            self._may_rest = self._moving()
+            self._may_rest, self._may_hide = self._moving(), set()
         self._restore_lr()  # a step that raised has left its ramp behind
         done = self.steps_done % self.period
         if done < self.warmup:
@@ -315,8 +316,7 @@ class LISA:
         self.steps_done += 1
         if self.steps_done % self.period == 0:
             _refuse_unsharded(self._model)
-            if self._proof is not None:
-                self._proof.end(moving=self._moving(), may_rest=self._may_rest)
+            self._end_proof()
             self._draw()
 
     def _thawed_blocks(self) -> set[int]:
@@ -351,6 +351,15 @@ class LISA:
         """Names of the layers that train in this period."""
         return {f"block {i}" for i in self.active_blocks} | ({"ends"} if self.ends_train else set())
 
+    def _end_proof(self, still_open: bool = False) -> None:
+        if self._proof is not None:
+            self._proof.end(
+                moving=self._moving(),
+                may_rest=self._may_rest,
+                may_hide=self._may_hide,
+                still_open=still_open,
+            )
+
     def _driven_layers(self) -> set[str]:
         """Layers that this step must move."""
         # An optimizer that finds its own rate has None: transformers' Adafactor.
@@ -360,15 +369,18 @@ class LISA:
             for p in group["params"]
         }
         layers = self._named_layers()
-        sample = None if self._proof is None else self._proof.sample
+        proof = self._proof
         gone: frozenset[nn.Parameter] = frozenset()
         if isinstance(self._optimizer, AdamW) and self._optimizer.in_backward is not None:
             gone = self._optimizer.in_backward.updated  # gradients are released: no telling how large
-        return {
+        driven = {
             name
             for name in self._may_rest
-            if gone.isdisjoint(layers[name]) and has_reason_to_move(layers[name], rates, sample=sample)
+            if gone.isdisjoint(layers[name])
+            and has_reason_to_move(layers[name], rates, sample=None if proof is None else proof.sample(name))
         }
+        self._may_hide |= {name for name in driven if may_hide(layers[name])}
+        return driven
 
     def _warn_of_untrained_blocks(self, total_steps: int) -> None:
         chances = self.sampler.inclusion()

@@ -11,9 +11,13 @@ single element always shows; a change of several hides with a chance of about 2^
 moves on with each period and has read all n elements after ⌈n/1024⌉ periods: an optimizer that touches a
 frozen block touches all of it, so it is seen in the same period, and damage to a few rows only is seen in
 the period that reads them.
+
+Weights of fewer than 32 bits can train and a window not show it: Adam's later updates are a small part of the
+learning rate, and rounding swallows most of those. A drawn layer of such weights that rested in its window is
+read in full until it has been seen to move, and refused when it rests again.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, Literal
 
 import torch
@@ -22,7 +26,7 @@ from torch import Tensor, nn
 from lisatune import ranks
 from lisatune.shards import local_part
 
-__all__ = ["Proof", "ProofError", "fingerprint", "has_reason_to_move"]
+__all__ = ["Proof", "ProofError", "fingerprint", "has_reason_to_move", "may_hide"]
 
 WINDOW = 1024
 CHUNK = 1 << 22
@@ -47,13 +51,13 @@ class Proof:
         self._verify = verify
         self._before: Tensor | None = None
         self._period = 0
+        self._doubted: set[str] = set()
         self.periods = 0
         """Periods proven so far."""
 
-    @property
-    def sample(self) -> int | None:
-        """Number that places the windows of the period, None where every element is read."""
-        return self._period if self._verify == "sample" else None
+    def sample(self, name: str) -> int | None:
+        """Number that places a layer's windows in this period, None where every element is read."""
+        return self._period if self._verify == "sample" and name not in self._doubted else None
 
     @property
     def is_open(self) -> bool:
@@ -69,12 +73,21 @@ class Proof:
         """Drop the period's fingerprints: weights are about to be replaced from outside."""
         self._before = None
 
-    def end(self, *, moving: set[str], may_rest: set[str], still_open: bool = False) -> None:
+    def end(
+        self,
+        *,
+        moving: set[str],
+        may_rest: set[str],
+        may_hide: Set[str] = frozenset(),
+        still_open: bool = False,
+    ) -> None:
         """Check the period that `begin` opened.
 
         Args:
             moving: layers that were drawn.
             may_rest: those of them that had no reason to move: a learning rate or gradients of zero.
+            may_hide: those whose movement a window can miss. One that rests is read in full from now on, and
+                the period does not count as proven.
             still_open: the period goes on; it is checked so far and not counted.
 
         Raises:
@@ -87,25 +100,29 @@ class Proof:
         moved = {name for name, has_moved in zip(self._layers, moved_R, strict=True) if has_moved}
         drawn = moving & self._layers.keys()
         strangers = sorted(moved - drawn)
-        idle = sorted(drawn - moved - may_rest)
+        idle = drawn - moved - may_rest
+        doubted = idle & {name for name in may_hide if self.sample(name) is not None}
         if strangers:
             raise ProofError(
                 f"period {self._period}: frozen weights moved in {', '.join(strangers)}; "
                 f"something besides this optimizer changed them, or gradients were put on frozen parameters"
             )
-        if idle:
+        if surely := sorted(idle - doubted):
             raise ProofError(
-                f"period {self._period}: drawn but not trained: {', '.join(idle)}; their gradients never "
+                f"period {self._period}: drawn but not trained: {', '.join(surely)}; their gradients never "
                 f"reached the optimizer, or the updates were too small for the weights' dtype"
             )
         if not still_open:
-            self.periods += 1
+            self._doubted = (self._doubted - moved) | doubted
+            self.periods += not doubted
             self._before = None
 
     def _fingerprints(self) -> Tensor:
         """One int64 per layer, on the CPU."""
         with torch.no_grad():
-            prints = [fingerprint(parameters, sample=self.sample) for parameters in self._layers.values()]
+            prints = [
+                fingerprint(parameters, sample=self.sample(name)) for name, parameters in self._layers.items()
+            ]
             return torch.stack([each.cpu() for each in prints])
 
 
@@ -159,6 +176,12 @@ def has_reason_to_move(
         if movable >= 16:
             return True
     return wanted > 0 and 4 * movable >= wanted
+
+
+def may_hide(parameters: Sequence[nn.Parameter]) -> bool:
+    """Tell whether a window can miss that a layer trains: it has gradients, and weights of 8 or 16 bits."""
+    coarse = all(p.element_size() < 4 for p in parameters)
+    return coarse and any(p.grad is not None for p in parameters)
 
 
 def _read(weight: Tensor, gradient: Tensor, index: int, sample: int | None) -> tuple[Tensor, Tensor]:

@@ -372,6 +372,54 @@ def test_closures_are_judged_by_the_gradients_they_make(untied_llama: nn.Module)
     assert lisa.periods_proven == 1
 
 
+def in_bf16(model: nn.Module, **options: object) -> tuple[torch.optim.Optimizer, LISA]:
+    optimizer = torch.optim.AdamW(model.to(torch.bfloat16).parameters(), lr=1e-3, weight_decay=0.0)
+    return optimizer, LISA(model, optimizer, **{"active": 2, "period": 1, "verify": "sample", **options})
+
+
+def swallow(model: nn.Module, optimizer: torch.optim.Optimizer, rows: slice) -> None:
+    """Moments after which Adam's updates of the ends, or of some rows, are lost in rounding to bf16."""
+    for name, p in model.named_parameters():
+        if "layers" not in name:
+            exp_avg_sq = torch.full_like(p, 1e-8)
+            exp_avg_sq[rows if p.dim() == 2 else slice(None)] = 1e8
+            optimizer.state[p] = {
+                "step": torch.tensor(5000.0),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": exp_avg_sq,
+            }
+
+
+def test_coarse_weights_that_rest_in_their_window_are_read_in_full(untied_llama: nn.Module) -> None:
+    optimizer, lisa = in_bf16(untied_llama)
+    swallow(untied_llama, optimizer, slice(0, 96))  # three of four windows of embedding and head
+    tiny.fit(untied_llama, optimizer, 6)
+    assert 0 < lisa.periods_proven < 6
+    swallow(untied_llama, optimizer, slice(None))
+    with pytest.raises(ProofError, match="drawn but not trained: ends;"):
+        tiny.fit(untied_llama, optimizer, range(6, 10))
+
+
+def test_lost_gradients_of_coarse_weights_are_named_at_once(untied_llama: nn.Module) -> None:
+    optimizer, lisa = in_bf16(untied_llama)
+    for p in lisa.layers.end_parameters(untied_llama).values():
+        p.requires_grad_(False)
+    with pytest.raises(ProofError, match="period 0: drawn but not trained: ends;"):
+        tiny.fit(untied_llama, optimizer, 1)
+
+
+def test_a_doubt_is_no_error_at_the_end_of_a_run(untied_llama: nn.Module) -> None:
+    optimizer, lisa = in_bf16(untied_llama, period=4)
+    swallow(untied_llama, optimizer, slice(None))
+    tiny.fit(untied_llama, optimizer, 2)
+    lisa.check()
+    tiny.fit(untied_llama, optimizer, range(2, 4))
+    assert lisa.periods_proven == 0
+    tiny.fit(untied_llama, optimizer, range(4, 6))
+    with pytest.raises(ProofError, match="period 1: drawn but not trained: ends;"):
+        lisa.check()
+
+
 def test_verify_off_reads_nothing(untied_llama: nn.Module) -> None:
     optimizer, lisa = attach(untied_llama, verify="off")
     tiny.fit(untied_llama, optimizer, 1)
