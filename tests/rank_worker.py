@@ -2,7 +2,8 @@
 
     RANK=0 WORLD_SIZE=2 … python tests/rank_worker.py JOBS.json
 
-A job is {"recipe": path, "overrides": […], "flags": {…}}, or {"draws": true}. Results go to JOBS.json.RANK.
+A job is {"recipe": path, "overrides": […], "flags": {…}}, or {"check": "draws"}; with "free_bytes" so much
+memory is found free. Results go to JOBS.json.RANK.
 """
 
 import json
@@ -12,6 +13,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -154,6 +156,9 @@ def measured(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def work(job: dict[str, Any]) -> Any:
+    if "free_bytes" in job:
+        with mock.patch("lisatune.memory.available_bytes", return_value=job.pop("free_bytes")):
+            return work(job)
     if "recipe" in job:
         return train(load_recipe(Path(job["recipe"]), job["overrides"]), **job.get("flags", {}))
     if "measured" in job:

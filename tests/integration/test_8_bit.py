@@ -1,6 +1,7 @@
 """LISA with optimizers whose moments have 8 bits; skipped where their packages are not installed."""
 
 import io
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,6 +17,12 @@ POLICIES = ["drop", "reset", "cpu", "keep"]
 
 # Both libraries, and the compiler that torchao calls, use what is deprecated elsewhere.
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(autouse=True)
+def _without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else torchao's update is compiled by a C++ compiler for every shape, which takes most of a minute."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
 
 
 def start(library: str, seed: int = 0, **options: Any) -> tuple[nn.Module, Optimizer, LISA]:

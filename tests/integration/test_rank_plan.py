@@ -62,8 +62,8 @@ def results(recipes: dict[str, Path]) -> dict[str, tuple[Any, list[Any]]]:
         plans[name] = plan_memory(load_recipe(path, keys), ranks=2)
         jobs.append({"measured": str(path), "overrides": keys, "blocks": plans[name].active_blocks})
     memory = {"recipe": str(recipes["lisa"]), "overrides": ["run.samples=0"]}
-    large = ["run.samples=0", "run.batch_size=100000000", f"run.output={recipes['lisa'].parent / 'large'}"]
-    jobs += [memory, memory | {"overrides": large}]
+    refused = ["run.samples=0", f"run.output={recipes['lisa'].parent / 'refused'}"]
+    jobs += [memory, memory | {"overrides": refused, "free_bytes": 100_000}]
     done = map(list, zip(*launch(2, recipes["lisa"].parent, jobs), strict=True))
     return dict(
         zip([*CASES, "train", "too large"], zip([*plans.values(), 0, 0], done, strict=True), strict=True)

@@ -18,7 +18,7 @@ def folder(tmp_path: Path) -> Path:
         vocab_size=4000,
         hidden_size=256,
         intermediate_size=512,
-        num_hidden_layers=6,
+        num_hidden_layers=3,
         num_attention_heads=4,
         max_position_embeddings=1024,
         tie_word_embeddings=False,
@@ -30,7 +30,7 @@ def make_recipe(folder: Path) -> Recipe:
     return Recipe(
         model=ModelConfig(name=str(folder)),
         data=DataConfig(train="none", max_length=1024),
-        method=METHODS["lisa"](active=4),
+        method=METHODS["lisa"](active=2),
         run=RunConfig(precision="fp32", batch_size=2, device="cuda"),
     )
 
@@ -92,12 +92,12 @@ def test_command_takes_overrides_without_a_recipe(folder: Path, capsys: pytest.C
         assert main(["plan", "--model", str(folder), "data.max_length=64", "--json", *more]) == 0
         return int(json.loads(capsys.readouterr().out)["trainable"])
 
-    assert trainable("method.active=1") < trainable("method.active=3") < trainable("--method", "full")
+    assert trainable("method.active=1") < trainable("method.active=2") < trainable("--method", "full")
 
 
 def test_command_prints_a_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arithmetic = ("--ranks", "2", "optimizer.moments=8bit")
-    assert main(["plan", "--model", str(folder), "--gpu", "610MiB", *arithmetic]) == 0
+    assert main(["plan", "--model", str(folder), "--gpu", "610MiB", "--length", "256", *arithmetic]) == 0
     text = capsys.readouterr().out
     for word in ("weights", "activations", "peak", "divided by ranks", "nothing fits"):
         assert word in text
