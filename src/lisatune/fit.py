@@ -2,6 +2,7 @@
 
 The loss never builds its full logits, so nothing can be saved there. Then come, each on top of the last:
 
+    8-bit moments              a quarter of the bytes, and the same losses (docs/results.md)
     cheaper ends               no slower; the ends' moments are coarser, or fewer ends train
     smaller micro-batches      the same step in more parts
     activation checkpointing   frozen blocks, then all: up to a third more computing
@@ -118,7 +119,7 @@ def find_fit(
         except ValueError:  # settings that can't be had together
             return None
 
-    for stage in _stages(recipe, length):
+    for stage in _stages(recipe, length, ranks):
         for change, reason in stage:
             made = attempt(best | change)
             if made is None or made.needed_bytes >= 0.995 * planned.needed_bytes:
@@ -149,8 +150,10 @@ def changed(recipe: Recipe, changes: Changes) -> Recipe:
     return recipe
 
 
-def _stages(recipe: Recipe, length: int) -> Iterator[list[tuple[Changes, str]]]:
+def _stages(recipe: Recipe, length: int, ranks: int) -> Iterator[list[tuple[Changes, str]]]:
     method, run = recipe.method, recipe.run
+    if recipe.optimizer.moments == "fp32" and ranks == 1:
+        yield [({"optimizer.moments": "8bit"}, "moments take a quarter of the memory")]
     yield [(_keyed(change), "the ends cost less, at the same speed") for change in method.cheaper_ends()]
     halves = (2**power for power in range(1, run.batch_size.bit_length()))
     yield [

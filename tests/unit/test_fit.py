@@ -71,6 +71,12 @@ def test_what_is_found_fits_and_nothing_in_it_is_needless(folder: Path) -> None:
         assert plan_memory(changed(recipe, fewer)).needed_bytes > size
 
 
+def test_moments_of_8_bits_are_the_first_change(folder: Path) -> None:
+    recipe = make_recipe(folder)
+    eight = plan_memory(changed(recipe, {"optimizer.moments": "8bit"}))
+    assert find_fit(recipe, eight.needed_bytes).changes == {"optimizer.moments": "8bit"}
+
+
 def test_where_nothing_fits_the_smallest_is_shown(folder: Path) -> None:
     recipe = make_recipe(folder)
     fit = find_fit(recipe, RESERVE_BYTES + 10**6)
