@@ -170,11 +170,12 @@ def has_reason_to_move(
     wanted = movable = 0
     for index, p, gradient in with_gradient:
         weights, gradients = _read(local_part(p), local_part(gradient), index, sample)
-        coarse = 2 * torch.finfo(p.dtype).eps * weights.abs()
-        movable += int(((gradients != 0) & (coarse < rates[p])).sum())
         wanted += weights.numel() if sample is not None else p.numel()
-        if movable >= 16:
-            return True
+        for some, their in zip(torch.split(weights, CHUNK), torch.split(gradients, CHUNK), strict=True):
+            coarse = 2 * torch.finfo(p.dtype).eps * some.abs()
+            movable += int(((their != 0) & (coarse < rates[p])).sum())
+            if movable >= 16:
+                return True
     return wanted > 0 and 4 * movable >= wanted
 
 
