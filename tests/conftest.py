@@ -1,6 +1,7 @@
 """What every test gets: one thread, no hub, random numbers that neither leak in nor out."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,6 +14,8 @@ from transformers import LlamaForCausalLM
 import tiny
 
 torch.set_num_threads(1)
+# A job that a shell started in the background inherits a Ctrl-C that is ignored; tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
