@@ -116,7 +116,7 @@ def find_fit(
             return plan_memory(
                 changed(recipe, changes), ranks=ranks, length=changes.get("data.max_length", length)
             )
-        except ValueError:  # settings that can't be had together
+        except (ValueError, ImportError):  # settings that can't be had together, or without bitsandbytes
             return None
 
     for stage in _stages(recipe, length, ranks):

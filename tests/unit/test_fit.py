@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
+from lisatune import codecs
 from lisatune.cli import main
 from lisatune.fit import changed, find_fit, memory_size
 from lisatune.methods import METHODS
@@ -75,6 +76,21 @@ def test_moments_of_8_bits_are_the_first_change(folder: Path) -> None:
     recipe = make_recipe(folder)
     eight = plan_memory(changed(recipe, {"optimizer.moments": "8bit"}))
     assert find_fit(recipe, eight.needed_bytes).changes == {"optimizer.moments": "8bit"}
+
+
+def test_without_bitsandbytes_something_else_is_changed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(folder)
+    whole = plan_memory(recipe)
+
+    def missing() -> None:
+        raise ImportError("no bitsandbytes")
+
+    monkeypatch.setattr(codecs, "_bitsandbytes", missing)
+    fit = find_fit(recipe, int(0.98 * whole.needed_bytes), first=whole)
+    assert fit.fits
+    assert "8bit" not in fit.overrides
 
 
 def test_where_nothing_fits_the_smallest_is_shown(folder: Path) -> None:
