@@ -140,13 +140,11 @@ def plan(
     from lisatune.plan_table import print_plan
     from lisatune.recipe_file import load_recipe, recipe_without_file
 
-    if model and not recipe and batch is None:
-        batch = 1
+    overrides, recipe = ((recipe, *overrides), "") if "=" in recipe else (overrides, recipe)
+    batch = 1 if model and not recipe and batch is None else batch
     options = {"model.name": model, "method.name": method, "run.batch_size": batch}
     options |= {"data.max_length": length, "run.precision": precision}
     given = [*overrides, *(f"{key}={value}" for key, value in options.items() if value is not None)]
-    if "=" in recipe:
-        given, recipe = [recipe, *given], ""  # an override
     if not recipe and not model:
         raise ValueError("give a recipe file, or --model")
     size = memory_size(gpu) if gpu is not None else None

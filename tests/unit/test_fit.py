@@ -112,7 +112,9 @@ def test_command_prints_one_json_object(folder: Path, capsys: pytest.CaptureFixt
 def test_command_takes_overrides_without_a_recipe(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def trainable(*more: str) -> int:
         assert main(["plan", "--model", str(folder), "data.max_length=64", "--json", *more]) == 0
-        return int(json.loads(capsys.readouterr().out)["trainable"])
+        values = json.loads(capsys.readouterr().out)
+        assert values["batch_size"] == 1  # as without overrides
+        return int(values["trainable"])
 
     assert trainable("method.active=1") < trainable("method.active=2") < trainable("--method", "full")
 
