@@ -3,8 +3,8 @@
 The loss never builds its full logits, so nothing can be saved there. Then come, each on top of the last:
 
     8-bit moments              a quarter of the bytes, and the same losses (docs/results.md)
-    cheaper ends               no slower; the ends' moments are coarser, or fewer ends train
     smaller micro-batches      the same step in more parts
+    cheaper ends               no slower; the ends' moments are coarser, or fewer ends train
     activation checkpointing   frozen blocks, then all: up to a third more computing
     fewer weights at once      smaller γ, or a smaller rank
     shorter sequences          what is longer is cut
@@ -154,7 +154,6 @@ def _stages(recipe: Recipe, length: int, ranks: int) -> Iterator[list[tuple[Chan
     method, run = recipe.method, recipe.run
     if recipe.optimizer.moments == "fp32" and ranks == 1:
         yield [({"optimizer.moments": "8bit"}, "moments take a quarter of the memory")]
-    yield [(_keyed(change), "the ends cost less, at the same speed") for change in method.cheaper_ends()]
     halves = (2**power for power in range(1, run.batch_size.bit_length()))
     yield [
         (
@@ -164,6 +163,7 @@ def _stages(recipe: Recipe, length: int, ranks: int) -> Iterator[list[tuple[Chan
         for by in halves
         if run.batch_size % by == 0
     ]
+    yield [(_keyed(change), "the ends cost less, at the same speed") for change in method.cheaper_ends()]
     if run.activation_checkpointing is not True:
         kinds: list[Any] = [True] if run.activation_checkpointing else ["frozen", True]
         what = {

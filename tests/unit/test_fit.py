@@ -78,6 +78,14 @@ def test_moments_of_8_bits_are_the_first_change(folder: Path) -> None:
     assert find_fit(recipe, eight.needed_bytes).changes == {"optimizer.moments": "8bit"}
 
 
+def test_where_cheaper_ends_would_do_too_a_step_has_fewer_rows_at_a_time(folder: Path) -> None:
+    recipe, eight = make_recipe(folder), {"optimizer.moments": "8bit"}
+    fewer_rows = eight | {"run.batch_size": 1, "run.accumulation": 2}
+    frozen = eight | {"method.ends": "frozen"}
+    size = max(plan_memory(changed(recipe, each)).needed_bytes for each in (fewer_rows, frozen))
+    assert find_fit(recipe, size).changes.items() <= fewer_rows.items()
+
+
 def test_without_bitsandbytes_something_else_is_changed(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
