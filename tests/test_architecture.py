@@ -91,6 +91,7 @@ LEVELS = {
         "recipe_file",
         "report",
         "resume",
+        "room",
         "run_ranks",
         "stopping",
         "train",

@@ -118,7 +118,7 @@ def plan(
 ) -> int:
     """Tell how much memory a run takes, without its weights or data.
 
-    With --gpu also what to change so that it fits:
+    With --gpu also what to change so that it fits, and how many blocks could train there:
 
         lisatune plan recipe.yaml --gpu 24GB
         lisatune plan --model llama-3.1-8b --length 2048 --precision bf16 method.active=4
@@ -139,6 +139,7 @@ def plan(
     from lisatune.plan import plan_memory
     from lisatune.plan_table import print_plan
     from lisatune.recipe_file import load_recipe, recipe_without_file
+    from lisatune.room import find_room
 
     overrides, recipe = ((recipe, *overrides), "") if "=" in recipe else (overrides, recipe)
     batch = 1 if model and not recipe and batch is None else batch
@@ -152,7 +153,8 @@ def plan(
     asked = asked if size is None else on_accelerator(asked)
     planned = plan_memory(asked, ranks=ranks)
     fit = None if size is None else find_fit(asked, size, ranks=ranks, first=planned)
-    print_plan(asked, planned, fit, as_json=json)
+    room = None if fit is None else find_room(asked, fit, ranks=ranks)
+    print_plan(asked, planned, fit, room, as_json=json)
     return 0
 
 

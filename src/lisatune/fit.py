@@ -4,12 +4,13 @@ The loss never builds its full logits, so nothing can be saved there. Then come,
 
     8-bit moments              a quarter of the bytes, and the same losses (docs/results.md)
     smaller micro-batches      the same step in more parts
+    stochastic rounding        two bytes less for a bf16 weight, and nearly the same losses
     cheaper ends               no slower; the ends' moments are coarser, or fewer ends train
     activation checkpointing   frozen blocks, then all: up to a third more computing
     fewer weights at once      smaller γ, or a smaller rank
     shorter sequences          what is longer is cut
 
-A change that turns out not to be needed is taken back.
+A change that turns out not to be needed is taken back. `lisatune.room` is the reverse.
 """
 
 import re
@@ -20,7 +21,17 @@ from typing import Any
 from lisatune.plan import MemoryPlan, plan_memory
 from lisatune.recipe import Recipe
 
-__all__ = ["Fit", "find_fit", "memory_size", "on_accelerator"]
+__all__ = [
+    "Change",
+    "Changes",
+    "Fit",
+    "attempt",
+    "coarser_state",
+    "find_fit",
+    "memory_size",
+    "on_accelerator",
+    "override_text",
+]
 
 SHORTEST = 256
 UNITS = {
@@ -36,6 +47,15 @@ UNITS = {
 
 Changes = dict[str, Any]
 """Overrides: `section.key` and its value."""
+
+Change = tuple[Changes, str]
+"""What goes together, and why."""
+
+EIGHT_BIT: Change = ({"optimizer.moments": "8bit"}, "moments take a quarter of the memory")
+STOCHASTIC: Change = (
+    {"optimizer.rounding": "stochastic"},
+    "weights are right on average, and what rounding lost isn't kept",
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +80,7 @@ class Fit:
     @property
     def overrides(self) -> str:
         """The changes as they are written on the command line."""
-        return " ".join(f"{key}={_text(value)}" for key, value in self.changes.items())
+        return override_text(self.changes)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -111,17 +131,9 @@ def find_fit(
     if planned.needed_bytes <= size_bytes:
         return Fit(size_bytes, True, {}, (), planned)
 
-    def attempt(changes: Changes) -> MemoryPlan | None:
-        try:
-            return plan_memory(
-                changed(recipe, changes), ranks=ranks, length=changes.get("data.max_length", length)
-            )
-        except (ValueError, ImportError):  # settings that can't be had together, or without bitsandbytes
-            return None
-
     for stage in _stages(recipe, length, ranks):
         for change, reason in stage:
-            made = attempt(best | change)
+            made = attempt(recipe, best | change, ranks=ranks, length=length)
             if made is None or made.needed_bytes >= 0.995 * planned.needed_bytes:
                 continue
             best, planned = best | change, made
@@ -130,7 +142,7 @@ def find_fit(
             if planned.needed_bytes <= size_bytes:
                 for together in [*applied][-2::-1]:  # the costliest first
                     fewer = {key: value for key, value in best.items() if key not in together}
-                    made = attempt(fewer)
+                    made = attempt(recipe, fewer, ranks=ranks, length=length)
                     if made is not None and made.needed_bytes <= size_bytes:
                         best, planned = fewer, made
                 return Fit(size_bytes, True, best, tuple(reasons[key] for key in best), planned)
@@ -142,6 +154,15 @@ def on_accelerator(recipe: Recipe) -> Recipe:
     return changed(recipe, {"run.device": "cuda"}) if recipe.run.device == "auto" else recipe
 
 
+def attempt(recipe: Recipe, changes: Changes, *, ranks: int, length: int) -> MemoryPlan | None:
+    """Plan the recipe with these changes; None where they can't be had together, or without bitsandbytes."""
+    length = changes.get("data.max_length", length)
+    try:
+        return plan_memory(changed(recipe, changes), ranks=ranks, length=length)
+    except (ValueError, ImportError):
+        return None
+
+
 def changed(recipe: Recipe, changes: Changes) -> Recipe:
     """The recipe with overrides."""
     for path, value in changes.items():
@@ -150,10 +171,24 @@ def changed(recipe: Recipe, changes: Changes) -> Recipe:
     return recipe
 
 
-def _stages(recipe: Recipe, length: int, ranks: int) -> Iterator[list[tuple[Changes, str]]]:
+def override_text(changes: Changes) -> str:
+    """The changes as they are written on the command line."""
+    return " ".join(f"{key}={_text(value)}" for key, value in changes.items())
+
+
+def coarser_state(recipe: Recipe, ranks: int) -> list[Change]:
+    """Optimizer state that takes less and learns as well, or nearly, the finest first."""
+    optimizer = recipe.optimizer
+    changes = [EIGHT_BIT] if optimizer.moments == "fp32" else []
+    if optimizer.rounding == "exact" and recipe.run.precision == "bf16":
+        changes.append(STOCHASTIC)
+    return changes if ranks == 1 else []
+
+
+def _stages(recipe: Recipe, length: int, ranks: int) -> Iterator[list[Change]]:
     method, run = recipe.method, recipe.run
-    if recipe.optimizer.moments == "fp32" and ranks == 1:
-        yield [({"optimizer.moments": "8bit"}, "moments take a quarter of the memory")]
+    coarser = coarser_state(recipe, ranks)
+    yield [each for each in coarser if each is EIGHT_BIT]
     halves = (2**power for power in range(1, run.batch_size.bit_length()))
     yield [
         (
@@ -163,6 +198,7 @@ def _stages(recipe: Recipe, length: int, ranks: int) -> Iterator[list[tuple[Chan
         for by in halves
         if run.batch_size % by == 0
     ]
+    yield [each for each in coarser if each is STOCHASTIC]
     yield [(_keyed(change), "the ends cost less, at the same speed") for change in method.cheaper_ends()]
     if run.activation_checkpointing is not True:
         kinds: list[Any] = [True] if run.activation_checkpointing else ["frozen", True]

@@ -67,6 +67,9 @@ class MemoryPlan(StepMemory):
     active_blocks: tuple[int, ...] | None
     """Blocks that train in the planned period, the costliest of the run; None for methods without draws."""
 
+    num_blocks: int
+    """N, the model's blocks."""
+
     trainable: int
     """Parameters that train in it."""
 
@@ -191,6 +194,7 @@ def _plan(
             device=run.device,
             ranks=ranks,
             active_blocks=None if built.lisa is None else built.lisa.active_blocks,
+            num_blocks=built.layers.num_blocks,
             trainable=sum(p.numel() for p in built.model.parameters() if p.requires_grad),
             loaded_bytes=loaded_bytes,
             seconds=0.0,

@@ -12,6 +12,7 @@ from lisatune.fit import Fit
 from lisatune.plan import MemoryPlan
 from lisatune.progress import byte_text, count_text, grid, terminal
 from lisatune.recipe import Recipe
+from lisatune.room import Room
 
 __all__ = ["advice", "print_plan"]
 
@@ -22,6 +23,7 @@ def print_plan(
     recipe: Recipe,
     plan: MemoryPlan,
     fit: Fit | None = None,
+    room: Room | None = None,
     *,
     as_json: bool = False,
     console: Console | None = None,
@@ -32,11 +34,14 @@ def print_plan(
         recipe: what was asked for.
         plan: its plan.
         fit: what the search for a fitting device found.
+        room: what the search for more to train there found.
         as_json: print one JSON object and nothing else.
         console: where to. Default: standard output.
     """
     if as_json:
-        values = plan.as_dict() | ({} if fit is None else {"fit": fit.as_dict()})
+        values = plan.as_dict()
+        if fit is not None:
+            values["fit"] = fit.as_dict() | {"room": room and room.as_dict()}
         sys.stdout.write(json.dumps(values) + "\n")
         return
     console = console or terminal()
@@ -65,6 +70,10 @@ def print_plan(
     if fit is not None:
         rows.append(("device", Text(advice(fit), style="green" if fit.fits else "bold red")))
         rows += [("because", f"{key}: {why}") for key, why in zip(fit.changes, fit.reasons, strict=True)]
+    if room is not None:
+        active, needed = len(room.plan.active_blocks or ()), byte_text(room.plan.needed_bytes)
+        blocks = f"{active} of {room.plan.num_blocks} blocks, which learn more"
+        rows.append(("room", f"for {blocks}: {room.overrides} needs {needed}"))
     console.print(Panel(grid(rows), title="memory", title_align="left", border_style="cyan", box=box.ROUNDED))
 
 

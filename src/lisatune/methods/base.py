@@ -84,3 +84,7 @@ class Method:
     def fewer_weights(self) -> tuple[dict[str, Any], ...]:
         """Settings that train fewer weights at once, the closest to this first."""
         return ()
+
+    def more_weights(self, num_blocks: int) -> tuple[dict[str, Any], ...]:
+        """Settings that train more weights at once, the closest to this first."""
+        return ()

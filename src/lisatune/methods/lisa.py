@@ -129,6 +129,12 @@ class Lisa(Method):
         halves = (self.active >> shift for shift in range(1, self.active.bit_length()))
         return tuple({"active": active} for active in halves)
 
+    def more_weights(self, num_blocks: int) -> tuple[dict[str, Any], ...]:
+        """One block more, and another, up to all of them."""
+        if self.sampler == "independent":
+            return ()
+        return tuple({"active": active} for active in range(self.active + 1, num_blocks + 1))
+
     def _chances(self, num_blocks: int) -> tuple[float, ...]:
         return _inclusion(make_sampler(self._sampler(), self.active, num_blocks))
 
