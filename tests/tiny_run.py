@@ -1,6 +1,7 @@
 """A tiny model folder, tiny rows and a recipe for both: a whole run in a second."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tiny_text import CHATML, byte_tokenizer
 
 BLOCKS = 4
+
+DEVICE = os.environ.get("LISATUNE_TEST_DEVICE", "cpu")
+"""Where runs train."""
 
 
 def write_model(folder: Path) -> Path:
@@ -54,7 +58,7 @@ def write_recipe(folder: Path, model: Path, train: Path, more: str = "") -> Path
         f"model: {{name: {model}}}\n"
         f"data: {{train: {train}, max_length: 96, validation_share: 0.25}}\n"
         f"optimizer: {{lr: 1e-3}}\n"
-        f"run: {{output: {folder / 'run'}, steps: 4, batch_size: 2, precision: fp32, device: cpu,"
+        f"run: {{output: {folder / 'run'}, steps: 4, batch_size: 2, precision: fp32, device: {DEVICE},"
         f" samples: 1, sample_tokens: 4}}\n" + (more or "method: {active: 2, period: 2}\n")
     )
     return path

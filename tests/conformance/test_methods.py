@@ -1,4 +1,7 @@
-"""What every way to fine-tune promises, whatever its name: each test runs over all of METHODS."""
+"""What every way to fine-tune promises, whatever its name: each test runs over all of METHODS.
+
+On a GPU: LISATUNE_TEST_DEVICE=cuda pytest tests/conformance
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -112,7 +115,7 @@ def refusal_of(recipe: Path, overrides: tuple[str, ...]) -> str | None:
 
 def logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
-        found: Tensor = model(input_ids=IDS_BT).logits
+        found: Tensor = model(input_ids=IDS_BT.to(tiny_run.DEVICE)).logits
     return found
 
 
@@ -179,7 +182,7 @@ def test_recomputed_activations_train_the_same_weights_or_are_refused_with_the_r
 
 
 def test_written_model_loads_with_equal_logits(run: Run) -> None:
-    loaded = load_model(str(run.output / "model"))
+    loaded = load_model(str(run.output / "model")).to(tiny_run.DEVICE)
     assert torch.equal(logits(loaded.eval()), logits(run.model.eval()))
-    untrained = load_model(str(run.recipe.parent / "tiny"))
+    untrained = load_model(str(run.recipe.parent / "tiny")).to(tiny_run.DEVICE)
     assert not torch.equal(logits(untrained), logits(loaded))

@@ -1,0 +1,170 @@
+"""A training step of each method on one GPU: memory planned and measured, time against LoRA r=16.
+
+python benchmarks/gpu.py --shape llama-3.1-8b --length 2048 --output gpu-8b
+
+Weights are random, in bf16, and are made on the device. Every method runs in lisatune's loop, with its loss
+without full logits, so peers are as lean as they can be. Arms run one after the other in one process. Time
+is the mean of --steps steps after two others: LISA draws every 5 steps, and a step's time depends on
+the draw. Memory is that of two steps of the plan's costliest draw: planned live tensors, the most that torch
+allocated, the most that it took from the device. With --device cpu live tensors stand for both.
+"""
+
+import argparse
+import gc
+import json
+import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+from lisatune import memory
+from lisatune.assemble import Built, build, weight_dtype
+from lisatune.loss import CausalLMLoss
+from lisatune.plan import MemoryPlan, _batch, plan_memory
+from lisatune.recipe import Recipe
+from lisatune.recipe_file import recipe_without_file
+from lisatune.shapes import shape_config
+
+SMALL = "optimizer.moments=8bit optimizer.rounding=stochastic"
+ARMS = {
+    "LoRA r=16": "method.name=lora method.rank=16",
+    "LoRA r=128": "method.name=lora method.rank=128",
+    "LISA γ=2": "method.active=2",
+    "LISA γ=2, 8-bit": f"method.active=2 {SMALL}",
+    "LISA γ=2, ends every 5th period": "method.active=2 method.ends=every:5",
+    "LISA γ=2, frozen ends": "method.active=2 method.ends=frozen",
+    "LISA γ=8, 8-bit": f"method.active=8 {SMALL}",
+    "LISA γ=8, 8-bit, frozen ends": f"method.active=8 method.ends=frozen {SMALL}",
+    "LISA γ=20, 8-bit": f"method.active=20 {SMALL}",
+    "LISA γ=N, 8-bit, frozen ends": f"method.active=ALL method.ends=frozen {SMALL}",
+    "full, 8-bit": f"method.name=full {SMALL}",
+    "full": "method.name=full",
+    "BAdam": "method.name=badam",
+}
+WARM_UP = 2
+
+
+def make_recipe(options: argparse.Namespace, keys: str) -> Recipe:
+    """The recipe of an arm; its data is never read."""
+    checkpointing = {"none": "false", "all": "true", "frozen": "frozen"}[options.checkpointing]
+    common = (
+        f"model.name={options.shape} data.train=none data.max_length={options.length} run.precision=bf16 "
+        f"run.batch_size={options.batch} run.steps=1000 run.device={options.device} "
+        f"run.activation_checkpointing={checkpointing}"
+    )
+    blocks = shape_config(options.shape).num_hidden_layers
+    return recipe_without_file(f"{common} {keys.replace('ALL', str(blocks))}".split())
+
+
+def make_plan(recipe: Recipe) -> MemoryPlan:
+    """Plan a step; in a process of its own."""
+    torch.set_num_threads(1)
+    return plan_memory(recipe, config=shape_config(recipe.model.name))
+
+
+def load(recipe: Recipe, device: torch.device) -> Built:
+    """The model with random weights on the device, ready to train."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    with device:
+        model = AutoModelForCausalLM.from_config(shape_config(recipe.model.name), dtype=weight_dtype(recipe))
+    return build(recipe, model, CausalLMLoss(model), steps=1000, device=device)
+
+
+def measure(recipe: Recipe, plan: MemoryPlan, steps: int) -> dict[str, Any]:
+    """Time steps as they come, then take the memory of the costliest draw."""
+    device = torch.device(recipe.run.device)
+    built = load(recipe, device)
+    batches = [_batch(recipe, built.model, recipe.data.max_length)]
+
+    def step() -> float:
+        started = time.perf_counter()
+        built.step.backward(batches)
+        built.step.clip()
+        built.step.update()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    seconds = [step() for _ in range(WARM_UP + steps)]
+    if built.lisa is not None:
+        built.lisa.period = 1000
+        built.lisa.activate(plan.active_blocks or ())
+    if device.type == "cuda":
+        step()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        allocated, taken = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    else:
+        with memory.measure(built.model, built.step.optimizer) as tracker:
+            step()
+            tracker.end_step()
+            step()
+            allocated = taken = tracker.end_step().peak_bytes
+    return {"seconds": seconds[WARM_UP:], "allocated_bytes": allocated, "reserved_bytes": taken}
+
+
+def row(name: str, figures: dict[str, Any], reference: float | None, tokens: int) -> str:
+    """A line of the table."""
+    planned = figures["planned_bytes"]
+    start = f"| {name} | {planned / 2**30:.2f} | "
+    if "allocated_bytes" not in figures:
+        return start + f"{figures['failed']} | | | | |"
+    allocated, taken, seconds = (figures[key] for key in ("allocated_bytes", "reserved_bytes", "seconds"))
+    ratio = "" if reference is None else f"{mean(seconds) / reference:.2f}"
+    return start + (
+        f"{allocated / 2**30:.2f} | {planned / allocated - 1:+.1%} | {taken / 2**30:.2f} | "
+        f"{tokens / mean(seconds):,.0f} | {ratio} |"
+    )
+
+
+def main() -> None:
+    """Measure the arms, print the table, write OUTPUT.json after each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", default="llama-3.1-8b")
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--checkpointing", choices=("none", "all", "frozen"), default="none")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--arms", help="names, separated by semicolons; default: all")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--planners", type=int, default=4, help="processes that plan meanwhile")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    names = options.arms.split(";") if options.arms else list(ARMS)
+    recipes = {name: make_recipe(options, ARMS[name]) for name in names}
+    found: dict[str, dict[str, Any]] = {}
+    head = "| method | planned GiB | allocated GiB | difference | taken GiB | tokens/s | time / LoRA r=16 |"
+    print(head, "|---|---|---|---|---|---|---|", sep="\n")
+    with ProcessPoolExecutor(options.planners, get_context("spawn")) as pool:
+        plans = {name: pool.submit(make_plan, recipe) for name, recipe in recipes.items()}
+        for name, recipe in recipes.items():
+            plan = plans[name].result()
+            figures: dict[str, Any] = {"planned_bytes": plan.peak_bytes, "trainable": plan.trainable}
+            try:
+                figures |= measure(recipe, plan, options.steps)
+            except torch.OutOfMemoryError:
+                figures["failed"] = "out of memory"
+            gc.collect()
+            if options.device == "cuda":
+                torch.cuda.empty_cache()
+            found[name] = figures
+            lora = found.get("LoRA r=16", {}).get("seconds")
+            print(row(name, figures, lora and mean(lora), options.batch * options.length), flush=True)
+            if options.output:
+                settings = {key: str(value) for key, value in vars(options).items()}
+                device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
+                kept = {"settings": settings, "device": device, "torch": torch.__version__, "arms": found}
+                options.output.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
