@@ -32,6 +32,7 @@ LEVELS = {
         "adamw",
         "adamw_rows",
         "adamw_state",
+        "adamw_triton",
         "blocks",
         "chunked_loss",
         "costly_draws",

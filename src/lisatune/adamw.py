@@ -1,7 +1,8 @@
 """AdamW that computes in float32 whatever weights and moments are stored in.
 
 A parameter is updated in chunks. Each chunk of weight, gradient and moments is brought to float32, torch's
-own fused AdamW kernel updates it, and it goes back into its storage (see `lisatune.codecs`):
+own fused AdamW kernel updates it, and it goes back into its storage (see `lisatune.codecs`). On CUDA one
+kernel does all of that (`lisatune.adamw_triton`):
 
     rounding, for bf16 weights      bytes   the weight after a step is
         exact                         2     the float32 weight rounded to nearest; a remainder holds the rest
@@ -49,6 +50,7 @@ from lisatune.adamw_state import (
     read_moments,
     write_moments,
 )
+from lisatune.adamw_triton import can_update, update_chunk
 from lisatune.factored import update_factored
 from lisatune.host_chunks import on_device
 from lisatune.in_backward import UpdateInBackward
@@ -59,6 +61,8 @@ __all__ = ["AdamW"]
 CHUNK = {"cpu": 1 << 17}
 """Elements of a chunk by device: on a CPU what fits in its cache."""
 CHUNK_ELSEWHERE = 1 << 22
+CHUNK_OF_KERNEL = 1 << 24
+"""Where one kernel does it all, without temporary memory: more than it takes to launch it."""
 
 
 class AdamW(Optimizer):
@@ -80,7 +84,8 @@ class AdamW(Optimizer):
         seed: names the random numbers of stochastic rounding. They follow from it, the number of steps and
             the parameter's place in the optimizer; no global generator is touched, and resume is exact.
         chunk_size: elements brought to float32 at a time, a multiple of 256. Default: 2^17 on a CPU, 2^22
-            elsewhere, which are 8 bytes each of temporary memory, or 16 with compact moments.
+            elsewhere, which are 8 bytes each of temporary memory, or 16 with compact moments; 2^24 and none
+            where one kernel does it all.
 
     Raises:
         ValueError: an argument is out of range; at the first step, a weight of another dtype than bf16,
@@ -251,9 +256,15 @@ class AdamW(Optimizer):
         assert p.grad is not None
         state["step"].add_(1)
         weight, gradient = p.detach().reshape(-1), p.grad.reshape(-1)
+        is_one_kernel, chunk_size = can_update(group, p), self._chunk(p)
+        if is_one_kernel and group["state_device"] is None:
+            chunk_size = self.chunk_size or CHUNK_OF_KERNEL
         stored = {name: value.view(-1) for name, value in state.items() if name in CHUNKED}
-        for number, (at, chunk) in enumerate(on_device(stored, p.numel(), self._chunk(p), p.device)):
+        for number, (at, chunk) in enumerate(on_device(stored, p.numel(), chunk_size, p.device)):
             chunk_key = codecs.key_of(key, number)
+            if is_one_kernel:
+                update_chunk(group, weight[at], gradient[at], chunk, state["step"], chunk_key)
+                continue
             noise = (
                 codecs.random_bits(at.stop - at.start, chunk_key, p.device) if _is_random(group, p) else None
             )

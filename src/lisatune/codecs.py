@@ -28,6 +28,7 @@ __all__ = [
     "check_8bit",
     "dequantize",
     "dynamic_map",
+    "halves",
     "join_remainder",
     "key_of",
     "narrow",
@@ -35,6 +36,7 @@ __all__ = [
     "random_bits",
     "round_stochastically",
     "split_remainder",
+    "tables",
     "widen",
 ]
 
@@ -85,7 +87,7 @@ def split_remainder(exact: Tensor, weight: Tensor, remainder: Tensor) -> None:
 
     Magnitudes above `LARGEST`, infinity included, become `LARGEST`; NaN stays NaN.
     """
-    bits = exact.clamp_(-LARGEST, LARGEST).view(torch.int32)
+    bits = _number_bits(exact, LARGEST)
     remainder.copy_(bits)  # the low 16 bits, as a signed number
     bits.sub_(remainder)
     weight.copy_(exact)  # nothing left to round
@@ -99,9 +101,17 @@ def round_stochastically(exact: Tensor, weight: Tensor, noise: Tensor) -> None:
         weight: bf16, written.
         noise: int32, of which the low 16 bits are used; must be uniform.
     """
-    bits = exact.clamp_(-LARGEST_BF16, LARGEST_BF16).view(torch.int32)
+    bits = _number_bits(exact, LARGEST_BF16)
     bits.add_(noise.bitwise_and_(0xFFFF)).bitwise_and_(-0x10000)
     weight.copy_(exact)
+
+
+def _number_bits(exact: Tensor, largest: float) -> Tensor:
+    """Bits of float32 after clamping, in place; NaN has those that adding to can't turn into a number."""
+    exact.clamp_(-largest, largest)
+    if exact.device.type != "cpu":  # CUDA's NaN is 0x7FFFFFFF, one below -0.0
+        exact.masked_fill_(exact.isnan(), torch.nan)
+    return exact.view(torch.int32)
 
 
 def key_of(*numbers: int) -> int:
@@ -117,13 +127,18 @@ def key_of(*numbers: int) -> int:
 
 def random_bits(size: int, key: int, device: torch.device) -> Tensor:
     """Make `size` random int32 that depend on `key` alone: equal on every device, no generator is touched."""
-    low, high = (_signed(half) for half in (key & 0xFFFFFFFF, key >> 32))
+    low, high = halves(key)
     bits = torch.arange(size, dtype=torch.int32, device=device).mul_(_signed(0x9E3779B1)).add_(low)
     for shift, factor, added in ((15, 0x85EBCA6B, high), (13, 0xC2B2AE35, low)):
         # The mask drops the copies of the sign that >> shifts in: with them numbers would collide.
         bits.bitwise_xor_((bits >> shift).bitwise_and_((1 << 32 - shift) - 1))
         bits.mul_(_signed(factor)).add_(added)
     return bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF))
+
+
+def halves(key: int) -> tuple[int, int]:
+    """The lower and upper 32 bits of a key of 64, each as an int32."""
+    return _signed(key & 0xFFFFFFFF), _signed(key >> 32)
 
 
 def quantize(values: Tensor, codes: Tensor, scales: Tensor, *, signed: bool) -> None:
@@ -133,7 +148,7 @@ def quantize(values: Tensor, codes: Tensor, scales: Tensor, *, signed: bool) -> 
     faster on a CPU than a search, and 2 to 6 % more error. Unsigned values are never rounded to zero, for a
     second moment of zero would leave eps alone in the denominator.
     """
-    table, _ = _tables(signed, values)
+    table, _ = tables(signed, values)
     padded = pad(values, (0, -values.numel() % BLOCK)).view(-1, BLOCK)
     torch.amax(padded.abs(), dim=1, out=scales)
     near = (padded / scales.unsqueeze(1)).view(-1)[: values.numel()].to(torch.bfloat16)
@@ -142,12 +157,12 @@ def quantize(values: Tensor, codes: Tensor, scales: Tensor, *, signed: bool) -> 
 
 def dequantize(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
     """Return the float32 values [N] that codes and scales stand for."""
-    _, values_of = _tables(signed, codes)
+    _, values_of = tables(signed, codes)
     values = values_of.index_select(0, pad(codes, (0, -codes.numel() % BLOCK)).to(torch.int32))
     return values.view(-1, BLOCK).mul_(scales.unsqueeze(1)).view(-1)[: codes.numel()]
 
 
-def _tables(signed: bool, like: Tensor) -> tuple[Tensor, Tensor]:
+def tables(signed: bool, like: Tensor) -> tuple[Tensor, Tensor]:
     """The code of each of the 2^16 bf16 numbers, uint8, and the value of each of the 256 codes, float32."""
     if like.device.type == "meta" or isinstance(like, FakeTensor):  # shapes are all that counts
         codes = torch.empty(1 << 16, dtype=torch.uint8, device=like.device)

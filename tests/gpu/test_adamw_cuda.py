@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from lisatune import AdamW
+from lisatune import AdamW, adamw
+from lisatune.adamw_triton import update_chunk
 
 pytestmark = [
     pytest.mark.gpu,
@@ -52,6 +53,25 @@ def test_weights_are_near_those_of_the_cpu(rounding: Any, moments: Any) -> None:
     on_cpu, _ = train("cpu", torch.bfloat16, **options)
     differs = (on_cuda != on_cpu).float().mean()
     assert differs < 0.01  # the kernels differ in the last bit, which seldom decides a rounding
+
+
+@pytest.mark.parametrize("moments", ["fp32", "bf16", "8bit"])
+def test_one_kernel_makes_the_update(moments: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if moments == "8bit":
+        pytest.importorskip("bitsandbytes")
+    chunks = []
+    monkeypatch.setattr(adamw, "update_chunk", lambda *args: chunks.append(update_chunk(*args)))
+    train("cuda", torch.bfloat16, moments=moments, chunk_size=1 << 18)
+    assert len(chunks) == 5 * 4
+
+
+@pytest.mark.parametrize("rounding", ["exact", "stochastic", "nearest"])
+def test_nan_stays_nan_without_the_kernel(rounding: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adamw, "can_update", lambda group, p: False)
+    weight = nn.Parameter(torch.ones(8, dtype=torch.bfloat16, device="cuda"))
+    weight.grad = torch.full_like(weight, torch.nan)
+    AdamW([weight], rounding=rounding).step()
+    assert weight.isnan().all()
 
 
 def test_float32_is_torchs_fused_adamw() -> None:
