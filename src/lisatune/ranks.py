@@ -7,6 +7,7 @@ are collective: each rank must call them, in the same order. Numbers travel over
 import hashlib
 import os
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
@@ -198,16 +199,16 @@ def first_takes(parts: Iterator[Part], work: Callable[[Iterator[Part]], Result])
     Raises:
         RuntimeError, OSError: as in `on_first`.
     """
+    exhaust = deque[Part](maxlen=0).extend  # a loop's variable would hold a part while the next is made
 
     def take_all() -> Result:
         try:
             return work(parts)
         finally:
-            for _ in parts:
-                pass
+            exhaust(parts)
 
-    for _ in parts if not is_first() else ():
-        pass
+    if not is_first():
+        exhaust(parts)
     return on_first(take_all)
 
 

@@ -120,6 +120,7 @@ def write_file(
         for _ in tensors:
             plain = next(wholes).contiguous().cpu().reshape(-1)
             file.write(plain.view(torch.uint8).numpy().data)
+            del plain  # before the next is put together
 
 
 def collect(tensors: Mapping[str, Divided], wholes: Iterator[Tensor]) -> dict[str, Tensor]:

@@ -71,8 +71,9 @@ def test_no_rank_holds_more_than_its_part_and_one_unit(held: dict[str, list[Any]
         part, unit = rank["shard"], rank["unit"]
         assert part + unit < 0.85 * rank["whole"], "the model is too small to tell"
         assert rank["all at once"] >= rank["whole"], "the count misses something"
-        # Where rows can't be divided evenly, torch's all-gather pads the tensor and cuts it again.
-        one = unit if name == "untied" else 2.5 * rank["tensor"]
+        # A tensor, this rank's part, and a copy where torch's all-gather pads rows and cuts them off again;
+        # gloo's thread may let go of the tensor before it, and of that one's part, only a moment later.
+        one = 4 * rank["tensor"]
         assert rank["load"] <= part + unit
         assert rank["export"] <= part + one
         generators = 16384
