@@ -24,7 +24,7 @@ demo: $(VENV)/train.stamp
 
 # Files in the order of their folders: the slow ones come first, and no process ends alone with them.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 faults: $(VENV)/dev.stamp
 	$(BIN)/python tests/faults/long.py --kills 400 --fuzz 3000

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start, whose sums must be ours to the bit
 
 import pytest
 import torch

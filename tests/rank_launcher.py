@@ -18,8 +18,8 @@ def launch(count: int, folder: Path, jobs: list[dict[str, Any]]) -> list[list[An
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = os.environ | {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    common |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
+    common = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
+    common |= {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = [
         subprocess.Popen(
             [sys.executable, str(TESTS / "rank_worker.py"), str(path)],

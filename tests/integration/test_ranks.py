@@ -196,7 +196,7 @@ def test_accelerate_starts_the_same_ranks(runs: Runs, two: dict[str, Any]) -> No
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += ["--main_process_port", "0", "-m", "lisatune", "train", job["recipe"], *job["overrides"]]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=120, check=False, cwd=runs.folder
     )
@@ -211,7 +211,7 @@ def test_a_rank_that_dies_ends_the_run_with_a_message(runs: Runs) -> None:
     job = runs.job("dies", HALF, "run.steps=100000")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "lisatune", "train", job["recipe"], *job["overrides"]]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     log = runs.folder / "dies.log"
     with log.open("w") as out, subprocess.Popen(command, env=environment, stdout=out, stderr=out) as process:
         try:
