@@ -1,4 +1,4 @@
-"""The comparisons in experiments/ are ones that `lisatune compare` takes."""
+"""The comparisons in experiments/ are ones that `lisatune compare` takes; schedules differ in when alone."""
 
 import runpy
 from pathlib import Path
@@ -27,3 +27,16 @@ def test_smoke_shortens_the_runs_and_keeps_the_rest() -> None:
     assert arguments(["draws"]) == ["compare", str(EXPERIMENTS / "draws.yaml")]
     with pytest.raises(SystemExit, match="name one of draws, epoch, gap, table2, table6, table7"):
         arguments(["table9"])
+
+
+def test_schedules_train_as_many_blocks_on_average_as_the_constant_one() -> None:
+    script = runpy.run_path(str(EXPERIMENTS / "schedules.py"))
+    schedules = {arm: script["schedule"](arm, 40) for arm in script["ARMS"]}
+    assert schedules["8"] == (8,) * 40
+    assert schedules["2, then 14"] == (2,) * 20 + (14,) * 20
+    for active in schedules.values():
+        assert len(active) == 40
+        assert sum(active) / 40 == pytest.approx(8, abs=0.3)
+        sampler = script["Scheduled"](30, active)
+        assert [len(set(sampler.draw(period, seed=0))) for period in range(40)] == list(active)
+        assert sum(sampler.inclusion()) == pytest.approx(sum(active) / 40)

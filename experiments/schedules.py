@@ -1,0 +1,140 @@
+"""A γ that changes during a run: many blocks early or late, against as many visits spread evenly.
+
+python experiments/schedules.py [section.key=value …] [--seeds 0 1 2] [--arms …] [--smoke]
+
+Model, budget of tokens and held-out slices are those of gap.yaml, and so is the learning rate 1e-4. Every arm
+trains 8 of 30 blocks on average, for 5 steps at a time, and each block at lr / √(8/30): only when the blocks
+train differs. `lisatune` has no such sampler, this file does: `LISA` takes any object that draws.
+
+Runs are those of `lisatune train`, measured as `lisatune compare` does. Their figures are appended to
+FOLDER/runs.jsonl, a line for a run; a run that has its line is not made again. Two calls with seeds and
+folders of their own may run side by side.
+"""
+
+import argparse
+import json
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lisatune import plain_yaml
+from lisatune.compare.arms import read_comparison
+from lisatune.compare.data import Lengths, data_of_runs, write_slices
+from lisatune.compare.measure import Job, measure
+from lisatune.methods import Lisa
+from lisatune.recipe import Recipe
+from lisatune.samplers import Sampler, Uniform
+from lisatune.train import train
+
+NUM_BLOCKS = 30
+LR = 1e-4
+PERIOD = 5
+ARMS: dict[str, tuple[tuple[float, int], ...]] = {
+    "8": ((1, 8),),
+    "14, then 2": ((0.5, 14), (0.5, 2)),
+    "2, then 14": ((0.5, 2), (0.5, 14)),
+    "20, then 2": ((1 / 3, 20), (2 / 3, 2)),
+    "2, then 20": ((2 / 3, 2), (1 / 3, 20)),
+}
+"""Share of the run and the γ in it."""
+
+
+@dataclass(frozen=True)
+class Scheduled(Sampler):
+    """`Uniform` with a γ for every period; the last one's stays."""
+
+    num_blocks: int
+    active: tuple[int, ...]
+
+    def draw(self, period: int, *, seed: int) -> tuple[int, ...]:
+        """Return different blocks, as many as the schedule has for the period."""
+        active = self.active[min(period, len(self.active) - 1)]
+        return Uniform(self.num_blocks, active).draw(period, seed=seed)
+
+    def inclusion(self) -> tuple[float, ...]:
+        """Return the mean of γ/N over the periods, for every block."""
+        return (sum(self.active) / len(self.active) / self.num_blocks,) * self.num_blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduledLisa(Lisa):
+    """LISA with a γ for every period."""
+
+    schedule: tuple[int, ...]
+
+    def _sampler(self) -> Any:
+        return Scheduled(NUM_BLOCKS, self.schedule)
+
+
+def main() -> None:
+    """Make and measure what is asked for and not yet there."""
+    parser = argparse.ArgumentParser(description="Compare schedules of the number of active blocks.")
+    parser.add_argument("overrides", nargs="*", help="section.key=value, as for the comparisons")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--folder", type=Path, default=Path("runs/schedules"))
+    parser.add_argument("--smoke", action="store_true", help="a few steps of two arms: does it run?")
+    args = parser.parse_args()
+    budget = {"tokens": 100_000}
+    if args.smoke:
+        args.arms, args.seeds, budget = ["8", "2, then 20"], [0], {"steps": 3 * PERIOD}
+        args.folder = args.folder.with_name(args.folder.name + "-smoke")
+        args.overrides += ["data.max_length=64", "data.limit=64", "data.validation_limit=16"]
+
+    gap = Path(__file__).with_name("gap.yaml")
+    comparison = read_comparison(gap, [*args.overrides, f"optimizer.lr={LR}"])
+    slices = args.folder / "data"
+    if not slices.exists():
+        write_slices(comparison, slices)
+    recipe = replace(comparison.recipe, data=data_of_runs(comparison.recipe.data, slices))
+    figures, lengths = args.folder / "runs.jsonl", Lengths(recipe, budget)
+    lines = figures.read_text(encoding="utf-8").splitlines() if figures.exists() else []
+    done = {(line["arm"], line["seed"]) for line in map(json.loads, lines)}
+    for seed in args.seeds:
+        for arm in args.arms:
+            if (arm, seed) not in done:
+                line = {"arm": arm, "seed": seed} | run(recipe, arm, seed, len(lengths.of(seed)), args.folder)
+                with figures.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+                print(json.dumps(line))
+
+
+def run(recipe: Recipe, arm: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
+    """Train and measure one arm; the model is deleted."""
+    output = folder / f"{arm.replace(', ', '-').replace(' ', '-')}-seed{seed}"
+    method = ScheduledLisa(period=PERIOD, seed=seed, schedule=schedule(arm, -(-steps // PERIOD)))
+    settings = replace(recipe.run, seed=seed, steps=steps, output=str(output), log_every=10)
+    summary = train(replace(recipe, method=method, run=settings), overwrite=True)
+    as_read = output / "measured.yaml"  # model, data and precision count, the method doesn't
+    as_read.write_text(plain_yaml.dump(recipe.as_dict()), encoding="utf-8")
+    job = Job(
+        recipe=str(as_read),
+        model=str(summary["model"]),
+        slices={"test": str(folder / "data" / "test.jsonl")},
+        with_memory=False,
+        output="",
+    )
+    measured = measure(job)
+    shutil.rmtree(summary["model"])
+    return {
+        "schedule": method.schedule,
+        "tokens": summary["tokens"],
+        "validation_loss": summary["held_out_loss_after"],
+        "test_loss": measured["test_loss"],
+        "train_seconds": summary["train_seconds"],
+    }
+
+
+def schedule(arm: str, periods: int) -> tuple[int, ...]:
+    """The γ of every period."""
+    active: list[int] = []
+    end = 0.0
+    for share, count in ARMS[arm]:
+        end += share
+        active += [count] * (round(end * periods) - len(active))
+    return tuple(active)
+
+
+if __name__ == "__main__":
+    main()
