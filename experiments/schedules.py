@@ -14,6 +14,7 @@ folders of their own may run side by side.
 import argparse
 import json
 import shutil
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -84,9 +85,13 @@ def main() -> None:
 
     gap = Path(__file__).with_name("gap.yaml")
     comparison = read_comparison(gap, [*args.overrides, f"optimizer.lr={LR}"])
-    slices = args.folder / "data"
-    if not slices.exists():
+    asked, slices = args.folder / "recipe.yaml", args.folder / "data"
+    text = plain_yaml.dump(comparison.recipe.as_dict())
+    if not asked.exists():
         write_slices(comparison, slices)
+        asked.write_text(text, encoding="utf-8")
+    elif asked.read_text(encoding="utf-8") != text:
+        sys.exit(f"{args.folder} has runs of another recipe; give another --folder")
     recipe = replace(comparison.recipe, data=data_of_runs(comparison.recipe.data, slices))
     figures, lengths = args.folder / "runs.jsonl", Lengths(recipe, budget)
     lines = figures.read_text(encoding="utf-8").splitlines() if figures.exists() else []
@@ -106,10 +111,8 @@ def run(recipe: Recipe, arm: str, seed: int, steps: int, folder: Path) -> dict[s
     method = ScheduledLisa(period=PERIOD, seed=seed, schedule=schedule(arm, -(-steps // PERIOD)))
     settings = replace(recipe.run, seed=seed, steps=steps, output=str(output), log_every=10)
     summary = train(replace(recipe, method=method, run=settings), overwrite=True)
-    as_read = output / "measured.yaml"  # model, data and precision count, the method doesn't
-    as_read.write_text(plain_yaml.dump(recipe.as_dict()), encoding="utf-8")
     job = Job(
-        recipe=str(as_read),
+        recipe=str(folder / "recipe.yaml"),  # for model, data's settings and precision
         model=str(summary["model"]),
         slices={"test": str(folder / "data" / "test.jsonl")},
         with_memory=False,
