@@ -35,11 +35,12 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from lisatune import LISA, find_layers, use_chunked_loss
-from lisatune.blocks import BlockForward, num_graphs
-from lisatune.cpu_attention import use_cpu_attention
-from lisatune.layers import LayerMap
+from lisatune.lisa.groups import build_adamw
 from lisatune.methods import Lora
-from lisatune.optim import build_adamw, build_optimizer
+from lisatune.methods.base import build_optimizer
+from lisatune.nn.attention import use_cpu_attention
+from lisatune.nn.blocks import BlockForward, num_graphs
+from lisatune.nn.layers import LayerMap
 from lisatune.recipe import OptimizerConfig
 
 __all__ = ["ARMS", "CYCLE", "DTYPES", "WARM_UP", "load", "run_arm", "steps_of"]
@@ -104,16 +105,16 @@ class Meter:
 
 
 def load(args: argparse.Namespace) -> Any:
-    """The model in its precision. Other shapes of `lisatune.shapes` than SmolLM2's own get random weights."""
-    from lisatune import models
+    """The model in its precision. Other shapes than SmolLM2's own get random weights."""
+    from lisatune.models.load import load_model
 
     torch.manual_seed(0)
     dtype = DTYPES[args.precision]
     if args.blocks is None and (args.model == "smollm2-135m" or Path(args.model).exists()):
-        return models.load_model(args.model, dtype=dtype).train()
+        return load_model(args.model, dtype=dtype).train()
     from transformers import AutoModelForCausalLM
 
-    from lisatune.shapes import shape_config
+    from lisatune.models.shapes import shape_config
 
     config = shape_config(args.model)
     if args.blocks is not None:

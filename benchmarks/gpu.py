@@ -23,12 +23,12 @@ from typing import Any
 import torch
 
 from lisatune import memory
-from lisatune.assemble import Built, build, weight_dtype
-from lisatune.loss import CausalLMLoss
-from lisatune.plan import MemoryPlan, _batch, plan_memory
+from lisatune.losses.causal_lm import CausalLMLoss
+from lisatune.memory.plan import MemoryPlan, _batch, plan_memory
+from lisatune.methods.build import Built, build, weight_dtype
+from lisatune.models.shapes import shape_config
 from lisatune.recipe import Recipe
-from lisatune.recipe_file import recipe_without_file
-from lisatune.shapes import shape_config
+from lisatune.train.recipe_file import recipe_without_file
 
 SMALL = "optimizer.moments=8bit optimizer.rounding=stochastic"
 ARMS = {

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from lisatune import cross_entropy as ours
+from lisatune.losses import cross_entropy as ours
 
 Way = Callable[[Tensor, Tensor, Tensor], Tensor]
 

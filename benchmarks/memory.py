@@ -11,13 +11,13 @@ import warnings
 import torch
 
 from lisatune import memory
-from lisatune.assemble import build, weight_dtype
-from lisatune.loss import CausalLMLoss
+from lisatune.losses.causal_lm import CausalLMLoss
+from lisatune.memory.plan import plan_memory
+from lisatune.memory.tracker import StepMemory
 from lisatune.methods import METHODS, Method
-from lisatune.plan import plan_memory
+from lisatune.methods.build import build, weight_dtype
+from lisatune.models.shapes import shape_config
 from lisatune.recipe import DataConfig, ModelConfig, Recipe, RunConfig
-from lisatune.shapes import shape_config
-from lisatune.storage import StepMemory
 
 METHOD_ROWS: dict[str, Method] = {
     "full": METHODS["full"](),

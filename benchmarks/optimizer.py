@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lisatune import AdamW
-from lisatune.optim import state_bytes
+from lisatune.optim.meter import state_bytes
 
 KINDS: list[tuple[str, torch.dtype, dict[str, Any] | None]] = [
     ("torch fused, fp32 weights", torch.float32, None),

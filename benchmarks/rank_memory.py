@@ -9,10 +9,11 @@ Each rank plans for itself before it joins the others, then counts the live tens
 import os
 import warnings
 
-from lisatune import memory, ranks
-from lisatune.assemble import assemble
-from lisatune.plan import _batch, plan_memory
-from lisatune.recipe_file import recipe_without_file
+from lisatune import memory
+from lisatune.distributed import ranks
+from lisatune.memory.plan import _batch, plan_memory
+from lisatune.train.assemble import assemble
+from lisatune.train.recipe_file import recipe_without_file
 
 LENGTH = 256
 CASES = {

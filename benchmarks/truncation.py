@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lisatune import LISA, build_adamw, find_layers
-from lisatune.blocks import enable_activation_checkpointing
-from lisatune.loss import CausalLMLoss
+from lisatune.losses.causal_lm import CausalLMLoss
+from lisatune.nn.blocks import enable_activation_checkpointing
 
 ENDS = ("train", "head", "frozen")
 

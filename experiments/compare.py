@@ -13,7 +13,7 @@ Given again it goes on. Results are in runs/NAME-compare, with --smoke in runs/N
 import sys
 from pathlib import Path
 
-from lisatune.cli import main
+from lisatune.cli.app import main
 
 RECIPES = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
 

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lisatune import models
 from lisatune.methods import Lisa
+from lisatune.models.load import load_model, load_tokenizer, save_model
 from lisatune.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe, RunConfig
-from lisatune.train import train
+from lisatune.train.loop import train
 
 POLICIES = ("train", "every:2", "every:5", "head", "frozen", "8bit", "factored", "cpu", "every:5+8bit")
 TIED = "smollm2-135m"
@@ -117,16 +117,16 @@ def untied_twin(folder: Path) -> Path:
     """Write SmolLM2 with a head of its own, which starts as a copy of the embedding."""
     if (folder / "config.json").exists():
         return folder
-    model, tokenizer = models.load_model(TIED), models.load_tokenizer(TIED)
+    model, tokenizer = load_model(TIED), load_tokenizer(TIED)
     ids = torch.arange(64).unsqueeze(0)
     with torch.no_grad():
         tied_logits = model(ids).logits
     model.lm_head.weight = nn.Parameter(model.get_input_embeddings().weight.detach().clone())
     model.config.tie_word_embeddings = False
     model.all_tied_weights_keys = {}
-    models.save_model(model, tokenizer, folder)
+    save_model(model, tokenizer, folder)
     with torch.no_grad():
-        logits = models.load_model(str(folder))(ids).logits
+        logits = load_model(str(folder))(ids).logits
     if not torch.equal(logits, tied_logits):
         raise RuntimeError(f"the untied twin in {folder} gives other logits than {TIED}")
     return folder

@@ -19,14 +19,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lisatune import plain_yaml
 from lisatune.compare.arms import read_comparison
-from lisatune.compare.data import Lengths, data_of_runs, write_slices
 from lisatune.compare.measure import Job, measure
+from lisatune.compare.slices import Lengths, data_of_runs, write_slices
+from lisatune.files import yaml
+from lisatune.lisa.samplers import Sampler, Uniform
 from lisatune.methods import Lisa
 from lisatune.recipe import Recipe
-from lisatune.samplers import Sampler, Uniform
-from lisatune.train import train
+from lisatune.train.loop import train
 
 NUM_BLOCKS = 30
 LR = 1e-4
@@ -86,7 +86,7 @@ def main() -> None:
     gap = Path(__file__).with_name("gap.yaml")
     comparison = read_comparison(gap, [*args.overrides, f"optimizer.lr={LR}"])
     asked, slices = args.folder / "recipe.yaml", args.folder / "data"
-    text = plain_yaml.dump(comparison.recipe.as_dict())
+    text = yaml.dump(comparison.recipe.as_dict())
     if not asked.exists():
         write_slices(comparison, slices)
         asked.write_text(text, encoding="utf-8")

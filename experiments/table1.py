@@ -5,7 +5,7 @@ python experiments/table1.py [--json table1.json] [--models gpt2 tinyllama-1.1b]
 Setting of the paper (arXiv 2403.17919, section 4.1): one sequence of 1024 tokens, no activation
 checkpointing, LoRA's adapters also on embedding and head, 70B on 4 GPUs. All weights, gradients and moments
 are bf16 here: only with these does full fine-tuning of 7B come near the paper's 59 GB. LoRA has two rows:
-adapters in bf16, and in float32, which is PEFT's default. Every figure is a plan (`lisatune.plan`) of a
+adapters in bf16, and in float32, which is PEFT's default. Every figure is a plan (`plan_memory`) of a
 training step with our loss; it holds live tensors only, in GB of 10^9 bytes.
 
 Every cell is printed when it is ready and written to the JSON; a second call with the same JSON goes on
@@ -17,9 +17,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lisatune import adamw
+from lisatune.memory.plan import MemoryPlan, plan_memory
 from lisatune.methods import Full, Lisa, Lora, Method
-from lisatune.plan import MemoryPlan, plan_memory
+from lisatune.optim import adamw
 from lisatune.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe, RunConfig
 
 

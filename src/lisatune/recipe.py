@@ -2,7 +2,7 @@
 
 A recipe is a YAML file with the sections `model`, `data`, `method`, `optimizer` and `run`. Every key
 of a section is a field below, its default is the field's default. The keys of `method` are the fields
-of the class that `method.name` picks (`lisatune.methods.METHODS`). `lisatune.cli.load_recipe` builds a
+of the class that `method.name` picks (`lisatune.methods.METHODS`). `lisatune.cli.app.load_recipe` builds a
 `Recipe` from a file and overrides.
 """
 
@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 __all__ = ["DataConfig", "ModelConfig", "OptimizerConfig", "Recipe", "RunConfig", "check_steps", "unknown"]
-
 
 MAX_STEPS = 1_000_000
 """Optimizer steps of the longest run."""

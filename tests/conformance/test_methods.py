@@ -13,15 +13,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import lisatune.train
+import lisatune.train.loop
 import tiny
 import tiny_run
-from lisatune.assemble import Parts, assemble
 from lisatune.methods import METHODS
-from lisatune.models import load_model
-from lisatune.progress import Summary
-from lisatune.recipe_file import load_recipe
-from lisatune.train import train
+from lisatune.models.load import load_model
+from lisatune.runs.summary import Summary
+from lisatune.train.assemble import Parts, assemble
+from lisatune.train.loop import train
+from lisatune.train.recipe_file import load_recipe
 
 STEPS, BREAK = 14, 7  # the break is inside a period, a draw comes after it
 OPTIONS = ("optimizer.schedule=constant",)
@@ -62,7 +62,7 @@ def watched(patch: pytest.MonkeyPatch, recipe: Path, output: Path, *overrides: s
         parts.optimizer.register_step_pre_hook(note)
         return parts
 
-    patch.setattr(lisatune.train, "assemble", watch)
+    patch.setattr(lisatune.train.loop, "assemble", watch)
     summary = train(load_recipe(recipe, [f"run.output={output}", *overrides]), **flags)
     return Run(recipe, output, summary, seen["model"], seen["before"], trainable, with_state)
 
@@ -151,7 +151,7 @@ def test_summary_counts_what_trained_and_its_two_moments(run: Run) -> None:
 
 def test_resume_is_bit_equal(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(lisatune.train, "interruptible", interrupt_after(BREAK))
+        patch.setattr(lisatune.train.loop, "interruptible", interrupt_after(BREAK))
         with pytest.raises(KeyboardInterrupt):
             watched(patch, run.recipe, tmp_path / "run", *OPTIONS)
     torch.manual_seed(12345)  # what ran before must not matter

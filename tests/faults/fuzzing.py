@@ -24,15 +24,17 @@ import tiny
 import tiny_run
 from faults import changing
 from faults.formats import FORMS, ROWS
-from lisatune import LISA, AdamW, cli, plain_yaml
-from lisatune.checkpoint import load_checkpoint, save_checkpoint
-from lisatune.data import tokenize
-from lisatune.exits import USER_ERRORS
-from lisatune.manifest import FILES, newest_checkpoint, write_manifest
-from lisatune.models import load_model, load_tokenizer
-from lisatune.recipe_file import load_recipe
-from lisatune.records import read_records
-from lisatune.resume import Progress, read_progress
+from lisatune import LISA, AdamW
+from lisatune.cli import app
+from lisatune.data.records import read_records
+from lisatune.data.tokens import tokenize
+from lisatune.files import yaml
+from lisatune.models.load import load_model, load_tokenizer
+from lisatune.runs.checkpoint import load_checkpoint, save_checkpoint
+from lisatune.runs.manifest import FILES, newest_checkpoint, write_manifest
+from lisatune.train.recipe_file import load_recipe
+from lisatune.train.resume import Progress, read_progress
+from lisatune.train.stopping import USER_ERRORS
 
 SECONDS = 20
 """A case that takes longer hangs."""
@@ -117,7 +119,7 @@ class Fuzz:
         if generator.random() < 0.5:
             path.write_bytes(changing.mutate(text.encode(), generator))
         else:
-            path.write_text(plain_yaml.dump(changing.mutate_value(plain_yaml.load(text), generator)))
+            path.write_text(yaml.dump(changing.mutate_value(yaml.load(text), generator)))
         self._check(path)
 
     def feed_override(self, generator: random.Random) -> None:
@@ -140,7 +142,7 @@ class Fuzz:
         """`lisatune check` in this process; what can be read goes on to the model and the data."""
         load_recipe(path, overrides)
         with contextlib.redirect_stderr(io.StringIO()) as said:
-            code = cli.main(["check", str(path), *overrides])
+            code = app.main(["check", str(path), *overrides])
         if code not in (0, 2):
             raise AssertionError(f"exit code {code}: {said.getvalue()}")
 

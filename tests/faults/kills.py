@@ -24,7 +24,7 @@ from typing import Any
 import safetensors.torch
 
 from faults.runs import STEPS, Killer, at_steps, attempt, die, ended, outcome, prepare
-from lisatune.manifest import newest_checkpoint
+from lisatune.runs.manifest import newest_checkpoint
 
 KINDS = ("by the clock", "before a file", "inside a file")
 

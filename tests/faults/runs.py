@@ -17,10 +17,10 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401
 from trl.chat_template_utils import get_training_chat_template  # noqa: F401
 
-import lisatune.train
+import lisatune.train.loop
 import tiny_run
-from lisatune import cli
-from lisatune.manifest import newest_checkpoint
+from lisatune.cli import app
+from lisatune.runs.manifest import newest_checkpoint
 
 VARIANTS: dict[str, tuple[str, list[str]]] = {
     "lisa": ("{active: 2, period: 2}", []),
@@ -69,13 +69,13 @@ def attempt(recipe: Path, run: Path, *flags: str, killer: Killer | None = None) 
     """Train in a forked process; return its process number."""
     overrides = json.loads((recipe.parent / "overrides.json").read_text())
     command = ["train", str(recipe), f"run.output={run}", *overrides, *flags]
-    return forked(lambda: cli.main(command), run.with_name(run.name + ".log"), run, killer)
+    return forked(lambda: app.main(command), run.with_name(run.name + ".log"), run, killer)
 
 
 def train(recipe: Path, run: Path, *flags: str) -> int:
     """Train in this process; return the exit code."""
     overrides = json.loads((recipe.parent / "overrides.json").read_text())
-    return cli.main(["train", str(recipe), f"run.output={run}", *overrides, *flags])
+    return app.main(["train", str(recipe), f"run.output={run}", *overrides, *flags])
 
 
 def forked(act: Callable[[], int], log: Path, run: Path, killer: Killer | None = None) -> int:
@@ -121,13 +121,13 @@ def die() -> None:
 
 def at_steps(**act: Callable[[], Any]) -> None:
     """Call `_N` before step N + 1 of this process; for a forked one."""
-    make_step = lisatune.train._step
+    make_step = lisatune.train.loop._step
 
     def step(parts: Any, done: Any, *rest: Any) -> Any:
         act.pop(f"_{done.step}", lambda: None)()
         return make_step(parts, done, *rest)
 
-    lisatune.train._step = step
+    lisatune.train.loop._step = step
 
 
 def outcome(run: Path) -> dict[str, Any]:

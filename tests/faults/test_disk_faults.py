@@ -12,7 +12,7 @@ import pytest
 from faults import kills, mounts, runs
 from faults.kills import assert_as_undisturbed
 from faults.runs import at_steps, train
-from lisatune.manifest import FILES
+from lisatune.runs.manifest import FILES
 
 TWO = "run.save_every=2"
 

@@ -16,8 +16,8 @@ import pytest
 
 import tiny_run
 from faults import kills, runs
-from lisatune import cli
-from lisatune.manifest import set_aside
+from lisatune.cli import app
+from lisatune.runs.manifest import set_aside
 
 PACKAGE = Path(__file__).parents[2] / "src" / "lisatune"
 
@@ -44,7 +44,7 @@ def refused(recipe: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., st
 
     def call(*overrides: str) -> str:
         capfd.readouterr()
-        assert cli.main(["train", str(recipe), *overrides]) == 2
+        assert app.main(["train", str(recipe), *overrides]) == 2
         error = capfd.readouterr().err
         assert error.startswith("lisatune: error: ")
         assert error.count("\n") == 1
@@ -109,7 +109,7 @@ def test_a_planted_pickle_is_refused_by_name_or_never_opened(
     weights.rename(recipe.parent / "away")
     assert name in refused()
     (recipe.parent / "away").rename(weights)
-    assert cli.main(["train", str(recipe)]) == 0  # beside safetensors it is left alone
+    assert app.main(["train", str(recipe)]) == 0  # beside safetensors it is left alone
     assert not (recipe.parent / "trace").exists()
     pickle.loads(planted.read_bytes())  # noqa: S301  (proves that the trap works)
     assert (recipe.parent / "trace").exists()
@@ -179,7 +179,7 @@ def test_a_chat_template_reaches_nothing_outside_its_sandbox(
     template = TEMPLATES[kind].replace("TRACE", str(recipe.parent / "trace"))
     (recipe.parent / "tiny" / "chat_template.jinja").write_text(template)
     assert "the chat template refuses this conversation: " in refused()
-    assert cli.main(["generate", str(recipe.parent / "tiny"), "--prompt", "x"]) == 2
+    assert app.main(["generate", str(recipe.parent / "tiny"), "--prompt", "x"]) == 2
     assert "the chat template refuses this conversation: " in capfd.readouterr().err
 
 
@@ -201,17 +201,17 @@ def test_code_of_a_model_runs_only_when_trusted_and_is_announced_before(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     says = "model.trust_remote_code is on: Python code that comes with "
-    assert cli.main(["check", str(recipe), "model.trust_remote_code=true"]) == 0
+    assert app.main(["check", str(recipe), "model.trust_remote_code=true"]) == 0
     assert says in " ".join(capfd.readouterr().out.split())
     with pytest.warns(UserWarning, match=says):
-        assert cli.main(["train", str(recipe), "model.trust_remote_code=true"]) == 0
+        assert app.main(["train", str(recipe), "model.trust_remote_code=true"]) == 0
     shutil.rmtree(recipe.parent / "run")
     own_code(recipe.parent / "tiny")
     monkeypatch.setattr(sys, "stdin", None)  # transformers would ask a person
     assert "comes with its own Python code; set trust_remote_code to run it" in refused()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        cli.main(["train", str(recipe), "model.trust_remote_code=true"])
+        app.main(["train", str(recipe), "model.trust_remote_code=true"])
     assert (recipe.parent / "trace").exists()  # the trap works
     assert says in str(caught[0].message)
 
@@ -235,7 +235,7 @@ def test_no_secret_reaches_the_run_folder(recipe: Path, monkeypatch: pytest.Monk
     bare = [value for value in SECRETS.values() if value.startswith(("hf_", "sk-", "ghp_"))]
     others = ["https://me:Zq7pass@host/x", "AKIA" + "ZQ8A" * 4, "Authorization: Bearer Zq9" + "a" * 20]
     monkeypatch.setattr(sys, "argv", ["lisatune", "train", "r.yaml", *named, *bare, *others])
-    assert cli.main(["train", str(recipe), "run.save_every=2", "run.report_to=[tensorboard]"]) == 0
+    assert app.main(["train", str(recipe), "run.save_every=2", "run.report_to=[tensorboard]"]) == 0
     written = b"".join(path.read_bytes() for path in (recipe.parent / "run").rglob("*") if path.is_file())
     assert b"r.yaml" in written
     secrets = [*SECRETS.values(), "Zq7pass", "ZQ8AZQ8A", "Zq9aaaaaa"]

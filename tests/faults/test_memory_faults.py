@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-import lisatune.out_of_memory
-import lisatune.train
+import lisatune.memory.check
+import lisatune.train.loop
 from faults import kills, runs
 from faults.kills import assert_as_undisturbed
 from faults.runs import at_steps, train
-from lisatune.out_of_memory import is_out_of_memory, limit_bytes
+from lisatune.memory.check import is_out_of_memory
+from lisatune.memory.process import limit_bytes
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +30,8 @@ def test_the_sentence_names_what_the_plan_suggests(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has\nmore")
 
     recipe = runs.prepare(tmp_path, "full")
-    monkeypatch.setattr(lisatune.train, "_step", full)
-    monkeypatch.setattr(lisatune.out_of_memory, "limit_bytes", lambda device: 60 * 2**20)
+    monkeypatch.setattr(lisatune.train.loop, "_step", full)
+    monkeypatch.setattr(lisatune.memory.check, "limit_bytes", lambda device: 60 * 2**20)
     capfd.readouterr()
     assert train(recipe, tmp_path / "run", "run.batch_size=64", "data.max_length=256") == 2
     error = capfd.readouterr().err.splitlines()[-1]
@@ -55,7 +56,7 @@ def test_a_limit_on_the_process_is_one_sentence_and_costs_no_checkpoint(
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         most = pages * resource.getpagesize() + 2**28
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
-        lisatune.out_of_memory._advice = lambda recipe: (
+        lisatune.memory.check._advice = lambda recipe: (
             f"the limit is {limit_bytes(torch.device('cpu')) == most}"
         )
         at_steps(_2=ALLOCATIONS[kind])
@@ -75,8 +76,8 @@ def test_advice_that_cannot_be_had_does_not_hide_what_happened(
     def full(*_: Any, **__: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(lisatune.train, "assemble", full)
-    monkeypatch.setattr(lisatune.out_of_memory.subprocess, "run", full)
+    monkeypatch.setattr(lisatune.train.loop, "assemble", full)
+    monkeypatch.setattr(lisatune.memory.check.subprocess, "run", full)
     assert train(series.recipe, tmp_path / "run") == 2
     says = (
         "memory ran out (no memory left); lower run.batch_size or data.max_length, or set run.activation_che"

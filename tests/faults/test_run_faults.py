@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-import lisatune.train
+import lisatune.train.loop
 from faults import kills, runs
 from faults.kills import assert_as_undisturbed
 from faults.runs import at_steps, train
-from lisatune.step import TrainingStep
+from lisatune.methods.step import TrainingStep
 
 Say = Callable[[], str]
 
@@ -49,7 +49,7 @@ def term() -> None:
 
 def term_in(name: str, call: int) -> None:
     """Send SIGTERM to this process in the `call`-th call of a function of the loop, from 1."""
-    calls, act = 0, getattr(lisatune.train, name)
+    calls, act = 0, getattr(lisatune.train.loop, name)
 
     def pressed(*arguments: Any) -> Any:
         nonlocal calls
@@ -58,7 +58,7 @@ def term_in(name: str, call: int) -> None:
             term()
         return act(*arguments)
 
-    setattr(lisatune.train, name, pressed)
+    setattr(lisatune.train.loop, name, pressed)
 
 
 @pytest.mark.parametrize(
@@ -131,15 +131,15 @@ def test_sigterm_on_a_full_disk_says_from_where_to_go_on(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        make_step = lisatune.train._step
+        make_step = lisatune.train.loop._step
 
         def step(parts: Any, done: Any, folder: Any) -> Any:
             if done.step == 2:
-                patch.setattr("lisatune.resume.save_checkpoint", no_space)
+                patch.setattr("lisatune.train.resume.save_checkpoint", no_space)
                 term()
             return make_step(parts, done, folder)
 
-        patch.setattr(lisatune.train, "_step", step)
+        patch.setattr(lisatune.train.loop, "_step", step)
         assert train(series.recipe, tmp_path / "run", "run.on_save_error=continue") == 143
     last = tmp_path / "run" / "checkpoints" / "step-000002"
     assert said().endswith(
@@ -155,7 +155,7 @@ def test_a_held_out_loss_is_logged_once_however_the_run_was_killed(
     when: str, series: kills.Series, tmp_path: Path
 ) -> None:
     def die_at_the_end(run: Path) -> None:
-        lisatune.train.RunFolder.write_summary = lambda *_: runs.die()
+        lisatune.train.loop.RunFolder.write_summary = lambda *_: runs.die()
 
     killer = die_at_the_end if "last" in when else kills.before_step(6)
     run = tmp_path / "run"
@@ -180,7 +180,7 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_dead(
     try:
         assert os.read(read, 1) == b"."
         before = files(run)
-        monkeypatch.setattr(lisatune.train, "assemble", pytest.fail)  # refused before anything loads
+        monkeypatch.setattr(lisatune.train.loop, "assemble", pytest.fail)  # refused before anything loads
         for flag in ("--resume", "--overwrite"):
             assert train(series.recipe, run, flag) == 2
             assert f"run folder {run} is in use by process {pid} on " in said()

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from lisatune import AdamW, adamw
-from lisatune.adamw_triton import update_chunk
+from lisatune import AdamW
+from lisatune.optim import adamw
+from lisatune.optim.adamw_triton import update_chunk
 
 pytestmark = [
     pytest.mark.gpu,

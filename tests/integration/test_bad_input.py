@@ -19,12 +19,11 @@ import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 
-import lisatune.train
+import lisatune.train.loop
 import tiny_run
-from lisatune import trackers
-from lisatune.cli import main
-from lisatune.loss import CausalLMLoss
-from lisatune.manifest import newest_checkpoint
+from lisatune.cli.app import main
+from lisatune.losses.causal_lm import CausalLMLoss
+from lisatune.runs.manifest import newest_checkpoint
 
 GOOD = json.dumps({"instruction": "Count.", "output": "1 2"})
 
@@ -191,7 +190,7 @@ def test_recipe_files_that_cannot_be_read(
 def test_trackers_that_are_not_installed(
     recipe: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    monkeypatch.setattr("lisatune.train.progress.find_spec", lambda name: None)
     refused(
         "train", recipe, "run.report_to=[mlflow]", says=("run.report_to: mlflow needs `pip install mlflow`",)
     )
@@ -506,7 +505,7 @@ def test_a_run_whose_steps_were_all_skipped_says_so(
 def nan_at(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     """Multiply the loss of some steps by NaN."""
     call = CausalLMLoss.__call__
-    make_step = lisatune.train._step
+    make_step = lisatune.train.loop._step
 
     def step(parts: Any, done: Any, *rest: Any) -> Any:
         factor = math.nan if done.step + 1 in steps else 1
@@ -519,7 +518,7 @@ def nan_at(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
             patch.setattr(CausalLMLoss, "__call__", spoilt)
             return make_step(parts, done, *rest)
 
-    monkeypatch.setattr(lisatune.train, "_step", step)
+    monkeypatch.setattr(lisatune.train.loop, "_step", step)
 
 
 # ---- Ctrl-C
@@ -531,7 +530,7 @@ NOTICE = "\nlisatune: stopping after this step; Ctrl-C again stops at once\n"
 def test_ctrl_c_saves_and_the_resumed_run_ends_bit_equal(recipe: Path) -> None:
     steps = "run.steps=120"
     straight = trained(recipe, "straight", steps)
-    command = [sys.executable, "-m", "lisatune.cli", "train", str(recipe), steps]
+    command = [sys.executable, "-m", "lisatune", "train", str(recipe), steps]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -569,7 +568,7 @@ def test_ctrl_c_outside_the_loop_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    calls, act = 0, getattr(lisatune.train, function)
+    calls, act = 0, getattr(lisatune.train.loop, function)
 
     def press(*arguments: Any) -> Any:
         nonlocal calls
@@ -579,7 +578,7 @@ def test_ctrl_c_outside_the_loop_says_how_to_go_on(
         return act(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(lisatune.train, function, press)
+        patch.setattr(lisatune.train.loop, function, press)
         assert main(["train", str(recipe)]) == 130
     one_sentence(capfd, says, start="lisatune: ")
     trained(recipe, "run", *(["--overwrite"] if (recipe.parent / "run").exists() else []))
@@ -588,7 +587,7 @@ def test_ctrl_c_outside_the_loop_says_how_to_go_on(
 def test_a_second_ctrl_c_stops_at_once_and_names_the_last_checkpoint(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    make_step = lisatune.train._step
+    make_step = lisatune.train.loop._step
 
     def press_twice(parts: Any, done: Any, *rest: Any) -> Any:
         if done.step == 2:
@@ -597,7 +596,7 @@ def test_a_second_ctrl_c_stops_at_once_and_names_the_last_checkpoint(
         return make_step(parts, done, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(lisatune.train, "_step", press_twice)
+        patch.setattr(lisatune.train.loop, "_step", press_twice)
         assert main(["train", str(recipe), "run.save_every=1"]) == 130
     last = recipe.parent / "run" / "checkpoints" / "step-000002"
     outcome = capfd.readouterr().err.removeprefix(NOTICE)

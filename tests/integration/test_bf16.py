@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 import tiny_run
-from lisatune.check import check
-from lisatune.layers import find_layers
-from lisatune.models import load_model
-from lisatune.optim import build_optimizer
+from lisatune.methods.base import build_optimizer
+from lisatune.models.load import load_model
+from lisatune.nn.layers import find_layers
 from lisatune.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe, RunConfig
-from lisatune.recipe_file import load_recipe
-from lisatune.train import train
+from lisatune.train.check import check
+from lisatune.train.loop import train
+from lisatune.train.recipe_file import load_recipe
 
 KINDS = ["{}", "{rounding: stochastic}", "{moments: bf16}", "{moments: factored}"]
 
@@ -71,7 +71,7 @@ def test_state_in_host_memory_is_asked_of_every_group(tmp_path: Path, model: Pat
 def test_an_infinite_loss_stops_before_the_weights_take_it(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lisatune.loss import CausalLMLoss
+    from lisatune.losses.causal_lm import CausalLMLoss
 
     plain = CausalLMLoss.__call__
 

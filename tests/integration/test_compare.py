@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from lisatune import cli
-from lisatune.compare import measure, runs, stages
+from lisatune.cli import app
+from lisatune.compare import measure, processes, stages
 from lisatune.compare.arms import read_comparison
-from lisatune.compare_results import Results, read_results
-from lisatune.data import tokenize
-from lisatune.models import load_model, load_tokenizer
-from lisatune.records import read_records
+from lisatune.compare.results import Results, read_results
+from lisatune.data.records import read_records
+from lisatune.data.tokens import tokenize
+from lisatune.models.load import load_model, load_tokenizer
 from tiny_run import write_model, write_recipe, write_rows
 
 Call = Callable[[list[str], Path, Callable[[], None], int], None]
@@ -40,14 +40,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     def in_process(command: list[str], log: Path, poll: Callable[[], None], lock: int) -> None:
         made.append(command)
         poll()
-        main = {"lisatune.cli": cli.main, "lisatune.compare.measure": measure.main}[command[0]]
+        main = {"lisatune": app.main, "lisatune.compare.measure": measure.main}[command[0]]
         output = io.StringIO()
         with redirect_stdout(output), redirect_stderr(output):
             code = main(command[1:])
         log.write_text(output.getvalue())
-        runs.check_exit(code, output.getvalue())
+        processes.check_exit(code, output.getvalue())
 
-    monkeypatch.setattr(runs, "call", in_process)
+    monkeypatch.setattr(processes, "call", in_process)
     return made
 
 
@@ -118,7 +118,7 @@ def test_methods_are_compared_on_the_same_tokens_at_their_own_best_learning_rate
     model = str(out / chosen["folder"] / "model")
     assert chosen["test_loss"] == pytest.approx(plain_loss(model, out / "data" / "test.jsonl"), abs=1e-5)
 
-    assert cli.main(["compare", str(out), "--reference", "lora"]) == 0
+    assert app.main(["compare", str(out), "--reference", "lora"]) == 0
     assert "the end of lora" in capsys.readouterr().out
 
 
@@ -178,14 +178,14 @@ def test_a_run_that_is_chosen_after_its_model_was_deleted_is_made_again(
 def test_a_model_that_cant_be_measured_gives_way_to_the_next(
     recipe: Path, calls: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain: Call = runs.call
+    plain: Call = processes.call
 
     def call(command: list[str], log: Path, poll: Callable[[], None], lock: int) -> None:
         if "measure" in command[0] and "lr=0.01" in log.name:
             (log.with_suffix("") / "model" / "model.safetensors").write_bytes(b"")
         plain(command, log, poll, lock)
 
-    monkeypatch.setattr(runs, "call", call)
+    monkeypatch.setattr(processes, "call", call)
     low, high = compare(recipe, "full", lr="1e-4,1e-2")["runs"]
     assert high["status"] == "failed"
     assert "its model can't be measured" in (high["reason"] or "")
@@ -248,7 +248,7 @@ def test_failed_runs_show_their_reason_and_the_others_go_on(recipe: Path, calls:
 def test_a_run_that_trained_on_other_tokens_does_not_count(
     recipe: Path, calls: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain: Call = runs.call
+    plain: Call = processes.call
 
     def call(command: list[str], log: Path, poll: Callable[[], None], lock: int) -> None:
         plain(command, log, poll, lock)
@@ -258,7 +258,7 @@ def test_a_run_that_trained_on_other_tokens_does_not_count(
             lines[2]["tokens"] += 1
             metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    monkeypatch.setattr(runs, "call", call)
+    monkeypatch.setattr(processes, "call", call)
     full, lisa = compare(recipe, "full,lisa", "run.eval_every=9")["runs"]
     assert full["status"] == "done"
     assert lisa["status"] == "failed"
@@ -286,9 +286,9 @@ def test_processes_stopped_by_ctrl_c_go_on_to_the_same_result(
     options: dict[str, Any] = {"budget": "steps=300", "lr": "1e-3"}
     straight = compare(recipe, "lisa", "run.samples=0", **options)["runs"][0]
     (recipe.parent / "out").rename(recipe.parent / "straight")
-    in_process: Call = runs.call
+    in_process: Call = processes.call
     monkeypatch.undo()
-    real: Call = runs.call
+    real: Call = processes.call
     logs = []
 
     def call(command: list[str], log: Path, poll: Callable[[], None], lock: int) -> None:
@@ -302,8 +302,8 @@ def test_processes_stopped_by_ctrl_c_go_on_to_the_same_result(
         logs.append(command)
         return real(command, log, interrupt, lock)
 
-    monkeypatch.setattr(runs, "call", call)
-    monkeypatch.setattr(runs, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(processes, "call", call)
+    monkeypatch.setattr(processes, "POLL_SECONDS", 0.02)
     with pytest.raises(KeyboardInterrupt, match="0 of 1 runs are done; go on with the same command"):
         compare(recipe, "lisa", "run.samples=0", **options)
     assert list(recipe.parent.glob("out/runs/*/checkpoints/*"))

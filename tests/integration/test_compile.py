@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-import lisatune.assemble
+import lisatune.train.assemble
 import tiny_run
-from lisatune.assemble import assemble
-from lisatune.blocks import BlockForward, num_graphs
-from lisatune.recipe_file import load_recipe
+from lisatune.nn.blocks import BlockForward, num_graphs
+from lisatune.train.assemble import assemble
+from lisatune.train.recipe_file import load_recipe
 
 
 class Plain(BlockForward):
@@ -23,8 +23,8 @@ class Plain(BlockForward):
 def test_the_first_step_compiles_nothing(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lisatune.assemble, "BlockForward", Plain)
-    monkeypatch.setattr(lisatune.assemble, "check_compiler", lambda: None)
+    monkeypatch.setattr(lisatune.train.assemble, "BlockForward", Plain)
+    monkeypatch.setattr(lisatune.train.assemble, "check_compiler", lambda: None)
     model, rows = tiny_run.write_model(tmp_path / "model"), tiny_run.write_rows(tmp_path / "rows.jsonl")
     recipe = tiny_run.write_recipe(tmp_path, model, rows, f"method: {{name: {method}}}\n")
     before = num_graphs()

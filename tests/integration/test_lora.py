@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import tiny_run
-from lisatune import manifest
-from lisatune.cli import main
+from lisatune.cli.app import main
 from lisatune.methods import Lora
-from lisatune.models import load_model, meta_model
-from lisatune.recipe_file import load_recipe
-from lisatune.train import train
+from lisatune.models.load import load_model, meta_model
+from lisatune.runs import manifest
+from lisatune.train.loop import train
+from lisatune.train.recipe_file import load_recipe
 
 IDS_BT = torch.arange(12).view(2, 6)
 

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import lisatune.assemble
+import lisatune.train.assemble
 import tiny_run
-from lisatune import memory
-from lisatune.cli import main
-from lisatune.memory import _group_rooms
-from lisatune.memory_check import MemoryCheck
-from lisatune.models import load_model
-from lisatune.plan import plan_memory
-from lisatune.recipe_file import load_recipe
+from lisatune.cli.app import main
+from lisatune.memory import process
+from lisatune.memory.check import MemoryCheck
+from lisatune.memory.plan import plan_memory
+from lisatune.memory.process import _group_rooms
+from lisatune.models.load import load_model
+from lisatune.train.recipe_file import load_recipe
 
 MIB = 2**20
 
@@ -35,7 +35,7 @@ def recipe(model: Path, tmp_path: Path) -> Path:
 def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """What is free on a kind of device, to be set."""
     sizes = {"cpu": 2**40, "cuda": 2**40}
-    monkeypatch.setattr(memory, "available_bytes", lambda device: sizes.get(device.type))
+    monkeypatch.setattr(process, "available_bytes", lambda device: sizes.get(device.type))
     return sizes
 
 
@@ -43,7 +43,7 @@ def test_a_run_that_does_not_fit_stops_before_its_weights_load(
     recipe: Path, free: dict[str, int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free["cpu"] = plan_memory(load_recipe(recipe)).needed_bytes // 2
-    monkeypatch.setattr(lisatune.assemble.models, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(lisatune.train.assemble.models, "load_model", lambda *_, **__: pytest.fail("loaded"))
     before = sorted(recipe.parent.iterdir())
     assert main(["train", str(recipe)]) == 2
     error = capsys.readouterr().err
@@ -57,7 +57,7 @@ def test_what_the_refusal_advises_runs(
     recipe: Path, free: dict[str, int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     check = MemoryCheck(load_recipe(recipe))
-    lisatune.assemble.assemble(check.recipe, before_load=check.before_load)
+    lisatune.train.assemble.assemble(check.recipe, before_load=check.before_load)
     assert check.plan is not None
     free["cpu"] = int(0.95 * check.plan.needed_bytes)
     assert main(["train", str(recipe)]) == 2
@@ -101,7 +101,7 @@ def test_the_plan_is_of_the_longest_batch_and_of_the_runs_own_steps(
     monkeypatch.setattr(
         MemoryCheck, "before_load", lambda self, device, *, steps, length: seen.append((steps, length))
     )
-    parts = lisatune.assemble.assemble(asked, before_load=MemoryCheck(asked).before_load)
+    parts = lisatune.train.assemble.assemble(asked, before_load=MemoryCheck(asked).before_load)
     order = [parts.data.order.batch(step) for step in range(20)]
     lengths = [
         parts.collate([parts.data.train.rows[i] for i in rows])["input_ids"].shape[1] for rows in order
@@ -137,7 +137,7 @@ def test_weights_that_are_quantised_need_room_before_that(
 
 
 def test_where_free_memory_is_unknown_the_run_is_planned_and_not_refused(recipe: Path) -> None:
-    assert memory.available_bytes(torch.device("mps")) is None
+    assert process.available_bytes(torch.device("mps")) is None
     check = MemoryCheck(load_recipe(recipe))
     check.before_load(torch.device("mps"), steps=4, length=32)
     assert check.plan is not None
@@ -147,7 +147,7 @@ def test_a_defect_of_the_plan_stops_no_run(recipe: Path, monkeypatch: pytest.Mon
     def fails(*_: object, **__: object) -> None:
         raise AssertionError("a defect")
 
-    monkeypatch.setattr("lisatune.memory_check.plan_memory", fails)
+    monkeypatch.setattr("lisatune.memory.check.plan_memory", fails)
     check = MemoryCheck(load_recipe(recipe))
     with pytest.warns(UserWarning, match=r"can't be planned \(a defect\)"):
         check.before_load(torch.device("cpu"), steps=4, length=32)

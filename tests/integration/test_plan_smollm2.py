@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from lisatune import memory
-from lisatune.assemble import build, weight_dtype
-from lisatune.loss import CausalLMLoss
+from lisatune.distributed.ranks import pick_device
+from lisatune.losses.causal_lm import CausalLMLoss
+from lisatune.memory.plan import RESERVE_SHARE, _batch, plan_memory
+from lisatune.memory.tracker import StepMemory
 from lisatune.methods import METHODS, Method
-from lisatune.models import load_model, pick_device
-from lisatune.plan import RESERVE_SHARE, _batch, plan_memory
+from lisatune.methods.build import build, weight_dtype
+from lisatune.models.load import load_model
 from lisatune.recipe import DataConfig, ModelConfig, Recipe, RunConfig
-from lisatune.storage import StepMemory
 
 pytestmark = pytest.mark.smollm2
 

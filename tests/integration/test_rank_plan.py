@@ -11,8 +11,8 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tiny_run
-from lisatune.plan import plan_memory
-from lisatune.recipe_file import load_recipe
+from lisatune.memory.plan import plan_memory
+from lisatune.train.recipe_file import load_recipe
 from rank_launcher import launch
 from tiny_text import CHATML, byte_tokenizer
 

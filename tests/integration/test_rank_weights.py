@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from lisatune.models import load_model, load_tokenizer, save_model
+from lisatune.models.load import load_model, load_tokenizer, save_model
 from rank_launcher import launch
 from tiny_text import CHATML, byte_tokenizer
 

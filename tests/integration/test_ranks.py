@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import tiny_run
-from lisatune.recipe_file import load_recipe
-from lisatune.train import train
+from lisatune.train.loop import train
+from lisatune.train.recipe_file import load_recipe
 from rank_launcher import launch
 
 PLAIN = ["optimizer.eps=1e-3", "run.samples=0", "run.check_memory=false"]

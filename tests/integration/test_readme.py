@@ -9,7 +9,7 @@ import torch
 
 import lisatune
 import tiny
-from lisatune.recipe_file import load_recipe
+from lisatune.train.recipe_file import load_recipe
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -45,7 +45,7 @@ def test_recipe_loads(tmp_path: Path) -> None:
 
 
 def test_commands_exist(capsys: pytest.CaptureFixture[str]) -> None:
-    from lisatune.cli import main
+    from lisatune.cli.app import main
 
     commands = [shlex.split(line, comments=True) for text in blocks("sh") for line in text.splitlines()]
     names = {words[1] for words in commands if words[0] == "lisatune"}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lisatune.report.comparison import comparison_page
+from lisatune.report.comparison_page import comparison_page
 from lisatune.report.page import write_page
 from tiny_report import HOSTILE, results, write_run
 

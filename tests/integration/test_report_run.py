@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lisatune import cli
-from lisatune.models import load_model, load_tokenizer, save_model
-from lisatune.report.runs import runs_page
+from lisatune.cli import app
+from lisatune.models.load import load_model, load_tokenizer, save_model
+from lisatune.report.run_page import runs_page
 from tiny_run import write_model, write_recipe, write_rows
 
 
@@ -16,9 +16,9 @@ def test_a_run_with_lisa_has_every_chart_it_can_have(
 ) -> None:
     model, rows = write_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", 24)
     recipe = write_recipe(tmp_path, model, rows)
-    assert cli.main(["train", str(recipe), "run.eval_every=1", "run.log_every=1"]) == 0
+    assert app.main(["train", str(recipe), "run.eval_every=1", "run.log_every=1"]) == 0
     capsys.readouterr()
-    assert cli.main(["report", str(tmp_path / "run")]) == 0
+    assert app.main(["report", str(tmp_path / "run")]) == 0
     said = capsys.readouterr()
     assert said.out == f"{tmp_path / 'run' / 'report.html'}\n"
     assert said.err == ""
@@ -51,7 +51,7 @@ def test_a_run_with_lisa_has_every_chart_it_can_have(
 def test_rounding_to_the_written_dtype_is_no_movement(tmp_path: Path) -> None:
     base = write_model(tmp_path / "model")  # in float32
     recipe = write_recipe(tmp_path, base, write_rows(tmp_path / "rows.jsonl", 24))
-    assert cli.main(["train", str(recipe)]) == 0
+    assert app.main(["train", str(recipe)]) == 0
     written = tmp_path / "run" / "model"
     save_model(load_model(str(base), dtype=torch.bfloat16), load_tokenizer(str(base)), written)
     (figure,) = [each for each in runs_page([tmp_path / "run"]).figures if "movement" in each.title]

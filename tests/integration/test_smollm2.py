@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 import tiny
 from lisatune import LISA, build_adamw, find_layers
-from lisatune.checkpoint import load_checkpoint, save_checkpoint
-from lisatune.models import load_model
+from lisatune.models.load import load_model
+from lisatune.runs.checkpoint import load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.smollm2
 

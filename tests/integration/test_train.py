@@ -1,4 +1,4 @@
-"""Whole runs of `lisatune.train` on a tiny model: what they leave behind, and that resume is exact."""
+"""Whole runs of `lisatune.train.loop` on a tiny model: what they leave behind, and that resume is exact."""
 
 import json
 import math
@@ -18,15 +18,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM
 
-import lisatune.train
+import lisatune.train.loop
 import tiny_run
-from lisatune.assemble import Parts, assemble
-from lisatune.loss import CausalLMLoss
+from lisatune.losses.causal_lm import CausalLMLoss
 from lisatune.methods import METHODS
-from lisatune.models import load_model
-from lisatune.progress import Summary
-from lisatune.recipe_file import load_recipe
-from lisatune.train import TrainingError, train
+from lisatune.models.load import load_model
+from lisatune.runs.summary import Summary
+from lisatune.train.assemble import Parts, assemble
+from lisatune.train.loop import TrainingError, train
+from lisatune.train.recipe_file import load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def assert_same_model(recipe: Path, output: str, other: str) -> None:
 def press_ctrl_c(monkeypatch: pytest.MonkeyPatch, *, after: int) -> None:
     """Raise the flag that Ctrl-C raises while a given step runs. The signal itself: test_bad_input.py."""
     made = 0
-    make_step = lisatune.train._step
+    make_step = lisatune.train.loop._step
 
     def step(*args: Any) -> Any:
         nonlocal made
@@ -79,8 +79,8 @@ def press_ctrl_c(monkeypatch: pytest.MonkeyPatch, *, after: int) -> None:
     def interruptible() -> Iterator[Callable[[], type[KeyboardInterrupt] | None]]:
         yield lambda: KeyboardInterrupt if made >= after else None
 
-    monkeypatch.setattr(lisatune.train, "_step", step)
-    monkeypatch.setattr(lisatune.train, "interruptible", interruptible)
+    monkeypatch.setattr(lisatune.train.loop, "_step", step)
+    monkeypatch.setattr(lisatune.train.loop, "interruptible", interruptible)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_an_epoch_trains_on_every_row_once(recipe: Path, monkeypatch: pytest.Mon
         return collate(self, rows)
 
     monkeypatch.setattr(Parts, "collate", note)
-    monkeypatch.setattr(lisatune.train, "_held_out", lambda parts: 1.0)
+    monkeypatch.setattr(lisatune.train.loop, "_held_out", lambda parts: 1.0)
     parts = assemble(load_recipe(recipe))
     run(recipe, "run", "run.steps=null", "run.epochs=1", "method.active=4")
     assert sorted(seen) == sorted(tuple(row["input_ids"]) for row in parts.data.train.rows)
@@ -283,7 +283,7 @@ def test_steps_after_the_checkpoint_are_logged_once(recipe: Path, monkeypatch: p
 def test_what_cannot_work_fails_before_the_weights_load(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lisatune.models.load_model", pytest.fail)
+    monkeypatch.setattr("lisatune.models.load.load_model", pytest.fail)
     with pytest.raises(ValueError, match="active must be between 0 and the model's 4 blocks, got 5"):
         run(recipe, "run", "method.active=5")
 

@@ -6,7 +6,7 @@ from transformers import LlamaForCausalLM
 
 import tiny
 from lisatune import LISA
-from lisatune.samplers import make_sampler
+from lisatune.lisa.samplers import make_sampler
 from reference.lisa_reference import train_reference
 
 STEPS = 11

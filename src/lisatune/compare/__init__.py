@@ -1,1 +1,3 @@
-"""Methods side by side: `stages.compare` makes the runs, `lisatune.compare_results` says what comes out."""
+"""Methods side by side."""
+
+from lisatune.compare.results import read_results as read_results

@@ -1,25 +1,11 @@
-"""What a comparison is of: arms, learning rates, seeds and a budget, from the command line or a file.
+"""What a folder is one comparison by, in compare.json, and the refusal of any other.
 
-An arm is a method with its keys, written `NAME` or `NAME:key=value+key=value`:
-
-    lora   lora:rank=128   lisa:active=8+ends=frozen+lr=1e-4|3e-4   lisa:optimizer.moments=8bit
-
-A bare key is the method's, a dotted one any of `optimizer` or one of RUN_KEYS, `lr` the arm's own learning
-rates. In a recipe file the section `compare` holds the options of the command, and arms under their names:
-
-    compare:
-      lr: [1e-5, 1e-4]
-      seeds: 3
-      budget: {tokens: 100000}
-      arms:
-        full: full
-        LISA, ends frozen: {method: lisa, active: 8, ends: frozen, lr: [1e-4, 3e-4]}
-
-An arm whose method is that of the recipe starts from the recipe's `method` section, any other from defaults.
+Arms, learning rates and seeds may be added to a comparison; what all its runs share may not change.
 """
 
 import dataclasses
 import hashlib
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -27,14 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lisatune.compare.results import Data
+from lisatune.files.disk import replace_file
 from lisatune.methods import METHODS
 from lisatune.recipe import Recipe, unknown
-from lisatune.recipe_file import Sections, build_recipe, read_sections
+from lisatune.runs.folder import differences
+from lisatune.train.recipe_file import Sections, build_recipe, read_sections
 
-__all__ = ["RUN_KEYS", "Arm", "Comparison", "read_comparison"]
+__all__ = ["RUN_KEYS", "Arm", "Comparison", "check_folder", "claim", "read_comparison"]
+
 
 RUN_KEYS = ("accumulation", "activation_checkpointing", "batch_size", "compile", "precision")
 """Keys of `run` that an arm may have of its own: what changes neither records nor length."""
+
 
 KEYS = ("arms", "budget", "evaluations", "general", "general_limit", "lr", "reference", "seeds")
 """Keys of the section `compare`."""
@@ -263,3 +254,72 @@ def with_seed(method: Any, shift: int) -> Any:
     """The method with its own seed, if it has one, moved on by `shift`."""
     names = {field.name for field in dataclasses.fields(method)}
     return dataclasses.replace(method, seed=method.seed + shift) if "seed" in names else method
+
+
+NO_MATTER = frozenset(
+    ("run.output", "run.log_every", "run.save_every", "run.keep_checkpoints", "run.report_to", "optimizer.lr")
+)
+"""Keys that a comparison may be gone on with changed: they change no result, or are set for each run."""
+
+
+def _identity(comparison: Comparison) -> dict[str, Any]:
+    """What a folder is one comparison by."""
+    recipe = comparison.recipe.as_dict()
+    arms = {
+        arm.name: {
+            section: values
+            for section, values in arm.recipe.as_dict().items()
+            if section in ("method", "optimizer", "run")
+        }
+        for arm in comparison.arms
+    }
+    shared = {section: values for section, values in recipe.items() if section != "method"}
+    shared["compare"] = {
+        "budget": ", ".join(f"{kind}={count}" for kind, count in comparison.budget.items()) or "the recipe's",
+        "general": comparison.general,
+        "general_limit": comparison.general_limit,
+        "evaluations": comparison.evaluations,
+    }
+    return {"shared": shared, "arms": arms}
+
+
+def check_folder(output: Path, comparison: Comparison) -> None:
+    """Refuse a folder that holds another comparison, or something else.
+
+    Raises:
+        ValueError: with what differs.
+    """
+    file = output / "compare.json"
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output} is a file; name a folder")
+    if not file.exists():
+        if output.exists() and any(entry.name not in (".lock", "data") for entry in output.iterdir()):
+            raise ValueError(f"{output} has other files than a comparison's; name another --output")
+        return
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))["asked"]
+        changed = differences(before["shared"], _identity(comparison)["shared"], NO_MATTER)
+        known = before["arms"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{file} is damaged; name another --output") from None
+    for name, arm in _identity(comparison)["arms"].items():
+        if name in known:
+            changed += [f"{name}: {each}" for each in differences(known[name], arm, NO_MATTER)]
+    if changed:
+        raise ValueError(
+            f"{output} holds another comparison: {'; '.join(dict.fromkeys(changed))}; undo that, or name "
+            "another --output"
+        )
+
+
+def claim(output: Path, comparison: Comparison, data: Data) -> None:
+    """Write down what the folder is for, and check that its data is what it was."""
+    file = output / "compare.json"
+    asked = _identity(comparison)
+    if file.exists():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        changed = [name for name, sha256 in before["sha256"].items() if data["sha256"].get(name) != sha256]
+        if changed:
+            raise ValueError(f"{output / 'data' / changed[0]} was changed; name another --output")
+        asked["arms"] = before["asked"]["arms"] | asked["arms"]
+    replace_file(file, json.dumps({"asked": asked, "sha256": data["sha256"]}, indent=1) + "\n")

@@ -16,19 +16,22 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from lisatune import memory, models
-from lisatune.assemble import Parts, assemble, weight_dtype
-from lisatune.compare_results import MemoryResult
-from lisatune.costly_draws import costly_draws
-from lisatune.data import IGNORE, Row, collate, tokenize
-from lisatune.disk import replace_file
-from lisatune.evaluate import held_out_loss
-from lisatune.loss import CausalLMLoss
-from lisatune.movement import block_movement
-from lisatune.progress import ranges_text
+from lisatune.compare.results import MemoryResult
+from lisatune.console import ranges_text
+from lisatune.data.records import read_records
+from lisatune.data.tokens import IGNORE, Row, collate, tokenize
+from lisatune.distributed.ranks import pick_device
+from lisatune.evaluate.held_out import held_out_loss
+from lisatune.files.disk import replace_file
+from lisatune.lisa.statistics import block_movement
+from lisatune.losses.causal_lm import CausalLMLoss
+from lisatune.memory.plan import costly_draws
+from lisatune.memory.tracker import measure as measure_memory
+from lisatune.methods.build import weight_dtype
+from lisatune.models.load import load_model, load_tokenizer
 from lisatune.recipe import Recipe
-from lisatune.recipe_file import load_recipe
-from lisatune.records import read_records
+from lisatune.train.assemble import Parts, assemble
+from lisatune.train.recipe_file import load_recipe
 
 __all__ = ["Job", "Measured", "measure"]
 
@@ -67,7 +70,7 @@ def measure(job: Job) -> Measured:
         ValueError, OSError, RuntimeError: model or data can't be loaded.
     """
     recipe = load_recipe(job["recipe"])
-    device = models.pick_device(recipe.run.device)
+    device = pick_device(recipe.run.device)
     model = _load(recipe, job["model"])
     measured = Measured()
     if job["model"] is not None:
@@ -101,7 +104,7 @@ def measure(job: Job) -> Measured:
 def _load(recipe: Recipe, folder: str | None) -> Any:
     """Load the run's model, or without `folder` the one it began with, in the run's precision."""
     name = recipe.model
-    return models.load_model(
+    return load_model(
         name.name if folder is None else folder,
         revision=name.revision if folder is None else None,
         trust_remote_code=name.trust_remote_code,
@@ -132,9 +135,7 @@ def _moved(base: nn.Module, model: nn.Module) -> tuple[int, int]:
 def _loss(recipe: Recipe, model: nn.Module, file: str, device: torch.device) -> float:
     """Loss per token of a slice, its rows in order of length to waste little on padding."""
     name = recipe.model
-    tokenizer = models.load_tokenizer(
-        name.name, revision=name.revision, trust_remote_code=name.trust_remote_code
-    )
+    tokenizer = load_tokenizer(name.name, revision=name.revision, trust_remote_code=name.trust_remote_code)
     records = read_records(file)
     loss_on = "all" if records.kind == "text" else recipe.data.loss_on
     examples = tokenize(records, tokenizer, max_length=recipe.data.max_length, loss_on=loss_on)
@@ -157,7 +158,7 @@ def _step_memory(recipe: Recipe) -> MemoryResult:
     if parts.lisa is not None:
         draws = [*costly_draws(parts.lisa, parts.model, parts.data.steps)]
     results = {}
-    with memory.measure(parts.model, parts.optimizer) as measured:
+    with measure_memory(parts.model, parts.optimizer) as measured:
         for draw in draws:
             for _ in range(2):  # the optimizer's state exists by the second
                 if parts.lisa is not None and draw is not None:

@@ -9,8 +9,8 @@ from typing import Any
 
 from lisatune.compare.arms import Arm, Comparison
 from lisatune.compare.measure import Measured
-from lisatune.compare.runs import Run
-from lisatune.compare_results import (
+from lisatune.compare.processes import Run
+from lisatune.compare.results import (
     SCHEMA,
     ArmResult,
     BaseResult,
@@ -21,7 +21,7 @@ from lisatune.compare_results import (
     RunResult,
     Spread,
 )
-from lisatune.environment import environment
+from lisatune.runs.summary import environment
 
 __all__ = ["build_results", "choose", "compare_to", "equal_time", "held_out_curve", "runs_of"]
 

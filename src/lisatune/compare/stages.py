@@ -7,31 +7,128 @@ what is finished is not done again.
 
 import json
 import os
-import warnings
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
-from lisatune import plain_yaml
-from lisatune.compare.arms import Comparison
-from lisatune.compare.data import Lengths, data_of_runs, read_slices, write_slices
-from lisatune.compare.folder import check_folder, claim
+from rich import box
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from lisatune.compare.arms import Comparison, check_folder, claim
 from lisatune.compare.measure import Measured
 from lisatune.compare.outcome import build_results, choose, runs_of
-from lisatune.compare.runs import FailedError, Run, measure_base, measure_run, train_run
-from lisatune.compare.tables import Board, markdown
-from lisatune.compare_results import Data, Results
-from lisatune.disk import replace_file, take_lock
-from lisatune.pretrained import check_attention
-from lisatune.progress import plural
+from lisatune.compare.processes import FailedError, Run, measure_base, measure_run, train_run
+from lisatune.compare.results import Data, Results
+from lisatune.compare.slices import Lengths, data_of_runs, read_slices, write_slices
+from lisatune.compare.tables import markdown
+from lisatune.console import plural, terminal
+from lisatune.files import yaml
+from lisatune.files.disk import replace_file, take_lock
+from lisatune.models.hf import check_attention
 from lisatune.recipe import DataConfig
 
-__all__ = ["compare"]
+__all__ = ["Board", "compare"]
+
+
+class Board:
+    """The table that moves while a comparison runs. Use as a context manager.
+
+    Where the output is no terminal, each run gives a line when it starts and one when it ends.
+    """
+
+    def __init__(self, comparison: Comparison, *, console: Console | None = None) -> None:
+        self._console = console or terminal()
+        self._arms = [arm.name for arm in comparison.arms]
+        self._cells: dict[tuple[str, str], Text] = {}
+        self._columns: list[str] = []
+        self._running: tuple[Run, int] | None = None
+        self._now = ""
+        self._began = time.monotonic()
+        self._live = (
+            Live(console=self._console, refresh_per_second=4, get_renderable=self._table)
+            if self._console.is_terminal
+            else None
+        )
+
+    def start(self, run: Run, steps: int) -> None:
+        """A run of so many steps begins, or goes on."""
+        self._running = run, steps
+        self.say(f"{run.arm.name}, lr {run.lr:g}, seed {run.seed}: {plural(steps, 'step')}")
+        self.refresh()
+
+    def end(self, run: Run) -> None:
+        """The run is done or has failed."""
+        self._running = None
+        summary, reason = run.summary, run.failed
+        if reason is not None:
+            self._cell(run, Text("failed", style="bold red"))
+            self.print(f"{run.arm.name}, lr {run.lr:g}, seed {run.seed} failed: {reason}")
+        elif summary is not None:
+            loss = summary["held_out_loss_after"]
+            self._cell(run, Text(f"{loss:.4f}", style="green"))
+            if self._live is None:
+                self.print(f"{run.arm.name}, lr {run.lr:g}, seed {run.seed}: validation loss {loss:.4f}")
+
+    def say(self, text: str) -> None:
+        """What is being done now."""
+        self._now = text
+        if self._live is None:
+            self.print(text)
+
+    def refresh(self) -> None:
+        """Look at how far the run in progress has come."""
+        if self._running is None or self._live is None:
+            return
+        run, steps = self._running
+        lines = run.metrics()[-1:]
+        self._cell(run, Text(f"{lines[0]['step'] if lines else 0}/{steps}", style="cyan"))
+
+    def draw(self) -> None:
+        """Draw the table now, not only four times a second."""
+        if self._live is not None:
+            self._live.refresh()
+
+    def _cell(self, run: Run, text: Text) -> None:
+        column = f"lr {run.lr:g}, seed {run.seed}"
+        if column not in self._columns:
+            self._columns.append(column)
+        self._cells[run.arm.name, column] = text
+
+    def _table(self) -> Table:
+        minutes, seconds = divmod(round(time.monotonic() - self._began), 60)
+        table = Table(box=box.ROUNDED, title=f"{minutes}:{seconds:02} · {self._now}", title_justify="left")
+        table.add_column("validation loss", style="cyan")
+        for column in self._columns:
+            table.add_column(column, justify="right")
+        for arm in self._arms:
+            table.add_row(arm, *(self._cells.get((arm, column), "") for column in self._columns))
+        return table
+
+    def print(self, text: str) -> None:
+        """Print a line that stays."""
+        self._console.print(Text(text), soft_wrap=True)
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
 
 
 def compare(
     comparison: Comparison, output: str | Path, *, keep_models: bool = False, retry_failed: bool = False
 ) -> Results:
-    """Make all runs that are missing, and write results.json, results.md and report.html.
+    """Make all runs that are missing, and write results.json and results.md.
 
     Args:
         comparison: what to compare.
@@ -86,9 +183,7 @@ def _compare(
         done = sum(run["status"] == "done" for run in results["runs"])
         way_on = f"stopped, {done} of {len(results['runs'])} runs are done; go on with the same command"
         raise type(stop)(stop.args[0] if stop.args else way_on) from None
-    results = work.write()
-    _write_report(results, output)
-    return results
+    return work.write()
 
 
 @dataclass
@@ -122,7 +217,7 @@ class _Work:
         """Take the losses of the model before training."""
         recipe = replace(self.comparison.recipe, data=self.data_config)
         file = self.runs / "base.yaml"
-        replace_file(file, plain_yaml.dump(recipe.as_dict()))
+        replace_file(file, yaml.dump(recipe.as_dict()))
         self.board.say("the model before training")
         try:
             self.base = measure_base(file, self._slices, self.board.refresh, self.lock)
@@ -241,14 +336,3 @@ def _check_tokens(run: Run, totals: list[int]) -> None:
             f"{logged[step - 1] if step else 0} tokens in {len(logged)} steps, due are "
             f"{totals[step - 1]} in {len(totals)}"
         )
-
-
-def _write_report(results: Results, output: Path) -> None:
-    """Write report.html, or say why there is none: the figures themselves are on disk."""
-    from lisatune.report.comparison import comparison_page
-    from lisatune.report.page import write_page
-
-    try:
-        write_page(comparison_page(results, output), output / "report.html")
-    except ImportError as error:
-        warnings.warn(f"there is no report.html: {error}", stacklevel=2)

@@ -1,114 +1,17 @@
 """A comparison in words: the live table of its runs, and results.md."""
 
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from rich import box
 from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from lisatune.compare.arms import Comparison
-from lisatune.compare.runs import Run
-from lisatune.compare_results import ArmResult, EqualTime, Results, Spread
-from lisatune.progress import byte_text, count_text, plural, terminal
+from lisatune.compare.results import ArmResult, EqualTime, Results, Spread
+from lisatune.console import byte_text, count_text, plural, terminal
 
-__all__ = ["Board", "equal_time_table", "markdown", "overview", "print_results"]
-
-
-class Board:
-    """The table that moves while a comparison runs. Use as a context manager.
-
-    Where the output is no terminal, each run gives a line when it starts and one when it ends.
-    """
-
-    def __init__(self, comparison: Comparison, *, console: Console | None = None) -> None:
-        self._console = console or terminal()
-        self._arms = [arm.name for arm in comparison.arms]
-        self._cells: dict[tuple[str, str], Text] = {}
-        self._columns: list[str] = []
-        self._running: tuple[Run, int] | None = None
-        self._now = ""
-        self._began = time.monotonic()
-        self._live = (
-            Live(console=self._console, refresh_per_second=4, get_renderable=self._table)
-            if self._console.is_terminal
-            else None
-        )
-
-    def start(self, run: Run, steps: int) -> None:
-        """A run of so many steps begins, or goes on."""
-        self._running = run, steps
-        self.say(f"{run.arm.name}, lr {run.lr:g}, seed {run.seed}: {plural(steps, 'step')}")
-        self.refresh()
-
-    def end(self, run: Run) -> None:
-        """The run is done or has failed."""
-        self._running = None
-        summary, reason = run.summary, run.failed
-        if reason is not None:
-            self._cell(run, Text("failed", style="bold red"))
-            self.print(f"{run.arm.name}, lr {run.lr:g}, seed {run.seed} failed: {reason}")
-        elif summary is not None:
-            loss = summary["held_out_loss_after"]
-            self._cell(run, Text(f"{loss:.4f}", style="green"))
-            if self._live is None:
-                self.print(f"{run.arm.name}, lr {run.lr:g}, seed {run.seed}: validation loss {loss:.4f}")
-
-    def say(self, text: str) -> None:
-        """What is being done now."""
-        self._now = text
-        if self._live is None:
-            self.print(text)
-
-    def refresh(self) -> None:
-        """Look at how far the run in progress has come."""
-        if self._running is None or self._live is None:
-            return
-        run, steps = self._running
-        lines = run.metrics()[-1:]
-        self._cell(run, Text(f"{lines[0]['step'] if lines else 0}/{steps}", style="cyan"))
-
-    def draw(self) -> None:
-        """Draw the table now, not only four times a second."""
-        if self._live is not None:
-            self._live.refresh()
-
-    def _cell(self, run: Run, text: Text) -> None:
-        column = f"lr {run.lr:g}, seed {run.seed}"
-        if column not in self._columns:
-            self._columns.append(column)
-        self._cells[run.arm.name, column] = text
-
-    def _table(self) -> Table:
-        minutes, seconds = divmod(round(time.monotonic() - self._began), 60)
-        table = Table(box=box.ROUNDED, title=f"{minutes}:{seconds:02} · {self._now}", title_justify="left")
-        table.add_column("validation loss", style="cyan")
-        for column in self._columns:
-            table.add_column(column, justify="right")
-        for arm in self._arms:
-            table.add_row(arm, *(self._cells.get((arm, column), "") for column in self._columns))
-        return table
-
-    def print(self, text: str) -> None:
-        """Print a line that stays."""
-        self._console.print(Text(text), soft_wrap=True)
-
-    def __enter__(self) -> Self:
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
-
+__all__ = ["equal_time_table", "markdown", "overview", "print_results"]
 
 Column = tuple[str, Callable[[ArmResult], str]]
 

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lisatune.layers import LayerMap, find_layers
-from lisatune.methods.base import Method
-from lisatune.optim import optimizer_over
+from lisatune.methods.base import Method, optimizer_over
+from lisatune.nn.layers import LayerMap, find_layers
 from lisatune.recipe import DataConfig, OptimizerConfig, RunConfig
 
 __all__ = ["Adapters", "VirtualTokens", "linear_layers", "named_modules_among"]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lisatune.ends import EndsPolicy
+from lisatune.lisa.ends import EndsPolicy
 from lisatune.methods.lisa import AsLisa, Lisa
 
 __all__ = ["EndsOnly"]

@@ -1,4 +1,4 @@
-"""GaLore as a method of a recipe. The algorithm is in `lisatune.galore`."""
+"""GaLore as a method of a recipe. The algorithm is in `lisatune.optim.galore`."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -6,10 +6,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lisatune.galore import GaLoreAdamW, is_projected
-from lisatune.layers import LayerMap
-from lisatune.methods.base import Method
-from lisatune.optim import optimizer_over, param_groups
+from lisatune.lisa.groups import param_groups
+from lisatune.methods.base import Method, optimizer_over
+from lisatune.nn.layers import LayerMap
+from lisatune.optim.galore import GaLoreAdamW, is_projected
 from lisatune.recipe import OptimizerConfig
 
 __all__ = ["GaLore"]

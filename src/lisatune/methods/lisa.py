@@ -7,14 +7,13 @@ from typing import Any, Literal, Self
 import torch
 from torch import nn
 
-from lisatune.block_lr import Scaling, lr_factors, scale_block_lr
-from lisatune.ends import EndsPolicy
-from lisatune.layers import LayerMap
-from lisatune.lisa import LISA
-from lisatune.methods.base import Method
-from lisatune.optim import build_optimizer
+from lisatune.lisa.ends import EndsPolicy
+from lisatune.lisa.groups import Scaling, lr_factors, scale_block_lr
+from lisatune.lisa.lisa import LISA
+from lisatune.lisa.samplers import Independent, Sampler, make_sampler
+from lisatune.methods.base import Method, build_optimizer
+from lisatune.nn.layers import LayerMap
 from lisatune.recipe import OptimizerConfig
-from lisatune.samplers import Independent, Sampler, make_sampler
 
 __all__ = ["AsLisa", "Lisa"]
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lisatune.methods.lora import LowRank
-from lisatune.nf4 import check_nf4, quantize_linear_layers
+from lisatune.nn.nf4 import check_nf4, quantize_linear_layers
 from lisatune.recipe import DataConfig, RunConfig
 
 __all__ = ["QLora"]

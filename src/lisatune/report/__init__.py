@@ -1,1 +1,1 @@
-"""One page of HTML with charts, from a comparison or from run folders: `page.write_report`."""
+"""One page with charts."""

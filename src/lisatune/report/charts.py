@@ -14,14 +14,21 @@ __all__ = ["Line", "active_blocks", "lines", "scatter", "stacked_bars"]
 WIDTH = 4.1
 """Inches: narrow, for a phone scales the whole chart down."""
 
+
 INK = "#0a0b0c"
 """Becomes the page's `currentColor`; no other colour here is this one."""
+
 
 COLOURS = ("#3f87d6", "#dc7a28", "#2c9f70", "#c657a6", "#8d72dc", "#ae8a08", "#d9534f", "#3aa3b3")
 """Readable on white and on black."""
 
+
 DASHES = ("-", "--", ":", "-.")
+
+
 MARKERS = "os^Dv"
+
+
 STYLE = {
     "font.size": 9.5,
     "svg.fonttype": "none",
@@ -41,6 +48,7 @@ STYLE = {
     "legend.fontsize": 8.5,
     "hatch.color": INK,
 }
+
 
 Line = tuple[str, Sequence[Sequence[tuple[float, float]]]]
 """A name and one or several curves under it, for example of several seeds."""

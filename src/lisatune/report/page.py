@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lisatune.disk import replace_file
-from lisatune.report.entries import Entry
-from lisatune.report.figures import Figure, Table
+from lisatune.files.disk import replace_file
+from lisatune.report.figures import Entry, Figure, Table
 
 __all__ = ["Page", "Question", "group_samples", "render", "write_page"]
 

@@ -1,0 +1,226 @@
+"""The command `lisatune`: parse, call, print.
+
+Every failure prints one sentence to stderr and returns an exit code of `lisatune.train.stopping`. Imports are
+inside functions so that `--help` is fast and a missing package is one of those sentences.
+"""
+
+import os
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lisatune import __version__
+from lisatune.train.stopping import BAD_INPUT, DEFECT, USER_ERRORS, exit_code
+
+if TYPE_CHECKING:
+    from cyclopts import App
+
+__all__ = ["main"]
+
+ABOUT = """Fine-tune all weights of a language model at the memory of a few layers: LISA.
+
+A recipe is a YAML file, here the shortest:
+
+    model: {name: smollm2-135m}
+    data:  {train: rows.jsonl}
+
+    lisatune check recipe.yaml
+    lisatune train recipe.yaml run.steps=200 method.active=4
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        arguments: without the program's name. Default: those of the process.
+    """
+    tokens = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in tokens
+    tokens = [token for token in tokens if token != "--debug"]
+    warnings.formatwarning = _warning_text
+    try:
+        return _run(tokens)
+    except KeyboardInterrupt as stop:
+        return _say(str(stop) or "interrupted", exit_code(stop), debug)
+    except BrokenPipeError:  # the reader of our output has gone, as in `lisatune layers MODEL | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except USER_ERRORS as error:
+        return _say(f"error: {_first_line(error)}", BAD_INPUT, debug)
+    except Exception as error:
+        name = type(error).__name__
+        return _say(f"{name}: {_first_line(error)} (a defect; --debug shows the traceback)", DEFECT, debug)
+
+
+def train(recipe: Path, /, *overrides: str, resume: bool = False, overwrite: bool = False) -> int:
+    """Fine-tune a model as a recipe says.
+
+    Prints the outline of the run, trains, and leaves the model in the run folder:
+
+        lisatune train recipes/demo.yaml
+        lisatune train recipe.yaml run.steps=200 optimizer.betas=[0.9,0.95]
+        lisatune train recipe.yaml --resume
+
+    Args:
+        recipe: YAML file.
+        overrides: `section.key=value`, or `--section.key value`; wins over the file. Lists are [a,b].
+        resume: Go on from the newest checkpoint in the run folder, as if there had been no break.
+        overwrite: Delete the run in the run folder and start again.
+    """
+    from lisatune.train.loop import train
+    from lisatune.train.recipe_file import load_recipe
+    from lisatune.train.stopping import terminable
+
+    with terminable():
+        train(load_recipe(recipe, overrides), resume=resume, overwrite=overwrite)
+    return 0
+
+
+def check(recipe: Path, /, *overrides: str, resume: bool = False, overwrite: bool = False) -> int:
+    """Find everything that can be wrong with a run, before any weights load.
+
+    Reads keys, model config, tokenizer and every record, prints the outline and lists all problems. Writes
+    nothing:
+
+        lisatune check recipe.yaml
+        lisatune check recipe.yaml data.max_length=512
+
+    Args:
+        recipe: YAML file.
+        overrides: `section.key=value`, or `--section.key value`; wins over the file.
+        resume: Check for `train --resume`.
+        overwrite: Check for `train --overwrite`.
+    """
+    from lisatune.train.check import check, print_report
+    from lisatune.train.recipe_file import load_recipe
+
+    report = check(load_recipe(recipe, overrides), resume=resume, overwrite=overwrite)
+    print_report(report)
+    return 2 if report.problems else 0
+
+
+def generate(folder: str, /, *, prompt: list[str], max_new_tokens: int = 128) -> int:
+    """Let a model answer.
+
+    Greedy, so the same answer every time; through the chat template where the tokenizer has one:
+
+        lisatune generate runs/demo --prompt "What does the Python function os.getcwd() do?"
+
+    Args:
+        folder: Run folder, or any model that `train` takes.
+        prompt: What to answer; may be given several times.
+        max_new_tokens: Longest answer in tokens.
+    """
+    from lisatune.evaluate.held_out import generate_answers
+    from lisatune.models.load import load_model, load_tokenizer
+
+    if max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be >= 1, got {max_new_tokens}")
+    run = Path(folder)
+    if (run / "recipe.yaml").is_file():
+        if not (run / "model").is_dir():
+            raise FileNotFoundError(f"the run in {folder} has no model yet; finish it with `train --resume`")
+        folder = str(run / "model")
+    tokenizer = load_tokenizer(folder)
+    prompts = [[{"role": "user", "content": text}] if tokenizer.chat_template else text for text in prompt]
+    answers = generate_answers(load_model(folder), tokenizer, prompts, max_new_tokens=max_new_tokens)
+    for text, answer in zip(prompt, answers, strict=True):
+        _print(f"> {text}\n{answer}\n" if len(prompt) > 1 else answer)
+    return 0
+
+
+def _run(tokens: list[str]) -> int:
+    app = _app()
+    from cyclopts import CycloptsError
+
+    try:
+        result = app(_joined(tokens), exit_on_error=False, print_error=False, result_action="return_value")
+    except CycloptsError as error:
+        raise ValueError(f"{error} See `lisatune --help`.") from None
+    if tokens[:1] in (["train"], ["check"]) and {"--help", "-h"} & set(tokens):
+        from lisatune.console import terminal
+        from lisatune.train.recipe_file import print_keys
+
+        _print("Keys of a recipe, each also an override:\n")
+        print_keys(terminal())
+    return result if isinstance(result, int) else 0
+
+
+def _app() -> "App":
+    try:
+        from cyclopts import App, Parameter
+    except ImportError as error:
+        raise ImportError(f'{error}; the command needs packages: pip install "lisatune[train]"') from None
+
+    from lisatune.cli.compare import compare
+    from lisatune.cli.layers import layers
+    from lisatune.cli.plan import plan
+    from lisatune.cli.report import report
+    from lisatune.console import terminal
+
+    app = App(
+        name="lisatune",
+        help=ABOUT,
+        help_epilogue="`--debug` with any command shows the traceback of an error.",
+        help_format="plaintext",
+        version=__version__,
+        console=terminal(),
+        default_parameter=Parameter(negative=()),
+        suppress_keyboard_interrupt=False,
+    )
+    usage = "Usage: lisatune {} RECIPE [section.key=value …] [OPTIONS]"
+    app.command(train, usage=usage.format("train"))
+    app.command(check, usage=usage.format("check"))
+    app.command(plan, usage=usage.format("plan").replace("RECIPE", "[RECIPE | --model MODEL]"))
+    app.command(compare, usage=usage.format("compare").replace("RECIPE", "[RECIPE | FOLDER]"))
+    app.command(report, usage="Usage: lisatune report RUN… [OPTIONS]")
+    app.command(layers)
+    app.command(generate)
+    return app
+
+
+def _joined(tokens: list[str]) -> list[str]:
+    """Write every override as section.key=value: `--run.steps 5`, `--run.steps=5`, `--data.packing`."""
+    joined = []
+    rest = iter([*tokens, ""])
+    token = next(rest)
+    while token:
+        following = next(rest, "")
+        if re.match(r"--\w+\.", token):
+            token = token.removeprefix("--")
+            if "=" not in token:
+                is_flag = not following or re.match(r"--|\w+\.[\w-]+=", following)
+                token += "=true" if is_flag else f"={following}"
+                following = following if is_flag else next(rest, "")
+        joined.append(token)
+        token = following
+    return joined
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or ["no message"]
+    return lines[0] if len(lines) == 1 else f"{lines[0]} (--debug shows more)"
+
+
+def _say(text: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    sys.stderr.write(f"lisatune: {text}\n")
+    return code
+
+
+def _warning_text(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Show a warning that is meant for users without the place it comes from."""
+    place = "" if category is UserWarning else f" ({category.__name__} in {filename}:{lineno})"
+    return f"lisatune: warning: {message}{place}\n"
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text + "\n")

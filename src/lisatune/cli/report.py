@@ -1,0 +1,68 @@
+"""The command `lisatune report`."""
+
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lisatune.compare.results import Results
+
+__all__ = ["report", "write_comparison_report"]
+
+
+def report(
+    *runs: Path, output: Path | None = None, gpu: str | None = None, without_weights: bool = False
+) -> int:
+    """Make a page with charts, report.html, of runs or of a comparison.
+
+    Of runs that are missing or not finished the page says what is missing:
+
+        lisatune report runs/demo
+        lisatune report runs/lisa runs/full --gpu 24GB --output report.html
+        lisatune report runs/recipe-compare
+
+    Args:
+        runs: Run folders, or the folder of one comparison.
+        output: File. Default: report.html in the folder, of several runs in the current one.
+        gpu: Memory of the card that memory is compared with, such as 24GB. Default: the smallest that fits.
+        without_weights: Don't load models to see how far their weights moved.
+    """
+    from lisatune.memory.fit import memory_size
+    from lisatune.report.page import write_page
+
+    if not runs:
+        raise ValueError("give the folder of a run or of a comparison, such as runs/demo")
+    card_bytes = None if gpu is None else memory_size(gpu)
+    first = runs[0] if runs[0].is_dir() else runs[0].parent
+    if output is not None and output.is_dir():
+        raise ValueError(f"--output {output} is a folder; name a file in it")
+    comparisons = [run for run in runs if run.name == "results.json" or (run / "compare.json").exists()]
+    if comparisons and len(runs) > 1:
+        raise ValueError(f"{comparisons[0]} is a comparison; give it alone, or run folders only")
+    if comparisons:
+        from lisatune.compare.results import read_results
+        from lisatune.report.comparison_page import comparison_page
+
+        page = comparison_page(read_results(runs[0]), first, card_bytes=card_bytes)
+    else:
+        from lisatune.report.run_page import runs_page
+
+        page = runs_page(runs, card_bytes=card_bytes, weights=not without_weights)
+    output = output or (Path("report.html") if len(runs) > 1 else first / "report.html")
+    write_page(page, output)
+    for problem in page.problems:
+        sys.stderr.write(f"lisatune: {problem}\n")
+    sys.stdout.write(f"{output}\n")
+    return 0
+
+
+def write_comparison_report(results: "Results", output: Path) -> None:
+    """Write report.html, or say why there is none: the figures themselves are on disk."""
+    from lisatune.report.comparison_page import comparison_page
+    from lisatune.report.page import write_page
+
+    try:
+        write_page(comparison_page(results, output), output / "report.html")
+    except ImportError as error:
+        warnings.warn(f"there is no report.html: {error}", stacklevel=2)

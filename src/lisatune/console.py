@@ -1,0 +1,60 @@
+"""TODO: say what is in here."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+__all__ = ["byte_text", "count_text", "grid", "plural", "ranges_text", "terminal"]
+
+WIDEST = 100
+
+
+def terminal() -> Console:
+    """Make a console on standard output, no wider than 100 columns."""
+    console = Console(highlight=False)
+    console.width = min(console.width, WIDEST) if console.is_terminal else WIDEST
+    return console
+
+
+def count_text(count: float) -> str:
+    """Write a count in short: 134.5M."""
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= 0.99995 * limit:
+            return f"{count / limit:.1f}{unit}"
+    return f"{count:.0f}"
+
+
+def byte_text(num_bytes: float) -> str:
+    """Write bytes in GiB, MiB or KiB."""
+    if num_bytes >= 2**30:
+        return f"{num_bytes / 2**30:.2f} GiB"
+    return f"{num_bytes / 2**20:.0f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:.0f} KiB"
+
+
+def grid(rows: Sequence[tuple[str, str | Text]]) -> Table:
+    """Lay out names and what they stand for in two columns."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, Text(value) if isinstance(value, str) else value)
+    return table
+
+
+def ranges_text(numbers: Sequence[int]) -> str:
+    """Write rising numbers in short: 0–3 7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    texts = [f"{run[0]}–{run[-1]}" if len(run) > 2 else " ".join(map(str, run)) for run in runs]
+    return " ".join(texts) or "none"
+
+
+def plural(count: int, word: str) -> str:
+    """Write a count with its word: 1 row, 2 rows."""
+    return f"{count:,} {word}{'' if count == 1 else 's'}"

@@ -1,0 +1,113 @@
+"""Data of a run, ready to train on: read, split, tokenised, packed, with the number of steps it makes.
+
+`train` and `check` both start here, so that what `check` reports is what `train` will do.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+from lisatune.data.chat import prompt_ids
+from lisatune.data.records import Records, read_records, split_records
+from lisatune.data.tokens import Examples, Order, pack, tokenize
+from lisatune.distributed import ranks
+from lisatune.recipe import Recipe, check_steps
+
+__all__ = ["Data", "Question", "prepare_data", "read_data"]
+
+TEXT_PROMPT_WORDS = 24
+
+
+@dataclass(frozen=True)
+class Question:
+    """A held-out record, cut where the model has to go on by itself."""
+
+    prompt: str | list[dict[str, str]]
+    """Plain text, or chat messages up to the first answer."""
+
+    answer: str
+    """What the record goes on with."""
+
+    @property
+    def text(self) -> str:
+        """The prompt to read: plain text, or the last message."""
+        return self.prompt if isinstance(self.prompt, str) else self.prompt[-1]["content"]
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains and is evaluated on."""
+
+    train: Examples
+    """Training rows; with packing several records each."""
+
+    validation: Examples
+    """Held-out rows, one record each."""
+
+    questions: tuple[Question, ...]
+    """The first `run.samples` held-out records whose prompts fit `max_length`, as prompts and answers."""
+
+    order: Order
+    """Which rows make up each micro-step's batch, of all ranks together."""
+
+    steps: int
+    """Optimizer steps of the whole run."""
+
+    skipped: int
+    """Records that could not be used, under `on_bad_row: skip`."""
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """Hash of the rows by the recipe's keys, which tells a run that goes on whether they are the same."""
+        return {"data.train": self.train.sha256, "data.validation": self.validation.sha256}
+
+
+def prepare_data(recipe: Recipe, tokenizer: Any) -> Data:
+    """Read, split and tokenise the recipe's data.
+
+    Raises:
+        ValueError: a record can't be used, nothing is left, or every answer is cut off.
+        FileNotFoundError: a file is missing.
+    """
+    data, run = recipe.data, recipe.run
+    train, validation = read_data(recipe)
+    rows = tokenize(train, tokenizer, max_length=data.max_length, loss_on=data.loss_on)
+    held_out = tokenize(validation, tokenizer, max_length=data.max_length, loss_on=data.loss_on)
+    if data.packing:
+        rows = pack(rows, data.max_length)
+    order = Order(len(rows.rows), run.batch_size * ranks.count(), run.seed)
+    wanted = run.steps or run.epochs * order.batches_per_epoch / run.accumulation
+    check_steps(wanted, f"run.epochs={run.epochs:g}")
+    steps = max(1, math.ceil(wanted))
+    asked = (_question(row) for row in validation.rows)
+    short = (question for question in asked if len(prompt_ids(tokenizer, question.prompt)) < data.max_length)
+    questions = tuple(islice(short, run.samples))
+    return Data(rows, held_out, questions, order, steps, train.skipped + validation.skipped)
+
+
+def read_data(recipe: Recipe) -> tuple[Records, Records]:
+    """Records to train on, and held-out ones; errors as in `prepare_data`."""
+    data = recipe.data
+
+    def read(source: str, limit: int | None) -> Records:
+        return read_records(source, kind=data.kind, split=data.split, limit=limit, on_bad_row=data.on_bad_row)
+
+    held_out = data.validation
+    if held_out is None and data.train == "python-docs":
+        held_out = "python-docs:validation"
+    if held_out is not None:
+        return read(data.train, data.limit), read(held_out, data.validation_limit)
+    train, validation = split_records(read(data.train, data.limit), data.validation_share, recipe.run.seed)
+    return train, replace(validation, rows=validation.rows[: data.validation_limit], skipped=0)
+
+
+def _question(row: dict[str, Any]) -> Question:
+    if "text" in row:
+        words = row["text"].split(" ")
+        return Question(" ".join(words[:TEXT_PROMPT_WORDS]), " ".join(words[TEXT_PROMPT_WORDS:]))
+    if "messages" in row:
+        first = next(i for i, message in enumerate(row["messages"]) if message["role"] == "assistant")
+        return Question(row["messages"][:first], row["messages"][first]["content"])
+    answer = row["completion"]
+    return Question(row["prompt"], answer if isinstance(answer, str) else answer[0]["content"])

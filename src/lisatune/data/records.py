@@ -1,0 +1,250 @@
+"""Read training records from files, folders or the hub, and bring them into one of three forms.
+
+Records come as alpaca (`instruction`, `input`, `output`), prompt-completion (`prompt`, `completion`: both
+text or both lists of messages), messages, ShareGPT (`conversations` of `from`, `value`) or `text`. Which
+one is told from the keys of the first record. They leave as
+
+    {"text": str}
+    {"prompt": ..., "completion": ...}          both str, or both lists of messages
+    {"messages": [{"role": ..., "content": ...}, ...]}
+
+Alpaca becomes prompt and completion with one message each; plain strings stay plain: no chat template is
+put around them. Every record is checked while it is read: what can't be used is named with file and line.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from lisatune.data.sources import BadRowError, read_rows
+
+__all__ = ["Records", "read_records", "split_records"]
+
+Row = dict[str, Any]
+
+
+Messages = list[dict[str, str]]
+
+
+FIELDS = {
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "prompt-completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+"""Fields each kind must have; the first kind whose fields are there is taken."""
+
+
+ROLES = ("system", "user", "assistant")
+
+
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+
+
+@dataclass(frozen=True)
+class Records:
+    """Checked records in one of the three forms above."""
+
+    rows: list[Row]
+    kind: str
+    """alpaca, prompt-completion, messages, sharegpt or text: what the records were."""
+    skipped: int
+    """Records left out under `on_bad_row="skip"`."""
+    source: str
+    first_skipped: str = ""
+    """Where the first record left out is and what is wrong with it."""
+
+
+def read_records(
+    source: str,
+    *,
+    kind: str = "auto",
+    split: str = "train",
+    limit: int | None = None,
+    on_bad_row: Literal["error", "skip"] = "error",
+) -> Records:
+    """Read and check records.
+
+    Args:
+        source: a .jsonl, .json, .csv or .parquet file (also .gz); a folder of .txt files, one record each; a
+            hub id, also as `id:config`; `python-docs` or `python-docs:validation` (made by `python_docs`).
+        kind: form of the records; `auto` tells it from the first one.
+        split: split of a hub dataset.
+        limit: stop after so many usable records.
+        on_bad_row: raise at a record that can't be used, or leave it out and count it.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        ValueError: nothing to read, or a record that can't be used, with file and line.
+        ImportError: the packages of lisatune[train] are missing.
+    """
+    if kind != "auto" and kind not in FIELDS:
+        raise ValueError(f"unknown kind of records {kind!r}; use auto, {', '.join(FIELDS)}")
+    rows: list[Row] = []
+    skipped, first_skipped = 0, ""
+    for place, row in read_rows(source, split=split):
+        try:
+            if isinstance(row, BadRowError):
+                raise row
+            if kind == "auto":
+                kind = _kind_of(row)
+            rows.append(_normalise(row, kind))
+        except BadRowError as problem:
+            if on_bad_row == "error":
+                raise ValueError(f"{place}: {problem}; mend it or set data.on_bad_row=skip") from None
+            skipped, first_skipped = skipped + 1, first_skipped or f"{place}: {problem}"
+        if limit is not None and len(rows) >= limit:
+            break
+    if not rows and skipped:
+        raise ValueError(f"{source} has no usable record, all {skipped} were skipped; first: {first_skipped}")
+    if not rows:
+        raise ValueError(f"{source} is empty: it has no records")
+    return Records(rows, kind, skipped, source, first_skipped)
+
+
+def split_records(records: Records, share: float, seed: int) -> tuple[Records, Records]:
+    """Hold out a share of the records by their prompts, so no question is on both sides.
+
+    Records with the same prompt up to case and spacing (for text: the same text) stay together. The
+    different prompts are ranked by a hash of (seed, prompt) and the lowest `share` of them is held out:
+    what is held out doesn't depend on the order of the records.
+
+    Args:
+        records: what to split.
+        share: part of the different prompts to hold out, 0 < share < 1, rounded to a whole number.
+        seed: names the split.
+
+    Returns:
+        The records to train on and the held-out records, each in the order given.
+
+    Raises:
+        ValueError: one side would be empty.
+    """
+    keys = [_prompt_key(row, seed) for row in records.rows]
+    ranked = sorted(set(keys))
+    num_held_out = round(share * len(ranked))
+    if not 0 < num_held_out < len(ranked):
+        raise ValueError(
+            f"holding out a share of {share} of {len(ranked)} different prompts leaves nothing to "
+            f"{'validate' if num_held_out == 0 else 'train'} on; change the share or give validation data"
+        )
+    held_out = set(ranked[:num_held_out])
+    train = [row for row, key in zip(records.rows, keys, strict=True) if key not in held_out]
+    validation = [row for row, key in zip(records.rows, keys, strict=True) if key in held_out]
+    return replace(records, rows=train), replace(records, rows=validation)
+
+
+def _prompt_key(row: Row, seed: int) -> bytes:
+    prompt = (
+        row["text"] if "text" in row else row["prompt"] if "prompt" in row else _question(row["messages"])
+    )
+    if not isinstance(prompt, str):
+        prompt = "\0".join(f"{message['role']}\0{message['content']}" for message in prompt)
+    return hashlib.blake2b(f"{seed}/{' '.join(prompt.split()).casefold()}".encode(), digest_size=16).digest()
+
+
+def _question(messages: Messages) -> Messages:
+    """The turns before the first answer."""
+    return messages[: [message["role"] for message in messages].index("assistant", 1)]
+
+
+def _kind_of(row: Any) -> str:
+    fields = _fields(row)
+    for kind, needed in FIELDS.items():
+        if all(field in fields for field in needed):
+            return kind
+    forms = "; ".join(" and ".join(needed) for needed in FIELDS.values())
+    raise BadRowError(f"can't tell the kind of record from the fields {', '.join(fields)}; known: {forms}")
+
+
+def _normalise(row: Any, kind: str) -> Row:
+    fields = _fields(row)
+    for field in FIELDS[kind]:
+        if field not in fields:
+            raise BadRowError(f"the field {field!r} is missing, there is {', '.join(fields) or 'none'}")
+    if kind == "alpaca":
+        extra = "" if fields.get("input") is None else _text(fields["input"], "input")
+        question = _text(fields["instruction"], "instruction") + (f"\n\n{extra}" if extra else "")
+        return _as_chat(question, _text(fields["output"], "output"))
+    if kind == "text":
+        text = _text(fields["text"], "text")
+        if not text.strip():
+            raise BadRowError("'text' is empty")
+        return {"text": text}
+    if kind == "prompt-completion":
+        if isinstance(fields["prompt"], list) and isinstance(fields["completion"], list):
+            prompt = _messages(fields["prompt"], "prompt")
+            return {
+                "prompt": prompt,
+                "completion": _with_answer(_messages(fields["completion"], "completion")),
+            }
+        return {field: _text(fields[field], field) for field in ("prompt", "completion")}
+    field = FIELDS[kind][0]
+    messages = _messages(fields[field], field)
+    _with_answer(messages[1:])  # the first turn can't be an answer: nothing was asked
+    return {"messages": messages}
+
+
+def _as_chat(question: str, answer: str) -> Row:
+    return {
+        "prompt": [{"role": "user", "content": question}],
+        "completion": [{"role": "assistant", "content": answer}],
+    }
+
+
+def _messages(turns: Any, field: str) -> Messages:
+    if not isinstance(turns, list) or not turns:
+        raise BadRowError(f"{field!r} is {_describe(turns)}, a list of messages is due")
+    messages = []
+    for number, turn in enumerate(turns, 1):
+        place = f"{field!r}, message {number}"
+        if not isinstance(turn, dict):
+            raise BadRowError(f"{place} is {_describe(turn)}, an object with a role and text is due")
+        role, content = ("from", "value") if "from" in turn else ("role", "content")
+        if role not in turn or content not in turn:
+            raise BadRowError(
+                f"{place} has no {content if role in turn else role!r}, it has {', '.join(turn)}"
+            )
+        if turn.get("tool_calls"):
+            raise BadRowError(f"{place} calls tools, which isn't supported")
+        name = SHAREGPT_ROLES.get(str(turn[role]), turn[role])
+        if name not in ROLES:
+            known = (*ROLES, *SHAREGPT_ROLES) if role == "from" else ROLES
+            raise BadRowError(f"{place} has the unknown role {turn[role]!r}; known: {', '.join(known)}")
+        messages.append({"role": name, "content": _text(turn[content], f"{place}, {content}")})
+    return messages
+
+
+def _with_answer(messages: Messages) -> Messages:
+    if not any(message["role"] == "assistant" for message in messages):
+        raise BadRowError("no assistant turn to learn from")
+    return messages
+
+
+def _fields(row: Any) -> Row:
+    if not isinstance(row, dict):
+        raise BadRowError(f"{_describe(row)} where an object with named fields is due")
+    return row
+
+
+def _text(value: Any, name: str) -> str:
+    name = name if name.startswith("'") else repr(name)
+    if not isinstance(value, str):
+        raise BadRowError(f"{name} is {_describe(value)}, text is due")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half a surrogate pair: an undecodable byte, or such an escape in JSON
+        raise BadRowError(f"{name} is not UTF-8 text; save it as UTF-8") from None
+    return value
+
+
+def _describe(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool | int | float):
+        return f"the {'truth value' if isinstance(value, bool) else 'number'} {json.dumps(value)}"
+    names = {"str": "text", "list": "a list" if value else "an empty list", "dict": "an object"}
+    name = type(value).__name__
+    return names.get(name, f"of type {name}")

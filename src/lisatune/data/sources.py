@@ -1,0 +1,174 @@
+"""Read rows as they stand in a file, in a folder or on the hub, each with its place.
+
+Nothing is judged here but whether a row can be read at all: `records` says what a row must hold.
+Files are read here rather than by `datasets`, which tells neither the line of a bad row nor goes on after it.
+Nothing is ever unpickled.
+"""
+
+import csv
+import difflib
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, cast
+
+from lisatune.data import python_docs
+
+__all__ = ["EXTENSIONS", "BadRowError", "read_rows"]
+
+EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet")
+"""Files that are read, also with .gz at the end."""
+
+
+BOM = b"\xef\xbb\xbf"
+
+
+class BadRowError(ValueError):
+    """What is wrong with one row, without its place."""
+
+
+def read_rows(source: str, *, split: str = "train") -> Iterator[tuple[str, Any]]:
+    """Read rows one after another.
+
+    Args:
+        source: as for `lisatune.data.records.read_records`.
+        split: split of a hub dataset.
+
+    Yields:
+        Place (`FILE, line N`) and row. A row that can't be read comes as a `BadRowError`.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        ValueError: unknown file type, or a file, folder or dataset that can't be read.
+        ImportError: the packages of lisatune[train] are missing.
+    """
+    try:
+        yield from _open_source(source, split)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{source} is not a complete gzip file ({error}); make or fetch it again") from error
+
+
+def _open_source(source: str, split: str) -> Iterator[tuple[str, Any]]:
+    name, _, part = source.partition(":")
+    if name == "python-docs":
+        pairs = python_docs.pairs(part or "train")  # type: ignore[arg-type]  # it checks the part
+        return ((source, {"instruction": pair["prompt"], "output": pair["completion"]}) for pair in pairs)
+    path = Path(source).expanduser()
+    suffix = _suffix(path)
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.exists():
+        if suffix in (*EXTENSIONS, ".txt") or path.suffix == ".gz" or source.startswith((".", "/", "~")):
+            near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], 1, 0.5)
+            hint = f"did you mean {path.parent / near[0]}?" if near else "check the path"
+            raise FileNotFoundError(f"there is no file or folder {source}; {hint}")
+        return _read_hub(source, split)
+    if suffix not in EXTENSIONS:
+        raise ValueError(
+            f"can't read {source}: unknown file type {suffix or '(none)'}; "
+            f"use {', '.join(EXTENSIONS)} (also .gz) or a folder of .txt files"
+        )
+    return {".csv": _read_csv, ".parquet": _read_parquet}.get(suffix, _read_json)(path)
+
+
+def _suffix(path: Path) -> str:
+    """What kind of file: the extension before .gz."""
+    return Path(path.stem if path.suffix == ".gz" else path.name).suffix.lower()
+
+
+def _open(path: Path) -> IO[bytes]:
+    return cast(IO[bytes], gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+
+
+def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
+    """One object per line, or in a .json file a list of objects."""
+    with _open(path) as file:
+        if _suffix(path) == ".json" and (text := file.read()).lstrip(BOM + b" \t\r\n").startswith(b"["):
+            place, rows = _parse(text.removeprefix(BOM), path, 1)
+            if isinstance(rows, BadRowError):
+                raise ValueError(f"{place}: {rows}")
+            yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
+            return
+        file.seek(0)
+        for number, line in enumerate(file, 1):
+            if line.strip(BOM + b" \t\r\n"):
+                yield _parse(line.removeprefix(BOM).rstrip(), path, number)
+
+
+def _parse(text: bytes, path: Path, first_line: int) -> tuple[str, Any]:
+    line = first_line
+    try:
+        return f"{path}, line {line}", json.loads(text.decode())
+    except UnicodeDecodeError as error:
+        line += text.count(b"\n", 0, error.start)
+        problem = f"not UTF-8 (byte 0x{text[error.start]:02x}); save it as UTF-8"
+    except json.JSONDecodeError as error:
+        line += error.lineno - 1
+        problem = f"not JSON ({error.msg} at column {error.colno}); one record is one JSON object on one line"
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        problem = f"not JSON that can be read ({error})"
+    return f"{path}, line {line}", BadRowError(problem)
+
+
+def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
+    limit = csv.field_size_limit(2**31 - 1)  # csv's own 128 KiB is less than a long document
+    try:
+        with io.TextIOWrapper(_open(path), "utf-8-sig", errors="surrogateescape", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            for row in reader:
+                problem = BadRowError(f"more fields than the header's {len(reader.fieldnames or ())}")
+                yield f"{path}, line {reader.line_num}", problem if None in row else row
+    except csv.Error as error:
+        raise ValueError(
+            f"{path}, line {reader.reader.line_num}: not CSV ({error}); check the quotes"
+        ) from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError('reading .parquet needs pyarrow: pip install "lisatune[train]"') from error
+    number = 0
+    try:
+        with _open(path) as file:
+            table = pyarrow.parquet.ParquetFile(io.BytesIO(file.read()) if path.suffix == ".gz" else path)
+        for batch in table.iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}, row {number}", row
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path} is not a readable parquet file after row {number}: {error}") from error
+
+
+def _read_folder(folder: Path) -> Iterator[tuple[str, Any]]:
+    paths = sorted(folder.rglob("*.txt"))
+    if not paths:
+        names = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
+        raise ValueError(f"folder {folder} has no .txt file, it holds {names}; name a file or another folder")
+    for path in paths:
+        text = path.read_bytes().removeprefix(BOM)
+        yield str(path), {"text": text.decode(errors="surrogateescape")}
+
+
+def _read_hub(source: str, split: str) -> Iterator[tuple[str, Any]]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError('reading from the hub needs datasets: pip install "lisatune[train]"') from error
+    name, _, config = source.partition(":")
+    try:
+        rows = datasets.load_dataset(name, config or None, split=split)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"can't load split {split!r} of {source!r} from the Hugging Face hub, and no file or folder has "
+            f"that name: {reason}"
+        ) from error
+    return ((f"{source}, {split} row {number}", row) for number, row in enumerate(rows, 1))

@@ -1,0 +1,260 @@
+"""Tokens with labels: chat templates, answer masks, packing, batches and their order.
+
+A label is the token id at the same position, or -100 where there is no loss; the loss function shifts. The
+first token of a sequence never carries loss, for nothing predicts it. Where a sequence ends is known by its
+length: no mask is ever made from `ids == pad`, since in many models the padding token is the very token that
+ends an answer, and the model would never learn to stop.
+
+Shapes: B = rows of a batch, T = tokens of a row, padding included.
+"""
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from lisatune.data.chat import Chat, common_length
+from lisatune.data.records import Records
+from lisatune.distributed import ranks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Examples", "Order", "collate", "my_share", "pack", "tokenize"]
+
+IGNORE = -100
+
+
+Row = dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Sequences ready for training.
+
+    A row has `input_ids` and `labels` of equal length; a packed row also `seq_lengths`, the lengths of its
+    documents in order.
+    """
+
+    rows: list[Row]
+    num_cut: int
+    """Records longer than max_length, cut at the end."""
+    num_without_loss: int
+    """Records dropped, since after the cut no answer token was left."""
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Tokens in all rows."""
+        return sum(len(row["input_ids"]) for row in self.rows)
+
+    @cached_property
+    def num_loss_tokens(self) -> int:
+        """Tokens that carry loss."""
+        return sum(len(row["labels"]) - row["labels"].count(IGNORE) for row in self.rows)
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(len(row["input_ids"]) for row in self.rows)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of every row's tokens, labels and documents, in their order."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            for name in sorted(row):
+                digest.update(f"{name} {len(row[name])} ".encode())
+                digest.update(array("q", row[name]).tobytes())
+        return digest.hexdigest()
+
+
+def tokenize(
+    records: Records,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    max_length: int,
+    loss_on: Literal["auto", "answers", "all"] = "auto",
+) -> Examples:
+    """Turn records into token ids and labels.
+
+    Messages go through the tokenizer's chat template (`lisatune.data.chat` gives it one if it has none).
+    Plain prompts and completions are joined as they are, with the end-of-sequence token after them, and so
+    is text. Under `answers` every assistant turn of `messages`, or of a completion, carries loss from its
+    first token to the token that ends the turn; a plain completion from its first token to end-of-sequence.
+
+    Args:
+        records: from `lisatune.data.records.read_records`.
+        tokenizer: of the model to train.
+        max_length: longest sequence in tokens; the end of longer ones is cut off.
+        loss_on: which tokens carry loss; `auto` is answers, and all for text.
+
+    Raises:
+        ValueError: the chat template refuses a record or can't be used for training, `answers` asked of
+            text, no end-of-sequence token, or `max_length` cuts off every answer.
+    """
+    if loss_on not in ("auto", "answers", "all"):
+        raise ValueError(f"loss_on must be auto, answers or all, got {loss_on!r}")
+    if loss_on == "answers" and records.kind == "text":
+        raise ValueError(f"{records.source} is plain text, which has no answers; set loss_on to all or auto")
+    chat = Chat(tokenizer) if any(_is_chat(record) for record in records.rows) else None
+    rows: list[Row] = []
+    num_cut, prompt_lengths = 0, []
+    for number, record in enumerate(records.rows, 1):
+        try:
+            row = _tokenize_record(record, tokenizer, chat, everywhere=loss_on == "all")
+        except ValueError as error:
+            raise ValueError(f"{records.source}, record {number}: {error}") from error
+        num_cut += len(row["input_ids"]) > max_length
+        cut = {name: values[:max_length] for name, values in row.items()}
+        if any(label != IGNORE for label in cut["labels"]):
+            rows.append(cut)
+        else:
+            prompt_lengths.append(next((i for i, label in enumerate(row["labels"]) if label != IGNORE), 0))
+    if not rows:
+        raise ValueError(
+            f"all answers are cut off by max_length={max_length}: the shortest prompt of {records.source} "
+            f"has {min(prompt_lengths, default=0)} tokens; set max_length well above that"
+        )
+    return Examples(rows, num_cut, len(prompt_lengths))
+
+
+def _is_chat(record: dict[str, Any]) -> bool:
+    return "messages" in record or isinstance(record.get("prompt"), list)
+
+
+def _tokenize_record(record: dict[str, Any], tokenizer: Any, chat: Chat | None, *, everywhere: bool) -> Row:
+    """Ids and labels of one record, not cut yet."""
+    use_chat = chat is not None and _is_chat(record)
+    if chat is not None and use_chat:
+        messages = record["messages"] if "messages" in record else record["prompt"] + record["completion"]
+        first_answer = 1 if "messages" in record else len(record["prompt"])
+        prefixes = [(chat.render(messages), True)] if everywhere else chat.prefixes(messages, first_answer)
+    elif "prompt" in record:
+        prefixes = [(record["prompt"], everywhere), (record["prompt"] + record["completion"], True)]
+    else:
+        prefixes = [(record["text"], True)]
+    texts = [text for text, _ in prefixes]
+    # A chat template writes all special tokens itself.
+    encoded = tokenizer(texts, add_special_tokens=not use_chat, verbose=False)["input_ids"]
+    ids: list[int] = list(encoded[-1])
+    labels: list[int] = []
+    for part, (_, has_loss) in zip(encoded, prefixes, strict=True):
+        # A token that reaches across a border belongs to what comes after the border, as in TRL.
+        end = common_length(part, ids)
+        labels += ids[len(labels) : end] if has_loss else [IGNORE] * (end - len(labels))
+    stops = chat.ends_turn(texts[-1]) if chat and use_chat else ids[-1:] == [tokenizer.eos_token_id]
+    if prefixes[-1][1] and not stops:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                "the tokenizer has no end-of-sequence token to learn to stop at; set its eos_token"
+            )
+        ids.append(tokenizer.eos_token_id)
+        labels.append(tokenizer.eos_token_id)
+    labels[:1] = [IGNORE]
+    return {"input_ids": ids, "labels": labels}
+
+
+def pack(examples: Examples, max_length: int) -> Examples:
+    """Put several sequences into one row of at most `max_length` tokens, best fit first (TRL's `bfd`).
+
+    The rows remember the lengths of their documents, from which `collate` makes positions, and from these
+    transformers makes a mask that keeps each document to itself.
+
+    Raises:
+        ValueError: a sequence is longer than `max_length`.
+    """
+    try:
+        from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+        from trl import pack_dataset
+    except ImportError as error:
+        raise ImportError('packing needs datasets and trl: pip install "lisatune[train]"') from error
+    if examples.longest > max_length:
+        raise ValueError(
+            f"can't pack {examples.longest} tokens into max_length={max_length}; tokenize with it"
+        )
+    were_disabled = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        dataset = Dataset.from_list(examples.rows)
+        packed = pack_dataset(dataset, max_length, "bfd", {"batch_size": len(dataset)})
+    finally:
+        if not were_disabled:
+            enable_progress_bars()
+    return replace(examples, rows=packed.to_list())
+
+
+def collate(rows: Sequence[Row], pad_token_id: int, *, length: int | None = None) -> dict[str, Tensor]:
+    """Make a batch, padded on the right.
+
+    There is no attention mask. Causal attention never looks right, so padding changes no real token; and
+    where positions restart (transformers: `masking_utils.find_packed_sequence_indices`), attention is kept
+    inside each document, row by row. Padding of an unpacked row counts on, so that no mask is built and the
+    fast causal kernel runs; padding of a packed row is a document of its own. TRL's collator either gives an
+    attention mask, with which transformers ignores the borders, or lays the batch into one row
+    (`padding_free`), whose mask has (B·T)² entries.
+
+    Args:
+        rows: rows of `Examples`.
+        pad_token_id: any id; padding has no loss.
+        length: T, at least that of the longest row. Default: just that.
+
+    Returns:
+        `input_ids`, `labels` (-100 on padding) and `position_ids`, each int64 of shape [B, T]. Pass
+        `use_cache=False` to the model with them: with a cache, transformers ignores the borders.
+    """
+    length = length or max(len(row["input_ids"]) for row in rows)
+    ids, labels, positions = [], [], []
+    for row in rows:
+        padding = length - len(row["input_ids"])
+        ids.append(row["input_ids"] + [pad_token_id] * padding)
+        labels.append(row["labels"] + [IGNORE] * padding)
+        lengths = (*row["seq_lengths"], padding) if "seq_lengths" in row else (length,)
+        positions.append(list(chain.from_iterable(range(part) for part in lengths)))
+    return {
+        "input_ids": torch.tensor(ids),
+        "labels": torch.tensor(labels),
+        "position_ids": torch.tensor(positions),
+    }
+
+
+class Order:
+    """Which rows make up which batch: a new shuffle per epoch, every row once, the last batch may be short.
+
+    `batch` is a pure function of (seed, micro_step), so a resumed run needs to know the micro-step alone.
+    """
+
+    def __init__(self, num_rows: int, batch_size: int, seed: int) -> None:
+        if num_rows < 1 or batch_size < 1:
+            raise ValueError(
+                f"order needs rows and a batch size >= 1, got {num_rows} rows, batch {batch_size}"
+            )
+        self.num_rows = num_rows
+        self.batch_size = batch_size
+        self.seed = seed
+        self.batches_per_epoch = -(-num_rows // batch_size)
+        self._epoch, self._rows = -1, list[int]()
+
+    def batch(self, micro_step: int) -> list[int]:
+        """Rows of a micro-step, which counts from 0 through all epochs."""
+        epoch, index = divmod(micro_step, self.batches_per_epoch)
+        if epoch != self._epoch:
+            key = hashlib.blake2b(f"{self.seed}/{epoch}".encode(), digest_size=7).digest()
+            rng = torch.Generator().manual_seed(int.from_bytes(key, "big"))
+            self._epoch, self._rows = epoch, torch.randperm(self.num_rows, generator=rng).tolist()
+        return self._rows[index * self.batch_size : (index + 1) * self.batch_size]
+
+
+def my_share(rows: Sequence[Row]) -> Sequence[Row]:
+    """Take this rank's rows of a batch; where it has none, one without loss, for all must compute."""
+    mine = rows[ranks.rank() :: ranks.count()]
+    if mine:
+        return mine
+    ids = rows[0]["input_ids"][:2]
+    blank = {"input_ids": ids, "labels": [-100] * len(ids)}
+    return [blank | ({"seq_lengths": [len(ids)]} if "seq_lengths" in rows[0] else {})]

@@ -1,0 +1,266 @@
+"""The ranks of a run: processes that a launcher such as `torchrun` started, one for each device.
+
+Every function here does its work with one rank too, without a process group. Those that compare or add up
+are collective: each rank must call them, in the same order. Numbers travel over gloo, on the CPU.
+"""
+
+import hashlib
+import os
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import distributed
+
+__all__ = [
+    "agreed",
+    "check_equal",
+    "count",
+    "first_takes",
+    "from_first",
+    "has_others",
+    "is_first",
+    "is_pretended",
+    "joined",
+    "on_first",
+    "on_this_machine",
+    "pick_device",
+    "pretended",
+    "rank",
+    "total",
+]
+
+DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia")
+
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits for another one that is alive but silent. One that has died is noticed at once."""
+
+
+Result = TypeVar("Result")
+
+
+Part = TypeVar("Part")
+
+
+def count() -> int:
+    """Number of ranks."""
+    is_on = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if is_on else 1
+
+
+def rank() -> int:
+    """Number of this rank, from 0."""
+    return distributed.get_rank() if count() > 1 else 0
+
+
+def is_first() -> bool:
+    """Whether this rank is the one that writes and prints."""
+    return rank() == 0
+
+
+@contextmanager
+def joined(device: str) -> Iterator[None]:
+    """Join the ranks that a launcher started; does nothing in a process that was started alone.
+
+    Inside, the accelerator that the launcher assigned is torch's current one; ranks other than the first
+    print nothing and show no warnings.
+
+    Args:
+        device: `run.device`.
+
+    Raises:
+        ValueError: a device's number, which would put all ranks onto one device.
+        RuntimeError: another rank has gone.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or distributed.is_initialized():
+        yield
+        return
+    if ":" in device:
+        raise ValueError(f"run.device {device} would put all ranks onto one device; leave out the number")
+    accelerator = torch.accelerator.current_accelerator(check_available=True) if device != "cpu" else None
+    backend = "gloo"
+    if accelerator is not None:
+        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = f"cpu:gloo,{accelerator.type}:{distributed.get_default_backend_for_device(accelerator)}"
+    with _lost_rank(), _silent_unless_first(int(os.environ["RANK"])):
+        distributed.init_process_group(backend, timeout=TIMEOUT)
+        yield
+    distributed.destroy_process_group()  # not after an error: it could wait for a rank that has gone
+
+
+@contextmanager
+def pretended(number: int) -> Iterator[None]:
+    """Inside, this process is the first of so many ranks, of which no other exists and no number arrives.
+
+    What ranks exchange has its shape and no meaning: for planning alone.
+
+    Raises:
+        RuntimeError: there are real ranks.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if distributed.is_initialized():
+        raise RuntimeError("ranks can't be pretended in a process that has joined real ones")
+    distributed.init_process_group("fake", rank=0, world_size=number, store=FakeStore())
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def is_pretended() -> bool:
+    """Whether the other ranks don't exist."""
+    return count() > 1 and distributed.get_backend() == "fake"
+
+
+def has_others() -> bool:
+    """Whether there are other ranks to exchange numbers with."""
+    return count() > 1 and not is_pretended()
+
+
+def total(*numbers: float) -> list[float]:
+    """Add up numbers over all ranks, in float64."""
+    if not has_others():
+        return list(numbers)
+    sums = torch.tensor(numbers, dtype=torch.float64)
+    distributed.all_reduce(sums)
+    return [float(each) for each in sums]
+
+
+def agreed(number: int) -> int:
+    """Return the largest of all ranks' numbers."""
+    if not has_others():
+        return number
+    largest = torch.tensor(number)
+    distributed.all_reduce(largest, distributed.ReduceOp.MAX)
+    return int(largest)
+
+
+def check_equal(what: str, value: object) -> None:
+    """Compare `repr(value)` between the ranks.
+
+    Raises:
+        RuntimeError: it differs; names the ranks that differ from the first.
+    """
+    if not has_others():
+        return
+    digest = int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=7).digest(), "big")
+    mine = torch.tensor([digest])
+    everyone = [torch.empty_like(mine) for _ in range(count())]
+    distributed.all_gather(everyone, mine)
+    others = [i for i, each in enumerate(everyone) if int(each) != int(everyone[0])]
+    if others:
+        raise RuntimeError(
+            f"{what} differ between ranks: rank {', '.join(map(str, others))} not as rank 0, and "
+            f"rank {rank()} has {value}; give every rank the same recipe, seed and checkpoint"
+        )
+
+
+def on_first(work: Callable[[], Result]) -> Result | None:
+    """Do something on the first rank while the others wait, which get None.
+
+    Raises:
+        RuntimeError: on the other ranks, where the first one failed; OSError where that was one.
+    """
+    result, failure = None, None
+    if is_first():
+        try:
+            result = work()
+        except BaseException as error:
+            failure = error
+    outcome = agreed(0 if failure is None else 2 if isinstance(failure, OSError) else 1)
+    if failure is not None:
+        raise failure
+    if outcome:
+        raise (OSError if outcome == 2 else RuntimeError)("rank 0 failed; its own message says why")
+    return result
+
+
+def from_first(text: str) -> str:
+    """Return the first rank's text."""
+    if not has_others():
+        return text
+    mine = list(text.encode()) if is_first() else []
+    size = agreed(len(mine))
+    arrived = torch.tensor(mine or [0] * size, dtype=torch.uint8)
+    distributed.broadcast(arrived, src=0)
+    return bytes(arrived.tolist()).decode()
+
+
+def on_this_machine() -> int:
+    """Number of ranks that share this machine's memory; all of them where the launcher doesn't say."""
+    return min(int(os.environ.get("LOCAL_WORLD_SIZE") or count()), count())
+
+
+def first_takes(parts: Iterator[Part], work: Callable[[Iterator[Part]], Result]) -> Result | None:
+    """Let the first rank work on what all ranks must make together, part by part; the others get None.
+
+    Where the first one fails it makes the remaining parts all the same, so that no rank waits for it.
+
+    Raises:
+        RuntimeError, OSError: as in `on_first`.
+    """
+    exhaust = deque[Part](maxlen=0).extend  # a loop's variable would hold a part while the next is made
+
+    def take_all() -> Result:
+        try:
+            return work(parts)
+        finally:
+            exhaust(parts)
+
+    if not is_first():
+        exhaust(parts)
+    return on_first(take_all)
+
+
+@contextmanager
+def _silent_unless_first(number: int) -> Iterator[None]:
+    if number == 0:
+        yield
+        return
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def _lost_rank() -> Iterator[None]:
+    """Say in one sentence that another rank has gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        is_network = isinstance(error, distributed.DistError) or "gloo" in str(error).lower()
+        if not is_network:
+            raise
+        number = os.environ.get("RANK", "0")
+        raise RuntimeError(
+            f"rank {number} lost another rank and can't go on alone; that rank's message, if it had time for "
+            "one, says why; go on from the last checkpoint with --resume"
+        ) from error
+
+
+def pick_device(name: str) -> torch.device:
+    """Turn `auto` into the accelerator of this machine, or the CPU where there is none.
+
+    Raises:
+        ValueError: no such device, or torch can't use it here.
+    """
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if name.partition(":")[0] not in DEVICES:
+        raise ValueError(f"unknown run.device {name!r}; use auto or one of {', '.join(DEVICES)}")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"run.device {name!r} can't be used here ({reason}); use auto, cpu or cuda"
+        ) from error
+    return device

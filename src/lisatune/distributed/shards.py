@@ -1,0 +1,147 @@
+"""Tensors that are divided among ranks (DTensor): this rank's part, and the whole.
+
+Plain tensors pass through all of it as they are.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from lisatune.distributed import ranks
+
+__all__ = [
+    "full_tensor",
+    "is_sharded",
+    "like_shard",
+    "local_part",
+    "part_to_update",
+    "reshard",
+    "shard",
+    "units",
+    "whole_state",
+]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is this rank's part of a larger one."""
+    if ranks.count() == 1:
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def local_part(tensor: Any) -> Tensor:
+    """Return this rank's part of a tensor, without its history; of a plain tensor the whole."""
+    plain = tensor.detach()
+    part: Tensor = plain.to_local() if is_sharded(plain) else plain
+    return part
+
+
+def part_to_update(parameter: nn.Parameter) -> Tensor:
+    """Return this rank's part of a parameter, with that of its gradient; a plain parameter as it is."""
+    if not is_sharded(parameter):
+        return parameter
+    part = local_part(parameter)
+    part.grad = local_part(parameter.grad)
+    return part
+
+
+def full_tensor(tensor: Any) -> Tensor:
+    """Put a tensor together from all ranks' parts; every rank must call it. A plain one comes as it is."""
+    plain = tensor.detach()
+    whole: Tensor = plain.full_tensor() if is_sharded(plain) else plain
+    return whole
+
+
+def like_shard(whole: Tensor, parameter: Any) -> Tensor:
+    """Cut this rank's part out of a tensor that every rank has, as `parameter` is cut."""
+    from torch.distributed.tensor import distribute_tensor
+
+    if not is_sharded(parameter) or whole.shape != parameter.shape:
+        return whole
+    there = whole.to(parameter.device)
+    # No source rank: every rank cuts its own copy, nothing is sent.
+    parts: Any = distribute_tensor(there, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    local: Tensor = parts.to_local()
+    return local.clone()
+
+
+def whole_state(value: Tensor, parameter: Any) -> Tensor:
+    """Put optimizer state together whose parts are cut as `parameter` is; every rank must call it."""
+    from torch.distributed.tensor import DTensor
+
+    if not is_sharded(parameter) or value.ndim == 0:
+        return value
+    return DTensor.from_local(
+        value,
+        parameter.device_mesh,
+        parameter.placements,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    ).full_tensor()
+
+
+def units(model: nn.Module) -> Iterator[Any]:
+    """Walk over the modules whose parameters come and go together."""
+    return (module for module in model.modules() if hasattr(module, "reshard"))
+
+
+def reshard(model: nn.Module) -> None:
+    """Give back parameters that the last forward pass left whole: before anything looks at parameters."""
+    for unit in units(model) if ranks.count() > 1 else ():
+        unit.reshard()
+
+
+def shard(
+    model: nn.Module,
+    blocks: Sequence[str],
+    *,
+    device: torch.device,
+    how: Literal["fsdp", "replicate"],
+    fill: Callable[[], None] | None = None,
+) -> None:
+    """Divide a model among the ranks, block by block onto `device`, in place.
+
+    Build the optimizer after this.
+
+    Args:
+        model: with the same weights on every rank; or on the meta device, to be filled.
+        blocks: paths of its blocks (`LayerMap.blocks`); each is gathered on its own.
+        device: of this rank.
+        how: what is divided.
+        fill: puts weights into a model on the meta device, once each rank has storage for its part.
+    """
+    from torch.distributed import get_world_size
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    num_ranks = get_world_size()
+    with unset_fake_temporarily():  # a mesh is made of real numbers, also in a plan
+        if how == "replicate":
+            mesh = init_device_mesh(device.type, (num_ranks, 1), mesh_dim_names=("replicate", "shard"))
+        else:
+            mesh = init_device_mesh(device.type, (num_ranks,))
+    for path in blocks:
+        fully_shard(model.get_submodule(path), mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    if fill is not None:
+        _allocate(model, device)
+        fill()
+
+
+def _allocate(model: nn.Module, device: torch.device) -> None:
+    """Give parameters on the meta device storage of their own. Ties stay ties."""
+    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                places.setdefault(parameter, []).append((module, name))
+    for parameter, owners in places.items():
+        made = nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
+        for module, name in owners:
+            module._parameters[name] = made
+    model._apply(lambda tensor: tensor)  # type: ignore[no-untyped-call]  # FSDP2 takes notice of them

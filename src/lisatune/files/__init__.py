@@ -1,0 +1,1 @@
+"""Anything that is read or written whole."""

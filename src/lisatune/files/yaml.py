@@ -1,0 +1,82 @@
+"""YAML as people read it: `off` is text, `1e-4` is a number, a key given twice is an error.
+
+PyYAML follows YAML 1.1, where `verify: off` is false, `lr: 1e-4` is text, `010` is 8 and of two equal
+keys the last wins in silence. `load` and `dump` follow YAML 1.2's core rules, so that what is dumped is
+loaded again as it was.
+"""
+
+import re
+from typing import Any
+
+import yaml
+
+__all__ = ["dump", "load"]
+
+_NUMBER = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
+
+
+_RULES = (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
+    ("float", rf"{_NUMBER}|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+.0123456789"),
+)
+
+
+def load(text: str) -> Any:
+    """Read one document into dicts, lists, strings, numbers, booleans and None.
+
+    Raises:
+        ValueError: the text isn't YAML or has a key twice in one mapping; the message names the line.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f"line {mark.line + 1}: " if mark else ""
+        raise ValueError(f"{line}not valid YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"not valid YAML: {str(error).splitlines()[0]}") from None
+
+
+def dump(value: Any) -> str:
+    """Write dicts, lists, strings, numbers, booleans and None, keys in their order."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (yaml's own name for it)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key_node.value!r} is given twice", problem_mark=key_node.start_mark
+                )
+            if isinstance(key_node, yaml.ScalarNode):
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (yaml's own name for it)
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_str(self, data: str) -> Any:
+        """Quote Unicode's own line breaks, which PyYAML would write bare and read as spaces."""
+        style = '"' if set("\x85\u2028\u2029") & set(data) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.yaml_implicit_resolvers = {
+        letter: [(tag, rule) for tag, rule in rules if tag.endswith((":null", ":merge"))]
+        for letter, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    for _tag, _rule, _letters in _RULES:
+        _kind.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_rule})$"), list(_letters))

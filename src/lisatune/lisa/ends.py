@@ -1,0 +1,265 @@
+"""Which of a model's ends train, when, and how small their optimizer state is.
+
+At large vocabularies embedding and head are most of what LISA trains at a time. A policy is one word, or
+several joined by "+":
+
+    train       embedding, head and final norm train in every step, as in the paper
+    head        head and final norm train, the input embedding is frozen
+    frozen      none of them trains
+    every:M     they train in every M-th period only, from the first on; in between they are frozen blocks
+    8bit        moments of the ends in 8 bits, those of parameters below 4096 elements whole
+    factored    second moment of the ends as means of rows and columns, no first moment
+    cpu         moments of the ends in host memory
+    rows        the embedding, untied, has gradient and moments of the rows that a step reads, and no others
+                (`lisatune.optim.rows`); its moments start anew at each draw
+
+In periods in which no parameter before the blocks trains, autograd records nothing below the lowest active
+block: forward keeps no activations there and backward stops at it.
+
+`head` with tied weights. Embedding and head are one matrix W then. It trains by the gradient that reaches it
+through the head; the output of the embedding is detached, so that the other summand, through the input, is
+left out. This is an approximation to the gradient of the loss in W.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lisatune.nn.layers import LayerMap
+from lisatune.optim.adamw import AdamW
+
+__all__ = ["ROW_OPTIONS", "Ends", "EndsPolicy", "row_embedding"]
+
+WORDS = ("train", "head", "frozen", "every:M", "8bit", "factored", "cpu", "rows")
+
+
+@dataclass(frozen=True)
+class EndsPolicy:
+    """What a text such as "head+8bit" or "every:5" says."""
+
+    trains: Literal["all", "head", "none"] = "all"
+    """Which of the ends train."""
+
+    every: int = 1
+    """M: they train in periods whose number M divides."""
+
+    moments: Literal["8bit", "factored"] | None = None
+    """How their moments are stored; None as those of the blocks."""
+
+    state_device: Literal["cpu"] | None = None
+    """Where their moments are; None where the weights are."""
+
+    rows: bool = False
+    """Whether the embedding's gradient and moments are those of rows; `moments` and `state_device` are then
+    those of the other ends."""
+
+    @classmethod
+    def parse(cls, text: "str | EndsPolicy") -> "EndsPolicy":
+        """Read a policy.
+
+        Raises:
+            ValueError: an unknown word, or words that contradict each other.
+        """
+        if isinstance(text, EndsPolicy):
+            return text
+        words = [word.strip() for word in str(text).split("+")]
+        read = [_read(word, text) for word in words]
+        for what, meaning in (
+            ("which ends train", "trains"),
+            ("when they train", "every"),
+            ("how moments are stored", "moments"),
+            ("where moments are", "state_device"),
+            ("which rows of the embedding train", "rows"),
+        ):
+            same = [word for word, option in zip(words, read, strict=True) if meaning in option]
+            if len(same) > 1:
+                raise ValueError(
+                    f"ends {text!r} says twice {what}: {' and '.join(same)}; keep one of them. {_allowed()}"
+                )
+        policy = cls(**{key: value for option in read for key, value in option.items()})
+        if policy.trains == "none" and len(words) > 1:
+            others = " and ".join(word for word in words if word != "frozen")
+            raise ValueError(
+                f"ends {text!r}: frozen ends have neither periods nor state, so {others} has no use; "
+                f"write frozen alone. {_allowed()}"
+            )
+        if policy.trains == "head" and policy.rows:
+            raise ValueError(
+                f"ends {text!r}: head freezes the embedding, whose rows were to train; keep one of them. "
+                f"{_allowed()}"
+            )
+        return policy
+
+    def __str__(self) -> str:
+        words = [] if self.trains == "all" else [{"head": "head", "none": "frozen"}[self.trains]]
+        words += [f"every:{self.every}"] if self.every > 1 else []
+        words += [word for word in (self.moments, self.state_device, "rows" if self.rows else None) if word]
+        return "+".join(words) or "train"
+
+    def trains_in(self, period: int) -> bool:
+        """Whether the ends that train at all do so in this period."""
+        return self.trains != "none" and period % self.every == 0
+
+    def state_options(self) -> dict[str, Any]:
+        """Options of a param group of `lisatune.AdamW` that store the ends' moments as the policy says."""
+        options = {"moments": self.moments, "state_device": self.state_device}
+        return {key: value for key, value in options.items() if value is not None}
+
+
+ROW_OPTIONS = {"rows": True, "rounding": "stochastic", "moments": "fp32", "state_device": None}
+"""Options of the param group of an embedding whose rows train."""
+
+
+class Ends:
+    """The ends of one model under a policy.
+
+    Args:
+        policy: what trains when.
+        model: what they are the ends of.
+        layers: its blocks and ends.
+
+    Raises:
+        ValueError: `head` for a model whose embedding or head is unknown; `rows` for one whose embedding is
+            unknown, frozen or tied.
+    """
+
+    def __init__(self, policy: EndsPolicy, model: nn.Module, layers: LayerMap) -> None:
+        self.policy = policy
+        named = layers.end_parameters(model)
+        resting = _before_the_blocks(model, layers) if policy.trains == "head" else set()
+        self.parameters = tuple(p for name, p in named.items() if name not in resting)
+        """Those that train in the periods of the policy; with `frozen` all, which then never train."""
+        self.resting = tuple(p for name, p in named.items() if name in resting)
+        """Those that never train while others do: the embedding under `head`."""
+        needs_detach = policy.trains == "head" and layers.is_tied
+        self._embedding = _embedding_module("head", model, layers) if needs_detach else None
+        self._row_embedding = row_embedding(model, layers) if policy.rows else None
+        self._was_sparse = False
+        self._hook: RemovableHandle | None = None
+
+    def attach(self) -> None:
+        """Detach the embedding's output where `head` needs it, let it give rows; `detach` undoes that.
+
+        Before other hooks: that of reentrant checkpointing makes the output require grad again, and must.
+        """
+        if self._embedding is not None:
+            self._hook = self._embedding.register_forward_hook(_detach, prepend=True)
+        if self._row_embedding is not None:
+            self._was_sparse, self._row_embedding.sparse = self._row_embedding.sparse, True
+
+    @property
+    def rows_of(self) -> tuple[nn.Parameter, ...]:
+        """The embedding's weight if rows of it train."""
+        wanted = None if self._row_embedding is None else self._row_embedding.weight
+        return tuple(p for p in self.parameters if p is wanted)
+
+    def check_state(self, optimizer: Optimizer) -> None:
+        """Raise ValueError unless the optimizer stores the ends' state as the policy says."""
+        mine, of_rows = set(self.parameters), set(self.rows_of)
+        for group in optimizer.param_groups:
+            if mine.isdisjoint(group["params"]):
+                continue
+            has_rows = of_rows == set(group["params"])
+            wanted: dict[str, Any] = {"rows": True} if has_rows else self.policy.state_options()
+            seen = {key: group.get(key) for key in wanted}
+            is_misfit = seen != wanted or (wanted and not isinstance(optimizer, AdamW))
+            if is_misfit or (not has_rows and (group.get("rows") or not of_rows.isdisjoint(group["params"]))):
+                seen |= {"rows": group.get("rows")} if self.policy.rows or group.get("rows") else {}
+                raise ValueError(
+                    f"ends {str(self.policy)!r} is up to the optimizer, and the ends' param groups of this "
+                    f"{type(optimizer).__name__} say {_options(seen)}; build it as lisatune.AdamW("
+                    f"lisatune.param_groups(model, layers, ends={str(self.policy)!r}), lr=…)"
+                )
+
+    def detach(self) -> None:
+        """Give the model its embedding back."""
+        if self._row_embedding is not None:
+            self._row_embedding.sparse = self._was_sparse
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+
+def _read(word: str, text: object) -> dict[str, Any]:
+    """The fields that one word sets."""
+    match word.partition(":"):
+        case ("train", "", ""):
+            return {"trains": "all", "every": 1}
+        case ("head", "", ""):
+            return {"trains": "head"}
+        case ("frozen", "", ""):
+            return {"trains": "none"}
+        case ("8bit" | "factored", "", ""):
+            return {"moments": word}
+        case ("cpu", "", ""):
+            return {"state_device": word}
+        case ("rows", "", ""):
+            return {"rows": True}
+        case ("every", ":", number) if number.isascii() and number.isdigit() and int(number) >= 1:
+            return {"every": int(number)}
+        case ("every", _, number):
+            raise ValueError(f"ends {text!r}: every:M needs a number of periods M >= 1, got {number!r}")
+    raise ValueError(f"ends {text!r}: there is no {word!r}. {_allowed()}")
+
+
+def _allowed() -> str:
+    return f"Allowed: {', '.join(WORDS)}, joined by +, such as every:5+8bit"
+
+
+def _options(options: dict[str, Any]) -> str:
+    return " and ".join(f"{key}={value!r}" for key, value in options.items())
+
+
+def _before_the_blocks(model: nn.Module, layers: LayerMap) -> set[str]:
+    """Names of the ends that `head` freezes: weights of embeddings, of positions too, but for a tied head."""
+    if layers.embedding is None or layers.head is None:
+        missing = "input embedding" if layers.embedding is None else "output head"
+        raise ValueError(
+            f"ends 'head' needs to know the {missing} of {type(model).__name__}, which does not tell; "
+            "use every:M or frozen"
+        )
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    named = layers.end_parameters(model)
+    return {name for name, p in named.items() if id(p) in embeddings and name != layers.head}
+
+
+def row_embedding(model: nn.Module, layers: LayerMap) -> nn.Embedding:
+    """Return the input embedding of whose weight rows can train.
+
+    Raises:
+        ValueError: it is unknown, tied to the head, or frozen.
+    """
+    kind = type(model).__name__
+    if layers.embedding is None:
+        raise ValueError(
+            f"ends 'rows' needs to know the input embedding of {kind}, which does not tell; use 8bit"
+        )
+    if layers.is_tied:
+        raise ValueError(
+            f"ends 'rows' needs an embedding of its own, and {kind} ties it to the head, through which every "
+            "row has a gradient; use 8bit, factored or every:M"
+        )
+    if layers.embedding not in layers.ends:
+        raise ValueError(
+            f"ends 'rows' trains rows of {layers.embedding!r}, which is frozen; name it in the ends"
+        )
+    return _embedding_module("rows", model, layers)
+
+
+def _embedding_module(word: str, model: nn.Module, layers: LayerMap) -> nn.Embedding:
+    """The module that looks up the input embedding, under whichever of its weight's names it is."""
+    names = {layers.embedding, *(alias for alias, name in layers.tied if name == layers.embedding)}
+    for path, module in model.named_modules():
+        if f"{path}.weight" in names and isinstance(module, nn.Embedding):
+            return module
+    raise ValueError(
+        f"ends {word!r} needs the input embedding of {type(model).__name__} as a torch.nn.Embedding, and "
+        f"{layers.embedding!r} belongs to none; use every:M or frozen"
+    )
+
+
+def _detach(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output.detach()

@@ -1,0 +1,168 @@
+"""What becomes of optimizer state when a parameter freezes, and when it trains again.
+
+Moments go by the policy that `LISA(state=…)` names. An optimizer may also name keys that have to last, in
+its attribute `lasting_state`: the 16 bits by which `lisatune.AdamW` knows a bf16 weight better than the
+weight does are no memory of gradients but a part of the weight, and to release them would be to round it.
+These go to host memory when a parameter freezes and come back when it thaws, whatever the policy says; a
+reset leaves them where they are. An optimizer initialises the keys that it does not find.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lisatune.optim.meter import tensors_bytes
+
+__all__ = ["FrozenState", "HostState"]
+
+
+class FrozenState:
+    """Releases the state of parameters that freeze, or keeps it in host memory until they thaw.
+
+    Args:
+        optimizer: whose state it is. The keys in its attribute `lasting_state` outlive every freeze.
+        policy: drop and reset release all other state, cpu keeps it in host memory, second_moment of that
+            only AdamW's second moments and step counts, keep does nothing.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, policy: Literal["drop", "reset", "second_moment", "cpu", "keep"]
+    ) -> None:
+        self._optimizer, self._policy = optimizer, policy
+        self._lasting: tuple[str, ...] = tuple(getattr(optimizer, "lasting_state", ()))
+        self._host = HostState()
+
+    def freeze(self, parameter: nn.Parameter) -> None:
+        """Take a parameter's state out of the optimizer; keep what is to be kept."""
+        if self._policy == "keep" or parameter not in self._optimizer.state:
+            return
+        released = self._optimizer.state.pop(parameter)
+        kept = self._lasting_part(released)
+        if self._policy == "cpu":
+            kept = released
+        elif self._policy == "second_moment":
+            kept |= _second_moment(released)
+        if kept:
+            self._host.put(parameter, kept)
+
+    def thaw(self, parameter: nn.Parameter) -> None:
+        """Give the optimizer back what was kept."""
+        kept = self._host.take(parameter)
+        if kept is not None:
+            if (
+                self._policy == "second_moment" and "exp_avg_sq" in kept
+            ):  # torch's AdamW makes all state or none
+                kept["exp_avg"] = torch.zeros_like(kept["exp_avg_sq"])
+            self._optimizer.state[parameter] = kept
+
+    def forget(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Release all state of parameters, wherever it is; keep does nothing."""
+        for parameter in parameters if self._policy != "keep" else ():
+            self._optimizer.state.pop(parameter, None)
+            self._host.drop(parameter)
+
+    def reset(self) -> None:
+        """Clear the optimizer's state but for what has to last."""
+        lasting = {p: self._lasting_part(entry) for p, entry in self._optimizer.state.items()}
+        self._optimizer.state.clear()
+        self._optimizer.state.update({p: entry for p, entry in lasting.items() if entry})
+
+    def detach(self) -> None:
+        """Give the optimizer back what has to last, of all parameters, and forget the rest."""
+        for parameter in self._host.parameters():
+            kept = self._host.take(parameter)
+            lasting = self._lasting_part(kept or {})
+            if lasting:
+                self._optimizer.state[parameter] = lasting
+
+    def add_to(self, state: dict[int, Any]) -> None:
+        """Add what is kept to a state_dict's `state`."""
+        for index, parameter in enumerate(_in_order(self._optimizer)):
+            kept = self._host.get(parameter)
+            if kept is not None:
+                state[index] = kept
+
+    def load(self, saved: Mapping[int, Mapping[str, Any]]) -> None:
+        """Forget what is kept: the optimizer has just loaded a state_dict whose `state` was `saved`.
+
+        `load_state_dict` casts every entry to its parameter's dtype. That is undone for optimizers that name
+        lasting state: a remainder of 16 bits read as a float is lost.
+        """
+        self._host.clear()
+        if not self._lasting:
+            return
+        for index, parameter in enumerate(_in_order(self._optimizer)):
+            entry = self._optimizer.state.get(parameter, {})
+            for key, value in saved.get(index, {}).items():
+                if isinstance(value, Tensor) and key in entry and entry[key].dtype != value.dtype:
+                    entry[key] = value.detach().clone().to(entry[key].device)
+
+    def nbytes(self) -> int:
+        """Count the bytes that are kept in host memory."""
+        return self._host.nbytes()
+
+    def _lasting_part(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: entry[key] for key in self._lasting if key in entry}
+
+
+class HostState:
+    """Optimizer state of frozen parameters in host memory.
+
+    Tensors come back to the device they were on, so a step counter that AdamW keeps on the CPU stays there.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[nn.Parameter, dict[str, Any]] = {}
+        self._devices: dict[nn.Parameter, dict[str, torch.device]] = {}
+
+    def put(self, parameter: nn.Parameter, state: dict[str, Any]) -> None:
+        """Move one parameter's state to host memory."""
+        tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+        self._devices[parameter] = {key: value.device for key, value in tensors.items()}
+        self._kept[parameter] = {**state, **{key: value.cpu() for key, value in tensors.items()}}
+
+    def take(self, parameter: nn.Parameter) -> dict[str, Any] | None:
+        """Move one parameter's state back to its device, None where there is none."""
+        state = self._kept.pop(parameter, None)
+        if state is None:
+            return None
+        devices = self._devices.pop(parameter)
+        return {key: value.to(devices[key]) if key in devices else value for key, value in state.items()}
+
+    def get(self, parameter: nn.Parameter) -> dict[str, Any] | None:
+        """Return one parameter's state as it is kept, None where there is none."""
+        return self._kept.get(parameter)
+
+    def drop(self, parameter: nn.Parameter) -> None:
+        """Forget one parameter's state."""
+        self._kept.pop(parameter, None)
+        self._devices.pop(parameter, None)
+
+    def parameters(self) -> Sequence[nn.Parameter]:
+        """Return the parameters whose state is kept."""
+        return tuple(self._kept)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._kept.clear()
+        self._devices.clear()
+
+    def nbytes(self) -> int:
+        """Count the bytes kept."""
+        return tensors_bytes(
+            v for state in self._kept.values() for v in state.values() if isinstance(v, Tensor)
+        )
+
+
+def _second_moment(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What AdamW knows of the size of gradients, in whatever format; nothing of other optimizers."""
+    found = {key: value for key, value in entry.items() if key.startswith("exp_avg_sq")}
+    return found | {"step": entry["step"]} if found else {}
+
+
+def _in_order(optimizer: Optimizer) -> Iterable[nn.Parameter]:
+    """Parameters in the order in which a state_dict numbers them."""
+    return (p for group in optimizer.param_groups for p in group["params"])

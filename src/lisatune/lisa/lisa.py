@@ -1,0 +1,482 @@
+r"""LISA: Layerwise Importance Sampled AdamW (Pan et al., arXiv 2403.17919).
+
+LoRA changes embedding and head far more than the blocks between them (section 3.1). LISA imitates that in
+the space of all parameters: layer l trains in a period with probability
+
+    p_l = w̃_l / w_l                                                     (section 3.2)
+
+w̃_l and w_l being the mean weight norms that LoRA and full fine-tuning reach. With embedding and head at
+ratio 1 and blocks at a small constant ratio, over N blocks of which γ are to train on average,
+
+    p = { 1, γ/N, γ/N, …, γ/N, 1 }.
+
+Algorithm 1, with K the period and T the number of optimizer steps:
+
+    for i in 0 … T/K - 1:
+        freeze all layers except embedding and head
+        draw γ of the N blocks and thaw them
+        run AdamW for K steps
+
+A frozen block has no gradient and no optimizer state, and backward keeps no activations for its weights, so
+peak memory is that of the ends and γ blocks. This is kept true here by hooks on the optimizer:
+
+    step pre-hook           take the fingerprints a period starts from; ramp the learning rate (`warmup`)
+    step post-hook          count; at the end of a period prove, draw, freeze, thaw, release state
+    state-dict hooks        carry the position inside the period, so that resume is exact
+
+Longer than 400 lines: the algorithm, its hooks and the state they carry are one thing to read.
+"""
+
+import math
+import warnings
+import weakref
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lisatune.distributed import ranks
+from lisatune.distributed.shards import is_sharded, reshard
+from lisatune.lisa.ends import Ends, EndsPolicy
+from lisatune.lisa.frozen_state import FrozenState
+from lisatune.lisa.groups import check_parameters, groups_by_block, plain_optimizer
+from lisatune.lisa.proof import Proof, ProofError, has_reason_to_move, may_hide
+from lisatune.lisa.samplers import Independent, Sampler, auto_period, make_sampler, visits
+from lisatune.nn.layers import LayerMap, find_layers
+from lisatune.optim.adamw import AdamW
+from lisatune.optim.meter import host_state, state_bytes, tensors_bytes
+
+__all__ = ["LISA"]
+
+_attached: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
+
+
+class LISA:
+    """Train the ends and a few drawn blocks at a time with an ordinary optimizer.
+
+    Attach it after building the optimizer over all parameters; nothing has to be called in the loop. Only
+    real optimizer steps count: accumulation, a loss scaler's skipped steps and evaluation don't.
+
+    Args:
+        model: the model the optimizer trains; its blocks are found by `find_layers`.
+        optimizer: any torch optimizer whose param groups hold every parameter of blocks and ends.
+        active: γ, blocks that train at once, 0 <= γ <= N. γ = N is full fine-tuning, γ = 0 trains the ends.
+        period: K, optimizer steps between two draws, or "auto": as long as possible, at most 50, such that
+            every block trains twice in `total_steps`.
+        sampler: "permutation", "uniform" (the paper's), "window" (γ neighbouring blocks), "ascending",
+            "descending" (in order), N probabilities for γ weighted distinct blocks, or a
+            `lisatune.lisa.samplers.Sampler` such as `Independent`, which decides γ itself.
+        seed: names the draws. They are a pure function of it: equal on every rank, no global RNG.
+        state: what happens to the optimizer state of a block that freezes.
+            drop: released; a block drawn twice running keeps it. reset: all state, the ends' too, is cleared
+            at every draw, as in the paper's published runs. cpu: moved to host memory and back.
+            second_moment: so is AdamW's second moment with its step count; the first starts at 0. keep: never
+            released, which costs the memory LISA is meant to save; for comparisons.
+        ends: which of embedding, head and final norm train in which periods, as text or `EndsPolicy`; see
+            `lisatune.lisa.ends`. State formats (8bit, factored, cpu) must be those of the optimizer's groups.
+        warmup: steps at the start of a period over which the learning rate of newly thawed blocks, and of
+            ends under every:M, ramps up, i/(warmup + 1) at step i. Needs param groups that do not mix layers
+            (`param_groups`).
+        verify: "sample" proves from a moving window of every parameter that the drawn blocks moved and no
+            other did, "full" from every element, "off" not at all. See `lisatune.lisa.proof`.
+        total_steps: optimizer steps of the whole run, for period="auto" and the coverage warning.
+        layers: blocks and ends, when `find_layers(model)` can't tell them.
+
+    Raises:
+        ValueError: an argument is out of range, or the optimizer lacks a parameter of a block or end.
+        ProofError: raised by `optimizer.step()` when the wrong weights trained.
+
+    Example:
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+        >>> lisa = LISA(model, optimizer, active=2, period=10)
+        >>> for batch in loader:
+        ...     model(**batch).loss.backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        active: int = 2,
+        period: int | Literal["auto"] = 10,
+        sampler: str | Sequence[float] | Sampler = "permutation",
+        seed: int = 0,
+        state: Literal["drop", "reset", "second_moment", "cpu", "keep"] = "drop",
+        ends: str | EndsPolicy = "train",
+        warmup: int = 0,
+        verify: Literal["sample", "full", "off"] = "sample",
+        total_steps: int | None = None,
+        layers: LayerMap | None = None,
+    ) -> None:
+        _one_of("state", state, ("drop", "reset", "second_moment", "cpu", "keep"))
+        policy = EndsPolicy.parse(ends)
+        _one_of("verify", verify, ("sample", "full", "off"))
+        reshard(model)
+        _refuse_unsharded(model)
+        self._model = model
+        optimizer = plain_optimizer(model, optimizer)
+        if optimizer in _attached:
+            raise RuntimeError("a LISA is already attached to this optimizer; call its detach() first")
+        self.layers = find_layers(model) if layers is None else layers
+        self.sampler = make_sampler(sampler, active, self.layers.num_blocks)
+        self.seed, self.state, self.warmup, self.verify = seed, state, warmup, verify
+        self.period = _period(period, self.sampler, seed, total_steps)
+        if not 0 <= warmup < self.period:
+            raise ValueError(f"warmup must be >= 0 and below period={self.period}, got {warmup}")
+        always = policy.trains != "none" and policy.every == 1
+        if not always and (active == 0 or isinstance(self.sampler, Independent)):
+            raise ValueError(
+                f"ends={str(policy)!r} needs active >= 1 and no Independent sampler, or nothing may train"
+            )
+
+        self._optimizer = optimizer
+        self._blocks = [tuple(block.values()) for block in self.layers.block_parameters(model)]
+        check_parameters(self.layers, model, optimizer)
+        self._ends = Ends(policy, model, self.layers)
+        self._others = (*self._ends.resting, *self.layers.frozen_parameters(model).values())
+        self._ends.check_state(optimizer)
+        self._find_groups()
+
+        self._frozen_state = FrozenState(optimizer, state)
+        self._ramped: list[tuple[dict[str, Any], Any, Any]] = []
+        self._saved: dict[str, Any] = {}
+        self._saved_state: dict[int, Any] = {}
+        self._may_rest: set[str] = set()
+        self._may_hide: set[str] = set()
+        self._proof = None if verify == "off" else Proof(self._named_layers(), verify)
+        self._flags = {
+            p: p.requires_grad for p in (*self._ends.parameters, *self._others, *sum(self._blocks, ()))
+        }
+
+        self.steps_done = 0
+        """Optimizer steps done."""
+        self.visits = [0] * self.layers.num_blocks
+        """In how many periods each block has trained, the current one included once it has made a step."""
+        self.active_blocks: tuple[int, ...] = ()
+        """Blocks that train in the current period, in rising order."""
+        self.ends_train = False
+        """Whether the ends, or under `head` the head, train in the current period."""
+
+        _attached.add(optimizer)
+        self._ends.attach()
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_state_dict_pre_hook(self._restore_lr),
+            optimizer.register_state_dict_post_hook(self._add_to_state_dict),
+            optimizer.register_load_state_dict_pre_hook(self._check_saved),
+            optimizer.register_load_state_dict_post_hook(self._take_saved),
+        ]
+        if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
+            optimizer.load_state_dict = self._load_state_dict  # type: ignore[method-assign]
+        self._draw()
+        if total_steps is not None:
+            self._warn_of_untrained_blocks(total_steps)
+
+    # ---- what users read
+
+    @property
+    def period_index(self) -> int:
+        """Number of the current period, from 0."""
+        return self.steps_done // self.period
+
+    @property
+    def periods_proven(self) -> int:
+        """Full periods after which the drawn blocks had moved and all others were bit-identical."""
+        return 0 if self._proof is None else self._proof.periods
+
+    @property
+    def ends_rest(self) -> bool:
+        """Whether there are periods in which nothing before the blocks trains."""
+        return self._ends.policy.trains != "all" or self._ends.policy.every > 1
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that train in this period: the ends and the active blocks."""
+        active = [p for block in self.active_blocks for p in self._blocks[block]]
+        return [*self._ends.parameters, *active] if self.ends_train else active
+
+    def state_bytes(self) -> int:
+        """Count the bytes of optimizer state on the training device; see `host_bytes` for the rest."""
+        return state_bytes(self._optimizer) - tensors_bytes(host_state(self._optimizer))
+
+    def host_bytes(self) -> int:
+        """Count the bytes of optimizer state in host memory, that of frozen blocks too."""
+        return self._frozen_state.nbytes() + tensors_bytes(host_state(self._optimizer))
+
+    def planned_visits(self, total_steps: int) -> tuple[int, ...]:
+        """Count how often each block will have been drawn after `total_steps`: draws are known beforehand."""
+        return visits(self.sampler, seed=self.seed, periods=-(-total_steps // self.period))
+
+    def activate(self, blocks: Sequence[int]) -> None:
+        """Let these blocks train until the next draw, in place of those drawn: to see what they cost.
+
+        A period that has begun to be proven is given up.
+        """
+        self.active_blocks = tuple(sorted(blocks))
+        if self._proof is not None:
+            self._proof.forget()
+        self._set_trainable()
+
+    def check(self) -> None:
+        """Prove the current period as far as it has gone; for the end of a run.
+
+        Raises:
+            ProofError: the wrong weights trained, or the optimizer has made no step at all.
+        """
+        if self.steps_done == 0:
+            raise ProofError(
+                "the optimizer that LISA is attached to has made no step; attach LISA to the optimizer, and "
+                "over the model, that the loop trains with (with Trainer: trainer.create_optimizer())"
+            )
+        if self._proof is not None and self._proof.is_open and self.steps_done % self.period:
+            self._end_proof(still_open=True)
+
+    def detach(self) -> None:
+        """Remove every hook and give every parameter its `requires_grad` of before back."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if type(self._optimizer).load_state_dict is not Optimizer.load_state_dict:
+            vars(self._optimizer).pop("load_state_dict", None)
+        self._restore_lr()
+        self._frozen_state.detach()
+        self._ends.detach()
+        for parameter, flag in self._flags.items():
+            parameter.requires_grad_(flag)
+        _attached.discard(self._optimizer)
+
+    # ---- Algorithm 1
+
+    def _draw(self) -> None:
+        """Draw this period's blocks, freeze everything else, thaw them."""
+        self.active_blocks = self.sampler.draw(self.period_index, seed=self.seed)
+        ranks.check_equal(
+            f"the blocks drawn for period {self.period_index}", (self.active_blocks, self.steps_done)
+        )
+        if self.state == "reset":
+            self._frozen_state.reset()
+        self._frozen_state.forget(self._ends.rows_of)
+        self._set_trainable()
+
+    def _set_trainable(self) -> None:
+        reshard(self._model)
+        _refuse_unsharded(self._model)
+        self.ends_train = self._ends.policy.trains_in(self.period_index)
+        for index, parameters in enumerate(self._blocks):
+            self._set(parameters, trains=index in self.active_blocks)
+        self._set(self._ends.parameters, trains=self.ends_train)
+        self._set(self._others, trains=False)
+
+    def _set(self, parameters: Sequence[nn.Parameter], *, trains: bool) -> None:
+        """Freeze or thaw parameters, and release or bring back their optimizer state."""
+        for parameter in parameters:
+            parameter.requires_grad_(trains)
+            if trains:
+                self._frozen_state.thaw(parameter)
+                continue
+            # The gradient has to go as well: AdamW moves whatever has one, `requires_grad` or not.
+            parameter.grad = None
+            self._frozen_state.freeze(parameter)
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        reshard(self._model)  # else the next forward pass would read ends that an evaluation has left whole
+        if optimizer.param_groups is not self._param_groups:
+            raise RuntimeError(
+                f"the param groups of {type(optimizer).__name__} were replaced by something else than its "
+                f"load_state_dict, so LISA does not know its position; load states with that"
+            )
+        if self._proof is not None and not self._proof.is_open:
+            self._proof.begin(self.period_index)
+            self._may_rest, self._may_hide = self._moving(), set()
+        self._restore_lr()  # a step that raised has left its ramp behind
+        done = self.steps_done % self.period
+        if done < self.warmup:
+            thawed = [group for block in self._thawed_blocks() for group in self._groups_of_block[block]]
+            thawed += self._groups_of_ends if self.ends_train and self._ends.policy.every > 1 else []
+            for group in thawed:
+                ramped = group["lr"] * ((done + 1) / (self.warmup + 1))
+                self._ramped.append((group, group["lr"], ramped))
+                group["lr"] = ramped
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._restore_lr()
+        # A loss scaler calls fused optimizers also for steps they skip, and tells them so by `found_inf`.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            return
+        if self._may_rest:
+            self._may_rest -= self._driven_layers()
+        if self.steps_done % self.period == 0:
+            for block in self.active_blocks:
+                self.visits[block] += 1
+        self.steps_done += 1
+        if self.steps_done % self.period == 0:
+            _refuse_unsharded(self._model)
+            self._end_proof()
+            self._draw()
+
+    def _thawed_blocks(self) -> set[int]:
+        """Active blocks that were frozen in the period before, or lost their state as if they had been."""
+        if self.period_index == 0 or self.state == "reset":
+            return set(self.active_blocks)
+        return set(self.active_blocks) - set(self.sampler.draw(self.period_index - 1, seed=self.seed))
+
+    def _restore_lr(self, _: Optimizer | None = None) -> None:
+        for group, lr, ramped in self._ramped:
+            if group["lr"] is ramped:  # else a scheduler has set another one since a step that raised
+                group["lr"] = lr
+        self._ramped = []
+
+    def _find_groups(self) -> None:
+        """Look up the param groups: `load_state_dict` replaces them all."""
+        self._param_groups = self._optimizer.param_groups
+        if self.warmup:
+            self._groups_of_block = groups_by_block(
+                self._optimizer, self._blocks, (*self._ends.parameters, *self._ends.resting)
+            )
+            ends = set(self._ends.parameters)
+            self._groups_of_ends = [g for g in self._param_groups if not ends.isdisjoint(g["params"])]
+
+    # ---- proof
+
+    def _named_layers(self) -> dict[str, Sequence[nn.Parameter]]:
+        blocks = {f"block {i}": block for i, block in enumerate(self._blocks)}
+        return {**blocks, "ends": self._ends.parameters, "frozen part": self._others}
+
+    def _moving(self) -> set[str]:
+        """Names of the layers that train in this period."""
+        return {f"block {i}" for i in self.active_blocks} | ({"ends"} if self.ends_train else set())
+
+    def _end_proof(self, still_open: bool = False) -> None:
+        if self._proof is not None:
+            self._proof.end(
+                moving=self._moving(),
+                may_rest=self._may_rest,
+                may_hide=self._may_hide,
+                still_open=still_open,
+            )
+
+    def _driven_layers(self) -> set[str]:
+        """Layers that this step must move."""
+        # An optimizer that finds its own rate has None: transformers' Adafactor.
+        rates = {
+            p: math.inf if group["lr"] is None else group["lr"]
+            for group in self._optimizer.param_groups
+            for p in group["params"]
+        }
+        layers = self._named_layers()
+        proof = self._proof
+        gone: frozenset[nn.Parameter] = frozenset()
+        if isinstance(self._optimizer, AdamW) and self._optimizer.in_backward is not None:
+            gone = self._optimizer.in_backward.updated  # gradients are released: no telling how large
+        driven = {
+            name
+            for name in self._may_rest
+            if gone.isdisjoint(layers[name])
+            and has_reason_to_move(layers[name], rates, sample=None if proof is None else proof.sample(name))
+        }
+        self._may_hide |= {name for name in driven if may_hide(layers[name])}
+        return driven
+
+    def _warn_of_untrained_blocks(self, total_steps: int) -> None:
+        chances = self.sampler.inclusion()
+        counts = self.planned_visits(total_steps)
+        never = [i for i, count in enumerate(counts) if count == 0 and chances[i] > 0]
+        if never and any(counts):
+            warnings.warn(
+                f"{len(never)} of {len(counts)} blocks will never train in {total_steps} steps with "
+                f"period={self.period}: {', '.join(map(str, never))}; "
+                f"lower `period` (or 'auto'), raise `active`, or train longer",
+                stacklevel=3,
+            )
+
+    # ---- save and resume
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "blocks": self.layers.num_blocks,
+            "sampler": repr(self.sampler),
+            "period": self.period,
+            "seed": self.seed,
+            "state": self.state,
+            "ends": str(self._ends.policy),
+            "warmup": self.warmup,
+        }
+
+    def _add_to_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        state_dict["lisa"] = {
+            "steps_done": self.steps_done,
+            "active_blocks": list(self.active_blocks),
+            "visits": list(self.visits),
+            "periods_proven": self.periods_proven,
+            "settings": self._settings(),
+        }
+        self._frozen_state.add_to(state_dict["state"])
+
+    def _check_saved(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        if "lisa" not in state_dict:
+            raise ValueError(
+                "this optimizer state was saved without LISA, so which blocks were training is unknown; "
+                "load it before attaching LISA to start LISA from it"
+            )
+        saved = state_dict["lisa"]
+        differing = [
+            f"{key}: saved {saved['settings'].get(key)}, now {value}"
+            for key, value in self._settings().items()
+            if saved["settings"].get(key) != value
+        ]
+        if differing:
+            raise ValueError(
+                f"LISA was saved with other settings; construct it with these ({'; '.join(differing)})"
+            )
+        self._saved, self._saved_state = saved, state_dict["state"]
+
+    def _load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Stands before an optimizer's own `load_state_dict`: that of bitsandbytes runs no hooks."""
+        self._check_saved(self._optimizer, state_dict)
+        type(self._optimizer).load_state_dict(self._optimizer, state_dict, *args, **kwargs)
+        if self._optimizer.param_groups is not self._param_groups:  # else the hooks have run
+            self._take_saved(self._optimizer)
+
+    def _take_saved(self, optimizer: Optimizer) -> None:
+        """Take up the saved position. State of frozen blocks goes where it belongs: to the host, or away."""
+        self.steps_done = self._saved["steps_done"]
+        self.active_blocks = tuple(self._saved["active_blocks"])
+        self.visits = list(self._saved["visits"])
+        if self._proof is not None:
+            self._proof.forget()
+            self._proof.periods = self._saved["periods_proven"]
+        self._ramped = []
+        self._find_groups()
+        self._frozen_state.load(self._saved_state)
+        self._saved_state = {}
+        self._set_trainable()
+
+
+def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _period(period: int | Literal["auto"], sampler: Sampler, seed: int, total_steps: int | None) -> int:
+    if period == "auto":
+        if total_steps is None:
+            raise ValueError('period="auto" needs total_steps, the number of optimizer steps of the run')
+        return auto_period(sampler, seed=seed, total_steps=total_steps)
+    if not isinstance(period, int) or period < 1:
+        raise ValueError(f'period must be a number of optimizer steps >= 1 or "auto", got {period!r}')
+    return period
+
+
+def _refuse_unsharded(model: nn.Module) -> None:
+    if ranks.count() > 1 and not all(is_sharded(p) or p.is_meta for p in model.parameters()):
+        raise RuntimeError(
+            "on several ranks LISA needs a model that torch's fully_shard has divided, its optimizer built "
+            "after that: DistributedDataParallel fixes which gradients it exchanges when it wraps a model, "
+            "so blocks that thaw later would drift apart without an error; fully_shard with a mesh of "
+            "(ranks, 1) keeps all weights on each rank as DDP does"
+        )

@@ -1,0 +1,229 @@
+"""Proof that the drawn blocks trained and nothing else did.
+
+Every layer gets a 64-bit fingerprint at the start and at the end of a period. A block that was drawn must
+have another one, every other block must have the same.
+
+The fingerprint of integers x_i (the parameters' bits) is sum_i w_i·x_i modulo 2^64 with w_i odd and mixed
+from i. Integer sums are exact in any order, and odd numbers have an inverse modulo 2^64, so a change of any
+single element always shows; a change of several hides with a chance of about 2^-63.
+
+"full" reads every element. "sample" reads one window of up to 1024 elements from each parameter. The window
+moves on with each period and has read all n elements after ⌈n/1024⌉ periods: an optimizer that touches a
+frozen block touches all of it, so it is seen in the same period, and damage to a few rows only is seen in
+the period that reads them.
+
+Weights of fewer than 32 bits can train and a window not show it: Adam's later updates are a small part of the
+learning rate, and rounding swallows most of those. A drawn layer of such weights that rested in its window is
+read in full until it has been seen to move, and refused when it rests again.
+"""
+
+from collections.abc import Mapping, Sequence, Set
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lisatune.distributed import ranks
+from lisatune.distributed.shards import local_part
+
+__all__ = ["Proof", "ProofError", "fingerprint", "has_reason_to_move", "may_hide"]
+
+WINDOW = 1024
+
+
+CHUNK = 1 << 22
+
+
+ODD = 0x1E3779B97F4A7C15
+
+
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class ProofError(RuntimeError):
+    """The wrong weights trained: a drawn block did not move, or another one did."""
+
+
+class Proof:
+    """Fingerprints of all layers over a period.
+
+    Args:
+        layers: name of each layer and its parameters.
+        verify: "sample" or "full".
+    """
+
+    def __init__(self, layers: Mapping[str, Sequence[Tensor]], verify: Literal["sample", "full"]) -> None:
+        self._layers = {name: tuple(parameters) for name, parameters in layers.items() if parameters}
+        self._verify = verify
+        self._before: Tensor | None = None
+        self._period = 0
+        self._doubted: set[str] = set()
+        self.periods = 0
+        """Periods proven so far."""
+
+    def sample(self, name: str) -> int | None:
+        """Number that places a layer's windows in this period, None where every element is read."""
+        return self._period if self._verify == "sample" and name not in self._doubted else None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a period has begun and not been checked yet."""
+        return self._before is not None
+
+    def begin(self, period: int) -> None:
+        """Take the fingerprints that the end of the period is compared with."""
+        self._period = period
+        self._before = self._fingerprints()
+
+    def forget(self) -> None:
+        """Drop the period's fingerprints: weights are about to be replaced from outside."""
+        self._before = None
+
+    def end(
+        self,
+        *,
+        moving: set[str],
+        may_rest: set[str],
+        may_hide: Set[str] = frozenset(),
+        still_open: bool = False,
+    ) -> None:
+        """Check the period that `begin` opened.
+
+        Args:
+            moving: layers that were drawn.
+            may_rest: those of them that had no reason to move: a learning rate or gradients of zero.
+            may_hide: those whose movement a window can miss. One that rests is read in full from now on, and
+                the period does not count as proven.
+            still_open: the period goes on; it is checked so far and not counted.
+
+        Raises:
+            ProofError: names every offending layer and the period.
+        """
+        if self._before is None:
+            return
+        # Of a layer that is divided among ranks, each reads its part.
+        moved_R = [ranks.agreed(each) for each in (self._fingerprints() != self._before).tolist()]
+        moved = {name for name, has_moved in zip(self._layers, moved_R, strict=True) if has_moved}
+        drawn = moving & self._layers.keys()
+        strangers = sorted(moved - drawn)
+        idle = drawn - moved - may_rest
+        doubted = idle & {name for name in may_hide if self.sample(name) is not None}
+        if strangers:
+            raise ProofError(
+                f"period {self._period}: frozen weights moved in {', '.join(strangers)}; "
+                f"something besides this optimizer changed them, or gradients were put on frozen parameters"
+            )
+        if surely := sorted(idle - doubted):
+            raise ProofError(
+                f"period {self._period}: drawn but not trained: {', '.join(surely)}; their gradients never "
+                f"reached the optimizer, or the updates were too small for the weights' dtype"
+            )
+        if not still_open:
+            self._doubted = (self._doubted - moved) | doubted
+            self.periods += not doubted
+            self._before = None
+
+    def _fingerprints(self) -> Tensor:
+        """One int64 per layer, on the CPU."""
+        with torch.no_grad():
+            prints = [
+                fingerprint(parameters, sample=self.sample(name)) for name, parameters in self._layers.items()
+            ]
+            return torch.stack([each.cpu() for each in prints])
+
+
+def fingerprint(parameters: Sequence[Tensor], *, sample: int | None = None) -> Tensor:
+    """Hash the bits of several tensors into one int64 scalar on the first one's device.
+
+    Args:
+        parameters: tensors of any shape, of a dtype of 1, 2, 4 or 8 bytes, on any devices.
+        sample: hash one window per tensor, whose place follows from this number. None: hash everything.
+    """
+    parameters = [local_part(parameter) for parameter in parameters]
+    device = parameters[0].device
+    total = torch.zeros((), dtype=torch.int64, device=device)
+    parts: list[Tensor] = []
+    for index, parameter in enumerate(parameters):
+        bits = parameter.reshape(-1).view(INTEGERS[parameter.element_size()])
+        if sample is not None:
+            parts.append(_window(bits, index, sample).to(device, torch.int64))
+        else:
+            for chunk in torch.split(bits, CHUNK):
+                total = total * ODD + _weighted_sum(chunk.to(torch.int64)).to(device)
+    return _weighted_sum(torch.cat(parts)) if parts else total
+
+
+def has_reason_to_move(
+    parameters: Sequence[nn.Parameter], rates: Mapping[nn.Parameter, Any], *, sample: int | None = None
+) -> bool:
+    """Tell whether a step has to show in a layer's fingerprint; its gradients are still there.
+
+    Adam moves a weight w by about its learning rate, which rounding swallows unless lr is well above
+    eps·|w| of the dtype. A layer must move if enough of the weights that the fingerprint reads, 16 or a
+    quarter, have a gradient and lr > 2·eps·|w|. So reasons to rest are a learning rate of zero (the first
+    step of many schedules) or next to it (the last ones), and gradients of zero (a batch without a label;
+    in a window, rows of tokens that did not occur). Missing gradients are none.
+
+    Args:
+        parameters: the layer's, in the order of its fingerprint.
+        rates: learning rate of each.
+        sample: the fingerprint's.
+    """
+    driven = [(index, p) for index, p in enumerate(parameters) if rates[p] != 0]
+    if all(p.grad is None for _, p in driven):
+        return bool(driven)
+    with_gradient = [(index, p, p.grad) for index, p in driven if p.grad is not None]
+    wanted = movable = 0
+    for index, p, gradient in with_gradient:
+        weights, gradients = _read(local_part(p), local_part(gradient), index, sample)
+        wanted += weights.numel() if sample is not None else p.numel()
+        for some, their in zip(torch.split(weights, CHUNK), torch.split(gradients, CHUNK), strict=True):
+            coarse = 2 * torch.finfo(p.dtype).eps * some.abs()
+            movable += int(((their != 0) & (coarse < rates[p])).sum())
+            if movable >= 16:
+                return True
+    return wanted > 0 and 4 * movable >= wanted
+
+
+def may_hide(parameters: Sequence[nn.Parameter]) -> bool:
+    """Tell whether a window can miss that a layer trains: it has gradients, and weights of 8 or 16 bits."""
+    coarse = all(p.element_size() < 4 for p in parameters)
+    return coarse and any(p.grad is not None for p in parameters)
+
+
+def _read(weight: Tensor, gradient: Tensor, index: int, sample: int | None) -> tuple[Tensor, Tensor]:
+    """What the fingerprint reads of a weight, and its gradient there; of a sparse one its rows."""
+    if not gradient.is_sparse:
+        pair = weight.reshape(-1), gradient.reshape(-1)
+        return pair if sample is None else (_window(pair[0], index, sample), _window(pair[1], index, sample))
+    gradient = gradient.coalesce()
+    ids_n, values_nD = gradient._indices()[0], gradient._values()
+    if sample is None:
+        return weight[ids_n].reshape(-1), values_nD.reshape(-1)
+    width = weight[0].numel()
+    at = _place(weight.numel(), index, sample)
+    first, last = at.start // width, (at.stop - 1) // width
+    is_near_n = (ids_n >= first) & (ids_n <= last)
+    near = values_nD.new_zeros(last + 1 - first, width)
+    near[ids_n[is_near_n] - first] = values_nD[is_near_n]
+    begin = at.start - first * width
+    return weight.reshape(-1)[at], near.view(-1)[begin : begin + at.stop - at.start]
+
+
+def _window(values: Tensor, index: int, sample: int) -> Tensor:
+    """Up to WINDOW values, all of which are met by counting `sample` up; each `index` starts elsewhere."""
+    return values[_place(values.numel(), index, sample)]
+
+
+def _place(size: int, index: int, sample: int) -> slice:
+    windows = -(-size // WINDOW)
+    start = (sample + index * 104729) % max(windows, 1) * WINDOW
+    start = min(start, max(size - WINDOW, 0))
+    return slice(start, min(start + WINDOW, size))
+
+
+def _weighted_sum(values: Tensor) -> Tensor:
+    weights = torch.arange(1, values.numel() + 1, dtype=torch.int64, device=values.device).mul_(ODD)
+    # Weights in an arithmetic series would let small changes cancel: 1·(-8) + 3·1 + 5·1 = 0.
+    weights.bitwise_xor_(weights >> 31).mul_(ODD).bitwise_or_(1)
+    return weights.mul_(values).sum()

@@ -1,0 +1,325 @@
+"""Next-token loss without the full logits.
+
+For hidden states h_t, head W and labels y (-100 where no loss), position t predicts label t + 1:
+
+    loss = sum over t with y_{t+1} != -100 of  -log softmax(W h_t)[y_{t+1}]
+
+Positions without loss never reach the head. A head that is a plain `nn.Linear` without bias goes through
+`cross_entropy.py`. Any other head (with a bias, hooks, adapters or quantised weights) is called on 128
+tokens at a time, each chunk under `torch.utils.checkpoint`, so its logits exist for one chunk at a time.
+
+Shapes: B = sequences, T = tokens, H = hidden size, V = vocabulary, N = positions with loss, C = chunk.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from itertools import product
+from typing import Any, Literal, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+from lisatune.distributed.shards import reshard
+from lisatune.losses.cross_entropy import linear_cross_entropy
+from lisatune.nn.hidden import hidden_states, logits, num_virtual_tokens
+
+__all__ = ["CausalLMLoss", "ShardedLoss", "chunked_cross_entropy", "evaluation_mode"]
+
+IGNORE = -100
+"""Label of a position that carries no loss."""
+
+
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+"""Largest difference, relative to the largest logit, that rounding explains. A missing scale is far above."""
+
+
+SCALE_KEYS = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier")
+"""Config keys that scale logits. Some models multiply, others divide: the comparison tells which."""
+
+
+def chunked_cross_entropy(
+    hidden_BTD: Tensor,
+    head: Callable[[Tensor], Tensor],
+    labels_BT: Tensor,
+    *,
+    chunk_size: int = 128,
+    transform: Callable[[Tensor], Tensor] | None = None,
+    is_shifted: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Sum the next-token losses of a batch, in float32 (float64 for float64).
+
+    Args:
+        hidden_BTD: what the head reads, [B, T, H], any float dtype.
+        head: maps [C, H] to logits [C, V].
+        labels_BT: token ids, [B, T]; -100 carries no loss. Position t is scored on label t + 1.
+        chunk_size: C, positions whose logits exist at once, >= 1.
+        transform: what the model does to its logits, elementwise, such as scaling or soft-capping.
+        is_shifted: position t is scored on label t instead.
+
+    Returns:
+        Loss sum (scalar) and number of positions with loss (int64 scalar). With no such position the sum
+        is a zero whose gradients are zeros. On fake tensors every position counts as one with loss, since
+        their values, and so the number of positions, are unknown.
+    """
+    target_BT = labels_BT if is_shifted else labels_BT[:, 1:]
+    hidden_BTD = hidden_BTD[:, : target_BT.shape[1]]
+    has_loss_BT = target_BT != IGNORE
+    num_tokens = has_loss_BT.sum()
+    if isinstance(labels_BT, FakeTensor):
+        hidden_ND, target_N = hidden_BTD.flatten(0, 1), target_BT.flatten()
+    else:  # waits for the device once per call: N must be known
+        hidden_ND, target_N = hidden_BTD[has_loss_BT], target_BT[has_loss_BT]
+    if _is_plain(head):
+        total = linear_cross_entropy(
+            hidden_ND, head.weight, target_N, chunk_size=chunk_size, transform=transform
+        )
+        return total, num_tokens
+
+    def chunk_loss(hidden_CD: Tensor, target_C: Tensor) -> Tensor:
+        logits_CV = head(hidden_CD)
+        if transform is not None:
+            logits_CV = transform(logits_CV)
+        wide = torch.promote_types(logits_CV.dtype, torch.float32)
+        return cross_entropy(logits_CV.to(wide), target_C, reduction="sum")
+
+    total = torch.zeros((), device=hidden_BTD.device)
+    for start in range(0, max(len(target_N), 1), chunk_size):  # one empty chunk where nothing has loss
+        chunk = hidden_ND[start : start + chunk_size], target_N[start : start + chunk_size]
+        if torch.is_grad_enabled():
+            total = total + checkpoint(chunk_loss, *chunk, use_reentrant=False, preserve_rng_state=False)
+        else:
+            total = total + chunk_loss(*chunk)
+    return total, num_tokens
+
+
+def _is_plain(head: Any) -> TypeGuard[nn.Linear]:
+    """Whether calling the head is a product with its weight and nothing else."""
+    return (
+        type(head) is nn.Linear
+        and head.bias is None
+        and type(head.weight) in (nn.Parameter, FakeTensor)
+        and type(head.weight.data) in (Tensor, FakeTensor)
+        and "forward" not in vars(head)
+        and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks)
+    )
+
+
+class CausalLMLoss:
+    """Next-token loss of a Hugging Face causal language model, without its full logits.
+
+    The decoder is called for hidden states and the head is applied in chunks. That must give the model's
+    own logits, which is proven here on a few tokens; a model that does anything else to its logits goes
+    through its own forward with full logits instead, and a warning says so.
+
+    `use_cache=False` and the batch's position_ids are always passed, an attention_mask never: sequences are
+    padded on the right, where a causal model does not look, and packed documents are told apart by
+    position_ids that start again at 0. The auxiliary loss of mixture-of-experts
+    routers is not part of this loss.
+
+    For FSDP2, register the method that calls this with `register_fsdp_forward_method`, since the model's own
+    `forward` is bypassed.
+
+    Args:
+        model: a `transformers` causal language model, with weights and on its device. It is called twice.
+        chunk_size: positions whose logits exist at once.
+        on_obstacle: what to do where the model needs its full logits: use them and warn, or raise.
+        prove: False believes the config and calls nothing: for a model without weights.
+
+    Attributes:
+        is_chunked: False where the model needs its full logits.
+        transform: what the model does to its head's output, elementwise; None where that is nothing.
+
+    Raises:
+        ValueError: the model computes NaN, or needs its full logits and `on_obstacle` is "raise".
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        chunk_size: int = 128,
+        on_obstacle: Literal["warn", "raise"] = "warn",
+        prove: bool = True,
+    ) -> None:
+        self.model: Any = model
+        self.chunk_size = chunk_size
+        self.transform: Callable[[Tensor], Tensor] | None = None
+        self._is_proven = prove
+        obstacle = self._find_transform() if prove else self._expect_transform()
+        self.is_chunked = obstacle is None
+        if obstacle is not None and on_obstacle == "raise":
+            raise ValueError(f"{type(model).__name__} needs its full logits: {obstacle}")
+        if obstacle is not None:
+            warnings.warn(
+                f"the loss of {type(model).__name__} uses full logits, which takes more memory: {obstacle}",
+                stacklevel=2,
+            )
+        if getattr(model.config, "output_router_logits", False):
+            warnings.warn(
+                f"the router's auxiliary loss of {type(model).__name__} is left out of the loss",
+                stacklevel=2,
+            )
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Sum the token losses of a batch.
+
+        Args:
+            batch: `input_ids`, `labels` and `position_ids`, each int64 [B, T].
+
+        Returns:
+            Loss sum (float32 scalar) and number of tokens with loss (int64 scalar).
+        """
+        input_ids_BT, position_ids_BT = batch["input_ids"], batch["position_ids"]
+        if not self.is_chunked:
+            logits_BTV = logits(self.model, input_ids_BT, position_ids_BT)
+            return chunked_cross_entropy(logits_BTV, _identity, batch["labels"], chunk_size=self.chunk_size)
+        return chunked_cross_entropy(
+            hidden_states(self.model, input_ids_BT, position_ids_BT),
+            self.model.get_output_embeddings(),
+            batch["labels"],
+            chunk_size=self.chunk_size,
+            transform=self.transform,
+        )
+
+    def check_packing(self) -> None:
+        """Prove on a few tokens that documents packed into one sequence don't see each other.
+
+        Raises:
+            ValueError: they do, as in models without position ids, with recurrent state, or in flash
+                attention with more than one sequence per batch.
+        """
+        ids_BT, _ = self._probe()
+        restart_BT = torch.cat([torch.arange(4), torch.arange(4)]).expand(2, -1).to(ids_BT.device)
+        other_BT = torch.cat([ids_BT[:, :4].flip(1), ids_BT[:, 4:]], dim=1)
+        with torch.no_grad(), evaluation_mode(self.model):
+            second, same = (logits(self.model, ids, restart_BT)[:, 4:] for ids in (ids_BT, other_BT))
+        if not _agree(second, same):
+            raise ValueError(
+                f"data.packing does not work with {type(self.model).__name__} and attention "
+                f"{self.model.config._attn_implementation}: packed records would see each other; "
+                "set data.packing: false"
+            )
+
+    def follow(self, model: nn.Module) -> None:
+        """Compute from now on the loss of a model that a method has put around the one before.
+
+        Raises:
+            ValueError: with virtual tokens hidden states and head don't give the model's own logits any more.
+        """
+        self.model = model
+        obstacle = self._find_transform() if self._is_proven and num_virtual_tokens(model) else None
+        if obstacle is not None:
+            raise ValueError(f"virtual tokens don't work with this model ({obstacle}); use another method")
+
+    def _find_transform(self) -> str | None:
+        """Find what turns the head's output into the model's logits; say what is wrong where nothing does."""
+        head = self.model.get_output_embeddings()
+        if head is None:
+            return "it names no output head"
+        probe = self._probe()
+        with torch.no_grad(), evaluation_mode(self.model):
+            want_BTV = logits(self.model, *probe)
+            if want_BTV.isnan().any():
+                raise ValueError(_why_nan(self.model))
+            try:
+                raw_BTV = head(hidden_states(self.model, *probe))
+            except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+                return f"its decoder and head can't be called apart ({error})"
+            for transform in _transforms(self.model.config.get_text_config(decoder=True)):
+                if _agree(raw_BTV if transform is None else transform(raw_BTV), want_BTV):
+                    self.transform = transform
+                    return None
+        return "it changes its logits in a way that its config does not name"
+
+    def _expect_transform(self) -> str | None:
+        """Take the likeliest transform, unproven: for a model that has no weights to compute with."""
+        if self.model.get_output_embeddings() is None:
+            return "it names no output head"
+        self.transform = _transforms(self.model.config.get_text_config(decoder=True))[0]
+        return None
+
+    def _probe(self) -> tuple[Tensor, Tensor]:
+        """Two sequences of eight tokens: enough to compare, and no random number is drawn."""
+        embedding = self.model.get_input_embeddings().weight
+        ids_BT = torch.arange(16, device=embedding.device).view(2, 8) % embedding.shape[0]
+        return ids_BT, torch.arange(8, device=embedding.device).expand(2, -1)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off inside, and give every module its own training flag back at the end."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+
+
+def _transforms(config: Any) -> list[Callable[[Tensor], Tensor] | None]:
+    """Every way from head output to logits that the config's keys allow, the likeliest first."""
+    values = [getattr(config, key, None) for key in SCALE_KEYS]
+    factors = [factor for value in values if value for factor in (float(value), 1 / value)]
+    cap = getattr(config, "final_logit_softcapping", None)
+    ways = product({cap: 0, None: 0}, [*factors, 1.0])
+    return [
+        None if (cap, factor) == (None, 1) else partial(_scale_and_cap, factor=factor, cap=cap)
+        for cap, factor in ways
+    ]
+
+
+def _scale_and_cap(logits: Tensor, *, factor: float, cap: float | None) -> Tensor:
+    logits = logits if factor == 1 else logits * factor
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def _why_nan(model: nn.Module) -> str:
+    broken = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    if not broken:
+        return f"{type(model).__name__} computes NaN from finite weights; try model.attention: eager"
+    more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+    return f"the model's weights hold NaN or infinity, in {broken[0]}{more}; fetch or export the model again"
+
+
+def _agree(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    difference = (a.double() - b.double()).abs().max()  # NaN compares as False
+    return bool(difference <= TOLERANCE[b.dtype] * b.double().abs().max())
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+class ShardedLoss(CausalLMLoss):
+    """The loss of a sharded model, which FSDP2 takes for its forward pass.
+
+    Args:
+        model: a sharded model; every rank must make its loss.
+        prove: as of `CausalLMLoss`.
+    """
+
+    def __init__(self, model: nn.Module, *, prove: bool = True) -> None:
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
+        super().__init__(model, prove=prove)
+        reshard(model)
+        self.model._sharded_loss = super().__call__
+        register_fsdp_forward_method(self.model, "_sharded_loss")
+
+    def check_packing(self) -> None:
+        """As of `CausalLMLoss`; every rank must call it."""
+        super().check_packing()
+        reshard(self.model)
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Sum the token losses of this rank's batch; every rank must call it."""
+        result: tuple[Tensor, Tensor] = self.model._sharded_loss(batch)
+        return result

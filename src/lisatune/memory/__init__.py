@@ -1,0 +1,5 @@
+"""What a run takes: counted, planned, made to fit, checked."""
+
+from lisatune.memory.fit import find_fit as find_fit
+from lisatune.memory.plan import plan_memory as plan_memory
+from lisatune.memory.tracker import measure as measure

@@ -1,0 +1,96 @@
+"""Arithmetic where a plan can't be traced: models that resist fake tensors, and several ranks."""
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from lisatune.memory.tracker import StepMemory
+from lisatune.methods.build import Built
+from lisatune.nn.layers import LayerMap
+from lisatune.optim.meter import tensors_bytes
+from lisatune.recipe import Recipe
+
+__all__ = ["divided", "estimate", "why_untraced"]
+
+
+def estimate(built: Built, recipe: Recipe, length: int) -> StepMemory:
+    """Count parameters, and estimate the rest.
+
+    Activations of a block: 34 bytes per token and hidden unit at two bytes a number, attention scores not
+    stored (Korthikanti et al., arXiv 2205.05198, section 4.1). With checkpointing each block keeps its input,
+    and one block is whole. Loss: logits of a chunk of 128 tokens, three times in float32. AdamW: two moments.
+    """
+    trained = [p for p in built.model.parameters() if p.requires_grad]
+    weights = tensors_bytes([*built.model.parameters(), *built.model.buffers()])
+    gradients = tensors_bytes(trained)
+    config: Any = built.model.config
+    text, tokens = config.get_text_config(), recipe.run.batch_size * length
+    width = 2 if built.step.autocast is not None else next(iter(built.model.parameters())).element_size()
+    block = 17 * width * tokens * text.hidden_size
+    blocks = built.layers.num_blocks
+    kept = block + blocks * width * tokens * text.hidden_size
+    activations = kept if recipe.run.activation_checkpointing else blocks * block
+    at_peak = {
+        "weights": weights,
+        "gradients": gradients,
+        "optimizer state": 2 * gradients,
+        "activations": activations,
+        "loss": 3 * 4 * min(128, tokens) * text.vocab_size,
+        "workspace": 0,
+    }
+    peak = sum(at_peak.values())
+    return StepMemory(
+        peak_bytes=peak,
+        phase="backward",
+        at_peak=at_peak,
+        by_phase={"backward": peak},
+        static_bytes=weights + 2 * gradients,
+    )
+
+
+def divided(memory: StepMemory, model: nn.Module, layers: LayerMap, ranks: int) -> StepMemory:
+    """Share weights, gradients and state among ranks, as FSDP2 does with each block and the ends as units.
+
+    Gathered on top: the ends, which stay for the whole step, and two blocks: the one that computes, the next.
+    """
+    blocks = [tensors_bytes(block.values()) for block in layers.block_parameters(model)]
+    gathered = tensors_bytes(layers.end_parameters(model).values()) + 2 * max(blocks, default=0)
+    shared = ("weights", "gradients", "optimizer state")
+    at_peak = {name: -(-size // ranks) if name in shared else size for name, size in memory.at_peak.items()}
+    at_peak["workspace"] += gathered
+    saved = memory.peak_bytes - sum(at_peak.values())
+    return replace(
+        memory,
+        peak_bytes=sum(at_peak.values()),
+        at_peak=at_peak,
+        by_phase={memory.phase: memory.peak_bytes - saved},
+        static_bytes=-(-memory.static_bytes // ranks),
+        host_bytes=-(-memory.host_bytes // ranks),
+    )
+
+
+def why_untraced(built: Built, batches: list[dict[str, Tensor]], error: Exception) -> str:
+    """Say which module fails under fake tensors: the step runs once more."""
+    inside: list[str] = []
+    handles = []
+    for name, module in built.model.named_modules():
+        handles += [
+            module.register_forward_pre_hook(lambda *_, name=name: inside.append(name)),
+            module.register_forward_hook(lambda *_: inside.pop() and None),
+        ]
+    try:
+        built.step.backward(batches)
+    except Exception as again:
+        error = again
+    finally:
+        for handle in handles:
+            handle.remove()
+        built.step.skip()
+    where = (
+        f"module {inside[-1]} ({type(built.model.get_submodule(inside[-1])).__name__})"
+        if inside
+        else "the step"
+    )
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"{where} can't be traced ({reason}); the figures are arithmetic, and rough in activations"

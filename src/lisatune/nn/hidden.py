@@ -1,0 +1,75 @@
+"""Calling a model for hidden states or logits, PEFT's virtual tokens included.
+
+Prompt tuning puts trained embeddings before the sequence, prefix tuning trained keys and values before those
+of every attention layer. PEFT does so in the `forward` of its model; for hidden states without logits it is
+done here, from the same `get_prompt`. What is returned is for the given tokens alone.
+
+Shapes: B = sequences, T = tokens, P = virtual tokens, H = hidden size, V = vocabulary.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["hidden_states", "logits", "max_positions", "num_virtual_tokens"]
+
+
+def num_virtual_tokens(model: Any) -> int:
+    """P, how many positions PEFT takes for itself; 0 for any other model."""
+    config = _prompt_config(model)
+    return 0 if config is None else int(config.num_virtual_tokens)
+
+
+def hidden_states(model: Any, input_ids_BT: Tensor, position_ids_BT: Tensor) -> Tensor:
+    """What the decoder makes of the tokens, [B, T, H]: what the head reads."""
+    decoder, config = model.get_decoder(), _prompt_config(model)
+    inputs: dict[str, Any] = {"input_ids": input_ids_BT}
+    if config is not None:
+        inputs, position_ids_BT = _with_prompt(model, config, input_ids_BT, position_ids_BT)
+    out = decoder(**inputs, use_cache=False, **_positions(decoder, position_ids_BT))
+    hidden_BTH: Tensor = out.last_hidden_state
+    return hidden_BTH[:, -input_ids_BT.shape[1] :]
+
+
+def logits(model: Any, input_ids_BT: Tensor, position_ids_BT: Tensor) -> Tensor:
+    """Logits as the model's own `forward` gives them, [B, T, V]. PEFT's counts positions by itself."""
+    positions = _positions(model, position_ids_BT) if _prompt_config(model) is None else {}
+    logits_BTV: Tensor = model(input_ids=input_ids_BT, use_cache=False, **positions).logits
+    return logits_BTV[:, -input_ids_BT.shape[1] :]
+
+
+def _with_prompt(
+    model: Any, config: Any, input_ids_BT: Tensor, position_ids_BT: Tensor
+) -> tuple[dict[str, Any], Tensor]:
+    """The decoder's inputs and positions with the virtual tokens before each sequence."""
+    batch_size, num_virtual = len(input_ids_BT), config.num_virtual_tokens
+    positions_BT = position_ids_BT + num_virtual
+    prompt = model.get_prompt(batch_size)
+    if not isinstance(prompt, Tensor):  # keys and values of all layers
+        return {"input_ids": input_ids_BT, "past_key_values": prompt}, positions_BT
+    embedded_BTH = model.get_input_embeddings()(input_ids_BT)
+    first_BP = torch.arange(num_virtual, device=positions_BT.device).expand(batch_size, -1)
+    inputs = {"inputs_embeds": torch.cat([prompt.to(embedded_BTH.dtype), embedded_BTH], dim=1)}
+    return inputs, torch.cat([first_BP, positions_BT], dim=1)
+
+
+def _prompt_config(model: Any) -> Any:
+    """PEFT's config where it adds virtual tokens, else None."""
+    configs = getattr(model, "peft_config", None)  # of PEFT's model, not of one with adapters put inside
+    config = getattr(model, "active_peft_config", None) if isinstance(configs, dict) else None
+    return config if config is not None and config.is_prompt_learning else None
+
+
+def _positions(module: nn.Module, position_ids_BT: Tensor) -> dict[str, Tensor]:
+    """Models whose attention counts positions by itself (ALiBi) take no position_ids."""
+    takes_them = "position_ids" in inspect.signature(module.forward).parameters
+    return {"position_ids": position_ids_BT} if takes_them else {}
+
+
+def max_positions(model: nn.Module) -> int | None:
+    """Longest sequence the model's config allows beside PEFT's virtual tokens, None where it names none."""
+    config: Any = model.config
+    limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return None if limit is None else limit - num_virtual_tokens(model)

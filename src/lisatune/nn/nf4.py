@@ -1,0 +1,129 @@
+"""Frozen linear layers in 4 bits: NF4 (QLoRA, Dettmers et al., arXiv 2305.14314, section 3) by bitsandbytes.
+
+Every 64 weights w share their largest magnitude a, in float32; each is stored as the nearest of the 16
+quantiles q of a normal distribution: w ≈ a · q_i, in 4 + 32/64 bits. The layer computes with a copy in the
+dtype of its input, which is made for the product and again in backward, so that none is kept.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from lisatune.nn.layers import find_layers
+
+__all__ = ["Linear4", "check_nf4", "note_quantized", "quantize_as_noted", "quantize_linear_layers"]
+
+NOTE = "quantized_base.json"
+
+
+BLOCK = 64
+"""Weights that share a scale."""
+
+
+class Linear4(nn.Linear):
+    """A linear layer whose weight is stored in 4 bits, two in a byte, and never trains."""
+
+    absmax: Tensor
+
+    def __init__(self, plain: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = plain.in_features, plain.out_features
+        codes, absmax = torch.ops.bitsandbytes.quantize_4bit(
+            plain.weight.detach().contiguous(), BLOCK, "nf4", torch.uint8
+        )
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.register_buffer("absmax", absmax)
+        self.bias = plain.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the layer in the dtype of its input, or of autocast."""
+        kind = input.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
+        out: Tensor = _Product.apply(input.to(dtype), self.weight, self.absmax, self.shape)  # type: ignore[no-untyped-call]
+        return out if self.bias is None else out + self.bias.to(dtype)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the weight that is stored."""
+        return self.out_features, self.in_features
+
+
+class _Product(torch.autograd.Function):
+    """x Wᵀ, and in backward the gradient of x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, absmax: Tensor, shape: tuple[int, int]) -> Tensor:
+        ctx.save_for_backward(codes, absmax)
+        ctx.shape = shape
+        return linear(x, _plain(codes, absmax, shape, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        codes, absmax = ctx.saved_tensors
+        return grads[0] @ _plain(codes, absmax, ctx.shape, grads[0].dtype), None, None, None
+
+
+def _plain(codes: Tensor, absmax: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit(codes, absmax, BLOCK, "nf4", shape, dtype)
+    return weight
+
+
+def quantize_linear_layers(model: nn.Module) -> None:
+    """Replace the linear layers of the model's blocks, in place.
+
+    Raises:
+        ImportError: bitsandbytes is not installed.
+        ValueError: there are none.
+    """
+    _import()
+    blocks = tuple(f"{path}." for path in find_layers(model).blocks)
+    modules = model.named_modules()
+    plain = [path for path, module in modules if path.startswith(blocks) and type(module) is nn.Linear]
+    if not plain:
+        raise ValueError(
+            f"{type(model).__name__} has no torch.nn.Linear in its blocks to store in 4 bits; use method lora"
+        )
+    for path in plain:
+        layer = model.get_submodule(path)
+        assert isinstance(layer, nn.Linear)
+        model.set_submodule(path, Linear4(layer))
+
+
+def note_quantized(model: nn.Module, folder: Path) -> None:
+    """Write beside adapters that their model's weights were in 4 bits; PEFT passes over it."""
+    if any(isinstance(module, Linear4) for module in model.modules()):
+        (folder / NOTE).write_text('{"linear_layers_of_blocks": "nf4"}\n', encoding="utf-8")
+
+
+def quantize_as_noted(model: nn.Module, folder: Path) -> None:
+    """Store a loaded model's weights in 4 bits if the adapters in `folder` were trained beside such."""
+    if (folder / NOTE).is_file():
+        quantize_linear_layers(model)
+
+
+def check_nf4(device: torch.device) -> None:
+    """Store a few numbers in 4 bits on the device and read them.
+
+    Raises:
+        ImportError: bitsandbytes is not installed.
+        ValueError: it can't work there.
+    """
+    _import()
+    try:
+        layer = Linear4(nn.Linear(BLOCK, 2, bias=False, device=device))
+        layer(torch.ones(1, BLOCK, device=device))
+    except (AttributeError, NotImplementedError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"4-bit weights don't work on {device} with this bitsandbytes ({reason}); use method lora"
+        ) from error
+
+
+def _import() -> None:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ImportError('4-bit weights need bitsandbytes: pip install "lisatune[train,qlora]"') from error

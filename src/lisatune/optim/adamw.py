@@ -1,0 +1,298 @@
+"""AdamW that computes in float32 whatever weights and moments are stored in.
+
+A parameter is updated in chunks. Each chunk of weight, gradient and moments is brought to float32, torch's
+own fused AdamW kernel updates it, and it goes back into its storage (see `codecs`). On CUDA one
+kernel does all of that (`lisatune.optim.adamw_triton`):
+
+    rounding, for bf16 weights      bytes   the weight after a step is
+        exact                         2     the float32 weight rounded to nearest; a remainder holds the rest
+        stochastic                    0     up or down by chance, right on average
+        nearest                       0     rounded to nearest: updates below half a spacing are lost
+    moments
+        fp32                          8     float32
+        bf16                          4     bf16, the second moment rounded stochastically
+        8bit                        2.03    dynamic 8-bit codes with a scale for each 256 of them
+        factored                     ~0     second moment as means of rows and columns, no first moment
+
+Why a remainder and no master copy: a bf16 weight is the upper half of its float32 number, so the lower half
+is all that a master copy adds, at half its bytes. TransformerEngine (store_param_remainders) and apex do the
+same.
+
+Why the bf16 second moment is rounded stochastically: beta2 = 0.999 changes it by 0.1 % at a step, which is
+less than half a spacing of bf16 (0.2 to 0.4 %), so that rounding to nearest would hold it where it is.
+
+Factored moments (Adafactor: Shazeer & Stern, arXiv 1804.04235, sections 3 and 6). With R_i and C_j the
+running means of g² over row i and over column j of a matrix,
+
+    v_ij = R_i C_j / mean(R),     u = g / (sqrt(v̂) + eps),     w ← w - lr·u / max(1, RMS(u))
+
+v̂ being v over 1 - beta2^t, as in Adam. A first moment would cost what factoring saves. Without one the sum of
+all steps is the same, for beta1 only spreads a gradient over the steps that follow; single steps are rougher,
+which the clipping at RMS 1 bounds. Parameters of one dimension keep a whole second moment.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lisatune.distributed.shards import part_to_update
+from lisatune.optim import codecs
+from lisatune.optim.adamw_triton import can_update, update_chunk
+from lisatune.optim.chunks import on_device
+from lisatune.optim.factored import update_factored
+from lisatune.optim.in_backward import UpdateInBackward
+from lisatune.optim.rows import RowGradients, update_rows
+from lisatune.optim.state import (
+    CHUNKED,
+    check_group,
+    fused_adamw,
+    home_of,
+    layout_of,
+    prepare,
+    read_moments,
+    write_moments,
+)
+
+__all__ = ["AdamW"]
+
+CHUNK = {"cpu": 1 << 17}
+"""Elements of a chunk by device: on a CPU what fits in its cache."""
+
+
+CHUNK_ELSEWHERE = 1 << 22
+
+
+CHUNK_OF_KERNEL = 1 << 24
+"""Where one kernel does it all, without temporary memory: more than it takes to launch it."""
+
+
+class AdamW(Optimizer):
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) with a choice of how weights and moments are stored.
+
+    With float32 weights and moments it is `torch.optim.AdamW(fused=True)` bit for bit.
+
+    Args:
+        params, lr, betas, eps, weight_decay: as in `torch.optim.AdamW`; all but `params` per param group.
+        rounding: "exact", "stochastic" or "nearest", how an update goes into bf16 weights. Wider weights
+            ignore it. Per param group.
+        moments: "fp32", "bf16", "8bit" (needs bitsandbytes) or "factored". Per param group. float64 weights
+            have float64 moments in place of fp32.
+        state_device: None, where the weight is; or "cpu": moments and remainder in host memory, pinned where
+            the weight is on CUDA, brought over chunk by chunk while other chunks are computed. Factored
+            moments stay with the weight. Per param group.
+        rows: True for the weight of an `nn.Embedding(sparse=True)`: gradient and moments of the rows that a
+            step reads, see `lisatune.optim.rows`. Per param group.
+        seed: names the random numbers of stochastic rounding. They follow from it, the number of steps and
+            the parameter's place in the optimizer; no global generator is touched, and resume is exact.
+        chunk_size: elements brought to float32 at a time, a multiple of 256. Default: 2^17 on a CPU, 2^22
+            elsewhere, which are 8 bytes each of temporary memory, or 16 with compact moments; 2^24 and none
+            where one kernel does it all.
+
+    Raises:
+        ValueError: an argument is out of range; at the first step, a weight of another dtype than bf16,
+            float32 and float64, or a gradient that is sparse without `rows`, or dense with it.
+
+    State of a parameter: `step` (float32 scalar), `exp_avg` and `exp_avg_sq`, with 8bit `exp_avg_codes`,
+    `exp_avg_scales` and the same of `exp_avg_sq`, with factored `exp_avg_sq_rows` and `exp_avg_sq_columns`;
+    with exact rounding `remainder` (int16); with rows a table instead of all these. What is missing starts
+    as new: moments and remainder of zero.
+    """
+
+    lasting_state: tuple[str, ...] = ("remainder",)
+    """State that belongs to the weights: whoever releases state keeps these keys for later."""
+
+    _incoming: dict[int, Any] | None = None
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        rounding: Literal["exact", "stochastic", "nearest"] = "exact",
+        moments: Literal["fp32", "bf16", "8bit", "factored"] = "fp32",
+        state_device: Literal["cpu"] | None = None,
+        rows: bool = False,
+        seed: int = 0,
+        chunk_size: int | None = None,
+    ) -> None:
+        if chunk_size is not None and (chunk_size < 1 or chunk_size % codecs.BLOCK):
+            raise ValueError(f"chunk_size must be a positive multiple of {codecs.BLOCK}, got {chunk_size}")
+        self.chunk_size = chunk_size
+        self.in_backward: UpdateInBackward | None = None
+        self._row_gradients = RowGradients()
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "rounding": rounding,
+            "moments": moments,
+            "state_device": state_device,
+            "rows": rows,
+            "seed": seed,
+            "steps_done": 0,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its own options stand before the optimizer's."""
+        super().add_param_group(param_group)
+        try:
+            check_group(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        for p in self.param_groups[-1]["params"] if self.param_groups[-1]["rows"] else ():
+            self._row_gradients.watch(p)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient: none after `update_in_backward`; then this counts."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        place = 0
+        for group in self.param_groups:
+            ready = [(place + i, p) for i, p in enumerate(group["params"]) if p.grad is not None]
+            self._update(group, ready)
+            place += len(group["params"])
+            group["steps_done"] += 1
+        if self.in_backward is not None:
+            self.in_backward.end_step()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Release the gradients."""
+        super().zero_grad(set_to_none)
+        self._row_gradients.forget()
+
+    def update_in_backward(self) -> UpdateInBackward:
+        """From now on update each parameter in backward, as soon as its gradient is complete.
+
+        Gradients are released as they are used; `step()` counts, and must be called after every backward.
+        See `lisatune.optim.in_backward` for what this can't be combined with.
+
+        Raises:
+            ValueError: a parameter is frozen already.
+        """
+        if self.in_backward is None:
+            self.in_backward = UpdateInBackward(self, self._update_one)
+        return self.in_backward
+
+    def _update_one(self, place: int, p: nn.Parameter) -> None:
+        first = 0
+        for group in self.param_groups:
+            if place < first + len(group["params"]):
+                self._update(group, [(place, p)])
+                return
+            first += len(group["params"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave, every tensor in the dtype and on the device that it belongs in.
+
+        Torch would cast moments to their weight's dtype.
+        """
+        self._incoming = state_dict["state"]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            self._incoming = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take up state; torch calls this in `load_state_dict`, before hooks such as LISA's look at it."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)  # a state saved by another AdamW
+        if self._incoming is None:
+            return
+        numbered = [(group, p) for group in self.param_groups for p in group["params"]]
+        for number, (group, p) in enumerate(numbered):
+            layout = layout_of(group, p)
+            for key, saved in self._incoming.get(number, {}).items():
+                if isinstance(saved, Tensor) and key in layout:
+                    self.state[p][key] = home_of(group, p, key).take(saved.to(dtype=layout[key][1]))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, after every transfer to host memory has ended."""
+        for device in {p.device for group in self.param_groups for p in group["params"]}:
+            if device.type == "cuda" and any(group["state_device"] for group in self.param_groups):
+                torch.cuda.synchronize(device)
+        return super().state_dict()
+
+    # ---- one group
+
+    def _update(self, group: dict[str, Any], ready: Sequence[tuple[int, nn.Parameter]]) -> None:
+        """Update parameters of a group, each given with its place in the optimizer."""
+        whole: list[Tensor] = []
+        states: list[dict[str, Any]] = []
+        for place, parameter in ready:
+            state, p = self.state[parameter], part_to_update(parameter)
+            prepare(group, p, state, ids=self._row_gradients.take(parameter) if group["rows"] else None)
+            key = codecs.key_of(group["seed"], group["steps_done"], place)
+            if group["rows"]:
+                update_rows(group, p, state, key, self._chunk(p))
+            elif _is_whole(group, p, state):
+                whole.append(p)
+                states.append(state)
+            else:
+                self._update_alone(group, p, state, key)
+        if whole:
+            steps = [state["step"] for state in states]
+            torch._foreach_add_(steps, 1)
+            exp_avgs, exp_avg_sqs = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+            fused_adamw(group, whole, [p.grad for p in whole], exp_avgs, exp_avg_sqs, steps)
+
+    def _update_alone(self, group: dict[str, Any], p: Tensor, state: dict[str, Any], key: int) -> None:
+        if group["moments"] == "factored":
+            update_factored(group, p, state, key, self._chunk(p))
+        else:
+            self._update_in_chunks(group, p, state, key)
+
+    def _update_in_chunks(self, group: dict[str, Any], p: Tensor, state: dict[str, Any], key: int) -> None:
+        assert p.grad is not None
+        state["step"].add_(1)
+        weight, gradient = p.detach().reshape(-1), p.grad.reshape(-1)
+        is_one_kernel, chunk_size = can_update(group, p), self._chunk(p)
+        if is_one_kernel and group["state_device"] is None:
+            chunk_size = self.chunk_size or CHUNK_OF_KERNEL
+        stored = {name: value.view(-1) for name, value in state.items() if name in CHUNKED}
+        for number, (at, chunk) in enumerate(on_device(stored, p.numel(), chunk_size, p.device)):
+            chunk_key = codecs.key_of(key, number)
+            if is_one_kernel:
+                update_chunk(group, weight[at], gradient[at], chunk, state["step"], chunk_key)
+                continue
+            noise = (
+                codecs.random_bits(at.stop - at.start, chunk_key, p.device) if _is_random(group, p) else None
+            )
+            wide = codecs.widen(weight[at], chunk.get("remainder"))
+            exp_avg, exp_avg_sq = read_moments(chunk, wide.dtype)
+            grads = [gradient[at].to(wide.dtype)]
+            fused_adamw(group, [wide], grads, [exp_avg], [exp_avg_sq], [state["step"]])
+            write_moments(chunk, exp_avg, exp_avg_sq, noise)
+            codecs.narrow(wide, weight[at], chunk.get("remainder"), group["rounding"], noise)
+        if not p.is_contiguous():
+            p.copy_(weight.view(p.shape))
+
+    def _chunk(self, p: Tensor) -> int:
+        return self.chunk_size or CHUNK.get(p.device.type, CHUNK_ELSEWHERE)
+
+
+def _is_whole(group: dict[str, Any], p: Tensor, state: dict[str, Any]) -> bool:
+    """Whether the kernel can take weight, gradient and moments as they are stored."""
+    assert p.grad is not None
+    is_flat = p.is_contiguous() and p.grad.is_contiguous() and p.grad.dtype == p.dtype
+    moment = state.get("exp_avg")
+    is_ready = moment is not None and moment.dtype == p.dtype and moment.device == p.device
+    return is_flat and is_ready and p.dtype != torch.bfloat16
+
+
+def _is_random(group: dict[str, Any], p: Tensor) -> bool:
+    return group["moments"] == "bf16" or (p.dtype == torch.bfloat16 and group["rounding"] == "stochastic")

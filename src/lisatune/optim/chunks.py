@@ -1,0 +1,109 @@
+"""Optimizer state a chunk at a time, wherever it lives: on the weight's device, or in host memory.
+
+State in host memory is copied to the device chunk by chunk and back again. On CUDA the copies run on a stream
+of their own, the next chunk's before this one is computed: two chunks are on the device at once.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from lisatune.optim.codecs import BLOCK
+
+__all__ = ["enough_chunks", "on_device", "values_of"]
+
+T = TypeVar("T")
+
+
+def on_device(
+    stored: Mapping[str, Tensor], size: int, chunk_size: int, device: torch.device
+) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+    """Yield each chunk's slice and its state on `device`; what is written into that state is kept.
+
+    Args:
+        stored: flat state [size], or [⌈size/256⌉] for names that end in `_scales`, each on `device` or on
+            the CPU.
+        size: elements of the weight.
+        chunk_size: elements of a chunk, a multiple of 256.
+        device: where the weight is.
+    """
+    slices: Sequence[slice] = [
+        slice(start, min(start + chunk_size, size)) for start in range(0, size, chunk_size)
+    ]
+    slices = enough_chunks(slices, next(iter(stored.values()), torch.empty(0)))
+    is_away = any(value.device != device for value in stored.values())
+    if not is_away:
+        for at in slices:
+            yield at, _cut(stored, at)
+    elif device.type != "cuda":
+        for at in slices:
+            homes = _cut(stored, at)
+            here = {name: home.to(device) for name, home in homes.items()}
+            yield at, here
+            _send_back(here, homes)
+    else:
+        yield from _overlapped(stored, slices, device)
+
+
+def _overlapped(
+    stored: Mapping[str, Tensor], slices: Sequence[slice], device: torch.device
+) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+    copies, computes = _stream(device), torch.cuda.current_stream(device)
+
+    def fetch(at: slice) -> tuple[dict[str, Tensor], torch.cuda.Event]:
+        with torch.cuda.stream(copies):
+            here = {name: home.to(device, non_blocking=True) for name, home in _cut(stored, at).items()}
+        return here, copies.record_event()
+
+    ahead = fetch(slices[0])
+    for at, following in zip(slices, [*slices[1:], None], strict=True):
+        here, arrived = ahead
+        if following is not None:
+            ahead = fetch(following)
+        computes.wait_event(arrived)
+        yield at, here
+        copies.wait_event(computes.record_event())
+        with torch.cuda.stream(copies):
+            _send_back(here, _cut(stored, at))
+        for value in here.values():
+            value.record_stream(computes)
+
+
+def _cut(stored: Mapping[str, Tensor], at: slice) -> dict[str, Tensor]:
+    blocks = slice(at.start // BLOCK, -(-at.stop // BLOCK))
+    return {name: value[blocks if name.endswith("_scales") else at] for name, value in stored.items()}
+
+
+def _send_back(here: Mapping[str, Tensor], homes: Mapping[str, Tensor]) -> None:
+    for name, home in homes.items():
+        if here[name] is not home:
+            home.copy_(here[name], non_blocking=True)
+
+
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream for each device, so that a chunk is never fetched before it was sent back."""
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return _streams[device]
+
+
+def values_of(gradient: Tensor) -> Tensor:
+    """Return the numbers of a gradient that can differ from zero, in its own memory: a merged one's rows."""
+    return gradient.coalesce()._values() if gradient.is_sparse else gradient
+
+
+def enough_chunks(chunks: Sequence[T], of: Tensor) -> Sequence[T]:
+    """All chunks of a real tensor; of a fake one those that tell its memory.
+
+    These are the first, the second, which is made while what the first has left is still held, and the last,
+    which may be smaller.
+    """
+    if isinstance(of, FakeTensor) and len(chunks) > 3:
+        return [*chunks[:2], chunks[-1]]
+    return chunks

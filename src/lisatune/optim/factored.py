@@ -1,0 +1,85 @@
+"""Update with a factored second moment and no first one (Adafactor; the maths is in `lisatune.optim.adamw`).
+
+A gradient is read three times in chunks of whole rows: for the means of rows and columns, for the size of the
+update, and to make it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lisatune.optim import codecs
+from lisatune.optim.chunks import enough_chunks, on_device
+
+__all__ = ["update_factored"]
+
+
+def update_factored(
+    group: dict[str, Any], p: Tensor, state: dict[str, Any], key: int, chunk_size: int
+) -> None:
+    """Make one step of a parameter of any shape.
+
+    Args:
+        group: the param group.
+        p: weight with its gradient; trailing dimensions of a tensor of more than two are one.
+        state: `step`, and `exp_avg_sq_rows` and `exp_avg_sq_columns`, or `exp_avg_sq` of one dimension;
+            `remainder` where rounding is exact.
+        key: names the random numbers of stochastic rounding.
+        chunk_size: elements in float32 at a time; a row may be longer.
+    """
+    assert p.grad is not None
+    beta2, is_matrix = group["betas"][1], p.ndim >= 2
+    rows, columns = (len(p), p[0].numel()) if is_matrix and p.numel() else (1, p.numel())
+    if not p.numel():
+        return
+    wide = p.dtype if p.dtype == torch.float64 else torch.float32
+    gradient_RC = p.grad.reshape(rows, columns)
+    step = state["step"].add_(1)
+    correction = (1 - beta2**step).to(wide)
+    at_a_time = max(1, chunk_size // columns)
+    chunks = enough_chunks([slice(i, min(i + at_a_time, rows)) for i in range(0, rows, at_a_time)], p)
+
+    if is_matrix:
+        sums_C = torch.zeros(columns, dtype=wide, device=p.device)
+        means_R = torch.empty(rows, dtype=wide, device=p.device)
+        for at in chunks:
+            square_RC = gradient_RC[at].to(wide).square()
+            means_R[at] = square_RC.mean(dim=1)
+            sums_C += square_RC.sum(dim=0)
+        state["exp_avg_sq_rows"].lerp_(means_R, 1 - beta2)
+        state["exp_avg_sq_columns"].lerp_(sums_C / rows, 1 - beta2)
+        row_R = state["exp_avg_sq_rows"]
+        tiny = torch.finfo(wide).tiny
+        left_R1 = (row_R / row_R.mean().clamp(min=tiny)).sqrt().unsqueeze(1)
+        right_1C = (state["exp_avg_sq_columns"] / correction).sqrt().unsqueeze(0)
+    else:
+        state["exp_avg_sq"].view(-1).lerp_(gradient_RC[0].to(wide).square(), 1 - beta2)
+        left_R1 = torch.ones(1, 1, dtype=wide, device=p.device)
+        right_1C = (state["exp_avg_sq"].view(1, -1) / correction).sqrt()
+
+    def update_of(at: slice) -> Tensor:
+        update_RC: Tensor = gradient_RC[at].to(wide) / (left_R1[at] * right_1C).add_(group["eps"])
+        return update_RC
+
+    total = torch.zeros((), dtype=wide, device=p.device)
+    for at in chunks:
+        total += update_of(at).square_().sum()
+    scale = -group["lr"] / (total / p.numel()).sqrt().clamp(min=1)
+
+    weight_RC = p.detach().reshape(rows, columns)
+    for number, at in enumerate(chunks):
+        weight = weight_RC[at].view(-1)
+        kept = {
+            name: state[name].view(rows, columns)[at].view(-1) for name in ("remainder",) if name in state
+        }
+        for _, here in on_device(kept, weight.numel(), max(weight.numel(), 1), p.device):
+            exact = codecs.widen(weight, here.get("remainder"))
+            exact.mul_(1 - group["lr"] * group["weight_decay"])
+            exact.add_((update_of(at) * scale).view(-1))
+            is_random = p.dtype == torch.bfloat16 and group["rounding"] == "stochastic"
+            chunk_key = codecs.key_of(key, number)
+            noise = codecs.random_bits(weight.numel(), chunk_key, p.device) if is_random else None
+            codecs.narrow(exact, weight, here.get("remainder"), group["rounding"], noise)
+    if not p.is_contiguous():
+        p.copy_(weight_RC.view(p.shape))

@@ -1,0 +1,93 @@
+"""Update weights while backward still runs, so that no two layers' gradients are there at once.
+
+Each parameter is updated as soon as its gradient is complete, and the gradient is released.
+`optimizer.step()` then updates nothing: it counts, and runs the hooks of LISA and of learning-rate schedules
+as ever. Step pre-hooks run twice, before the first update and in `step()`; LISA's may.
+
+What needs all gradients at once can't work: clipping by their global norm, several micro-steps per step, and
+a loss scaler, which unscales before `step()`. A loss that is not finite must be seen before backward; a
+gradient that is not, behind a finite loss, has reached the weights when it is seen.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lisatune.optim.chunks import values_of
+
+__all__ = ["UpdateInBackward"]
+
+
+class UpdateInBackward:
+    """Hooks on every parameter of an optimizer that hand it over when its gradient is complete.
+
+    Args:
+        optimizer: every parameter that will ever train must require grad now; later it may be frozen and
+            thawed.
+        update: updates the parameter of this place in the optimizer from its gradient.
+
+    Raises:
+        ValueError: a parameter does not require grad.
+    """
+
+    def __init__(self, optimizer: Optimizer, update: Callable[[int, nn.Parameter], None]) -> None:
+        self._optimizer, self._update = optimizer, update
+        self._places = {
+            p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])
+        }
+        frozen = sum(not p.requires_grad for p in self._places)
+        if frozen:
+            raise ValueError(
+                f"update in backward needs hooks on all parameters, and {frozen} don't require grad; "
+                "call it before anything is frozen"
+            )
+        self._updated: set[nn.Parameter] = set()
+        self._squares: list[Tensor] = []
+        self._has_ended = True
+        self._hooks = [p.register_post_accumulate_grad_hook(self._take) for p in self._places]
+
+    @property
+    def updated(self) -> frozenset[nn.Parameter]:
+        """Parameters updated in this step, or after `optimizer.step()` in the step that it ended."""
+        return frozenset(self._updated)
+
+    def grad_norm(self) -> Tensor:
+        """Return the global norm of this step's gradients, a float32 scalar; 0 before backward."""
+        return torch.zeros(()) if self._has_ended else torch.stack(self._squares).sum().sqrt()
+
+    def end_step(self) -> None:
+        """Let the next gradient begin a new step: `optimizer.step()` calls this."""
+        self._has_ended = True
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    @torch.no_grad()
+    def _take(self, parameter: Tensor) -> None:
+        assert isinstance(parameter, nn.Parameter)
+        assert parameter.grad is not None
+        if self._has_ended:
+            self._has_ended = False
+            self._updated.clear()
+            self._squares.clear()
+            self._begin()
+        if parameter in self._updated:
+            raise RuntimeError(
+                "a parameter got a second gradient before optimizer.step(); update in backward can't "
+                "accumulate gradients, so call step() after every backward"
+            )
+        self._updated.add(parameter)
+        self._squares.append(
+            torch.linalg.vector_norm(values_of(parameter.grad), dtype=torch.float32).square()
+        )
+        self._update(self._places[parameter], parameter)
+        parameter.grad = None
+
+    def _begin(self) -> None:
+        for hook in self._optimizer._optimizer_step_pre_hooks.values():
+            hook(self._optimizer, (), {})

@@ -1,0 +1,103 @@
+"""AdamW over the layers of a model, and what LISA asks of an optimizer.
+
+Param groups are built once, ends first, then one per block, and never replaced: learning-rate schedules
+and sharding hold on to them. A group whose block is frozen costs nothing, since none of its parameters
+has a gradient.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lisatune.distributed.shards import local_part
+from lisatune.optim.adamw import AdamW
+from lisatune.optim.state import is_host_state
+
+__all__ = ["StateMeter", "host_state", "plain_tensors", "state_bytes", "state_elements", "tensors_bytes"]
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """Count the bytes of all tensors in the optimizer's state, each parameter's step counter included."""
+    return _bytes_of(optimizer.state.values())
+
+
+def state_elements(optimizer: Optimizer) -> int:
+    """Count the elements of the state that is shaped like its parameter or its rows: AdamW's two moments.
+
+    Those of a projected gradient count as they are, without its basis. The remainder of a bf16 weight is a
+    part of the weight.
+    """
+    lasting = optimizer.lasting_state if isinstance(optimizer, AdamW) else ()
+    return sum(
+        value.numel()
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor)
+        and (
+            value.shape == local_part(parameter).shape
+            or (value.ndim == 2 and ("row_ids" in state or ("basis" in state and key != "basis")))
+        )
+        and key not in lasting
+    )
+
+
+class StateMeter:
+    """Measures the optimizer's state after every step, before a draw can release any of it."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.bytes = 0
+        self.elements = 0
+        optimizer.register_step_post_hook(self._measure)
+
+    def _measure(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.bytes, self.elements = state_bytes(optimizer), state_elements(optimizer)
+
+
+def host_state(optimizer: Optimizer) -> list[torch.Tensor]:
+    """Return the state that `state_device: cpu` keeps in host memory, also where that is the only memory."""
+    if not isinstance(optimizer, AdamW):
+        return []
+    return [
+        value
+        for group in optimizer.param_groups
+        for p in group["params"]
+        for key, value in optimizer.state.get(p, {}).items()
+        if is_host_state(group, key)
+    ]
+
+
+def _bytes_of(states: Iterable[dict[str, Any]]) -> int:
+    return tensors_bytes(v for state in states for v in state.values() if isinstance(v, torch.Tensor))
+
+
+def tensors_bytes(tensors: Iterable[Tensor]) -> int:
+    """Memory that the tensors' values take; storage that several of them share counts once.
+
+    A tensor made of others counts as these: 8-bit moments as codes and scales, a sharded tensor as this
+    rank's part.
+    """
+    # By the storage's own address: tensors on the meta device all have the data pointer 0.
+    storages = {}
+    for tensor in tensors:
+        for plain in plain_tensors(tensor):
+            storage = plain.untyped_storage()
+            storages[storage._cdata] = storage
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """Walk over what a tensor is made of: codes and scales, ids and rows, a shard's part, or itself."""
+    if tensor.layout == torch.sparse_coo:
+        yield from (tensor._indices(), tensor._values())
+        return
+    if is_traceable_wrapper_subclass(tensor):
+        parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        for part in parts:
+            if isinstance(part, Tensor):  # a sharded tensor also names its mesh
+                yield from plain_tensors(part)
+    else:
+        yield tensor

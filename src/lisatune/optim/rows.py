@@ -1,0 +1,155 @@
+"""AdamW for the rows of an embedding that a step reads: gradient and state of these rows, no others.
+
+The gradient of an embedding [V, D] is zero but for the rows of the step's tokens. `nn.Embedding(sparse=True)`
+gives these alone, as a sparse tensor, and a param group with `rows: True` updates these alone (lazy AdamW).
+With t_r counting the steps that row r was in, g_r its gradient,
+
+    m_r ← β1 m_r + (1 - β1) g_r                         w_r ← w_r - lr·λ·w_r
+    v_r ← β2 v_r + (1 - β2) g_r²                        w_r ← w_r - lr·m̂_r / (sqrt(v̂_r) + eps)
+
+m̂_r = m_r / (1 - β1^t_r), v̂_r = v_r / (1 - β2^t_r). A row that a step doesn't read rests: neither its moments
+nor its weight decay. Rows that every step reads go as in AdamW.
+
+The moments are in a table of R ≤ V rows. R is the number of ids of the largest step so far, repeated ones
+counted, so that it holds what a step needs and, text repeating its words, that of a few steps before. Where
+it is full, the row that was read longest ago gives way, and starts anew when it is read again.
+
+Shapes: V rows of the embedding, D its width, R rows of the table, n different rows in a step.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lisatune.optim import codecs
+from lisatune.optim.chunks import enough_chunks
+
+__all__ = ["TABLE", "RowGradients", "make_table", "sparse_rows", "table_layout", "update_rows"]
+
+TABLE = ("row_ids", "row_steps", "row_used", "exp_avg", "exp_avg_sq")
+"""State of a parameter whose rows are updated: id of each row of the table, -1 where it is empty; t_r; the
+step that read it last, from 1; its moments."""
+
+
+class RowGradients:
+    """Merges the gradients of equal ids as they come in, after every micro-step, and counts the ids."""
+
+    def __init__(self) -> None:
+        self._ids: dict[Tensor, int] = {}
+
+    def watch(self, parameter: nn.Parameter) -> None:
+        """Do so for this parameter; it must require grad."""
+        parameter.register_post_accumulate_grad_hook(self._merge)  # type: ignore[no-untyped-call]
+
+    def take(self, parameter: Tensor) -> int:
+        """Return how many ids the step's gradient was made of, 0 where nothing was merged, and forget it."""
+        return self._ids.pop(parameter, 0)
+
+    def forget(self) -> None:
+        """The gradients are gone."""
+        self._ids.clear()
+
+    def _merge(self, parameter: Tensor) -> None:
+        gradient = parameter.grad
+        if gradient is not None and gradient.is_sparse:
+            self._ids[parameter] = max(self._ids.get(parameter, 0), gradient._nnz())
+            parameter.grad = gradient.coalesce()
+
+
+def sparse_rows(like: Tensor, rows: int) -> Tensor:
+    """Make a gradient of the first `rows` rows of `like` [V, D], of all at most, with any values."""
+    rows = min(rows, len(like))
+    ids_1n = torch.arange(rows, device=like.device).unsqueeze(0)
+    values_nD = torch.empty(rows, *like.shape[1:], dtype=like.dtype, device=like.device)
+    return torch.sparse_coo_tensor(ids_1n, values_nD, like.shape, check_invariants=False, is_coalesced=True)
+
+
+def table_layout(p: Tensor, rows: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of everything in a table of `rows` rows, of all rows of `p` at most."""
+    rows = min(rows, len(p))
+    wide = p.dtype if p.dtype == torch.float64 else torch.float32
+    layout = dict.fromkeys(TABLE[:3], ((rows,), torch.int64))
+    return layout | dict.fromkeys(TABLE[3:], ((rows, *p.shape[1:]), wide))
+
+
+def make_table(p: Tensor, state: dict[str, Any], rows: int) -> None:
+    """Start the table of moments, or make it longer; it never gets shorter."""
+    for key, (shape, dtype) in table_layout(p, rows).items():
+        old = state.get(key)
+        if old is not None and len(old) >= shape[0]:
+            continue
+        new = torch.full(shape, -1 if key == "row_ids" else 0, dtype=dtype, device=p.device)
+        if old is not None:
+            new[: len(old)] = old
+        state[key] = new
+
+
+def update_rows(group: dict[str, Any], p: Tensor, state: dict[str, Any], key: int, chunk_size: int) -> None:
+    """Make one step of the rows that have a gradient.
+
+    Args:
+        group: the param group; `steps_done` counts the steps before this one.
+        p: weight [V, D] with its sparse gradient.
+        state: a table of as many rows at least as the gradient has.
+        key: names the random numbers of stochastic rounding.
+        chunk_size: elements in float32 at a time; a row may be longer.
+    """
+    assert p.grad is not None
+    gradient = p.grad.coalesce()
+    ids_n, gradient_nD = gradient._indices()[0], gradient._values()
+    count = len(ids_n)
+    if not count:
+        return
+    slots_n, is_known_n = _find_slots(state, ids_n, group["steps_done"] + 1)
+    steps_n = torch.where(is_known_n, state["row_steps"][slots_n], 0) + 1
+    state["row_steps"][slots_n] = steps_n
+
+    (beta1, beta2), lr = group["betas"], group["lr"]
+    wide = state["exp_avg"].dtype
+    at_a_time = max(1, chunk_size // max(p[0].numel(), 1))
+    chunks = [slice(i, min(i + at_a_time, count)) for i in range(0, count, at_a_time)]
+    for number, at in enumerate(enough_chunks(chunks, p)):
+        slots, ids_c, new_c1 = slots_n[at], ids_n[at], ~is_known_n[at].unsqueeze(1)
+        steps_c1 = steps_n[at].to(torch.float64).unsqueeze(1)
+        gradient_cD = gradient_nD[at].to(wide)
+        exp_avg = state["exp_avg"][slots].masked_fill_(new_c1, 0).lerp_(gradient_cD, 1 - beta1)
+        state["exp_avg"][slots] = exp_avg
+        exp_avg_sq = state["exp_avg_sq"][slots].masked_fill_(new_c1, 0)
+        exp_avg_sq.mul_(beta2).addcmul_(gradient_cD, gradient_cD, value=1 - beta2)
+        state["exp_avg_sq"][slots] = exp_avg_sq
+        rows_cD = p.detach()[ids_c]
+        exact_cD = codecs.widen(rows_cD, None)
+        exact_cD.mul_(1 - lr * group["weight_decay"])
+        size_c1 = (lr / (1 - beta1**steps_c1)).to(wide)
+        spread_c1 = (1 - beta2**steps_c1).sqrt().to(wide)
+        exact_cD.sub_(exp_avg.mul_(size_c1).div_(exp_avg_sq.sqrt_().div_(spread_c1).add_(group["eps"])))
+        is_random = p.dtype == torch.bfloat16 and group["rounding"] == "stochastic"
+        noise = (
+            codecs.random_bits(rows_cD.numel(), codecs.key_of(key, number), p.device).view(rows_cD.shape)
+            if is_random
+            else None
+        )
+        codecs.narrow(exact_cD, rows_cD, None, group["rounding"], noise)
+        p.detach()[ids_c] = rows_cD
+
+
+def _find_slots(state: dict[str, Any], ids_n: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """Give each of the step's ids its row of the table, and tell whether it was there already.
+
+    No shape hangs on values: nothing waits for the device.
+    """
+    ids_R, used_R = state["row_ids"], state["row_used"]
+    sorted_R, order_R = ids_R.sort()
+    places_n = torch.searchsorted(sorted_R, ids_n).clamp_(max=len(ids_R) - 1)
+    is_known_n = sorted_R[places_n] == ids_n
+    known_n = order_R[places_n]
+    # Rows of this step go last; the others by the step that read them last, then by their ids.
+    ages_R = torch.cat([used_R, used_R.new_zeros(1)])
+    ages_R[torch.where(is_known_n, known_n, len(used_R))] = step
+    oldest_R = order_R[ages_R[order_R].sort(stable=True).indices]
+    nth_new_n = (~is_known_n).cumsum(0).sub_(1).clamp_(min=0)
+    slots_n = torch.where(is_known_n, known_n, oldest_R[nth_new_n])
+    ids_R[slots_n] = ids_n
+    used_R[slots_n] = step
+    return slots_n, is_known_n

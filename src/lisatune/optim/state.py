@@ -1,0 +1,219 @@
+"""What AdamW keeps for a parameter: names, shapes, dtypes and places, and torch's kernel that updates it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lisatune.optim import codecs
+from lisatune.optim.codecs import BLOCK
+from lisatune.optim.rows import make_table, table_layout
+
+__all__ = [
+    "CHUNKED",
+    "MOMENTS",
+    "ROUNDINGS",
+    "Home",
+    "check_group",
+    "fused_adamw",
+    "home_of",
+    "is_host_state",
+    "layout_of",
+    "low_rank_shape",
+    "prepare",
+    "read_moments",
+    "write_moments",
+]
+
+ROUNDINGS = ("exact", "stochastic", "nearest")
+
+
+MOMENTS = ("fp32", "bf16", "8bit", "factored")
+
+
+SMALLEST_8BIT = 4096
+"""Parameters of fewer elements keep float32 moments under `8bit`, as in bitsandbytes and torchao."""
+
+
+CHUNKED = frozenset(
+    ("exp_avg", "exp_avg_sq", "exp_avg_codes", "exp_avg_sq_codes", "exp_avg_scales", "exp_avg_sq_scales")
+) | {"remainder"}
+"""State that is read and written chunk by chunk, and that may live in host memory."""
+
+
+def layout_of(group: dict[str, Any], p: Tensor) -> dict[str, tuple[Sequence[int], torch.dtype]]:
+    """Shape and dtype of everything that a parameter's state holds; of a table of rows, at its longest."""
+    if group["rows"]:
+        return dict(table_layout(p, len(p)))
+    wide = p.dtype if p.dtype == torch.float64 else torch.float32
+    layout: dict[str, tuple[Sequence[int], torch.dtype]] = {"step": ((), torch.float32)}
+    moments = group["moments"]
+    if "rank" in group:  # of projected gradients, see `lisatune.optim.galore`
+        plain = {name: value for name, value in group.items() if name != "rank"}
+        small = torch.empty(low_rank_shape(group, p), dtype=wide, device="meta")
+        layout |= layout_of(plain, small) | {"basis": ((min(p.shape), group["rank"]), wide)}
+    elif moments == "factored" and p.ndim >= 2:
+        layout["exp_avg_sq_rows"] = (p.shape[:1], wide)
+        layout["exp_avg_sq_columns"] = ((p[0].numel() if len(p) else 0,), wide)
+    elif moments == "factored":
+        layout["exp_avg_sq"] = (p.shape, wide)
+    elif moments == "8bit" and p.numel() >= SMALLEST_8BIT:
+        for name in ("exp_avg", "exp_avg_sq"):
+            layout[f"{name}_codes"] = (p.shape, torch.uint8)
+            layout[f"{name}_scales"] = ((-(-p.numel() // BLOCK),), torch.float32)
+    else:
+        dtype = torch.bfloat16 if moments == "bf16" else wide
+        layout |= dict.fromkeys(("exp_avg", "exp_avg_sq"), (p.shape, dtype))
+    if p.dtype == torch.bfloat16 and group["rounding"] == "exact":
+        layout["remainder"] = (p.shape, torch.int16)
+    return layout
+
+
+def low_rank_shape(group: dict[str, Any], p: Tensor) -> tuple[int, int]:
+    """Shape of a matrix's projected gradient: its smaller side becomes the group's rank."""
+    m, n = p.shape
+    return (m, group["rank"]) if m >= n else (group["rank"], n)
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Raise ValueError for a param group's option out of range, ImportError for a missing package."""
+    for name, allowed in (("rounding", ROUNDINGS), ("moments", MOMENTS), ("state_device", (None, "cpu"))):
+        if group[name] not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {group[name]!r}")
+    for name in ("lr", "eps", "weight_decay"):
+        if not isinstance(group[name], Tensor) and not group[name] >= 0:
+            raise ValueError(f"{name} must be >= 0, got {group[name]}")
+    if not all(0 <= beta < 1 for beta in group["betas"]):
+        raise ValueError(f"betas must be in [0, 1), got {group['betas']}")
+    if group["moments"] == "8bit":
+        codecs.check_8bit()  # a missing package shows now, not at the first step
+    if group["rows"]:
+        _check_rows(group)
+
+
+def _check_rows(group: dict[str, Any]) -> None:
+    """Rows have float32 moments beside the weight, and no remainder: it would be as large as the weight."""
+    for name, allowed in (("moments", "fp32"), ("state_device", None)):
+        if group[name] != allowed:
+            raise ValueError(f"a param group with rows: True has {name} {allowed}, got {group[name]!r}")
+    for p in group["params"]:
+        if p.ndim != 2:
+            raise ValueError(f"rows: True is for weights of nn.Embedding [V, D], got one of {list(p.shape)}")
+        if p.dtype == torch.bfloat16 and group["rounding"] == "exact":
+            raise ValueError(
+                "rows: True can't round bf16 weights exactly, for the remainder would be as large as the "
+                "weight; set the group's rounding to stochastic"
+            )
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where a piece of state lives."""
+
+    device: torch.device
+    is_pinned: bool
+
+    def take(self, value: Tensor) -> Tensor:
+        """Bring a tensor here."""
+        here = value.to(self.device)
+        return here.pin_memory() if self.is_pinned else here
+
+
+def is_host_state(group: dict[str, Any], key: str) -> bool:
+    """Whether a piece of a parameter's state is kept in host memory, by its group's options."""
+    is_host = group["state_device"] == "cpu" and key in CHUNKED
+    return is_host and (key == "remainder" or group["moments"] != "factored")
+
+
+def home_of(group: dict[str, Any], p: Tensor, key: str) -> Home:
+    """Tell where a piece of a parameter's state lives: beside the weight, or in host memory."""
+    is_host = is_host_state(group, key)
+    device = torch.device("cpu") if is_host else p.device
+    return Home(device, is_pinned=is_host and p.device.type == "cuda")
+
+
+def prepare(group: dict[str, Any], p: Tensor, state: dict[str, Any], *, ids: int | None = None) -> None:
+    """Refuse what can't be updated, and start state that is missing.
+
+    `ids` is how many ids a gradient of rows was made of, where these were merged.
+    """
+    assert p.grad is not None
+    if p.dtype not in (torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(
+            f"lisatune.AdamW updates weights of bfloat16, float32 and float64, got {p.dtype}; "
+            "load the model in one of these"
+        )
+    if p.grad.is_sparse and not group["rows"]:
+        raise ValueError(
+            "lisatune.AdamW takes a sparse gradient only in a param group with rows: True; build the "
+            "embedding with sparse=False"
+        )
+    if group["rows"]:
+        if not p.grad.is_sparse:
+            raise ValueError(
+                "a param group with rows: True takes sparse gradients, and got a dense one; build the "
+                'embedding with sparse=True, or attach LISA with ends="rows", and use its weight nowhere else'
+            )
+        make_table(p, state, max(ids or 0, p.grad._nnz()))
+        return
+    for key, (shape, dtype) in layout_of(group, p).items():
+        if key not in state:
+            home = home_of(group, p, key)
+            state[key] = torch.zeros(shape, dtype=dtype, device=home.device, pin_memory=home.is_pinned)
+
+
+def read_moments(chunk: dict[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return both moments of a chunk in `dtype`; where they are stored in it, the stored ones."""
+    if "exp_avg_codes" in chunk:
+        exp_avg = codecs.dequantize(chunk["exp_avg_codes"], chunk["exp_avg_scales"], signed=True)
+        exp_avg_sq = codecs.dequantize(chunk["exp_avg_sq_codes"], chunk["exp_avg_sq_scales"], signed=False)
+        return exp_avg.to(dtype), exp_avg_sq.to(dtype)
+    return chunk["exp_avg"].to(dtype), chunk["exp_avg_sq"].to(dtype)
+
+
+def write_moments(
+    chunk: dict[str, Tensor], exp_avg: Tensor, exp_avg_sq: Tensor, noise: Tensor | None
+) -> None:
+    """Store what `read_moments` returned, after it was updated; uses the upper half of `noise`."""
+    if "exp_avg_codes" in chunk:
+        codecs.quantize(exp_avg.float(), chunk["exp_avg_codes"], chunk["exp_avg_scales"], signed=True)
+        codecs.quantize(
+            exp_avg_sq.float(), chunk["exp_avg_sq_codes"], chunk["exp_avg_sq_scales"], signed=False
+        )
+    elif chunk["exp_avg"].dtype == torch.bfloat16:
+        assert noise is not None
+        chunk["exp_avg"].copy_(exp_avg)
+        codecs.round_stochastically(exp_avg_sq.float(), chunk["exp_avg_sq"], noise >> 16)
+
+
+def fused_adamw(
+    group: dict[str, Any],
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+) -> None:
+    """Run torch's kernel; all tensors of one dtype, `steps` counted up already."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.device.type != "cpu":
+        lr = lr.to(weights[0].device, non_blocking=True)
+    for kind in dict.fromkeys((weight.device, weight.dtype) for weight in weights):
+        mine = [i for i, weight in enumerate(weights) if (weight.device, weight.dtype) == kind]
+        torch._fused_adamw_(
+            [weights[i] for i in mine],
+            [gradient for i in mine if (gradient := gradients[i]) is not None],
+            [exp_avgs[i] for i in mine],
+            [exp_avg_sqs[i] for i in mine],
+            [],
+            [steps[i] for i in mine],
+            lr=lr,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+        )

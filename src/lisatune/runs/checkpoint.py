@@ -1,0 +1,266 @@
+"""Checkpoints from which a run goes on bit for bit: safetensors and JSON, never a pickle.
+
+    checkpoints/step-000012/
+        weights.safetensors     parameters (tied ones once) and persistent buffers, by name
+        optimizer.safetensors   "PARAMETER//KEY": optimizer state, only of the parameters that have some
+        other.safetensors       tensors that stand inside state.json, such as RNG states
+        state.json              param groups with parameter names, every other key of optimizer.state_dict(),
+                                scheduler, RNGs, and what the caller adds
+        manifest.json           size and sha256 of the files above
+
+A folder is written under another name, synced and renamed, so what has its final name is complete. Loading
+opens these files only, never through a link, after checking them against the manifest.
+
+On several ranks what is divided is put together and written tensor by tensor, by the first of them, and each
+reads its own rows. So a run goes on with any number of ranks, and no process holds more than its part and one
+tensor.
+"""
+
+import json
+import random
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lisatune.distributed import ranks
+from lisatune.distributed.shards import local_part, reshard
+from lisatune.files.disk import written_aside
+from lisatune.files.tensors import (
+    divided_states,
+    divided_tensors,
+    gathered,
+    lasting_tensors,
+    read_part,
+    write_file,
+)
+from lisatune.runs.manifest import DamagedCheckpointError, checkpoint_name, verify, write_manifest
+from lisatune.runs.named_state import (
+    MisfitError,
+    check_kinds,
+    check_same,
+    from_json,
+    from_names,
+    restore_dtypes,
+    to_json,
+    to_names,
+)
+
+__all__ = ["load_checkpoint", "save_checkpoint", "translate_group"]
+
+OURS = frozenset(("rounding", "moments", "state_device", "rows", "seed", "steps_done"))
+"""Options of a param group that `lisatune.AdamW` has and torch's lacks."""
+
+
+TORCHS = frozenset(
+    ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
+)
+"""The reverse."""
+
+
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError)
+"""What reading JSON and tensors raises that `save_checkpoint` did not write."""
+
+
+def save_checkpoint(
+    folder: str | Path,
+    *,
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: LRScheduler | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write `folder/step-NNNNNN`; an earlier checkpoint of that step is replaced once this one is complete.
+
+    Args:
+        folder: the run's checkpoints folder, made if missing.
+        step: optimizer steps done.
+        model: owns every parameter of the optimizer.
+        optimizer: its `state_dict()` is taken, so hooks such as LISA's add their part.
+        scheduler: learning-rate schedule.
+        extra: what else the run needs to go on, such as its place in the data; JSON values, tuples, tensors.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        OSError: it could not be written. Nothing is left behind, earlier checkpoints are as they were.
+        TypeError: a value is neither a plain tensor nor JSON.
+    """
+    reshard(model)
+    weights = lasting_tensors(model)
+    other: dict[str, Tensor] = {}
+    optimizer_state, optimizer_tensors = to_names(model, optimizer)
+    state = {
+        "step": step,
+        "weights": _describe(weights),
+        "optimizer": to_json(optimizer_state, "optimizer", other),
+        "scheduler": None if scheduler is None else to_json(scheduler.state_dict(), "scheduler", other),
+        "rng": to_json(_rng_states(), "rng", other),
+        "extra": to_json(dict(extra or {}), "extra", other),
+    }
+    parameters = dict(model.named_parameters())
+    files = {
+        "weights.safetensors": divided_tensors(weights),
+        "optimizer.safetensors": divided_states(optimizer_tensors, parameters),
+        "other.safetensors": divided_tensors(other),
+    }
+    target = Path(folder) / checkpoint_name(step)
+
+    def write(wholes: Iterator[Tensor]) -> None:
+        with written_aside(target) as aside:
+            for name, tensors in files.items():
+                write_file(aside / name, tensors, wholes)
+            (aside / "state.json").write_text(json.dumps(state))
+            write_manifest(aside, step)
+
+    ranks.first_takes(gathered(*files.values()), write)
+    return target
+
+
+def load_checkpoint(
+    path: str | Path, *, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None = None
+) -> dict[str, Any]:
+    """Put weights, optimizer, scheduler and RNGs back, in this order, and return what `extra` was.
+
+    Names, shapes, dtypes and param groups are compared before anything changes.
+
+    Raises:
+        DamagedCheckpointError: the checkpoint is incomplete or damaged.
+        ValueError: it is not of this model, optimizer and scheduler.
+    """
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    verify(path)
+    reshard(model)
+    weights = lasting_tensors(model)
+    try:
+        state = from_json(
+            json.loads((path / "state.json").read_text()), load_file(path / "other.safetensors")
+        )
+        parameters = dict(model.named_parameters())
+        with safe_open(path / "optimizer.safetensors", framework="pt") as file:
+            owners = {key: parameters.get(key.rpartition("//")[0]) for key in list(file.keys())}
+            optimizer_tensors = {key: read_part(file, key, owner).clone() for key, owner in owners.items()}
+        check_same("the model's weights", state["weights"], _describe(weights))
+        groups = state["optimizer"]["param_groups"]
+        if len(groups) == len(optimizer.param_groups):
+            both = zip(groups, optimizer.param_groups, strict=True)
+            state["optimizer"]["param_groups"] = [translate_group(dict(was), now) for was, now in both]
+        optimizer_state = from_names(model, optimizer, state["optimizer"], optimizer_tensors)
+        _check_plain(state, optimizer, scheduler)
+        extra = dict(state["extra"])
+    except MisfitError as error:
+        raise ValueError(f"checkpoint {path} does not fit: {error}") from error
+    except (*UNREADABLE, SafetensorError) as error:
+        raise _damaged(path, error) from error
+    if (scheduler is None) != (state["scheduler"] is None):
+        kind = "with" if scheduler is None else "without"
+        raise ValueError(f"checkpoint {path} does not fit: it was saved {kind} a scheduler")
+
+    hook = optimizer.register_load_state_dict_post_hook(
+        lambda loaded: restore_dtypes(model, loaded, optimizer_tensors),
+        prepend=True,  # before LISA moves a frozen block's state to host memory
+    )
+    try:
+        with safe_open(path / "weights.safetensors", framework="pt") as file, torch.no_grad():
+            for name, tensor in weights.items():
+                _copy(tensor, file, name)
+        optimizer.load_state_dict(optimizer_state)
+        if scheduler is not None:
+            scheduler.load_state_dict(state["scheduler"])
+        _set_rng_states(state["rng"])
+        return extra
+    except (LookupError, TypeError, AttributeError, OverflowError, SafetensorError) as error:
+        raise _damaged(path, error) from error
+    finally:
+        hook.remove()
+
+
+def _check_plain(state: dict[str, Any], optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
+    """Refuse values that no run wrote, before they are put where only a later step would trip over them.
+
+    Raises:
+        LookupError, TypeError, AttributeError: there is one.
+    """
+    saved, now = state["optimizer"], optimizer.state_dict()
+    for i, (was, group) in enumerate(zip(saved["param_groups"], now["param_groups"], strict=True)):
+        if missing := group.keys() - was.keys():
+            raise KeyError(f"param_groups.{i}.{min(missing)}")
+        check_kinds(f"param_groups.{i}", {**was, "params": []}, {**group, "params": []})
+    for key in now.keys() - {"state", "param_groups"}:
+        check_kinds(key, saved[key], now[key])
+    for name, entry in saved["state"].items():
+        for key, value in entry.items():
+            if not isinstance(value, int | float | None):
+                raise TypeError(f"state.{name}.{key} is {value!r:.80}")
+    if scheduler is not None and state["scheduler"] is not None:
+        plan = scheduler.state_dict()
+        if plan.keys() != state["scheduler"].keys():
+            raise KeyError(f"scheduler: {', '.join(sorted(plan.keys() ^ state['scheduler'].keys()))}"[:80])
+        check_kinds("scheduler", state["scheduler"], plan)
+    state["rng"]["python"], state["rng"]["torch"]
+
+
+def _copy(tensor: Tensor, file: Any, name: str) -> None:
+    stored = file.get_slice(name)
+    part = read_part(file, name, tensor)
+    if tuple(stored.get_shape()) != tuple(tensor.shape) or part.dtype != tensor.dtype:
+        raise TypeError(f"{name} is {part.dtype} {stored.get_shape()}, not what state.json says")
+    local_part(tensor).copy_(part)
+
+
+def _describe(weights: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in weights.items()}
+
+
+def _rng_states() -> dict[str, Any]:
+    states: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if "numpy" in sys.modules:
+        kind, keys, *rest = sys.modules["numpy"].random.get_state()
+        states["numpy"] = (kind, keys.tolist(), *rest)
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def _set_rng_states(states: Mapping[str, Any]) -> None:
+    try:
+        random.setstate(states["python"])
+        torch.set_rng_state(states["torch"])
+        if "numpy" in states:
+            import numpy as np
+
+            np.random.set_state(states["numpy"])
+    except (ValueError, RuntimeError) as error:
+        raise TypeError(f"the state of a random number generator: {error}") from error
+    for device, state in enumerate(states.get("cuda", ())[: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(state, device)
+
+
+def _damaged(path: Path, error: Exception) -> DamagedCheckpointError:
+    reason = (str(error).splitlines() or ["no reason given"])[0][:200]
+    return DamagedCheckpointError(
+        f"checkpoint {path} holds what no run wrote ({type(error).__name__}: {reason})"
+    )
+
+
+def translate_group(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Make a param group that torch's AdamW saved one of ours, and the reverse: their state is the same.
+
+    A run on several ranks always uses ours, one on a single rank may use torch's. Options that only one of
+    them has are those of now. Any other group comes back as it is.
+    """
+    for mine, theirs in ((OURS, TORCHS), (TORCHS, OURS)):
+        if mine <= now.keys() and theirs <= saved.keys() and not mine & saved.keys():
+            shared = {key: value for key, value in saved.items() if key not in theirs}
+            return shared | {key: now[key] for key in mine}
+    return saved

@@ -1,0 +1,150 @@
+"""Checkpoint folders: which there are, which are complete, and that none is read that isn't what was written.
+
+manifest.json holds size and sha256 of each of `FILES`, which are opened by these names only: nothing that
+a manifest says leads out of its folder, and a link is never followed.
+"""
+
+import json
+import re
+import stat
+from pathlib import Path
+
+from lisatune.files.disk import delete, sha256_of
+
+__all__ = [
+    "FILES",
+    "DamagedCheckpointError",
+    "checkpoint_name",
+    "checkpoints",
+    "newest_checkpoint",
+    "prune",
+    "set_aside",
+    "verify",
+    "write_manifest",
+]
+
+FILES = ("weights.safetensors", "optimizer.safetensors", "other.safetensors", "state.json")
+
+
+FORMAT = 1
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint is not what was written; an earlier one may be."""
+
+
+def checkpoint_name(step: int) -> str:
+    """Name of the checkpoint of a step."""
+    return f"step-{step:06d}"
+
+
+def write_manifest(folder: Path, step: int) -> None:
+    """Note what stands in a folder that holds `FILES`.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    files = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in FILES
+    }
+    text = json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1)
+    (folder / "manifest.json").write_text(text)
+
+
+def verify(path: Path) -> None:
+    """Compare every file with its hash.
+
+    Raises:
+        DamagedCheckpointError: a file is missing, is a link, or is not what was written.
+        ValueError: another version wrote it.
+    """
+    for name, sha256 in _manifest(path).items():
+        if sha256_of(path / name) != sha256:
+            raise DamagedCheckpointError(
+                f"checkpoint {path} is damaged: {name} is not what was written; "
+                "delete the folder to use an earlier one"
+            )
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """Find what has the name of a checkpoint, complete or not, the highest step first."""
+    named = [path for path in Path(folder).glob("step-*") if re.fullmatch(r"step-[0-9]{1,18}", path.name)]
+    found = [path for path in named if path.is_dir() and not path.is_symlink()]
+    return sorted(found, key=_step, reverse=True)
+
+
+def newest_checkpoint(folder: str | Path) -> Path | None:
+    """Find the complete checkpoint with the highest step, by file sizes; None where there is none."""
+    return next((path for path in checkpoints(folder) if _is_complete(path)), None)
+
+
+def set_aside(path: Path) -> None:
+    """Take a damaged checkpoint out of the way, as `NAME.damaged`; `prune` deletes it when a run is past it.
+
+    Raises:
+        OSError: the folder can't be written.
+    """
+    aside = path.with_name(f"{path.name}.damaged")
+    delete(aside)
+    path.rename(aside)
+
+
+def prune(folder: str | Path, keep: int) -> None:
+    """Delete all but the `keep` newest complete checkpoints, and what kills and damage left behind.
+
+    Nothing is deleted where no checkpoint is complete.
+
+    Raises:
+        ValueError: keep < 1.
+        OSError: something could not be deleted.
+    """
+    if keep < 1:
+        raise ValueError(f"keep must be >= 1, got {keep}")
+    by_step = checkpoints(folder)
+    complete = [path for path in by_step if _is_complete(path)]
+    if complete:
+        newest = by_step.index(complete[0])
+        older = [path for path in by_step[newest:] if path not in complete[:keep]]
+        killed = Path(folder).glob(".step-*.tmp-*")
+        damaged = [path for path in Path(folder).glob("step-*.damaged") if _step(path) <= _step(complete[0])]
+        for path in (*older, *killed, *damaged):
+            delete(path)
+
+
+def _step(path: Path) -> int:
+    digits = path.name.removeprefix("step-").partition(".")[0]
+    return int(digits) if re.fullmatch("[0-9]{1,18}", digits) else -1
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        _manifest(path)
+    except ValueError:
+        return False
+    return True
+
+
+def _manifest(path: Path) -> dict[str, str]:
+    """Hash of each file by name; ValueError where a file is missing, cut, or from another format."""
+    try:
+        for name in ("manifest.json", *FILES):
+            if not stat.S_ISREG((path / name).lstat().st_mode):
+                raise DamagedCheckpointError(f"checkpoint {path} is damaged: {name} is not a plain file")
+        manifest = json.loads((path / "manifest.json").read_text())
+        files = {name: manifest["files"][name] for name in FILES}
+        wrong = [name for name in FILES if (path / name).stat().st_size != files[name]["bytes"]]
+        hashes = {name: str(files[name]["sha256"]) for name in FILES}
+        form = manifest["format"]
+    except DamagedCheckpointError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise DamagedCheckpointError(
+            f"no complete checkpoint in {path} ({type(error).__name__}: {error})"
+        ) from error
+    if form != FORMAT:
+        raise ValueError(f"checkpoint {path} has format {form}, this version reads {FORMAT}")
+    if wrong:
+        raise DamagedCheckpointError(
+            f"checkpoint {path} is damaged: {wrong[0]} has another size than when it was written"
+        )
+    return hashes

@@ -1,0 +1,247 @@
+"""What a run is put together from, in the one order that works.
+
+Everything still requires grad while the optimizer is built; LISA attaches last and freezes.
+"""
+
+import random
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from lisatune.data.prepare import Data, prepare_data
+from lisatune.data.tokens import Row, collate
+from lisatune.distributed import ranks
+from lisatune.distributed.ranks import pick_device
+from lisatune.distributed.shards import shard
+from lisatune.lisa.lisa import LISA
+from lisatune.losses.causal_lm import CausalLMLoss
+from lisatune.methods.build import _attach, build, check_recipe, weight_dtype
+from lisatune.methods.step import TrainingStep
+from lisatune.models.hf import announce_remote_code, check_attention
+from lisatune.models.load import load_model, load_tokenizer, meta_model, stored_dtype
+from lisatune.models.sharded import load_for_ranks
+from lisatune.nn.blocks import BlockForward, check_compiler
+from lisatune.nn.hidden import max_positions
+from lisatune.nn.layers import LayerMap
+from lisatune.optim.meter import StateMeter
+from lisatune.recipe import Recipe
+
+__all__ = ["Parts", "assemble", "batch_length", "check_fits", "rehearse", "seed_generators"]
+
+
+@dataclass
+class Parts:
+    """What a run is put together from."""
+
+    recipe: Recipe
+    device: torch.device
+    tokenizer: Any
+    data: Data
+    model: nn.Module
+    layers: LayerMap
+    step: TrainingStep
+    optimizer: torch.optim.Optimizer
+    scheduler: LambdaLR
+    lisa: LISA | None
+    state: StateMeter
+    compile_seconds: float | None = None
+    """Wall time of compiling the blocks before the first step; None where nothing was compiled."""
+
+    def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Make a batch on the CPU, [B, T] with T a multiple of 32 where that is not too long.
+
+        On the CPU every new length leaves kernels in oneDNN's cache: resident memory would grow for
+        hundreds of steps.
+        """
+        length = batch_length(rows, self.recipe, self.model)
+        return collate(rows, self.tokenizer.pad_token_id, length=length)
+
+    def set_learning_rates(self) -> None:
+        """Take the rates of the schedule's current step: after a resume with another `run.steps`."""
+        groups = zip(
+            self.optimizer.param_groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True
+        )
+        for group, lr, factor in groups:
+            group["lr"] = lr * factor(self.scheduler.last_epoch)
+
+    def learning_rates(self) -> dict[str, float]:
+        """Rates of the next step: the recipe's `lr`, and those of ends and last block where they differ."""
+        lr, at, groups = self.recipe.optimizer.lr, self.scheduler, self.optimizer.param_groups
+        own = {key: groups[i]["lr"] for key, i in (("ends_lr", 0), ("block_lr", -1)) if at.base_lrs[i] != lr}
+        return {"lr": lr * at.lr_lambdas[0](at.last_epoch)} | own
+
+    def trainable(self) -> list[nn.Parameter]:
+        """Parameters that train now."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+
+def batch_length(rows: Sequence[Row], recipe: Recipe, model: nn.Module) -> int:
+    """Tokens that each row of a batch is padded to."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    rounded = min(-(-longest // 32) * 32, recipe.data.max_length)
+    return max(longest, min(rounded, max_positions(model) or rounded))
+
+
+def assemble(recipe: Recipe, before_load: Callable[..., None] | None = None) -> Parts:
+    """Build everything a run needs, in this order: data, model, layers, optimizer, LISA, schedule.
+
+    On several ranks the model is divided among them before the optimizer is built. A rehearsal without
+    weights goes first: what can't work fails before a large model loads. Then comes
+    `before_load(device, steps=…, length=…)`, with the tokens of the longest batch.
+    """
+    run, name = recipe.run, recipe.model.name
+    revision, trusted = recipe.model.revision, recipe.model.trust_remote_code
+    announce_remote_code(name, trusted)
+    check_attention(recipe.model.attention)
+    device = pick_device(run.device)
+    recipe.method.check_device(device)
+    if ranks.count() > 1:
+        check_recipe(recipe)
+    if run.compile and device.type == "cpu":
+        check_compiler()
+    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trusted)
+    data = prepare_data(recipe, tokenizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they come again with the real model
+        rehearsed = rehearse(recipe, data.steps)[0]
+        check_fits(rehearsed, data)
+    if before_load is not None:
+        before_load(device, steps=data.steps, length=batch_length(data.train.rows, recipe, rehearsed))
+    seed_generators(run.seed)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trusted}
+    options |= {"attention": recipe.model.attention, "dtype": weight_dtype(recipe)}
+    loss, divide = None, None
+    if ranks.count() == 1:
+        model = load_model(name, **options).to(device)
+        loss = CausalLMLoss(model)
+        if recipe.data.packing:
+            loss.check_packing()
+    else:  # block by block, each rank its part
+        model, fill = load_for_ranks(name, **options)
+
+        def divide(prepared: nn.Module, layers: LayerMap) -> None:
+            shard(prepared, layers.blocks, how=run.sharding, device=device, fill=fill)
+
+    _warn_of_widened_weights(recipe, model)
+    built = build(recipe, model, loss, steps=data.steps, device=device, materialise=divide)
+    if recipe.data.packing and loss is None:
+        built.step.loss.check_packing()
+    from transformers import get_scheduler  # only now that it is quiet
+
+    schedule = recipe.optimizer.schedule
+    scheduler = get_scheduler(
+        "constant_with_warmup" if schedule == "constant" else schedule,
+        built.step.optimizer,
+        num_warmup_steps=recipe.optimizer.warmup_steps,
+        num_training_steps=data.steps,
+    )
+    parts = Parts(
+        recipe,
+        device,
+        tokenizer,
+        data,
+        built.model,
+        built.layers,
+        built.step,
+        built.step.optimizer,
+        scheduler,
+        built.lisa,
+        built.state,
+    )
+    if run.compile and built.blocks is not None:
+        parts.compile_seconds = _compile(parts, built.lisa, built.blocks)
+    return parts
+
+
+def _compile(parts: Parts, lisa: LISA | None, blocks: BlockForward) -> float:
+    """Build all graphs on a made-up batch of an odd length, which is that of no weight's dimension."""
+    config = parts.recipe
+    length = max(config.data.max_length // 2, 8) | 1
+    ids_BT = torch.zeros(config.run.batch_size, length, dtype=torch.long)
+    position_ids_BT = torch.arange(length).expand_as(ids_BT)
+    if config.data.packing:  # two records in each sequence
+        position_ids_BT = position_ids_BT % (length // 2 + 1)
+    batch = {"input_ids": ids_BT, "labels": ids_BT, "position_ids": position_ids_BT}
+    batch = {name: ids.to(parts.device) for name, ids in batch.items()}
+
+    def run() -> None:  # no `backward()`: nothing may reach the parameters' gradients and their hooks
+        dtype = parts.step.autocast
+        with torch.autocast(parts.device.type, dtype=dtype, enabled=dtype is not None):
+            loss, _ = parts.step.loss(batch)
+        torch.autograd.grad(loss, parts.trainable(), allow_unused=True)
+
+    ends = list(parts.layers.end_parameters(parts.model).values())
+    rests = lisa is not None and lisa.ends_rest
+    return blocks.warm_up(run, embedding=ends, rests=rests, draws=lisa is not None)
+
+
+def rehearse(recipe: Recipe, steps: int) -> tuple[nn.Module, LayerMap, LISA | None]:
+    """Build the model without weights, its optimizer and its method, as `assemble` will.
+
+    Raises:
+        ValueError, RuntimeError, OSError: what `assemble` would raise with the weights loaded.
+    """
+    model = meta_model(
+        recipe.model.name,
+        revision=recipe.model.revision,
+        trust_remote_code=recipe.model.trust_remote_code,
+        attention=recipe.model.attention,
+        dtype=weight_dtype(recipe),
+    )
+    _warn_of_widened_weights(recipe, model)
+    model, layers, _, _, lisa = _attach(recipe, model, steps)
+    return model, layers, lisa
+
+
+def _warn_of_widened_weights(recipe: Recipe, model: nn.Module) -> None:
+    """Say what it costs to load the 16-bit weights of a model as fp32."""
+    stored = stored_dtype(
+        recipe.model.name,
+        revision=recipe.model.revision,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+    if weight_dtype(recipe) != torch.float32 or stored not in (torch.bfloat16, torch.float16):
+        return
+    more = 2 * sum(p.numel() for p in model.parameters())
+    warnings.warn(
+        f"{recipe.model.name} is stored in {str(stored).removeprefix('torch.')} and run.precision: "
+        f"{recipe.run.precision} loads it in float32, which takes {more:,} bytes more; run.precision: bf16 "
+        f"keeps weights in 16 bits with updates as exact",
+        stacklevel=2,
+    )
+
+
+def check_fits(model: nn.Module, data: Data) -> None:
+    """Refuse token ids and lengths that the model has no embedding for, which would end in an IndexError.
+
+    Raises:
+        ValueError: the tokenizer is another model's, or a row is longer than the model can read.
+    """
+    rows = (*data.train.rows, *data.validation.rows)
+    highest = max(max(row["input_ids"]) for row in rows)
+    embedding: nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]
+    if highest >= embedding.weight.shape[0]:
+        raise ValueError(
+            f"the tokenizer makes token {highest}, the model has {embedding.weight.shape[0]} (from 0); "
+            "give the model the tokenizer that it was trained with"
+        )
+    longest = max(max(row.get("seq_lengths", [len(row["input_ids"])])) for row in rows)
+    limit = max_positions(model)
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"a record has {longest} tokens and the model reads at most {limit}; set data.max_length={limit}"
+        )
+
+
+def seed_generators(seed: int) -> None:
+    """Seed every generator that a model may draw from, and that checkpoints hold."""
+    import numpy as np
+
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)

@@ -1,0 +1,199 @@
+"""What a run is going to do, as far as it is known before the first step.
+
+`check` makes the outline from a model without weights, `train` from the real one: the same function, so that
+what `lisatune check` says is what `lisatune train` does.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console
+from rich.panel import Panel
+from torch import nn
+
+from lisatune.console import count_text, grid, plural, ranges_text, terminal
+from lisatune.data.prepare import Data
+from lisatune.lisa.lisa import LISA
+from lisatune.methods import Method
+from lisatune.nn.layers import LayerMap
+from lisatune.recipe import Recipe
+
+__all__ = ["Outline", "make_outline", "print_outline"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outline:
+    """The facts of a run. Counts of parameters are elements, a tied one counted once."""
+
+    model: str
+    method: str
+    num_parameters: int
+    num_blocks: int
+    end_parameters: int
+    block_parameters: int
+    """All blocks together."""
+    frozen_parameters: int
+    """Parameters that never train, such as a vision tower's."""
+    is_tied: bool
+    """Whether embedding and head are one parameter."""
+    trainable: int
+    """Parameters that train in the first period."""
+    active_blocks: tuple[int, ...] | None
+    """Blocks of the first period; None when the method doesn't draw."""
+    steps: int
+    start_step: int
+    """Steps done before, when the run is resumed."""
+    period: int | None
+    """Steps between two draws; None when the method doesn't draw."""
+    visits: tuple[int, ...]
+    """In how many periods each block will have trained by the end; empty when the method doesn't draw."""
+    batch: str
+    lr: str
+    train_rows: int
+    train_tokens: int
+    loss_tokens: int
+    """Training tokens that carry loss."""
+    num_cut: int
+    """Training records cut at max_length."""
+    num_without_loss: int
+    """Training records dropped, since the cut left no answer."""
+    skipped: int
+    """Records left out because they can't be used."""
+    validation_rows: int
+    validation_tokens: int
+    device: str
+    output: str
+
+
+def make_outline(
+    recipe: Recipe,
+    model: nn.Module,
+    layers: LayerMap,
+    lisa: LISA | None,
+    data: Data,
+    *,
+    device: str,
+    start_step: int = 0,
+) -> Outline:
+    """Collect the facts of a run.
+
+    Args:
+        recipe: the recipe.
+        model: after `method.attach`, so that frozen is what will be frozen; may be on the meta device.
+        layers: its blocks and ends.
+        lisa: what `method.attach` returned.
+        data: from `prepare_data`.
+        device: where it will run.
+        start_step: steps done before, when the run is resumed.
+    """
+    run, optimizer = recipe.run, recipe.optimizer
+    rows = (
+        f"{run.batch_size} rows" if run.accumulation == 1 else f"{run.accumulation} × {run.batch_size} rows"
+    )
+    warmup = f" after {plural(optimizer.warmup_steps, 'warm-up step')}" if optimizer.warmup_steps else ""
+    return Outline(
+        model=recipe.model.name,
+        method=_method_text(recipe.method),
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        num_blocks=layers.num_blocks,
+        end_parameters=sum(p.numel() for p in layers.end_parameters(model).values()),
+        block_parameters=sum(p.numel() for block in layers.block_parameters(model) for p in block.values()),
+        frozen_parameters=sum(p.numel() for p in layers.frozen_parameters(model).values()),
+        is_tied=layers.is_tied,
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        active_blocks=None if lisa is None else lisa.active_blocks,
+        steps=data.steps,
+        start_step=start_step,
+        period=None if lisa is None else lisa.period,
+        visits=() if lisa is None else lisa.planned_visits(data.steps),
+        batch=f"{rows} of up to {recipe.data.max_length:,} tokens",
+        lr=f"{_lr_text(recipe, layers.num_blocks)}, {optimizer.schedule}{warmup}",
+        train_rows=len(data.train.rows),
+        train_tokens=data.train.num_tokens,
+        loss_tokens=data.train.num_loss_tokens,
+        num_cut=data.train.num_cut,
+        num_without_loss=data.train.num_without_loss,
+        skipped=data.skipped,
+        validation_rows=len(data.validation.rows),
+        validation_tokens=data.validation.num_tokens,
+        device=f"{device}, {run.precision}",
+        output=str(run.output),
+    )
+
+
+def _lr_text(recipe: Recipe, num_blocks: int) -> str:
+    """The learning rate, and in brackets those of blocks and ends that differ from it."""
+    lr, ends_lr = recipe.optimizer.lr, recipe.optimizer.ends_lr
+    factors = sorted(set(recipe.method.block_lr_factors(num_blocks)))
+    own = []
+    if factors != [1.0]:
+        extremes = [factors[0], factors[-1]][: len(factors)]
+        own.append("blocks " + " to ".join(f"{lr * factor:.3g}" for factor in extremes))
+    if ends_lr is not None:
+        own.append(f"ends {ends_lr:g}")
+    return f"{lr:g}" + (f" ({', '.join(own)})" if own else "")
+
+
+def print_outline(outline: Outline, console: Console | None = None) -> None:
+    """Print the table that stands before a run."""
+    console = console or terminal()
+    kinds = [f"ends {count_text(outline.end_parameters)}{' (embedding = head)' if outline.is_tied else ''}"]
+    kinds.append(f"{outline.num_blocks} blocks {count_text(outline.block_parameters)}")
+    kinds += [f"never trained {count_text(outline.frozen_parameters)}"] if outline.frozen_parameters else []
+    share = outline.trainable / outline.num_parameters
+    trains = f"{count_text(outline.trainable)} parameters at a time, {share:.1%}"
+    trains += "" if outline.active_blocks is None else f"; now blocks {ranges_text(outline.active_blocks)}"
+    periods = (
+        f" in {plural(math.ceil(outline.steps / outline.period), 'period')} of {outline.period}"
+        if outline.period
+        else ""
+    )
+    steps = f"{outline.steps:,}{periods}" + (
+        f", {outline.start_step:,} done already" if outline.start_step else ""
+    )
+    rows = [
+        ("model", f"{outline.model}, {count_text(outline.num_parameters)} parameters: {' + '.join(kinds)}"),
+        ("method", outline.method),
+        ("trains", trains),
+        ("steps", f"{steps}; each {outline.batch}"),
+    ]
+    if outline.visits:
+        low, high = min(outline.visits), max(outline.visits)
+        often = f"{plural(low, 'period')}" if low == high else f"{low} to {plural(high, 'period')}"
+        rows.append(("visits", f"{_bars(outline.visits)} each block trains in {often}"))
+    left_out = [f"{outline.num_cut:,} cut at max_length"] if outline.num_cut else []
+    left_out += [f"{outline.num_without_loss:,} dropped: no answer left"] if outline.num_without_loss else []
+    left_out += [f"{outline.skipped:,} skipped: not usable"] if outline.skipped else []
+    tokens = f"{count_text(outline.train_tokens)} tokens, {count_text(outline.loss_tokens)} with loss"
+    rows += [
+        ("lr", outline.lr),
+        ("data", "; ".join([f"{plural(outline.train_rows, 'row')}, {tokens}", *left_out])),
+        (
+            "held out",
+            f"{plural(outline.validation_rows, 'row')}, {count_text(outline.validation_tokens)} tokens",
+        ),
+        ("device", outline.device),
+        ("output", outline.output),
+    ]
+    console.print(Panel(grid(rows), title="run", title_align="left", border_style="cyan", box=box.ROUNDED))
+
+
+def _method_text(method: Method) -> str:
+    """Name a method with those of its settings that are not the default."""
+    assert dataclasses.is_dataclass(method)
+    changed = []
+    for field in dataclasses.fields(method):
+        value = getattr(method, field.name)
+        if value != field.default and field.name != "name":
+            text = f"{len(value)} numbers" if isinstance(value, tuple) else value
+            changed.append(f"{field.name} {text}")
+    return ", ".join([method.name, *changed])
+
+
+def _bars(counts: Sequence[int]) -> str:
+    """Draw counts as a row of bars, one for each block; a dot is zero."""
+    most = max(counts)
+    return "".join("▁▂▃▄▅▆▇█"[math.ceil(8 * count / most) - 1] if count else "·" for count in counts)

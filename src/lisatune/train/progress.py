@@ -1,0 +1,225 @@
+"""What a run says on the terminal: a live line during, the outcome after. `outline` prints what comes before.
+
+Plain data in, Rich output out, nothing decided here. At most 100 columns. Where the output is no
+terminal, the live line becomes one plain line for each update, and there is no colour.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from rich import box
+from rich.console import Console, Group
+from rich.padding import Padding
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
+
+from lisatune.console import byte_text, grid, plural, ranges_text, terminal
+from lisatune.runs.summary import Sample, Summary
+
+__all__ = ["Bar", "Log", "check_trackers", "print_summary", "trackers"]
+
+LONGEST_SAMPLE = 400
+
+
+class Bar:
+    """The line that moves while a run trains. Use as a context manager.
+
+    Args:
+        total_steps: steps of the whole run.
+        start_step: steps done before this process began.
+    """
+
+    def __init__(self, total_steps: int, start_step: int = 0, *, console: Console | None = None) -> None:
+        self._console = console or terminal()
+        self._total, self._start = total_steps, start_step
+        self._began = time.monotonic()
+        self._progress: Progress | None = None
+        if self._console.is_terminal:
+            columns = (
+                BarColumn(bar_width=16, complete_style="cyan", finished_style="green"),
+                TextColumn("{task.completed}/{task.total} {task.description}"),
+            )
+            self._progress = Progress(*columns, console=self._console)
+            self._task = self._progress.add_task("", total=total_steps, completed=start_step)
+
+    def update(
+        self,
+        step: int,
+        *,
+        loss: float,
+        lr: float,
+        tokens_per_second: float,
+        active_blocks: Sequence[int] | None = None,
+        resident_bytes: int,
+        **unshown: Any,
+    ) -> None:
+        """Show the state after optimizer step `step` (1 is the first). Takes a line of metrics.jsonl."""
+        done = step - self._start
+        left = (time.monotonic() - self._began) / done * (self._total - step) if done > 0 else math.nan
+        facts = [f"loss {loss:.3f}", f"lr {lr:.1e}", f"{tokens_per_second:,.0f} tok/s"]
+        if active_blocks is not None:
+            facts.append(f"blocks {ranges_text(active_blocks)}")
+        facts += [byte_text(resident_bytes), f"{_clock(left)} left"]
+        if self._progress is None:
+            width = len(str(self._total))
+            self._say(f"step {step:>{width}}/{self._total}  {'  '.join(facts)}")
+        else:
+            self._progress.update(self._task, completed=step, description="· " + " · ".join(facts))
+
+    def print(self, text: str) -> None:
+        """Print a line that stays, above the live one."""
+        if self._progress is None:
+            self._say(text)
+        else:
+            self._progress.console.print(Text(text))
+
+    def _say(self, text: str) -> None:
+        self._console.print(Text(text), soft_wrap=True)
+
+    def __enter__(self) -> Self:
+        self._began = time.monotonic()
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+
+def print_summary(summary: Summary, console: Console | None = None) -> None:
+    """Print what came out of a run."""
+    console = console or terminal()
+    rows: list[tuple[str, str | Text]] = []
+    if "held_out_loss_before" in summary and "held_out_loss_after" in summary:
+        before, after = summary["held_out_loss_before"], summary["held_out_loss_after"]
+        style = "bold green" if after < before else "bold red"
+        loss = Text.assemble(f"{before:.3f} → ", (f"{after:.3f}", style), f" ({after - before:+.3f})")
+        rows.append(("held-out loss", loss))
+        rows.append(("perplexity", f"{_perplexity(before)} → {_perplexity(after)}"))
+    if "steps" in summary and "train_seconds" in summary:
+        speed = f", {summary['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in summary else ""
+        rows.append(
+            ("time", f"{_clock(summary['train_seconds'])} for {plural(summary['steps'], 'step')}{speed}")
+        )
+    if "compile_seconds" in summary:
+        rows.append(("compiling", f"{_clock(summary['compile_seconds'])} before the first step"))
+    if summary.get("skipped_steps"):
+        rows.append(("skipped", f"{plural(summary['skipped_steps'], 'step')}: loss or gradients not finite"))
+    if summary.get("failed_saves"):
+        rows.append(("not saved", f"{plural(summary['failed_saves'], 'checkpoint')}: see the lines above"))
+    if "peak_bytes" in summary:
+        rows.append(("peak memory", byte_text(summary["peak_bytes"])))
+    if "planned_bytes" in summary:
+        rows.append(("memory plan", _plan_text(summary)))
+    if "peak_state_bytes" in summary:
+        state = f"{byte_text(summary['peak_state_bytes'])} at most"
+        if "peak_state_elements" in summary and "peak_trainable" in summary:
+            state += (
+                f": {summary['peak_state_elements']:,} numbers for {summary['peak_trainable']:,} parameters"
+            )
+        rows.append(("optimizer state", state))
+    if "proof" in summary:
+        rows.append(("proof", summary["proof"]))
+    if "model" in summary:
+        rows.append(("model", summary["model"]))
+    for sample in summary.get("samples", []):
+        console.print(_answers(sample))
+    console.print(
+        Panel(grid(rows), title="result", title_align="left", border_style="green", box=box.ROUNDED)
+    )
+
+
+def _plan_text(summary: Summary) -> str:
+    planned, measured = summary["planned_bytes"], summary["measured_bytes"]
+    text = f"{byte_text(planned)} of tensors in a step ({summary['plan']}); "
+    if summary["measured"] == "tensors in a step":
+        return text + f"measured {byte_text(measured)}, {measured / planned - 1:+.1%}"
+    return (
+        text + f"resident memory grew by {byte_text(measured)}, evaluation, libraries and allocator included"
+    )
+
+
+def _answers(sample: Sample) -> Padding:
+    answers = grid(
+        [
+            ("before", Text(_short(sample["before"]), style="dim")),
+            ("after", _short(sample["after"])),
+            ("reference", Text(_short(sample["reference"]), style="italic")),
+        ]
+    )
+    return Padding(Group(Text(_short(sample["prompt"]), style="bold"), answers), (0, 1, 1, 1))
+
+
+def _short(text: str) -> str:
+    """Cut a model's text to a few lines, without characters that a terminal would obey."""
+    clean = "".join(letter if letter.isprintable() or letter == "\n" else "�" for letter in text.strip())
+    return clean if len(clean) <= LONGEST_SAMPLE else clean[:LONGEST_SAMPLE].rstrip() + " …"
+
+
+def _perplexity(loss: float) -> str:
+    return "∞" if loss >= 50 else f"{math.exp(loss):,.1f}"
+
+
+def _clock(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "-:--"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow"}
+"""Tracker names and the package each needs."""
+
+
+class Log(Protocol):
+    """Sends one step's numbers to every tracker."""
+
+    def __call__(self, values: Mapping[str, float], step: int) -> None: ...
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that are unknown (ValueError) or not installed (ImportError).
+
+    Accelerate would leave out a tracker that is not installed without a word.
+    """
+    for name in names:
+        if name not in TRACKERS:
+            raise ValueError(f"run.report_to has an unknown tracker {name!r}; known: {', '.join(TRACKERS)}")
+        if find_spec(TRACKERS[name]) is None:
+            raise ImportError(f"run.report_to: {name} needs `pip install {TRACKERS[name]}`")
+
+
+@contextmanager
+def trackers(names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> Iterator[Log]:
+    """Open trackers for the length of a run.
+
+    Args:
+        names: keys of `TRACKERS`; may be empty.
+        folder: run folder; trackers that write files write to `folder/trackers`.
+        config: the resolved recipe, stored with the run where the tracker can.
+    """
+    if not names:
+        yield lambda values, step: None
+        return
+    from accelerate import Accelerator
+
+    check_trackers(names)
+    accelerator = Accelerator(cpu=True, log_with=list(names), project_dir=folder / "trackers")
+    flat = {f"{part}.{key}": str(value) for part, keys in config.items() for key, value in keys.items()}
+    accelerator.init_trackers(folder.name, config=flat)
+    try:
+        yield lambda values, step: accelerator.log(dict(values), step=step)
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()

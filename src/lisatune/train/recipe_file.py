@@ -1,0 +1,266 @@
+"""Reads a recipe file and overrides into a `Recipe`.
+
+A recipe is YAML with the sections of `lisatune.recipe.Recipe`; an override is `section.key=value` and
+wins over the file. cyclopts turns both into the sections' dataclasses and writes their help. Checked
+here, because cyclopts lets it pass: sections that are no mapping, 1.5 where a whole number is due (it
+rounds), and a bare number where text is due (YAML reads `revision: 1.10` as 1.1).
+"""
+
+import dataclasses
+import difflib
+import inspect
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from cyclopts import App, Group, Parameter
+from cyclopts.config import Dict
+from cyclopts.exceptions import CoercionError, CycloptsError, MissingArgumentError
+from rich.console import Console
+
+from lisatune.files import yaml
+from lisatune.methods import METHODS
+from lisatune.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe, RunConfig, unknown
+
+__all__ = ["Sections", "build_recipe", "load_recipe", "print_keys", "read_sections", "recipe_without_file"]
+
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "method": METHODS["lisa"],
+    "optimizer": OptimizerConfig,
+    "run": RunConfig,
+}
+"""Sections in the order they are shown; the class of `method` is the one `method.name` picks."""
+
+
+Sections = dict[str, dict[str, Any]]
+"""What a file says: {section: {key: value}}."""
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        path: YAML file. It also names the run folder where `run.output` isn't given: runs/STEM.
+        overrides: `section.key=value`; lists are written `[1, 2]`, an empty optional value `null`.
+
+    Returns:
+        The recipe with all defaults filled in.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: anything in file or overrides is unknown, of the wrong type or out of range; the
+            message is one sentence with file, key and value.
+    """
+    recipe = build_recipe(str(path), read_sections(Path(path)), overrides)
+    output = recipe.run.output or f"runs/{Path(path).stem}"
+    return dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, output=output))
+
+
+def recipe_without_file(overrides: Sequence[str]) -> Recipe:
+    """Build a recipe from overrides alone, for what reads no data; errors as in `load_recipe`."""
+    return build_recipe("command line", {"data": {"train": "none"}}, overrides)
+
+
+def build_recipe(path: str, from_file: Sections, overrides: Sequence[str]) -> Recipe:
+    """Build a recipe from what a file says and overrides; errors as in `load_recipe`, naming `path`."""
+    from_overrides = _read_overrides(overrides)
+    given = {name: from_file.get(name, {}) | from_overrides.get(name, {}) for name in SECTIONS}
+
+    def where(section: str, key: str) -> str:
+        return "command line" if key in from_overrides.get(section, {}) else path
+
+    method = given["method"].get("name", "lisa")
+    if not isinstance(method, str) or method not in METHODS:
+        raise ValueError(f"{where('method', 'name')}: {unknown('method', method, METHODS)}")
+    sections = SECTIONS | {"method": METHODS[method]}
+    for section, values in given.items():
+        for key, value in values.items():
+            if key not in _keys(sections[section]):
+                raise ValueError(f"{where(section, key)}: {_unknown_key(section, key, sections)}")
+            if isinstance(value, dict):
+                _refuse(where(section, key), sections, section, key, value)
+    try:
+        recipe = _parse(sections, given)
+    except MissingArgumentError as error:
+        raise ValueError(f"{path}: {_dotted(error)} is missing; add it") from None
+    except CoercionError as error:
+        section, key = _dotted(error).split(".")
+        _refuse(where(section, key), sections, section, key, given[section][key])
+    except ValueError as error:  # a range, from __post_init__
+        named = re.search(rf"\b({'|'.join(SECTIONS)})\.(\w+)", str(error))
+        raise ValueError(f"{where(*named.groups()) if named else path}: {error}") from None
+    for section, values in given.items():
+        for key, value in values.items():
+            if not _is_faithful(value, getattr(getattr(recipe, section), key)):
+                _refuse(where(section, key), sections, section, key, value)
+    return recipe
+
+
+def print_keys(console: Console) -> None:
+    """Print every key of every section and method with its help text, a panel for each."""
+    panels: dict[str, type] = {}
+    for name, section in SECTIONS.items():
+        methods = {f"method ({method})": kind for method, kind in METHODS.items()}
+        panels |= methods if name == "method" else {name: section}
+    _app(panels).help_print([], console=console)
+
+
+def _app(sections: Mapping[str, type], **options: Any) -> App:
+    """Build a cyclopts app whose one command takes the sections as keyword arguments."""
+    app = App(
+        usage="",
+        help="",
+        help_flags=[],
+        version_flags=[],
+        default_parameter=Parameter(negative=(), name_transform=lambda name: name),
+        result_action="return_value",
+        **options,
+    )
+
+    def build(**parts: Any) -> Recipe:
+        return Recipe(**parts)
+
+    parameters = []
+    for index, (title, section) in enumerate(sections.items()):
+        parameter = Parameter(name=f"--{title.split()[0]}", group=Group(title, sort_key=index))
+        required = any(field.default is dataclasses.MISSING for field in dataclasses.fields(section))
+        parameters.append(
+            inspect.Parameter(
+                re.sub(r"\W+", "_", title),
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if required else section(),
+                annotation=typing.Annotated[section, parameter],
+            )
+        )
+    build.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    build.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    app.default(build)
+    return app
+
+
+def _parse(sections: Mapping[str, type], given: Sections) -> Recipe:
+    app = _app(sections, config=Dict(given, use_commands_as_keys=False))
+    recipe = app([], exit_on_error=False, print_error=False)
+    assert isinstance(recipe, Recipe)
+    return recipe
+
+
+def _dotted(error: CycloptsError) -> str:
+    assert error.argument is not None
+    return error.argument.name.lstrip("-")
+
+
+def read_sections(path: Path, *, also: Sequence[str] = ()) -> Sections:
+    """Read a recipe file; errors as in `load_recipe`. `also` names sections that it may have besides."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give a recipe file, such as {path}/recipe.yaml")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"recipe {path} does not exist") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"recipe {path} is not UTF-8 text (byte {error.start})") from None
+    try:
+        root = yaml.load(text)
+    except ValueError as error:
+        raise ValueError(f"recipe {path}: {error}") from None
+    if root is None:
+        raise ValueError(f"recipe {path} is empty; it needs at least model.name and data.train")
+    if not isinstance(root, dict):
+        raise ValueError(f"recipe {path} must be sections of keys, got a {type(root).__name__}")
+    for section, values in root.items():
+        if section == "compare" and section not in also:
+            raise ValueError(f"{path} describes a comparison; give it to `lisatune compare`")
+        if section not in (*SECTIONS, *also):
+            raise ValueError(f"{path}: {unknown('section', section, SECTIONS)}")
+        if not isinstance(values, dict | None):
+            raise ValueError(
+                f"{path}: section {section} must hold keys, a `key: value` per line, got {values!r}"
+            )
+    return {section: values or {} for section, values in root.items()}
+
+
+def _read_overrides(overrides: Iterable[str]) -> Sections:
+    values: Sections = {}
+    for override in overrides:
+        match = re.fullmatch(r"(?:--)?([\w-]+)\.([\w-]+)=(.*)", override, flags=re.DOTALL)
+        if match is None:
+            raise ValueError(f"override {override!r} must look like section.key=value, such as run.steps=100")
+        section, key, text = match[1], match[2].replace("-", "_"), match[3]
+        if section not in SECTIONS:
+            raise ValueError(f"command line: {unknown('section', section, SECTIONS)}")
+        value: Any = text
+        if text.startswith("[") or text in ("null", "~"):
+            try:
+                value = yaml.load(text)
+            except ValueError:
+                raise ValueError(f"override {override!r}: a list is written [a, b]") from None
+        values.setdefault(section, {})[key] = value
+    return values
+
+
+def _keys(section: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(section)]
+
+
+def _unknown_key(section: str, key: object, sections: Mapping[str, Any]) -> str:
+    known = _keys(sections[section])
+    close = difflib.get_close_matches(str(key), known, n=1)
+    elsewhere = [other for other in sections if key in _keys(sections[other])]
+    owner = f" of method {sections[section].name}" if section == "method" else ""
+    if not close and not elsewhere:
+        return f"unknown key '{section}.{key}'{owner}. Known: {', '.join(known)}"
+    nearest = f"{section}.{close[0]}" if close else f"{elsewhere[0]}.{key}"
+    return f"unknown key '{section}.{key}'{owner}. Did you mean {nearest!r}?"
+
+
+def _refuse(where: str, sections: Mapping[str, type], section: str, key: str, value: Any) -> NoReturn:
+    hint = typing.get_type_hints(sections[section])[key]
+    if isinstance(value, str) and value in ("", "null"):
+        shown = "nothing"
+    else:
+        shown = "null" if value is None else repr(value)
+    choices = [str(item) for item in typing.get_args(hint)] if typing.get_origin(hint) is Literal else []
+    close = difflib.get_close_matches(str(value), choices, n=1)
+    tail = f". Did you mean {close[0]!r}?" if close else ""
+    if hint in (str, str | None) and not isinstance(value, str | list | dict | None):
+        tail = "; put it in quotes"
+    raise ValueError(f"{where}: {section}.{key} must be {_describe(hint)}, got {shown}{tail}")
+
+
+def _describe(hint: Any) -> str:
+    """Say in words what a field takes."""
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    if hint in words:
+        return words[hint]
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return " or ".join(arguments) if len(arguments) < 3 else f"one of {', '.join(arguments)}"
+    if typing.get_origin(hint) is tuple:
+        length = "" if Ellipsis in arguments else f" of {len(arguments)}"
+        return f"a list{length} (each {_describe(arguments[0])})"
+    assert typing.get_origin(hint) in (types.UnionType, typing.Union)
+    return " or ".join(_describe(item) for item in arguments)
+
+
+def _is_faithful(given: Any, parsed: Any) -> bool:
+    """Whether the value that was read says the same as the one that was written."""
+    if isinstance(parsed, tuple):
+        items = given if isinstance(given, list) else [given]
+        return all(_is_faithful(*pair) for pair in zip(items, parsed, strict=True))
+    if isinstance(parsed, bool):
+        return isinstance(given, bool | str)
+    if isinstance(parsed, int):
+        try:
+            return Decimal(str(given)) == parsed
+        except InvalidOperation:
+            return False
+    if isinstance(parsed, str):
+        return isinstance(given, str) and given != ""
+    return True

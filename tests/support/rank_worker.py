@@ -1,0 +1,188 @@
+"""One rank of a test: makes the runs and checks that a file lists, and writes down what came of them.
+
+    RANK=0 WORLD_SIZE=2 … python tests/support/rank_worker.py JOBS.json
+
+A job is {"recipe": path, "overrides": […], "flags": {…}}, or {"check": "draws"}; with "free_bytes" so much
+memory is found free. Results go to JOBS.json.RANK.
+"""
+
+import json
+import os
+import random
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+import tiny
+from lisatune import LISA, find_layers
+from lisatune.distributed import ranks
+from lisatune.distributed.shards import full_tensor, local_part, shard
+from lisatune.lisa.groups import build_adamw
+from lisatune.memory.plan import _batch
+from lisatune.memory.tracker import measure
+from lisatune.methods.base import build_optimizer
+from lisatune.models.load import load_model, load_tokenizer
+from lisatune.models.sharded import load_for_ranks, save_from_ranks
+from lisatune.optim.meter import state_bytes, tensors_bytes
+from lisatune.recipe import OptimizerConfig
+from lisatune.runs.checkpoint import load_checkpoint, save_checkpoint
+from lisatune.train.assemble import assemble
+from lisatune.train.loop import train
+from lisatune.train.recipe_file import load_recipe
+from live_bytes import LiveBytes
+
+
+def draws() -> dict[str, Any]:
+    """Train a bare loop with LISA while the ranks' global generators drift apart."""
+    model = tiny.llama(seed=0)
+    layers = find_layers(model)
+    shard(model, find_layers(model).blocks, device=torch.device("cpu"), how="fsdp")
+    optimizer = build_optimizer(model, layers, OptimizerConfig(lr=1e-3))
+    lisa = LISA(model, optimizer, active=2, period=2, ends="every:2", verify="full")
+    torch.manual_seed(100 + ranks.rank())
+    random.seed(100 + ranks.rank())
+    drawn, strangers = [], []
+    for step in range(8):
+        random.random()
+        torch.rand(ranks.rank() + 1)
+        drawn.append(lisa.active_blocks)
+        resting = {
+            name
+            for index, block in enumerate(layers.block_parameters(model))
+            for name in block
+            if index not in lisa.active_blocks
+        }
+        if not lisa.ends_train:
+            resting |= set(layers.ends)
+        tiny.backward(model, step)
+        strangers += [name for name, p in model.named_parameters() if name in resting and p.grad is not None]
+        with torch.no_grad():  # leaves the ends whole: a draw has to take them apart first
+            model(input_ids=tiny.tokens(0), use_cache=False)
+        optimizer.step()
+        optimizer.zero_grad()
+        named = dict(model.named_parameters())
+        active = {name for index in lisa.active_blocks for name in layers.block_parameters(model)[index]}
+        strangers += [name for name in resting - active if named[name] in optimizer.state]
+    parts = sum(local_part(p).numel() for p in model.parameters())
+    whole = sum(p.numel() for p in model.parameters())
+    return {"drawn": drawn, "strangers": strangers, "parts": parts, "whole": whole}
+
+
+def seeds() -> None:
+    """Give each rank a seed of its own."""
+    model = tiny.llama(seed=0)
+    layers = find_layers(model)
+    shard(model, find_layers(model).blocks, device=torch.device("cpu"), how="fsdp")
+    LISA(model, build_optimizer(model, layers, OptimizerConfig()), seed=ranks.rank())
+
+
+def unsharded() -> None:
+    """Attach LISA to a model that DistributedDataParallel holds."""
+    model = tiny.llama(seed=0)
+    optimizer = build_adamw(model, find_layers(model), lr=1e-3)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    LISA(wrapped.module, optimizer)
+
+
+def held(folder: str, largest_file: str) -> dict[str, Any]:
+    """Load, write, train, save and load again; say what this rank held and whether all is equal."""
+    device, report = torch.device("cpu"), {}
+    expected = load_model(folder).state_dict()
+    with LiveBytes() as live:
+        model, fill = load_for_ranks(folder)
+        shard(model, find_layers(model).blocks, device=device, how="fsdp", fill=fill)
+    report["load"] = live.peak
+    report["shard"] = tensors_bytes([*model.parameters(), *model.buffers()])
+    report["whole"] = sum(p.nbytes for p in model.parameters())
+    report["tensor"] = max(p.nbytes for p in model.parameters())
+    report["is whole"] = fill is None
+    layers = find_layers(model)
+    units = [layers.end_parameters(model), *layers.block_parameters(model)]
+    report["unit"] = max(sum(p.nbytes for p in unit.values()) for unit in units)
+    got = {name: full_tensor(t) for name, t in model.state_dict(keep_vars=True).items()}
+    report["equal"] = got.keys() == expected.keys() and all(torch.equal(got[n], expected[n]) for n in got)
+    computed = dict(load_model(folder).named_buffers())
+    report["buffers"] = sorted(n for n, b in model.named_buffers() if torch.equal(b, computed[n]))
+    with LiveBytes() as live:
+        kept = {name: full_tensor(t).clone() for name, t in model.state_dict(keep_vars=True).items()}
+    report["all at once"] = live.peak
+    del kept, got
+    with LiveBytes() as live:
+        save_from_ranks(model, load_tokenizer(folder), Path(f"{folder}-out"), largest_file)
+    report["export"] = live.peak
+    optimizer = build_optimizer(model, layers, OptimizerConfig(lr=1e-3))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    report["state"] = state_bytes(optimizer)
+    with LiveBytes() as live:
+        path = save_checkpoint(f"{folder}-checkpoints", step=1, model=model, optimizer=optimizer)
+    report["save"] = live.peak
+    before = [local_part(p).clone() for p in model.parameters()]
+    moments = [{k: torch.as_tensor(v).clone() for k, v in s.items()} for s in optimizer.state.values()]
+    for p in model.parameters():
+        p.grad = -torch.ones_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    with LiveBytes() as live:
+        load_checkpoint(path, model=model, optimizer=optimizer)
+    report["resume"] = live.peak
+    same = [torch.equal(local_part(p), was) for p, was in zip(model.parameters(), before, strict=True)]
+    for entry, was in zip(optimizer.state.values(), moments, strict=True):
+        same += [torch.equal(torch.as_tensor(entry[key]), was[key]) for key in was]
+    report["restored"] = all(same)
+    return report
+
+
+def measured(job: dict[str, Any]) -> dict[str, Any]:
+    """Measure the second training step of a recipe with the given blocks active."""
+    recipe = load_recipe(Path(job["measured"]), job["overrides"])
+    parts = assemble(recipe)
+    batches = [_batch(recipe, parts.model, recipe.data.max_length)] * recipe.run.accumulation
+    if parts.lisa is not None:
+        parts.lisa.period = 1000  # no draw but that of the plan
+    for _ in range(2):
+        if parts.lisa is not None:
+            parts.lisa.activate(job["blocks"])
+        with measure(parts.model, parts.optimizer) as tracker:
+            parts.step.backward(batches)
+            parts.step.clip()
+            parts.step.update()
+            step = tracker.end_step()
+    return asdict(step)
+
+
+def work(job: dict[str, Any]) -> Any:
+    if "free_bytes" in job:
+        with mock.patch("lisatune.memory.process.available_bytes", return_value=job.pop("free_bytes")):
+            return work(job)
+    if "recipe" in job:
+        return train(load_recipe(Path(job["recipe"]), job["overrides"]), **job.get("flags", {}))
+    if "measured" in job:
+        return measured(job)
+    if "held" in job:
+        return held(job["held"], job["largest_file"])
+    return {"draws": draws, "seeds": seeds, "unsharded": unsharded}[job["check"]]()
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    jobs = Path(sys.argv[1])
+    results = []
+    with ranks.joined("cpu"):
+        for job in json.loads(jobs.read_text()):
+            try:
+                results.append(work(job))
+            except (ValueError, RuntimeError) as error:
+                results.append({"error": f"{type(error).__name__}: {error}"})
+    rank = os.environ.get("RANK", "0")
+    jobs.with_name(f"{jobs.name}.{rank}").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""The command line: help that helps, one sentence for bad input, and exit codes that tell what happened."""
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+import tiny_run
+from lisatune import __version__
+from lisatune.cli import app
+from lisatune.cli.app import main
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_run.write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(autouse=True)
+def _own_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # `main` sets it
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, model: Path) -> Path:
+    return tiny_run.write_recipe(tmp_path, model, tiny_run.write_rows(tmp_path / "rows.jsonl"))
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "lisatune", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, timeout=120)
+
+
+def test_help_shows_commands_and_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    for part in (
+        "train",
+        "check",
+        "layers",
+        "generate",
+        "--debug",
+        "lisatune train recipe.yaml run.steps=200",
+    ):
+        assert part in out
+    assert max(map(len, out.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("name", ["train", "check", "layers", "generate"])
+def test_help_of_each_command_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert f"\n    lisatune {name} " in out
+    assert ("--method.period" in out) == (name in ("train", "check"))
+    assert max(map(len, out.splitlines())) <= 100
+
+
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{__version__}\n"
+
+
+def test_train_leaves_a_whole_run_folder_and_generate_answers_from_it(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(recipe), "--run.steps", "3", "optimizer.lr=0.002"]) == 0
+    out = capsys.readouterr().out
+    assert "╭─ run" in out
+    assert "step 3/3" in out
+    assert "╭─ result" in out
+    run = recipe.parent / "run"
+    names = {entry.name for entry in run.iterdir()}
+    assert names >= {"recipe.yaml", "environment.json", "metrics.jsonl", "summary.json", "model"}
+    assert json.loads((run / "summary.json").read_text())["steps"] == 3
+
+    assert (
+        main(["generate", str(run), "--prompt", "Count.", "--prompt", "Count!", "--max-new-tokens", "2"]) == 0
+    )
+    out = capsys.readouterr().out
+    assert "> Count.\n" in out
+    assert "> Count!\n" in out
+
+    assert main(["train", str(recipe)]) == 2
+    assert "--resume to go on with it, --overwrite" in capsys.readouterr().err
+
+
+def test_check_lists_problems_and_says_so_by_its_exit_code(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", str(recipe)]) == 0
+    assert "nothing is in the way of this run" in capsys.readouterr().out
+    assert main(["check", str(recipe), "method.active=9", "run.device=cuba"]) == 2
+    assert "2 problems" in capsys.readouterr().out
+    assert not (recipe.parent / "run").exists()
+
+
+def test_layers_shows_blocks_and_ends_without_weights(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["layers", str(model)]) == 0
+    out = capsys.readouterr().out
+    assert "model.layers.0 … model.layers.3" in out
+    assert "model.embed_tokens.weight = lm_head.weight" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["trian"], 'Unknown command "trian". Did you mean "train"?'),
+        (["train"], 'Command "train" parameter RECIPE requires an argument.'),
+        (["train", "RECIPE", "--resum"], "Unknown option: --resum. Did you mean --resume?"),
+        (["train", "RECIPE", "steps=5"], "override 'steps=5' must look like section.key=value"),
+        (
+            ["train", "RECIPE", "--run.stepz", "5"],
+            "command line: unknown key 'run.stepz'. Did you mean 'run.steps'?",
+        ),
+        (["train", "RECIPE", "--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
+        (["train", "RECIPE", "--resume"], "there is no run to resume in"),
+        (["train", "RECIPE", "method.active=5"], "active must be between 0 and the model's 4 blocks, got 5"),
+        (["train", "absent.yaml"], "recipe absent.yaml does not exist"),
+        (["check", "absent.yaml"], "recipe absent.yaml does not exist"),
+        (["layers", "./absent"], "there is no model folder ./absent"),
+        (["generate", "./absent", "--prompt", "x"], "there is no model folder ./absent"),
+        (
+            ["generate", "./absent", "--prompt", "x", "--max-new-tokens", "0"],
+            "--max-new-tokens must be >= 1, got 0",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    recipe: Path, arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(recipe.parent.iterdir())
+    assert main([str(recipe) if word == "RECIPE" else word for word in arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("lisatune: error: ")
+    assert sentence in err
+    assert err.count("\n") == 1
+    assert sorted(recipe.parent.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (
+            ImportError('no trl; pip install "lisatune[train]"'),
+            2,
+            'lisatune: error: no trl; pip install "lisatune[train]"\n',
+        ),
+        (OSError("cannot write runs/x: No space left on device"), 2, "No space left on device\n"),
+        (RuntimeError("first\nsecond"), 2, "lisatune: error: first (--debug shows more)\n"),
+        (KeyError("x"), 1, "lisatune: KeyError: 'x' (a defect; --debug shows the traceback)\n"),
+        (
+            KeyboardInterrupt("stopped after step 3; use --resume"),
+            130,
+            "lisatune: stopped after step 3; use --resume\n",
+        ),
+        (KeyboardInterrupt(), 130, "lisatune: interrupted\n"),
+    ],
+)
+def test_each_kind_of_end_has_its_exit_code(
+    recipe: Path,
+    error: BaseException,
+    code: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("lisatune.train.loop.train", fail)
+    assert main(["train", str(recipe)]) == code
+    err = capsys.readouterr().err
+    assert err.endswith(said)
+    assert "Traceback" not in err
+    assert main(["train", str(recipe), "--debug"]) == code
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_warnings_name_what_is_wrong_and_no_line_of_code() -> None:
+    text = app._warning_text("2 blocks never train", UserWarning, "lisa.py", 5)
+    assert text == "lisatune: warning: 2 blocks never train\n"
+    assert "lib.py:5" in app._warning_text("old name", FutureWarning, "lib.py", 5)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (["--run.steps", "5"], ["run.steps=5"]),
+        (["--run.steps=5", "run.seed=1"], ["run.steps=5", "run.seed=1"]),
+        (["--optimizer.lr", "-1"], ["optimizer.lr=-1"]),
+        (["--data.packing"], ["data.packing=true"]),
+        (["--data.packing", "--resume"], ["data.packing=true", "--resume"]),
+        (["--data.packing", "run.steps=5"], ["data.packing=true", "run.steps=5"]),
+        (
+            ["train", "a.yaml", "--model.name", "x/y", "--debug"],
+            ["train", "a.yaml", "model.name=x/y", "--debug"],
+        ),
+    ],
+)
+def test_overrides_may_be_written_as_options(given: list[str], meant: list[str]) -> None:
+    assert app._joined(given) == meant
+
+
+def test_the_process_itself_ends_with_these_codes(tmp_path: Path) -> None:
+    done = command("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{__version__}\n", "")
+    done = command("train", str(tmp_path / "absent.yaml"))
+    assert done.returncode == 2
+    assert done.stderr == f"lisatune: error: recipe {tmp_path}/absent.yaml does not exist\n"
+
+
+def test_a_reader_that_goes_away_is_no_traceback() -> None:
+    line = f"{sys.executable} -m lisatune train --help"
+    done = subprocess.run(["bash", "-c", f"{line} | true"], capture_output=True, text=True, timeout=120)
+    assert done.stderr == ""

@@ -1,0 +1,153 @@
+"""What a comparison is of: arms from text and files, learning rates, seeds, budget."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lisatune.cli.app import main
+from lisatune.compare.arms import read_comparison
+from lisatune.train.recipe_file import load_recipe
+
+RECIPE = {
+    "model": {"name": "smollm2-135m"},
+    "data": {"train": "python-docs"},
+    "method": {"name": "lisa", "active": 3},
+    "optimizer": {"lr": 2e-5},
+}
+
+
+def write(folder: Path, **compare: object) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(RECIPE | ({"compare": compare} if compare else {}), sort_keys=False))
+    return path
+
+
+def test_text_gives_arms_with_keys_of_their_own(tmp_path: Path) -> None:
+    text = "full,lora:rank=128+targets=[q_proj,v_proj],lisa:active=8+ends=every:5+8bit+optimizer.eps=1e-6"
+    full, lora, lisa = read_comparison(write(tmp_path), methods=text).arms
+    assert [arm.recipe.method.name for arm in (full, lora, lisa)] == ["full", "lora", "lisa"]
+    assert lora.recipe.method.rank == 128
+    assert lora.recipe.method.targets == ("q_proj", "v_proj")
+    assert (lisa.recipe.method.active, lisa.recipe.method.ends) == (8, "every:5+8bit")
+    assert (lisa.recipe.optimizer.eps, full.recipe.optimizer.eps) == (1e-6, 1e-8)
+
+
+def test_only_arms_of_the_recipes_method_start_from_its_keys(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    arms = read_comparison(path, ["method.period=7"], methods="lisa,lisa:active=1,lora").arms
+    assert [(arm.recipe.method.active, arm.recipe.method.period) for arm in arms[:2]] == [(3, 7), (1, 7)]
+    assert arms[2].recipe.method.rank == 16
+
+
+def test_learning_rates_are_the_arms_else_the_commands_else_the_files_else_the_recipes(
+    tmp_path: Path,
+) -> None:
+    text = "full,lora:lr=3e-4|1e-4"
+    assert [a.lrs for a in read_comparison(write(tmp_path), methods=text).arms] == [(2e-5,), (1e-4, 3e-4)]
+    path = write(tmp_path, lr=[1e-6])
+    assert [a.lrs for a in read_comparison(path, methods=text).arms] == [(1e-6,), (1e-4, 3e-4)]
+    assert read_comparison(path, methods="full", lr="3e-5,1e-5").arms[0].lrs == (1e-5, 3e-5)
+
+
+def test_a_file_names_arms_and_options_and_the_command_wins(tmp_path: Path) -> None:
+    arms = {"full": "full", "LISA γ=8": {"method": "lisa", "active": 8, "verify": "off", "lr": [1e-4]}}
+    path = write(tmp_path, arms=arms, seeds=3, budget={"tokens": 1000}, general="text.jsonl")
+    comparison = read_comparison(path, ["run.seed=5"])
+    assert [arm.name for arm in comparison.arms] == ["full", "LISA γ=8"]
+    assert comparison.arms[1].recipe.method.verify == "off"
+    assert (comparison.seeds, comparison.budget, comparison.general) == (
+        (5, 6, 7),
+        {"tokens": 1000},
+        "text.jsonl",
+    )
+    chosen = read_comparison(path, methods="LISA γ=8,lora", seeds=1, budget="steps=1_000")
+    assert [arm.recipe.method.name for arm in chosen.arms] == ["lisa", "lora"]
+    assert (chosen.seeds, chosen.budget) == ((0,), {"steps": 1000})
+
+
+def test_an_arm_may_have_a_rate_of_its_own_for_the_ends(tmp_path: Path) -> None:
+    methods = "lisa:optimizer.ends_lr=5e-5,full,lora:optimizer.ends_lr=null"
+    arms = read_comparison(write(tmp_path), ["optimizer.ends_lr=1e-4"], methods=methods).arms
+    assert [arm.recipe.optimizer.ends_lr for arm in arms] == [5e-5, 1e-4, None]
+
+
+def test_folders_of_arms_tell_names_apart_that_differ_in_signs_alone(tmp_path: Path) -> None:
+    arms = {"LISA γ": "lisa", "LISA K": "lisa", "LISA κ": "lisa"}
+    folders = [arm.folder for arm in read_comparison(write(tmp_path, arms=arms)).arms]
+    assert len(set(folders)) == 3
+    assert all(folder.isascii() and "/" not in folder for folder in folders)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"methods": "lsia"}, "arm 'lsia': unknown method 'lsia'. Did you mean 'lisa'?"),
+        ({"methods": ""}, "unknown method ''"),
+        ({}, "there is nothing to compare; give --methods"),
+        ({"methods": "full,full"}, "--methods names an arm twice"),
+        ({"methods": "full:rank=3"}, "unknown key 'method.rank' of method full"),
+        ({"methods": "lora:rnk=3"}, "Did you mean 'method.rank'?"),
+        ({"methods": "lora:rank=many"}, "method.rank must be a whole number, got 'many'"),
+        ({"methods": "lora:rank=0"}, "method.rank must be >= 1, got 0"),
+        ({"methods": "lora:rank"}, "'rank', which is no key=value"),
+        ({"methods": "lora:rank=1+rank=2"}, "has a key twice"),
+        ({"methods": "lora:data.limit=3"}, "can't have data.limit of its own"),
+        ({"methods": "lora:run.steps=3"}, "can't have run.steps of its own"),
+        ({"methods": "lora:optimizer.lr=3"}, "can't have optimizer.lr of its own"),
+        ({"methods": "lora:optimizer.ends_lr=3"}, "optimizer.ends_lr=3 has no use with method lora"),
+        ({"methods": "full", "lr": ""}, "--lr is empty; give learning rates"),
+        ({"methods": "full", "lr": "1e-5,fast"}, "--lr must be positive numbers, got 'fast'"),
+        ({"methods": "full", "lr": "-1"}, "--lr must be positive numbers, got '-1'"),
+        ({"methods": "full", "lr": "1e-4,0.0001"}, "has a learning rate twice"),
+        ({"methods": "full:lr="}, "lr of arm 'full:lr=' is empty"),
+        ({"methods": "full", "seeds": 0}, "--seeds must be a whole number >= 1, got 0"),
+        ({"methods": "full", "budget": "100"}, "budget must be tokens=N or steps=N"),
+        ({"methods": "full", "budget": "tokens=0"}, "budget tokens must be a whole number >= 1, got 0"),
+        ({"methods": "full", "budget": "hours=2"}, "budget must be tokens=N or steps=N"),
+        ({"methods": "full", "reference": "fll"}, "unknown reference 'fll'. Did you mean 'full'?"),
+    ],
+)
+def test_bad_options_are_refused_in_a_sentence(
+    tmp_path: Path, options: dict[str, object], sentence: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(sentence)) as caught:
+        read_comparison(write(tmp_path), **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("compare", "sentence"),
+    [
+        ({"method": ["full"]}, "unknown key of compare 'method'"),
+        ({"arms": ["full"]}, "compare.arms must be `name: arm` lines"),
+        ({"arms": {"a": {"rank": 3}}}, "arm 'a' must be text such as lora:rank=128"),
+        ({"arms": {"a": "full"}, "lr": []}, "compare.lr is empty"),
+        ({"arms": {"a": "full"}, "lr": [True]}, "compare.lr must be positive numbers, got True"),
+        ({"arms": {"a": "full"}, "seeds": "3"}, "compare.seeds must be a whole number >= 1, got '3'"),
+        ({"arms": {"a": "full"}, "seeds": 0}, "compare.seeds must be a whole number >= 1, got 0"),
+        ({"arms": {"a": "full"}, "budget": {"tokens": 1, "steps": 1}}, "budget must be tokens=N or steps=N"),
+    ],
+)
+def test_bad_files_are_refused_in_a_sentence(
+    tmp_path: Path, compare: dict[str, object], sentence: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        read_comparison(write(tmp_path, **compare))
+
+
+def test_the_command_ends_in_a_sentence_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", str(write(tmp_path)), "--methods", "lora,lsia", "--lr", "1e-5"]) == 2
+    assert capsys.readouterr().err.startswith("lisatune: error: arm 'lsia': unknown method 'lsia'. Did you")
+    assert main(["compare", str(tmp_path)]) == 2
+    assert "there are no results in" in capsys.readouterr().err
+    assert main(["compare", str(tmp_path / "none.yaml"), "--methods", "full"]) == 2
+    assert "none.yaml does not exist" in capsys.readouterr().err
+
+
+def test_train_sends_a_file_with_a_comparison_to_compare(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="give it to `lisatune compare`"):
+        load_recipe(write(tmp_path, seeds=3))

@@ -1,0 +1,42 @@
+"""The comparisons in experiments/ are ones that `lisatune compare` takes; schedules differ in when alone."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from lisatune.compare.arms import read_comparison
+
+EXPERIMENTS = Path(__file__).parents[3] / "experiments"
+
+
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_recipe_is_one_that_compare_takes(path: Path) -> None:
+    comparison = read_comparison(path)
+    assert len({arm.folder for arm in comparison.arms}) == len(comparison.arms) >= 5
+    assert comparison.budget["tokens"] >= 100_000
+    assert comparison.reference in [arm.name for arm in comparison.arms]
+    assert f"experiments/compare.py {path.stem}" in path.read_text()
+
+
+def test_smoke_shortens_the_runs_and_keeps_the_rest() -> None:
+    arguments = runpy.run_path(str(EXPERIMENTS / "compare.py"))["arguments"]
+    given = arguments(["draws", "--smoke", "data.train=rows.jsonl"])
+    assert given[:3] == ["compare", str(EXPERIMENTS / "draws.yaml"), "data.train=rows.jsonl"]
+    assert given[-4:] == ["--lr", "1e-4", "--output", "runs/draws-smoke"]
+    assert arguments(["draws"]) == ["compare", str(EXPERIMENTS / "draws.yaml")]
+    with pytest.raises(SystemExit, match="name one of draws, epoch, gap, table2, table6, table7"):
+        arguments(["table9"])
+
+
+def test_schedules_train_as_many_blocks_on_average_as_the_constant_one() -> None:
+    script = runpy.run_path(str(EXPERIMENTS / "schedules.py"))
+    schedules = {arm: script["schedule"](arm, 40) for arm in script["ARMS"]}
+    assert schedules["8"] == (8,) * 40
+    assert schedules["2, then 14"] == (2,) * 20 + (14,) * 20
+    for active in schedules.values():
+        assert len(active) == 40
+        assert sum(active) / 40 == pytest.approx(8, abs=0.3)
+        sampler = script["Scheduled"](30, active)
+        assert [len(set(sampler.draw(period, seed=0))) for period in range(40)] == list(active)
+        assert sum(sampler.inclusion()) == pytest.approx(sum(active) / 40)

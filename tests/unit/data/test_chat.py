@@ -1,0 +1,167 @@
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import trl
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from lisatune.data.chat import PLAIN_CHAT_TEMPLATE, Chat, common_length, set_chat_template
+from tiny_text import CHATML, byte_tokenizer
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+USER = {"role": "user", "content": "Hi"}
+BOT = {"role": "assistant", "content": "Hello"}
+
+
+def answers(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], first: int = 1) -> list[str]:
+    """What `Chat.prefixes` marks as answers; checks that the prefixes grow up to the whole conversation."""
+    chat = Chat(tokenizer)
+    prefixes = chat.prefixes(messages, first)
+    found, before = [], ""
+    for text, is_answer in prefixes:
+        assert text.startswith(before)
+        if is_answer:
+            found.append(text[len(before) :])
+        before = text
+    assert before == chat.render(messages)
+    return found
+
+
+def test_answers_end_with_the_token_that_ends_the_turn() -> None:
+    messages = [SYSTEM, USER, BOT, USER, BOT | {"content": "Again?\n"}, USER]
+    assert answers(byte_tokenizer(CHATML), messages) == ["Hello<eos>", "Again?\n<eos>"]
+
+
+def test_answers_before_the_first_asked_for_are_not_marked() -> None:
+    assert answers(byte_tokenizer(CHATML), [USER, BOT, USER, BOT | {"content": "Bye"}], 3) == ["Bye<eos>"]
+    assert answers(byte_tokenizer(CHATML), [BOT, USER, BOT | {"content": "Bye"}]) == ["Bye<eos>"]
+
+
+def test_the_plain_template_reads_as_documented_and_ends_answers() -> None:
+    tokenizer = byte_tokenizer(None)
+    assert set_chat_template(tokenizer)
+    text = tokenizer.apply_chat_template(
+        [SYSTEM, USER, BOT, USER], tokenize=False, add_generation_prompt=True
+    )
+    assert text == (
+        "### System:\nBe brief.\n\n### User:\nHi\n\n### Assistant:\nHello<eos>\n\n"
+        "### User:\nHi\n\n### Assistant:\n"
+    )
+    assert answers(tokenizer, [USER, BOT, USER, BOT]) == ["Hello<eos>", "Hello<eos>"]
+
+
+def test_the_plain_template_begins_as_the_tokenizer_begins_text() -> None:
+    tokenizer = byte_tokenizer(None, adds_bos=True)
+    set_chat_template(tokenizer)
+    assert tokenizer.apply_chat_template([USER], tokenize=False) == "<bos>### User:\nHi\n\n"
+
+
+def test_the_plain_template_is_saved_with_the_tokenizer(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(None)
+    set_chat_template(tokenizer)
+    tokenizer.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == PLAIN_CHAT_TEMPLATE
+
+
+def test_an_own_template_stays() -> None:
+    tokenizer = byte_tokenizer(CHATML)
+    assert not set_chat_template(tokenizer)
+    assert tokenizer.chat_template == CHATML
+
+
+def test_the_plain_template_needs_an_end_of_sequence_token() -> None:
+    tokenizer = byte_tokenizer(None)
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no end-of-sequence token to end an answer with; set its eos_token"):
+        set_chat_template(tokenizer)
+
+
+TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+QWEN3 = TEMPLATES / "qwen3.jinja"
+VISION = {"idefics3", "llava_next", "smolvlm"}  # want parts, not text
+FAMILIES = sorted(path.stem for path in TEMPLATES.glob("*.jinja") if not path.stem.endswith("_training"))
+
+
+@pytest.mark.filterwarnings("ignore:the chat template asks for an answer with")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_templates_of_well_known_models_give_the_answers_and_nothing_of_the_questions(family: str) -> None:
+    template = (TEMPLATES / f"{family}.jinja").read_text("utf-8")
+    special = set(re.findall(r"<[|｜_a-z][^<>'\"\n{}]*>", template)) - {"<bos>", "<eos>"}
+    tokenizer = byte_tokenizer(template, extra=sorted(special))
+    messages = [USER, BOT, USER | {"content": "Question"}, BOT | {"content": "Goodbye"}]
+    if family in VISION:
+        with pytest.raises(ValueError, match=r"the chat template (leaves out|refuses)"):
+            answers(tokenizer, messages)
+        return
+    hello, goodbye = answers(tokenizer, messages)
+    assert "Hello" in hello
+    assert "Goodbye" in goodbye
+    assert "Question" not in hello + goodbye
+    assert Chat(tokenizer).ends_turn(goodbye)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_used_in_trls_training_variant() -> None:
+    tokenizer = byte_tokenizer(QWEN3.read_text("utf-8"), extra=["<|im_end|>"])
+    found = answers(tokenizer, [USER, BOT, USER, BOT])
+    assert [answer.endswith("Hello<|im_end|>") for answer in found] == [True, True]
+    assert tokenizer.chat_template == QWEN3.read_text("utf-8")
+
+
+def test_an_unknown_template_that_rewrites_earlier_turns_is_an_error() -> None:
+    tokenizer = byte_tokenizer(
+        CHATML.replace("message['content']", "('' if loop.last else 'Old: ') + message['content']")
+    )
+    with pytest.raises(
+        ValueError, match=r"up to number 2 differently once others follow, .* set loss_on to all"
+    ):
+        answers(tokenizer, [USER, BOT, BOT, BOT])
+
+
+@pytest.mark.parametrize("ending", ["<end>{{ '<eos>' if LAST }}", "{{ '<eos>' if LAST else '<end>' }}"])
+def test_the_end_of_the_last_turn_may_be_written_differently(ending: str) -> None:
+    """As Phi-3 and gpt-oss do; the conversation still ends with a stop that is learned."""
+    ending = ending.replace("LAST", "loop.last and not add_generation_prompt")
+    template = CHATML.replace("message['content'] + eos_token + '\n' }}", "message['content'] }}" + ending)
+    messages = [USER, BOT, USER, BOT | {"content": ""}, USER, BOT | {"content": "Bye"}]
+    found = answers(byte_tokenizer(template, extra=["<end>"]), messages)
+    middle, last = ("<end>", "<end><eos>") if ending.startswith("<end>") else ("", "<eos>")
+    assert found == [f"Hello{middle}", middle, f"Bye{last}"]
+
+
+def test_a_template_that_leaves_texts_out_is_an_error() -> None:
+    """As those of vision models do when they get text where they want a list of parts."""
+    tokenizer = byte_tokenizer(CHATML.replace("message['content']", "''"))
+    with pytest.raises(ValueError, match="leaves out what message 1 says"):
+        Chat(tokenizer).render([USER, BOT])
+
+
+def test_a_template_that_refuses_a_conversation_is_an_error() -> None:
+    refuse = "{{ raise_exception('System role not supported') if messages[0]['role'] == 'system' }}"
+    with pytest.raises(ValueError, match="refuses this conversation: System role not supported"):
+        answers(byte_tokenizer(refuse + CHATML), [SYSTEM, USER, BOT])
+
+
+def test_what_only_a_question_ends_with_is_left_out_with_a_warning() -> None:
+    tokenizer = byte_tokenizer(
+        CHATML.replace("<|im_start|>assistant\n' }}", "<|im_start|>assistant\n<think>' }}")
+    )
+    with pytest.warns(UserWarning, match="asks for an answer with '<think>', which it leaves out"):
+        assert answers(tokenizer, [USER, BOT]) == ["Hello<eos>"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "length"),
+    [([1, 2], [1, 2, 3], 2), ([1, 2, 3], [1, 2], 2), ([], [1], 0), ([1, 9], [1, 2], 1), ("ab", "ac", 1)],
+)
+@pytest.mark.parametrize("swap", [False, True])
+def test_common_length(first: object, second: object, length: int, swap: bool) -> None:
+    compare: Callable[..., int] = common_length
+    assert compare(*((second, first) if swap else (first, second))) == length
+
+
+def test_a_missing_trl_names_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trl.chat_template_utils", None)
+    with pytest.raises(ImportError, match=r'pip install "lisatune\[train\]"'):
+        Chat(byte_tokenizer(CHATML))

@@ -1,0 +1,267 @@
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lisatune.data.records import Records, read_records, split_records
+
+USER = {"role": "user", "content": "Hi"}
+BOT = {"role": "assistant", "content": "Hello"}
+
+
+def save(folder: Path, *rows: Any) -> str:
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+ALPACA = {"instruction": "Add.", "input": "1 2", "output": "3"}
+KINDS: list[tuple[str, Any, Any]] = [
+    (
+        "alpaca",
+        ALPACA | {"text": "Below is an instruction"},
+        {
+            "prompt": [{"role": "user", "content": "Add.\n\n1 2"}],
+            "completion": [{"role": "assistant", "content": "3"}],
+        },
+    ),
+    ("prompt-completion", {"prompt": "1+1=", "completion": "2"}, {"prompt": "1+1=", "completion": "2"}),
+    (
+        "prompt-completion",
+        {"prompt": [USER], "completion": [BOT], "id": 7},
+        {"prompt": [USER], "completion": [BOT]},
+    ),
+    ("messages", {"messages": [USER | {"name": None}, BOT]}, {"messages": [USER, BOT]}),
+    (
+        "sharegpt",
+        {
+            "conversations": [
+                {"from": "system", "value": "Be brief."},
+                {"from": "human", "value": "Hi"},
+                {"from": "gpt", "value": "Hello"},
+            ]
+        },
+        {"messages": [{"role": "system", "content": "Be brief."}, USER, BOT]},
+    ),
+    ("sharegpt", {"conversations": [USER, BOT]}, {"messages": [USER, BOT]}),
+    ("text", {"text": "Once upon"}, {"text": "Once upon"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "row", "normalised"), KINDS)
+def test_the_kind_is_told_from_the_fields_of_the_first_row(
+    tmp_path: Path, kind: str, row: Any, normalised: Any
+) -> None:
+    records = read_records(save(tmp_path, row, row))
+    assert records == Records([normalised, normalised], kind, 0, str(tmp_path / "data.jsonl"))
+    assert read_records(save(tmp_path, row), kind=kind).rows == [normalised]
+
+
+@pytest.mark.parametrize(
+    "row", [{"instruction": "Add.", "output": "3"}, ALPACA | {"input": None}, ALPACA | {"input": ""}]
+)
+def test_alpaca_input_may_be_left_out(tmp_path: Path, row: Any) -> None:
+    assert read_records(save(tmp_path, row)).rows[0]["prompt"] == [{"role": "user", "content": "Add."}]
+
+
+def test_kind_can_be_overridden(tmp_path: Path) -> None:
+    records = read_records(save(tmp_path, ALPACA | {"text": "Below is"}), kind="text")
+    assert (records.kind, records.rows) == ("text", [{"text": "Below is"}])
+
+
+def test_limit_counts_usable_records_and_reads_no_further(tmp_path: Path) -> None:
+    source = save(tmp_path, {"text": "a"}, {"text": 1}, {"text": "b"}, {"text": 2})
+    records = read_records(source, limit=2, on_bad_row="skip")
+    assert [row["text"] for row in records.rows] == ["a", "b"]
+    assert records.skipped == 1
+
+
+BAD: list[tuple[Any, Any, str]] = [
+    ({"text": "a"}, ["a"], "a list where an object with named fields is due"),
+    ({"text": "a"}, "a", "text where an object with named fields is due"),
+    ({"text": "a"}, {"txt": "a"}, "the field 'text' is missing, there is txt"),
+    ({"text": "a"}, {}, "the field 'text' is missing, there is none"),
+    ({"text": "a"}, {"text": None}, "'text' is null, text is due"),
+    ({"text": "a"}, {"text": 5}, "'text' is the number 5, text is due"),
+    ({"text": "a"}, {"text": True}, "'text' is the truth value true, text is due"),
+    ({"text": "a"}, {"text": ["a"]}, "'text' is a list, text is due"),
+    ({"text": "a"}, {"text": {"a": 1}}, "'text' is an object, text is due"),
+    ({"text": "a"}, {"text": " \n"}, "'text' is empty"),
+    ({"text": "a"}, {"text": "\ud83d"}, "'text' is not UTF-8 text; save it as UTF-8"),
+    (ALPACA, {"instruction": "Add."}, "the field 'output' is missing, there is instruction"),
+    (ALPACA, ALPACA | {"output": None}, "'output' is null, text is due"),
+    (ALPACA, ALPACA | {"input": 3}, "'input' is the number 3, text is due"),
+    (KINDS[1][1], {"prompt": "a", "completion": None}, "'completion' is null, text is due"),
+    (KINDS[1][1], {"prompt": "a", "completion": [BOT]}, "'completion' is a list, text is due"),
+    (KINDS[2][1], {"prompt": [USER], "completion": [USER]}, "no assistant turn to learn from"),
+    (
+        KINDS[2][1],
+        {"prompt": [], "completion": [BOT]},
+        "'prompt' is an empty list, a list of messages is due",
+    ),
+    (KINDS[3][1], {"messages": None}, "'messages' is null, a list of messages is due"),
+    (KINDS[3][1], {"messages": []}, "'messages' is an empty list, a list of messages is due"),
+    (
+        KINDS[3][1],
+        {"messages": ["Hi"]},
+        "'messages', message 1 is text, an object with a role and text is due",
+    ),
+    (KINDS[3][1], {"messages": [USER]}, "no assistant turn to learn from"),
+    (KINDS[3][1], {"messages": [BOT, USER]}, "no assistant turn to learn from"),
+    (
+        KINDS[3][1],
+        {"messages": [USER, {"role": "assistant"}]},
+        "'messages', message 2 has no 'content', it has role",
+    ),
+    (
+        KINDS[3][1],
+        {"messages": [USER, BOT | {"content": None}]},
+        "'messages', message 2, content is null, text is due",
+    ),
+    (
+        KINDS[3][1],
+        {"messages": [USER, {"role": "robot", "content": "Hello"}]},
+        "'messages', message 2 has the unknown role 'robot'; known: system, user, assistant",
+    ),
+    (
+        KINDS[3][1],
+        {"messages": [USER, BOT | {"tool_calls": [{"name": "f"}]}]},
+        "'messages', message 2 calls tools, which isn't supported",
+    ),
+    (
+        KINDS[4][1],
+        {"conversations": [{"from": "bing", "value": "Hi"}]},
+        "'conversations', message 1 has the unknown role 'bing'; known: system, user, assistant, human, gpt",
+    ),
+]
+
+
+@pytest.mark.parametrize(("good", "bad", "problem"), BAD)
+def test_a_bad_row_is_named_with_file_and_line_or_skipped(
+    tmp_path: Path, good: Any, bad: Any, problem: str
+) -> None:
+    source = save(tmp_path, good, bad, good)
+    with pytest.raises(ValueError, match="line 2") as info:
+        read_records(source)
+    assert str(info.value) == f"{source}, line 2: {problem}; mend it or set data.on_bad_row=skip"
+    records = read_records(source, on_bad_row="skip")
+    assert (len(records.rows), records.skipped) == (2, 1)
+    assert records.first_skipped == f"{source}, line 2: {problem}"
+
+
+def test_rows_that_are_not_json_are_named_or_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'{"text": "a"}\n{"text": \n{"text": "\xff"}\n{"text": "b"}\n')
+    with pytest.raises(ValueError, match=r"data\.jsonl, line 2: not JSON \("):
+        read_records(str(path))
+    records = read_records(str(path), on_bad_row="skip")
+    assert ([row["text"] for row in records.rows], records.skipped) == (["a", "b"], 2)
+
+
+def test_csv_bytes_and_empty_cells_are_checked_too(tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    path.write_bytes(b"prompt,completion\na,b\n\xff,b\na\n")
+    with pytest.raises(ValueError, match=r"data\.csv, line 3: 'prompt' is not UTF-8 text"):
+        read_records(str(path))
+    assert read_records(str(path), on_bad_row="skip").skipped == 2
+
+
+def test_an_empty_text_file_in_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("fine")
+    (tmp_path / "b.txt").write_text("")
+    with pytest.raises(ValueError, match=r"b\.txt: 'text' is empty"):
+        read_records(str(tmp_path))
+
+
+def test_fields_of_no_known_kind_are_listed(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"line 1: can't tell the kind .* fields question, answer; known: messages; "
+    ):
+        read_records(save(tmp_path, {"question": "a", "answer": "b"}))
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"])
+@pytest.mark.parametrize("name", ["data.jsonl", "data.json", "data.csv"])
+def test_an_empty_file_is_an_error(tmp_path: Path, name: str, content: str) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"is empty: it has no records"):
+        read_records(str(path))
+
+
+def test_skipping_every_row_is_an_error(tmp_path: Path) -> None:
+    source = save(tmp_path, {"text": 1}, {"text": 2})
+    with pytest.raises(
+        ValueError, match=r"no usable record, all 2 were skipped; first: .*line 1: 'text' is the number 1"
+    ):
+        read_records(source, on_bad_row="skip")
+
+
+def test_an_unknown_kind_is_an_error() -> None:
+    with pytest.raises(
+        ValueError, match="unknown kind of records 'alpacca'; use auto, messages, sharegpt, alpaca"
+    ):
+        read_records("python-docs", kind="alpacca")
+
+
+def test_python_docs_are_chats() -> None:
+    records = read_records("python-docs:validation", limit=3)
+    assert [len(row["prompt"]) for row in records.rows] == [1, 1, 1]
+    assert all(row["completion"][0]["role"] == "assistant" for row in records.rows)
+
+
+def texts(*values: str) -> Records:
+    return Records([{"text": value} for value in values], "text", 0, "here")
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.text(min_size=1), min_size=2), st.floats(0.01, 0.99), st.integers(0, 2**32))
+def test_a_split_keeps_all_records_and_parts_all_prompts(values: list[str], share: float, seed: int) -> None:
+    records = texts(*values)
+    try:
+        train, validation = split_records(records, share, seed)
+    except ValueError:
+        different = len({" ".join(value.split()).casefold() for value in values})
+        assert round(share * different) in (0, different)
+        return
+    assert sorted(row["text"] for row in train.rows + validation.rows) == sorted(values)
+    assert {row["text"] for row in train.rows}.isdisjoint(row["text"] for row in validation.rows)
+    shuffled = random.Random(seed).sample(values, len(values))
+    held_out = {row["text"] for row in split_records(texts(*shuffled), share, seed)[1].rows}
+    assert held_out == {row["text"] for row in validation.rows}
+
+
+def test_another_seed_holds_out_other_records() -> None:
+    records = texts(*map(str, range(100)))
+    splits = {tuple(row["text"] for row in split_records(records, 0.1, seed)[1].rows) for seed in range(5)}
+    assert len(splits) == 5
+    assert {len(split) for split in splits} == {10}
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"prompt": "What is  it?", "completion": str(n)} for n in range(2)],
+        [{"prompt": [USER | {"content": text}], "completion": [BOT]} for text in ("hi", "HI ")],
+        [{"messages": [USER, BOT | {"content": str(n)}, USER, BOT]} for n in range(2)],
+    ],
+)
+def test_records_with_the_same_question_stay_on_one_side(rows: list[Any]) -> None:
+    others: list[Any] = [{"prompt": str(n), "completion": ""} for n in range(9)]
+    for seed in range(20):
+        _, held_out = split_records(Records(rows + others, "", 0, ""), 0.5, seed)
+        assert sum(row in rows for row in held_out.rows) in (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "side"), [(1, 0.5, "validate"), (5, 0.05, "validate"), (3, 0.9, "train")]
+)
+def test_a_share_that_leaves_nothing_is_an_error(count: int, share: float, side: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"share of {share} of {count} different prompts leaves nothing to {side} on"
+    ):
+        split_records(texts(*"abcdef"[:count]), share, 0)

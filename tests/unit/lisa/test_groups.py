@@ -1,0 +1,232 @@
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers.optimization import Adafactor
+
+import tiny
+from lisatune import LISA, build_adamw, find_layers, param_groups, scale_block_lr
+from lisatune.lisa.groups import check_parameters, groups_by_block, plain_optimizer
+from lisatune.methods import BAdam, EndsOnly, Full, GaLore, Lisa, Method
+from lisatune.methods.base import build_optimizer
+from lisatune.optim.meter import state_bytes
+from lisatune.recipe import OptimizerConfig
+from lisatune.train.recipe_file import load_recipe
+
+
+def test_one_group_per_layer_ends_first(tiny_llama: nn.Module) -> None:
+    layers = find_layers(tiny_llama)
+    groups = param_groups(tiny_llama, layers)
+    assert [group["layer"] for group in groups] == ["ends", *(f"block {i}" for i in range(6))]
+    assert [name for name, _ in groups[0]["params"]] == list(layers.ends)
+    held = [p for group in groups for _, p in group["params"]]
+    assert {id(p) for p in held} == {id(p) for p in tiny_llama.parameters()}
+    assert len(held) == len(set(held))
+
+
+def test_weight_decay_spares_norms_biases_and_embeddings(tiny_llama: nn.Module) -> None:
+    groups = param_groups(tiny_llama, find_layers(tiny_llama), weight_decay=0.1)
+    decay = {name: group["weight_decay"] for group in groups for name, _ in group["params"]}
+    spared = {name for name, value in decay.items() if value == 0}
+    assert all("norm" in name or "embed_tokens" in name for name in spared)
+    assert len(spared) == 2 + 2 * 6
+    assert {value for name, value in decay.items() if name not in spared} == {0.1}
+    order = [group["layer"] for group in groups]
+    assert order == sorted(order, key=lambda layer: -1 if layer == "ends" else int(layer.split()[1]))
+
+
+def test_weight_decay_spares_an_embedding_known_by_its_heads_name() -> None:
+    model = nn.Module()
+    model.head = nn.Linear(4, 7, bias=False)
+    model.embed = nn.Embedding(7, 4)
+    model.embed.weight = model.head.weight
+    model.blocks = nn.ModuleList([nn.Linear(4, 4)])
+    groups = param_groups(model, find_layers(model, blocks="blocks"), weight_decay=0.1)
+    assert [(g["layer"], g["weight_decay"]) for g in groups if g["layer"] == "ends"] == [("ends", 0.0)]
+
+
+def test_build_adamw_is_fused_and_names_its_parameters(untied_llama: nn.Module) -> None:
+    optimizer = build_adamw(untied_llama, find_layers(untied_llama), lr=1e-3, betas=(0.8, 0.9), eps=1e-6)
+    assert optimizer.defaults["fused"]
+    assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
+    assert optimizer.param_groups[0]["eps"] == 1e-6
+    assert optimizer.param_groups[1]["param_names"][0] == "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_ends_lr_is_that_of_the_ends_alone(untied_llama: nn.Module, weight_decay: float) -> None:
+    layers = find_layers(untied_llama)
+    options: dict[str, Any] = {"lr": 1e-3, "weight_decay": weight_decay, "ends_lr": 5e-5}
+    config = OptimizerConfig(**options)
+    for optimizer in (
+        build_adamw(untied_llama, layers, **options),
+        build_optimizer(untied_llama, layers, config),
+        build_optimizer(untied_llama, layers, config, ends="rows+8bit"),
+        Full().build_optimizer(untied_llama, layers, config),
+        Lisa(lr_scaling="none").build_optimizer(untied_llama, layers, config),
+        GaLore(rank=16).build_optimizer(untied_llama, layers, config),
+    ):
+        rates = {(group["layer"] == "ends", group["lr"]) for group in optimizer.param_groups}
+        assert rates == {(True, 5e-5), (False, 1e-3)}
+
+
+@pytest.mark.parametrize("moments", ["fp32", "8bit"])  # torch's AdamW, and ours
+def test_ends_lr_equal_to_lr_changes_no_bit(moments: Literal["fp32", "8bit"]) -> None:
+    trained = []
+    for ends_lr in (None, 1e-2, 2e-2):
+        model = tiny.llama()
+        layers = find_layers(model)
+        config = OptimizerConfig(lr=1e-2, ends_lr=ends_lr, weight_decay=0.1, moments=moments)
+        optimizer = build_optimizer(model, layers, config)
+        LISA(model, optimizer, period=2, warmup=1, ends="every:2", layers=layers)
+        tiny.fit(model, optimizer, 6)
+        trained.append(model)
+    tiny.assert_same_weights(trained[0], trained[1])
+    assert tiny.moved(tiny.weights(trained[0]), trained[2]) >= {"lm_head.weight"}
+
+
+@pytest.mark.parametrize(("how", "power"), [("inverse", -1), ("sqrt", -0.5), ("none", 0)])
+def test_rates_of_blocks_are_scaled_by_their_chance_to_train(
+    untied_llama: nn.Module, how: Literal["inverse", "sqrt", "none"], power: float
+) -> None:
+    layers, config = find_layers(untied_llama), OptimizerConfig(lr=1e-3, ends_lr=1e-4)
+    chances = (1.0, 0.5, 0.0, 0.25, 0.125, 1.0)
+    for method, expected in (
+        (Lisa(active=2, lr_scaling=how), (1 / 3,) * 6),
+        (Lisa(active=0, lr_scaling=how), (1.0,) * 6),
+        (Lisa(active=4, sampler="window", lr_scaling=how), (0.5, 0.5, 1, 1, 0.5, 0.5)),
+        (Lisa(sampler="independent", probabilities=chances, lr_scaling=how), (1, 0.5, 1, 0.25, 0.125, 1)),
+    ):
+        ends, *blocks = method.build_optimizer(untied_llama, layers, config).param_groups
+        assert ends["lr"] == 1e-4
+        assert [group["lr"] for group in blocks] == pytest.approx([1e-3 * p**power for p in expected])
+
+
+@pytest.mark.parametrize("method", [BAdam(), EndsOnly()], ids=["badam", "ends"])
+def test_rates_of_other_methods_are_the_recipes(method: Method, untied_llama: nn.Module) -> None:
+    optimizer = method.build_optimizer(untied_llama, find_layers(untied_llama), OptimizerConfig(lr=1e-3))
+    assert {group["lr"] for group in optimizer.param_groups} == {1e-3}
+
+
+def test_the_papers_recipe_has_one_rate_for_all() -> None:
+    method = load_recipe(Path(__file__).parents[3] / "recipes" / "lisa-paper.yaml", []).method
+    assert isinstance(method, Lisa)
+    assert (method.sampler, method.state, method.lr_scaling) == ("uniform", "reset", "none")
+
+
+def test_scaled_rates_of_a_loop_of_ones_own(untied_llama: nn.Module) -> None:
+    layers = find_layers(untied_llama)
+    shared = torch.tensor(1e-2)
+    optimizer = torch.optim.AdamW(param_groups(untied_llama, layers, weight_decay=0.1), lr=shared)
+    scale_block_lr(optimizer, [0.25] * 5 + [1.0])
+    rates = {group["layer"]: float(group["lr"]) for group in optimizer.param_groups}
+    doubled = dict.fromkeys((f"block {i}" for i in range(5)), 2e-2)
+    assert rates == pytest.approx({"ends": 1e-2, **doubled, "block 5": 1e-2})
+    assert float(shared) == pytest.approx(1e-2)
+
+
+@pytest.mark.parametrize("groups", ["layers", "model"])
+def test_rates_are_not_scaled_of_groups_that_mix_or_miss_blocks(untied_llama: nn.Module, groups: str) -> None:
+    layers = find_layers(untied_llama)
+    of = param_groups(untied_llama, layers) if groups == "layers" else untied_llama.parameters()
+    optimizer = torch.optim.AdamW(of, lr=1e-2)
+    found = 6 if groups == "layers" else 0
+    with pytest.raises(ValueError, match=f"got 3 chances for {found} blocks.*param_groups"):
+        scale_block_lr(optimizer, [0.5] * 3)
+    assert {group["lr"] for group in optimizer.param_groups} == {1e-2}
+
+
+def test_warmup_of_a_period_ramps_each_rate_from_its_own(untied_llama: nn.Module) -> None:
+    layers = find_layers(untied_llama)
+    optimizer = build_adamw(untied_llama, layers, lr=1e-2, ends_lr=1e-3)
+    lisa = LISA(untied_llama, optimizer, period=2, warmup=1, ends="every:2", layers=layers)
+    seen: list[tuple[float, float]] = []
+    block = f"block {lisa.active_blocks[0]}"
+
+    def note(*_: object) -> None:
+        rates = {group["layer"]: group["lr"] for group in optimizer.param_groups}
+        seen.append((rates["ends"], rates[block]))
+
+    optimizer.register_step_pre_hook(note)  # runs after LISA's
+    tiny.fit(untied_llama, optimizer, 2)
+    assert seen == [(5e-4, 5e-3), (1e-3, 1e-2)]
+    assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"]) == (1e-3, 1e-2)
+
+
+def test_state_bytes_counts_every_tensor(untied_llama: nn.Module) -> None:
+    optimizer = torch.optim.AdamW(untied_llama.parameters())
+    assert state_bytes(optimizer) == 0
+    tiny.fit(untied_llama, optimizer, 1)
+    parameters = list(untied_llama.parameters())
+    assert state_bytes(optimizer) == sum(8 * p.numel() + 4 for p in parameters)
+
+
+def test_optimizer_inside_accelerates_wrapper_is_found(untied_llama: nn.Module) -> None:
+    optimizer = torch.optim.SGD(untied_llama.parameters())
+    wrapped = Accelerator(cpu=True).prepare(optimizer)
+    assert wrapped is not optimizer
+    assert plain_optimizer(untied_llama, wrapped) is optimizer
+    assert plain_optimizer(untied_llama, optimizer) is optimizer
+
+
+def deepspeed_like(base: type) -> Any:
+    made = type("DeepSpeedThing", (base,), {"__module__": "deepspeed.runtime.engine"})
+    return made.__new__(made)
+
+
+def test_deepspeed_is_refused(untied_llama: nn.Module) -> None:
+    optimizer = torch.optim.SGD(untied_llama.parameters())
+    engine = deepspeed_like(nn.Module)
+    with pytest.raises(TypeError, match="can't work with DeepSpeed"):
+        plain_optimizer(engine, optimizer)
+    with pytest.raises(TypeError, match="can't work with DeepSpeed"):
+        plain_optimizer(untied_llama, deepspeed_like(object))
+    wrapper: Any = type("Wrapper", (), {})()
+    wrapper.optimizer = deepspeed_like(object)
+    with pytest.raises(TypeError, match="can't work with DeepSpeed"):
+        LISA(untied_llama, wrapper)
+
+
+def test_what_is_no_optimizer_is_refused(untied_llama: nn.Module) -> None:
+    wrong: Any = [1, 2]
+    with pytest.raises(TypeError, match=r"must be a torch\.optim\.Optimizer, got list"):
+        plain_optimizer(untied_llama, wrong)
+
+
+def test_parameter_missing_in_the_optimizer_is_named(untied_llama: nn.Module) -> None:
+    layers = find_layers(untied_llama)
+    missing = "model.layers.3.mlp.up_proj.weight"
+    optimizer = torch.optim.SGD([p for name, p in untied_llama.named_parameters() if name != missing])
+    with pytest.raises(ValueError, match=f"'{missing}' is not in the optimizer, so it would never train"):
+        check_parameters(layers, untied_llama, optimizer)
+
+
+def test_quantised_parameter_is_named(untied_llama: nn.Module) -> None:
+    head = untied_llama.lm_head
+    head.weight = nn.Parameter(head.weight.detach().to(torch.int8), requires_grad=False)
+    optimizer = torch.optim.SGD(untied_llama.parameters())
+    with pytest.raises(ValueError, match=r"'lm_head.weight' is torch.int8 and can't train"):
+        check_parameters(find_layers(untied_llama), untied_llama, optimizer)
+
+
+def test_groups_by_block_finds_both_groups_of_a_block(untied_llama: nn.Module) -> None:
+    layers = find_layers(untied_llama)
+    optimizer = build_adamw(untied_llama, layers, lr=1e-3, weight_decay=0.1)
+    blocks = [tuple(block.values()) for block in layers.block_parameters(untied_llama)]
+    ends = tuple(layers.end_parameters(untied_llama).values())
+    found = groups_by_block(optimizer, blocks, ends)
+    assert [[group["layer"] for group in groups] for groups in found] == [
+        [f"block {i}"] * 2 for i in range(6)
+    ]
+    with pytest.raises(ValueError, match="warmup needs param groups that do not mix layers"):
+        groups_by_block(torch.optim.SGD(untied_llama.parameters()), blocks, ends)
+
+
+def test_warmup_needs_a_learning_rate_to_ramp(untied_llama: nn.Module) -> None:
+    layers = find_layers(untied_llama)
+    optimizer = Adafactor(param_groups(untied_llama, layers))
+    with pytest.raises(ValueError, match="warmup needs a learning rate to ramp, and Adafactor has lr=None"):
+        LISA(untied_llama, optimizer, warmup=1)

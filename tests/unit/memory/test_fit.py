@@ -1,0 +1,168 @@
+import json
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+from lisatune.cli.app import main
+from lisatune.memory.fit import changed, find_fit, memory_size
+from lisatune.memory.plan import RESERVE_BYTES, plan_memory
+from lisatune.methods import METHODS
+from lisatune.optim import codecs
+from lisatune.recipe import DataConfig, ModelConfig, Recipe, RunConfig
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model folder with a config and no weights."""
+    LlamaConfig(
+        vocab_size=4000,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=1024,
+        tie_word_embeddings=False,
+    ).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def make_recipe(folder: Path) -> Recipe:
+    return Recipe(
+        model=ModelConfig(name=str(folder)),
+        data=DataConfig(train="none", max_length=1024),
+        method=METHODS["lisa"](active=2),
+        run=RunConfig(precision="fp32", batch_size=2, device="cuda"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("24GB", 24 * 10**9), ("24GiB", 24 * 2**30), ("24", 24 * 10**9), (" 81559 MiB", 81559 * 2**20)],
+)
+def test_memory_sizes_are_read(text: str, size: int) -> None:
+    assert memory_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["24 apples", "GB", "-3GB", "0GB", "", "24GBs"])
+def test_wrong_units_are_one_sentence(text: str) -> None:
+    with pytest.raises(ValueError, match="--gpu must be an amount of memory such as 24GB"):
+        memory_size(text)
+
+
+def test_a_device_that_is_large_enough_changes_nothing(folder: Path) -> None:
+    fit = find_fit(make_recipe(folder), 10**12)
+    assert fit.fits
+    assert fit.changes == {}
+
+
+def test_what_is_found_fits_and_nothing_in_it_is_needless(folder: Path) -> None:
+    recipe = make_recipe(folder)
+    whole = plan_memory(recipe)
+    size = RESERVE_BYTES + int(0.75 * whole.peak_bytes)
+    fit = find_fit(recipe, size, first=whole)
+    assert fit.fits
+    assert fit.changes
+    assert plan_memory(changed(recipe, fit.changes)).needed_bytes == fit.plan.needed_bytes <= size
+    rows = {"run.batch_size", "run.accumulation"}
+    assert (rows & fit.changes.keys()) in (set(), rows)  # or a step would have fewer rows
+    for key in fit.changes:
+        gone = rows if key in rows else {key}
+        fewer = {other: value for other, value in fit.changes.items() if other not in gone}
+        assert plan_memory(changed(recipe, fewer)).needed_bytes > size
+
+
+def test_moments_of_8_bits_are_the_first_change(folder: Path) -> None:
+    recipe = make_recipe(folder)
+    eight = plan_memory(changed(recipe, {"optimizer.moments": "8bit"}))
+    assert find_fit(recipe, eight.needed_bytes).changes == {"optimizer.moments": "8bit"}
+
+
+def test_where_cheaper_ends_would_do_too_a_step_has_fewer_rows_at_a_time(folder: Path) -> None:
+    recipe, eight = make_recipe(folder), {"optimizer.moments": "8bit"}
+    fewer_rows = eight | {"run.batch_size": 1, "run.accumulation": 2}
+    frozen = eight | {"method.ends": "frozen"}
+    size = max(plan_memory(changed(recipe, each)).needed_bytes for each in (fewer_rows, frozen))
+    assert find_fit(recipe, size).changes.items() <= fewer_rows.items()
+
+
+def test_without_bitsandbytes_something_else_is_changed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(folder)
+    whole = plan_memory(recipe)
+
+    def missing() -> None:
+        raise ImportError("no bitsandbytes")
+
+    monkeypatch.setattr(codecs, "_bitsandbytes", missing)
+    fit = find_fit(recipe, int(0.98 * whole.needed_bytes), first=whole)
+    assert fit.fits
+    assert "8bit" not in fit.overrides
+
+
+def test_where_nothing_fits_the_smallest_is_shown(folder: Path) -> None:
+    recipe = make_recipe(folder)
+    fit = find_fit(recipe, RESERVE_BYTES + 10**6)
+    assert not fit.fits
+    assert fit.plan.length < 1024
+    assert fit.plan.needed_bytes < plan_memory(recipe).needed_bytes
+
+
+def test_command_prints_one_json_object(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", str(folder), "--length", "128", "--gpu", "1TB", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["length"] == 128
+    assert values["fit"]["fits"] is True
+    assert sum(values["at_peak"].values()) == values["peak_bytes"]
+
+
+def test_command_takes_overrides_without_a_recipe(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def trainable(*more: str) -> int:
+        assert main(["plan", "--model", str(folder), "data.max_length=64", "--json", *more]) == 0
+        values = json.loads(capsys.readouterr().out)
+        assert values["batch_size"] == 1  # as without overrides
+        return int(values["trainable"])
+
+    assert trainable("method.active=1") < trainable("method.active=2") < trainable("--method", "full")
+
+
+def test_command_prints_a_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arithmetic = ("--ranks", "2", "optimizer.moments=8bit")
+    assert main(["plan", "--model", str(folder), "--gpu", "610MiB", "--length", "256", *arithmetic]) == 0
+    text = capsys.readouterr().out
+    for word in ("weights", "activations", "peak", "divided by ranks", "nothing fits"):
+        assert word in text
+
+
+def test_bad_input_is_one_sentence(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, words in (
+        (["plan"], "give a recipe file, or --model"),
+        (["plan", "--model", str(folder), "--gpu", "24XB"], "--gpu must be an amount"),
+        (["plan", "--model", str(folder), "--ranks", "0"], "ranks must be >= 1"),
+        (["plan", "--model", str(folder), "method.activ=1"], "Did you mean 'method.active'?"),
+    ):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert words in error
+        assert error.count("\n") == 1
+
+
+def test_models_that_resist_fake_tensors_get_arithmetic(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    plain, forward = plan_memory(make_recipe(folder)), LlamaMLP.forward
+
+    def looks(self: LlamaMLP, x: object) -> object:
+        assert float(x.sum()) == float(x.sum())  # type: ignore[attr-defined]
+        return forward(self, x)
+
+    monkeypatch.setattr(LlamaMLP, "forward", looks)
+    plan = plan_memory(make_recipe(folder))
+    assert plan.kind == "arithmetic"
+    assert plan.note is not None
+    assert "layers.0.mlp (LlamaMLP) can't be traced" in plan.note
+    assert plan.at_peak["weights"] == pytest.approx(plain.at_peak["weights"], rel=1e-3)
+    assert plain.peak_bytes / 2 < plan.peak_bytes < 2 * plain.peak_bytes

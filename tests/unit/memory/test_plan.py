@@ -1,0 +1,195 @@
+"""Which step is planned, for which device, and what waits in host memory meanwhile."""
+
+import itertools
+import subprocess
+import sys
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lisatune.memory.plan
+import tiny
+from lisatune import LISA, build_adamw
+from lisatune.losses.causal_lm import CausalLMLoss
+from lisatune.memory.plan import _batch, costly_draws, plan_memory
+from lisatune.methods import METHODS
+from lisatune.methods.build import build
+from lisatune.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe, RunConfig
+
+BLOCKS = 4
+CONFIG = LlamaConfig(
+    vocab_size=200,
+    hidden_size=64,
+    intermediate_size=256,
+    num_hidden_layers=BLOCKS,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    tie_word_embeddings=False,
+)
+LARGE_VOCABULARY = LlamaConfig(**CONFIG.to_dict() | {"vocab_size": 2000})
+BLOCK = sum(p.numel() for p in LlamaForCausalLM(CONFIG).model.layers[0].parameters())
+PARAMETERS = 9
+"""Of a block."""
+
+
+def make_recipe(optimizer: dict[str, Any] | None = None, **options: Any) -> Recipe:
+    """A LISA recipe; options go to `run` where it has such a key, else to the method."""
+    run = {"precision": "fp32", "batch_size": 2, "steps": 400, "device": "cpu"}
+    run |= {key: value for key, value in options.items() if key in RunConfig.__dataclass_fields__}
+    method = {key: value for key, value in options.items() if key not in run}
+    return Recipe(
+        model=ModelConfig(name="x"),
+        data=DataConfig(train="x", max_length=96),
+        method=METHODS["lisa"](**method),
+        optimizer=OptimizerConfig(**(optimizer or {})),
+        run=RunConfig(**run),
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        (CONFIG, {}),
+        (CONFIG, {"ends": "head"}),
+        (LARGE_VOCABULARY, {"ends": "frozen", "activation_checkpointing": True}),
+    ],
+    ids=["train", "head", "frozen"],
+)
+def test_no_draw_of_a_run_needs_more_than_planned(config: LlamaConfig, options: dict[str, Any]) -> None:
+    recipe = make_recipe(**options)
+    planned = plan_memory(recipe, config=config)
+    peaks = [
+        plan_memory(recipe, config=config, blocks=draw).peak_bytes
+        for draw in itertools.combinations(range(BLOCKS), 2)
+    ]
+    assert planned.peak_bytes == max(peaks)
+
+
+def test_draws_differ_in_memory_where_the_embedding_rests() -> None:
+    recipe = make_recipe(ends="frozen")
+    low, high = (plan_memory(recipe, config=CONFIG, blocks=blocks).peak_bytes for blocks in ((0, 1), (2, 3)))
+    assert low > 1.2 * high
+
+
+def test_the_larger_blocks_are_planned() -> None:
+    model = tiny.llama(blocks=6)
+    for name in ("gate_proj", "up_proj"):
+        setattr(model.model.layers[3].mlp, name, torch.nn.Linear(32, 96, bias=False))
+    model.model.layers[3].mlp.down_proj = torch.nn.Linear(96, 32, bias=False)
+    lisa = LISA(model, build_adamw(model, lisatune.find_layers(model), lr=1e-3), sampler="uniform", period=1)
+    draws = costly_draws(lisa, model, 400)
+    assert draws[0] == (3, 5)
+    assert all(3 in draw for draw in draws)
+    assert any(0 in draw for draw in draws)
+
+
+def test_a_short_run_is_planned_by_its_own_draws() -> None:
+    recipe = make_recipe(steps=1, seed=3)
+    drawn = plan_memory(recipe, config=CONFIG).active_blocks
+    model = LlamaForCausalLM(CONFIG)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        built = build(recipe, model, CausalLMLoss(model), steps=1, device=torch.device("cpu"))
+    assert built.lisa is not None
+    assert drawn == built.lisa.active_blocks
+
+
+@pytest.mark.parametrize(("state", "period"), [("drop", 1), ("drop", 3), ("cpu", 3), ("keep", 1)])
+def test_state_that_frozen_blocks_leave_behind_is_planned_as_it_is_in_a_run(state: str, period: int) -> None:
+    recipe = make_recipe(state=state, period=period, precision="bf16")
+    plan = plan_memory(recipe, config=CONFIG)
+    model = LlamaForCausalLM(CONFIG).to(torch.bfloat16)
+    built = build(recipe, model, CausalLMLoss(model), steps=400, device=torch.device("cpu"))
+    lisa, most = built.lisa, 0
+    assert lisa is not None
+    for _ in range(2 * period + 1):  # two periods are a pass over four blocks; the next has begun
+        built.step.backward([_batch(recipe, model, 16)])
+        built.step.clip()
+        built.step.update()
+        most = max(most, lisa.host_bytes())
+    assert plan.host_bytes == most
+    frozen = BLOCK * (BLOCKS - 2)
+    assert most == {"drop": 2 * frozen, "cpu": 10 * frozen + 4 * PARAMETERS * 2, "keep": 0}[state]
+    assert plan.trainable == sum(p.numel() for p in lisa.trainable_parameters())
+    if state == "keep":
+        dropped = plan_memory(make_recipe(state="drop", precision="bf16"), config=CONFIG)
+        assert plan.peak_bytes - dropped.peak_bytes >= 10 * frozen
+
+
+@pytest.mark.parametrize("ends", ["train", "every:3"])
+def test_a_draw_at_every_step_changes_nothing_in_a_planned_step(ends: str) -> None:
+    one, ten = (
+        plan_memory(make_recipe(period=period, ends=ends), config=CONFIG, blocks=(0, 2)) for period in (1, 10)
+    )
+    assert one.active_blocks == (0, 2)
+    assert (one.trainable, one.at_peak) == (ten.trainable, ten.at_peak)
+
+
+def test_state_in_host_memory_is_no_part_of_the_peak() -> None:
+    plan = plan_memory(make_recipe({"state_device": "cpu"}), config=CONFIG, length=4)
+    assert plan.host_bytes == 8 * plan.trainable
+    assert plan.at_peak["optimizer state"] < 1000
+    assert plan.peak_bytes < plan.at_peak["weights"] + plan.host_bytes
+
+
+def test_host_memory_comes_on_top_where_it_is_the_only_memory() -> None:
+    here, away = (
+        plan_memory(make_recipe(state="cpu", device=device), config=CONFIG) for device in ("cpu", "cuda")
+    )
+    assert here.host_bytes == away.host_bytes > 0
+    assert here.tensor_bytes == here.peak_bytes + here.host_bytes
+    assert away.tensor_bytes == away.peak_bytes
+    assert away.needed_bytes - away.peak_bytes > lisatune.memory.plan.RESERVE_BYTES
+
+
+def test_state_bytes_are_those_of_the_training_device() -> None:
+    recipe = make_recipe({"state_device": "cpu"})
+    model = LlamaForCausalLM(CONFIG)
+    built = build(recipe, model, CausalLMLoss(model), steps=400, device=torch.device("cpu"))
+    assert built.lisa is not None
+    built.step.backward([_batch(recipe, model, 16)])
+    built.step.update()
+    trained = built.lisa.trainable_parameters()
+    assert built.lisa.host_bytes() == 8 * sum(p.numel() for p in trained)
+    assert built.lisa.state_bytes() == 4 * len(trained)
+
+
+@pytest.mark.parametrize("moments", ["fp32", "8bit", "factored"])
+def test_a_few_chunks_stand_for_all(moments: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lisatune.memory.plan, "CHUNK", {"cpu": 2304})  # the last chunk of 64 × 256 is smaller
+    recipe = make_recipe({"moments": moments}, precision="bf16")
+    few = plan_memory(recipe, config=CONFIG, blocks=(1, 2))
+    for module in ("host_chunks", "factored"):
+        monkeypatch.setattr(f"lisatune.{module}.enough_chunks", lambda chunks, of: chunks)
+    every = plan_memory(recipe, config=CONFIG, blocks=(1, 2))
+    assert few.kind == every.kind == "traced"
+    assert few.by_phase == every.by_phase
+    assert few.at_peak == every.at_peak
+
+
+def test_chunks_of_the_update_are_those_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lisatune.memory.plan, "CHUNK", {"cpu": 1024})
+    steps = {
+        device: plan_memory(make_recipe(precision="bf16", device=device), config=CONFIG).by_phase[
+            "optimizer step"
+        ]
+        for device in ("cpu", "cuda:1")
+    }
+    assert steps["cuda:1"] > steps["cpu"] + 4 * 64 * 256
+
+
+def test_a_compiled_run_is_planned_as_it_is_written() -> None:
+    plan = plan_memory(make_recipe(compile=True), config=CONFIG)
+    assert plan.note is not None
+    assert "uncompiled" in plan.note
+    assert plan.peak_bytes == plan_memory(make_recipe(), config=CONFIG).peak_bytes
+
+
+def test_the_command_says_nothing_but_the_plan() -> None:
+    command = [sys.executable, "-m", "lisatune", "plan", "--model", "gpt2", "--length", "8"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == ""

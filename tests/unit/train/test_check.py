@@ -1,0 +1,128 @@
+"""`lisatune check`: all problems in one go, without weights and without a trace."""
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import tiny_run
+from lisatune.train.check import CheckReport, check, print_report
+from lisatune.train.recipe_file import load_recipe
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_run.write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, model: Path) -> Path:
+    return tiny_run.write_recipe(tmp_path, model, tiny_run.write_rows(tmp_path / "rows.jsonl"))
+
+
+def report_on(recipe: Path, *overrides: str, overwrite: bool = False) -> CheckReport:
+    return check(load_recipe(recipe, overrides), overwrite=overwrite)
+
+
+def test_a_good_recipe_has_an_outline_and_no_problem(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lisatune.models.load.load_model", None)  # weights must not be loaded
+    before = sorted(recipe.parent.iterdir())
+    report = report_on(recipe)
+    assert (report.problems, report.warnings) == ([], [])
+    assert report.outline is not None
+    assert (report.outline.num_blocks, report.outline.steps, report.outline.visits) == (4, 4, (1, 1, 1, 1))
+    assert report.outline.train_rows + report.outline.validation_rows == 12
+    assert sorted(recipe.parent.iterdir()) == before
+
+
+def test_all_problems_are_found_in_one_go(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes").touch()
+    rows = tiny_run.write_rows(tmp_path / "bad.jsonl", bad=(3, 7, 8))
+    report = report_on(
+        recipe,
+        f"data.train={rows}",
+        f"data.validation={tmp_path / 'absent.jsonl'}",
+        "method.active=9",
+        "run.report_to=[tensorbord]",
+        "run.device=cuba",
+    )
+    assert len(report.problems) == 6, report.problems
+    for part in (
+        "--resume",
+        "'tensorbord'",
+        "cuba",
+        "bad.jsonl, line 4",
+        "absent.jsonl",
+        "active must be between 0 and the model's 4 blocks, got 9",
+    ):
+        assert any(part in problem for problem in report.problems), (part, report.problems)
+    assert any("(and 2 more like it); mend it or set data.on_bad_row=skip" in p for p in report.problems)
+    assert report.outline is None
+
+
+def test_rows_are_read_even_when_the_model_is_missing(recipe: Path, tmp_path: Path) -> None:
+    rows = tiny_run.write_rows(tmp_path / "bad.jsonl", bad=(0,))
+    report = report_on(recipe, f"model.name={tmp_path}/nowhere", f"data.train={rows}")
+    assert any("bad.jsonl, line 1" in problem for problem in report.problems)
+    assert sum("nowhere" in problem for problem in report.problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("method.active=-1", "got -1"),
+        ("method.period=0", "got 0"),
+        ("method.warmup=2", "warmup"),
+        ("model.attention=flash", "flash"),
+        ("data.max_length=4", "answer"),
+        ("data.validation_share=0.01", "leaves nothing to validate on"),
+        ("data.kind=messages", "messages"),
+    ],
+)
+def test_a_value_the_model_or_data_do_not_allow_is_a_problem(recipe: Path, override: str, part: str) -> None:
+    (problem,) = report_on(recipe, override).problems
+    assert part in problem
+    assert "\n" not in problem
+
+
+@pytest.mark.parametrize("numbers", ["[1, 1]", "[1, 1, 1, -1]", "[1, 1, 1, .nan]", "[1, 0, 0, 0]"])
+def test_probabilities_must_fit_the_model(recipe: Path, numbers: str) -> None:
+    report = report_on(recipe, "method.sampler=weighted", f"method.probabilities={numbers}")
+    assert len(report.problems) == 1, report.problems
+    assert "probabilit" in report.problems[0]
+
+
+def test_what_may_not_be_meant_is_a_warning(recipe: Path) -> None:
+    report = report_on(recipe, "data.max_length=40", "method.active=1", "method.period=2")
+    assert report.problems == []
+    assert any("2 of 4 blocks will never train in 4 steps" in warning for warning in report.warnings)
+    assert any("of more than data.max_length=40 tokens will be cut" in warning for warning in report.warnings)
+
+
+def test_training_data_as_held_out_data_is_a_warning(recipe: Path, tmp_path: Path) -> None:
+    report = report_on(recipe, f"data.validation={tmp_path / 'rows.jsonl'}")
+    assert any("data.validation is data.train" in warning for warning in report.warnings)
+
+
+def test_skipped_rows_are_counted_and_no_problem(recipe: Path, tmp_path: Path) -> None:
+    rows = tiny_run.write_rows(tmp_path / "bad.jsonl", bad=(3, 7))
+    report = report_on(recipe, f"data.train={rows}", "data.on_bad_row=skip")
+    assert report.problems == []
+    assert report.outline is not None
+    assert report.outline.skipped == 2
+
+
+def test_the_report_is_printed_outline_first_and_ends_in_a_verdict(recipe: Path) -> None:
+    good, bad = report_on(recipe), report_on(recipe, "method.active=9")
+    outs = []
+    for report in (good, bad):
+        console = Console(file=io.StringIO(), width=100, highlight=False)
+        print_report(report, console)
+        assert isinstance(console.file, io.StringIO)
+        outs.append(console.file.getvalue())
+    assert "╭─ run" in outs[0]
+    assert outs[0].endswith("nothing is in the way of this run\n")
+    assert outs[1].startswith("problem: active must be between")
+    assert outs[1].endswith("1 problem; nothing was written\n")

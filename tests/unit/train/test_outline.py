@@ -1,0 +1,112 @@
+"""The outline of a run: counted from the model itself, the same with and without weights."""
+
+import io
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from lisatune.methods import Full, Lisa, Method
+from lisatune.nn.layers import find_layers
+from lisatune.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe, RunConfig
+from lisatune.train.outline import Outline, make_outline, print_outline
+
+CONFIG = LlamaConfig(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=128,
+    tie_word_embeddings=True,
+)
+ENDS = 128 * 32 + 32
+BLOCK = 32 * 32 * 2 + 16 * 32 * 2 + 3 * 64 * 32 + 2 * 32
+
+
+def outline_of(method: Method, device: str = "meta", start_step: int = 0, **run: Any) -> Outline:
+    recipe = Recipe(
+        model=ModelConfig(name="tiny"),
+        data=DataConfig(train="rows.jsonl", max_length=64),
+        method=method,
+        optimizer=OptimizerConfig(lr=1e-4, warmup_steps=5),
+        run=RunConfig(output="runs/tiny", **run),
+    )
+    examples: Any = SimpleNamespace(
+        rows=[0] * 1200, num_tokens=50_000, num_loss_tokens=20_000, num_cut=3, num_without_loss=1
+    )
+    data: Any = SimpleNamespace(train=examples, validation=examples, steps=30, skipped=2)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(CONFIG)
+    layers = find_layers(model)
+    optimizer = method.build_optimizer(model, layers, OptimizerConfig(lr=1e-4))
+    lisa = method.attach(model, optimizer, layers, total_steps=data.steps)
+    return make_outline(recipe, model, layers, lisa, data, device="cpu", start_step=start_step)
+
+
+def shown(outline: Outline) -> str:
+    console = Console(file=io.StringIO(), width=100, highlight=False)
+    print_outline(outline, console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_parameters_are_counted_once_and_by_kind() -> None:
+    outline = outline_of(Lisa(active=2))
+    assert (outline.end_parameters, outline.block_parameters, outline.num_blocks) == (ENDS, 6 * BLOCK, 6)
+    assert outline.num_parameters == ENDS + 6 * BLOCK
+    assert outline.trainable == ENDS + 2 * BLOCK
+    assert outline.is_tied
+    assert outline.active_blocks is not None
+    assert len(outline.active_blocks) == 2
+
+
+@pytest.mark.parametrize("method", [Lisa(period=4), Full()], ids=["lisa", "full"])
+def test_the_outline_is_the_same_without_weights(method: Method) -> None:
+    assert outline_of(method, "meta") == outline_of(method, "cpu")
+
+
+def test_visits_say_how_often_each_block_will_train() -> None:
+    outline = outline_of(Lisa(active=2, period=5))
+    assert (outline.period, outline.visits) == (5, (2,) * 6)
+    out = shown(outline)
+    assert "30 in 6 periods of 5" in out
+    assert "██████ each block trains in 2 periods" in out
+
+
+def test_blocks_that_never_train_are_a_dot() -> None:
+    with pytest.warns(UserWarning, match="will never train"):
+        outline = outline_of(Lisa(active=1, period=15))
+    assert "0 to 1 period" in shown(outline)
+    assert shown(outline).count("·") == 4
+
+
+def test_rates_that_differ_between_blocks_are_a_range() -> None:
+    outline = outline_of(Lisa(period=1, sampler="independent", probabilities=(1, 0.25, 0.25, 0.5, 1, 1)))
+    assert outline.lr.startswith("0.0001 (blocks 0.0001 to 0.0002), ")
+
+
+def test_the_outline_reads_well_in_100_columns() -> None:
+    out = shown(outline_of(Lisa(active=3, period=5, state="reset"), start_step=10, accumulation=2))
+    for part in (
+        "tiny, 59.8k parameters: ends 4.1k (embedding = head) + 6 blocks 55.7k",
+        "lisa, active 3, period 5, state reset",
+        "32.0k parameters at a time, 53.5%; now blocks",
+        "30 in 6 periods of 5, 10 done already; each 2 × 4 rows of up to 64 tokens",
+        "0.0001 (blocks 0.000141), cosine after 5 warm-up steps",
+        "1,200 rows, 50.0k tokens, 20.0k with loss; 3 cut at max_length; 1 dropped: no answer",
+        "cpu, bf16-mixed",
+        "runs/tiny",
+    ):
+        assert part in out, out
+    assert max(map(len, out.splitlines())) <= 100
+
+
+def test_full_fine_tuning_has_no_periods() -> None:
+    out = shown(outline_of(Full()))
+    assert "100.0%" in out
+    assert "period" not in out
+    assert "blocks " in out
