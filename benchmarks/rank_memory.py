@@ -37,7 +37,7 @@ def main() -> None:
     count = int(os.environ.get("WORLD_SIZE", "1"))
     recipes = {name: recipe_without_file([*COMMON, *keys]) for name, keys in CASES.items()}
     plans = {name: plan_memory(recipe, ranks=count) for name, recipe in recipes.items()}
-    with ranks.joined("cpu"):
+    with ranks.process_group("cpu"):
         for name, recipe in recipes.items():
             parts, plan = assemble(recipe), plans[name]
             batches = [_batch(recipe, parts.model, LENGTH)]
@@ -51,8 +51,8 @@ def main() -> None:
                     parts.step.update()
                     step = tracker.end_step()
             numbers = [plan.peak_bytes, step.peak_bytes, plan.static_bytes, step.static_bytes]
-            largest = [ranks.agreed(number) / 2**20 for number in numbers]
-            if ranks.is_first():
+            largest = [ranks.max_over_ranks(number) / 2**20 for number in numbers]
+            if ranks.is_rank0():
                 print(f"| {name} | {count} | " + " | ".join(f"{each:.1f}" for each in largest) + " |")
             del parts
 

@@ -33,7 +33,7 @@ from lisatune.models.load import load_model, load_tokenizer
 from lisatune.runs.checkpoint import load_checkpoint, save_checkpoint
 from lisatune.runs.manifest import FILES, newest_checkpoint, write_manifest
 from lisatune.train.recipe_file import load_recipe
-from lisatune.train.resume import Progress, read_progress
+from lisatune.train.resume import RunState, read_state
 from lisatune.train.stopping import USER_ERRORS
 
 SECONDS = 20
@@ -162,7 +162,7 @@ class Fuzz:
 
     def _save(self) -> Path:
         parts = self._parts()
-        return save_checkpoint(self.folder / "checkpoints", step=3, extra=vars(Progress(step=3)), **parts)
+        return save_checkpoint(self.folder / "checkpoints", step=3, extra=vars(RunState(step=3)), **parts)
 
     def _parts(self) -> dict[str, Any]:
         model = tiny.llama(blocks=2, hidden=8)
@@ -176,7 +176,7 @@ class Fuzz:
         """Find and load it, then train two steps with what was loaded."""
         newest_checkpoint(path.parent)
         parts = self._parts()
-        read_progress(path, load_checkpoint(path, **parts))
+        read_state(path, load_checkpoint(path, **parts))
         after = lambda step: parts["scheduler"].step()  # noqa: E731
         tiny.fit(parts["model"], parts["optimizer"], range(3, 5), after=after)
 

@@ -174,7 +174,7 @@ def main() -> None:
     torch.set_num_threads(1)
     jobs = Path(sys.argv[1])
     results = []
-    with ranks.joined("cpu"):
+    with ranks.process_group("cpu"):
         for job in json.loads(jobs.read_text()):
             try:
                 results.append(work(job))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lisatune.compare.results import MemoryResult
 from lisatune.console import ranges_text
 from lisatune.data.records import read_records
-from lisatune.data.tokens import IGNORE, Row, collate, tokenize
+from lisatune.data.tokens import IGNORE, TokenRow, collate, tokenize
 from lisatune.distributed.ranks import pick_device
 from lisatune.evaluate.held_out import held_out_loss
 from lisatune.files.disk import replace_file
@@ -188,15 +188,15 @@ def _longest_step(parts: Parts) -> tuple[int, list[dict[str, Tensor]]]:
     """Number (from 1) and batches of the step with the largest micro-batch, padding included."""
     micro_steps = parts.recipe.run.accumulation
 
-    def micro_batches(step: int) -> list[list[Row]]:
+    def micro_batches(step: int) -> list[list[TokenRow]]:
         indices = range(step * micro_steps, (step + 1) * micro_steps)
         return [[parts.data.train.rows[row] for row in parts.data.order.batch(index)] for index in indices]
 
     def size(step: int) -> tuple[int, int]:
-        def padded(rows: list[Row]) -> int:
+        def padded(rows: list[TokenRow]) -> int:
             return len(rows) * max(len(row["input_ids"]) for row in rows)
 
-        def with_loss(rows: list[Row]) -> int:
+        def with_loss(rows: list[TokenRow]) -> int:
             return sum(len(row["labels"]) - row["labels"].count(IGNORE) for row in rows)
 
         batches = micro_batches(step)

@@ -14,13 +14,13 @@ from lisatune.data.tokens import Examples, Order, pack, tokenize
 from lisatune.distributed import ranks
 from lisatune.recipe import Recipe, check_steps
 
-__all__ = ["Data", "Question", "prepare_data", "read_data"]
+__all__ = ["Prompt", "RunData", "prepare_data", "read_data"]
 
 TEXT_PROMPT_WORDS = 24
 
 
 @dataclass(frozen=True)
-class Question:
+class Prompt:
     """A held-out record, cut where the model has to go on by itself."""
 
     prompt: str | list[dict[str, str]]
@@ -36,7 +36,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Data:
+class RunData:
     """What a run trains and is evaluated on."""
 
     train: Examples
@@ -45,7 +45,7 @@ class Data:
     validation: Examples
     """Held-out rows, one record each."""
 
-    questions: tuple[Question, ...]
+    questions: tuple[Prompt, ...]
     """The first `run.samples` held-out records whose prompts fit `max_length`, as prompts and answers."""
 
     order: Order
@@ -63,7 +63,7 @@ class Data:
         return {"data.train": self.train.sha256, "data.validation": self.validation.sha256}
 
 
-def prepare_data(recipe: Recipe, tokenizer: Any) -> Data:
+def prepare_data(recipe: Recipe, tokenizer: Any) -> RunData:
     """Read, split and tokenise the recipe's data.
 
     Raises:
@@ -83,7 +83,7 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> Data:
     asked = (_question(row) for row in validation.rows)
     short = (question for question in asked if len(prompt_ids(tokenizer, question.prompt)) < data.max_length)
     questions = tuple(islice(short, run.samples))
-    return Data(rows, held_out, questions, order, steps, train.skipped + validation.skipped)
+    return RunData(rows, held_out, questions, order, steps, train.skipped + validation.skipped)
 
 
 def read_data(recipe: Recipe) -> tuple[Records, Records]:
@@ -102,12 +102,12 @@ def read_data(recipe: Recipe) -> tuple[Records, Records]:
     return train, replace(validation, rows=validation.rows[: data.validation_limit], skipped=0)
 
 
-def _question(row: dict[str, Any]) -> Question:
+def _question(row: dict[str, Any]) -> Prompt:
     if "text" in row:
         words = row["text"].split(" ")
-        return Question(" ".join(words[:TEXT_PROMPT_WORDS]), " ".join(words[TEXT_PROMPT_WORDS:]))
+        return Prompt(" ".join(words[:TEXT_PROMPT_WORDS]), " ".join(words[TEXT_PROMPT_WORDS:]))
     if "messages" in row:
         first = next(i for i, message in enumerate(row["messages"]) if message["role"] == "assistant")
-        return Question(row["messages"][:first], row["messages"][first]["content"])
+        return Prompt(row["messages"][:first], row["messages"][first]["content"])
     answer = row["completion"]
-    return Question(row["prompt"], answer if isinstance(answer, str) else answer[0]["content"])
+    return Prompt(row["prompt"], answer if isinstance(answer, str) else answer[0]["content"])

@@ -21,7 +21,7 @@ from lisatune.data.sources import BadRowError, read_rows
 
 __all__ = ["Records", "read_records", "split_records"]
 
-Row = dict[str, Any]
+Record = dict[str, Any]
 
 
 Messages = list[dict[str, str]]
@@ -47,7 +47,7 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 class Records:
     """Checked records in one of the three forms above."""
 
-    rows: list[Row]
+    rows: list[Record]
     kind: str
     """alpaca, prompt-completion, messages, sharegpt or text: what the records were."""
     skipped: int
@@ -82,7 +82,7 @@ def read_records(
     """
     if kind != "auto" and kind not in FIELDS:
         raise ValueError(f"unknown kind of records {kind!r}; use auto, {', '.join(FIELDS)}")
-    rows: list[Row] = []
+    rows: list[Record] = []
     skipped, first_skipped = 0, ""
     for place, row in read_rows(source, split=split):
         try:
@@ -136,7 +136,7 @@ def split_records(records: Records, share: float, seed: int) -> tuple[Records, R
     return replace(records, rows=train), replace(records, rows=validation)
 
 
-def _prompt_key(row: Row, seed: int) -> bytes:
+def _prompt_key(row: Record, seed: int) -> bytes:
     prompt = (
         row["text"] if "text" in row else row["prompt"] if "prompt" in row else _question(row["messages"])
     )
@@ -159,7 +159,7 @@ def _kind_of(row: Any) -> str:
     raise BadRowError(f"can't tell the kind of record from the fields {', '.join(fields)}; known: {forms}")
 
 
-def _normalise(row: Any, kind: str) -> Row:
+def _normalise(row: Any, kind: str) -> Record:
     fields = _fields(row)
     for field in FIELDS[kind]:
         if field not in fields:
@@ -187,7 +187,7 @@ def _normalise(row: Any, kind: str) -> Row:
     return {"messages": messages}
 
 
-def _as_chat(question: str, answer: str) -> Row:
+def _as_chat(question: str, answer: str) -> Record:
     return {
         "prompt": [{"role": "user", "content": question}],
         "completion": [{"role": "assistant", "content": answer}],
@@ -223,7 +223,7 @@ def _with_answer(messages: Messages) -> Messages:
     return messages
 
 
-def _fields(row: Any) -> Row:
+def _fields(row: Any) -> Record:
     if not isinstance(row, dict):
         raise BadRowError(f"{_describe(row)} where an object with named fields is due")
     return row

@@ -31,7 +31,7 @@ __all__ = ["Examples", "Order", "collate", "my_share", "pack", "tokenize"]
 IGNORE = -100
 
 
-Row = dict[str, list[int]]
+TokenRow = dict[str, list[int]]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Examples:
     documents in order.
     """
 
-    rows: list[Row]
+    rows: list[TokenRow]
     num_cut: int
     """Records longer than max_length, cut at the end."""
     num_without_loss: int
@@ -103,7 +103,7 @@ def tokenize(
     if loss_on == "answers" and records.kind == "text":
         raise ValueError(f"{records.source} is plain text, which has no answers; set loss_on to all or auto")
     chat = Chat(tokenizer) if any(_is_chat(record) for record in records.rows) else None
-    rows: list[Row] = []
+    rows: list[TokenRow] = []
     num_cut, prompt_lengths = 0, []
     for number, record in enumerate(records.rows, 1):
         try:
@@ -128,7 +128,9 @@ def _is_chat(record: dict[str, Any]) -> bool:
     return "messages" in record or isinstance(record.get("prompt"), list)
 
 
-def _tokenize_record(record: dict[str, Any], tokenizer: Any, chat: Chat | None, *, everywhere: bool) -> Row:
+def _tokenize_record(
+    record: dict[str, Any], tokenizer: Any, chat: Chat | None, *, everywhere: bool
+) -> TokenRow:
     """Ids and labels of one record, not cut yet."""
     use_chat = chat is not None and _is_chat(record)
     if chat is not None and use_chat:
@@ -189,7 +191,7 @@ def pack(examples: Examples, max_length: int) -> Examples:
     return replace(examples, rows=packed.to_list())
 
 
-def collate(rows: Sequence[Row], pad_token_id: int, *, length: int | None = None) -> dict[str, Tensor]:
+def collate(rows: Sequence[TokenRow], pad_token_id: int, *, length: int | None = None) -> dict[str, Tensor]:
     """Make a batch, padded on the right.
 
     There is no attention mask. Causal attention never looks right, so padding changes no real token; and
@@ -250,7 +252,7 @@ class Order:
         return self._rows[index * self.batch_size : (index + 1) * self.batch_size]
 
 
-def my_share(rows: Sequence[Row]) -> Sequence[Row]:
+def my_share(rows: Sequence[TokenRow]) -> Sequence[TokenRow]:
     """Take this rank's rows of a batch; where it has none, one without loss, for all must compute."""
     mine = rows[ranks.rank() :: ranks.count()]
     if mine:

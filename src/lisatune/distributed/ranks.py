@@ -18,21 +18,21 @@ import torch
 from torch import distributed
 
 __all__ = [
-    "agreed",
+    "broadcast_text",
     "check_equal",
+    "consume_on_rank0",
     "count",
-    "first_takes",
-    "from_first",
+    "fake_ranks",
     "has_others",
-    "is_first",
-    "is_pretended",
-    "joined",
-    "on_first",
+    "is_rank0",
+    "max_over_ranks",
+    "on_rank0",
     "on_this_machine",
     "pick_device",
-    "pretended",
+    "process_group",
     "rank",
-    "total",
+    "ranks_are_fake",
+    "sum_over_ranks",
 ]
 
 DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia")
@@ -59,13 +59,13 @@ def rank() -> int:
     return distributed.get_rank() if count() > 1 else 0
 
 
-def is_first() -> bool:
+def is_rank0() -> bool:
     """Whether this rank is the one that writes and prints."""
     return rank() == 0
 
 
 @contextmanager
-def joined(device: str) -> Iterator[None]:
+def process_group(device: str) -> Iterator[None]:
     """Join the ranks that a launcher started; does nothing in a process that was started alone.
 
     Inside, the accelerator that the launcher assigned is torch's current one; ranks other than the first
@@ -88,14 +88,14 @@ def joined(device: str) -> Iterator[None]:
     if accelerator is not None:
         torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
         backend = f"cpu:gloo,{accelerator.type}:{distributed.get_default_backend_for_device(accelerator)}"
-    with _lost_rank(), _silent_unless_first(int(os.environ["RANK"])):
+    with _lost_rank(), _silent_unless_rank0(int(os.environ["RANK"])):
         distributed.init_process_group(backend, timeout=TIMEOUT)
         yield
     distributed.destroy_process_group()  # not after an error: it could wait for a rank that has gone
 
 
 @contextmanager
-def pretended(number: int) -> Iterator[None]:
+def fake_ranks(number: int) -> Iterator[None]:
     """Inside, this process is the first of so many ranks, of which no other exists and no number arrives.
 
     What ranks exchange has its shape and no meaning: for planning alone.
@@ -114,17 +114,17 @@ def pretended(number: int) -> Iterator[None]:
         distributed.destroy_process_group()
 
 
-def is_pretended() -> bool:
+def ranks_are_fake() -> bool:
     """Whether the other ranks don't exist."""
     return count() > 1 and distributed.get_backend() == "fake"
 
 
 def has_others() -> bool:
     """Whether there are other ranks to exchange numbers with."""
-    return count() > 1 and not is_pretended()
+    return count() > 1 and not ranks_are_fake()
 
 
-def total(*numbers: float) -> list[float]:
+def sum_over_ranks(*numbers: float) -> list[float]:
     """Add up numbers over all ranks, in float64."""
     if not has_others():
         return list(numbers)
@@ -133,7 +133,7 @@ def total(*numbers: float) -> list[float]:
     return [float(each) for each in sums]
 
 
-def agreed(number: int) -> int:
+def max_over_ranks(number: int) -> int:
     """Return the largest of all ranks' numbers."""
     if not has_others():
         return number
@@ -162,19 +162,19 @@ def check_equal(what: str, value: object) -> None:
         )
 
 
-def on_first(work: Callable[[], Result]) -> Result | None:
+def on_rank0(work: Callable[[], Result]) -> Result | None:
     """Do something on the first rank while the others wait, which get None.
 
     Raises:
         RuntimeError: on the other ranks, where the first one failed; OSError where that was one.
     """
     result, failure = None, None
-    if is_first():
+    if is_rank0():
         try:
             result = work()
         except BaseException as error:
             failure = error
-    outcome = agreed(0 if failure is None else 2 if isinstance(failure, OSError) else 1)
+    outcome = max_over_ranks(0 if failure is None else 2 if isinstance(failure, OSError) else 1)
     if failure is not None:
         raise failure
     if outcome:
@@ -182,12 +182,12 @@ def on_first(work: Callable[[], Result]) -> Result | None:
     return result
 
 
-def from_first(text: str) -> str:
+def broadcast_text(text: str) -> str:
     """Return the first rank's text."""
     if not has_others():
         return text
-    mine = list(text.encode()) if is_first() else []
-    size = agreed(len(mine))
+    mine = list(text.encode()) if is_rank0() else []
+    size = max_over_ranks(len(mine))
     arrived = torch.tensor(mine or [0] * size, dtype=torch.uint8)
     distributed.broadcast(arrived, src=0)
     return bytes(arrived.tolist()).decode()
@@ -198,13 +198,13 @@ def on_this_machine() -> int:
     return min(int(os.environ.get("LOCAL_WORLD_SIZE") or count()), count())
 
 
-def first_takes(parts: Iterator[Part], work: Callable[[Iterator[Part]], Result]) -> Result | None:
+def consume_on_rank0(parts: Iterator[Part], work: Callable[[Iterator[Part]], Result]) -> Result | None:
     """Let the first rank work on what all ranks must make together, part by part; the others get None.
 
     Where the first one fails it makes the remaining parts all the same, so that no rank waits for it.
 
     Raises:
-        RuntimeError, OSError: as in `on_first`.
+        RuntimeError, OSError: as in `on_rank0`.
     """
     exhaust = deque[Part](maxlen=0).extend  # a loop's variable would hold a part while the next is made
 
@@ -214,13 +214,13 @@ def first_takes(parts: Iterator[Part], work: Callable[[Iterator[Part]], Result])
         finally:
             exhaust(parts)
 
-    if not is_first():
+    if not is_rank0():
         exhaust(parts)
-    return on_first(take_all)
+    return on_rank0(take_all)
 
 
 @contextmanager
-def _silent_unless_first(number: int) -> Iterator[None]:
+def _silent_unless_rank0(number: int) -> Iterator[None]:
     if number == 0:
         yield
         return

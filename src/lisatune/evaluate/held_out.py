@@ -66,7 +66,7 @@ def held_out_loss(
             total += loss_sum.item()
             num_tokens += int(count)
     reshard(loss_fn.model)
-    total, all_tokens = ranks.total(total, num_tokens)
+    total, all_tokens = ranks.sum_over_ranks(total, num_tokens)
     num_tokens = int(all_tokens)
     if num_tokens == 0:
         raise ValueError(

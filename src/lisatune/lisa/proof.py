@@ -102,7 +102,7 @@ class Proof:
         if self._before is None:
             return
         # Of a layer that is divided among ranks, each reads its part.
-        moved_R = [ranks.agreed(each) for each in (self._fingerprints() != self._before).tolist()]
+        moved_R = [ranks.max_over_ranks(each) for each in (self._fingerprints() != self._before).tolist()]
         moved = {name for name, has_moved in zip(self._layers, moved_R, strict=True) if has_moved}
         drawn = moving & self._layers.keys()
         strangers = sorted(moved - drawn)

@@ -76,8 +76,8 @@ class MemoryCheck:
         if device.type == "cpu" and free is not None:
             free //= ranks.on_this_machine()
         lacking = 0 if free is None else max(self.plan.needed_bytes - free, 0)
-        if ranks.agreed(lacking):  # of the rank with least
-            free = self.plan.needed_bytes - ranks.agreed(lacking)
+        if ranks.max_over_ranks(lacking):  # of the rank with least
+            free = self.plan.needed_bytes - ranks.max_over_ranks(lacking)
             needed = byte_text(self.plan.needed_bytes)
             change = _advice(recipe, self.plan, free)
             raise ValueError(
@@ -87,7 +87,7 @@ class MemoryCheck:
             )
         host = max(self.plan.host_bytes * ranks.on_this_machine(), self.plan.loaded_bytes)
         lacks_host = device.type != "cpu" and host_free is not None and host > host_free
-        if ranks.agreed(int(lacks_host)):
+        if ranks.max_over_ranks(int(lacks_host)):
             raise ValueError(
                 f"the run needs {byte_text(host)} of host memory by its plan ({self.plan.kind}) and "
                 f"{byte_text(host_free or 0)} are free: keep less optimizer state there, or set "
@@ -133,13 +133,13 @@ def _planned(recipe: Recipe, length: int) -> MemoryPlan:
     if ranks.count() == 1:
         return plan_memory(recipe, length=length)
     text = ""
-    if ranks.is_first():
+    if ranks.is_rank0():
         try:
             options = ("--ranks", str(ranks.count()), "--length", str(length))
             text = json.dumps(plan_apart(recipe, *options, seconds=RANKS_WAIT_SECONDS))
         except (ValueError, OSError, SubprocessError) as error:
             text = f"!{error}"
-    text = ranks.from_first(text)
+    text = ranks.broadcast_text(text)
     if text.startswith("!"):
         raise RuntimeError(text[1:])
     return MemoryPlan.from_dict(json.loads(text))

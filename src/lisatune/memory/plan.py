@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lisatune.distributed.ranks import is_pretended, pick_device, pretended
+from lisatune.distributed.ranks import fake_ranks, pick_device, ranks_are_fake
 from lisatune.distributed.shards import part_to_update, shard
 from lisatune.lisa.lisa import LISA
 from lisatune.losses.causal_lm import CausalLMLoss
@@ -143,7 +143,7 @@ def plan_memory(
         planned, why_divided = None, ""
         if ranks > 1:
             try:
-                with pretended(ranks):
+                with fake_ranks(ranks):
                     check_recipe(recipe)
                     planned = _plan(recipe, length, blocks, config, ranks)
             except Exception as error:  # as below; and what does not run on several ranks can be estimated
@@ -157,14 +157,14 @@ def plan_memory(
 def _plan(
     recipe: Recipe, length: int | None, blocks: tuple[int, ...] | None, config: Any, ranks: int
 ) -> MemoryPlan:
-    """Trace a step, on the first of pretended ranks where there are; else divide what one rank takes."""
+    """Trace a step, on the first of fake_ranks ranks where there are; else divide what one rank takes."""
     run, device = recipe.run, torch.device("cpu")
     model = _shapes(recipe, config)
     loaded_bytes = sum(p.nbytes for p in model.parameters()) if ranks == 1 else 0
     length = length or recipe.data.max_length
     length = min(length, max_positions(model) or length)
     batches = [_batch(recipe, model, length)] * min(run.accumulation, 2)
-    steps, is_divided = run.steps or UNKNOWN_STEPS, is_pretended()
+    steps, is_divided = run.steps or UNKNOWN_STEPS, ranks_are_fake()
     with torch.random.fork_rng(devices=[]), ExitStack() as stack:
 
         def materialise(

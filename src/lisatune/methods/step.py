@@ -52,7 +52,7 @@ class TrainingStep:
             Mean loss per token, a float32 scalar on the device.
         """
         mine = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
-        num_labels = int(ranks.total(mine)[0])
+        num_labels = int(ranks.sum_over_ranks(mine)[0])
         loss = torch.zeros((), device=self.device)
         for batch in batches:
             with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
@@ -64,7 +64,7 @@ class TrainingStep:
             scaled = micro_loss if ranks.count() == 1 else micro_loss * ranks.count()
             scaled.backward()  # type: ignore[no-untyped-call]
             loss += micro_loss.detach()
-        return loss.new_tensor(ranks.total(float(loss))[0]) if ranks.has_others() else loss
+        return loss.new_tensor(ranks.sum_over_ranks(float(loss))[0]) if ranks.has_others() else loss
 
     def clip(self) -> Tensor:
         """Clip the gradients' global norm, and return what it was: a scalar on the device.

@@ -111,7 +111,7 @@ def save_from_ranks(model: Any, tokenizer: Any, folder: Path, largest_file: str 
                 (aside / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
             tokenizer.save_pretrained(aside)
 
-    ranks.first_takes(gathered(*files.values()), write)
+    ranks.consume_on_rank0(gathered(*files.values()), write)
 
 
 def _hollow_model(

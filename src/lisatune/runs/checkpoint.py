@@ -120,7 +120,7 @@ def save_checkpoint(
             (aside / "state.json").write_text(json.dumps(state))
             write_manifest(aside, step)
 
-    ranks.first_takes(gathered(*files.values()), write)
+    ranks.consume_on_rank0(gathered(*files.values()), write)
     return target
 
 

@@ -305,6 +305,6 @@ def open_folder(
     path: Path, recipe: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False
 ) -> Iterator[RunFolder]:
     """Open the run folder on the first rank, and what stands for it on the others."""
-    opened = ranks.on_first(lambda: RunFolder.open(path, recipe, resume=resume, overwrite=overwrite))
+    opened = ranks.on_rank0(lambda: RunFolder.open(path, recipe, resume=resume, overwrite=overwrite))
     with opened or _ReadOnlyFolder(path) as folder:
         yield folder

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from lisatune.data.prepare import Data, prepare_data
-from lisatune.data.tokens import Row, collate
+from lisatune.data.prepare import RunData, prepare_data
+from lisatune.data.tokens import TokenRow, collate
 from lisatune.distributed import ranks
 from lisatune.distributed.ranks import pick_device
 from lisatune.distributed.shards import shard
@@ -41,7 +41,7 @@ class Parts:
     recipe: Recipe
     device: torch.device
     tokenizer: Any
-    data: Data
+    data: RunData
     model: nn.Module
     layers: LayerMap
     step: TrainingStep
@@ -52,7 +52,7 @@ class Parts:
     compile_seconds: float | None = None
     """Wall time of compiling the blocks before the first step; None where nothing was compiled."""
 
-    def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+    def collate(self, rows: Sequence[TokenRow]) -> dict[str, Tensor]:
         """Make a batch on the CPU, [B, T] with T a multiple of 32 where that is not too long.
 
         On the CPU every new length leaves kernels in oneDNN's cache: resident memory would grow for
@@ -80,7 +80,7 @@ class Parts:
         return [p for p in self.model.parameters() if p.requires_grad]
 
 
-def batch_length(rows: Sequence[Row], recipe: Recipe, model: nn.Module) -> int:
+def batch_length(rows: Sequence[TokenRow], recipe: Recipe, model: nn.Module) -> int:
     """Tokens that each row of a batch is padded to."""
     longest = max(len(row["input_ids"]) for row in rows)
     rounded = min(-(-longest // 32) * 32, recipe.data.max_length)
@@ -216,7 +216,7 @@ def _warn_of_widened_weights(recipe: Recipe, model: nn.Module) -> None:
     )
 
 
-def check_fits(model: nn.Module, data: Data) -> None:
+def check_fits(model: nn.Module, data: RunData) -> None:
     """Refuse token ids and lengths that the model has no embedding for, which would end in an IndexError.
 
     Raises:

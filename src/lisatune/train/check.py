@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lisatune.console import plural, terminal
-from lisatune.data.prepare import Data, prepare_data
+from lisatune.data.prepare import RunData, prepare_data
 from lisatune.data.records import read_records
 from lisatune.distributed.ranks import pick_device
 from lisatune.models.hf import announce_remote_code
@@ -116,7 +116,7 @@ def print_report(report: CheckReport, console: Console | None = None) -> None:
         console.print(Text("nothing is in the way of this run", style="bold green"))
 
 
-def _check_data(recipe: Recipe, report: CheckReport) -> Data | None:
+def _check_data(recipe: Recipe, report: CheckReport) -> RunData | None:
     """Read every record of every source; go on without those that can't be used."""
     config = recipe.data
     if config.validation == config.train:

@@ -29,7 +29,7 @@ from lisatune.train import progress
 from lisatune.train.assemble import Parts, assemble
 from lisatune.train.outline import make_outline, print_outline
 from lisatune.train.progress import Log, check_trackers, trackers
-from lisatune.train.resume import Progress, begin, find_checkpoint, restore, save
+from lisatune.train.resume import RunState, begin, find_checkpoint, restore, save
 from lisatune.train.stopping import agreed_stop, interruptible, way_back
 
 __all__ = ["TrainingError", "train"]
@@ -62,14 +62,14 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> S
         KeyboardInterrupt: Ctrl-C or (`Terminated`) SIGTERM, after a checkpoint was saved; the message says
             how to resume.
     """
-    with say_what_fits(recipe), ranks.joined(recipe.run.device):
+    with say_what_fits(recipe), ranks.process_group(recipe.run.device):
         return _train(recipe, resume, overwrite)
 
 
 def _train(recipe: Recipe, resume: bool, overwrite: bool) -> Summary:
     assert recipe.run.output is not None
     output = Path(recipe.run.output)
-    ranks.on_first(lambda: check_output(output, recipe.as_dict(), resume=resume, overwrite=overwrite))
+    ranks.on_rank0(lambda: check_output(output, recipe.as_dict(), resume=resume, overwrite=overwrite))
     check_trackers(recipe.run.report_to)
     if resume:
         find_checkpoint(output)
@@ -81,9 +81,9 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool) -> Summary:
         trackers(recipe.run.report_to, output, recipe.as_dict()) as log,
         way_back(folder),
     ):
-        for path in damaged if ranks.is_first() else ():
+        for path in damaged if ranks.is_rank0() else ():
             set_aside(path)
-        if resume and ranks.is_first():
+        if resume and ranks.is_rank0():
             prune(folder.checkpoints, recipe.run.keep_checkpoints)  # what a kill left behind
             folder.drop_metrics_after(done.step, evaluated=done.evaluated_step == done.step)
         at: dict[str, Any] = {"device": str(parts.device), "start_step": done.step}
@@ -98,7 +98,7 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool) -> Summary:
     return summary
 
 
-def _loop(parts: Parts, done: Progress, folder: RunFolder, log: Log, check: MemoryCheck) -> None:
+def _loop(parts: Parts, done: RunState, folder: RunFolder, log: Log, check: MemoryCheck) -> None:
     run, last = parts.recipe.run, parts.data.steps
     with interruptible() as mine, progress.Bar(last, done.step) as bar:
         interrupted = agreed_stop(mine)
@@ -147,7 +147,7 @@ def _stopped(step: int, last: int, folder: RunFolder, saved: bool) -> str:
     return f"{where} could not be saved; go on with the same command and {way_back}"
 
 
-def _step(parts: Parts, done: Progress, folder: RunFolder) -> dict[str, Any]:
+def _step(parts: Parts, done: RunState, folder: RunFolder) -> dict[str, Any]:
     """Make one optimizer step; where it is to be logged, return its line of metrics.jsonl."""
     run, data = parts.recipe.run, parts.data
     started = time.perf_counter()
@@ -229,7 +229,7 @@ def _answers(parts: Parts) -> list[str]:
     )
 
 
-def _finish(parts: Parts, done: Progress, folder: RunFolder, log: Log, check: MemoryCheck) -> Summary:
+def _finish(parts: Parts, done: RunState, folder: RunFolder, log: Log, check: MemoryCheck) -> Summary:
     """Prove the last period, write the model, evaluate, write the summary."""
     if done.skipped_steps == done.step:
         raise TrainingError(

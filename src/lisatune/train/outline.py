@@ -15,7 +15,7 @@ from rich.panel import Panel
 from torch import nn
 
 from lisatune.console import count_text, grid, plural, ranges_text, terminal
-from lisatune.data.prepare import Data
+from lisatune.data.prepare import RunData
 from lisatune.lisa.lisa import LISA
 from lisatune.methods import Method
 from lisatune.nn.layers import LayerMap
@@ -73,7 +73,7 @@ def make_outline(
     model: nn.Module,
     layers: LayerMap,
     lisa: LISA | None,
-    data: Data,
+    data: RunData,
     *,
     device: str,
     start_step: int = 0,

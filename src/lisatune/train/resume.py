@@ -15,11 +15,11 @@ from lisatune.runs.folder import RunFolder
 from lisatune.runs.manifest import DamagedCheckpointError, checkpoints, newest_checkpoint, prune
 from lisatune.train.assemble import Parts
 
-__all__ = ["Progress", "begin", "find_checkpoint", "read_progress", "restore", "save"]
+__all__ = ["RunState", "begin", "find_checkpoint", "read_state", "restore", "save"]
 
 
 @dataclass
-class Progress:
+class RunState:
     """How far a run has come: goes into checkpoints, so only JSON values."""
 
     step: int = 0
@@ -38,7 +38,7 @@ class Progress:
     batch: int = 0
     """Sequences of a micro-step on all ranks together; 0 where an older run did not say."""
     data: dict[str, str] = field(default_factory=dict)
-    """`Data.hashes` of the rows that the run began with."""
+    """`RunData.hashes` of the rows that the run began with."""
 
 
 def find_checkpoint(output: Path) -> Path:
@@ -53,12 +53,12 @@ def find_checkpoint(output: Path) -> Path:
     return found
 
 
-def begin(parts: Parts) -> Progress:
+def begin(parts: Parts) -> RunState:
     """Note what a new run begins with."""
-    return Progress(batch=parts.data.order.batch_size, data=parts.data.hashes)
+    return RunState(batch=parts.data.order.batch_size, data=parts.data.hashes)
 
 
-def restore(parts: Parts, output: Path) -> tuple[Progress, list[Path]]:
+def restore(parts: Parts, output: Path) -> tuple[RunState, list[Path]]:
     """Load the newest checkpoint that is what was written; what is damaged is passed over with a warning.
 
     Returns:
@@ -71,7 +71,7 @@ def restore(parts: Parts, output: Path) -> tuple[Progress, list[Path]]:
     problem = DamagedCheckpointError(f"there is no complete checkpoint in {output}")
     for path in checkpoints(output / "checkpoints"):
         try:
-            done = read_progress(
+            done = read_state(
                 path,
                 load_checkpoint(
                     path, model=parts.model, optimizer=parts.optimizer, scheduler=parts.scheduler
@@ -95,7 +95,7 @@ def restore(parts: Parts, output: Path) -> tuple[Progress, list[Path]]:
     raise ValueError(f"{problem}, and no other is whole; start again with --overwrite")
 
 
-def save(parts: Parts, done: Progress, folder: RunFolder, say: Callable[[str], None]) -> bool:
+def save(parts: Parts, done: RunState, folder: RunFolder, say: Callable[[str], None]) -> bool:
     """Save a checkpoint, and delete older ones once it is complete.
 
     Returns:
@@ -114,7 +114,7 @@ def save(parts: Parts, done: Progress, folder: RunFolder, say: Callable[[str], N
             scheduler=parts.scheduler,
             extra=asdict(done),
         )
-        if ranks.is_first():
+        if ranks.is_rank0():
             prune(folder.checkpoints, run.keep_checkpoints)
     except OSError as error:
         if run.on_save_error == "stop":
@@ -125,19 +125,19 @@ def save(parts: Parts, done: Progress, folder: RunFolder, say: Callable[[str], N
     return True
 
 
-def read_progress(path: Path, extra: Mapping[str, Any]) -> Progress:
+def read_state(path: Path, extra: Mapping[str, Any]) -> RunState:
     """Check the types of what a checkpoint holds: a run without some field is an older one."""
-    kinds = typing.get_type_hints(Progress)
+    kinds = typing.get_type_hints(RunState)
     for name, value in extra.items():
         kind: Any = kinds.get(name, type(None))
         plain: Any = typing.get_origin(kind) or kind
         if not isinstance(value, int | float if plain is float else plain):
             reason = f"extra.{name} is {value!r:.80}"
             raise DamagedCheckpointError(f"checkpoint {path} holds what no run wrote ({reason})")
-    return dataclasses.replace(Progress(), **extra)
+    return dataclasses.replace(RunState(), **extra)
 
 
-def _check_same_batch(parts: Parts, done: Progress) -> None:
+def _check_same_batch(parts: Parts, done: RunState) -> None:
     now = parts.data.order.batch_size
     if done.batch not in (0, now):
         raise ValueError(
@@ -147,7 +147,7 @@ def _check_same_batch(parts: Parts, done: Progress) -> None:
         )
 
 
-def _check_same_data(parts: Parts, done: Progress, output: Path) -> None:
+def _check_same_data(parts: Parts, done: RunState, output: Path) -> None:
     for name, was in done.data.items():
         if parts.data.hashes.get(name) != was:
             raise ValueError(

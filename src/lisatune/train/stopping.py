@@ -114,4 +114,4 @@ def agreed_stop(asked: Callable[[], Stop | None]) -> Callable[[], Stop | None]:
     if ranks.count() == 1:
         return asked
     kinds: tuple[Stop | None, ...] = (None, KeyboardInterrupt, Terminated)
-    return lambda: kinds[ranks.agreed(kinds.index(asked()))]
+    return lambda: kinds[ranks.max_over_ranks(kinds.index(asked()))]

@@ -45,13 +45,13 @@ def test_one_tensor_is_there_at_a_time(tmp_path: Path, rank: int, fails: bool) -
     with (
         mock.patch.object(ranks, "count", return_value=2),
         mock.patch.object(ranks, "rank", return_value=rank),
-        mock.patch.object(ranks, "agreed", side_effect=lambda number: number),
+        mock.patch.object(ranks, "max_over_ranks", side_effect=lambda number: number),
     ):
         if fails and rank == 0:
             with pytest.raises(OSError, match="the disk is full"):
-                ranks.first_takes(copies(), write)
+                ranks.consume_on_rank0(copies(), write)
         else:
-            ranks.first_takes(copies(), write)
+            ranks.consume_on_rank0(copies(), write)
 
     assert len(held) == len(TENSORS)
     if rank == 0 and not fails:
