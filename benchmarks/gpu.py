@@ -93,9 +93,8 @@ def measure(recipe: Recipe, plan: MemoryPlan, steps: int) -> dict[str, Any]:
         return time.perf_counter() - started
 
     seconds = [step() for _ in range(WARM_UP + steps)]
-    if built.lisa is not None:
-        built.lisa.period = 1000
-        built.lisa.activate(plan.active_blocks or ())
+    if plan.active_blocks is not None:
+        built.schedule.hold(plan.active_blocks)
     if device.type == "cuda":
         step()
         torch.cuda.empty_cache()

@@ -34,8 +34,8 @@ def measured(recipe: Recipe, blocks: tuple[int, ...] | None) -> StepMemory:
     config = shape_config(recipe.model.name)
     model = AutoModelForCausalLM.from_config(config, dtype=weight_dtype(recipe))
     built = build(recipe, model, CausalLMLoss(model), steps=10, device=torch.device("cpu"))
-    if built.lisa is not None and blocks is not None:
-        built.lisa.activate(blocks)
+    if blocks is not None:
+        built.schedule.hold(blocks)
     ids_BT = torch.arange(recipe.data.max_length)[None] % config.vocab_size
     batch = {"input_ids": ids_BT, "labels": ids_BT, "position_ids": ids_BT}
     with memory.measure(built.model, built.step.optimizer) as tracker:

@@ -40,15 +40,14 @@ def main() -> None:
     with ranks.process_group("cpu"):
         for name, recipe in recipes.items():
             parts, plan = assemble(recipe), plans[name]
-            batches = [_batch(recipe, parts.model, LENGTH)]
+            batches = [_batch(recipe, parts.built.model, LENGTH)]
             for _ in range(2):
-                if parts.lisa is not None:
-                    parts.lisa.period = 1000  # no draw but that of the plan
-                    parts.lisa.activate(plan.active_blocks)
-                with memory.measure(parts.model, parts.optimizer) as tracker:
-                    parts.step.backward(batches)
-                    parts.step.clip()
-                    parts.step.update()
+                if plan.active_blocks is not None:
+                    parts.built.schedule.hold(plan.active_blocks)
+                with memory.measure(parts.built.model, parts.built.step.optimizer) as tracker:
+                    parts.built.step.backward(batches)
+                    parts.built.step.clip()
+                    parts.built.step.update()
                     step = tracker.end_step()
             numbers = [plan.peak_bytes, step.peak_bytes, plan.static_bytes, step.static_bytes]
             largest = [ranks.max_over_ranks(number) / 2**20 for number in numbers]

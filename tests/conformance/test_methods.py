@@ -52,14 +52,14 @@ def watched(patch: pytest.MonkeyPatch, recipe: Path, output: Path, *overrides: s
 
     def watch(*args: Any) -> Parts:
         parts = assemble(*args)
-        seen["model"], seen["before"] = parts.model, tiny.weights(parts.model)
-        names = {p: name for name, p in parts.model.named_parameters()}
+        seen["model"], seen["before"] = parts.built.model, tiny.weights(parts.built.model)
+        names = {p: name for name, p in parts.built.model.named_parameters()}
 
         def note(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             trainable.append({name for p, name in names.items() if p.requires_grad})
             with_state.append({names[p] for p in optimizer.state})
 
-        parts.optimizer.register_step_pre_hook(note)
+        parts.built.step.optimizer.register_step_pre_hook(note)
         return parts
 
     patch.setattr(lisatune.train.loop, "assemble", watch)

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-import lisatune.train.assemble
 import tiny_run
 from lisatune.nn.blocks import BlockForward, num_graphs
 from lisatune.train.assemble import assemble
@@ -23,8 +22,8 @@ class Plain(BlockForward):
 def test_the_first_step_compiles_nothing(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lisatune.train.assemble, "BlockForward", Plain)
-    monkeypatch.setattr(lisatune.train.assemble, "check_compiler", lambda: None)
+    monkeypatch.setattr("lisatune.methods.build.BlockForward", Plain)
+    monkeypatch.setattr("lisatune.train.assemble.check_compiler", lambda: None)
     model, rows = tiny_run.write_model(tmp_path / "model"), tiny_run.write_rows(tmp_path / "rows.jsonl")
     recipe = tiny_run.write_recipe(tmp_path, model, rows, f"method: {{name: {method}}}\n")
     before = num_graphs()
@@ -32,8 +31,8 @@ def test_the_first_step_compiles_nothing(
     built = num_graphs()
     assert built > before
     assert parts.compile_seconds is not None
-    assert all(p.grad is None for p in parts.model.parameters())
+    assert all(p.grad is None for p in parts.built.model.parameters())
     batch = parts.collate(parts.data.train.rows[:2])
-    parts.step.backward([batch])
-    parts.step.update()
+    parts.built.step.backward([batch])
+    parts.built.step.update()
     assert num_graphs() == built

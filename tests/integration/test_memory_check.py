@@ -43,7 +43,7 @@ def test_a_run_that_does_not_fit_stops_before_its_weights_load(
     recipe: Path, free: dict[str, int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free["cpu"] = plan_memory(load_recipe(recipe)).needed_bytes // 2
-    monkeypatch.setattr(lisatune.train.assemble.models, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(lisatune.train.assemble, "load_model", lambda *_, **__: pytest.fail("loaded"))
     before = sorted(recipe.parent.iterdir())
     assert main(["train", str(recipe)]) == 2
     error = capsys.readouterr().err

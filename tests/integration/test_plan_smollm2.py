@@ -71,8 +71,8 @@ def take_steps(recipe: Recipe, model: nn.Module, blocks: tuple[int, ...] | None)
     recipe = replace(recipe, method=recipe.method.without_proof())
     built = build(recipe, model, CausalLMLoss(model), steps=400, device=device)
     batch = _batch(recipe, model, recipe.data.max_length)
-    if built.lisa is not None and blocks is not None:
-        built.lisa.activate(blocks)
+    if blocks is not None:
+        built.schedule.hold(blocks)
     with memory.measure(built.model, built.step.optimizer) as measured:
         for _ in range(2):
             if device.type == "cuda":

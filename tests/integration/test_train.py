@@ -168,8 +168,8 @@ def test_run_folder_holds_what_it_promises(recipe: Path) -> None:
     assert all(len(line["active_blocks"]) == 2 for line in steps)
     # AdamW in fp32: two moments and one step counter per parameter that trains, and never more.
     parts = assemble(load_recipe(recipe))
-    tensors = sum(p.requires_grad for p in parts.model.parameters())
-    trainable = sum(p.numel() for p in parts.model.parameters() if p.requires_grad)
+    tensors = sum(p.requires_grad for p in parts.built.model.parameters())
+    trainable = sum(p.numel() for p in parts.built.model.parameters() if p.requires_grad)
     assert [line["state_bytes"] for line in steps] == [8 * trainable + 4 * tensors] * 4
     assert summary["peak_state_elements"] == 2 * summary["peak_trainable"] == 2 * trainable
     assert json.loads((folder / "summary.json").read_text()) == summary
@@ -250,7 +250,7 @@ def test_batches_are_padded_to_few_lengths_but_not_past_what_the_model_reads(rec
         return parts.collate([row])["input_ids"].shape[1]
 
     assert [length(n) for n in (1, 32, 33, 95)] == [32, 32, 64, 96]  # data.max_length is 96
-    parts.model.config.max_position_embeddings = 70
+    parts.built.model.config.max_position_embeddings = 70
     assert [length(n) for n in (60, 65)] == [64, 70]
 
 
@@ -388,7 +388,7 @@ def test_precision_decides_about_autocast(
 @pytest.mark.parametrize("asked", [True, False])
 def test_activations_are_recomputed_where_asked(asked: bool, recipe: Path) -> None:
     parts = assemble(load_recipe(recipe, [f"run.activation_checkpointing={str(asked).lower()}"]))
-    assert parts.model.is_activation_checkpointing is asked
+    assert parts.built.model.is_activation_checkpointing is asked
 
 
 def test_recomputing_frozen_blocks_trains_the_same_weights(recipe: Path) -> None:

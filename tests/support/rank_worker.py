@@ -143,16 +143,14 @@ def measured(job: dict[str, Any]) -> dict[str, Any]:
     """Measure the second training step of a recipe with the given blocks active."""
     recipe = load_recipe(Path(job["measured"]), job["overrides"])
     parts = assemble(recipe)
-    batches = [_batch(recipe, parts.model, recipe.data.max_length)] * recipe.run.accumulation
-    if parts.lisa is not None:
-        parts.lisa.period = 1000  # no draw but that of the plan
+    batches = [_batch(recipe, parts.built.model, recipe.data.max_length)] * recipe.run.accumulation
     for _ in range(2):
-        if parts.lisa is not None:
-            parts.lisa.activate(job["blocks"])
-        with measure(parts.model, parts.optimizer) as tracker:
-            parts.step.backward(batches)
-            parts.step.clip()
-            parts.step.update()
+        if job["blocks"] is not None:
+            parts.built.schedule.hold(job["blocks"])
+        with measure(parts.built.model, parts.built.step.optimizer) as tracker:
+            parts.built.step.backward(batches)
+            parts.built.step.clip()
+            parts.built.step.update()
             step = tracker.end_step()
     return asdict(step)
 

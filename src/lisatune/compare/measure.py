@@ -155,17 +155,18 @@ def _step_memory(recipe: Recipe) -> MemoryResult:
     parts = assemble(replace(recipe, run=run, method=recipe.method.without_proof()))
     step, batches = _longest_step(parts)
     draws: list[tuple[int, ...] | None] = [None]
-    if parts.lisa is not None:
-        draws = [*costly_draws(parts.lisa, parts.model, parts.data.steps)]
+    built = parts.built
+    if possible := built.schedule.possible_draws(parts.data.steps):
+        draws = [*costly_draws(possible, built.block_sizes(), ends_rest=built.schedule.ends_rest)]
     results = {}
-    with measure_memory(parts.model, parts.optimizer) as measured:
+    with measure_memory(parts.built.model, parts.built.step.optimizer) as measured:
         for draw in draws:
             for _ in range(2):  # the optimizer's state exists by the second
-                if parts.lisa is not None and draw is not None:
-                    parts.lisa.activate(draw)
-                parts.step.backward(batches)
-                parts.step.clip()
-                parts.step.update()
+                if draw is not None:
+                    built.schedule.hold(draw)
+                parts.built.step.backward(batches)
+                parts.built.step.clip()
+                parts.built.step.update()
                 results[draw] = measured.end_step()
     draw = max(results, key=lambda draw: results[draw].peak_bytes)
     result = results[draw]

@@ -27,10 +27,10 @@ peak memory is that of the ends and γ blocks. This is kept true here by hooks o
 Longer than 400 lines: the algorithm, its hooks and the state they carry are one thing to read.
 """
 
-import math
+import sys
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any, Literal
 
 from torch import nn
@@ -41,8 +41,18 @@ from lisatune.distributed.shards import is_sharded, reshard
 from lisatune.lisa.ends import Ends, EndsPolicy
 from lisatune.lisa.frozen_state import FrozenState
 from lisatune.lisa.groups import check_parameters, groups_by_block, plain_optimizer
-from lisatune.lisa.proof import Proof, ProofError, has_reason_to_move, may_hide
-from lisatune.lisa.samplers import Independent, Sampler, auto_period, make_sampler, visits
+from lisatune.lisa.proof import Proof, ProofError
+from lisatune.lisa.samplers import (
+    Independent,
+    Sampler,
+    auto_period,
+    draw_blocks,
+    make_sampler,
+    simulate_draws,
+    visits,
+)
+from lisatune.lisa.schedule import BlockSchedule
+from lisatune.lisa.statistics import Collector
 from lisatune.nn.layers import LayerMap, find_layers
 from lisatune.optim.adamw import AdamW
 from lisatune.optim.meter import host_state, state_bytes, tensors_bytes
@@ -52,7 +62,11 @@ __all__ = ["LISA"]
 _attached: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
 
 
-class LISA:
+MOST_PERIODS = 1000
+"""Periods whose draws the memory plan looks at: enough for every draw that is likely."""
+
+
+class LISA(BlockSchedule):
     """Train the ends and a few drawn blocks at a time with an ordinary optimizer.
 
     Attach it after building the optimizer over all parameters; nothing has to be called in the loop. Only
@@ -124,7 +138,7 @@ class LISA:
         self.layers = find_layers(model) if layers is None else layers
         self.sampler = make_sampler(sampler, active, self.layers.num_blocks)
         self.seed, self.state, self.warmup, self.verify = seed, state, warmup, verify
-        self.period = _period(period, self.sampler, seed, total_steps)
+        self.period: int = _period(period, self.sampler, seed, total_steps)
         if not 0 <= warmup < self.period:
             raise ValueError(f"warmup must be >= 0 and below period={self.period}, got {warmup}")
         always = policy.trains != "none" and policy.every == 1
@@ -145,8 +159,12 @@ class LISA:
         self._ramped: list[tuple[dict[str, Any], Any, Any]] = []
         self._saved: dict[str, Any] = {}
         self._saved_state: dict[int, Any] = {}
-        self._may_rest: set[str] = set()
-        self._may_hide: set[str] = set()
+        self._collector = Collector(self._blocks, self.sampler.reads) if self.sampler.reads else None
+        if self.sampler.reads and isinstance(optimizer, AdamW) and optimizer.in_backward is not None:
+            raise ValueError(
+                f"the sampler reads {', '.join(self.sampler.reads)}, which cannot be measured with update in "
+                "backward, because gradients are gone by then; update in step()"
+            )
         self._proof = None if verify == "off" else Proof(self._named_layers(), verify)
         self._flags = {
             p: p.requires_grad for p in (*self._ends.parameters, *self._others, *sum(self._blocks, ()))
@@ -158,6 +176,8 @@ class LISA:
         """In how many periods each block has trained, the current one included once it has made a step."""
         self.active_blocks: tuple[int, ...] = ()
         """Blocks that train in the current period, in rising order."""
+        self.previous_blocks: tuple[int, ...] = ()
+        """Blocks of the period before; empty in the first one."""
         self.ends_train = False
         """Whether the ends, or under `head` the head, train in the current period."""
 
@@ -194,6 +214,19 @@ class LISA:
         """Whether there are periods in which nothing before the blocks trains."""
         return self._ends.policy.trains != "all" or self._ends.policy.every > 1
 
+    @property
+    def coverage_is_exact(self) -> bool:
+        """Whether `planned_visits` is exact; False for a sampler that reads statistics."""
+        return not self.sampler.reads
+
+    def describe(self) -> dict[str, Any]:
+        """Return the number of the current period and its blocks."""
+        return {"period": self.period_index, "active_blocks": self.active_blocks}
+
+    def summarize(self) -> dict[str, Any]:
+        """Return each block's visits, and in words how far the run is proven."""
+        return {"visits": self.visits, "proof": self._proof_text()}
+
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that train in this period: the ends and the active blocks."""
         active = [p for block in self.active_blocks for p in self._blocks[block]]
@@ -208,15 +241,27 @@ class LISA:
         return self._frozen_state.nbytes() + tensors_bytes(host_state(self._optimizer))
 
     def planned_visits(self, total_steps: int) -> tuple[int, ...]:
-        """Count how often each block will have been drawn after `total_steps`: draws are known beforehand."""
+        """Count how often each block will have been drawn after `total_steps`.
+
+        Draws are known beforehand, so this is exact. For a sampler that reads statistics it is a simulation
+        in which all blocks have equal norms.
+        """
         return visits(self.sampler, seed=self.seed, periods=-(-total_steps // self.period))
 
-    def activate(self, blocks: Sequence[int]) -> None:
-        """Let these blocks train until the next draw, in place of those drawn: to see what they cost.
+    def possible_draws(self, total_steps: int) -> set[tuple[int, ...]]:
+        """Return the draws of a run; for a sampler that reads statistics the costliest that it could make."""
+        if self.sampler.reads:
+            return self._costliest_draws()
+        periods = min(-(-total_steps // self.period), MOST_PERIODS)
+        return set(simulate_draws(self.sampler, seed=self.seed, periods=periods))
 
-        A period that has begun to be proven is given up.
+    def hold(self, blocks: Sequence[int]) -> None:
+        """Begin a period without end that trains these blocks: to plan or measure what they cost.
+
+        A period that has begun to be proven is given up. No later step draws.
         """
         self.active_blocks = tuple(sorted(blocks))
+        self.period = sys.maxsize
         if self._proof is not None:
             self._proof.forget()
         self._set_trainable()
@@ -233,7 +278,7 @@ class LISA:
                 "over the model, that the loop trains with (with Trainer: trainer.create_optimizer())"
             )
         if self._proof is not None and self._proof.is_open and self.steps_done % self.period:
-            self._end_proof(still_open=True)
+            self._proof.end(still_open=True)
 
     def detach(self) -> None:
         """Remove every hook and give every parameter its `requires_grad` of before back."""
@@ -253,7 +298,11 @@ class LISA:
 
     def _draw(self) -> None:
         """Draw this period's blocks, freeze everything else, thaw them."""
-        self.active_blocks = self.sampler.draw(self.period_index, seed=self.seed)
+        statistics = None if self._collector is None else self._collector.statistics(self.visits)
+        self.previous_blocks = self.active_blocks
+        self.active_blocks = draw_blocks(
+            self.sampler, self.period_index, seed=self.seed, statistics=statistics
+        )
         ranks.check_equal(
             f"the blocks drawn for period {self.period_index}", (self.active_blocks, self.steps_done)
         )
@@ -290,8 +339,9 @@ class LISA:
                 f"load_state_dict, so LISA does not know its position; load states with that"
             )
         if self._proof is not None and not self._proof.is_open:
-            self._proof.begin(self.period_index)
-            self._may_rest, self._may_hide = self._moving(), set()
+            self._proof.begin(self.period_index, self._moving())
+        if self._collector is not None:
+            self._collector.before_step(self.active_blocks)
         self._restore_lr()  # a step that raised has left its ramp behind
         done = self.steps_done % self.period
         if done < self.warmup:
@@ -308,22 +358,27 @@ class LISA:
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):
             return
-        if self._may_rest:
-            self._may_rest -= self._driven_layers()
+        if self._proof is not None:
+            self._proof.saw_step(optimizer.param_groups, self._updates_in_backward())
+        if self._collector is not None:
+            self._collector.after_step(self.active_blocks)
         if self.steps_done % self.period == 0:
             for block in self.active_blocks:
                 self.visits[block] += 1
         self.steps_done += 1
         if self.steps_done % self.period == 0:
             _refuse_unsharded(self._model)
-            self._end_proof()
+            if self._proof is not None:
+                self._proof.end()
+            if self._collector is not None:
+                self._collector.end_period(self.active_blocks)
             self._draw()
 
     def _thawed_blocks(self) -> set[int]:
         """Active blocks that were frozen in the period before, or lost their state as if they had been."""
         if self.period_index == 0 or self.state == "reset":
             return set(self.active_blocks)
-        return set(self.active_blocks) - set(self.sampler.draw(self.period_index - 1, seed=self.seed))
+        return set(self.active_blocks) - set(self.previous_blocks)
 
     def _restore_lr(self, _: Optimizer | None = None) -> None:
         for group, lr, ramped in self._ramped:
@@ -351,36 +406,30 @@ class LISA:
         """Names of the layers that train in this period."""
         return {f"block {i}" for i in self.active_blocks} | ({"ends"} if self.ends_train else set())
 
-    def _end_proof(self, still_open: bool = False) -> None:
-        if self._proof is not None:
-            self._proof.end(
-                moving=self._moving(),
-                may_rest=self._may_rest,
-                may_hide=self._may_hide,
-                still_open=still_open,
-            )
-
-    def _driven_layers(self) -> set[str]:
-        """Layers that this step must move."""
-        # An optimizer that finds its own rate has None: transformers' Adafactor.
-        rates = {
-            p: math.inf if group["lr"] is None else group["lr"]
-            for group in self._optimizer.param_groups
-            for p in group["params"]
-        }
-        layers = self._named_layers()
-        proof = self._proof
-        gone: frozenset[nn.Parameter] = frozenset()
+    def _updates_in_backward(self) -> Set[nn.Parameter]:
+        """Parameters that backward has updated, so that their gradients are gone."""
         if isinstance(self._optimizer, AdamW) and self._optimizer.in_backward is not None:
-            gone = self._optimizer.in_backward.updated  # gradients are released: no telling how large
-        driven = {
-            name
-            for name in self._may_rest
-            if gone.isdisjoint(layers[name])
-            and has_reason_to_move(layers[name], rates, sample=None if proof is None else proof.sample(name))
-        }
-        self._may_hide |= {name for name in driven if may_hide(layers[name])}
-        return driven
+            return self._optimizer.in_backward.updated
+        return frozenset()
+
+    def _proof_text(self) -> str:
+        if self._proof is None:
+            return "none taken: method.verify is off"
+        resting, rest = self.layers.num_blocks - len(self.active_blocks), self.steps_done % self.period
+        periods = f"{self.periods_proven} period{'' if self.periods_proven == 1 else 's'}"
+        tail = f" and {rest} step{'' if rest == 1 else 's'}" if rest else ""
+        return f"{periods}{tail}: drawn blocks moved, {resting} others bit-identical"
+
+    def _costliest_draws(self) -> set[tuple[int, ...]]:
+        """The γ largest blocks; among blocks of equal size the highest, the lowest, and some of both."""
+        sizes = [sum(p.numel() for p in block) for block in self._blocks]
+        active, blocks = len(self.active_blocks), range(len(sizes))
+        highest = sorted(blocks, key=lambda block: (sizes[block], block), reverse=True)
+        lowest = sorted(blocks, key=lambda block: (-sizes[block], block))
+        chosen = [highest[:active], lowest[:active]]
+        if active:
+            chosen.append([0, *[block for block in highest if block][: active - 1]])
+        return {tuple(sorted(draw)) for draw in chosen}
 
     def _warn_of_untrained_blocks(self, total_steps: int) -> None:
         chances = self.sampler.inclusion()
@@ -411,10 +460,13 @@ class LISA:
         state_dict["lisa"] = {
             "steps_done": self.steps_done,
             "active_blocks": list(self.active_blocks),
+            "previous_blocks": list(self.previous_blocks),
             "visits": list(self.visits),
             "periods_proven": self.periods_proven,
             "settings": self._settings(),
         }
+        if self._collector is not None:
+            state_dict["lisa"]["statistics"] = self._collector.state_dict()
         self._frozen_state.add_to(state_dict["state"])
 
     def _check_saved(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
@@ -446,6 +498,12 @@ class LISA:
         """Take up the saved position. State of frozen blocks goes where it belongs: to the host, or away."""
         self.steps_done = self._saved["steps_done"]
         self.active_blocks = tuple(self._saved["active_blocks"])
+        before = self._saved.get("previous_blocks")
+        if before is None and self.period_index > 0:  # saved by a version that drew it again
+            before = draw_blocks(self.sampler, self.period_index - 1, seed=self.seed)
+        self.previous_blocks = tuple(before or ())
+        if self._collector is not None:
+            self._collector.load_state_dict(self._saved["statistics"])
         self.visits = list(self._saved["visits"])
         if self._proof is not None:
             self._proof.forget()

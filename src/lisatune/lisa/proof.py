@@ -17,7 +17,8 @@ learning rate, and rounding swallows most of those. A drawn layer of such weight
 read in full until it has been seen to move, and refused when it rests again.
 """
 
-from collections.abc import Mapping, Sequence, Set
+import math
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, Literal
 
 import torch
@@ -47,73 +48,101 @@ class ProofError(RuntimeError):
 class Proof:
     """Fingerprints of all layers over a period.
 
+    Call `begin` before the first step of a period, `saw_step` after every step while its gradients are still
+    there, and `end` after the last one.
+
     Args:
         layers: name of each layer and its parameters.
         verify: "sample" or "full".
     """
 
-    def __init__(self, layers: Mapping[str, Sequence[Tensor]], verify: Literal["sample", "full"]) -> None:
+    def __init__(
+        self, layers: Mapping[str, Sequence[nn.Parameter]], verify: Literal["sample", "full"]
+    ) -> None:
         self._layers = {name: tuple(parameters) for name, parameters in layers.items() if parameters}
         self._verify = verify
         self._before: Tensor | None = None
         self._period = 0
+        self._drawn: set[str] = set()
+        self._idle: set[str] = set()  # drawn layers that no step has given a reason to move
+        self._coarse: set[str] = set()  # layers whose movement a window can miss
         self._doubted: set[str] = set()
         self.periods = 0
         """Periods proven so far."""
 
-    def sample(self, name: str) -> int | None:
-        """Number that places a layer's windows in this period, None where every element is read."""
-        return self._period if self._verify == "sample" and name not in self._doubted else None
-
     @property
     def is_open(self) -> bool:
-        """Whether a period has begun and not been checked yet."""
+        """Whether a period has begun and has not been checked yet."""
         return self._before is not None
 
-    def begin(self, period: int) -> None:
-        """Take the fingerprints that the end of the period is compared with."""
+    def begin(self, period: int, drawn: Set[str]) -> None:
+        """Take the fingerprints that the end of the period is compared with.
+
+        Args:
+            period: its number, from 0.
+            drawn: names of the layers that train in it.
+        """
         self._period = period
+        self._drawn = set(drawn) & self._layers.keys()
+        self._idle, self._coarse = set(self._drawn), set()
         self._before = self._fingerprints()
+
+    def saw_step(
+        self, groups: Iterable[Mapping[str, Any]], updated_before: Set[nn.Parameter] = frozenset()
+    ) -> None:
+        """Note which drawn layers this step must move.
+
+        Args:
+            groups: the optimizer's param groups, with the learning rates of the step. A rate of None is one
+                that the optimizer finds by itself (transformers' Adafactor); it always moves the weights.
+            updated_before: parameters that were updated during backward. Their gradients are gone, so they
+                never count as layers that must move.
+        """
+        if not self._idle:
+            return
+        rates = {
+            p: math.inf if group["lr"] is None else group["lr"] for group in groups for p in group["params"]
+        }
+        for name in tuple(self._idle):
+            parameters = self._layers[name]
+            if updated_before.isdisjoint(parameters) and has_reason_to_move(
+                parameters, rates, sample=self._sample(name)
+            ):
+                self._idle.remove(name)
+                if may_hide(parameters):
+                    self._coarse.add(name)
 
     def forget(self) -> None:
         """Drop the period's fingerprints: weights are about to be replaced from outside."""
         self._before = None
 
-    def end(
-        self,
-        *,
-        moving: set[str],
-        may_rest: set[str],
-        may_hide: Set[str] = frozenset(),
-        still_open: bool = False,
-    ) -> None:
+    def end(self, *, still_open: bool = False) -> None:
         """Check the period that `begin` opened.
 
+        A drawn layer may rest if no step had a reason to move it: a learning rate or gradients of zero. If a
+        window can miss that a layer moved, and it rested there, the layer is read in full from now on and
+        the period does not count as proven.
+
         Args:
-            moving: layers that were drawn.
-            may_rest: those of them that had no reason to move: a learning rate or gradients of zero.
-            may_hide: those whose movement a window can miss. One that rests is read in full from now on, and
-                the period does not count as proven.
-            still_open: the period goes on; it is checked so far and not counted.
+            still_open: the period continues; it is checked so far and not counted.
 
         Raises:
             ProofError: names every offending layer and the period.
         """
         if self._before is None:
             return
-        # Of a layer that is divided among ranks, each reads its part.
+        # Each rank reads its part of a layer that is divided among ranks.
         moved_R = [ranks.max_over_ranks(each) for each in (self._fingerprints() != self._before).tolist()]
         moved = {name for name, has_moved in zip(self._layers, moved_R, strict=True) if has_moved}
-        drawn = moving & self._layers.keys()
-        strangers = sorted(moved - drawn)
-        idle = drawn - moved - may_rest
-        doubted = idle & {name for name in may_hide if self.sample(name) is not None}
+        strangers = sorted(moved - self._drawn)
+        resting = self._drawn - moved - self._idle
+        doubted = resting & {name for name in self._coarse if self._sample(name) is not None}
         if strangers:
             raise ProofError(
                 f"period {self._period}: frozen weights moved in {', '.join(strangers)}; "
                 f"something besides this optimizer changed them, or gradients were put on frozen parameters"
             )
-        if surely := sorted(idle - doubted):
+        if surely := sorted(resting - doubted):
             raise ProofError(
                 f"period {self._period}: drawn but not trained: {', '.join(surely)}; their gradients never "
                 f"reached the optimizer, or the updates were too small for the weights' dtype"
@@ -123,11 +152,16 @@ class Proof:
             self.periods += not doubted
             self._before = None
 
+    def _sample(self, name: str) -> int | None:
+        """Number that places a layer's windows in this period, None where every element is read."""
+        return self._period if self._verify == "sample" and name not in self._doubted else None
+
     def _fingerprints(self) -> Tensor:
         """One int64 per layer, on the CPU."""
         with torch.no_grad():
             prints = [
-                fingerprint(parameters, sample=self.sample(name)) for name, parameters in self._layers.items()
+                fingerprint(parameters, sample=self._sample(name))
+                for name, parameters in self._layers.items()
             ]
             return torch.stack([each.cpu() for each in prints])
 

@@ -18,11 +18,14 @@ import math
 import random
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
+
+from lisatune.lisa.statistics import BlockStatistics, Readable
 
 __all__ = [
     "Cyclic",
@@ -33,7 +36,9 @@ __all__ = [
     "Weighted",
     "Window",
     "auto_period",
+    "draw_blocks",
     "make_sampler",
+    "simulate_draws",
     "visits",
 ]
 
@@ -44,10 +49,31 @@ class Sampler(ABC):
     """Draws the blocks of each period. To make your own, give it these three and pass it to `LISA`.
 
     Its `repr` stands for it in checkpoints: a run is resumed only with a sampler of the same `repr`.
+
+    A sampler that names numbers in `reads` gets them at each draw, as `draw(period, seed=…, statistics=…)`
+    with a `BlockStatistics`; only then are they collected. It must draw the same blocks from the same
+    numbers. Numbers that are not known yet are NaN: all gradient and update norms in the first period.
+
+    Example:
+        >>> class LeastVisited(Sampler):
+        ...     reads = ("visits",)
+        ...
+        ...     def __init__(self, num_blocks, active):
+        ...         self.num_blocks, self.active = num_blocks, active
+        ...
+        ...     def draw(self, period, *, seed, statistics):
+        ...         order = statistics.visits.argsort(stable=True)
+        ...         return tuple(sorted(order[: self.active].tolist()))
+        ...
+        ...     def inclusion(self):
+        ...         return (self.active / self.num_blocks,) * self.num_blocks
     """
 
     num_blocks: int
     """N, the number of blocks drawn from."""
+
+    reads: tuple[Readable, ...] = ()
+    """What `draw` reads of each block; with none, it is called without `statistics`."""
 
     @abstractmethod
     def draw(self, period: int, *, seed: int) -> tuple[int, ...]:
@@ -250,9 +276,36 @@ def make_sampler(sampler: str | Sequence[float] | Sampler, active: int, num_bloc
     return sampler if isinstance(sampler, Sampler) else Weighted(tuple(sampler), active)
 
 
+def draw_blocks(
+    sampler: Sampler, period: int, *, seed: int, statistics: BlockStatistics | None = None
+) -> tuple[int, ...]:
+    """Draw the blocks of a period, with the statistics if the sampler reads any.
+
+    Without `statistics` a sampler that reads gets norms that are 1 for every block, and no visits.
+    """
+    draw: Any = sampler.draw
+    if not sampler.reads:
+        return tuple(draw(period, seed=seed))
+    return tuple(draw(period, seed=seed, statistics=statistics or _even_statistics(sampler, Counter())))
+
+
+def simulate_draws(sampler: Sampler, *, seed: int, periods: int) -> Iterator[tuple[int, ...]]:
+    """Draw the first `periods` periods: exact, unless the sampler reads statistics.
+
+    For one that does, every norm is 1 and visits are those of the draws before.
+    """
+    counts: Counter[int] = Counter()
+    for period in range(periods):
+        statistics = _even_statistics(sampler, counts) if sampler.reads else None
+        drawn = draw_blocks(sampler, period, seed=seed, statistics=statistics)
+        counts.update(drawn)
+        yield drawn
+
+
 def visits(sampler: Sampler, *, seed: int, periods: int) -> tuple[int, ...]:
-    """Count how often each block is drawn in the first `periods` periods. Exact, not expected."""
-    counts = Counter(block for period in range(periods) for block in sampler.draw(period, seed=seed))
+    """Count how often each block is drawn in the first `periods` periods; see `simulate_draws`."""
+    draws = simulate_draws(sampler, seed=seed, periods=periods)
+    counts = Counter(block for drawn in draws for block in drawn)
     return tuple(counts[block] for block in range(sampler.num_blocks))
 
 
@@ -265,12 +318,23 @@ def auto_period(sampler: Sampler, *, seed: int, total_steps: int) -> int:
         raise ValueError(f"total_steps must be >= 1, got {total_steps}")
     wanting = {block: 2 for block, chance in enumerate(sampler.inclusion()) if chance > 0}
     periods = 0
-    while wanting and periods < total_steps:
-        for block in sampler.draw(periods, seed=seed):
+    for drawn in simulate_draws(sampler, seed=seed, periods=total_steps):
+        if not wanting:
+            break
+        for block in drawn:
             wanting[block] = wanting.get(block, 0) - 1
         wanting = {block: left for block, left in wanting.items() if left > 0}
         periods += 1
     return max(1, min(total_steps // max(periods, 1), LONGEST_AUTO_PERIOD))
+
+
+def _even_statistics(sampler: Sampler, counts: Mapping[int, int]) -> BlockStatistics:
+    """Statistics in which only the visits differ between blocks."""
+    read = {name: torch.ones(sampler.num_blocks, dtype=torch.float64) for name in sampler.reads}
+    if "visits" in read:
+        numbers = [counts.get(block, 0) for block in range(sampler.num_blocks)]
+        read["visits"] = torch.tensor(numbers, dtype=torch.float64)
+    return BlockStatistics(**read)
 
 
 def _check_active(active: int, num_blocks: int) -> None:

@@ -1,22 +1,178 @@
-"""How far training has moved the weights of each block from where they began.
+"""Numbers about each block: those that a sampler may read during training, and how far a run moved it.
 
-    movement of block l = ‖θ_l - θ_l⁰‖ / ‖θ_l⁰‖
+A sampler that names numbers in `Sampler.reads` gets them at each draw as `BlockStatistics`. They are
+collected only then, and with them nothing is collected that no sampler reads. For a block l with weights θ_l
+and gradients g_l, norms being L2 norms over all of its parameters:
 
-over all parameters of the block, in float64: 0 is a block that never trained.
+    visits         periods in which it has trained
+    weight norm    ‖θ_l‖ at the end of the last period in which it trained, before that at the start
+    gradient norm  √(mean over the steps of that period of ‖g_l‖²), after clipping
+    update norm    √(mean over the steps of that period of ‖Δθ_l‖²), Δθ_l being one step's change
+
+A block that has not trained yet has no gradient and no update: NaN. On several ranks a norm is that of the
+whole block, so all ranks read equal numbers.
+
+Cost for each step: one pass over the gradients of the active blocks for the gradient norm; a copy of the
+active blocks' weights while the optimizer updates them, and one pass over both, for the update norm.
+
+Shapes: N blocks.
 """
 
 import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
+from lisatune.distributed.shards import full_tensor, local_part
 from lisatune.nn.layers import find_layers
 
-__all__ = ["block_movement"]
+__all__ = ["BlockStatistics", "Collector", "Readable", "block_movement"]
+
+Readable = Literal["visits", "weight_norm", "gradient_norm", "update_norm"]
+"""What a sampler may name in `reads`."""
+
+PER_STEP = ("gradient_norm", "update_norm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockStatistics:
+    """What training has measured of each block: float64 [N] on the CPU, equal on all ranks.
+
+    A field is None unless the sampler names it in `reads`. NaN: not known yet.
+    """
+
+    visits: Tensor | None = None
+    weight_norm: Tensor | None = None
+    gradient_norm: Tensor | None = None
+    update_norm: Tensor | None = None
+
+
+class Collector:
+    """Collects what a sampler reads while blocks train. `LISA` calls it.
+
+    Args:
+        blocks: the parameters of each block.
+        reads: what to collect.
+
+    Raises:
+        ValueError: `reads` names something that is not collected.
+    """
+
+    def __init__(self, blocks: Sequence[Sequence[nn.Parameter]], reads: Sequence[str]) -> None:
+        for name in reads:
+            if name not in get_args(Readable):
+                known = ", ".join(get_args(Readable))
+                raise ValueError(f"a sampler cannot read {name!r}; it can read {known}")
+        self._blocks, self._reads = blocks, tuple(reads)
+        unknown = torch.full((len(blocks),), math.nan, dtype=torch.float64)
+        self._norms = {name: unknown.clone() for name in reads if name != "visits"}
+        self._squares: dict[str, dict[int, Tensor]] = {name: {} for name in PER_STEP if name in reads}
+        self._steps = 0
+        self._before: dict[nn.Parameter, Tensor] = {}
+        if "weight_norm" in reads:
+            self._measure_weights(range(len(blocks)))
+
+    def before_step(self, active: Iterable[int]) -> None:
+        """Keep the weights that the optimizer is about to update, if the sampler reads update norms."""
+        if "update_norm" in self._reads:
+            self._before = {p: p.detach().clone() for block in active for p in self._blocks[block]}
+
+    def after_step(self, active: Iterable[int]) -> None:
+        """Add a step to the numbers of the active blocks; its gradients are still there."""
+        self._steps += 1
+        for block in active:
+            parameters = self._blocks[block]
+            if "gradient_norm" in self._reads:
+                self._add("gradient_norm", block, [p.grad for p in parameters if p.grad is not None])
+            if "update_norm" in self._reads:
+                self._add("update_norm", block, [p.detach() - self._before.pop(p) for p in parameters])
+        self._before = {}
+
+    def end_period(self, active: Sequence[int]) -> None:
+        """Settle the numbers of the blocks that trained, and begin the next period."""
+        for name, squares in self._squares.items():
+            for block in active:
+                if block in squares:
+                    self._norms[name][block] = math.sqrt(float(squares[block]) / self._steps)
+            squares.clear()
+        if "weight_norm" in self._reads:
+            self._measure_weights(active)
+        self._steps = 0
+
+    def statistics(self, visits: Sequence[int]) -> BlockStatistics:
+        """Return what the sampler reads."""
+        read = {name: norms.clone() for name, norms in self._norms.items()}
+        if "visits" in self._reads:
+            read["visits"] = torch.tensor(visits, dtype=torch.float64)
+        return BlockStatistics(**read)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything collected, also inside a period."""
+        squares = {
+            name: {str(block): value.detach().cpu().clone() for block, value in squares.items()}
+            for name, squares in self._squares.items()
+        }
+        return {
+            "steps": self._steps,
+            "norms": {name: norms.clone() for name, norms in self._norms.items()},
+            "squares": squares,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` gave."""
+        self._steps = state["steps"]
+        self._norms = {name: norms.clone() for name, norms in state["norms"].items()}
+        self._squares = {
+            name: {
+                int(block): value.clone().to(self._blocks[int(block)][0].device)
+                for block, value in squares.items()
+            }
+            for name, squares in state["squares"].items()
+        }
+        self._before = {}
+
+    def _measure_weights(self, blocks: Iterable[int]) -> None:
+        for block in blocks:
+            norm = _squared_norm(self._blocks[block]).sqrt()
+            if _has_values(norm):  # a model that has only shapes leaves NaN
+                self._norms["weight_norm"][block] = float(norm)
+
+    def _add(self, name: str, block: int, tensors: Sequence[Tensor]) -> None:
+        if tensors:
+            squared = _squared_norm(tensors)
+            known = self._squares[name].get(block)
+            self._squares[name][block] = squared if known is None else known + squared
+
+
+def _squared_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Squared L2 norm over tensors that are whole or divided among ranks: a scalar on their device.
+
+    It stays on the device, so that nothing waits for it. Each tensor's norm is taken in float32; they are
+    added up in float64 where the device has it.
+    """
+    device = local_part(tensors[0]).device
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    total = torch.zeros((), dtype=wide, device=device)
+    for tensor in tensors:
+        norm = full_tensor(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float32))
+        total = total + norm.to(device, wide).square()
+    return total
+
+
+def _has_values(tensor: Tensor) -> bool:
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def block_movement(before: nn.Module, after: nn.Module) -> list[float]:
-    """Movement of each block.
+    """Measure how far training has moved each block from where it began.
+
+        movement of block l = ‖θ_l - θ_l⁰‖ / ‖θ_l⁰‖
+
+    over all parameters of the block, in float64: 0 is a block that never trained.
 
     Args:
         before, after: the same model before and after training, on the CPU.

@@ -8,6 +8,7 @@ come on top, see `RESERVE_BYTES` and `RESERVE_SHARE`.
 
 import time
 import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +19,6 @@ from torch import Tensor, nn
 
 from lisatune.distributed.ranks import fake_ranks, pick_device, ranks_are_fake
 from lisatune.distributed.shards import part_to_update, shard
-from lisatune.lisa.lisa import LISA
 from lisatune.losses.causal_lm import CausalLMLoss
 from lisatune.memory.estimate import divided, estimate, why_untraced
 from lisatune.memory.fake import fake_storage, fake_tensors
@@ -33,7 +33,7 @@ from lisatune.optim.rows import sparse_rows
 from lisatune.optim.state import prepare
 from lisatune.recipe import Recipe
 
-__all__ = ["RESERVE_BYTES", "RESERVE_SHARE", "MemoryPlan", "costly_draws", "draws_of", "plan_memory"]
+__all__ = ["RESERVE_BYTES", "RESERVE_SHARE", "MemoryPlan", "costly_draws", "plan_memory"]
 
 RESERVE_BYTES = 600 * 2**20
 """Kept free on an accelerator: its context, its libraries' workspaces."""
@@ -197,7 +197,7 @@ def _plan(
             length=length,
             device=run.device,
             ranks=ranks,
-            active_blocks=None if built.lisa is None else built.lisa.active_blocks,
+            active_blocks=built.schedule.active_blocks,
             num_blocks=built.layers.num_blocks,
             trainable=sum(p.numel() for p in built.model.parameters() if p.requires_grad),
             loaded_bytes=loaded_bytes,
@@ -246,22 +246,24 @@ def _trace_costliest(
     micro_steps: int,
 ) -> StepMemory:
     """Trace a step of each draw that may need most, leave that draw active which does."""
-    lisa = built.lisa
-    if lisa is None:
+    schedule = built.schedule
+    possible = schedule.possible_draws(steps)
+    if not possible:
         return _trace(built, batches, micro_steps)
-    draws = [blocks] if blocks is not None else costly_draws(lisa, built.model, steps)
-    visited = sorted({block for draw in draws_of(lisa, steps) for block in draw})
-    lisa.period = UNKNOWN_STEPS  # no draw but ours
-    lisa.activate(visited)
-    _make_state(
-        built, batches[0]["input_ids"].numel() * micro_steps
-    )  # of which a block that freezes leaves something behind
+    draws = (
+        [blocks]
+        if blocks is not None
+        else costly_draws(possible, built.block_sizes(), ends_rest=schedule.ends_rest)
+    )
+    # A block that freezes may leave state behind, so each that can train has made its state once.
+    schedule.hold(sorted({block for draw in possible for block in draw}))
+    _make_state(built, batches[0]["input_ids"].numel() * micro_steps)
     traced = {}
     for draw in draws:
-        lisa.activate(draw)
-        traced[draw] = replace(_trace(built, batches, micro_steps), host_bytes=lisa.host_bytes())
+        schedule.hold(draw)
+        traced[draw] = replace(_trace(built, batches, micro_steps), host_bytes=schedule.host_bytes())
     costliest = max(traced, key=lambda draw: traced[draw].peak_bytes)
-    lisa.activate(costliest)
+    schedule.hold(costliest)
     return traced[costliest]
 
 
@@ -297,20 +299,22 @@ def _make_state(built: Built, ids: int) -> None:
     built.step.skip()
 
 
-MOST_PERIODS = 1000
-"""Periods that are looked at: enough for every draw that is likely."""
+def costly_draws(
+    possible: set[tuple[int, ...]], sizes: Sequence[int], *, ends_rest: bool
+) -> list[tuple[int, ...]]:
+    """Pick the draws that could have the highest peak.
 
-
-def costly_draws(lisa: LISA, model: nn.Module, steps: int) -> list[tuple[int, ...]]:
-    """Of a run's draws, the few of which one needs most memory.
-
-    The more numbers train, the more memory it takes. Among equals it depends on where the peak is. That of
-    the highest blocks has their gradients while activations below are still there; that of the lowest keeps
-    their activations until the end, and more of them where backward stops at the lowest active block; that
-    of the lowest block and high others has some of both. Where backward stops there, a smaller draw can need
+    Which one does depends on where the peak falls, so a few candidates are returned. The more numbers train,
+    the more memory a step takes. Among equal draws, the highest blocks have their gradients while the
+    activations below are still there; the lowest keep their activations until the end; the lowest block with
+    high others has some of both. Where backward stops at the lowest active block, a smaller draw can need
     more if it reaches lower.
+
+    Args:
+        possible: a schedule's `possible_draws`.
+        sizes: number of parameters of each block.
+        ends_rest: whether backward can stop at the lowest active block.
     """
-    sizes = [sum(p.numel() for p in block.values()) for block in lisa.layers.block_parameters(model)]
 
     def size(draw: tuple[int, ...]) -> int:
         return sum(sizes[block] for block in draw)
@@ -318,19 +322,14 @@ def costly_draws(lisa: LISA, model: nn.Module, steps: int) -> list[tuple[int, ..
     def lowest(draw: tuple[int, ...]) -> int:
         return min(draw, default=len(sizes))
 
-    draws = sorted(draws_of(lisa, steps))
-    largest = [draw for draw in draws if size(draw) == max(map(size, draws))]
+    draws = sorted(possible)
+    most = max(map(size, draws))
+    largest = [draw for draw in draws if size(draw) == most]
     costly = [
         max(largest, key=sum),
         min(largest, key=sum),
         min(largest, key=lambda draw: (lowest(draw), -sum(draw))),
     ]
-    if lisa.ends_rest:
+    if ends_rest:
         costly.append(min(draws, key=lambda draw: (lowest(draw), -size(draw))))
     return list(dict.fromkeys(costly))
-
-
-def draws_of(lisa: LISA, steps: int) -> set[tuple[int, ...]]:
-    """All draws of a run of so many steps."""
-    periods = range(min(-(-steps // lisa.period), MOST_PERIODS))
-    return {lisa.sampler.draw(period, seed=lisa.seed) for period in periods}

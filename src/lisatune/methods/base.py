@@ -9,7 +9,9 @@ from torch.optim import Optimizer
 from lisatune.distributed.shards import is_sharded
 from lisatune.lisa.ends import EndsPolicy
 from lisatune.lisa.groups import _fused_adamw, param_groups
-from lisatune.lisa.lisa import LISA
+from lisatune.lisa.schedule import BlockSchedule
+from lisatune.losses.causal_lm import CausalLMLoss
+from lisatune.methods.step import TrainingStep
 from lisatune.nn.layers import LayerMap
 from lisatune.optim.adamw import AdamW
 from lisatune.recipe import DataConfig, OptimizerConfig, RunConfig
@@ -20,7 +22,7 @@ __all__ = ["Method", "build_optimizer", "optimizer_over"]
 class Method:
     """A way to fine-tune. Subclasses are frozen, keyword-only dataclasses whose fields are recipe keys.
 
-    Order of calls: `prepare`, then `build_optimizer` over the prepared model, then `attach`.
+    Order of calls: `prepare`, then `build_optimizer` over the prepared model, `attach`, `build_step`.
     """
 
     name: str
@@ -69,9 +71,49 @@ class Method:
         layers: LayerMap,
         *,
         total_steps: int,
-    ) -> LISA | None:
-        """Attach what freezes and thaws blocks during training. Default: nothing does."""
-        return None
+    ) -> BlockSchedule:
+        """Attach what freezes and thaws blocks during training. Default: nothing does.
+
+        Args:
+            model: the prepared model.
+            optimizer: from `build_optimizer`; a schedule hooks into it.
+            layers: the model's blocks and ends.
+            total_steps: optimizer steps of the whole run.
+        """
+        return BlockSchedule()
+
+    def build_step(
+        self,
+        model: nn.Module,
+        loss: CausalLMLoss,
+        optimizer: torch.optim.Optimizer,
+        *,
+        device: torch.device,
+        autocast: torch.dtype | None,
+        max_grad_norm: float | None,
+    ) -> TrainingStep:
+        """Build what makes an optimizer step of batches. Default: forward, backward, clip, update.
+
+        A method whose step is another one (without backward, say, or on pairs of sequences) returns its own
+        subclass of `TrainingStep`; `train`, `compare` and `plan` run whatever it is.
+
+        Args:
+            model: the prepared model, everything attached.
+            loss: sums next-token losses of that model.
+            optimizer: from `build_optimizer`.
+            device: where batches go.
+            autocast: dtype of matrix products; None computes in the weights' dtype.
+            max_grad_norm: largest global norm of the gradients; None leaves them as they are.
+        """
+        return TrainingStep(
+            model=model,
+            loss=loss,
+            optimizer=optimizer,
+            device=device,
+            autocast=autocast,
+            max_grad_norm=max_grad_norm,
+            in_backward=optimizer.in_backward if isinstance(optimizer, AdamW) else None,
+        )
 
     def block_lr_factors(self, num_blocks: int) -> tuple[float, ...]:
         """What `optimizer.lr` is multiplied by for each block."""

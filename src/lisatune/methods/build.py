@@ -8,12 +8,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lisatune.distributed import ranks
-from lisatune.lisa.lisa import LISA
+from lisatune.lisa.schedule import BlockSchedule
 from lisatune.losses.causal_lm import CausalLMLoss, ShardedLoss
 from lisatune.methods.step import TrainingStep
 from lisatune.nn.blocks import BlockForward, enable_activation_checkpointing
 from lisatune.nn.layers import LayerMap, find_layers
-from lisatune.optim.adamw import AdamW
 from lisatune.optim.meter import StateMeter
 from lisatune.recipe import Recipe
 
@@ -67,10 +66,16 @@ class Built:
     model: nn.Module
     layers: LayerMap
     step: TrainingStep
-    lisa: LISA | None
+    schedule: BlockSchedule
+    """Which blocks train when."""
+
     state: StateMeter
     blocks: BlockForward | None
     """How the blocks run, where that is not as they are written."""
+
+    def block_sizes(self) -> list[int]:
+        """Count the parameters of each block."""
+        return [sum(p.numel() for p in block.values()) for block in self.layers.block_parameters(self.model)]
 
 
 def build(
@@ -96,21 +101,20 @@ def build(
     run = recipe.run
     blocks = _set_block_forward(recipe, model)
     model.train()
-    model, layers, optimizer, state, lisa = _attach(recipe, model, steps, materialise)
+    model, layers, optimizer, state, schedule = _attach(recipe, model, steps, materialise)
     if loss is None:
         loss = ShardedLoss(model, prove=not ranks.ranks_are_fake())
     else:
         loss.follow(model)
-    step = TrainingStep(
-        model=model,
-        loss=loss,
-        optimizer=optimizer,
+    step = recipe.method.build_step(
+        model,
+        loss,
+        optimizer,
         device=device,
         autocast=torch.bfloat16 if run.precision == "bf16-mixed" else None,
         max_grad_norm=recipe.optimizer.max_grad_norm,
-        in_backward=optimizer.in_backward if isinstance(optimizer, AdamW) else None,
     )
-    return Built(model, layers, step, lisa, state, blocks)
+    return Built(model, layers, step, schedule, state, blocks)
 
 
 def _set_block_forward(recipe: Recipe, model: nn.Module) -> BlockForward | None:
@@ -138,7 +142,7 @@ def _attach(
     model: nn.Module,
     steps: int,
     materialise: Callable[[nn.Module, LayerMap], None] | None = None,
-) -> tuple[nn.Module, LayerMap, Optimizer, StateMeter, LISA | None]:
+) -> tuple[nn.Module, LayerMap, Optimizer, StateMeter, BlockSchedule]:
     model = recipe.method.prepare(model)
     layers = find_layers(model)
     if materialise is not None:
@@ -146,6 +150,6 @@ def _attach(
     optimizer = recipe.method.build_optimizer(model, layers, recipe.optimizer)
     if ranks.count() > 1:
         check_optimizer(optimizer)
-    state = StateMeter(optimizer)  # before LISA, whose hook releases state
-    lisa = recipe.method.attach(model, optimizer, layers, total_steps=steps)
-    return model, layers, optimizer, state, lisa
+    state = StateMeter(optimizer)  # before the schedule, whose hook may release state
+    schedule = recipe.method.attach(model, optimizer, layers, total_steps=steps)
+    return model, layers, optimizer, state, schedule

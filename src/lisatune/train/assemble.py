@@ -18,17 +18,15 @@ from lisatune.data.tokens import TokenRow, collate
 from lisatune.distributed import ranks
 from lisatune.distributed.ranks import pick_device
 from lisatune.distributed.shards import shard
-from lisatune.lisa.lisa import LISA
+from lisatune.lisa.schedule import BlockSchedule
 from lisatune.losses.causal_lm import CausalLMLoss
-from lisatune.methods.build import _attach, build, check_recipe, weight_dtype
-from lisatune.methods.step import TrainingStep
+from lisatune.methods.build import Built, _attach, build, check_recipe, weight_dtype
 from lisatune.models.hf import announce_remote_code, check_attention
 from lisatune.models.load import load_model, load_tokenizer, meta_model, stored_dtype
 from lisatune.models.sharded import load_for_ranks
 from lisatune.nn.blocks import BlockForward, check_compiler
 from lisatune.nn.hidden import max_positions
 from lisatune.nn.layers import LayerMap
-from lisatune.optim.meter import StateMeter
 from lisatune.recipe import Recipe
 
 __all__ = ["Parts", "assemble", "batch_length", "check_fits", "rehearse", "seed_generators"]
@@ -42,13 +40,8 @@ class Parts:
     device: torch.device
     tokenizer: Any
     data: RunData
-    model: nn.Module
-    layers: LayerMap
-    step: TrainingStep
-    optimizer: torch.optim.Optimizer
     scheduler: LambdaLR
-    lisa: LISA | None
-    state: StateMeter
+    built: Built
     compile_seconds: float | None = None
     """Wall time of compiling the blocks before the first step; None where nothing was compiled."""
 
@@ -58,26 +51,25 @@ class Parts:
         On the CPU every new length leaves kernels in oneDNN's cache: resident memory would grow for
         hundreds of steps.
         """
-        length = batch_length(rows, self.recipe, self.model)
+        length = batch_length(rows, self.recipe, self.built.model)
         return collate(rows, self.tokenizer.pad_token_id, length=length)
 
     def set_learning_rates(self) -> None:
         """Take the rates of the schedule's current step: after a resume with another `run.steps`."""
-        groups = zip(
-            self.optimizer.param_groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True
-        )
-        for group, lr, factor in groups:
-            group["lr"] = lr * factor(self.scheduler.last_epoch)
+        at, groups = self.scheduler, self.built.step.optimizer.param_groups
+        for group, lr, factor in zip(groups, at.base_lrs, at.lr_lambdas, strict=True):
+            group["lr"] = lr * factor(at.last_epoch)
 
     def learning_rates(self) -> dict[str, float]:
         """Rates of the next step: the recipe's `lr`, and those of ends and last block where they differ."""
-        lr, at, groups = self.recipe.optimizer.lr, self.scheduler, self.optimizer.param_groups
+        lr, at = self.recipe.optimizer.lr, self.scheduler
+        groups = self.built.step.optimizer.param_groups
         own = {key: groups[i]["lr"] for key, i in (("ends_lr", 0), ("block_lr", -1)) if at.base_lrs[i] != lr}
         return {"lr": lr * at.lr_lambdas[0](at.last_epoch)} | own
 
     def trainable(self) -> list[nn.Parameter]:
         """Parameters that train now."""
-        return [p for p in self.model.parameters() if p.requires_grad]
+        return [p for p in self.built.model.parameters() if p.requires_grad]
 
 
 def batch_length(rows: Sequence[TokenRow], recipe: Recipe, model: nn.Module) -> int:
@@ -140,27 +132,15 @@ def assemble(recipe: Recipe, before_load: Callable[..., None] | None = None) -> 
         num_warmup_steps=recipe.optimizer.warmup_steps,
         num_training_steps=data.steps,
     )
-    parts = Parts(
-        recipe,
-        device,
-        tokenizer,
-        data,
-        built.model,
-        built.layers,
-        built.step,
-        built.step.optimizer,
-        scheduler,
-        built.lisa,
-        built.state,
-    )
+    parts = Parts(recipe, device, tokenizer, data, scheduler, built)
     if run.compile and built.blocks is not None:
-        parts.compile_seconds = _compile(parts, built.lisa, built.blocks)
+        parts.compile_seconds = _compile(parts, built.blocks)
     return parts
 
 
-def _compile(parts: Parts, lisa: LISA | None, blocks: BlockForward) -> float:
+def _compile(parts: Parts, blocks: BlockForward) -> float:
     """Build all graphs on a made-up batch of an odd length, which is that of no weight's dimension."""
-    config = parts.recipe
+    config, built = parts.recipe, parts.built
     length = max(config.data.max_length // 2, 8) | 1
     ids_BT = torch.zeros(config.run.batch_size, length, dtype=torch.long)
     position_ids_BT = torch.arange(length).expand_as(ids_BT)
@@ -170,17 +150,17 @@ def _compile(parts: Parts, lisa: LISA | None, blocks: BlockForward) -> float:
     batch = {name: ids.to(parts.device) for name, ids in batch.items()}
 
     def run() -> None:  # no `backward()`: nothing may reach the parameters' gradients and their hooks
-        dtype = parts.step.autocast
+        dtype = built.step.autocast
         with torch.autocast(parts.device.type, dtype=dtype, enabled=dtype is not None):
-            loss, _ = parts.step.loss(batch)
+            loss, _ = built.step.loss(batch)
         torch.autograd.grad(loss, parts.trainable(), allow_unused=True)
 
-    ends = list(parts.layers.end_parameters(parts.model).values())
-    rests = lisa is not None and lisa.ends_rest
-    return blocks.warm_up(run, embedding=ends, rests=rests, draws=lisa is not None)
+    ends = list(built.layers.end_parameters(built.model).values())
+    draws = built.schedule.active_blocks is not None
+    return blocks.warm_up(run, embedding=ends, rests=built.schedule.ends_rest, draws=draws)
 
 
-def rehearse(recipe: Recipe, steps: int) -> tuple[nn.Module, LayerMap, LISA | None]:
+def rehearse(recipe: Recipe, steps: int) -> tuple[nn.Module, LayerMap, BlockSchedule]:
     """Build the model without weights, its optimizer and its method, as `assemble` will.
 
     Raises:
@@ -194,8 +174,8 @@ def rehearse(recipe: Recipe, steps: int) -> tuple[nn.Module, LayerMap, LISA | No
         dtype=weight_dtype(recipe),
     )
     _warn_of_widened_weights(recipe, model)
-    model, layers, _, _, lisa = _attach(recipe, model, steps)
-    return model, layers, lisa
+    model, layers, _, _, schedule = _attach(recipe, model, steps)
+    return model, layers, schedule
 
 
 def _warn_of_widened_weights(recipe: Recipe, model: nn.Module) -> None:

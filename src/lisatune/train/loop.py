@@ -16,7 +16,6 @@ from lisatune import console
 from lisatune.data.tokens import my_share
 from lisatune.distributed import ranks
 from lisatune.evaluate.held_out import generate_answers, held_out_loss
-from lisatune.lisa.lisa import LISA
 from lisatune.memory import process
 from lisatune.memory.check import MemoryCheck, say_what_fits
 from lisatune.models.load import save_model
@@ -87,7 +86,8 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool) -> Summary:
             prune(folder.checkpoints, recipe.run.keep_checkpoints)  # what a kill left behind
             folder.drop_metrics_after(done.step, evaluated=done.evaluated_step == done.step)
         at: dict[str, Any] = {"device": str(parts.device), "start_step": done.step}
-        print_outline(make_outline(recipe, parts.model, parts.layers, parts.lisa, parts.data, **at))
+        built = parts.built
+        print_outline(make_outline(recipe, built.model, built.layers, built.schedule, parts.data, **at))
         if not resume:
             done.held_out_before = _held_out(parts)
             done.answers_before = _answers(parts)
@@ -153,16 +153,15 @@ def _step(parts: Parts, done: RunState, folder: RunFolder) -> dict[str, Any]:
     started = time.perf_counter()
     first = done.step * run.accumulation
     batches = [[data.train.rows[i] for i in data.order.batch(first + j)] for j in range(run.accumulation)]
-    loss = parts.step.backward([parts.collate(my_share(batch)) for batch in batches])
-    grad_norm = parts.step.clip()
+    loss = parts.built.step.backward([parts.collate(my_share(batch)) for batch in batches])
+    grad_norm = parts.built.step.clip()
     # Noted before the step, which may draw the next blocks.
     record: dict[str, Any] = parts.learning_rates()
-    if parts.lisa is not None:
-        record |= {"period": parts.lisa.period_index, "active_blocks": parts.lisa.active_blocks}
+    record |= parts.built.schedule.describe()
     done.peak_trainable = max(done.peak_trainable, sum(p.numel() for p in parts.trainable()))
     # The only wait for the device in a step: what is not finite must not reach the weights.
     if is_finite := bool(torch.isfinite(loss + grad_norm)):
-        parts.step.update()
+        parts.built.step.update()
     elif run.on_nonfinite == "stop" or (parts.recipe.optimizer.in_backward and torch.isfinite(loss)):
         raise _not_finite(parts, done.step + 1, loss, grad_norm, folder)
     elif done.skipped_in_a_row >= run.max_skipped_steps:
@@ -173,7 +172,7 @@ def _step(parts: Parts, done: RunState, folder: RunFolder) -> dict[str, Any]:
             "these steps hold"
         )
     else:
-        parts.step.skip()
+        parts.built.step.skip()
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", "Detected call of `lr_scheduler", UserWarning
@@ -187,8 +186,8 @@ def _step(parts: Parts, done: RunState, folder: RunFolder) -> dict[str, Any]:
     done.skipped_steps += not is_finite
     done.skipped_in_a_row = 0 if is_finite else done.skipped_in_a_row + 1
     done.train_seconds += seconds
-    done.peak_state_bytes = max(done.peak_state_bytes, parts.state.bytes)
-    done.peak_state_elements = max(done.peak_state_elements, parts.state.elements)
+    done.peak_state_bytes = max(done.peak_state_bytes, parts.built.state.bytes)
+    done.peak_state_elements = max(done.peak_state_elements, parts.built.state.elements)
     if done.step % run.log_every and done.step != data.steps:
         return {}
     return record | {
@@ -197,7 +196,7 @@ def _step(parts: Parts, done: RunState, folder: RunFolder) -> dict[str, Any]:
         "grad_norm": float(grad_norm),
         "tokens": done.num_tokens,
         "tokens_per_second": num_tokens / seconds,
-        "state_bytes": parts.state.bytes,
+        "state_bytes": parts.built.state.bytes,
         "resident_bytes": process.resident_bytes(),
         "skipped_steps": done.skipped_steps,
         "seconds": done.train_seconds,
@@ -219,13 +218,14 @@ def _held_out(parts: Parts, interrupted: Callable[[], object] = lambda: None) ->
                 raise _NoTimeError
             yield parts.collate(my_share(rows[i : i + size]))
 
-    return held_out_loss(parts.step.loss, batches(), device=parts.device, autocast=parts.step.autocast).loss
+    step = parts.built.step
+    return held_out_loss(step.loss, batches(), device=parts.device, autocast=step.autocast).loss
 
 
 def _answers(parts: Parts) -> list[str]:
     prompts = [question.prompt for question in parts.data.questions]
     return generate_answers(
-        parts.model, parts.tokenizer, prompts, max_new_tokens=parts.recipe.run.sample_tokens
+        parts.built.model, parts.tokenizer, prompts, max_new_tokens=parts.recipe.run.sample_tokens
     )
 
 
@@ -237,10 +237,9 @@ def _finish(parts: Parts, done: RunState, folder: RunFolder, log: Log, check: Me
             f"finite; held-out loss before was {done.held_out_before:g}: where that is not finite either, "
             "look for NaN in the model's weights, else lower optimizer.lr"
         )
-    if parts.lisa is not None:
-        parts.lisa.check()
+    parts.built.schedule.check()
     write = save_model if ranks.count() == 1 else save_from_ranks
-    write(parts.model, parts.tokenizer, folder.model)  # first, for Ctrl-C may end the rest
+    write(parts.built.model, parts.tokenizer, folder.model)  # first, for Ctrl-C may end the rest
     after = _held_out(parts)
     folder.log({"step": done.step, "held_out_loss": after})
     log({"held_out_loss": after}, done.step)
@@ -268,21 +267,9 @@ def _finish(parts: Parts, done: RunState, folder: RunFolder, log: Log, check: Me
         summary["failed_saves"] = done.failed_saves
     if parts.compile_seconds is not None:
         summary["compile_seconds"] = parts.compile_seconds
-    if parts.lisa is not None:
-        summary["visits"] = parts.lisa.visits
-        summary["proof"] = _proof(parts.lisa)
+    summary.update(parts.built.schedule.summarize())  # type: ignore[typeddict-item]
     folder.write_summary(summary)
     return summary
-
-
-def _proof(lisa: LISA) -> str:
-    if lisa.verify == "off":
-        return "none taken: method.verify is off"
-    resting = lisa.layers.num_blocks - len(lisa.active_blocks)
-    rest = lisa.steps_done % lisa.period
-    tail = f" and {console.plural(rest, 'step')}" if rest else ""
-    periods = console.plural(lisa.periods_proven, "period")
-    return f"{periods}{tail}: drawn blocks moved, {resting} others bit-identical"
 
 
 def _not_finite(

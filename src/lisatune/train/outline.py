@@ -16,7 +16,7 @@ from torch import nn
 
 from lisatune.console import count_text, grid, plural, ranges_text, terminal
 from lisatune.data.prepare import RunData
-from lisatune.lisa.lisa import LISA
+from lisatune.lisa.schedule import BlockSchedule
 from lisatune.methods import Method
 from lisatune.nn.layers import LayerMap
 from lisatune.recipe import Recipe
@@ -50,6 +50,8 @@ class Outline:
     """Steps between two draws; None when the method doesn't draw."""
     visits: tuple[int, ...]
     """In how many periods each block will have trained by the end; empty when the method doesn't draw."""
+    visits_are_exact: bool
+    """Whether `visits` is known; False if it is simulated, since draws depend on what training measures."""
     batch: str
     lr: str
     train_rows: int
@@ -72,7 +74,7 @@ def make_outline(
     recipe: Recipe,
     model: nn.Module,
     layers: LayerMap,
-    lisa: LISA | None,
+    schedule: BlockSchedule,
     data: RunData,
     *,
     device: str,
@@ -84,7 +86,7 @@ def make_outline(
         recipe: the recipe.
         model: after `method.attach`, so that frozen is what will be frozen; may be on the meta device.
         layers: its blocks and ends.
-        lisa: what `method.attach` returned.
+        schedule: what `method.attach` returned.
         data: from `prepare_data`.
         device: where it will run.
         start_step: steps done before, when the run is resumed.
@@ -104,11 +106,12 @@ def make_outline(
         frozen_parameters=sum(p.numel() for p in layers.frozen_parameters(model).values()),
         is_tied=layers.is_tied,
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        active_blocks=None if lisa is None else lisa.active_blocks,
+        active_blocks=schedule.active_blocks,
         steps=data.steps,
         start_step=start_step,
-        period=None if lisa is None else lisa.period,
-        visits=() if lisa is None else lisa.planned_visits(data.steps),
+        period=schedule.period,
+        visits=schedule.planned_visits(data.steps),
+        visits_are_exact=schedule.coverage_is_exact,
         batch=f"{rows} of up to {recipe.data.max_length:,} tokens",
         lr=f"{_lr_text(recipe, layers.num_blocks)}, {optimizer.schedule}{warmup}",
         train_rows=len(data.train.rows),
@@ -163,7 +166,8 @@ def print_outline(outline: Outline, console: Console | None = None) -> None:
     if outline.visits:
         low, high = min(outline.visits), max(outline.visits)
         often = f"{plural(low, 'period')}" if low == high else f"{low} to {plural(high, 'period')}"
-        rows.append(("visits", f"{_bars(outline.visits)} each block trains in {often}"))
+        note = "" if outline.visits_are_exact else " (simulated)"
+        rows.append(("visits", f"{_bars(outline.visits)} each block trains in {often}{note}"))
     left_out = [f"{outline.num_cut:,} cut at max_length"] if outline.num_cut else []
     left_out += [f"{outline.num_without_loss:,} dropped: no answer left"] if outline.num_without_loss else []
     left_out += [f"{outline.skipped:,} skipped: not usable"] if outline.skipped else []

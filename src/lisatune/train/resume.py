@@ -69,14 +69,13 @@ def restore(parts: Parts, output: Path) -> tuple[RunState, list[Path]]:
     """
     damaged: list[Path] = []
     problem = DamagedCheckpointError(f"there is no complete checkpoint in {output}")
+    built = parts.built
     for path in checkpoints(output / "checkpoints"):
         try:
-            done = read_state(
-                path,
-                load_checkpoint(
-                    path, model=parts.model, optimizer=parts.optimizer, scheduler=parts.scheduler
-                ),
+            extra = load_checkpoint(
+                path, model=built.model, optimizer=built.step.optimizer, scheduler=parts.scheduler
             )
+            done = read_state(path, extra)
         except DamagedCheckpointError as error:
             damaged.append(path)
             problem = error
@@ -109,8 +108,8 @@ def save(parts: Parts, done: RunState, folder: RunFolder, say: Callable[[str], N
         save_checkpoint(
             folder.checkpoints,
             step=done.step,
-            model=parts.model,
-            optimizer=parts.optimizer,
+            model=parts.built.model,
+            optimizer=parts.built.step.optimizer,
             scheduler=parts.scheduler,
             extra=asdict(done),
         )

@@ -119,20 +119,29 @@ def test_sample_sees_a_change_of_one_bit_in_the_period_that_reads_it() -> None:
 # ---- Proof
 
 
-def layers_of(**sizes: int) -> dict[str, tuple[Tensor, ...]]:
-    return {name.replace("_", " "): (torch.zeros(size),) for name, size in sizes.items()}
+def layers_of(**sizes: int) -> dict[str, tuple[nn.Parameter, ...]]:
+    return {
+        name.replace("_", " "): (nn.Parameter(torch.zeros(size), requires_grad=False),)
+        for name, size in sizes.items()
+    }
+
+
+def groups_of(layers: dict[str, tuple[nn.Parameter, ...]], lr: float) -> list[dict[str, object]]:
+    """Param groups of an optimizer over all layers; without gradients they must move if lr is not 0."""
+    return [{"params": list(parameters), "lr": lr} for parameters in layers.values()]
 
 
 @pytest.mark.parametrize("verify", ["sample", "full"])
 def test_proof_accepts_drawn_layers_that_moved_and_counts(verify: str) -> None:
     layers = layers_of(block_0=3, block_1=3, ends=2)
     check = Proof(layers, verify)
-    check.begin(0)
+    check.begin(0, {"block 0", "ends"})
     layers["block 0"][0].add_(1)
     layers["ends"][0].add_(1)
-    check.end(moving={"block 0", "ends"}, may_rest=set(), still_open=True)
+    check.saw_step(groups_of(layers, 0.1))
+    check.end(still_open=True)
     assert (check.periods, check.is_open) == (0, True)
-    check.end(moving={"block 0", "ends"}, may_rest=set())
+    check.end()
     assert (check.periods, check.is_open) == (1, False)
 
 
@@ -140,38 +149,59 @@ def test_proof_accepts_drawn_layers_that_moved_and_counts(verify: str) -> None:
 def test_proof_names_frozen_layers_that_moved(verify: str) -> None:
     layers = layers_of(block_0=3, block_1=3, block_2=3, ends=2)
     check = Proof(layers, verify)
-    check.begin(7)
+    check.begin(7, {"block 0"})
     for name in ("block 0", "block 1", "ends"):
         layers[name][0].add_(1)
+    check.saw_step(groups_of(layers, 0.1))
     with pytest.raises(ProofError, match="period 7: frozen weights moved in block 1, ends;"):
-        check.end(moving={"block 0"}, may_rest=set())
+        check.end()
 
 
 @pytest.mark.parametrize("verify", ["sample", "full"])
 def test_proof_names_drawn_layers_that_rested(verify: str) -> None:
     layers = layers_of(block_0=3, block_1=3, ends=2)
     check = Proof(layers, verify)
-    check.begin(3)
+    check.begin(3, {"block 0", "block 1", "ends"})
     layers["block 0"][0].add_(1)
+    check.saw_step(groups_of(layers, 0.0))
+    check.end(still_open=True)  # a learning rate of 0 is a reason to rest
+    check.saw_step(groups_of(layers, 0.1))
     with pytest.raises(ProofError, match="period 3: drawn but not trained: block 1, ends;"):
-        check.end(moving={"block 0", "block 1", "ends"}, may_rest=set())
-    check.end(moving={"block 0", "block 1", "ends"}, may_rest={"block 1", "ends"})
+        check.end()
+
+
+def test_layers_whose_update_went_unseen_in_backward_may_rest() -> None:
+    layers = layers_of(block_0=3, block_1=3)
+    check = Proof(layers, "full")
+    check.begin(0, {"block 0", "block 1"})
+    check.saw_step(groups_of(layers, 0.1), updated_before={layers["block 0"][0]})
+    with pytest.raises(ProofError, match="drawn but not trained: block 1;"):
+        check.end()
+
+
+def test_a_rate_that_the_optimizer_finds_by_itself_must_move() -> None:
+    layers = layers_of(block_0=3)
+    check = Proof(layers, "full")
+    check.begin(0, {"block 0"})
+    check.saw_step([{"params": list(layers["block 0"]), "lr": None}])
+    with pytest.raises(ProofError, match="drawn but not trained: block 0;"):
+        check.end()
 
 
 def test_layers_without_parameters_are_left_out() -> None:
-    check = Proof({"block 0": (torch.zeros(1),), "frozen part": ()}, "full")
-    check.begin(0)
-    check.end(moving={"frozen part"}, may_rest=set())
+    check = Proof(layers_of(block_0=1) | {"frozen part": ()}, "full")
+    check.begin(0, {"frozen part"})
+    check.end()
     assert check.periods == 1
 
 
 def test_forget_drops_the_period() -> None:
     layers = layers_of(block_0=3)
     check = Proof(layers, "full")
-    check.begin(0)
+    check.begin(0, set())
     layers["block 0"][0].add_(1)
     check.forget()
-    check.end(moving=set(), may_rest=set())
+    check.end()
     assert check.periods == 0
 
 

@@ -80,8 +80,10 @@ def test_the_larger_blocks_are_planned() -> None:
     for name in ("gate_proj", "up_proj"):
         setattr(model.model.layers[3].mlp, name, torch.nn.Linear(32, 96, bias=False))
     model.model.layers[3].mlp.down_proj = torch.nn.Linear(96, 32, bias=False)
-    lisa = LISA(model, build_adamw(model, lisatune.find_layers(model), lr=1e-3), sampler="uniform", period=1)
-    draws = costly_draws(lisa, model, 400)
+    layers = lisatune.find_layers(model)
+    lisa = LISA(model, build_adamw(model, layers, lr=1e-3), sampler="uniform", period=1)
+    sizes = [sum(p.numel() for p in block.values()) for block in layers.block_parameters(model)]
+    draws = costly_draws(lisa.possible_draws(400), sizes, ends_rest=False)
     assert draws[0] == (3, 5)
     assert all(3 in draw for draw in draws)
     assert any(0 in draw for draw in draws)
@@ -94,8 +96,7 @@ def test_a_short_run_is_planned_by_its_own_draws() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         built = build(recipe, model, CausalLMLoss(model), steps=1, device=torch.device("cpu"))
-    assert built.lisa is not None
-    assert drawn == built.lisa.active_blocks
+    assert drawn == built.schedule.active_blocks
 
 
 @pytest.mark.parametrize(("state", "period"), [("drop", 1), ("drop", 3), ("cpu", 3), ("keep", 1)])
@@ -104,8 +105,8 @@ def test_state_that_frozen_blocks_leave_behind_is_planned_as_it_is_in_a_run(stat
     plan = plan_memory(recipe, config=CONFIG)
     model = LlamaForCausalLM(CONFIG).to(torch.bfloat16)
     built = build(recipe, model, CausalLMLoss(model), steps=400, device=torch.device("cpu"))
-    lisa, most = built.lisa, 0
-    assert lisa is not None
+    lisa, most = built.schedule, 0
+    assert isinstance(lisa, LISA)
     for _ in range(2 * period + 1):  # two periods are a pass over four blocks; the next has begun
         built.step.backward([_batch(recipe, model, 16)])
         built.step.clip()
@@ -150,12 +151,13 @@ def test_state_bytes_are_those_of_the_training_device() -> None:
     recipe = make_recipe({"state_device": "cpu"})
     model = LlamaForCausalLM(CONFIG)
     built = build(recipe, model, CausalLMLoss(model), steps=400, device=torch.device("cpu"))
-    assert built.lisa is not None
+    lisa = built.schedule
+    assert isinstance(lisa, LISA)
     built.step.backward([_batch(recipe, model, 16)])
     built.step.update()
-    trained = built.lisa.trainable_parameters()
-    assert built.lisa.host_bytes() == 8 * sum(p.numel() for p in trained)
-    assert built.lisa.state_bytes() == 4 * len(trained)
+    trained = lisa.trainable_parameters()
+    assert lisa.host_bytes() == 8 * sum(p.numel() for p in trained)
+    assert lisa.state_bytes() == 4 * len(trained)
 
 
 @pytest.mark.parametrize("moments", ["fp32", "8bit", "factored"])
@@ -163,8 +165,8 @@ def test_a_few_chunks_stand_for_all(moments: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(lisatune.memory.plan, "CHUNK", {"cpu": 2304})  # the last chunk of 64 × 256 is smaller
     recipe = make_recipe({"moments": moments}, precision="bf16")
     few = plan_memory(recipe, config=CONFIG, blocks=(1, 2))
-    for module in ("host_chunks", "factored"):
-        monkeypatch.setattr(f"lisatune.{module}.enough_chunks", lambda chunks, of: chunks)
+    for module in ("chunks", "factored"):
+        monkeypatch.setattr(f"lisatune.optim.{module}.enough_chunks", lambda chunks, of: chunks)
     every = plan_memory(recipe, config=CONFIG, blocks=(1, 2))
     assert few.kind == every.kind == "traced"
     assert few.by_phase == every.by_phase

@@ -54,8 +54,8 @@ def measure(recipe: Recipe, kind: str, blocks: tuple[int, ...] | None) -> tuple[
         batches[0]["input_ids"] = torch.arange(2 * 192).view(2, 192)
 
     def step() -> None:
-        if built.lisa is not None and blocks is not None:
-            built.lisa.activate(blocks)
+        if blocks is not None:
+            built.schedule.hold(blocks)
         built.step.backward(batches)
         built.step.clip()
         built.step.update()

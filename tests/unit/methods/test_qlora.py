@@ -62,11 +62,11 @@ def test_plan_counts_4_bits_and_what_was_measured_agrees(tmp_path: Path) -> None
     parts = assemble(recipe)
     batch = parts.collate([max(parts.data.train.rows, key=lambda row: len(row["input_ids"]))])
     length = batch["input_ids"].shape[1]
-    with memory.measure(parts.model, parts.optimizer) as measured:
+    with memory.measure(parts.built.model, parts.built.step.optimizer) as measured:
         for _ in range(2):
-            parts.step.backward([batch])
-            parts.step.clip()
-            parts.step.update()
+            parts.built.step.backward([batch])
+            parts.built.step.clip()
+            parts.built.step.update()
             real = measured.end_step()
     planned = plan_memory(recipe, length=length)
     assert planned.kind == "traced"

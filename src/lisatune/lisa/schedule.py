@@ -1,0 +1,75 @@
+"""Which blocks train now: the contract between a method that freezes blocks and everything that asks.
+
+A `BlockSchedule` is attached to a model and its optimizer and works by hooks of its own; nothing has to be
+called in a training loop. `LISA` is one. The base class is the schedule of a method that freezes nothing
+during a run: full fine-tuning, or adapters beside frozen weights.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["BlockSchedule"]
+
+
+class BlockSchedule:
+    """Tells which blocks train, for the log, the summary, the outline and the memory plan.
+
+    A subclass overrides what differs. One that changes blocks during a run must save its position in
+    `optimizer.state_dict()` (see `torch.optim.Optimizer.register_state_dict_post_hook`), so that a run
+    resumes exactly, and must choose the same blocks on every rank.
+    """
+
+    period: int | None = None
+    """Optimizer steps between two changes; None if they come at other times, or never."""
+
+    active_blocks: tuple[int, ...] | None = None
+    """Blocks that train now, in rising order; None if which blocks train never changes."""
+
+    @property
+    def ends_rest(self) -> bool:
+        """Whether nothing before the blocks trains in some steps, so that backward can stop at a block."""
+        return False
+
+    def describe(self) -> dict[str, Any]:
+        """Return what `metrics.jsonl` records before each step, as JSON values: period, active blocks."""
+        return {}
+
+    def summarize(self) -> dict[str, Any]:
+        """Return what `summary.json` records at the end of a run, as JSON values: visits, proof."""
+        return {}
+
+    def check(self) -> None:
+        """Check at the end of a run that the right weights trained.
+
+        Raises:
+            ProofError: they did not.
+        """
+
+    @property
+    def coverage_is_exact(self) -> bool:
+        """Whether `planned_visits` is exact; False if it is a simulation."""
+        return True
+
+    def planned_visits(self, total_steps: int) -> tuple[int, ...]:
+        """Return in how many periods each block will train in a run; empty if no block ever freezes."""
+        return ()
+
+    def possible_draws(self, total_steps: int) -> set[tuple[int, ...]]:
+        """Return the sets of blocks that may train at once in a run; the plan searches the costliest.
+
+        Empty if which blocks train never changes. Each is a tuple of block indices in rising order.
+        """
+        return set()
+
+    def hold(self, blocks: Sequence[int]) -> None:
+        """Train these blocks from now on, whatever comes: to plan or measure what they cost.
+
+        Called only with sets out of `possible_draws`, or with all blocks that occur in these.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} names possible draws, so it must be able to hold one"
+        )
+
+    def host_bytes(self) -> int:
+        """Count the bytes that are in host memory because blocks are frozen."""
+        return 0
