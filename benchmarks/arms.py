@@ -37,7 +37,7 @@ from torch.profiler import record_function
 from lisatune import LISA, find_layers, use_chunked_loss
 from lisatune.lisa.groups import build_adamw
 from lisatune.methods import Lora
-from lisatune.methods.base import build_optimizer
+from lisatune.methods.optimizers import build_optimizer
 from lisatune.nn.attention import use_cpu_attention
 from lisatune.nn.blocks import BlockForward, num_graphs
 from lisatune.nn.layers import LayerMap

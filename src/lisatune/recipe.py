@@ -83,7 +83,10 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW and its learning-rate schedule."""
+    """The optimizer and its learning-rate schedule."""
+
+    name: str = "adamw"
+    """Which optimizer: adamw."""
 
     lr: float = 1e-5
     """Peak learning rate."""

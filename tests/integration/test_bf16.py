@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import tiny_run
-from lisatune.methods.base import build_optimizer
+from lisatune.methods.optimizers import build_optimizer
 from lisatune.models.load import load_model
 from lisatune.nn.layers import find_layers
 from lisatune.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe, RunConfig

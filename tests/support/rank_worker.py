@@ -24,7 +24,7 @@ from lisatune.distributed.shards import full_tensor, local_part, shard
 from lisatune.lisa.groups import build_adamw
 from lisatune.memory.plan import _batch
 from lisatune.memory.tracker import measure
-from lisatune.methods.base import build_optimizer
+from lisatune.methods.optimizers import build_optimizer
 from lisatune.models.load import load_model, load_tokenizer
 from lisatune.models.sharded import load_for_ranks, save_from_ranks
 from lisatune.optim.meter import state_bytes, tensors_bytes

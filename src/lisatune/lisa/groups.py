@@ -22,6 +22,7 @@ __all__ = [
     "Scaling",
     "build_adamw",
     "check_parameters",
+    "fused_adamw",
     "groups_by_block",
     "lr_factors",
     "param_groups",
@@ -137,10 +138,10 @@ def build_adamw(
     `ends_lr` is the learning rate of embedding, head and final norm where it is not `lr`.
     """
     groups = param_groups(model, layers, weight_decay=weight_decay, ends_lr=ends_lr)
-    return _fused_adamw(groups, lr, betas, eps, weight_decay)
+    return fused_adamw(groups, lr, betas, eps, weight_decay)
 
 
-def _fused_adamw(
+def fused_adamw(
     groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> torch.optim.AdamW:
     fused = all(p.device.type in FUSED_DEVICES for group in groups for _, p in group["params"])

@@ -24,6 +24,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lisatune.lisa.statistics import BlockStatistics, Readable
 
@@ -286,7 +287,8 @@ def draw_blocks(
     draw: Any = sampler.draw
     if not sampler.reads:
         return tuple(draw(period, seed=seed))
-    return tuple(draw(period, seed=seed, statistics=statistics or _even_statistics(sampler, Counter())))
+    with unset_fake_temporarily():  # it draws from real numbers, also in a memory plan
+        return tuple(draw(period, seed=seed, statistics=statistics or _even_statistics(sampler, Counter())))
 
 
 def simulate_draws(sampler: Sampler, *, seed: int, periods: int) -> Iterator[tuple[int, ...]]:
@@ -330,10 +332,11 @@ def auto_period(sampler: Sampler, *, seed: int, total_steps: int) -> int:
 
 def _even_statistics(sampler: Sampler, counts: Mapping[int, int]) -> BlockStatistics:
     """Statistics in which only the visits differ between blocks."""
-    read = {name: torch.ones(sampler.num_blocks, dtype=torch.float64) for name in sampler.reads}
-    if "visits" in read:
-        numbers = [counts.get(block, 0) for block in range(sampler.num_blocks)]
-        read["visits"] = torch.tensor(numbers, dtype=torch.float64)
+    with unset_fake_temporarily():
+        read = {name: torch.ones(sampler.num_blocks, dtype=torch.float64) for name in sampler.reads}
+        if "visits" in read:
+            numbers = [counts.get(block, 0) for block in range(sampler.num_blocks)]
+            read["visits"] = torch.tensor(numbers, dtype=torch.float64)
     return BlockStatistics(**read)
 
 

@@ -25,7 +25,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from lisatune.distributed.shards import full_tensor, local_part
 from lisatune.nn.layers import find_layers
@@ -68,8 +68,12 @@ class Collector:
                 known = ", ".join(get_args(Readable))
                 raise ValueError(f"a sampler cannot read {name!r}; it can read {known}")
         self._blocks, self._reads = blocks, tuple(reads)
-        unknown = torch.full((len(blocks),), math.nan, dtype=torch.float64)
-        self._norms = {name: unknown.clone() for name in reads if name != "visits"}
+        with unset_fake_temporarily():  # a sampler draws from real numbers, also in a memory plan
+            self._norms = {
+                name: torch.full((len(blocks),), math.nan, dtype=torch.float64)
+                for name in reads
+                if name != "visits"
+            }
         self._squares: dict[str, dict[int, Tensor]] = {name: {} for name in PER_STEP if name in reads}
         self._steps = 0
         self._before: dict[nn.Parameter, Tensor] = {}
@@ -105,9 +109,10 @@ class Collector:
 
     def statistics(self, visits: Sequence[int]) -> BlockStatistics:
         """Return what the sampler reads."""
-        read = {name: norms.clone() for name, norms in self._norms.items()}
-        if "visits" in self._reads:
-            read["visits"] = torch.tensor(visits, dtype=torch.float64)
+        with unset_fake_temporarily():
+            read = {name: norms.clone() for name, norms in self._norms.items()}
+            if "visits" in self._reads:
+                read["visits"] = torch.tensor(visits, dtype=torch.float64)
         return BlockStatistics(**read)
 
     def state_dict(self) -> dict[str, Any]:

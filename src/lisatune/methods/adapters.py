@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lisatune.methods.base import Method, optimizer_over
+from lisatune.methods.base import Method
+from lisatune.methods.optimizers import optimizer_over
 from lisatune.nn.layers import LayerMap, find_layers
 from lisatune.recipe import DataConfig, OptimizerConfig, RunConfig
 

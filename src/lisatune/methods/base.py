@@ -4,19 +4,16 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
-from lisatune.distributed.shards import is_sharded
-from lisatune.lisa.ends import EndsPolicy
-from lisatune.lisa.groups import _fused_adamw, param_groups
 from lisatune.lisa.schedule import BlockSchedule
 from lisatune.losses.causal_lm import CausalLMLoss
+from lisatune.methods.optimizers import build_optimizer
 from lisatune.methods.step import TrainingStep
 from lisatune.nn.layers import LayerMap
 from lisatune.optim.adamw import AdamW
 from lisatune.recipe import DataConfig, OptimizerConfig, RunConfig
 
-__all__ = ["Method", "build_optimizer", "optimizer_over"]
+__all__ = ["Method"]
 
 
 class Method:
@@ -60,7 +57,7 @@ class Method:
         """Build the optimizer, with every parameter that will ever train in its param groups.
 
         Default: AdamW over ends and blocks, one group per layer, while everything still requires grad; see
-        `lisatune.methods.base.build_optimizer` for which one.
+        `lisatune.methods.optimizers` for which one.
         """
         return build_optimizer(model, layers, config)
 
@@ -134,50 +131,3 @@ class Method:
     def more_weights(self, num_blocks: int) -> tuple[dict[str, Any], ...]:
         """Settings that train more weights at once, the closest to this first."""
         return ()
-
-
-def build_optimizer(
-    model: nn.Module, layers: LayerMap, config: OptimizerConfig, *, ends: str | EndsPolicy = "train"
-) -> Optimizer:
-    """Build AdamW over ends and blocks, one param group per layer, as a recipe asks.
-
-    torch's fused AdamW where weights are wide, moments float32 and updates made in `step()`; else
-    `lisatune.AdamW`.
-
-    Args:
-        model: everything that will ever train requires grad.
-        layers: its blocks and ends.
-        config: the recipe's section.
-        ends: policy of the ends, whose state formats their groups take; see `lisatune.lisa.ends`.
-    """
-    groups = param_groups(model, layers, weight_decay=config.weight_decay, ends=ends, ends_lr=config.ends_lr)
-    return optimizer_over(groups, config)
-
-
-def optimizer_over(
-    groups: list[dict[str, Any]], config: OptimizerConfig, kind: type[AdamW] = AdamW
-) -> Optimizer:
-    """Build AdamW over param groups of (name, parameter) pairs as a recipe asks; see `build_optimizer`.
-
-    A `kind` of its own is never replaced by torch's.
-    """
-    parameters = [p for group in groups for _, p in group["params"]]
-    # torch's fused kernel takes no parameters that are divided among ranks; ours updates each rank's part.
-    is_wide = all(p.dtype in (torch.float32, torch.float64) and not is_sharded(p) for p in parameters)
-    is_plain = config.moments == "fp32" and config.state_device is None and not config.in_backward
-    is_compact = any({"moments", "state_device", "rows"} & group.keys() for group in groups)
-    if is_wide and is_plain and not is_compact and kind is AdamW:
-        return _fused_adamw(groups, config.lr, config.betas, config.eps, config.weight_decay)
-    optimizer = kind(
-        groups,
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        rounding=config.rounding,
-        moments=config.moments,
-        state_device=config.state_device,
-    )
-    if config.in_backward:
-        optimizer.update_in_backward()
-    return optimizer

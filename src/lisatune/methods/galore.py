@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from lisatune.lisa.groups import param_groups
-from lisatune.methods.base import Method, optimizer_over
+from lisatune.methods.base import Method
+from lisatune.methods.optimizers import build_adamw
 from lisatune.nn.layers import LayerMap
 from lisatune.optim.galore import GaLoreAdamW, is_projected
 from lisatune.recipe import OptimizerConfig
@@ -41,7 +42,15 @@ class GaLore(Method):
     def build_optimizer(
         self, model: nn.Module, layers: LayerMap, config: OptimizerConfig
     ) -> torch.optim.Optimizer:
-        """Build AdamW over ends and blocks, with the blocks' matrices in groups that project."""
+        """Build AdamW over ends and blocks, with the blocks' matrices in groups that project.
+
+        Raises:
+            ValueError: `optimizer.name` is another optimizer.
+        """
+        if config.name != "adamw":
+            raise ValueError(
+                f"optimizer.name {config.name} cannot work with method galore, which is an AdamW"
+            )
         groups: list[dict[str, Any]] = []
         projection = {"rank": self.rank, "gap": self.gap, "scale": self.scale}
         for group in param_groups(model, layers, weight_decay=config.weight_decay, ends_lr=config.ends_lr):
@@ -51,7 +60,7 @@ class GaLore(Method):
             others = [pair for pair in group["params"] if pair[0] not in taken]
             groups += [group | {"params": matrices} | projection] if matrices else []
             groups += [group | {"params": others}] if others else []
-        return optimizer_over(groups, config, GaLoreAdamW)
+        return build_adamw(groups, config, GaLoreAdamW)
 
     def fewer_weights(self) -> tuple[dict[str, Any], ...]:
         """Half the rank, and half of that, down to 8: fewer moments, though as many weights."""

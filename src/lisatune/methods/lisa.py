@@ -11,7 +11,8 @@ from lisatune.lisa.ends import EndsPolicy
 from lisatune.lisa.groups import Scaling, lr_factors, scale_block_lr
 from lisatune.lisa.lisa import LISA
 from lisatune.lisa.samplers import Independent, Sampler, make_sampler
-from lisatune.methods.base import Method, build_optimizer
+from lisatune.methods.base import Method
+from lisatune.methods.optimizers import build_optimizer
 from lisatune.nn.layers import LayerMap
 from lisatune.recipe import OptimizerConfig
 

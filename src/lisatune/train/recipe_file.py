@@ -24,6 +24,7 @@ from rich.console import Console
 
 from lisatune.files import yaml
 from lisatune.methods import METHODS
+from lisatune.methods.optimizers import OPTIMIZERS
 from lisatune.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe, RunConfig, unknown
 
 __all__ = ["Sections", "build_recipe", "load_recipe", "print_keys", "read_sections", "recipe_without_file"]
@@ -95,6 +96,9 @@ def build_recipe(path: str, from_file: Sections, overrides: Sequence[str]) -> Re
     except ValueError as error:  # a range, from __post_init__
         named = re.search(rf"\b({'|'.join(SECTIONS)})\.(\w+)", str(error))
         raise ValueError(f"{where(*named.groups()) if named else path}: {error}") from None
+    if recipe.optimizer.name not in OPTIMIZERS:
+        known = unknown("optimizer", recipe.optimizer.name, OPTIMIZERS)
+        raise ValueError(f"{where('optimizer', 'name')}: optimizer.name: {known}")
     for section, values in given.items():
         for key, value in values.items():
             if not _is_faithful(value, getattr(getattr(recipe, section), key)):

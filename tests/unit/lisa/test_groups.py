@@ -11,7 +11,7 @@ import tiny
 from lisatune import LISA, build_adamw, find_layers, param_groups, scale_block_lr
 from lisatune.lisa.groups import check_parameters, groups_by_block, plain_optimizer
 from lisatune.methods import BAdam, EndsOnly, Full, GaLore, Lisa, Method
-from lisatune.methods.base import build_optimizer
+from lisatune.methods.optimizers import build_optimizer
 from lisatune.optim.meter import state_bytes
 from lisatune.recipe import OptimizerConfig
 from lisatune.train.recipe_file import load_recipe
