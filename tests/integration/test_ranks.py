@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import rank_worker
 import tiny_run
 from lisatune.train.loop import train
 from lisatune.train.recipe_file import load_recipe
@@ -84,7 +85,7 @@ REFUSED = {
 }
 HALF = "run.batch_size=1"
 FOUR = "run.batch_size=4"
-CHECKS = ("draws", "seeds", "unsharded")
+CHECKS = ("draws", "statistics", "seeds", "unsharded")
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +145,15 @@ def test_draws_are_equal_though_global_generators_differ(two: dict[str, Any]) ->
     first, second = two["draws"]
     assert first["drawn"] == second["drawn"]
     assert len({tuple(blocks) for blocks in first["drawn"]}) > 1
+
+
+def test_statistics_of_divided_blocks_are_those_of_whole_ones_on_every_rank(two: dict[str, Any]) -> None:
+    first, second = two["statistics"]
+    assert first == second
+    alone = rank_worker.statistics()
+    assert first["drawn"] == [list(blocks) for blocks in alone["drawn"]]
+    for name, norms in alone["norms"].items():
+        assert first["norms"][name] == pytest.approx(norms, rel=1e-5, nan_ok=True)
 
 
 def test_frozen_blocks_hold_no_gradient_and_no_state_on_any_rank(two: dict[str, Any]) -> None:

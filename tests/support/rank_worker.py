@@ -18,6 +18,7 @@ from unittest import mock
 import torch
 
 import tiny
+import toy_members
 from lisatune import LISA, find_layers
 from lisatune.distributed import ranks
 from lisatune.distributed.shards import full_tensor, local_part, shard
@@ -70,6 +71,25 @@ def draws() -> dict[str, Any]:
     parts = sum(local_part(p).numel() for p in model.parameters())
     whole = sum(p.numel() for p in model.parameters())
     return {"drawn": drawn, "strangers": strangers, "parts": parts, "whole": whole}
+
+
+def statistics() -> dict[str, Any]:
+    """Draw by the gradients of a divided model; without other ranks, by those of a whole one."""
+    model = tiny.llama(seed=0)
+    layers = find_layers(model)
+    if ranks.count() > 1:
+        shard(model, layers.blocks, device=torch.device("cpu"), how="fsdp")
+    optimizer = build_optimizer(model, layers, OptimizerConfig(lr=1e-3))
+    lisa = LISA(model, optimizer, sampler=toy_members.LargestGradient(6, 2), period=2)
+    drawn = []
+    for step in range(9):
+        drawn.append(lisa.active_blocks)
+        tiny.backward(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    saved = optimizer.state_dict()["lisa"]["statistics"]
+    norms = {name: values.tolist() for name, values in saved["norms"].items()}
+    return {"drawn": drawn, "norms": norms, "steps": saved["steps"]}
 
 
 def seeds() -> None:
@@ -165,7 +185,8 @@ def work(job: dict[str, Any]) -> Any:
         return measured(job)
     if "held" in job:
         return held(job["held"], job["largest_file"])
-    return {"draws": draws, "seeds": seeds, "unsharded": unsharded}[job["check"]]()
+    checks = {"draws": draws, "statistics": statistics, "seeds": seeds, "unsharded": unsharded}
+    return checks[job["check"]]()
 
 
 def main() -> None:
