@@ -8,6 +8,8 @@ python benchmarks/overhead.py --size smollm2 --tokens 128 --steps 20
 2. Hooks. Further hooks stand before and after LISA's own and read the clock, step by step: all that LISA
    does at γ = N as a share of its steps; and at γ = 2 the cost of a draw (freezing, thawing, releasing
    state) and of a period's proof, each as a share of one γ = 2 step.
+3. Statistics. The same at γ = 2 with samplers that read one number of the blocks each: what collecting it
+   adds, as a share of the steps of a period.
 
 A step is forward, backward, AdamW and zero_grad in fp32 on one random sequence. Weights are random: their
 values don't matter to the clock. With one thread the clock is that of the process, which other jobs on
@@ -29,9 +31,27 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lisatune import LISA, build_adamw, find_layers
+from lisatune import LISA, Sampler, build_adamw, find_layers
+from lisatune.lisa.samplers import Permutation
 
 PERIOD = 3
+READ = ("weight_norm", "gradient_norm", "update_norm")
+
+
+class Reader(Sampler):
+    """Draws as `Permutation` does, whatever it reads."""
+
+    def __init__(self, num_blocks: int, reads: tuple[Any, ...]) -> None:
+        self.num_blocks, self.reads = num_blocks, reads
+        self.plain = Permutation(num_blocks, 2)
+
+    def draw(self, period: int, *, seed: int, statistics: object) -> tuple[int, ...]:  # type: ignore[override]
+        """Return the permutation's draw."""
+        return self.plain.draw(period, seed=seed)
+
+    def inclusion(self) -> tuple[float, ...]:
+        """Return the permutation's chances."""
+        return self.plain.inclusion()
 
 
 def main() -> None:
@@ -94,6 +114,10 @@ def measure_hooks(
     all_blocks = find_layers(model).num_blocks
     full = time_hooks(model, ids, periods, clock, active=all_blocks, verify="sample")
     off = time_hooks(model, ids, periods, clock, active=2, verify="off")
+    read = {
+        name: time_hooks(model, ids, periods, clock, verify="off", sampler=Reader(all_blocks, (name,)))
+        for name in READ
+    }
     proofs = {v: time_hooks(model, ids, periods, clock, active=2, verify=v) for v in ("sample", "full")}
     return {
         "periods": periods,
@@ -102,6 +126,10 @@ def measure_hooks(
         "draw": off.draw / off.step,
         "proof sample": (proofs["sample"].hooks_per_period - off.hooks_per_period) / off.step,
         "proof full": (proofs["full"].hooks_per_period - off.hooks_per_period) / off.step,
+        **{
+            name: (times.hooks_per_period - off.hooks_per_period) / (PERIOD * off.step)
+            for name, times in read.items()
+        },
     }
 
 
@@ -119,8 +147,9 @@ def time_hooks(
     periods: int,
     clock: Callable[[], float],
     *,
-    active: int,
+    active: int = 2,
     verify: Literal["off", "sample", "full"],
+    sampler: str | Sampler = "permutation",
 ) -> Times:
     """Time a step, all of LISA's hooks in a period, and the hook that ends a period."""
     optimizer = build_adamw(model, find_layers(model), lr=1e-5)
@@ -130,7 +159,7 @@ def time_hooks(
         marks.append(clock())
 
     handles = [optimizer.register_step_pre_hook(mark), optimizer.register_step_post_hook(mark)]
-    lisa = LISA(model, optimizer, active=active, period=PERIOD, verify=verify)
+    lisa = LISA(model, optimizer, active=active, period=PERIOD, verify=verify, sampler=sampler)
     handles += [optimizer.register_step_pre_hook(mark), optimizer.register_step_post_hook(mark)]
     steps = []
     for _ in range((1 + periods) * PERIOD):
@@ -175,6 +204,7 @@ def table(figures: dict[str, Any]) -> str:
         ("draw", "a draw / a step, γ=2", "8.2%", "≤ 5 %"),
         ("proof sample", 'verify="sample", per period / a step, γ=2', "8.2%", "≤ 1 %"),
         ("proof full", 'verify="full", per period / a step, γ=2', "8.2%", ""),
+        *((name, f"collecting {name} / steps, γ=2", "8.2%", "≤ 1 %") for name in READ),
     ]
     lines += [f"{label:<44}{figures[key]:{form}}   {goal}".rstrip() for key, label, form, goal in rows]
     return "\n".join(lines)
