@@ -175,7 +175,7 @@ def _plan(
             if is_divided:
                 shard(prepared, layers.blocks, device=device, how=run.sharding)
 
-        loss = None if is_divided else CausalLMLoss(model, prove=False)
+        loss = None if is_divided else CausalLMLoss(model)
         built = build(recipe, model, loss, steps=steps, device=device, materialise=materialise)
         if isinstance(built.step.optimizer, AdamW):
             built.step.optimizer.chunk_size = CHUNK.get(run.device, CHUNK_ELSEWHERE)

@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import pad
+
+from lisatune.distributed.shards import has_values
 
 __all__ = [
     "BLOCK",
@@ -166,7 +167,7 @@ def dequantize(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
 
 def tables(signed: bool, like: Tensor) -> tuple[Tensor, Tensor]:
     """The code of each of the 2^16 bf16 numbers, uint8, and the value of each of the 256 codes, float32."""
-    if like.device.type == "meta" or isinstance(like, FakeTensor):  # shapes are all that counts
+    if not has_values(like):  # shapes are all that counts
         codes = torch.empty(1 << 16, dtype=torch.uint8, device=like.device)
         return codes, torch.empty(256, device=like.device)
     return _tables_on(signed, like.device)

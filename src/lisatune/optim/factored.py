@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lisatune.optim import codecs
-from lisatune.optim.chunks import enough_chunks, on_device
+from lisatune.optim.chunks import cut, on_device
 
 __all__ = ["update_factored"]
 
@@ -37,8 +37,7 @@ def update_factored(
     gradient_RC = p.grad.reshape(rows, columns)
     step = state["step"].add_(1)
     correction = (1 - beta2**step).to(wide)
-    at_a_time = max(1, chunk_size // columns)
-    chunks = enough_chunks([slice(i, min(i + at_a_time, rows)) for i in range(0, rows, at_a_time)], p)
+    chunks = cut(rows, max(1, chunk_size // columns), like=p)
 
     if is_matrix:
         sums_C = torch.zeros(columns, dtype=wide, device=p.device)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lisatune.optim import codecs
-from lisatune.optim.chunks import enough_chunks
+from lisatune.optim.chunks import cut
 
 __all__ = ["TABLE", "RowGradients", "make_table", "sparse_rows", "table_layout", "update_rows"]
 
@@ -108,8 +108,7 @@ def update_rows(group: dict[str, Any], p: Tensor, state: dict[str, Any], key: in
     (beta1, beta2), lr = group["betas"], group["lr"]
     wide = state["exp_avg"].dtype
     at_a_time = max(1, chunk_size // max(p[0].numel(), 1))
-    chunks = [slice(i, min(i + at_a_time, count)) for i in range(0, count, at_a_time)]
-    for number, at in enumerate(enough_chunks(chunks, p)):
+    for number, at in enumerate(cut(count, at_a_time, like=p)):
         slots, ids_c, new_c1 = slots_n[at], ids_n[at], ~is_known_n[at].unsqueeze(1)
         steps_c1 = steps_n[at].to(torch.float64).unsqueeze(1)
         gradient_cD = gradient_nD[at].to(wide)
