@@ -41,7 +41,7 @@ from torch.optim import Optimizer
 from lisatune.distributed.shards import part_to_update
 from lisatune.optim import codecs
 from lisatune.optim.adamw_triton import can_update, update_chunk
-from lisatune.optim.chunks import on_device
+from lisatune.optim.chunks import flatten, on_device
 from lisatune.optim.factored import update_factored
 from lisatune.optim.in_backward import UpdateInBackward
 from lisatune.optim.rows import RowGradients, update_rows
@@ -259,30 +259,31 @@ class AdamW(Optimizer):
     def _update_in_chunks(self, group: dict[str, Any], p: Tensor, state: dict[str, Any], key: int) -> None:
         assert p.grad is not None
         state["step"].add_(1)
-        weight, gradient = p.detach().reshape(-1), p.grad.reshape(-1)
+        gradient = p.grad.reshape(-1)
         is_one_kernel, chunk_size = can_update(group, p), self._chunk(p)
         if is_one_kernel and group["state_device"] is None:
             chunk_size = self.chunk_size or CHUNK_OF_KERNEL
         stored = {name: value.view(-1) for name, value in state.items() if name in CHUNKED}
-        for number, (at, chunk) in enumerate(on_device(stored, p.numel(), chunk_size, p.device)):
-            chunk_key = codecs.key_of(key, number)
-            if is_one_kernel:
-                update_chunk(group, weight[at], gradient[at], chunk, state["step"], chunk_key)
-                continue
-            noise = (
-                codecs.random_bits(at.stop - at.start, chunk_key, p.device) if _is_random(group, p) else None
-            )
-            wide = codecs.widen(weight[at], chunk.get("remainder"))
-            exp_avg, exp_avg_sq = read_moments(chunk, wide.dtype)
-            grads = [gradient[at].to(wide.dtype)]
-            fused_adamw(group, [wide], grads, [exp_avg], [exp_avg_sq], [state["step"]])
-            write_moments(chunk, exp_avg, exp_avg_sq, noise)
-            codecs.narrow(wide, weight[at], chunk.get("remainder"), group["rounding"], noise)
-        if not p.is_contiguous():
-            p.copy_(weight.view(p.shape))
+        update = update_chunk if is_one_kernel else _update_chunk
+        with flatten(p) as weight:
+            for number, (at, chunk) in enumerate(on_device(stored, p.numel(), chunk_size, p.device)):
+                chunk_key = codecs.key_of(key, number)
+                update(group, weight[at], gradient[at], chunk, state["step"], chunk_key)
 
     def _chunk(self, p: Tensor) -> int:
         return self.chunk_size or CHUNK.get(p.device.type, CHUNK_ELSEWHERE)
+
+
+def _update_chunk(
+    group: dict[str, Any], weight: Tensor, gradient: Tensor, chunk: dict[str, Tensor], step: Tensor, key: int
+) -> None:
+    """Make a step of a chunk in place; `adamw_triton.update_chunk` does the same in one kernel."""
+    # The bf16 second moment takes the upper half of the random bits, the weight the lower.
+    noise = codecs.random_bits(weight.numel(), key, weight.device) if group["moments"] == "bf16" else None
+    with codecs.in_float32(weight, chunk.get("remainder"), group["rounding"], key, noise) as exact:
+        exp_avg, exp_avg_sq = read_moments(chunk, exact.dtype)
+        fused_adamw(group, [exact], [gradient.to(exact.dtype)], [exp_avg], [exp_avg_sq], [step])
+        write_moments(chunk, exp_avg, exp_avg_sq, noise)
 
 
 def _is_whole(group: dict[str, Any], p: Tensor, state: dict[str, Any]) -> bool:
@@ -292,7 +293,3 @@ def _is_whole(group: dict[str, Any], p: Tensor, state: dict[str, Any]) -> bool:
     moment = state.get("exp_avg")
     is_ready = moment is not None and moment.dtype == p.dtype and moment.device == p.device
     return is_flat and is_ready and p.dtype != torch.bfloat16
-
-
-def _is_random(group: dict[str, Any], p: Tensor) -> bool:
-    return group["moments"] == "bf16" or (p.dtype == torch.bfloat16 and group["rounding"] == "stochastic")

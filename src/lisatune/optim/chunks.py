@@ -5,6 +5,7 @@ of their own, the next chunk's before this one is computed: two chunks are on th
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -12,7 +13,16 @@ from torch import Tensor
 from lisatune.distributed.shards import has_values
 from lisatune.optim.codecs import BLOCK
 
-__all__ = ["cut", "on_device", "values_of"]
+__all__ = ["cut", "flatten", "on_device", "values_of"]
+
+
+@contextmanager
+def flatten(p: Tensor) -> Iterator[Tensor]:
+    """Yield the elements of a parameter as one row [N], to be changed in place even if `p` is strided."""
+    row = p.detach().reshape(-1)
+    yield row
+    if not p.is_contiguous():  # `row` is a copy
+        p.copy_(row.view(p.shape))
 
 
 def cut(size: int, chunk_size: int, *, like: Tensor) -> list[slice]:

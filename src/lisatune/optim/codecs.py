@@ -15,6 +15,8 @@ Dettmers et al., arXiv 2110.02861, section 2).
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -30,6 +32,7 @@ __all__ = [
     "dequantize",
     "dynamic_map",
     "halves",
+    "in_float32",
     "join_remainder",
     "key_of",
     "narrow",
@@ -50,6 +53,26 @@ LARGEST = float.fromhex("0x1.fefffep127")
 
 
 LARGEST_BF16 = torch.finfo(torch.bfloat16).max
+
+
+@contextmanager
+def in_float32(
+    weight: Tensor, remainder: Tensor | None, rounding: str, key: int, noise: Tensor | None = None
+) -> Iterator[Tensor]:
+    """Yield the exact value of a weight in float32; after the block, store what it was changed to.
+
+    Args:
+        weight: bf16, any shape. A wider weight is yielded itself.
+        remainder: int16, the shape of the weight: what rounding to bf16 has lost. None if nothing is kept.
+        rounding: "exact", "stochastic" or "nearest".
+        key: names the random bits of stochastic rounding.
+        noise: these bits, int32 and the shape of the weight, if the caller has made them; used up.
+    """
+    if noise is None and rounding == "stochastic" and weight.dtype == torch.bfloat16:
+        noise = random_bits(weight.numel(), key, weight.device).view(weight.shape)
+    exact = widen(weight, remainder)
+    yield exact
+    narrow(exact, weight, remainder, rounding, noise)
 
 
 def widen(weight: Tensor, remainder: Tensor | None) -> Tensor:

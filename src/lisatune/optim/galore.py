@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lisatune.distributed.shards import part_to_update
 from lisatune.optim import codecs
 from lisatune.optim.adamw import AdamW
-from lisatune.optim.chunks import on_device
+from lisatune.optim.chunks import flatten, on_device
 from lisatune.optim.state import low_rank_shape, prepare
 
 __all__ = ["GaLoreAdamW", "basis_of", "is_projected"]
@@ -70,18 +70,14 @@ class GaLoreAdamW(AdamW):
         self._update_alone(plain, step, moments, key)  # from zero: what is left in `step` is N
         step.grad = None
 
-        weight = p.detach().reshape(-1)
+        left, right = (step, basis.T) if is_tall else (basis, step)
         kept = {"remainder": state["remainder"].view(-1)} if "remainder" in state else {}
-        for _, here in on_device(kept, p.numel(), p.numel(), p.device):
-            is_random = p.dtype == torch.bfloat16 and group["rounding"] == "stochastic"
-            noise = codecs.random_bits(p.numel(), codecs.key_of(key, 1), p.device) if is_random else None
-            exact = codecs.widen(weight, here.get("remainder"))
-            exact.mul_(1 - group["lr"] * group["weight_decay"])
-            left, right = (step, basis.T) if is_tall else (basis, step)
-            exact.view(p.shape).addmm_(left, right, alpha=group["scale"])
-            codecs.narrow(exact, weight, here.get("remainder"), group["rounding"], noise)
-        if not p.is_contiguous():
-            p.copy_(weight.view(p.shape))
+        rounding, key = group["rounding"], codecs.key_of(key, 1)
+        with flatten(p) as weight:
+            for _, here in on_device(kept, p.numel(), p.numel(), p.device):
+                with codecs.in_float32(weight, here.get("remainder"), rounding, key) as exact:
+                    exact.mul_(1 - group["lr"] * group["weight_decay"])
+                    exact.view(p.shape).addmm_(left, right, alpha=group["scale"])
 
 
 def is_projected(p: Tensor, rank: int) -> bool:

@@ -118,18 +118,11 @@ def update_rows(group: dict[str, Any], p: Tensor, state: dict[str, Any], key: in
         exp_avg_sq.mul_(beta2).addcmul_(gradient_cD, gradient_cD, value=1 - beta2)
         state["exp_avg_sq"][slots] = exp_avg_sq
         rows_cD = p.detach()[ids_c]
-        exact_cD = codecs.widen(rows_cD, None)
-        exact_cD.mul_(1 - lr * group["weight_decay"])
         size_c1 = (lr / (1 - beta1**steps_c1)).to(wide)
         spread_c1 = (1 - beta2**steps_c1).sqrt().to(wide)
-        exact_cD.sub_(exp_avg.mul_(size_c1).div_(exp_avg_sq.sqrt_().div_(spread_c1).add_(group["eps"])))
-        is_random = p.dtype == torch.bfloat16 and group["rounding"] == "stochastic"
-        noise = (
-            codecs.random_bits(rows_cD.numel(), codecs.key_of(key, number), p.device).view(rows_cD.shape)
-            if is_random
-            else None
-        )
-        codecs.narrow(exact_cD, rows_cD, None, group["rounding"], noise)
+        with codecs.in_float32(rows_cD, None, group["rounding"], codecs.key_of(key, number)) as exact_cD:
+            exact_cD.mul_(1 - lr * group["weight_decay"])
+            exact_cD.sub_(exp_avg.mul_(size_c1).div_(exp_avg_sq.sqrt_().div_(spread_c1).add_(group["eps"])))
         p.detach()[ids_c] = rows_cD
 
 
