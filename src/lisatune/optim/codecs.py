@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lisatune.distributed.shards import has_values
+from lisatune.optim.group import Rounding
 
 __all__ = [
     "BLOCK",
@@ -57,14 +58,14 @@ LARGEST_BF16 = torch.finfo(torch.bfloat16).max
 
 @contextmanager
 def in_float32(
-    weight: Tensor, remainder: Tensor | None, rounding: str, key: int, noise: Tensor | None = None
+    weight: Tensor, remainder: Tensor | None, rounding: Rounding, key: int, noise: Tensor | None = None
 ) -> Iterator[Tensor]:
     """Yield the exact value of a weight in float32; after the block, store what it was changed to.
 
     Args:
         weight: bf16, any shape. A wider weight is yielded itself.
         remainder: int16, the shape of the weight: what rounding to bf16 has lost. None if nothing is kept.
-        rounding: "exact", "stochastic" or "nearest".
+        rounding: of a bf16 weight.
         key: names the random bits of stochastic rounding.
         noise: these bits, int32 and the shape of the weight, if the caller has made them; used up.
     """
@@ -87,7 +88,7 @@ def widen(weight: Tensor, remainder: Tensor | None) -> Tensor:
 
 
 def narrow(
-    exact: Tensor, weight: Tensor, remainder: Tensor | None, rounding: str, noise: Tensor | None
+    exact: Tensor, weight: Tensor, remainder: Tensor | None, rounding: Rounding, noise: Tensor | None
 ) -> None:
     """Store what `widen` returned, after it was updated; `exact` and `noise` are used up."""
     if weight.dtype != torch.bfloat16:

@@ -11,13 +11,12 @@ from torch import Tensor
 
 from lisatune.optim import codecs
 from lisatune.optim.chunks import cut, flatten, on_device
+from lisatune.optim.group import Group
 
 __all__ = ["update_factored"]
 
 
-def update_factored(
-    group: dict[str, Any], p: Tensor, state: dict[str, Any], key: int, chunk_size: int
-) -> None:
+def update_factored(group: Group, p: Tensor, state: dict[str, Any], key: int, chunk_size: int) -> None:
     """Make one step of a parameter of any shape.
 
     Args:

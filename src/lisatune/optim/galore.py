@@ -25,7 +25,8 @@ from lisatune.distributed.shards import part_to_update
 from lisatune.optim import codecs
 from lisatune.optim.adamw import AdamW
 from lisatune.optim.chunks import flatten, on_device
-from lisatune.optim.state import low_rank_shape, prepare
+from lisatune.optim.group import Group
+from lisatune.optim.state import low_rank_shape, prepare, unprojected
 
 __all__ = ["GaLoreAdamW", "basis_of", "is_projected"]
 
@@ -43,7 +44,7 @@ class GaLoreAdamW(AdamW):
         ...                          {"params": others}], lr=1e-3)
     """
 
-    def _update(self, group: dict[str, Any], ready: Sequence[tuple[int, nn.Parameter]]) -> None:
+    def _update(self, group: Group, ready: Sequence[tuple[int, nn.Parameter]]) -> None:
         if "rank" not in group:
             super()._update(group, ready)
             return
@@ -57,7 +58,7 @@ class GaLoreAdamW(AdamW):
             key = codecs.key_of(group["seed"], group["steps_done"], place)
             self._update_projected(group, p, state, key)
 
-    def _update_projected(self, group: dict[str, Any], p: Tensor, state: dict[str, Any], key: int) -> None:
+    def _update_projected(self, group: Group, p: Tensor, state: dict[str, Any], key: int) -> None:
         assert p.grad is not None
         basis = state["basis"]
         gradient = p.grad.to(basis.dtype)
@@ -65,7 +66,8 @@ class GaLoreAdamW(AdamW):
         step = torch.zeros(low_rank_shape(group, p), dtype=basis.dtype, device=p.device)
         step.grad = gradient @ basis if is_tall else basis.T @ gradient
         del gradient
-        plain = {name: value for name, value in group.items() if name != "rank"} | {"weight_decay": 0.0}
+        plain = unprojected(group)
+        plain["weight_decay"] = 0.0
         moments = {name: value for name, value in state.items() if name not in ("basis", "remainder")}
         self._update_alone(plain, step, moments, key)  # from zero: what is left in `step` is N
         step.grad = None

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from lisatune.optim import codecs
 from lisatune.optim.chunks import cut
+from lisatune.optim.group import Group
 
 __all__ = ["TABLE", "RowGradients", "make_table", "sparse_rows", "table_layout", "update_rows"]
 
@@ -85,7 +86,7 @@ def make_table(p: Tensor, state: dict[str, Any], rows: int) -> None:
         state[key] = new
 
 
-def update_rows(group: dict[str, Any], p: Tensor, state: dict[str, Any], key: int, chunk_size: int) -> None:
+def update_rows(group: Group, p: Tensor, state: dict[str, Any], key: int, chunk_size: int) -> None:
     """Make one step of the rows that have a gradient.
 
     Args:
