@@ -14,6 +14,7 @@ from lisatune.distributed import ranks
 
 __all__ = [
     "full_tensor",
+    "has_values",
     "is_sharded",
     "like_shard",
     "local_part",
@@ -32,6 +33,11 @@ def is_sharded(tensor: Tensor) -> bool:
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor holds numbers: one on the meta device, or of a memory plan, has a shape alone."""
+    return tensor.untyped_storage().device.type != "meta"
 
 
 def local_part(tensor: Any) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lisatune.optim.meter import tensors_bytes
+from lisatune.optim.meter import restore_dtypes, tensors_bytes
 
 __all__ = ["FrozenState", "HostState"]
 
@@ -86,19 +86,10 @@ class FrozenState:
                 state[index] = kept
 
     def load(self, saved: Mapping[int, Mapping[str, Any]]) -> None:
-        """Forget what is kept: the optimizer has just loaded a state_dict whose `state` was `saved`.
-
-        `load_state_dict` casts every entry to its parameter's dtype. That is undone for optimizers that name
-        lasting state: a remainder of 16 bits read as a float is lost.
-        """
+        """Forget what is kept: the optimizer has just loaded a state_dict whose `state` was `saved`."""
         self._host.clear()
-        if not self._lasting:
-            return
-        for index, parameter in enumerate(_in_order(self._optimizer)):
-            entry = self._optimizer.state.get(parameter, {})
-            for key, value in saved.get(index, {}).items():
-                if isinstance(value, Tensor) and key in entry and entry[key].dtype != value.dtype:
-                    entry[key] = value.detach().clone().to(entry[key].device)
+        if self._lasting:  # an integer remainder that was cast to a float would be lost
+            restore_dtypes(self._optimizer, saved)
 
     def nbytes(self) -> int:
         """Count the bytes that are kept in host memory."""

@@ -20,11 +20,10 @@ from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from lisatune.distributed.shards import reshard
+from lisatune.distributed.shards import has_values, local_part, reshard
 from lisatune.losses.cross_entropy import linear_cross_entropy
 from lisatune.nn.hidden import hidden_states, logits, num_virtual_tokens
 
@@ -63,17 +62,14 @@ def chunked_cross_entropy(
 
     Returns:
         Loss sum (scalar) and number of positions with loss (int64 scalar). With no such position the sum
-        is a zero whose gradients are zeros. On fake tensors every position counts as one with loss, since
-        their values, and so the number of positions, are unknown.
+        is a zero whose gradients are zeros.
     """
     target_BT = labels_BT if is_shifted else labels_BT[:, 1:]
     hidden_BTD = hidden_BTD[:, : target_BT.shape[1]]
     has_loss_BT = target_BT != IGNORE
     num_tokens = has_loss_BT.sum()
-    if isinstance(labels_BT, FakeTensor):
-        hidden_ND, target_N = hidden_BTD.flatten(0, 1), target_BT.flatten()
-    else:  # waits for the device once per call: N must be known
-        hidden_ND, target_N = hidden_BTD[has_loss_BT], target_BT[has_loss_BT]
+    # Waits for the device once per call: N must be known.
+    hidden_ND, target_N = hidden_BTD[has_loss_BT], target_BT[has_loss_BT]
     if _is_plain(head):
         total = linear_cross_entropy(
             hidden_ND, head.weight, target_N, chunk_size=chunk_size, transform=transform
@@ -102,11 +98,15 @@ def _is_plain(head: Any) -> TypeGuard[nn.Linear]:
     return (
         type(head) is nn.Linear
         and head.bias is None
-        and type(head.weight) in (nn.Parameter, FakeTensor)
-        and type(head.weight.data) in (Tensor, FakeTensor)
+        and (_is_plain_parameter(head.weight) or not has_values(head.weight))
         and "forward" not in vars(head)
         and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks)
     )
+
+
+def _is_plain_parameter(weight: Tensor) -> bool:
+    """Whether a weight is neither quantised nor divided among ranks, which both are subclasses."""
+    return type(weight) is nn.Parameter and type(weight.data) is Tensor
 
 
 class CausalLMLoss:
@@ -125,10 +125,10 @@ class CausalLMLoss:
     `forward` is bypassed.
 
     Args:
-        model: a `transformers` causal language model, with weights and on its device. It is called twice.
+        model: a `transformers` causal language model on its device. It is called twice; without weights (on
+            the meta device) it is not called, and its config is believed.
         chunk_size: positions whose logits exist at once.
         on_obstacle: what to do where the model needs its full logits: use them and warn, or raise.
-        prove: False believes the config and calls nothing: for a model without weights.
 
     Attributes:
         is_chunked: False where the model needs its full logits.
@@ -144,13 +144,11 @@ class CausalLMLoss:
         *,
         chunk_size: int = 128,
         on_obstacle: Literal["warn", "raise"] = "warn",
-        prove: bool = True,
     ) -> None:
         self.model: Any = model
         self.chunk_size = chunk_size
         self.transform: Callable[[Tensor], Tensor] | None = None
-        self._is_proven = prove
-        obstacle = self._find_transform() if prove else self._expect_transform()
+        obstacle = self._find_transform()
         self.is_chunked = obstacle is None
         if obstacle is not None and on_obstacle == "raise":
             raise ValueError(f"{type(model).__name__} needs its full logits: {obstacle}")
@@ -212,7 +210,7 @@ class CausalLMLoss:
             ValueError: with virtual tokens hidden states and head don't give the model's own logits any more.
         """
         self.model = model
-        obstacle = self._find_transform() if self._is_proven and num_virtual_tokens(model) else None
+        obstacle = self._find_transform() if num_virtual_tokens(model) else None
         if obstacle is not None:
             raise ValueError(f"virtual tokens don't work with this model ({obstacle}); use another method")
 
@@ -221,6 +219,10 @@ class CausalLMLoss:
         head = self.model.get_output_embeddings()
         if head is None:
             return "it names no output head"
+        candidates = _transforms(self.model.config.get_text_config(decoder=True))
+        if not has_values(local_part(self.model.get_input_embeddings().weight)):
+            self.transform = candidates[0]  # nothing to compare with
+            return None
         probe = self._probe()
         with torch.no_grad(), evaluation_mode(self.model):
             want_BTV = logits(self.model, *probe)
@@ -230,18 +232,11 @@ class CausalLMLoss:
                 raw_BTV = head(hidden_states(self.model, *probe))
             except (AttributeError, RuntimeError, TypeError, ValueError) as error:
                 return f"its decoder and head can't be called apart ({error})"
-            for transform in _transforms(self.model.config.get_text_config(decoder=True)):
+            for transform in candidates:
                 if _agree(raw_BTV if transform is None else transform(raw_BTV), want_BTV):
                     self.transform = transform
                     return None
         return "it changes its logits in a way that its config does not name"
-
-    def _expect_transform(self) -> str | None:
-        """Take the likeliest transform, unproven: for a model that has no weights to compute with."""
-        if self.model.get_output_embeddings() is None:
-            return "it names no output head"
-        self.transform = _transforms(self.model.config.get_text_config(decoder=True))[0]
-        return None
 
     def _probe(self) -> tuple[Tensor, Tensor]:
         """Two sequences of eight tokens: enough to compare, and no random number is drawn."""
@@ -303,13 +298,12 @@ class ShardedLoss(CausalLMLoss):
 
     Args:
         model: a sharded model; every rank must make its loss.
-        prove: as of `CausalLMLoss`.
     """
 
-    def __init__(self, model: nn.Module, *, prove: bool = True) -> None:
+    def __init__(self, model: nn.Module) -> None:
         from torch.distributed.fsdp import register_fsdp_forward_method
 
-        super().__init__(model, prove=prove)
+        super().__init__(model)
         reshard(model)
         self.model._sharded_loss = super().__call__
         register_fsdp_forward_method(self.model, "_sharded_loss")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from lisatune.models.shapes import shape_config
 from lisatune.nn.hidden import max_positions
 from lisatune.nn.layers import LayerMap
 from lisatune.optim.adamw import CHUNK, CHUNK_ELSEWHERE, AdamW
+from lisatune.optim.group import Group
 from lisatune.optim.rows import sparse_rows
 from lisatune.optim.state import prepare
 from lisatune.recipe import Recipe
@@ -175,7 +176,7 @@ def _plan(
             if is_divided:
                 shard(prepared, layers.blocks, device=device, how=run.sharding)
 
-        loss = None if is_divided else CausalLMLoss(model, prove=False)
+        loss = None if is_divided else CausalLMLoss(model)
         built = build(recipe, model, loss, steps=steps, device=device, materialise=materialise)
         if isinstance(built.step.optimizer, AdamW):
             built.step.optimizer.chunk_size = CHUNK.get(run.device, CHUNK_ELSEWHERE)
@@ -293,7 +294,7 @@ def _make_state(built: Built, ids: int) -> None:
             if p.requires_grad:
                 p.grad = sparse_rows(p, ids) if group.get("rows") else torch.empty_like(p)
                 if isinstance(optimizer, AdamW):
-                    prepare(group, part_to_update(p), optimizer.state[p])
+                    prepare(cast(Group, group), part_to_update(p), optimizer.state[p])
     if not isinstance(optimizer, AdamW):
         optimizer.step()
     built.step.skip()

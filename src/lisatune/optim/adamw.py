@@ -32,7 +32,7 @@ which the clipping at RMS 1 bounds. Parameters of one dimension keep a whole sec
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +41,9 @@ from torch.optim import Optimizer
 from lisatune.distributed.shards import part_to_update
 from lisatune.optim import codecs
 from lisatune.optim.adamw_triton import can_update, update_chunk
-from lisatune.optim.chunks import on_device
+from lisatune.optim.chunks import flatten, on_device
 from lisatune.optim.factored import update_factored
+from lisatune.optim.group import Group, Moments, Rounding, StateDevice
 from lisatune.optim.in_backward import UpdateInBackward
 from lisatune.optim.rows import RowGradients, update_rows
 from lisatune.optim.state import (
@@ -104,6 +105,8 @@ class AdamW(Optimizer):
     lasting_state: tuple[str, ...] = ("remainder",)
     """State that belongs to the weights: whoever releases state keeps these keys for later."""
 
+    param_groups: list[Group]  # type: ignore[assignment]  # torch says dict[str, Any]
+
     _incoming: dict[int, Any] | None = None
 
     def __init__(
@@ -114,9 +117,9 @@ class AdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
-        rounding: Literal["exact", "stochastic", "nearest"] = "exact",
-        moments: Literal["fp32", "bf16", "8bit", "factored"] = "fp32",
-        state_device: Literal["cpu"] | None = None,
+        rounding: Rounding = "exact",
+        moments: Moments = "fp32",
+        state_device: StateDevice | None = None,
         rows: bool = False,
         seed: int = 0,
         chunk_size: int | None = None,
@@ -208,9 +211,9 @@ class AdamW(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take up state; torch calls this in `load_state_dict`, before hooks such as LISA's look at it."""
         super().__setstate__(state)
-        for group in self.param_groups:
+        for options in cast(list[dict[str, Any]], self.param_groups):
             for key, value in self.defaults.items():
-                group.setdefault(key, value)  # a state saved by another AdamW
+                options.setdefault(key, value)  # a state saved by another AdamW
         if self._incoming is None:
             return
         numbered = [(group, p) for group in self.param_groups for p in group["params"]]
@@ -229,7 +232,7 @@ class AdamW(Optimizer):
 
     # ---- one group
 
-    def _update(self, group: dict[str, Any], ready: Sequence[tuple[int, nn.Parameter]]) -> None:
+    def _update(self, group: Group, ready: Sequence[tuple[int, nn.Parameter]]) -> None:
         """Update parameters of a group, each given with its place in the optimizer."""
         whole: list[Tensor] = []
         states: list[dict[str, Any]] = []
@@ -250,49 +253,46 @@ class AdamW(Optimizer):
             exp_avgs, exp_avg_sqs = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
             fused_adamw(group, whole, [p.grad for p in whole], exp_avgs, exp_avg_sqs, steps)
 
-    def _update_alone(self, group: dict[str, Any], p: Tensor, state: dict[str, Any], key: int) -> None:
+    def _update_alone(self, group: Group, p: Tensor, state: dict[str, Any], key: int) -> None:
         if group["moments"] == "factored":
             update_factored(group, p, state, key, self._chunk(p))
         else:
             self._update_in_chunks(group, p, state, key)
 
-    def _update_in_chunks(self, group: dict[str, Any], p: Tensor, state: dict[str, Any], key: int) -> None:
+    def _update_in_chunks(self, group: Group, p: Tensor, state: dict[str, Any], key: int) -> None:
         assert p.grad is not None
         state["step"].add_(1)
-        weight, gradient = p.detach().reshape(-1), p.grad.reshape(-1)
+        gradient = p.grad.reshape(-1)
         is_one_kernel, chunk_size = can_update(group, p), self._chunk(p)
         if is_one_kernel and group["state_device"] is None:
             chunk_size = self.chunk_size or CHUNK_OF_KERNEL
         stored = {name: value.view(-1) for name, value in state.items() if name in CHUNKED}
-        for number, (at, chunk) in enumerate(on_device(stored, p.numel(), chunk_size, p.device)):
-            chunk_key = codecs.key_of(key, number)
-            if is_one_kernel:
-                update_chunk(group, weight[at], gradient[at], chunk, state["step"], chunk_key)
-                continue
-            noise = (
-                codecs.random_bits(at.stop - at.start, chunk_key, p.device) if _is_random(group, p) else None
-            )
-            wide = codecs.widen(weight[at], chunk.get("remainder"))
-            exp_avg, exp_avg_sq = read_moments(chunk, wide.dtype)
-            grads = [gradient[at].to(wide.dtype)]
-            fused_adamw(group, [wide], grads, [exp_avg], [exp_avg_sq], [state["step"]])
-            write_moments(chunk, exp_avg, exp_avg_sq, noise)
-            codecs.narrow(wide, weight[at], chunk.get("remainder"), group["rounding"], noise)
-        if not p.is_contiguous():
-            p.copy_(weight.view(p.shape))
+        update = update_chunk if is_one_kernel else _update_chunk
+        with flatten(p) as weight:
+            for number, (at, chunk) in enumerate(on_device(stored, p.numel(), chunk_size, p.device)):
+                chunk_key = codecs.key_of(key, number)
+                update(group, weight[at], gradient[at], chunk, state["step"], chunk_key)
 
     def _chunk(self, p: Tensor) -> int:
         return self.chunk_size or CHUNK.get(p.device.type, CHUNK_ELSEWHERE)
 
 
-def _is_whole(group: dict[str, Any], p: Tensor, state: dict[str, Any]) -> bool:
+def _update_chunk(
+    group: Group, weight: Tensor, gradient: Tensor, chunk: dict[str, Tensor], step: Tensor, key: int
+) -> None:
+    """Make a step of a chunk in place; `adamw_triton.update_chunk` does the same in one kernel."""
+    # The bf16 second moment takes the upper half of the random bits, the weight the lower.
+    noise = codecs.random_bits(weight.numel(), key, weight.device) if group["moments"] == "bf16" else None
+    with codecs.in_float32(weight, chunk.get("remainder"), group["rounding"], key, noise) as exact:
+        exp_avg, exp_avg_sq = read_moments(chunk, exact.dtype)
+        fused_adamw(group, [exact], [gradient.to(exact.dtype)], [exp_avg], [exp_avg_sq], [step])
+        write_moments(chunk, exp_avg, exp_avg_sq, noise)
+
+
+def _is_whole(group: Group, p: Tensor, state: dict[str, Any]) -> bool:
     """Whether the kernel can take weight, gradient and moments as they are stored."""
     assert p.grad is not None
     is_flat = p.is_contiguous() and p.grad.is_contiguous() and p.grad.dtype == p.dtype
     moment = state.get("exp_avg")
     is_ready = moment is not None and moment.dtype == p.dtype and moment.device == p.device
     return is_flat and is_ready and p.dtype != torch.bfloat16
-
-
-def _is_random(group: dict[str, Any], p: Tensor) -> bool:
-    return group["moments"] == "bf16" or (p.dtype == torch.bfloat16 and group["rounding"] == "stochastic")

@@ -9,12 +9,12 @@ which the tests run without a GPU.
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lisatune.optim import codecs
+from lisatune.optim.group import Group
 
 __all__ = ["can_update", "update_chunk"]
 
@@ -32,7 +32,7 @@ SIZE = 1024
 NARROW = torch.bfloat16
 
 
-def can_update(group: dict[str, Any], p: Tensor) -> bool:
+def can_update(group: Group, p: Tensor) -> bool:
     """Whether the kernel covers a parameter with its gradient; never where that would wait for the device."""
     assert p.grad is not None
     is_here = triton is not None and p.device.type == "cuda"
@@ -42,7 +42,7 @@ def can_update(group: dict[str, Any], p: Tensor) -> bool:
 
 
 def update_chunk(
-    group: dict[str, Any], weight: Tensor, gradient: Tensor, chunk: dict[str, Tensor], step: Tensor, key: int
+    group: Group, weight: Tensor, gradient: Tensor, chunk: dict[str, Tensor], step: Tensor, key: int
 ) -> None:
     """Make a step of a chunk in place.
 

@@ -5,17 +5,34 @@ of their own, the next chunk's before this one is computed: two chunks are on th
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TypeVar
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
+from lisatune.distributed.shards import has_values
 from lisatune.optim.codecs import BLOCK
 
-__all__ = ["enough_chunks", "on_device", "values_of"]
+__all__ = ["cut", "flatten", "on_device", "values_of"]
 
-T = TypeVar("T")
+
+@contextmanager
+def flatten(p: Tensor) -> Iterator[Tensor]:
+    """Yield the elements of a parameter as one row [N], to be changed in place even if `p` is strided."""
+    row = p.detach().reshape(-1)
+    yield row
+    if not p.is_contiguous():  # `row` is a copy
+        p.copy_(row.view(p.shape))
+
+
+def cut(size: int, chunk_size: int, *, like: Tensor) -> list[slice]:
+    """Cut `size` elements or rows into slices of `chunk_size`; the last one may be smaller.
+
+    If `like` has no values, because a memory plan is being made, three slices show the peak: the first; the
+    second, which is computed while temporaries of the first are still held; and the last.
+    """
+    slices = [slice(start, min(start + chunk_size, size)) for start in range(0, size, chunk_size)]
+    return slices if has_values(like) or len(slices) <= 3 else [*slices[:2], slices[-1]]
 
 
 def on_device(
@@ -30,10 +47,7 @@ def on_device(
         chunk_size: elements of a chunk, a multiple of 256.
         device: where the weight is.
     """
-    slices: Sequence[slice] = [
-        slice(start, min(start + chunk_size, size)) for start in range(0, size, chunk_size)
-    ]
-    slices = enough_chunks(slices, next(iter(stored.values()), torch.empty(0)))
+    slices = cut(size, chunk_size, like=next(iter(stored.values()), torch.empty(0)))
     is_away = any(value.device != device for value in stored.values())
     if not is_away:
         for at in slices:
@@ -96,14 +110,3 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 def values_of(gradient: Tensor) -> Tensor:
     """Return the numbers of a gradient that can differ from zero, in its own memory: a merged one's rows."""
     return gradient.coalesce()._values() if gradient.is_sparse else gradient
-
-
-def enough_chunks(chunks: Sequence[T], of: Tensor) -> Sequence[T]:
-    """All chunks of a real tensor; of a fake one those that tell its memory.
-
-    These are the first, the second, which is made while what the first has left is still held, and the last,
-    which may be smaller.
-    """
-    if isinstance(of, FakeTensor) and len(chunks) > 3:
-        return [*chunks[:2], chunks[-1]]
-    return chunks

@@ -15,13 +15,17 @@ Dettmers et al., arXiv 2110.02861, section 2).
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import pad
+
+from lisatune.distributed.shards import has_values
+from lisatune.optim.group import Rounding
 
 __all__ = [
     "BLOCK",
@@ -29,6 +33,7 @@ __all__ = [
     "dequantize",
     "dynamic_map",
     "halves",
+    "in_float32",
     "join_remainder",
     "key_of",
     "narrow",
@@ -51,6 +56,26 @@ LARGEST = float.fromhex("0x1.fefffep127")
 LARGEST_BF16 = torch.finfo(torch.bfloat16).max
 
 
+@contextmanager
+def in_float32(
+    weight: Tensor, remainder: Tensor | None, rounding: Rounding, key: int, noise: Tensor | None = None
+) -> Iterator[Tensor]:
+    """Yield the exact value of a weight in float32; after the block, store what it was changed to.
+
+    Args:
+        weight: bf16, any shape. A wider weight is yielded itself.
+        remainder: int16, the shape of the weight: what rounding to bf16 has lost. None if nothing is kept.
+        rounding: of a bf16 weight.
+        key: names the random bits of stochastic rounding.
+        noise: these bits, int32 and the shape of the weight, if the caller has made them; used up.
+    """
+    if noise is None and rounding == "stochastic" and weight.dtype == torch.bfloat16:
+        noise = random_bits(weight.numel(), key, weight.device).view(weight.shape)
+    exact = widen(weight, remainder)
+    yield exact
+    narrow(exact, weight, remainder, rounding, noise)
+
+
 def widen(weight: Tensor, remainder: Tensor | None) -> Tensor:
     """Return what a weight means as float32, from bf16 in new memory; a wider one is returned as it is."""
     if weight.dtype != torch.bfloat16:
@@ -63,7 +88,7 @@ def widen(weight: Tensor, remainder: Tensor | None) -> Tensor:
 
 
 def narrow(
-    exact: Tensor, weight: Tensor, remainder: Tensor | None, rounding: str, noise: Tensor | None
+    exact: Tensor, weight: Tensor, remainder: Tensor | None, rounding: Rounding, noise: Tensor | None
 ) -> None:
     """Store what `widen` returned, after it was updated; `exact` and `noise` are used up."""
     if weight.dtype != torch.bfloat16:
@@ -166,7 +191,7 @@ def dequantize(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
 
 def tables(signed: bool, like: Tensor) -> tuple[Tensor, Tensor]:
     """The code of each of the 2^16 bf16 numbers, uint8, and the value of each of the 256 codes, float32."""
-    if like.device.type == "meta" or isinstance(like, FakeTensor):  # shapes are all that counts
+    if not has_values(like):  # shapes are all that counts
         codes = torch.empty(1 << 16, dtype=torch.uint8, device=like.device)
         return codes, torch.empty(256, device=like.device)
     return _tables_on(signed, like.device)

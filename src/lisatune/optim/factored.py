@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from lisatune.optim import codecs
-from lisatune.optim.chunks import enough_chunks, on_device
+from lisatune.optim.chunks import cut, flatten, on_device
+from lisatune.optim.group import Group
 
 __all__ = ["update_factored"]
 
 
-def update_factored(
-    group: dict[str, Any], p: Tensor, state: dict[str, Any], key: int, chunk_size: int
-) -> None:
+def update_factored(group: Group, p: Tensor, state: dict[str, Any], key: int, chunk_size: int) -> None:
     """Make one step of a parameter of any shape.
 
     Args:
@@ -37,8 +36,7 @@ def update_factored(
     gradient_RC = p.grad.reshape(rows, columns)
     step = state["step"].add_(1)
     correction = (1 - beta2**step).to(wide)
-    at_a_time = max(1, chunk_size // columns)
-    chunks = enough_chunks([slice(i, min(i + at_a_time, rows)) for i in range(0, rows, at_a_time)], p)
+    chunks = cut(rows, max(1, chunk_size // columns), like=p)
 
     if is_matrix:
         sums_C = torch.zeros(columns, dtype=wide, device=p.device)
@@ -67,19 +65,13 @@ def update_factored(
         total += update_of(at).square_().sum()
     scale = -group["lr"] / (total / p.numel()).sqrt().clamp(min=1)
 
-    weight_RC = p.detach().reshape(rows, columns)
-    for number, at in enumerate(chunks):
-        weight = weight_RC[at].view(-1)
-        kept = {
-            name: state[name].view(rows, columns)[at].view(-1) for name in ("remainder",) if name in state
-        }
-        for _, here in on_device(kept, weight.numel(), max(weight.numel(), 1), p.device):
-            exact = codecs.widen(weight, here.get("remainder"))
-            exact.mul_(1 - group["lr"] * group["weight_decay"])
-            exact.add_((update_of(at) * scale).view(-1))
-            is_random = p.dtype == torch.bfloat16 and group["rounding"] == "stochastic"
-            chunk_key = codecs.key_of(key, number)
-            noise = codecs.random_bits(weight.numel(), chunk_key, p.device) if is_random else None
-            codecs.narrow(exact, weight, here.get("remainder"), group["rounding"], noise)
-    if not p.is_contiguous():
-        p.copy_(weight_RC.view(p.shape))
+    remainder = {name: state[name].view(rows, columns) for name in ("remainder",) if name in state}
+    with flatten(p) as row:
+        weight_RC = row.view(rows, columns)
+        for number, at in enumerate(chunks):
+            weight, chunk_key = weight_RC[at].view(-1), codecs.key_of(key, number)
+            kept = {name: value[at].view(-1) for name, value in remainder.items()}
+            for _, here in on_device(kept, weight.numel(), weight.numel(), p.device):
+                with codecs.in_float32(weight, here.get("remainder"), group["rounding"], chunk_key) as exact:
+                    exact.mul_(1 - group["lr"] * group["weight_decay"])
+                    exact.add_((update_of(at) * scale).view(-1))

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from lisatune.distributed.shards import part_to_update
 from lisatune.optim import codecs
 from lisatune.optim.adamw import AdamW
-from lisatune.optim.chunks import on_device
-from lisatune.optim.state import low_rank_shape, prepare
+from lisatune.optim.chunks import flatten, on_device
+from lisatune.optim.group import Group
+from lisatune.optim.state import low_rank_shape, prepare, unprojected
 
 __all__ = ["GaLoreAdamW", "basis_of", "is_projected"]
 
@@ -43,7 +44,7 @@ class GaLoreAdamW(AdamW):
         ...                          {"params": others}], lr=1e-3)
     """
 
-    def _update(self, group: dict[str, Any], ready: Sequence[tuple[int, nn.Parameter]]) -> None:
+    def _update(self, group: Group, ready: Sequence[tuple[int, nn.Parameter]]) -> None:
         if "rank" not in group:
             super()._update(group, ready)
             return
@@ -57,7 +58,7 @@ class GaLoreAdamW(AdamW):
             key = codecs.key_of(group["seed"], group["steps_done"], place)
             self._update_projected(group, p, state, key)
 
-    def _update_projected(self, group: dict[str, Any], p: Tensor, state: dict[str, Any], key: int) -> None:
+    def _update_projected(self, group: Group, p: Tensor, state: dict[str, Any], key: int) -> None:
         assert p.grad is not None
         basis = state["basis"]
         gradient = p.grad.to(basis.dtype)
@@ -65,23 +66,20 @@ class GaLoreAdamW(AdamW):
         step = torch.zeros(low_rank_shape(group, p), dtype=basis.dtype, device=p.device)
         step.grad = gradient @ basis if is_tall else basis.T @ gradient
         del gradient
-        plain = {name: value for name, value in group.items() if name != "rank"} | {"weight_decay": 0.0}
+        plain = unprojected(group)
+        plain["weight_decay"] = 0.0
         moments = {name: value for name, value in state.items() if name not in ("basis", "remainder")}
         self._update_alone(plain, step, moments, key)  # from zero: what is left in `step` is N
         step.grad = None
 
-        weight = p.detach().reshape(-1)
+        left, right = (step, basis.T) if is_tall else (basis, step)
         kept = {"remainder": state["remainder"].view(-1)} if "remainder" in state else {}
-        for _, here in on_device(kept, p.numel(), p.numel(), p.device):
-            is_random = p.dtype == torch.bfloat16 and group["rounding"] == "stochastic"
-            noise = codecs.random_bits(p.numel(), codecs.key_of(key, 1), p.device) if is_random else None
-            exact = codecs.widen(weight, here.get("remainder"))
-            exact.mul_(1 - group["lr"] * group["weight_decay"])
-            left, right = (step, basis.T) if is_tall else (basis, step)
-            exact.view(p.shape).addmm_(left, right, alpha=group["scale"])
-            codecs.narrow(exact, weight, here.get("remainder"), group["rounding"], noise)
-        if not p.is_contiguous():
-            p.copy_(weight.view(p.shape))
+        rounding, key = group["rounding"], codecs.key_of(key, 1)
+        with flatten(p) as weight:
+            for _, here in on_device(kept, p.numel(), p.numel(), p.device):
+                with codecs.in_float32(weight, here.get("remainder"), rounding, key) as exact:
+                    exact.mul_(1 - group["lr"] * group["weight_decay"])
+                    exact.view(p.shape).addmm_(left, right, alpha=group["scale"])
 
 
 def is_projected(p: Tensor, rank: int) -> bool:

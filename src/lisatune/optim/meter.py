@@ -5,7 +5,7 @@ and sharding hold on to them. A group whose block is frozen costs nothing, since
 has a gradient.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,15 @@ from lisatune.distributed.shards import local_part
 from lisatune.optim.adamw import AdamW
 from lisatune.optim.state import is_host_state
 
-__all__ = ["StateMeter", "host_state", "plain_tensors", "state_bytes", "state_elements", "tensors_bytes"]
+__all__ = [
+    "StateMeter",
+    "host_state",
+    "plain_tensors",
+    "restore_dtypes",
+    "state_bytes",
+    "state_elements",
+    "tensors_bytes",
+]
 
 
 def state_bytes(optimizer: Optimizer) -> int:
@@ -68,6 +76,26 @@ def host_state(optimizer: Optimizer) -> list[torch.Tensor]:
         for key, value in optimizer.state.get(p, {}).items()
         if is_host_state(group, key)
     ]
+
+
+def restore_dtypes(optimizer: Optimizer, saved: Mapping[int, Mapping[str, Any]]) -> None:
+    """Give loaded state the dtypes that it was saved in.
+
+    `Optimizer.load_state_dict` casts every tensor to the dtype of its parameter: float32 moments of bf16
+    weights lose bits, and a remainder of integers loses its meaning. `lisatune.AdamW` prevents that itself.
+
+    Args:
+        optimizer: has just loaded a state_dict.
+        saved: the `state` of that state_dict, by the parameter's number; it is not changed.
+    """
+    if isinstance(optimizer, AdamW):
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, entry in saved.items():
+        loaded = optimizer.state.get(parameters[number], {})
+        for key, value in entry.items():
+            if isinstance(value, Tensor) and key in loaded and loaded[key].dtype != value.dtype:
+                loaded[key] = value.detach().to(loaded[key].device, copy=True)
 
 
 def _bytes_of(states: Iterable[dict[str, Any]]) -> int:

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from lisatune.optim import codecs
-from lisatune.optim.chunks import enough_chunks
+from lisatune.optim.chunks import cut
+from lisatune.optim.group import Group
 
 __all__ = ["TABLE", "RowGradients", "make_table", "sparse_rows", "table_layout", "update_rows"]
 
@@ -85,7 +86,7 @@ def make_table(p: Tensor, state: dict[str, Any], rows: int) -> None:
         state[key] = new
 
 
-def update_rows(group: dict[str, Any], p: Tensor, state: dict[str, Any], key: int, chunk_size: int) -> None:
+def update_rows(group: Group, p: Tensor, state: dict[str, Any], key: int, chunk_size: int) -> None:
     """Make one step of the rows that have a gradient.
 
     Args:
@@ -108,8 +109,7 @@ def update_rows(group: dict[str, Any], p: Tensor, state: dict[str, Any], key: in
     (beta1, beta2), lr = group["betas"], group["lr"]
     wide = state["exp_avg"].dtype
     at_a_time = max(1, chunk_size // max(p[0].numel(), 1))
-    chunks = [slice(i, min(i + at_a_time, count)) for i in range(0, count, at_a_time)]
-    for number, at in enumerate(enough_chunks(chunks, p)):
+    for number, at in enumerate(cut(count, at_a_time, like=p)):
         slots, ids_c, new_c1 = slots_n[at], ids_n[at], ~is_known_n[at].unsqueeze(1)
         steps_c1 = steps_n[at].to(torch.float64).unsqueeze(1)
         gradient_cD = gradient_nD[at].to(wide)
@@ -119,18 +119,11 @@ def update_rows(group: dict[str, Any], p: Tensor, state: dict[str, Any], key: in
         exp_avg_sq.mul_(beta2).addcmul_(gradient_cD, gradient_cD, value=1 - beta2)
         state["exp_avg_sq"][slots] = exp_avg_sq
         rows_cD = p.detach()[ids_c]
-        exact_cD = codecs.widen(rows_cD, None)
-        exact_cD.mul_(1 - lr * group["weight_decay"])
         size_c1 = (lr / (1 - beta1**steps_c1)).to(wide)
         spread_c1 = (1 - beta2**steps_c1).sqrt().to(wide)
-        exact_cD.sub_(exp_avg.mul_(size_c1).div_(exp_avg_sq.sqrt_().div_(spread_c1).add_(group["eps"])))
-        is_random = p.dtype == torch.bfloat16 and group["rounding"] == "stochastic"
-        noise = (
-            codecs.random_bits(rows_cD.numel(), codecs.key_of(key, number), p.device).view(rows_cD.shape)
-            if is_random
-            else None
-        )
-        codecs.narrow(exact_cD, rows_cD, None, group["rounding"], noise)
+        with codecs.in_float32(rows_cD, None, group["rounding"], codecs.key_of(key, number)) as exact_cD:
+            exact_cD.mul_(1 - lr * group["weight_decay"])
+            exact_cD.sub_(exp_avg.mul_(size_c1).div_(exp_avg_sq.sqrt_().div_(spread_c1).add_(group["eps"])))
         p.detach()[ids_c] = rows_cD
 
 

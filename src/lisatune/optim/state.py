@@ -1,20 +1,19 @@
 """What AdamW keeps for a parameter: names, shapes, dtypes and places, and torch's kernel that updates it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from lisatune.optim import codecs
 from lisatune.optim.codecs import BLOCK
+from lisatune.optim.group import Group, Moments, Rounding, StateDevice
 from lisatune.optim.rows import make_table, table_layout
 
 __all__ = [
     "CHUNKED",
-    "MOMENTS",
-    "ROUNDINGS",
     "Home",
     "check_group",
     "fused_adamw",
@@ -24,14 +23,9 @@ __all__ = [
     "low_rank_shape",
     "prepare",
     "read_moments",
+    "unprojected",
     "write_moments",
 ]
-
-ROUNDINGS = ("exact", "stochastic", "nearest")
-
-
-MOMENTS = ("fp32", "bf16", "8bit", "factored")
-
 
 SMALLEST_8BIT = 4096
 """Parameters of fewer elements keep float32 moments under `8bit`, as in bitsandbytes and torchao."""
@@ -43,7 +37,7 @@ CHUNKED = frozenset(
 """State that is read and written chunk by chunk, and that may live in host memory."""
 
 
-def layout_of(group: dict[str, Any], p: Tensor) -> dict[str, tuple[Sequence[int], torch.dtype]]:
+def layout_of(group: Group, p: Tensor) -> dict[str, tuple[Sequence[int], torch.dtype]]:
     """Shape and dtype of everything that a parameter's state holds; of a table of rows, at its longest."""
     if group["rows"]:
         return dict(table_layout(p, len(p)))
@@ -51,9 +45,8 @@ def layout_of(group: dict[str, Any], p: Tensor) -> dict[str, tuple[Sequence[int]
     layout: dict[str, tuple[Sequence[int], torch.dtype]] = {"step": ((), torch.float32)}
     moments = group["moments"]
     if "rank" in group:  # of projected gradients, see `lisatune.optim.galore`
-        plain = {name: value for name, value in group.items() if name != "rank"}
         small = torch.empty(low_rank_shape(group, p), dtype=wide, device="meta")
-        layout |= layout_of(plain, small) | {"basis": ((min(p.shape), group["rank"]), wide)}
+        layout |= layout_of(unprojected(group), small) | {"basis": ((min(p.shape), group["rank"]), wide)}
     elif moments == "factored" and p.ndim >= 2:
         layout["exp_avg_sq_rows"] = (p.shape[:1], wide)
         layout["exp_avg_sq_columns"] = ((p[0].numel() if len(p) else 0,), wide)
@@ -71,20 +64,32 @@ def layout_of(group: dict[str, Any], p: Tensor) -> dict[str, tuple[Sequence[int]
     return layout
 
 
-def low_rank_shape(group: dict[str, Any], p: Tensor) -> tuple[int, int]:
+def unprojected(group: Group) -> Group:
+    """Return the options that hold for a projected gradient: those of a group without projection."""
+    plain = group.copy()
+    del plain["rank"]
+    return plain
+
+
+def low_rank_shape(group: Group, p: Tensor) -> tuple[int, int]:
     """Shape of a matrix's projected gradient: its smaller side becomes the group's rank."""
     m, n = p.shape
     return (m, group["rank"]) if m >= n else (group["rank"], n)
 
 
-def check_group(group: dict[str, Any]) -> None:
+def check_group(group: Group) -> None:
     """Raise ValueError for a param group's option out of range, ImportError for a missing package."""
-    for name, allowed in (("rounding", ROUNDINGS), ("moments", MOMENTS), ("state_device", (None, "cpu"))):
-        if group[name] not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {group[name]!r}")
+    options: Mapping[str, Any] = group
+    for name, allowed in (
+        ("rounding", get_args(Rounding)),
+        ("moments", get_args(Moments)),
+        ("state_device", (None, *get_args(StateDevice))),
+    ):
+        if options[name] not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {options[name]!r}")
     for name in ("lr", "eps", "weight_decay"):
-        if not isinstance(group[name], Tensor) and not group[name] >= 0:
-            raise ValueError(f"{name} must be >= 0, got {group[name]}")
+        if not isinstance(options[name], Tensor) and not options[name] >= 0:
+            raise ValueError(f"{name} must be >= 0, got {options[name]}")
     if not all(0 <= beta < 1 for beta in group["betas"]):
         raise ValueError(f"betas must be in [0, 1), got {group['betas']}")
     if group["moments"] == "8bit":
@@ -93,11 +98,12 @@ def check_group(group: dict[str, Any]) -> None:
         _check_rows(group)
 
 
-def _check_rows(group: dict[str, Any]) -> None:
+def _check_rows(group: Group) -> None:
     """Rows have float32 moments beside the weight, and no remainder: it would be as large as the weight."""
+    options: Mapping[str, Any] = group
     for name, allowed in (("moments", "fp32"), ("state_device", None)):
-        if group[name] != allowed:
-            raise ValueError(f"a param group with rows: True has {name} {allowed}, got {group[name]!r}")
+        if options[name] != allowed:
+            raise ValueError(f"a param group with rows: True has {name} {allowed}, got {options[name]!r}")
     for p in group["params"]:
         if p.ndim != 2:
             raise ValueError(f"rows: True is for weights of nn.Embedding [V, D], got one of {list(p.shape)}")
@@ -121,20 +127,20 @@ class Home:
         return here.pin_memory() if self.is_pinned else here
 
 
-def is_host_state(group: dict[str, Any], key: str) -> bool:
+def is_host_state(group: Group, key: str) -> bool:
     """Whether a piece of a parameter's state is kept in host memory, by its group's options."""
     is_host = group["state_device"] == "cpu" and key in CHUNKED
     return is_host and (key == "remainder" or group["moments"] != "factored")
 
 
-def home_of(group: dict[str, Any], p: Tensor, key: str) -> Home:
+def home_of(group: Group, p: Tensor, key: str) -> Home:
     """Tell where a piece of a parameter's state lives: beside the weight, or in host memory."""
     is_host = is_host_state(group, key)
     device = torch.device("cpu") if is_host else p.device
     return Home(device, is_pinned=is_host and p.device.type == "cuda")
 
 
-def prepare(group: dict[str, Any], p: Tensor, state: dict[str, Any], *, ids: int | None = None) -> None:
+def prepare(group: Group, p: Tensor, state: dict[str, Any], *, ids: int | None = None) -> None:
     """Refuse what can't be updated, and start state that is missing.
 
     `ids` is how many ids a gradient of rows was made of, where these were merged.
@@ -189,7 +195,7 @@ def write_moments(
 
 
 def fused_adamw(
-    group: dict[str, Any],
+    group: Group,
     weights: Sequence[Tensor],
     gradients: Sequence[Tensor | None],
     exp_avgs: Sequence[Tensor],

@@ -39,6 +39,7 @@ from lisatune.files.tensors import (
     read_part,
     write_file,
 )
+from lisatune.optim.meter import restore_dtypes
 from lisatune.runs.manifest import DamagedCheckpointError, checkpoint_name, verify, write_manifest
 from lisatune.runs.named_state import (
     MisfitError,
@@ -46,7 +47,6 @@ from lisatune.runs.named_state import (
     check_same,
     from_json,
     from_names,
-    restore_dtypes,
     to_json,
     to_names,
 )
@@ -167,7 +167,7 @@ def load_checkpoint(
         raise ValueError(f"checkpoint {path} does not fit: it was saved {kind} a scheduler")
 
     hook = optimizer.register_load_state_dict_post_hook(
-        lambda loaded: restore_dtypes(model, loaded, optimizer_tensors),
+        lambda loaded: restore_dtypes(loaded, optimizer_state["state"]),
         prepend=True,  # before LISA moves a frozen block's state to host memory
     )
     try:

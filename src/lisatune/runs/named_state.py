@@ -16,7 +16,6 @@ __all__ = [
     "check_same",
     "from_json",
     "from_names",
-    "restore_dtypes",
     "to_json",
     "to_names",
 ]
@@ -74,16 +73,6 @@ def from_names(
         for i, group in enumerate(saved["param_groups"])
     ]
     return {**saved, "state": state, "param_groups": groups}
-
-
-def restore_dtypes(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Undo `load_state_dict`'s cast to parameter dtypes: float32 moments of bf16 weights stay float32."""
-    parameters = dict(model.named_parameters())
-    for key, saved in tensors.items():
-        name, _, part = key.rpartition("//")
-        state = optimizer.state.get(parameters[name], {})
-        if part in state and state[part].dtype != saved.dtype:
-            state[part] = saved.to(state[part].device)
 
 
 def check_same(what: str, saved: Mapping[str, str], now: Mapping[str, str]) -> None:

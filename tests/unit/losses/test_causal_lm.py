@@ -277,3 +277,13 @@ def test_smollm2_loss_is_that_of_transformers() -> None:
         loss_sum, num_tokens = CausalLMLoss(model)(rows)
         theirs = model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
     torch.testing.assert_close(loss_sum / num_tokens, theirs, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("kind", "changes"), [("llama untied", False), ("gemma2 with a cap", True)])
+def test_without_weights_the_config_is_believed(kind: str, changes: bool) -> None:
+    with torch.device("meta"):
+        model = build(CONFIGS[kind])
+    model.forward = None  # a call would fail
+    loss = CausalLMLoss(model)
+    assert loss.is_chunked
+    assert (loss.transform is not None) == changes

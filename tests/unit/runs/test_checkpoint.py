@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers.optimization import Adafactor
 
 import tiny
-from lisatune import LISA
+from lisatune import LISA, AdamW
 from lisatune.runs.checkpoint import load_checkpoint, save_checkpoint
 from lisatune.runs.manifest import FILES, newest_checkpoint, prune
 
@@ -166,6 +166,17 @@ def test_float32_state_that_lisa_keeps_on_the_host_stays_float32(tmp_path: Path)
     assert_equal(resumed.state_dict()["state"], optimizer.state_dict()["state"])
     assert {entry["exp_avg"].dtype for entry in resumed.state_dict()["state"].values()} == {torch.float32}
     tiny.assert_same_weights(other, model)
+
+
+def test_torchs_moments_of_bf16_weights_become_those_of_our_adamw(tmp_path: Path) -> None:
+    model = tiny.llama().bfloat16()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    tiny.fit(model, optimizer, 2)
+    path = save_checkpoint(tmp_path, step=2, model=model, optimizer=optimizer)
+    ours = AdamW(model.parameters(), lr=1e-2, moments="fp32")
+    load_checkpoint(path, model=model, optimizer=ours)
+    assert {entry["exp_avg"].dtype for entry in ours.state.values()} == {torch.float32}
+    tiny.fit(model, ours, range(2, 4))
 
 
 def damage(path: Path, kind: str) -> None:
