@@ -56,7 +56,7 @@ def test_a_limit_on_the_process_is_one_sentence_and_costs_no_checkpoint(
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         most = pages * resource.getpagesize() + 2**28
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
-        lisatune.memory.check._advice = lambda recipe: (
+        lisatune.memory.check._what_fits = lambda recipe: (
             f"the limit is {limit_bytes(torch.device('cpu')) == most}"
         )
         at_steps(_2=ALLOCATIONS[kind])
