@@ -167,6 +167,6 @@ def test_when_every_checkpoint_is_damaged_nothing_is_touched(
     capfd.readouterr()
     assert train(series.recipe, run, "--resume") == 2
     error = capfd.readouterr().err
-    assert "is damaged: weights.safetensors is not what was written" in error
+    assert "is damaged: weights.safetensors changed after it was written" in error
     assert "no other is whole; start again with --overwrite" in error
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

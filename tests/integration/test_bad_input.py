@@ -359,7 +359,7 @@ def test_an_output_folder_that_exists_is_left_alone(recipe: Path, refused: Calla
     run = recipe.parent / "run"
     trained(recipe, "run")
     refused(
-        "train", recipe, says=(f"run folder {run} exists", "--resume to go on with it, --overwrite to start")
+        "train", recipe, says=(f"run folder {run} exists", "--resume to continue it or --overwrite to start")
     )
     refused("train", recipe, "--resume", "--overwrite", says=("exclude each other; give one of them",))
     (run / "environment.json").unlink()
