@@ -129,7 +129,7 @@ def test_an_index_that_leads_to_a_pickle_or_out_of_its_folder_is_refused(
 @pytest.mark.parametrize("name", ["rows.pkl", "rows.pt", "rows.bin", "rows.arrow"])
 def test_data_that_could_be_a_pickle_is_refused(name: str, recipe: Path, refused: Callable[..., str]) -> None:
     rows = plant(recipe.parent / "tiny" / name)
-    assert f"can't read {rows}: unknown file type {rows.suffix}" in refused(f"data.train={rows}")
+    assert f"cannot read {rows}: unknown file type {rows.suffix}" in refused(f"data.train={rows}")
 
 
 # ---- paths

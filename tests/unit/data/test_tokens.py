@@ -193,7 +193,7 @@ def test_packing_fills_rows_and_prints_nothing(capfd: pytest.CaptureFixture[str]
 
 
 def test_packing_too_long_a_sequence_is_an_error() -> None:
-    with pytest.raises(ValueError, match="can't pack 9 tokens into max_length=8"):
+    with pytest.raises(ValueError, match="cannot pack 9 tokens into max_length=8"):
         pack(made_up([3, 9]), 8)
 
 
