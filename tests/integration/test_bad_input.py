@@ -361,7 +361,7 @@ def test_an_output_folder_that_exists_is_left_alone(recipe: Path, refused: Calla
     refused(
         "train", recipe, says=(f"run folder {run} exists", "--resume to continue it or --overwrite to start")
     )
-    refused("train", recipe, "--resume", "--overwrite", says=("exclude each other; give one of them",))
+    refused("train", recipe, "--resume", "--overwrite", says=("exclude each other; use one of them",))
     (run / "environment.json").unlink()
     refused("train", recipe, "--overwrite", says=(f"{run} does not look like a run folder", "name another"))
 

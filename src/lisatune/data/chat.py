@@ -1,4 +1,4 @@
-"""Chat templates for training: find where answers begin and end in a rendered conversation."""
+"""Chat templates for training: where answers begin and end in a conversation, and prompts as token ids."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -150,7 +150,7 @@ class Chat:
                 if not full.startswith(question) or same < end_of_text:
                     raise ValueError(
                         f"the chat template writes the messages up to number {index + 1} differently once "
-                        "others follow, so answers cannot be found in it; set loss_on to all, or give "
+                        "others follow, so answers cannot be told from the rest; set loss_on to all, or give "
                         "the tokenizer a template that only appends"
                     )
                 # Some templates end the last turn differently from the turns before it.
@@ -158,6 +158,23 @@ class Chat:
                 stops = (i for i in range(end_of_text, same + 1) if answer.endswith(self._stops, 0, i))
                 found += [(question, False), (answer[: max(stops, default=end)], True)]
         return found if found and found[-1][0] == full else [*found, (full, False)]
+
+
+def encode_prompt(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
+    """Turn a prompt into token ids: plain text as it is, messages through the chat template."""
+    if isinstance(prompt, str):
+        ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
+    else:
+        with explain_template_errors():
+            ids = tokenizer.apply_chat_template(
+                prompt, add_generation_prompt=True, return_dict=True, tokenizer_kwargs={"verbose": False}
+            )["input_ids"]
+    return ids
+
+
+def common_length(first: Sequence[object], second: Sequence[object]) -> int:
+    """Count the items that two sequences share from the start."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def _last_word(message: dict[str, str]) -> str:
@@ -173,20 +190,3 @@ def _drop_unseen_end(question: str, full: str) -> str:
         stacklevel=2,
     )
     return common
-
-
-def common_length(first: Sequence[object], second: Sequence[object]) -> int:
-    """Count the items that two sequences share from the start."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
-
-
-def encode_prompt(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
-    """Turn a prompt into token ids: plain text as it is, messages through the chat template."""
-    if isinstance(prompt, str):
-        ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
-    else:
-        with explain_template_errors():
-            ids = tokenizer.apply_chat_template(
-                prompt, add_generation_prompt=True, return_dict=True, tokenizer_kwargs={"verbose": False}
-            )["input_ids"]
-    return ids

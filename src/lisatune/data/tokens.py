@@ -1,4 +1,4 @@
-"""Tokens with labels: chat templates, answer masks, packing, batches and their order.
+"""Tokens with labels: answer masks, packing, batches, their order, and each rank's share of a batch.
 
 A label is the token id at the same position, or -100 where there is no loss; the loss function shifts labels.
 The first token of a sequence never carries loss, because nothing predicts it. The end of a sequence is known
@@ -22,14 +22,12 @@ from torch import Tensor
 from lisatune.data.chat import Chat, common_length
 from lisatune.data.records import Records
 from lisatune.distributed import ranks
+from lisatune.losses.causal_lm import IGNORE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Examples", "Order", "collate", "my_share", "pack", "tokenize"]
-
-IGNORE = -100
-"""Label of a token without loss."""
+__all__ = ["IGNORE", "Examples", "Order", "collate", "my_share", "pack", "tokenize"]
 
 TokenRow = dict[str, list[int]]
 """`input_ids` and `labels` of equal length; a packed row also has `seq_lengths`, its documents' lengths."""
@@ -90,7 +88,7 @@ def tokenize(
         max_length: length of the longest sequence in tokens; longer ones are cut at the end.
         loss_on: which tokens carry loss. `answers`: every assistant turn from its first token to the token
             that ends the turn, or a plain completion up to and with the end-of-sequence token. `all`: every
-            token. `auto`: `all` for records of text, `answers` for all others.
+            token but the first. `auto`: `all` for records of text, `answers` for all others.
 
     Returns:
         A row of `input_ids` and `labels` (-100 where there is no loss) for each record that has a token with

@@ -99,7 +99,7 @@ class RunFolder:
         check_output(path, recipe, resume=resume, overwrite=overwrite)
         with explain_write_errors(path):
             path.mkdir(parents=True, exist_ok=True)
-            folder = cls(path, _lock(path))
+            folder = cls(path, take_lock(path / _LOCK))
         try:
             with explain_write_errors(path):
                 for entry in path.iterdir():
@@ -252,7 +252,7 @@ def check_output(
     if not os.access(existing, os.W_OK | os.X_OK):
         raise OSError(f"cannot write to {existing}; name another run.output")
     if (path / _LOCK).is_file() and os.access(path / _LOCK, os.W_OK):
-        os.close(_lock(path, sign=False))
+        os.close(take_lock(path / _LOCK, sign=False))
     is_run = (path / "recipe.yaml").is_file() and (path / "environment.json").is_file()
     if resume:
         if not is_run:
@@ -313,10 +313,6 @@ def differences(
         for key in sorted(flat[0] | flat[1])
         if key not in may_change and flat[0].get(key) != flat[1].get(key)
     ]
-
-
-def _lock(path: Path, *, sign: bool = True) -> int:
-    return take_lock(path / _LOCK, what="run folder", option="run.output", sign=sign)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
