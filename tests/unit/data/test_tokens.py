@@ -29,7 +29,7 @@ def records(*rows: dict[str, Any], kind: str = "messages") -> Records:
 
 
 def learned(row: dict[str, list[int]], tokenizer: PreTrainedTokenizerFast) -> str:
-    """The tokens that carry loss, as text."""
+    """Return the tokens that carry loss, as text."""
     for token, label in zip(row["input_ids"], row["labels"], strict=True):
         assert label in (token, -100)
     return str(tokenizer.decode([label for label in row["labels"] if label != -100]))

@@ -1,4 +1,4 @@
-"""On several ranks a tensor that was put together is gone before the next one is made."""
+"""On several ranks a gathered tensor is freed before the next one is gathered."""
 
 import weakref
 from collections.abc import Iterator
