@@ -48,7 +48,7 @@ BYTES = [
 
 
 def mutate(data: bytes, generator: random.Random) -> bytes:
-    """Change one to four places of some bytes."""
+    """Change one to four places in some bytes."""
     for _ in range(generator.randint(1, 4)):
         at = generator.randrange(len(data) + 1)
         end = min(len(data), at + generator.choice([1, 1, 2, 8, 64]))
@@ -72,7 +72,7 @@ def mutate(data: bytes, generator: random.Random) -> bytes:
 
 
 def mutate_value(value: Any, generator: random.Random) -> Any:
-    """Change one to four places of dicts and lists: another value, a key gone, new or moved."""
+    """Change one to four places in dicts and lists: another value, or a key removed, added or moved."""
     value = json.loads(json.dumps(value))
     for _ in range(generator.randint(1, 4)):
         if not value or not isinstance(value, dict | list):

@@ -58,7 +58,7 @@ def _parquet(folder: Path, rows: list[dict[str, Any]], generator: random.Random)
         changed = [row if isinstance(row, dict) else {"text": row} for row in _some(rows, generator)]
     try:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(changed), path)
-    except Exception:  # arrow can't hold such a table
+    except Exception:  # arrow cannot hold such a table
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
         changed = rows
     if changed is rows:

@@ -1,8 +1,8 @@
 """Changed inputs, from a seed: recipes, overrides, records of every format, checkpoints, model files.
 
-A case takes something good, changes it in one to four places, by its structure or by its bytes, and gives it
-to the code that reads such things. It may be taken, or refused in a sentence (`USER_ERRORS`); anything else,
-a process that hangs, or a file that was not there before is a failure.
+A case takes a good input, changes it in one to four places, by its structure or by its bytes, and gives it to
+the code that reads such input. The code may accept it, or refuse it in one sentence (`USER_ERRORS`). Anything
+else, a process that hangs, or a new file is a failure.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ from lisatune.train.resume import RunState, read_state
 from lisatune.train.stopping import USER_ERRORS
 
 SECONDS = 20
-"""A case that takes longer hangs."""
+"""Seconds after which a case counts as hanging."""
 
 
 class Hangs(BaseException):
@@ -46,7 +46,7 @@ class Hangs(BaseException):
 
 @dataclass
 class Outcome:
-    """What the cases of one kind came to."""
+    """Results of the cases of one kind."""
 
     cases: int = 0
     taken: int = 0
@@ -54,7 +54,7 @@ class Outcome:
     failures: list[str] = field(default_factory=list)
 
 
-# ---- what is fed
+# ---- the inputs
 
 
 class Fuzz:
@@ -81,7 +81,7 @@ class Fuzz:
         }
 
     def run(self, kind: str, seed: int, outcome: Outcome) -> None:
-        """Make and feed one case; it can be made again from its kind and seed."""
+        """Make and feed one case; its kind and seed are enough to make it again."""
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir()
         outcome.cases += 1
@@ -139,7 +139,7 @@ class Fuzz:
         self._check(self.recipe, override)
 
     def _check(self, path: Path, *overrides: str) -> None:
-        """`lisatune check` in this process; what can be read goes on to the model and the data."""
+        """Run `lisatune check` in this process; it loads model and data if it can read the recipe."""
         load_recipe(path, overrides)
         with contextlib.redirect_stderr(io.StringIO()) as said:
             code = app.main(["check", str(path), *overrides])
@@ -173,7 +173,7 @@ class Fuzz:
         return {"model": model, "optimizer": optimizer, "scheduler": scheduler}
 
     def _load(self, path: Path) -> None:
-        """Find and load it, then train two steps with what was loaded."""
+        """Find and load a checkpoint, then train two steps with it."""
         newest_checkpoint(path.parent)
         parts = self._parts()
         read_state(path, load_checkpoint(path, **parts))
@@ -185,7 +185,7 @@ class Fuzz:
         path = shutil.copytree(self.checkpoint, self.work / self.checkpoint.name)
         (path / name).write_bytes(change((path / name).read_bytes(), generator))
         if name != "manifest.json" and generator.random() < 0.8:
-            write_manifest(path, 3)  # as one would who means harm
+            write_manifest(path, 3)  # as an attacker would
         self._load(path)
 
     def feed_manifest(self, generator: random.Random) -> None:

@@ -1,14 +1,14 @@
-"""Runs that are killed with SIGKILL again and again, and compared with one that nobody disturbed.
+"""Runs that are killed with SIGKILL again and again, and compared with an undisturbed run.
 
-Every attempt is a process forked from this one, which has the imports behind it: a tiny run takes a fraction
-of a second. An attempt is killed
+Every attempt is a process forked from this one, which has done the imports: a tiny run takes a fraction of a
+second. An attempt is killed
 
     by the clock       after a random share of the time that an undisturbed run takes
     before a file      just before the n-th time that it makes, renames, deletes or opens for writing a file
                        in its run folder: checkpoints, metrics, recipe, model
     inside a file      after half of a safetensors file of a checkpoint or of the model was written
 
-and then the command is given again as a user would: --resume where there is a checkpoint, else --overwrite.
+and then the command is given again as a user would: with --resume if there is a checkpoint, else --overwrite.
 """
 
 import os
@@ -31,19 +31,19 @@ KINDS = ("by the clock", "before a file", "inside a file")
 
 @dataclass
 class Tally:
-    """What a series of kills came to."""
+    """Results of a series of kills."""
 
     kills: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
     resumes: int = 0
     restarts: int = 0
-    """Attempts that began again, for nothing was saved yet."""
+    """Attempts that started over because nothing was saved yet."""
     finished: int = 0
-    """Runs that came to their end and were compared."""
+    """Runs that reached their end and were compared."""
     mismatches: list[str] = field(default_factory=list)
-    """What was not bit-equal, and attempts that failed by themselves."""
+    """Files that were not bit-equal, and attempts that failed without a kill."""
 
     def add(self, other: "Tally") -> None:
-        """Count another one in."""
+        """Add the results of another series."""
         for kind, count in other.kills.items():
             self.kills[kind] += count
         self.resumes += other.resumes
@@ -135,7 +135,7 @@ class Series:
         self.straight = outcome(folder / "straight")
 
     def kill_and_compare(self, generator: random.Random, kinds: list[str]) -> Tally:
-        """Run with one kill of each kind in turn, then to the end, and compare all that is left behind."""
+        """Run with one kill of each kind in turn, then to the end, and compare all files."""
         tally, run = Tally(), self.folder / "killed"
         for kind in (*kinds, None):
             flags = self._flags(run, tally)
@@ -148,7 +148,7 @@ class Series:
             if code == -signal.SIGKILL and kind is not None:
                 tally.kills[kind] += 1
             elif code == 0:
-                break  # came to its end before the kill
+                break  # reached its end before the kill
             else:
                 log = run.with_name(run.name + ".log").read_text()[-2000:]
                 tally.mismatches.append(f"{self.variant}: attempt {flags} ended with {code}: {log}")
@@ -180,12 +180,12 @@ class Series:
         return None, None
 
     def differences(self, run: Path) -> list[str]:
-        """What a finished run left behind that is not bit-equal to what the undisturbed one did."""
+        """List the files of a finished run that are not bit-equal to those of the undisturbed run."""
         now, was = outcome(run), self.straight
         different = [name for name in was.keys() | now.keys() if was.get(name) != now.get(name)]
         return [f"{name} was {was.get(name)!r:.200}, is {now.get(name)!r:.200}" for name in different]
 
 
 def assert_as_undisturbed(series: "Series", run: Path) -> None:
-    """Compare all that a run left behind with the undisturbed one."""
+    """Compare all files of a run with those of the undisturbed run."""
     assert series.differences(run) == []

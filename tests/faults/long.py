@@ -3,7 +3,7 @@
     python tests/faults/long.py --kills 240      SIGKILL at random moments, every resume compared bit for bit
     python tests/faults/long.py --fuzz 2000      changed recipes, records, checkpoints and models
 
-Each prints a table and ends with 1 where anything was not as it should be.
+Each prints a table, and exits with 1 if anything went wrong.
 """
 
 import argparse
@@ -58,13 +58,13 @@ def kill(folder: Path, at_least: int, seed: int) -> bool:
 
 
 def row(name: str, tally: "kills.Tally") -> str:  # noqa: F821
-    """One line of the table."""
+    """Format one line of the table."""
     counts = (*tally.kills.values(), tally.resumes, tally.restarts, tally.finished, len(tally.mismatches))
     return f"| {name} | {' | '.join(map(str, counts))} |"
 
 
 def fuzz(folder: Path, cases: int, seed: int) -> bool:
-    """Feed as many changed inputs, the same number of each kind."""
+    """Feed changed inputs, the same number of each kind."""
     from faults.fuzzing import Fuzz, Outcome
 
     fuzz, failures, total = Fuzz(folder / "fuzz"), [], Outcome()

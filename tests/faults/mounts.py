@@ -17,7 +17,7 @@ class Disk:
     """A mounted tmpfs of some bytes."""
 
     def __init__(self, path: Path, num_bytes: int) -> None:
-        """Mount it, in the forked process alone; OSError where the system does not let us."""
+        """Mount it, in the forked process only; OSError if the system does not allow it."""
         self.path = path
         path.mkdir(exist_ok=True)
         if libc.unshare(NEW_MOUNTS) and libc.unshare(NEW_USER | NEW_MOUNTS):
@@ -26,22 +26,22 @@ class Disk:
         _mount(path, 0, f"size={num_bytes}")
 
     def read_only(self, folder: Path) -> None:
-        """Turn a folder on it read-only, also for root."""
+        """Make a folder on it read-only, also for root."""
         _mount(folder, BIND, source=folder)
         _mount(folder, BIND | REMOUNT | READ_ONLY)
 
     def writable(self, folder: Path) -> None:
-        """Take that back."""
+        """Make the folder writable again."""
         if libc.umount2(str(folder).encode(), 0):
             raise _error("umount")
 
     def fill(self, left: int) -> None:
-        """Leave so many bytes free."""
+        """Fill the disk except for some bytes."""
         state = os.statvfs(self.path)
         (self.path / "ballast").write_bytes(bytes(max(0, state.f_bavail * state.f_bsize - left)))
 
     def empty(self) -> None:
-        """Take the ballast away."""
+        """Delete the file that fills the disk."""
         (self.path / "ballast").unlink(missing_ok=True)
 
 

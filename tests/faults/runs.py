@@ -1,4 +1,4 @@
-"""Tiny runs in processes forked from this one, which has the imports behind it, and what they leave."""
+"""Tiny runs in processes forked from this one, which has done the imports, and the files that they leave."""
 
 import json
 import os
@@ -38,7 +38,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "full": ("{name: full}", ["run.eval_every=4", "run.save_every=3"]),
     "lora": ("{name: lora}", ["run.save_every=2"]),
 }
-"""Method and overrides. Where nothing else is said a checkpoint is saved after every step."""
+"""Method and overrides. Unless an override says otherwise, a checkpoint is saved after every step."""
 
 STEPS = 8
 
@@ -46,7 +46,7 @@ TIMED = ("tokens_per_second", "seconds", "resident_bytes")
 
 
 Killer = Callable[[Path], None]
-"""Sets, inside the attempt, when it dies; takes the run folder."""
+"""Called inside the attempt with the run folder, to set when the attempt dies."""
 
 
 def prepare(folder: Path, variant: str) -> Path:
@@ -79,7 +79,7 @@ def train(recipe: Path, run: Path, *flags: str) -> int:
 
 
 def forked(act: Callable[[], int], log: Path, run: Path, killer: Killer | None = None) -> int:
-    """Call something in a forked process whose output goes to a file, and leave with what it returns."""
+    """Call a function in a forked process whose output goes to a file; its result is the exit code."""
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -104,7 +104,7 @@ def forked(act: Callable[[], int], log: Path, run: Path, killer: Killer | None =
 
 
 def ended(pid: int, within: float | None = None) -> int | None:
-    """Wait for a process; return its exit code, negative for a signal, or None where it still runs."""
+    """Wait for a process; return its exit code, negative for a signal, or None if it still runs."""
     watched = os.pidfd_open(pid)
     try:
         if not select.select([watched], [], [], within)[0]:
@@ -115,7 +115,7 @@ def ended(pid: int, within: float | None = None) -> int | None:
 
 
 def die() -> None:
-    """What the kernel does to a process that is killed: not another instruction."""
+    """Die as a process does that the kernel kills: without another instruction."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -131,7 +131,7 @@ def at_steps(**act: Callable[[], Any]) -> None:
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """All that a finished run left behind but what depends on the clock: weights, losses, draws, state."""
+    """Read all that a finished run left, except what depends on the clock: weights, losses, draws, state."""
     found: dict[str, Any] = {}
     for line in (run / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
@@ -151,7 +151,7 @@ def outcome(run: Path) -> dict[str, Any]:
     state = json.loads((checkpoint / "state.json").read_text())
     state["extra"].pop("train_seconds")
     for group in state["optimizer"]["param_groups"]:
-        group.pop("differentiable", None)  # torch adds it, off, to a group that is loaded
+        group.pop("differentiable", None)  # torch adds it, switched off, to every group that it loads
     found["checkpoint/state.json"] = state
     found["left over"] = sorted(
         path.name for path in (*run.iterdir(), *(run / "checkpoints").iterdir()) if ".tmp" in path.name

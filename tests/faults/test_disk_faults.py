@@ -1,4 +1,4 @@
-"""Checkpoints on disks that fill up, turn read-only, tear and rot: the one before is there to go on from."""
+"""Checkpoints on disks that fill up, turn read-only, tear and rot: an earlier one is left to resume from."""
 
 import json
 import resource
@@ -32,7 +32,7 @@ def assert_intact(run: Path, name: str, log: Path) -> None:
     assert [path.name for path in (run / "checkpoints").iterdir()] == [name], log.read_text()
 
 
-# ---- no space, no right to write
+# ---- no space, no permission to write
 
 
 @pytest.mark.usefixtures("can_mount")
@@ -96,7 +96,7 @@ def test_a_run_may_go_on_without_saving_until_the_disk_is_back(
 def test_a_file_that_may_not_grow_any_more_leaves_the_checkpoint_before(
     series: kills.Series, tmp_path: Path
 ) -> None:
-    """A quota, in the kernel's words; needs no right to mount."""
+    """The error of a disk quota; this needs no right to mount."""
     run = tmp_path / "run"
 
     def limit(run: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_file_that_may_not_grow_any_more_leaves_the_checkpoint_before(
     assert_as_undisturbed(series, run)
 
 
-# ---- files that are not what was written
+# ---- files that change after they were written
 
 
 def flip(file: Path) -> None:
@@ -167,6 +167,6 @@ def test_when_every_checkpoint_is_damaged_nothing_is_touched(
     capfd.readouterr()
     assert train(series.recipe, run, "--resume") == 2
     error = capfd.readouterr().err
-    assert "is damaged: weights.safetensors is not what was written" in error
+    assert "is damaged: weights.safetensors changed after it was written" in error
     assert "no other is whole; start again with --overwrite" in error
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

@@ -1,4 +1,4 @@
-"""Changed input is taken or refused in a sentence. The long run is in long.py; what it found stands here."""
+"""Changed input is accepted or refused in one sentence. Here are short runs, and what long.py found."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def test_the_same_input_unchanged_is_taken(kind: str, fuzz: Fuzz, monkeypatch: p
     monkeypatch.setattr(changing, "mutate_safetensors", lambda data, generator: data)
     monkeypatch.setattr(changing, "VALUES", [1])
     outcome = Outcome()
-    # Not every key takes a 1, and lists of messages are nothing for a table.
+    # Not every key accepts a 1, and a table cannot hold lists of messages.
     for seed in range(12 if kind in ("override", "records, .csv") else 1):
         fuzz.run(kind, seed, outcome)
     assert outcome.failures == []

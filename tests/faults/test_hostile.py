@@ -1,4 +1,4 @@
-"""Input that means harm: pickles, links and paths that lead out, programs in templates, secrets."""
+"""Hostile input: pickles, links and paths that lead out of a folder, programs in templates, secrets."""
 
 import ast
 import json
@@ -73,7 +73,7 @@ def plant(file: Path) -> Path:
 
 
 def test_the_package_has_no_way_to_open_a_pickle() -> None:
-    """No module that unpickles is imported, and nothing that can is called."""
+    """No module that unpickles is imported, and no function that can unpickle is called."""
     forbidden = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "_pickle"}
     loaders = {
         ("torch", "load"),
@@ -109,7 +109,7 @@ def test_a_planted_pickle_is_refused_by_name_or_never_opened(
     weights.rename(recipe.parent / "away")
     assert name in refused()
     (recipe.parent / "away").rename(weights)
-    assert app.main(["train", str(recipe)]) == 0  # beside safetensors it is left alone
+    assert app.main(["train", str(recipe)]) == 0  # a pickle beside safetensors is ignored
     assert not (recipe.parent / "trace").exists()
     pickle.loads(planted.read_bytes())  # noqa: S301  (proves that the trap works)
     assert (recipe.parent / "trace").exists()
@@ -129,7 +129,7 @@ def test_an_index_that_leads_to_a_pickle_or_out_of_its_folder_is_refused(
 @pytest.mark.parametrize("name", ["rows.pkl", "rows.pt", "rows.bin", "rows.arrow"])
 def test_data_that_could_be_a_pickle_is_refused(name: str, recipe: Path, refused: Callable[..., str]) -> None:
     rows = plant(recipe.parent / "tiny" / name)
-    assert f"can't read {rows}: unknown file type {rows.suffix}" in refused(f"data.train={rows}")
+    assert f"cannot read {rows}: unknown file type {rows.suffix}" in refused(f"data.train={rows}")
 
 
 # ---- paths
@@ -147,7 +147,7 @@ def test_a_checkpoint_can_neither_lead_out_of_its_folder_nor_be_a_link(tmp_path:
     (newest / "weights.safetensors").unlink()
     (newest / "weights.safetensors").symlink_to(outside / "weights.safetensors")
     shutil.rmtree(before)
-    before.symlink_to(outside)  # a whole checkpoint, elsewhere
+    before.symlink_to(outside)  # an intact checkpoint in another place
     kept = {path: path.read_bytes() for path in outside.iterdir()}
     assert runs.ended(runs.attempt(recipe, run, "--resume")) == 2  # only these two were kept
     log = (tmp_path / "run.log").read_text().splitlines()[-1]

@@ -1,4 +1,4 @@
-"""Memory that runs out ends in one sentence with what to change; exit code 2, every checkpoint in place."""
+"""A run that has no memory left ends in one sentence that says what to change, and keeps every checkpoint."""
 
 import resource
 from collections.abc import Callable
@@ -70,7 +70,7 @@ def test_a_limit_on_the_process_is_one_sentence_and_costs_no_checkpoint(
     assert_as_undisturbed(series, run)
 
 
-def test_advice_that_cannot_be_had_does_not_hide_what_happened(
+def test_advice_that_fails_does_not_hide_what_happened(
     series: kills.Series, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def full(*_: Any, **__: Any) -> None:

@@ -31,7 +31,7 @@ def series(tmp_path_factory: pytest.TempPathFactory) -> kills.Series:
 
 @pytest.fixture
 def said(capfd: pytest.CaptureFixture[str]) -> Say:
-    """The last line of standard error."""
+    """Return the last line of standard error."""
     capfd.readouterr()
     return lambda: capfd.readouterr().err.splitlines()[-1]
 
@@ -275,7 +275,7 @@ def test_steps_that_are_not_finite_are_left_out_up_to_a_bound(
     assert "after 2 steps in a row that were left out (run.max_skipped_steps)" in error
     assert f"the last good checkpoint is {run}/checkpoints/step-000004" in error
     steps.clear()
-    bad = {1}  # a restart does not begin to count anew
+    bad = {1}  # a resumed run continues the count
     assert train(series.recipe, run, *options, "--resume") == 2
     steps.clear()
     assert train(series.recipe, run, *options, "run.max_skipped_steps=3", "--resume") == 0

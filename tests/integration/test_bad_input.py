@@ -201,12 +201,12 @@ def test_trackers_that_are_not_installed(
 BAD_ROWS = [
     (b"{oops", "not JSON ("),
     (b'{"instruction": "\xff", "output": "b"}', "not UTF-8 (byte 0xff); save it as UTF-8"),
-    (b'{"instruction": "a"}', "the field 'output' is missing, there is instruction"),
-    (b'{"instruction": "a", "output": null}', "'output' is null, text is due"),
-    (b'{"instruction": 5, "output": "b"}', "'instruction' is the number 5, text is due"),
-    (b'{"instruction": "a", "output": ["b"]}', "'output' is a list, text is due"),
-    (b"[1]", "a list where an object with named fields is due"),
-    (b"null", "null where an object with named fields is due"),
+    (b'{"instruction": "a"}', "the field 'output' is missing; the fields are: instruction"),
+    (b'{"instruction": "a", "output": null}', "'output' must be text, got null"),
+    (b'{"instruction": 5, "output": "b"}', "'instruction' must be text, got the number 5"),
+    (b'{"instruction": "a", "output": ["b"]}', "'output' must be text, got a list"),
+    (b"[1]", "a record must be an object with named fields, got a list"),
+    (b"null", "a record must be an object with named fields, got null"),
 ]
 
 
@@ -217,7 +217,7 @@ def test_a_bad_row_is_named_by_file_and_line_or_skipped_and_counted(
     path = recipe.parent / "rows.jsonl"
     lines = path.read_bytes().splitlines()
     path.write_bytes(b"\n".join([*lines[:3], row, *lines[3:], row, b""]))
-    refused("train", recipe, says=(f"{path}, line 4: {says}", "mend it or set data.on_bad_row=skip"))
+    refused("train", recipe, says=(f"{path}, line 4: {says}", "fix it, or set data.on_bad_row=skip"))
     assert main(["train", str(recipe), "data.on_bad_row=skip", "method.period=1"]) == 0
     assert "; 2 skipped: not usable" in capfd.readouterr().out
     assert main(["check", str(recipe), "data.on_bad_row=skip", f"run.output={recipe.parent / 'new'}"]) == 0
@@ -359,9 +359,9 @@ def test_an_output_folder_that_exists_is_left_alone(recipe: Path, refused: Calla
     run = recipe.parent / "run"
     trained(recipe, "run")
     refused(
-        "train", recipe, says=(f"run folder {run} exists", "--resume to go on with it, --overwrite to start")
+        "train", recipe, says=(f"run folder {run} exists", "--resume to continue it or --overwrite to start")
     )
-    refused("train", recipe, "--resume", "--overwrite", says=("exclude each other; give one of them",))
+    refused("train", recipe, "--resume", "--overwrite", says=("exclude each other; use one of them",))
     (run / "environment.json").unlink()
     refused("train", recipe, "--overwrite", says=(f"{run} does not look like a run folder", "name another"))
 

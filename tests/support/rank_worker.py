@@ -26,6 +26,7 @@ from lisatune.lisa.groups import build_adamw
 from lisatune.memory.plan import _batch
 from lisatune.memory.tracker import measure
 from lisatune.methods.optimizers import build_optimizer
+from lisatune.models import sharded
 from lisatune.models.load import load_model, load_tokenizer
 from lisatune.models.sharded import load_for_ranks, save_from_ranks
 from lisatune.optim.meter import state_bytes, tensors_bytes
@@ -132,7 +133,8 @@ def held(folder: str, largest_file: str) -> dict[str, Any]:
     report["all at once"] = live.peak
     del kept, got
     with LiveBytes() as live:
-        save_from_ranks(model, load_tokenizer(folder), Path(f"{folder}-out"), largest_file)
+        sharded.LARGEST_FILE = largest_file
+        save_from_ranks(model, load_tokenizer(folder), Path(f"{folder}-out"))
     report["export"] = live.peak
     optimizer = build_optimizer(model, layers, OptimizerConfig(lr=1e-3))
     for p in model.parameters():

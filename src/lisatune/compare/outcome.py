@@ -21,7 +21,7 @@ from lisatune.compare.results import (
     RunResult,
     Spread,
 )
-from lisatune.runs.summary import environment
+from lisatune.runs.summary import describe_environment
 
 __all__ = ["build_results", "choose", "compare_to", "equal_time", "held_out_curve", "runs_of"]
 
@@ -77,7 +77,7 @@ def build_results(comparison: Comparison, runs: Path, data: Data, base: Measured
         arms=arms,
         runs=all_runs,
         equal_time=[],
-        environment=environment(),
+        environment=describe_environment(),
     )
     full = next((arm["name"] for arm in arms if arm["method"] == "full"), None)
     compare_to(results, comparison.reference or full)

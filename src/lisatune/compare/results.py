@@ -218,7 +218,7 @@ class Results(TypedDict):
     equal_time: list[EqualTime]
     """For the fastest arm, and for `reference`."""
     environment: dict[str, Any]
-    """`lisatune.runs.summary.environment()`; that of each run is in its folder."""
+    """`lisatune.runs.summary.describe_environment()`; that of each run is in its folder."""
 
 
 def read_results(path: str | Path) -> Results:

@@ -18,7 +18,7 @@ from lisatune.compare.results import Data
 from lisatune.data.prepare import prepare_data, read_data
 from lisatune.data.records import read_records, split_records
 from lisatune.data.tokens import Order
-from lisatune.files.disk import written_aside
+from lisatune.files.disk import write_aside
 from lisatune.models.load import load_tokenizer
 from lisatune.recipe import DataConfig, Recipe
 
@@ -44,7 +44,7 @@ def write_slices(comparison: Comparison, folder: Path) -> None:
     slices = {"train": train.rows, "validation": validation.rows, "test": test.rows}
     if comparison.general is not None:
         slices["general"] = read_records(comparison.general, limit=comparison.general_limit).rows
-    with written_aside(folder) as aside:
+    with write_aside(folder) as aside:
         for name, rows in slices.items():
             text = "".join(json.dumps(row) + "\n" for row in rows)
             (aside / f"{name}.jsonl").write_text(text, encoding="utf-8")

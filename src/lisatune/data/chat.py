@@ -1,4 +1,4 @@
-"""Chat templates as training needs them: where answers begin and end in a rendered conversation."""
+"""Chat templates for training: where answers begin and end in a conversation, and prompts as token ids."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -6,12 +6,20 @@ from contextlib import contextmanager, suppress
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
+from lisatune.console import first_line
 from lisatune.data.records import Messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["PLAIN_CHAT_TEMPLATE", "Chat", "common_length", "set_chat_template", "template_errors"]
+__all__ = [
+    "PLAIN_CHAT_TEMPLATE",
+    "Chat",
+    "common_length",
+    "encode_prompt",
+    "explain_template_errors",
+    "set_chat_template",
+]
 
 PLAIN_CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -31,7 +39,7 @@ PLAIN_CHAT_TEMPLATE = """\
 
 
 def set_chat_template(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Give a tokenizer without a chat template `PLAIN_CHAT_TEMPLATE`, which is then saved with it.
+    """Give a tokenizer without a chat template `PLAIN_CHAT_TEMPLATE`; it is then saved with the tokenizer.
 
     The template starts with the beginning-of-sequence token if the tokenizer puts one before plain text.
 
@@ -39,7 +47,7 @@ def set_chat_template(tokenizer: "PreTrainedTokenizerBase") -> bool:
         Whether the template was set; False if the tokenizer has its own.
 
     Raises:
-        ValueError: there is no end-of-sequence token to end an answer with.
+        ValueError: the tokenizer has no end-of-sequence token to end an answer with.
     """
     if tokenizer.chat_template is not None:
         return False
@@ -53,25 +61,25 @@ def set_chat_template(tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 
 @contextmanager
-def template_errors() -> Iterator[None]:
-    """Turn what a template raises, which is a program and can raise anything, into one ValueError.
+def explain_template_errors() -> Iterator[None]:
+    """Turn any error of a chat template into a ValueError of one sentence.
 
-    transformers renders templates in jinja's sandbox, which keeps them from Python and from files.
+    A template is a program and can raise anything. transformers renders it in jinja's sandbox, where it
+    reaches neither Python nor files.
     """
     try:
         yield
     except MemoryError:
         raise
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"the chat template refuses this conversation: {reason}") from error
+        raise ValueError(f"the chat template refuses this conversation: {first_line(error)}") from error
 
 
 class Chat:
-    """The chat template of a tokenizer, which gets `PLAIN_CHAT_TEMPLATE` if it has none.
+    """The chat template of a tokenizer; a tokenizer without one is given `PLAIN_CHAT_TEMPLATE`.
 
-    Where TRL knows a variant of the template that writes earlier turns the same whatever follows (Qwen 3
-    and others drop the thoughts of earlier turns), that variant is used for training.
+    Some templates write a turn differently once others follow: Qwen 3 and others drop the thoughts of earlier
+    turns. Where TRL knows a variant that does not do this, that variant is used for training.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -82,45 +90,49 @@ class Chat:
         set_chat_template(tokenizer)
         self.tokenizer = tokenizer
         self.template: str | None = None
-        # Not known to TRL: the own template stays, and `prefixes` checks it on every conversation.
-        with suppress(ValueError), template_errors():
+        # If TRL does not know the template, it stays, and `render_prefixes` checks it on every conversation.
+        with suppress(ValueError), explain_template_errors():
             self.template = get_training_chat_template(tokenizer)
         special = (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())
         self._stops = tuple(token for token in special if token.strip())
 
     def render(self, messages: Messages, *, ask: bool = False) -> str:
-        """Write messages as text; `ask` adds the beginning of the answer that is due.
+        """Write messages as text.
+
+        Args:
+            messages: the conversation.
+            ask: add the beginning of the next answer.
 
         Raises:
-            ValueError: the template refuses the messages, or leaves out what one of them says.
+            ValueError: the template refuses the messages, or leaves out the text of one of them.
         """
-        with template_errors():
+        with explain_template_errors():
             text: str = self.tokenizer.apply_chat_template(
                 messages, chat_template=self.template, tokenize=False, add_generation_prompt=ask
             )
         for number, message in enumerate(messages, 1):
             if _last_word(message) not in text:
                 raise ValueError(
-                    f"the chat template leaves out what message {number} says (templates of vision models "
-                    "may want a list of parts); give the tokenizer a template for plain text"
+                    f"the chat template leaves out the text of message {number} (templates of vision models "
+                    "may need a list of parts); give the tokenizer a template for plain text"
                 )
         return text
 
     def ends_turn(self, text: str) -> bool:
-        """Whether rendered text ends with a special token, at which a model can learn to stop."""
+        """Whether rendered text ends with a special token, so that a model can learn to stop there."""
         return text.rstrip().endswith(self._stops)
 
-    def prefixes(self, messages: Messages, first_answer: int) -> list[tuple[str, bool]]:
-        """Write the conversation as ever longer beginnings, the last of which is all of it.
+    def render_prefixes(self, messages: Messages, first_answer: int) -> list[tuple[str, bool]]:
+        """Write the conversation as longer and longer prefixes; the last one is the whole conversation.
 
         Args:
             messages: the conversation.
             first_answer: index of the first message that may be an answer, >= 1.
 
         Returns:
-            Texts, each with whether what it adds to the one before is an answer. An answer begins after
-            what the template writes to ask for it and ends with the special token that ends its turn, or,
-            if there is none, with all that the template writes.
+            Prefixes, each with whether the text that it adds to the one before is an answer. An answer begins
+            after the template's text that asks for it. It ends with the special token that ends its turn, or,
+            if there is none, with the last text that the template writes.
 
         Raises:
             ValueError: the template refuses the messages, or writes some differently once others follow.
@@ -131,29 +143,46 @@ class Chat:
             if messages[index]["role"] == "assistant":
                 question, answer = self.render(messages[:index], ask=True), self.render(messages[: index + 1])
                 if not full.startswith(question) and full.startswith(self.render(messages[:index])):
-                    question = _without_unseen_end(question, full)
+                    question = _drop_unseen_end(question, full)
                 word = _last_word(messages[index])
                 end_of_text = max(len(question), answer.rfind(word) + len(word) if word else 0)
                 same = common_length(answer, full)
                 if not full.startswith(question) or same < end_of_text:
                     raise ValueError(
                         f"the chat template writes the messages up to number {index + 1} differently once "
-                        "others follow, so answers can't be told from the rest; set loss_on to all, or give "
+                        "others follow, so answers cannot be told from the rest; set loss_on to all, or give "
                         "the tokenizer a template that only appends"
                     )
-                # After the last message some templates write another end of turn than between two.
+                # Some templates end the last turn differently from the turns before it.
                 end = same if same == len(answer) else end_of_text
                 stops = (i for i in range(end_of_text, same + 1) if answer.endswith(self._stops, 0, i))
                 found += [(question, False), (answer[: max(stops, default=end)], True)]
         return found if found and found[-1][0] == full else [*found, (full, False)]
 
 
+def encode_prompt(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
+    """Turn a prompt into token ids: plain text as it is, messages through the chat template."""
+    if isinstance(prompt, str):
+        ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
+    else:
+        with explain_template_errors():
+            ids = tokenizer.apply_chat_template(
+                prompt, add_generation_prompt=True, return_dict=True, tokenizer_kwargs={"verbose": False}
+            )["input_ids"]
+    return ids
+
+
+def common_length(first: Sequence[object], second: Sequence[object]) -> int:
+    """Count the items that two sequences share from the start."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
+
+
 def _last_word(message: dict[str, str]) -> str:
     return (message["content"].split() or [""])[-1]
 
 
-def _without_unseen_end(question: str, full: str) -> str:
-    """The question up to where the conversation goes on differently; only the header of an answer is lost."""
+def _drop_unseen_end(question: str, full: str) -> str:
+    """Cut the question where the conversation differs from it; this loses only the header of an answer."""
     common = full[: common_length(question, full)]
     warnings.warn(
         f"the chat template asks for an answer with {question[len(common) :]!r}, which it leaves out of "
@@ -161,20 +190,3 @@ def _without_unseen_end(question: str, full: str) -> str:
         stacklevel=2,
     )
     return common
-
-
-def common_length(first: Sequence[object], second: Sequence[object]) -> int:
-    """How many items two sequences share from the start."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
-
-
-def prompt_ids(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
-    """Token ids of a prompt: plain text as it is, messages through the chat template."""
-    if isinstance(prompt, str):
-        ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
-    else:
-        with template_errors():
-            ids = tokenizer.apply_chat_template(
-                prompt, add_generation_prompt=True, return_dict=True, tokenizer_kwargs={"verbose": False}
-            )["input_ids"]
-    return ids

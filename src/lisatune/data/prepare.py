@@ -1,6 +1,6 @@
-"""Data of a run, ready to train on: read, split, tokenised, packed, with the number of steps it makes.
+"""A run's data, ready to train on: read, split, tokenised, packed, with the number of steps that it makes.
 
-`train` and `check` both start here, so that what `check` reports is what `train` will do.
+`train` and `check` both start here, so that `check` reports exactly the data that `train` will use.
 """
 
 import math
@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from lisatune.data.chat import prompt_ids
-from lisatune.data.records import Records, read_records, split_records
+from lisatune.data.chat import encode_prompt
+from lisatune.data.records import Record, Records, read_records, split_records
 from lisatune.data.tokens import Examples, Order, pack, tokenize
 from lisatune.distributed import ranks
 from lisatune.recipe import Recipe, check_steps
@@ -17,30 +17,31 @@ from lisatune.recipe import Recipe, check_steps
 __all__ = ["Prompt", "RunData", "prepare_data", "read_data"]
 
 TEXT_PROMPT_WORDS = 24
+"""Words of a plain text that make up its prompt."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A held-out record, cut where the model has to go on by itself."""
+    """A held-out record, cut at the place from which the model must continue by itself."""
 
     prompt: str | list[dict[str, str]]
     """Plain text, or chat messages up to the first answer."""
 
     answer: str
-    """What the record goes on with."""
+    """The record's own continuation."""
 
     @property
     def text(self) -> str:
-        """The prompt to read: plain text, or the last message."""
+        """The prompt for a reader: plain text, or the last message."""
         return self.prompt if isinstance(self.prompt, str) else self.prompt[-1]["content"]
 
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run trains and is evaluated on."""
+    """The data that a run trains on and is evaluated on."""
 
     train: Examples
-    """Training rows; with packing several records each."""
+    """Training rows; with packing a row holds several records."""
 
     validation: Examples
     """Held-out rows, one record each."""
@@ -49,25 +50,30 @@ class RunData:
     """The first `run.samples` held-out records whose prompts fit `max_length`, as prompts and answers."""
 
     order: Order
-    """Which rows make up each micro-step's batch, of all ranks together."""
+    """The training rows of each micro-step, for all ranks together."""
 
     steps: int
     """Optimizer steps of the whole run."""
 
     skipped: int
-    """Records that could not be used, under `on_bad_row: skip`."""
+    """Number of unusable records, under `on_bad_row: skip`."""
 
     @property
     def hashes(self) -> dict[str, str]:
-        """Hash of the rows by the recipe's keys, which tells a run that goes on whether they are the same."""
+        """Hashes of the rows by the recipe's keys: a resumed run compares them with those it began with."""
         return {"data.train": self.train.sha256, "data.validation": self.validation.sha256}
 
 
 def prepare_data(recipe: Recipe, tokenizer: Any) -> RunData:
-    """Read, split and tokenise the recipe's data.
+    """Read, split, tokenise and, if asked, pack the recipe's data.
+
+    Args:
+        recipe: what to read and how; the sections `data` and `run`.
+        tokenizer: the tokenizer of the recipe's model.
 
     Raises:
-        ValueError: a record can't be used, nothing is left, or every answer is cut off.
+        ValueError: a record is unusable, nothing is left, every answer is cut off, or the data makes more
+            steps than a run may have.
         FileNotFoundError: a file is missing.
     """
     data, run = recipe.data, recipe.run
@@ -80,14 +86,14 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> RunData:
     wanted = run.steps or run.epochs * order.batches_per_epoch / run.accumulation
     check_steps(wanted, f"run.epochs={run.epochs:g}")
     steps = max(1, math.ceil(wanted))
-    asked = (_question(row) for row in validation.rows)
-    short = (question for question in asked if len(prompt_ids(tokenizer, question.prompt)) < data.max_length)
+    prompts = (_cut_prompt(row) for row in validation.rows)
+    short = (each for each in prompts if len(encode_prompt(tokenizer, each.prompt)) < data.max_length)
     questions = tuple(islice(short, run.samples))
     return RunData(rows, held_out, questions, order, steps, train.skipped + validation.skipped)
 
 
 def read_data(recipe: Recipe) -> tuple[Records, Records]:
-    """Records to train on, and held-out ones; errors as in `prepare_data`."""
+    """Read the records to train on and the held-out ones. Errors as in `prepare_data`."""
     data = recipe.data
 
     def read(source: str, limit: int | None) -> Records:
@@ -102,7 +108,8 @@ def read_data(recipe: Recipe) -> tuple[Records, Records]:
     return train, replace(validation, rows=validation.rows[: data.validation_limit], skipped=0)
 
 
-def _question(row: dict[str, Any]) -> Prompt:
+def _cut_prompt(row: Record) -> Prompt:
+    """Cut a record where its first answer begins, or a text after its first words."""
     if "text" in row:
         words = row["text"].split(" ")
         return Prompt(" ".join(words[:TEXT_PROMPT_WORDS]), " ".join(words[TEXT_PROMPT_WORDS:]))

@@ -1,12 +1,13 @@
 """Questions and answers about the running Python's standard library, made from its docstrings.
 
-`pairs` reads the library's source files as syntax trees, so nothing of them is executed, and looks at
-the functions and types of a fixed list of modules written in C. The leading prose of a docstring is the
-answer, one of three phrasings the question: a few thousand pairs of real data wherever Python is.
+`make_pairs` reads the library's source files as syntax trees, so it executes none of them. It also looks at
+the functions and types of a fixed list of modules written in C. The first paragraphs of a docstring are the
+answer, and one of three phrasings is the question. This gives a few thousand pairs of real data wherever
+Python is.
 
-The pairs depend on the Python version alone. Each answer occurs once. A pair is held out by a hash of
-the last part of its name, so that `str.lower` and `bytes.lower`, whose docstrings are nearly equal, stay
-on one side.
+The pairs depend only on the Python version. Each answer occurs once. Whether a pair is held out depends on a
+hash of the last part of its name, so that `str.lower` and `bytes.lower`, whose docstrings are nearly equal,
+stay on one side.
 """
 
 import ast
@@ -24,27 +25,23 @@ from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-__all__ = ["HELD_OUT_SHARE", "pairs"]
+__all__ = ["HELD_OUT_SHARE", "make_pairs"]
 
 HELD_OUT_SHARE = 0.1
 """Share of the names whose pairs are held out."""
 
-
 SHORTEST_ANSWER, LONGEST_ANSWER = 30, 400
-"""Bounds of an answer in characters. Paragraphs are added while they fit; without the first one: no pair."""
-
+"""Bounds of an answer in characters. Paragraphs are added while they fit; if the first does not: no pair."""
 
 LONGEST_CALL = 100
-"""Longest `name(arguments)` in a question, in characters; longer ones are asked by name."""
-
+"""Longest `name(arguments)` in a question, in characters; a longer one is replaced by the name."""
 
 # fmt: off
 NOT_READ = frozenset({
     "antigravity", "distutils", "encodings", "ensurepip", "idlelib", "lib2to3", "msilib", "pydoc_data",
     "sre_compile", "sre_constants", "sre_parse", "test", "tests", "this", "tkinter", "turtle", "turtledemo",
 })
-"""Tests, demos, jokes, generated tables, and what newer Pythons no longer have."""
-
+"""Modules that are left out: tests, demos, jokes, generated tables, and modules that newer Pythons lack."""
 
 IN_C = (
     "array", "asyncio", "binascii", "bisect", "builtins", "bz2", "cmath", "codecs", "collections",
@@ -54,16 +51,13 @@ IN_C = (
     "sqlite3", "ssl", "statistics", "struct", "sys", "syslog", "termios", "threading", "time",
     "tracemalloc", "unicodedata", "weakref", "zlib",
 )
-"""Modules with parts in C; importing them does nothing a program would notice."""
-
+"""Modules with parts in C; importing them has no side effect that a program would notice."""
 
 ASK_FUNCTION = (
     "What does `{}` do in Python?",
     "In Python, what is `{}` for?",
     "Explain the Python function `{}`.",
 )
-
-
 ASK_CLASS = (
     "What is the class `{}` in Python?",
     "In Python, what is the class `{}` for?",
@@ -75,43 +69,43 @@ class _Doc(NamedTuple):
     name: str
     """Qualified name, such as `textwrap.TextWrapper.fill` or `str.lower`."""
     call: str
-    """What the question asks about: name and arguments, or the name."""
+    """The subject of the question: name and arguments, or only the name."""
     is_class: bool
     text: str
-    """The docstring as written."""
+    """The docstring, unchanged."""
 
 
-def pairs(part: Literal["train", "validation"]) -> list[dict[str, str]]:
+def make_pairs(part: Literal["train", "validation"]) -> list[dict[str, str]]:
     """Make the question–answer pairs of one part.
 
     Args:
-        part: `train`, or `validation` for the held-out part.
+        part: `train`, or `validation` for the held-out pairs.
 
     Returns:
         Dicts with `prompt` (a question), `completion` (one paragraph of plain text, whole sentences) and
         `name` (qualified name of the function or class), sorted by name.
 
     Raises:
-        ValueError: unknown part.
+        ValueError: the part is unknown.
         RuntimeError: this Python comes without the source of its library.
     """
     if part not in ("train", "validation"):
         raise ValueError(f"python-docs has the parts train and validation, not {part!r}")
-    return [dict(pair) for pair in _all_pairs() if _is_held_out(pair["name"]) == (part == "validation")]
+    return [dict(pair) for pair in _make_all_pairs() if _is_held_out(pair["name"]) == (part == "validation")]
 
 
 @cache
-def _all_pairs() -> tuple[dict[str, str], ...]:
+def _make_all_pairs() -> tuple[dict[str, str], ...]:
     docs: dict[str, _Doc] = {}
-    for doc in (*_docs_in_source(Path(sysconfig.get_path("stdlib"))), *_docs_in_c()):
-        docs.setdefault(doc.name, doc)  # source first: it knows every signature
+    for doc in (*_read_source_docs(Path(sysconfig.get_path("stdlib"))), *_read_c_docs()):
+        docs.setdefault(doc.name, doc)  # the source comes first, because it has every signature
     seen: set[str] = set()
     found = []
     for name in sorted(docs):
-        answer = _answer(docs[name].text)
+        answer = _extract_answer(docs[name].text)
         if answer is not None and answer.casefold() not in seen:
             seen.add(answer.casefold())
-            found.append({"prompt": _question(docs[name]), "completion": answer, "name": name})
+            found.append({"prompt": _write_question(docs[name]), "completion": answer, "name": name})
     if len(found) < 1000:
         raise RuntimeError(
             f"python-docs found only {len(found)} docstrings in {sysconfig.get_path('stdlib')}; "
@@ -128,16 +122,16 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big")
 
 
-def _question(doc: _Doc) -> str:
+def _write_question(doc: _Doc) -> str:
     phrasings = ASK_CLASS if doc.is_class else ASK_FUNCTION
     return phrasings[_hash(f"question/{doc.name}") % len(phrasings)].format(doc.call)
 
 
-def _answer(docstring: str) -> str | None:
-    """The leading prose of a docstring as one paragraph, None when there is none of a fitting length."""
+def _extract_answer(docstring: str) -> str | None:
+    """Take the first prose of a docstring as one paragraph; None if there is none of a fitting length."""
     answer = ""
     for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(docstring)):
-        text = _prose(paragraph)
+        text = _extract_prose(paragraph)
         if text is None or len(answer) + len(text) >= LONGEST_ANSWER:
             break
         answer = f"{answer} {text}".strip()
@@ -155,8 +149,8 @@ _MARKUP = re.compile(
 )
 
 
-def _prose(paragraph: str) -> str | None:
-    """One paragraph as plain text, empty if it only repeats the signature, None if it isn't prose."""
+def _extract_prose(paragraph: str) -> str | None:
+    """Turn a paragraph into plain text: empty if it only repeats the signature, None if it is not prose."""
     text = _SIGNATURES.sub("", paragraph, count=1).strip("\n")
     if not text.strip():
         return ""
@@ -170,8 +164,8 @@ def _prose(paragraph: str) -> str | None:
     return text if text.rstrip(")\"'`").endswith((".", "!", "?")) else text + "."
 
 
-def _docs_in_source(library: Path) -> Iterator[_Doc]:
-    """Docstrings of the public functions and classes in the library's source files."""
+def _read_source_docs(library: Path) -> Iterator[_Doc]:
+    """Read the docstrings of the public functions and classes in the library's source files."""
     for module in sorted(sys.stdlib_module_names - NOT_READ):
         top = library / f"{module}.py"
         for path in [top] if top.is_file() else sorted((library / module).rglob("*.py")):
@@ -181,10 +175,10 @@ def _docs_in_source(library: Path) -> Iterator[_Doc]:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # invalid escapes in somebody else's strings
                     tree = ast.parse(path.read_bytes())
-                yield from _docs_in_body(tree.body, ".".join(parts), in_class=False)
+                yield from _read_body_docs(tree.body, ".".join(parts), in_class=False)
 
 
-def _docs_in_body(body: list[ast.stmt], prefix: str, *, in_class: bool) -> Iterator[_Doc]:
+def _read_body_docs(body: list[ast.stmt], prefix: str, *, in_class: bool) -> Iterator[_Doc]:
     for node in body:
         if not isinstance(
             node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
@@ -193,16 +187,17 @@ def _docs_in_body(body: list[ast.stmt], prefix: str, *, in_class: bool) -> Itera
         name, text = f"{prefix}.{node.name}", ast.get_docstring(node, clean=False) or ""
         if isinstance(node, ast.ClassDef):
             yield _Doc(name, name, True, text)
-            yield from _docs_in_body(node.body, name, in_class=True)
+            yield from _read_body_docs(node.body, name, in_class=True)
             continue
         decorators = {ast.unparse(decorator) for decorator in node.decorator_list}
         if not any("property" in decorator or "." in decorator for decorator in decorators):  # x.setter
             is_bound = in_class and "staticmethod" not in decorators
-            yield _Doc(name, _call(name, _arguments(node.args, drop_first=is_bound)), False, text)
+            arguments = _format_arguments(node.args, drop_first=is_bound)
+            yield _Doc(name, _format_call(name, arguments), False, text)
 
 
-def _arguments(arguments: ast.arguments, *, drop_first: bool) -> str:
-    """Arguments as in a call for help: no annotations, no `self`, no `/`."""
+def _format_arguments(arguments: ast.arguments, *, drop_first: bool) -> str:
+    """Write arguments as in a call for help: no annotations, no `self`, no `/`."""
     for argument in ast.walk(arguments):
         if isinstance(argument, ast.arg):
             argument.annotation = None
@@ -210,8 +205,8 @@ def _arguments(arguments: ast.arguments, *, drop_first: bool) -> str:
     return names.partition(", ")[2] if drop_first else names
 
 
-def _docs_in_c() -> Iterator[_Doc]:
-    """Docstrings of what is written in C: functions, types, and their methods."""
+def _read_c_docs() -> Iterator[_Doc]:
+    """Read the docstrings of functions, types and methods that are written in C."""
     for module_name in IN_C:
         with contextlib.suppress(ImportError):  # not every build has every module
             module = importlib.import_module(module_name)
@@ -220,7 +215,7 @@ def _docs_in_c() -> Iterator[_Doc]:
                 if name.startswith("_") or not _is_home(module_name, name, value):
                     continue  # an alias, or imported from elsewhere
                 if inspect.isbuiltin(value):
-                    yield _doc_of_function(prefix + name, value)
+                    yield _read_function_doc(prefix + name, value)
                 elif inspect.isclass(value):
                     yield _Doc(prefix + name, prefix + name, True, inspect.getdoc(value) or "")
                     for method_name, method in sorted(vars(value).items()):
@@ -229,7 +224,7 @@ def _docs_in_c() -> Iterator[_Doc]:
                             and callable(method)
                             and not method_name.startswith("_")
                         ):
-                            yield _doc_of_function(f"{prefix}{name}.{method_name}", method)
+                            yield _read_function_doc(f"{prefix}{name}.{method_name}", method)
 
 
 def _is_home(module: str, name: str, value: object) -> bool:
@@ -241,15 +236,15 @@ def _is_home(module: str, name: str, value: object) -> bool:
     )
 
 
-def _doc_of_function(name: str, function: Callable[..., object]) -> _Doc:
+def _read_function_doc(name: str, function: Callable[..., object]) -> _Doc:
     try:
         arguments = str(inspect.signature(function)).partition(" -> ")[0]
-    except ValueError:  # this function doesn't tell its signature
+    except ValueError:  # this function does not tell its signature
         return _Doc(name, name, False, function.__doc__ or "")
     arguments = re.sub(r"^\((?:self|cls|type)\b(?:, )?", "(", arguments).replace(", /", "").replace("/, ", "")
-    return _Doc(name, _call(name, arguments[1:-1].removeprefix("/")), False, function.__doc__ or "")
+    return _Doc(name, _format_call(name, arguments[1:-1].removeprefix("/")), False, function.__doc__ or "")
 
 
-def _call(name: str, arguments: str) -> str:
+def _format_call(name: str, arguments: str) -> str:
     call = f"{name}({arguments})".replace(str(sys.maxsize), "sys.maxsize")
     return call if len(call) <= LONGEST_CALL and "<" not in call else name

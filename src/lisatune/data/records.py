@@ -1,15 +1,15 @@
 """Read training records from files, folders or the hub, and bring them into one of three forms.
 
 Records come as alpaca (`instruction`, `input`, `output`), prompt-completion (`prompt`, `completion`: both
-text or both lists of messages), messages, ShareGPT (`conversations` of `from`, `value`) or `text`. Which
-one is told from the keys of the first record. They leave as
+text or both lists of messages), messages, ShareGPT (`conversations` of `from`, `value`) or `text`. The keys
+of the first record tell which. They leave as
 
     {"text": str}
     {"prompt": ..., "completion": ...}          both str, or both lists of messages
     {"messages": [{"role": ..., "content": ...}, ...]}
 
-Alpaca becomes prompt and completion with one message each; plain strings stay plain: no chat template is
-put around them. Every record is checked while it is read: what can't be used is named with file and line.
+Alpaca becomes prompt and completion with one message each. Plain strings stay plain: no chat template is put
+around them. Every record is checked while it is read, and an unusable one is reported with file and line.
 """
 
 import hashlib
@@ -22,10 +22,10 @@ from lisatune.data.sources import BadRowError, read_rows
 __all__ = ["Records", "read_records", "split_records"]
 
 Record = dict[str, Any]
-
+"""A record in one of the three forms above."""
 
 Messages = list[dict[str, str]]
-
+"""A conversation: messages with `role` and `content`."""
 
 FIELDS = {
     "messages": ("messages",),
@@ -34,12 +34,9 @@ FIELDS = {
     "prompt-completion": ("prompt", "completion"),
     "text": ("text",),
 }
-"""Fields each kind must have; the first kind whose fields are there is taken."""
-
+"""Fields that each kind must have; the first kind whose fields are all there is taken."""
 
 ROLES = ("system", "user", "assistant")
-
-
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
@@ -49,12 +46,13 @@ class Records:
 
     rows: list[Record]
     kind: str
-    """alpaca, prompt-completion, messages, sharegpt or text: what the records were."""
+    """Form in which the records came: alpaca, prompt-completion, messages, sharegpt or text."""
     skipped: int
-    """Records left out under `on_bad_row="skip"`."""
+    """Number of records left out under `on_bad_row="skip"`."""
     source: str
+    """The file, folder or hub id that they were read from."""
     first_skipped: str = ""
-    """Where the first record left out is and what is wrong with it."""
+    """Place of the first record that was left out, and what is wrong with it."""
 
 
 def read_records(
@@ -70,15 +68,29 @@ def read_records(
     Args:
         source: a .jsonl, .json, .csv or .parquet file (also .gz); a folder of .txt files, one record each; a
             hub id, also as `id:config`; `python-docs` or `python-docs:validation` (made by `python_docs`).
-        kind: form of the records; `auto` tells it from the first one.
+        kind: form of the records: alpaca, prompt-completion, messages, sharegpt or text; `auto` recognises it
+            by the fields of the first record.
         split: split of a hub dataset.
-        limit: stop after so many usable records.
-        on_bad_row: raise at a record that can't be used, or leave it out and count it.
+        limit: stop after this many usable records.
+        on_bad_row: raise at an unusable record (`error`), or leave it out and count it (`skip`).
+
+    Returns:
+        The records in one of three forms: `{"text": …}`, `{"prompt": …, "completion": …}` or
+        `{"messages": […]}`.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        ValueError: nothing to read, or a record that can't be used, with file and line.
-        ImportError: the packages of lisatune[train] are missing.
+        ValueError: there is nothing to read, or a record is unusable; the message names file and line.
+        ImportError: reading this source needs a package of lisatune[train] that is not installed.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import mkdtemp
+        >>> file = Path(mkdtemp()) / "rows.jsonl"
+        >>> _ = file.write_text('{"prompt": "2 + 2 =", "completion": " 4"}')
+        >>> records = read_records(str(file))
+        >>> records.kind, records.rows
+        ('prompt-completion', [{'prompt': '2 + 2 =', 'completion': ' 4'}])
     """
     if kind != "auto" and kind not in FIELDS:
         raise ValueError(f"unknown kind of records {kind!r}; use auto, {', '.join(FIELDS)}")
@@ -89,11 +101,11 @@ def read_records(
             if isinstance(row, BadRowError):
                 raise row
             if kind == "auto":
-                kind = _kind_of(row)
+                kind = _recognise_kind(row)
             rows.append(_normalise(row, kind))
         except BadRowError as problem:
             if on_bad_row == "error":
-                raise ValueError(f"{place}: {problem}; mend it or set data.on_bad_row=skip") from None
+                raise ValueError(f"{place}: {problem}; fix it, or set data.on_bad_row=skip") from None
             skipped, first_skipped = skipped + 1, first_skipped or f"{place}: {problem}"
         if limit is not None and len(rows) >= limit:
             break
@@ -105,16 +117,16 @@ def read_records(
 
 
 def split_records(records: Records, share: float, seed: int) -> tuple[Records, Records]:
-    """Hold out a share of the records by their prompts, so no question is on both sides.
+    """Hold out a share of the records by their prompts, so that no question is on both sides.
 
-    Records with the same prompt up to case and spacing (for text: the same text) stay together. The
-    different prompts are ranked by a hash of (seed, prompt) and the lowest `share` of them is held out:
-    what is held out doesn't depend on the order of the records.
+    Records with the same prompt up to case and spacing (for text: the same text) stay together. The different
+    prompts are ranked by a hash of (seed, prompt), and the lowest `share` of them is held out. So the split
+    does not depend on the order of the records.
 
     Args:
-        records: what to split.
-        share: part of the different prompts to hold out, 0 < share < 1, rounded to a whole number.
-        seed: names the split.
+        records: the records to split.
+        share: share of the different prompts to hold out, 0 < share < 1; their number is rounded.
+        seed: names the split; the same seed gives the same split.
 
     Returns:
         The records to train on and the held-out records, each in the order given.
@@ -122,7 +134,7 @@ def split_records(records: Records, share: float, seed: int) -> tuple[Records, R
     Raises:
         ValueError: one side would be empty.
     """
-    keys = [_prompt_key(row, seed) for row in records.rows]
+    keys = [_hash_prompt(row, seed) for row in records.rows]
     ranked = sorted(set(keys))
     num_held_out = round(share * len(ranked))
     if not 0 < num_held_out < len(ranked):
@@ -136,106 +148,114 @@ def split_records(records: Records, share: float, seed: int) -> tuple[Records, R
     return replace(records, rows=train), replace(records, rows=validation)
 
 
-def _prompt_key(row: Record, seed: int) -> bytes:
+def _hash_prompt(row: Record, seed: int) -> bytes:
     prompt = (
-        row["text"] if "text" in row else row["prompt"] if "prompt" in row else _question(row["messages"])
+        row["text"]
+        if "text" in row
+        else row["prompt"]
+        if "prompt" in row
+        else _take_question(row["messages"])
     )
     if not isinstance(prompt, str):
         prompt = "\0".join(f"{message['role']}\0{message['content']}" for message in prompt)
     return hashlib.blake2b(f"{seed}/{' '.join(prompt.split()).casefold()}".encode(), digest_size=16).digest()
 
 
-def _question(messages: Messages) -> Messages:
-    """The turns before the first answer."""
+def _take_question(messages: Messages) -> Messages:
+    """Take the turns before the first answer."""
     return messages[: [message["role"] for message in messages].index("assistant", 1)]
 
 
-def _kind_of(row: Any) -> str:
-    fields = _fields(row)
+def _recognise_kind(row: Any) -> str:
+    fields = _check_fields(row)
     for kind, needed in FIELDS.items():
         if all(field in fields for field in needed):
             return kind
     forms = "; ".join(" and ".join(needed) for needed in FIELDS.values())
-    raise BadRowError(f"can't tell the kind of record from the fields {', '.join(fields)}; known: {forms}")
+    raise BadRowError(
+        f"cannot tell the kind of the record from its fields {', '.join(fields)}; known: {forms}"
+    )
 
 
 def _normalise(row: Any, kind: str) -> Record:
-    fields = _fields(row)
+    fields = _check_fields(row)
     for field in FIELDS[kind]:
         if field not in fields:
-            raise BadRowError(f"the field {field!r} is missing, there is {', '.join(fields) or 'none'}")
+            raise BadRowError(
+                f"the field {field!r} is missing; the fields are: {', '.join(fields) or 'none'}"
+            )
     if kind == "alpaca":
-        extra = "" if fields.get("input") is None else _text(fields["input"], "input")
-        question = _text(fields["instruction"], "instruction") + (f"\n\n{extra}" if extra else "")
-        return _as_chat(question, _text(fields["output"], "output"))
+        extra = "" if fields.get("input") is None else _check_text(fields["input"], "input")
+        question = _check_text(fields["instruction"], "instruction") + (f"\n\n{extra}" if extra else "")
+        return _make_chat(question, _check_text(fields["output"], "output"))
     if kind == "text":
-        text = _text(fields["text"], "text")
+        text = _check_text(fields["text"], "text")
         if not text.strip():
             raise BadRowError("'text' is empty")
         return {"text": text}
     if kind == "prompt-completion":
         if isinstance(fields["prompt"], list) and isinstance(fields["completion"], list):
-            prompt = _messages(fields["prompt"], "prompt")
+            prompt = _check_messages(fields["prompt"], "prompt")
             return {
                 "prompt": prompt,
-                "completion": _with_answer(_messages(fields["completion"], "completion")),
+                "completion": _require_answer(_check_messages(fields["completion"], "completion")),
             }
-        return {field: _text(fields[field], field) for field in ("prompt", "completion")}
+        return {field: _check_text(fields[field], field) for field in ("prompt", "completion")}
     field = FIELDS[kind][0]
-    messages = _messages(fields[field], field)
-    _with_answer(messages[1:])  # the first turn can't be an answer: nothing was asked
+    messages = _check_messages(fields[field], field)
+    _require_answer(messages[1:])  # the first turn cannot be an answer: nothing was asked
     return {"messages": messages}
 
 
-def _as_chat(question: str, answer: str) -> Record:
+def _make_chat(question: str, answer: str) -> Record:
     return {
         "prompt": [{"role": "user", "content": question}],
         "completion": [{"role": "assistant", "content": answer}],
     }
 
 
-def _messages(turns: Any, field: str) -> Messages:
+def _check_messages(turns: Any, field: str) -> Messages:
     if not isinstance(turns, list) or not turns:
-        raise BadRowError(f"{field!r} is {_describe(turns)}, a list of messages is due")
+        raise BadRowError(f"{field!r} must be a list of messages, got {_describe(turns)}")
     messages = []
     for number, turn in enumerate(turns, 1):
         place = f"{field!r}, message {number}"
         if not isinstance(turn, dict):
-            raise BadRowError(f"{place} is {_describe(turn)}, an object with a role and text is due")
+            raise BadRowError(f"{place} must be an object with a role and text, got {_describe(turn)}")
         role, content = ("from", "value") if "from" in turn else ("role", "content")
         if role not in turn or content not in turn:
             raise BadRowError(
-                f"{place} has no {content if role in turn else role!r}, it has {', '.join(turn)}"
+                f"{place} has no {content if role in turn else role!r}; it has {', '.join(turn)}"
             )
         if turn.get("tool_calls"):
-            raise BadRowError(f"{place} calls tools, which isn't supported")
+            raise BadRowError(f"{place} calls tools, which is not supported")
         name = SHAREGPT_ROLES.get(str(turn[role]), turn[role])
         if name not in ROLES:
             known = (*ROLES, *SHAREGPT_ROLES) if role == "from" else ROLES
             raise BadRowError(f"{place} has the unknown role {turn[role]!r}; known: {', '.join(known)}")
-        messages.append({"role": name, "content": _text(turn[content], f"{place}, {content}")})
+        messages.append({"role": name, "content": _check_text(turn[content], f"{place}, {content}")})
     return messages
 
 
-def _with_answer(messages: Messages) -> Messages:
+def _require_answer(messages: Messages) -> Messages:
     if not any(message["role"] == "assistant" for message in messages):
         raise BadRowError("no assistant turn to learn from")
     return messages
 
 
-def _fields(row: Any) -> Record:
+def _check_fields(row: Any) -> Record:
     if not isinstance(row, dict):
-        raise BadRowError(f"{_describe(row)} where an object with named fields is due")
+        raise BadRowError(f"a record must be an object with named fields, got {_describe(row)}")
     return row
 
 
-def _text(value: Any, name: str) -> str:
+def _check_text(value: Any, name: str) -> str:
     name = name if name.startswith("'") else repr(name)
     if not isinstance(value, str):
-        raise BadRowError(f"{name} is {_describe(value)}, text is due")
+        raise BadRowError(f"{name} must be text, got {_describe(value)}")
     try:
         value.encode()
-    except UnicodeEncodeError:  # half a surrogate pair: an undecodable byte, or such an escape in JSON
+    except UnicodeEncodeError:  # half a surrogate pair: an undecodable byte, or an escape in JSON
         raise BadRowError(f"{name} is not UTF-8 text; save it as UTF-8") from None
     return value
 
@@ -247,4 +267,4 @@ def _describe(value: Any) -> str:
         return f"the {'truth value' if isinstance(value, bool) else 'number'} {json.dumps(value)}"
     names = {"str": "text", "list": "a list" if value else "an empty list", "dict": "an object"}
     name = type(value).__name__
-    return names.get(name, f"of type {name}")
+    return names.get(name, f"a value of type {name}")

@@ -1,8 +1,7 @@
-"""Read rows as they stand in a file, in a folder or on the hub, each with its place.
+"""Read rows as they are stored in a file, in a folder or on the hub, each with its place.
 
-Nothing is judged here but whether a row can be read at all: `records` says what a row must hold.
-Files are read here rather than by `datasets`, which tells neither the line of a bad row nor goes on after it.
-Nothing is ever unpickled.
+This file only checks whether a row can be read; `records` checks its content. Files are not read by
+`datasets`, because it neither names the line of a bad row nor continues after it. Nothing is ever unpickled.
 """
 
 import csv
@@ -15,19 +14,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
+from lisatune.console import first_line
 from lisatune.data import python_docs
 
 __all__ = ["EXTENSIONS", "BadRowError", "read_rows"]
 
 EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet")
-"""Files that are read, also with .gz at the end."""
-
+"""Types of files that can be read, also with .gz at the end."""
 
 BOM = b"\xef\xbb\xbf"
+"""Byte order mark, which some programs put at the beginning of a UTF-8 file."""
 
 
 class BadRowError(ValueError):
-    """What is wrong with one row, without its place."""
+    """A row that cannot be used. The message does not name the row's place."""
 
 
 def read_rows(source: str, *, split: str = "train") -> Iterator[tuple[str, Any]]:
@@ -38,26 +38,28 @@ def read_rows(source: str, *, split: str = "train") -> Iterator[tuple[str, Any]]
         split: split of a hub dataset.
 
     Yields:
-        Place (`FILE, line N`) and row. A row that can't be read comes as a `BadRowError`.
+        Place (`FILE, line N`) and row. In place of an unreadable row comes a `BadRowError`.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        ValueError: unknown file type, or a file, folder or dataset that can't be read.
-        ImportError: the packages of lisatune[train] are missing.
+        ValueError: the file type is unknown, or the file, folder or dataset cannot be read.
+        ImportError: reading this source needs a package of lisatune[train] that is not installed.
     """
     try:
         yield from _open_source(source, split)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{source} is not a complete gzip file ({error}); make or fetch it again") from error
+        raise ValueError(
+            f"{source} is not a complete gzip file ({error}); create or download it again"
+        ) from error
 
 
 def _open_source(source: str, split: str) -> Iterator[tuple[str, Any]]:
     name, _, part = source.partition(":")
     if name == "python-docs":
-        pairs = python_docs.pairs(part or "train")  # type: ignore[arg-type]  # it checks the part
+        pairs = python_docs.make_pairs(part or "train")  # type: ignore[arg-type]  # it checks the part
         return ((source, {"instruction": pair["prompt"], "output": pair["completion"]}) for pair in pairs)
     path = Path(source).expanduser()
-    suffix = _suffix(path)
+    suffix = _file_type(path)
     if path.is_dir():
         return _read_folder(path)
     if not path.exists():
@@ -68,14 +70,14 @@ def _open_source(source: str, split: str) -> Iterator[tuple[str, Any]]:
         return _read_hub(source, split)
     if suffix not in EXTENSIONS:
         raise ValueError(
-            f"can't read {source}: unknown file type {suffix or '(none)'}; "
+            f"cannot read {source}: unknown file type {suffix or '(none)'}; "
             f"use {', '.join(EXTENSIONS)} (also .gz) or a folder of .txt files"
         )
     return {".csv": _read_csv, ".parquet": _read_parquet}.get(suffix, _read_json)(path)
 
 
-def _suffix(path: Path) -> str:
-    """What kind of file: the extension before .gz."""
+def _file_type(path: Path) -> str:
+    """Tell the type of a file: its extension, or the one before .gz."""
     return Path(path.stem if path.suffix == ".gz" else path.name).suffix.lower()
 
 
@@ -86,7 +88,7 @@ def _open(path: Path) -> IO[bytes]:
 def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
     """One object per line, or in a .json file a list of objects."""
     with _open(path) as file:
-        if _suffix(path) == ".json" and (text := file.read()).lstrip(BOM + b" \t\r\n").startswith(b"["):
+        if _file_type(path) == ".json" and (text := file.read()).lstrip(BOM + b" \t\r\n").startswith(b"["):
             place, rows = _parse(text.removeprefix(BOM), path, 1)
             if isinstance(rows, BadRowError):
                 raise ValueError(f"{place}: {rows}")
@@ -98,8 +100,8 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
                 yield _parse(line.removeprefix(BOM).rstrip(), path, number)
 
 
-def _parse(text: bytes, path: Path, first_line: int) -> tuple[str, Any]:
-    line = first_line
+def _parse(text: bytes, path: Path, start_line: int) -> tuple[str, Any]:
+    line = start_line
     try:
         return f"{path}, line {line}", json.loads(text.decode())
     except UnicodeDecodeError as error:
@@ -166,9 +168,8 @@ def _read_hub(source: str, split: str) -> Iterator[tuple[str, Any]]:
     try:
         rows = datasets.load_dataset(name, config or None, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"can't load split {split!r} of {source!r} from the Hugging Face hub, and no file or folder has "
-            f"that name: {reason}"
+            f"cannot load split {split!r} of {source!r} from the Hugging Face hub, and no file or folder has "
+            f"that name: {first_line(error)}"
         ) from error
     return ((f"{source}, {split} row {number}", row) for number, row in enumerate(rows, 1))

@@ -1,8 +1,8 @@
-"""Tokens with labels: chat templates, answer masks, packing, batches and their order.
+"""Tokens with labels: answer masks, packing, batches, their order, and each rank's share of a batch.
 
-A label is the token id at the same position, or -100 where there is no loss; the loss function shifts. The
-first token of a sequence never carries loss, for nothing predicts it. Where a sequence ends is known by its
-length: no mask is ever made from `ids == pad`, since in many models the padding token is the very token that
+A label is the token id at the same position, or -100 where there is no loss; the loss function shifts labels.
+The first token of a sequence never carries loss, because nothing predicts it. The end of a sequence is known
+from its length. No mask is ever made from `ids == pad`: in many models the padding token is the token that
 ends an answer, and the model would never learn to stop.
 
 Shapes: B = rows of a batch, T = tokens of a row, padding included.
@@ -22,50 +22,45 @@ from torch import Tensor
 from lisatune.data.chat import Chat, common_length
 from lisatune.data.records import Records
 from lisatune.distributed import ranks
+from lisatune.losses.causal_lm import IGNORE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Examples", "Order", "collate", "my_share", "pack", "tokenize"]
-
-IGNORE = -100
-
+__all__ = ["IGNORE", "Examples", "Order", "collate", "my_share", "pack", "tokenize"]
 
 TokenRow = dict[str, list[int]]
+"""`input_ids` and `labels` of equal length; a packed row also has `seq_lengths`, its documents' lengths."""
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Sequences ready for training.
-
-    A row has `input_ids` and `labels` of equal length; a packed row also `seq_lengths`, the lengths of its
-    documents in order.
-    """
+    """Sequences of tokens, ready for training."""
 
     rows: list[TokenRow]
     num_cut: int
-    """Records longer than max_length, cut at the end."""
+    """Number of records that were longer than `max_length` and were cut at the end."""
     num_without_loss: int
-    """Records dropped, since after the cut no answer token was left."""
+    """Number of records that were dropped because the cut left no answer token."""
 
     @cached_property
     def num_tokens(self) -> int:
-        """Tokens in all rows."""
+        """Number of tokens in all rows."""
         return sum(len(row["input_ids"]) for row in self.rows)
 
     @cached_property
     def num_loss_tokens(self) -> int:
-        """Tokens that carry loss."""
+        """Number of tokens that carry loss."""
         return sum(len(row["labels"]) - row["labels"].count(IGNORE) for row in self.rows)
 
     @cached_property
     def longest(self) -> int:
-        """Tokens of the longest row."""
+        """Number of tokens in the longest row."""
         return max(len(row["input_ids"]) for row in self.rows)
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of every row's tokens, labels and documents, in their order."""
+        """Hash of the rows in their order: tokens, labels and documents' lengths."""
         digest = hashlib.sha256()
         for row in self.rows:
             for name in sorted(row):
@@ -83,20 +78,30 @@ def tokenize(
 ) -> Examples:
     """Turn records into token ids and labels.
 
-    Messages go through the tokenizer's chat template (`lisatune.data.chat` gives it one if it has none).
-    Plain prompts and completions are joined as they are, with the end-of-sequence token after them, and so
-    is text. Under `answers` every assistant turn of `messages`, or of a completion, carries loss from its
-    first token to the token that ends the turn; a plain completion from its first token to end-of-sequence.
+    Messages go through the tokenizer's chat template; a tokenizer without one is given a plain template.
+    Plain prompts and completions are joined without a template. The end-of-sequence token follows them, and
+    plain text too.
 
     Args:
-        records: from `lisatune.data.records.read_records`.
-        tokenizer: of the model to train.
-        max_length: longest sequence in tokens; the end of longer ones is cut off.
-        loss_on: which tokens carry loss; `auto` is answers, and all for text.
+        records: from `read_records`.
+        tokenizer: the tokenizer of the model to train, with its chat template.
+        max_length: length of the longest sequence in tokens; longer ones are cut at the end.
+        loss_on: which tokens carry loss. `answers`: every assistant turn from its first token to the token
+            that ends the turn, or a plain completion up to and with the end-of-sequence token. `all`: every
+            token but the first. `auto`: `all` for records of text, `answers` for all others.
+
+    Returns:
+        A row of `input_ids` and `labels` (-100 where there is no loss) for each record that has a token with
+        loss, in the order of the records.
 
     Raises:
-        ValueError: the chat template refuses a record or can't be used for training, `answers` asked of
-            text, no end-of-sequence token, or `max_length` cuts off every answer.
+        ValueError: the chat template refuses a record or cannot be used for training, `answers` was asked for
+            plain text, the tokenizer has no end-of-sequence token, or `max_length` cuts off every answer.
+        ImportError: messages need TRL, which is not installed.
+
+    Example:
+        >>> examples = tokenize(read_records("rows.jsonl"), tokenizer, max_length=1024)
+        >>> examples.rows[0]["labels"], examples.num_cut, examples.num_without_loss
     """
     if loss_on not in ("auto", "answers", "all"):
         raise ValueError(f"loss_on must be auto, answers or all, got {loss_on!r}")
@@ -131,12 +136,14 @@ def _is_chat(record: dict[str, Any]) -> bool:
 def _tokenize_record(
     record: dict[str, Any], tokenizer: Any, chat: Chat | None, *, everywhere: bool
 ) -> TokenRow:
-    """Ids and labels of one record, not cut yet."""
+    """Turn one record into ids and labels of its whole length."""
     use_chat = chat is not None and _is_chat(record)
     if chat is not None and use_chat:
         messages = record["messages"] if "messages" in record else record["prompt"] + record["completion"]
         first_answer = 1 if "messages" in record else len(record["prompt"])
-        prefixes = [(chat.render(messages), True)] if everywhere else chat.prefixes(messages, first_answer)
+        prefixes = (
+            [(chat.render(messages), True)] if everywhere else chat.render_prefixes(messages, first_answer)
+        )
     elif "prompt" in record:
         prefixes = [(record["prompt"], everywhere), (record["prompt"] + record["completion"], True)]
     else:
@@ -147,7 +154,7 @@ def _tokenize_record(
     ids: list[int] = list(encoded[-1])
     labels: list[int] = []
     for part, (_, has_loss) in zip(encoded, prefixes, strict=True):
-        # A token that reaches across a border belongs to what comes after the border, as in TRL.
+        # A token across a border belongs to the text after the border, as in TRL.
         end = common_length(part, ids)
         labels += ids[len(labels) : end] if has_loss else [IGNORE] * (end - len(labels))
     stops = chat.ends_turn(texts[-1]) if chat and use_chat else ids[-1:] == [tokenizer.eos_token_id]
@@ -165,11 +172,12 @@ def _tokenize_record(
 def pack(examples: Examples, max_length: int) -> Examples:
     """Put several sequences into one row of at most `max_length` tokens, best fit first (TRL's `bfd`).
 
-    The rows remember the lengths of their documents, from which `collate` makes positions, and from these
-    transformers makes a mask that keeps each document to itself.
+    The rows keep the lengths of their documents. From these `collate` makes positions, and from the positions
+    transformers makes a mask that keeps attention inside each document.
 
     Raises:
         ValueError: a sequence is longer than `max_length`.
+        ImportError: datasets or TRL is not installed.
     """
     try:
         from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
@@ -178,7 +186,7 @@ def pack(examples: Examples, max_length: int) -> Examples:
         raise ImportError('packing needs datasets and trl: pip install "lisatune[train]"') from error
     if examples.longest > max_length:
         raise ValueError(
-            f"can't pack {examples.longest} tokens into max_length={max_length}; tokenize with it"
+            f"cannot pack {examples.longest} tokens into max_length={max_length}; tokenize with that length"
         )
     were_disabled = are_progress_bars_disabled()
     disable_progress_bars()
@@ -192,19 +200,21 @@ def pack(examples: Examples, max_length: int) -> Examples:
 
 
 def collate(rows: Sequence[TokenRow], pad_token_id: int, *, length: int | None = None) -> dict[str, Tensor]:
-    """Make a batch, padded on the right.
+    """Make a batch of rows, padded on the right.
 
-    There is no attention mask. Causal attention never looks right, so padding changes no real token; and
-    where positions restart (transformers: `masking_utils.find_packed_sequence_indices`), attention is kept
-    inside each document, row by row. Padding of an unpacked row counts on, so that no mask is built and the
-    fast causal kernel runs; padding of a packed row is a document of its own. TRL's collator either gives an
-    attention mask, with which transformers ignores the borders, or lays the batch into one row
-    (`padding_free`), whose mask has (B·T)² entries.
+    There is no attention mask. Causal attention never looks to the right, so padding changes no real token.
+    Where positions restart, transformers keeps attention inside each document, row by row
+    (`masking_utils.find_packed_sequence_indices`). In an unpacked row the positions continue through the
+    padding, so that no mask is built and the fast causal kernel runs. In a packed row the padding is a
+    document of its own.
+
+    TRL's collator either gives an attention mask, with which transformers ignores the borders, or puts the
+    batch into one row (`padding_free`), whose mask has (B·T)² entries.
 
     Args:
         rows: rows of `Examples`.
-        pad_token_id: any id; padding has no loss.
-        length: T, at least that of the longest row. Default: just that.
+        pad_token_id: any token id; padding has no loss.
+        length: T, at least the length of the longest row, which is the default.
 
     Returns:
         `input_ids`, `labels` (-100 on padding) and `position_ids`, each int64 of shape [B, T]. Pass
@@ -226,9 +236,9 @@ def collate(rows: Sequence[TokenRow], pad_token_id: int, *, length: int | None =
 
 
 class Order:
-    """Which rows make up which batch: a new shuffle per epoch, every row once, the last batch may be short.
+    """The rows of each batch: a new shuffle per epoch, every row once, and the last batch may be short.
 
-    `batch` is a pure function of (seed, micro_step), so a resumed run needs to know the micro-step alone.
+    `batch` is a pure function of (seed, micro_step), so a resumed run needs to know only the micro-step.
     """
 
     def __init__(self, num_rows: int, batch_size: int, seed: int) -> None:
@@ -243,7 +253,7 @@ class Order:
         self._epoch, self._rows = -1, list[int]()
 
     def batch(self, micro_step: int) -> list[int]:
-        """Rows of a micro-step, which counts from 0 through all epochs."""
+        """Return the indices of a micro-step's rows; micro-steps count from 0 through all epochs."""
         epoch, index = divmod(micro_step, self.batches_per_epoch)
         if epoch != self._epoch:
             key = hashlib.blake2b(f"{self.seed}/{epoch}".encode(), digest_size=7).digest()
@@ -253,10 +263,10 @@ class Order:
 
 
 def my_share(rows: Sequence[TokenRow]) -> Sequence[TokenRow]:
-    """Take this rank's rows of a batch; where it has none, one without loss, for all must compute."""
+    """Take this rank's rows of a batch; if there are none, a row without loss, as every rank must compute."""
     mine = rows[ranks.rank() :: ranks.count()]
     if mine:
         return mine
     ids = rows[0]["input_ids"][:2]
-    blank = {"input_ids": ids, "labels": [-100] * len(ids)}
+    blank = {"input_ids": ids, "labels": [IGNORE] * len(ids)}
     return [blank | ({"seq_lengths": [len(ids)]} if "seq_lengths" in rows[0] else {})]

@@ -1,6 +1,5 @@
-"""How good the model is now: loss on held-out text, and what it answers."""
+"""Measure how good a model is: its loss on held-out data, and its answers to prompts."""
 
-import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lisatune.data.chat import prompt_ids
+from lisatune.data.chat import encode_prompt
 from lisatune.distributed import ranks
 from lisatune.distributed.shards import reshard
 from lisatune.losses.causal_lm import CausalLMLoss, evaluation_mode
@@ -19,21 +18,13 @@ __all__ = ["HeldOut", "generate_answers", "held_out_loss"]
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Result of an evaluation."""
+    """The result of an evaluation."""
 
     loss: float
-    """Mean loss of a token in nats; every token counts the same, whichever batch it was in."""
+    """Mean loss of a token in nats. Every token counts the same, whatever batch it was in."""
 
     num_tokens: int
-    """Tokens that carried loss."""
-
-    @property
-    def perplexity(self) -> float:
-        """exp(loss), infinite where that overflows."""
-        try:
-            return math.exp(self.loss)
-        except OverflowError:
-            return math.inf
+    """Number of tokens that carried loss."""
 
 
 def held_out_loss(
@@ -43,16 +34,27 @@ def held_out_loss(
     device: torch.device | str,
     autocast: torch.dtype | None = None,
 ) -> HeldOut:
-    """Mean loss over all tokens of `batches`, of all ranks, without dropout. Training flags are given back.
+    """Compute the mean loss over all tokens of `batches`, without dropout and without gradients.
+
+    On several ranks every rank must call it with its own batches, and all get the mean over all of them. The
+    model's training flags are restored at the end.
 
     Args:
-        loss_fn: holds the model, which is on `device`.
-        batches: what `loss_fn` takes, on any device.
-        device: where the model is.
+        loss_fn: the loss with its model, which is on `device`.
+        batches: batches from `data.tokens.collate`, on any device: `input_ids`, `labels` (-100 where there is
+            no loss) and `position_ids`, int64 of shape [B, T].
+        device: the model's device.
         autocast: dtype of matrix products, such as torch.bfloat16; None computes in the weights' dtype.
+
+    Returns:
+        Loss in nats per token, and the number of tokens that carried loss.
 
     Raises:
         ValueError: no token in `batches` carries loss.
+
+    Example:
+        >>> result = held_out_loss(CausalLMLoss(model), [collate(rows, pad_token_id=0)], device="cpu")
+        >>> result.loss, result.num_tokens
     """
     total, num_tokens = 0.0, 0
     device = torch.device(device)
@@ -78,18 +80,26 @@ def held_out_loss(
 def generate_answers(
     model: Any, tokenizer: Any, prompts: Sequence[str | list[dict[str, str]]], *, max_new_tokens: int
 ) -> list[str]:
-    """Answer each prompt greedily, up to the end token or `max_new_tokens`.
+    """Answer each prompt greedily, up to the end-of-sequence token or `max_new_tokens` tokens.
 
-    A repetition penalty in the model's generation config stays in force.
+    A repetition penalty in the model's generation config stays in force. The model's training flags are
+    restored at the end.
 
     Args:
-        model: a `transformers` causal language model. Training flags are given back.
+        model: a transformers causal language model, on any device.
         tokenizer: its tokenizer.
-        prompts: plain text to go on from, or messages (`role`, `content`) for the chat template.
-        max_new_tokens: longest answer, >= 1.
+        prompts: plain texts to continue, or lists of messages (`role`, `content`) for the chat template.
+        max_new_tokens: length of the longest answer in tokens, >= 1.
 
     Returns:
-        The new text of each, without prompt and special tokens.
+        The new text for each prompt, without the prompt and without special tokens.
+
+    Raises:
+        ValueError: the chat template refuses a prompt.
+
+    Example:
+        >>> question = [{"role": "user", "content": "What is the capital of France?"}]
+        >>> generate_answers(model, tokenizer, [question, "Once upon a time"], max_new_tokens=32)
     """
     from transformers import GenerationConfig
 
@@ -106,7 +116,7 @@ def generate_answers(
     with torch.no_grad(), evaluation_mode(model), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Position ids are not supported")  # PEFT's, of virtual tokens
         for prompt in prompts:
-            ids = prompt_ids(tokenizer, prompt)
+            ids = encode_prompt(tokenizer, prompt)
             prompt_BT = torch.tensor([ids], device=model.device)
             out_BT = model.generate(
                 prompt_BT, attention_mask=torch.ones_like(prompt_BT), generation_config=greedy

@@ -1,1 +1,1 @@
-"""Anything that is read or written whole."""
+"""Files that are read or written as a whole: plain ones, YAML, and tensors."""

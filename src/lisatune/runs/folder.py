@@ -1,32 +1,31 @@
-"""The run folder: everything a run leaves behind, enough to rebuild every table from it.
+"""The run folder: everything that a run leaves behind, enough to rebuild every table from it.
 
     recipe.yaml        the recipe with every default filled in
     environment.json   versions, device, commit and command line
     metrics.jsonl      one line for each logged step
-    summary.json       the figures the run ended with
-    checkpoints/       to go on from
+    summary.json       the figures that the run ended with
+    checkpoints/       from which the run can be resumed
     model/             the fine-tuned model, a plain Hugging Face folder
-    trackers/          files of TensorBoard and the like
+    trackers/          files of TensorBoard and similar trackers
 
-JSON files are written aside and renamed, so that a reader never sees half of one. A lock that the
-system drops when the process ends (flock, so POSIX only) keeps two runs out of one folder.
+JSON files are written under another name and renamed, so that a reader never sees half of one. A lock keeps
+two runs out of one folder; the system drops it when the process ends (flock, so POSIX only).
 """
 
-import contextlib
 import errno
 import json
 import math
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from lisatune.distributed import ranks
-from lisatune.files.disk import delete, replace_file, take_lock, writing
-from lisatune.runs.summary import environment
+from lisatune.files.disk import delete, explain_write_errors, replace_file, take_lock
+from lisatune.runs.summary import describe_environment
 
 __all__ = ["RunFolder", "check_output", "differences", "open_folder"]
 
@@ -36,30 +35,33 @@ MAY_CHANGE = frozenset(
     | {"run.on_save_error", "run.on_nonfinite", "run.max_skipped_steps", "run.activation_checkpointing"}
     | {"run.sharding", "run.batch_size"}
 )
-"""Keys that may differ on resume: lengths, intervals, where to, and what a run that stopped may need.
+"""Keys that may differ on resume: lengths, intervals, outputs, and what a stopped run may need to change.
 
-Steps and epochs stretch the lr schedule.
+Other steps or epochs stretch the learning-rate schedule.
 """
 
-
 _FILES = ("recipe.yaml", "environment.json", "metrics.jsonl", "summary.json")
-
-
 _FOLDERS = ("checkpoints", "model", "trackers")
-
-
 _LOCK = ".lock"
-
-
 _LEFT_BY_A_KILL = re.compile(rf"\.({'|'.join(map(re.escape, (*_FILES, *_FOLDERS)))})\.tmp-.*")
 
 
 class RunFolder:
-    """An open run folder, locked until it is closed. Use as a context manager.
+    """An open run folder, locked until it is closed. Use it as a context manager.
 
     Attributes:
-        path, checkpoints, model, trackers: folders. checkpoints, model and trackers may not exist yet.
+        path: the run folder.
+        checkpoints, model, trackers: folders in it, which may not exist yet.
         metrics: the file metrics.jsonl.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> path = Path(mkdtemp()) / "run"
+        >>> with RunFolder.open(path, {"run": {"seed": 1}}) as folder:
+        ...     folder.log({"step": 1, "loss": 2.5})
+        ...     folder.write_summary({"steps": 1})
+        >>> sorted(entry.name for entry in path.iterdir())
+        ['.lock', 'environment.json', 'metrics.jsonl', 'recipe.yaml', 'summary.json']
     """
 
     def __init__(self, path: Path, lock: int) -> None:
@@ -75,32 +77,35 @@ class RunFolder:
     def open(
         cls, path: str | Path, recipe: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False
     ) -> Self:
-        """Make or open a run folder and write down recipe and environment.
+        """Create or open a run folder and write recipe and environment into it.
 
-        Call it when all else is known to be good: `overwrite` deletes the former run's files here.
+        Call it after every other check, because `overwrite` deletes the former run's files here.
 
         Args:
             path: the folder, `run.output`.
             recipe: `Recipe.as_dict()`.
-            resume: go on with the run in it.
-            overwrite: delete the run in it first; files that no run wrote are left alone.
+            resume: continue the run in the folder.
+            overwrite: delete the run in the folder first; files that no run wrote are left alone.
+
+        Returns:
+            The folder, locked.
 
         Raises:
-            ValueError: as `check_output`.
+            ValueError: as in `check_output`.
             RuntimeError: another process runs in the folder.
-            OSError: the folder can't be written.
+            OSError: the folder cannot be written.
         """
         path = Path(path)
         check_output(path, recipe, resume=resume, overwrite=overwrite)
-        with writing(path):
+        with explain_write_errors(path):
             path.mkdir(parents=True, exist_ok=True)
             folder = cls(path, take_lock(path / _LOCK))
         try:
-            with writing(path):
+            with explain_write_errors(path):
                 for entry in path.iterdir():
                     if _LEFT_BY_A_KILL.fullmatch(entry.name):
                         delete(entry)
-            now = environment()
+            now = describe_environment()
             if resume:
                 before = _read_json(path / "environment.json")
                 now = before | {"resumed": [*before.get("resumed", []), now]}
@@ -109,20 +114,23 @@ class RunFolder:
             from lisatune.files import yaml
 
             replace_file(path / "recipe.yaml", yaml.dump(dict(recipe)))
-            replace_file(path / "environment.json", _json(now, indent=2))
+            replace_file(path / "environment.json", _to_json(now, indent=2))
         except BaseException:
             folder.close()
             raise
         return folder
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Add a line to metrics.jsonl. It needs the key `step`; NaN and infinity become null.
+        """Add a line to metrics.jsonl.
+
+        Args:
+            record: values that JSON knows, with the key `step`; NaN and infinity become null.
 
         Raises:
-            OSError: it could not be written. No half line is left, and the next call writes it as well.
+            OSError: the line could not be written. No half line is left, and the next call writes it too.
         """
-        self._unwritten.append(_json(record) + "\n")
-        with writing(self.metrics), self.metrics.open("ab", buffering=0) as file:
+        self._unwritten.append(_to_json(record) + "\n")
+        with explain_write_errors(self.metrics), self.metrics.open("ab", buffering=0) as file:
             size = file.tell()
             text = "".join(self._unwritten).encode()
             try:
@@ -134,11 +142,15 @@ class RunFolder:
         self._unwritten.clear()
 
     def drop_metrics_after(self, step: int, *, evaluated: bool = True) -> None:
-        """Forget what was logged after `step`, so that going on from its checkpoint logs no step twice.
+        """Delete the lines logged after `step`, so that a run resumed from there logs no step twice.
 
         Args:
-            step: optimizer steps done.
-            evaluated: whether the held-out loss of that very step was taken before it was saved.
+            step: optimizer steps done when the checkpoint was saved.
+            evaluated: whether the held-out loss at `step` was logged before the checkpoint was saved; if not,
+                its line is deleted too.
+
+        Raises:
+            OSError: metrics.jsonl could not be written; it is as it was.
         """
         if not self.metrics.exists():
             return
@@ -153,11 +165,15 @@ class RunFolder:
         replace_file(self.metrics, "".join(kept))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write summary.json."""
-        replace_file(self.path / "summary.json", _json(summary, indent=2))
+        """Write summary.json; NaN and infinity become null.
+
+        Raises:
+            OSError: it could not be written; an earlier one is as it was.
+        """
+        replace_file(self.path / "summary.json", _to_json(summary, indent=2))
 
     def close(self) -> None:
-        """Give the folder free for another process."""
+        """Release the folder for another process."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -171,26 +187,63 @@ class RunFolder:
         self.close()
 
     def _delete_run(self) -> None:
-        """Delete what a run wrote; last what makes the folder a run's, for a kill may come in between."""
-        with writing(self.path):
+        """Delete the files of a run.
+
+        The files that make the folder a run's come last, so that a kill in between leaves a run folder.
+        """
+        with explain_write_errors(self.path):
             for name in (*_FOLDERS, *reversed(_FILES)):
                 delete(self.path / name)
+
+
+@contextmanager
+def open_folder(
+    path: Path, recipe: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False
+) -> Iterator[RunFolder]:
+    """Open the run folder on rank 0; the other ranks get one that writes nothing. Every rank must call it.
+
+    Args:
+        path, recipe, resume, overwrite: as in `RunFolder.open`.
+    """
+    opened = ranks.on_rank0(lambda: RunFolder.open(path, recipe, resume=resume, overwrite=overwrite))
+    with opened or _ReadOnlyFolder(path) as folder:
+        yield folder
+
+
+class _ReadOnlyFolder(RunFolder):
+    """The run folder on every rank but rank 0: it has the paths and writes nothing."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, lock=-1)
+        self._lock = None
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+    def drop_metrics_after(self, step: int, *, evaluated: bool = True) -> None:
+        """Do nothing."""
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Do nothing."""
 
 
 def check_output(
     path: str | Path, recipe: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False
 ) -> None:
-    """Say whether a run may start in this folder, without touching it.
+    """Check that a run may start in this folder, without changing anything.
+
+    Args:
+        path, recipe, resume, overwrite: as in `RunFolder.open`.
 
     Raises:
-        ValueError: it is a file; it exists and neither flag is given; there is no run to resume or to
-            overwrite; the run in it has another recipe.
-        RuntimeError: another process runs in it.
-        OSError: it can't be written.
+        ValueError: the path is a file; the folder exists and neither flag is given; there is no run to
+            resume or to overwrite; the run in the folder has another recipe.
+        RuntimeError: another process runs in the folder.
+        OSError: the folder cannot be written.
     """
     path = Path(path)
     if resume and overwrite:
-        raise ValueError("--resume and --overwrite exclude each other; give one of them")
+        raise ValueError("--resume and --overwrite exclude each other; use one of them")
     if path.exists() and not path.is_dir():
         raise ValueError(f"run.output {path} is a file; name a folder")
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
@@ -208,8 +261,8 @@ def check_output(
     elif path.exists() and not _was_killed_at_once(path):
         if not overwrite:
             raise ValueError(
-                f"run folder {path} exists; give --resume to go on with it, --overwrite to start again, "
-                "or another run.output"
+                f"run folder {path} exists; use --resume to continue it or --overwrite to start over, "
+                "or name another run.output"
             )
         if not is_run:
             raise ValueError(
@@ -219,7 +272,7 @@ def check_output(
 
 
 def _was_killed_at_once(path: Path) -> bool:
-    """Whether the folder is empty, or holds only what a run leaves that was killed while it began."""
+    """Whether the folder is empty, or holds only the files of a run that was killed while it began."""
     names = {entry.name for entry in path.iterdir()}
     return all(name in (_LOCK, "recipe.yaml") or _LEFT_BY_A_KILL.fullmatch(name) for name in names) and (
         _LOCK in names or not names
@@ -234,21 +287,21 @@ def _check_same_recipe(stored: Path, recipe: Mapping[str, Any]) -> None:
     except ValueError as error:
         raise ValueError(f"{stored}: {error}") from None
     if not isinstance(before, dict) or not all(isinstance(section, dict) for section in before.values()):
-        raise ValueError(f"{stored} is damaged; start again with --overwrite")
+        raise ValueError(f"{stored} is damaged; start over with --overwrite")
     changed = differences(before, recipe)
     if changed:
         raise ValueError(
             f"the recipe differs from the run in {stored.parent}: {'; '.join(changed)}; "
-            "undo that, or start again with --overwrite"
+            "undo that, or start over with --overwrite"
         )
 
 
 def differences(
     before: Mapping[str, Any], after: Mapping[str, Any], may_change: Collection[str] = MAY_CHANGE
 ) -> list[str]:
-    """List the keys that two recipes differ in as `section.key: before → after`, `may_change` left out.
+    """List the keys in which two recipes differ as `section.key: before → after`, without `may_change`.
 
-    A key that is missing says the same as null: a recipe of before the key was there goes on.
+    A missing key counts as null, so a run from before a key existed can be resumed.
     """
     flat = [
         {f"{section}.{key}": value for section, values in recipe.items() for key, value in values.items()}
@@ -267,44 +320,17 @@ def _read_json(path: Path) -> dict[str, Any]:
     with suppress(json.JSONDecodeError):
         value = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged; start again with --overwrite")
+        raise ValueError(f"{path} is damaged; start over with --overwrite")
     return value
 
 
-def _json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, indent=indent)
+def _to_json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(_replace_nonfinite(value), ensure_ascii=False, allow_nan=False, indent=indent)
 
 
-def _finite(value: Any) -> Any:
+def _replace_nonfinite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-class _ReadOnlyFolder(RunFolder):
-    """The run folder as ranks other than the first have it."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, lock=-1)
-        self._lock = None
-
-    def log(self, record: Mapping[str, Any]) -> None:
-        """Do nothing."""
-
-    def drop_metrics_after(self, step: int, *, evaluated: bool = True) -> None:
-        """Do nothing."""
-
-    def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Do nothing."""
-
-
-@contextlib.contextmanager
-def open_folder(
-    path: Path, recipe: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False
-) -> Iterator[RunFolder]:
-    """Open the run folder on the first rank, and what stands for it on the others."""
-    opened = ranks.on_rank0(lambda: RunFolder.open(path, recipe, resume=resume, overwrite=overwrite))
-    with opened or _ReadOnlyFolder(path) as folder:
-        yield folder
+        return {key: _replace_nonfinite(item) for key, item in value.items()}
+    return [_replace_nonfinite(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,7 +1,7 @@
-"""Checkpoint folders: which there are, which are complete, and that none is read that isn't what was written.
+"""Checkpoint folders: find them, tell which are complete, and refuse one that changed after it was written.
 
-manifest.json holds size and sha256 of each of `FILES`, which are opened by these names only: nothing that
-a manifest says leads out of its folder, and a link is never followed.
+manifest.json holds size and sha256 of each of `FILES`. Files are opened only by these names and never through
+links, so nothing in a manifest can lead out of its folder.
 """
 
 import json
@@ -15,7 +15,7 @@ __all__ = [
     "FILES",
     "DamagedCheckpointError",
     "checkpoint_name",
-    "checkpoints",
+    "list_checkpoints",
     "newest_checkpoint",
     "prune",
     "set_aside",
@@ -25,24 +25,24 @@ __all__ = [
 
 FILES = ("weights.safetensors", "optimizer.safetensors", "other.safetensors", "state.json")
 
-
 FORMAT = 1
+"""Version of the layout of a checkpoint; another one is refused."""
 
 
 class DamagedCheckpointError(ValueError):
-    """A checkpoint is not what was written; an earlier one may be."""
+    """A checkpoint is incomplete or changed after it was written; an earlier one may be intact."""
 
 
 def checkpoint_name(step: int) -> str:
-    """Name of the checkpoint of a step."""
+    """Name the checkpoint folder of a step."""
     return f"step-{step:06d}"
 
 
 def write_manifest(folder: Path, step: int) -> None:
-    """Note what stands in a folder that holds `FILES`.
+    """Record size and sha256 of `FILES`, which the folder must hold, in its manifest.json.
 
     Raises:
-        OSError: it could not be written.
+        OSError: a file could not be read, or manifest.json could not be written.
     """
     files = {
         name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in FILES
@@ -52,37 +52,40 @@ def write_manifest(folder: Path, step: int) -> None:
 
 
 def verify(path: Path) -> None:
-    """Compare every file with its hash.
+    """Compare every file of a checkpoint with its hash.
 
     Raises:
-        DamagedCheckpointError: a file is missing, is a link, or is not what was written.
-        ValueError: another version wrote it.
+        DamagedCheckpointError: a file is missing, is a link, or changed after it was written.
+        ValueError: the checkpoint has a format that this version cannot read.
     """
-    for name, sha256 in _manifest(path).items():
+    for name, sha256 in _read_manifest(path).items():
         if sha256_of(path / name) != sha256:
             raise DamagedCheckpointError(
-                f"checkpoint {path} is damaged: {name} is not what was written; "
+                f"checkpoint {path} is damaged: {name} changed after it was written; "
                 "delete the folder to use an earlier one"
             )
 
 
-def checkpoints(folder: str | Path) -> list[Path]:
-    """Find what has the name of a checkpoint, complete or not, the highest step first."""
+def list_checkpoints(folder: str | Path) -> list[Path]:
+    """List the folders with the name of a checkpoint, complete or not, highest step first."""
     named = [path for path in Path(folder).glob("step-*") if re.fullmatch(r"step-[0-9]{1,18}", path.name)]
     found = [path for path in named if path.is_dir() and not path.is_symlink()]
     return sorted(found, key=_step, reverse=True)
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:
-    """Find the complete checkpoint with the highest step, by file sizes; None where there is none."""
-    return next((path for path in checkpoints(folder) if _is_complete(path)), None)
+    """Find the complete checkpoint with the highest step; None where there is none.
+
+    Complete means that every file is there and has its size. `verify` compares the hashes too.
+    """
+    return next((path for path in list_checkpoints(folder) if _is_complete(path)), None)
 
 
 def set_aside(path: Path) -> None:
-    """Take a damaged checkpoint out of the way, as `NAME.damaged`; `prune` deletes it when a run is past it.
+    """Rename a damaged checkpoint to `NAME.damaged`; `prune` deletes it once the run has passed its step.
 
     Raises:
-        OSError: the folder can't be written.
+        OSError: the folder cannot be written.
     """
     aside = path.with_name(f"{path.name}.damaged")
     delete(aside)
@@ -90,9 +93,9 @@ def set_aside(path: Path) -> None:
 
 
 def prune(folder: str | Path, keep: int) -> None:
-    """Delete all but the `keep` newest complete checkpoints, and what kills and damage left behind.
+    """Delete all but the `keep` newest complete checkpoints, and folders that kills and damage left behind.
 
-    Nothing is deleted where no checkpoint is complete.
+    Nothing is deleted if no checkpoint is complete.
 
     Raises:
         ValueError: keep < 1.
@@ -100,7 +103,7 @@ def prune(folder: str | Path, keep: int) -> None:
     """
     if keep < 1:
         raise ValueError(f"keep must be >= 1, got {keep}")
-    by_step = checkpoints(folder)
+    by_step = list_checkpoints(folder)
     complete = [path for path in by_step if _is_complete(path)]
     if complete:
         newest = by_step.index(complete[0])
@@ -118,14 +121,14 @@ def _step(path: Path) -> int:
 
 def _is_complete(path: Path) -> bool:
     try:
-        _manifest(path)
+        _read_manifest(path)
     except ValueError:
         return False
     return True
 
 
-def _manifest(path: Path) -> dict[str, str]:
-    """Hash of each file by name; ValueError where a file is missing, cut, or from another format."""
+def _read_manifest(path: Path) -> dict[str, str]:
+    """Read the hash of each file by its name. Errors as in `verify`, but only sizes are compared."""
     try:
         for name in ("manifest.json", *FILES):
             if not stat.S_ISREG((path / name).lstat().st_mode):

@@ -1,7 +1,7 @@
-"""Optimizer state under parameter names, and any state as JSON with its tensors beside.
+"""Optimizer state under parameter names, and any state as JSON with its tensors beside it.
 
-`optimizer.state_dict()` numbers parameters, so a state loads silently onto the wrong ones when their order
-changed. Here names stand for numbers, and loading compares them.
+`optimizer.state_dict()` numbers the parameters, so after a change of their order a state would load silently
+onto the wrong ones. Here names replace the numbers, and loading compares them.
 """
 
 from collections.abc import Mapping
@@ -22,15 +22,15 @@ __all__ = [
 
 
 class MisfitError(ValueError):
-    """A saved state is another model's or optimizer's."""
+    """A saved state belongs to another model or optimizer."""
 
 
 def to_names(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Take the optimizer's state_dict with names for numbers.
+    """Take the optimizer's state_dict, with parameter names in place of numbers.
 
     Returns:
-        The state_dict without state tensors, and these as "PARAMETER//KEY". Only parameters that have
-        state are in either.
+        The state_dict without its state tensors, and those tensors by "PARAMETER//KEY". Only parameters that
+        have state are in either.
 
     Raises:
         ValueError: the optimizer holds a parameter that the model does not own.
@@ -52,10 +52,10 @@ def to_names(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], di
 def from_names(
     model: nn.Module, optimizer: Optimizer, saved: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    """Turn what `to_names` gave back into a state_dict that `optimizer.load_state_dict` takes.
+    """Turn the result of `to_names` back into a state_dict for `optimizer.load_state_dict`.
 
     Raises:
-        MisfitError: a parameter is missing, new, or in another param group; names the first.
+        MisfitError: a parameter is missing, new, or in another param group; the message names the first.
     """
     names = _group_names(model, optimizer)
     where = {name: f"in group {i}" for i, group in enumerate(names) for name in group}
@@ -76,7 +76,11 @@ def from_names(
 
 
 def check_same(what: str, saved: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Raise MisfitError, naming the first entry that differs."""
+    """Compare two descriptions by name.
+
+    Raises:
+        MisfitError: they differ; the message names the first difference.
+    """
     for name in (*saved, *now):
         if saved.get(name) != now.get(name):
             was, is_now = saved.get(name, "not there"), now.get(name, "not there")
@@ -84,12 +88,12 @@ def check_same(what: str, saved: Mapping[str, str], now: Mapping[str, str]) -> N
 
 
 def check_kinds(what: str, saved: Any, now: Any) -> None:
-    """Compare the kinds of plain values, as deep as both go: a number for a number, text for text.
+    """Compare the kinds of plain values, in depth: a number must match a number, text must match text.
 
-    Where one is None, or a list has another length, anything may stand for it.
+    None matches anything, and lists of different lengths match whatever they hold.
 
     Raises:
-        TypeError: they differ; names the first.
+        TypeError: two kinds differ; the message names the first.
     """
     if isinstance(now, Mapping):
         if not isinstance(saved, Mapping):
@@ -110,12 +114,12 @@ def check_kinds(what: str, saved: Any, now: Any) -> None:
 
 
 def to_json(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """Turn a state into JSON, its tensors into entries of `tensors` by their path.
+    """Turn a state into JSON, and move its tensors into `tensors`, named by their path.
 
     Tuples, and dicts whose keys are not text, are marked so that `from_json` restores them.
 
     Raises:
-        TypeError: something in it is neither a tensor nor JSON.
+        TypeError: a value is neither a tensor nor JSON.
     """
     if isinstance(value, Tensor):
         tensors[path] = value
@@ -130,11 +134,11 @@ def to_json(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return dict(items) if is_json else {"__items__": items}
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise TypeError(f"can't save {path}: {type(value).__name__} is neither a tensor nor JSON")
+    raise TypeError(f"cannot save {path}: {type(value).__name__} is neither a tensor nor JSON")
 
 
 def from_json(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The inverse of `to_json`."""
+    """Turn JSON from `to_json` back into the state."""
     if isinstance(value, list):
         return [from_json(item, tensors) for item in value]
     if not isinstance(value, dict):
@@ -153,7 +157,7 @@ def _group_names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
         for parameter in group["params"]:
             if parameter not in names:
                 raise ValueError(
-                    f"param group {i} holds a parameter of shape {list(parameter.shape)} that is not "
-                    "the model's; build the optimizer over this model"
+                    f"param group {i} holds a parameter of shape {list(parameter.shape)} that the model does "
+                    "not own; build the optimizer over this model"
                 )
     return [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]

@@ -1,4 +1,8 @@
-"""What a run ran on: versions, machine, commit and command line, with nothing secret in it."""
+"""What a run records about itself: the figures it ended with, and the machine and software it ran on.
+
+Nothing secret is recorded: of the environment variables only `VARIABLES` are, and anything in the command
+line that looks like a key is masked.
+"""
 
 import importlib.metadata
 import os
@@ -13,75 +17,34 @@ from typing import Any, TypedDict
 
 import torch
 
-__all__ = ["Sample", "Summary", "environment", "masked"]
+__all__ = ["Sample", "Summary", "describe_environment", "mask_secrets"]
 
 PACKAGES = (
     *("lisatune", "torch", "transformers", "tokenizers", "trl", "accelerate"),
     *("datasets", "safetensors", "gguf", "numpy"),
 )
-
+"""Packages whose versions are recorded."""
 
 VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "PYTORCH_ALLOC_CONF")
-"""The only environment variables that are written down."""
-
-
-def environment() -> dict[str, Any]:
-    """Describe this process and its machine as plain dicts, lists, numbers and strings."""
-    versions = {}
-    for name in PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": masked(sys.argv),
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu_count": os.cpu_count(),
-        "torch": {"version": torch.__version__, "threads": torch.get_num_threads(), "devices": devices},
-        "packages": versions,
-        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
-    }
-
-
-def _git(*arguments: str) -> str | None:
-    """Ask git about the working directory. None where there is no git or no repository."""
-    with suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=5, check=True)
-        return done.stdout.strip()
-    return None
-
-
-def masked(arguments: Sequence[str]) -> list[str]:
-    """Blank out what looks like a key: known prefixes, user:password@, values of token and the like."""
-    text = "\0".join(arguments)
-    text = re.sub(r"\b(hf|sk|gh[oprsu]|github_pat|glpat|xox[abp])([_-])[\w-]{8,}", r"\1\2***", text)
-    text = re.sub(r"\b(AKIA|ASIA|AIza|eyJ)[\w.+/=-]{12,}", r"\1***", text)
-    text = re.sub(r"(?i)\b(bearer|basic)([ :=\0]+)[^\s\0]{8,}", r"\1\2***", text)
-    text = re.sub(r"(://)[^/\s\0@]+@", r"\1***@", text)
-    names = r"(?:token|secret|passw(?:or)?d|(?:api|access|private)[_-]?key)"
-    text = re.sub(rf"(?i)({names}[=\0 ]+)[^\0]+", r"\1***", text)
-    return text.split("\0")
+"""The only environment variables that are recorded."""
 
 
 class Sample(TypedDict):
-    """A held-out question and what the model answers to it."""
+    """A held-out question, and the model's answers to it before and after training."""
 
     prompt: str
     reference: str
-    """What the held-out record answers."""
+    """The answer in the held-out record."""
     before: str
     after: str
 
 
 class Summary(TypedDict, total=False):
-    """Figures a run ended with, as in summary.json. What is absent is not printed."""
+    """The figures that a run ended with, as in summary.json. An absent figure is not printed."""
 
     steps: int
     tokens: int
-    """Tokens trained on, padding left out."""
+    """Tokens trained on, without padding."""
     skipped_steps: int
     failed_saves: int
     """Checkpoints that could not be written."""
@@ -92,23 +55,65 @@ class Summary(TypedDict, total=False):
     held_out_loss_before: float
     held_out_loss_after: float
     peak_bytes: int
-    """Most memory in use: resident, or the accelerator's."""
+    """Most memory in use at once: resident memory on the CPU, else the accelerator's."""
     planned_bytes: int
-    """Most bytes of tensors in a training step, by the plan."""
+    """Most bytes of tensors in a training step, according to the plan."""
     planned_at_peak: dict[str, int]
-    """The same by category."""
+    """The planned bytes by category."""
     plan: str
-    """How that was planned: traced, or arithmetic."""
+    """How planned_bytes was found: traced, or arithmetic."""
     measured_bytes: int
     measured: str
-    """What measured_bytes is: tensors in a step, or growth of resident memory."""
+    """What measured_bytes counts: tensors in a step, or growth of resident memory."""
     peak_state_bytes: int
+    """Most bytes of optimizer state at once."""
     peak_state_elements: int
     peak_trainable: int
     """Most parameters that trained at once."""
     visits: list[int]
-    """In how many periods each block trained."""
+    """Number of periods in which each block trained."""
     proof: str
     samples: list[Sample]
     model: str
     """Folder of the fine-tuned model."""
+
+
+def describe_environment() -> dict[str, Any]:
+    """Describe this process and its machine as plain dicts, lists, numbers and strings."""
+    versions = {}
+    for name in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": mask_secrets(sys.argv),
+        "commit": _ask_git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_ask_git("status", "--porcelain", "--untracked-files=no")),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "torch": {"version": torch.__version__, "threads": torch.get_num_threads(), "devices": devices},
+        "packages": versions,
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+    }
+
+
+def mask_secrets(arguments: Sequence[str]) -> list[str]:
+    """Mask what looks like a key: known prefixes, user:password@, values of token and similar options."""
+    text = "\0".join(arguments)
+    text = re.sub(r"\b(hf|sk|gh[oprsu]|github_pat|glpat|xox[abp])([_-])[\w-]{8,}", r"\1\2***", text)
+    text = re.sub(r"\b(AKIA|ASIA|AIza|eyJ)[\w.+/=-]{12,}", r"\1***", text)
+    text = re.sub(r"(?i)\b(bearer|basic)([ :=\0]+)[^\s\0]{8,}", r"\1\2***", text)
+    text = re.sub(r"(://)[^/\s\0@]+@", r"\1***@", text)
+    names = r"(?:token|secret|passw(?:or)?d|(?:api|access|private)[_-]?key)"
+    text = re.sub(rf"(?i)({names}[=\0 ]+)[^\0]+", r"\1***", text)
+    return text.split("\0")
+
+
+def _ask_git(*arguments: str) -> str | None:
+    """Ask git about the working directory. None where there is no git or no repository."""
+    with suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=5, check=True)
+        return done.stdout.strip()
+    return None

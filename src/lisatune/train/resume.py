@@ -12,7 +12,7 @@ from typing import Any
 from lisatune.distributed import ranks
 from lisatune.runs.checkpoint import load_checkpoint, save_checkpoint
 from lisatune.runs.folder import RunFolder
-from lisatune.runs.manifest import DamagedCheckpointError, checkpoints, newest_checkpoint, prune
+from lisatune.runs.manifest import DamagedCheckpointError, list_checkpoints, newest_checkpoint, prune
 from lisatune.train.assemble import Parts
 
 __all__ = ["RunState", "begin", "find_checkpoint", "read_state", "restore", "save"]
@@ -70,7 +70,7 @@ def restore(parts: Parts, output: Path) -> tuple[RunState, list[Path]]:
     damaged: list[Path] = []
     problem = DamagedCheckpointError(f"there is no complete checkpoint in {output}")
     built = parts.built
-    for path in checkpoints(output / "checkpoints"):
+    for path in list_checkpoints(output / "checkpoints"):
         try:
             extra = load_checkpoint(
                 path, model=built.model, optimizer=built.step.optimizer, scheduler=parts.scheduler

@@ -84,7 +84,7 @@ def test_train_leaves_a_whole_run_folder_and_generate_answers_from_it(
     assert "> Count!\n" in out
 
     assert main(["train", str(recipe)]) == 2
-    assert "--resume to go on with it, --overwrite" in capsys.readouterr().err
+    assert "--resume to continue it or --overwrite" in capsys.readouterr().err
 
 
 def test_check_lists_problems_and_says_so_by_its_exit_code(

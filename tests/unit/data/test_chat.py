@@ -16,9 +16,9 @@ BOT = {"role": "assistant", "content": "Hello"}
 
 
 def answers(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], first: int = 1) -> list[str]:
-    """What `Chat.prefixes` marks as answers; checks that the prefixes grow up to the whole conversation."""
+    """Return what `Chat.render_prefixes` marks as answers; check that the prefixes grow to the whole."""
     chat = Chat(tokenizer)
-    prefixes = chat.prefixes(messages, first)
+    prefixes = chat.render_prefixes(messages, first)
     found, before = [], ""
     for text, is_answer in prefixes:
         assert text.startswith(before)
@@ -133,7 +133,7 @@ def test_the_end_of_the_last_turn_may_be_written_differently(ending: str) -> Non
 def test_a_template_that_leaves_texts_out_is_an_error() -> None:
     """As those of vision models do when they get text where they want a list of parts."""
     tokenizer = byte_tokenizer(CHATML.replace("message['content']", "''"))
-    with pytest.raises(ValueError, match="leaves out what message 1 says"):
+    with pytest.raises(ValueError, match="leaves out the text of message 1"):
         Chat(tokenizer).render([USER, BOT])
 
 

@@ -4,17 +4,17 @@ import sys
 
 import pytest
 
-from lisatune.data.python_docs import LONGEST_ANSWER, SHORTEST_ANSWER, _answer, pairs
+from lisatune.data.python_docs import LONGEST_ANSWER, SHORTEST_ANSWER, _extract_answer, make_pairs
 
 
 def test_there_are_thousands_of_pairs_and_a_tenth_is_held_out() -> None:
-    train, validation = pairs("train"), pairs("validation")
+    train, validation = make_pairs("train"), make_pairs("validation")
     assert len(train) > 2000
     assert 0.05 < len(validation) / len(train) < 0.2
 
 
 def test_no_name_and_no_answer_is_on_both_sides() -> None:
-    train, validation = pairs("train"), pairs("validation")
+    train, validation = make_pairs("train"), make_pairs("validation")
     for key in ("name", "completion", "prompt"):
         assert {pair[key] for pair in train}.isdisjoint(pair[key] for pair in validation), key
     last_parts = {pair["name"].rpartition(".")[2] for pair in train}
@@ -22,7 +22,7 @@ def test_no_name_and_no_answer_is_on_both_sides() -> None:
 
 
 def test_every_answer_is_one_clean_paragraph() -> None:
-    for pair in [*pairs("train"), *pairs("validation")]:
+    for pair in [*make_pairs("train"), *make_pairs("validation")]:
         answer = pair["completion"]
         assert SHORTEST_ANSWER <= len(answer) <= LONGEST_ANSWER, pair
         assert answer == " ".join(answer.split()), pair
@@ -32,7 +32,7 @@ def test_every_answer_is_one_clean_paragraph() -> None:
 
 
 def test_well_known_functions_are_there_with_their_signature() -> None:
-    by_name = {pair["name"]: pair for pair in [*pairs("train"), *pairs("validation")]}
+    by_name = {pair["name"]: pair for pair in [*make_pairs("train"), *make_pairs("validation")]}
     assert "`textwrap.wrap(text, width=70, **kwargs)`" in by_name["textwrap.wrap"]["prompt"]
     assert by_name["textwrap.dedent"]["completion"].startswith("Remove any common leading whitespace")
     assert "`math.cosh(x)`" in by_name["math.cosh"]["prompt"]
@@ -42,23 +42,24 @@ def test_well_known_functions_are_there_with_their_signature() -> None:
 
 def test_another_process_gets_the_same_pairs_and_runs_no_module_with_side_effects() -> None:
     code = (
-        "import json, sys; from lisatune.data.python_docs import pairs; found = pairs('validation');"
+        "import json, sys; from lisatune.data import python_docs;"
+        "found = python_docs.make_pairs('validation');"
         "run = {'antigravity', 'this', 'idlelib', 'tkinter', 'turtle', 'test'} & set(sys.modules);"
         "print(json.dumps([found, sorted(run)]))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert json.loads(run.stdout) == [pairs("validation"), []]
+    assert json.loads(run.stdout) == [make_pairs("validation"), []]
     assert run.stderr == ""
 
 
 def test_the_caller_may_change_the_pairs_it_got() -> None:
-    pairs("train")[0]["prompt"] = "changed"
-    assert pairs("train")[0]["prompt"] != "changed"
+    make_pairs("train")[0]["prompt"] = "changed"
+    assert make_pairs("train")[0]["prompt"] != "changed"
 
 
 def test_unknown_part_is_an_error() -> None:
     with pytest.raises(ValueError, match="parts train and validation, not 'test'"):
-        pairs("test")  # type: ignore[arg-type]
+        make_pairs("test")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -83,4 +84,4 @@ def test_unknown_part_is_an_error() -> None:
     ],
 )
 def test_answers_are_the_leading_prose(docstring: str, answer: str | None) -> None:
-    assert _answer(docstring) == answer
+    assert _extract_answer(docstring) == answer

@@ -81,46 +81,46 @@ def test_limit_counts_usable_records_and_reads_no_further(tmp_path: Path) -> Non
 
 
 BAD: list[tuple[Any, Any, str]] = [
-    ({"text": "a"}, ["a"], "a list where an object with named fields is due"),
-    ({"text": "a"}, "a", "text where an object with named fields is due"),
-    ({"text": "a"}, {"txt": "a"}, "the field 'text' is missing, there is txt"),
-    ({"text": "a"}, {}, "the field 'text' is missing, there is none"),
-    ({"text": "a"}, {"text": None}, "'text' is null, text is due"),
-    ({"text": "a"}, {"text": 5}, "'text' is the number 5, text is due"),
-    ({"text": "a"}, {"text": True}, "'text' is the truth value true, text is due"),
-    ({"text": "a"}, {"text": ["a"]}, "'text' is a list, text is due"),
-    ({"text": "a"}, {"text": {"a": 1}}, "'text' is an object, text is due"),
+    ({"text": "a"}, ["a"], "a record must be an object with named fields, got a list"),
+    ({"text": "a"}, "a", "a record must be an object with named fields, got text"),
+    ({"text": "a"}, {"txt": "a"}, "the field 'text' is missing; the fields are: txt"),
+    ({"text": "a"}, {}, "the field 'text' is missing; the fields are: none"),
+    ({"text": "a"}, {"text": None}, "'text' must be text, got null"),
+    ({"text": "a"}, {"text": 5}, "'text' must be text, got the number 5"),
+    ({"text": "a"}, {"text": True}, "'text' must be text, got the truth value true"),
+    ({"text": "a"}, {"text": ["a"]}, "'text' must be text, got a list"),
+    ({"text": "a"}, {"text": {"a": 1}}, "'text' must be text, got an object"),
     ({"text": "a"}, {"text": " \n"}, "'text' is empty"),
     ({"text": "a"}, {"text": "\ud83d"}, "'text' is not UTF-8 text; save it as UTF-8"),
-    (ALPACA, {"instruction": "Add."}, "the field 'output' is missing, there is instruction"),
-    (ALPACA, ALPACA | {"output": None}, "'output' is null, text is due"),
-    (ALPACA, ALPACA | {"input": 3}, "'input' is the number 3, text is due"),
-    (KINDS[1][1], {"prompt": "a", "completion": None}, "'completion' is null, text is due"),
-    (KINDS[1][1], {"prompt": "a", "completion": [BOT]}, "'completion' is a list, text is due"),
+    (ALPACA, {"instruction": "Add."}, "the field 'output' is missing; the fields are: instruction"),
+    (ALPACA, ALPACA | {"output": None}, "'output' must be text, got null"),
+    (ALPACA, ALPACA | {"input": 3}, "'input' must be text, got the number 3"),
+    (KINDS[1][1], {"prompt": "a", "completion": None}, "'completion' must be text, got null"),
+    (KINDS[1][1], {"prompt": "a", "completion": [BOT]}, "'completion' must be text, got a list"),
     (KINDS[2][1], {"prompt": [USER], "completion": [USER]}, "no assistant turn to learn from"),
     (
         KINDS[2][1],
         {"prompt": [], "completion": [BOT]},
-        "'prompt' is an empty list, a list of messages is due",
+        "'prompt' must be a list of messages, got an empty list",
     ),
-    (KINDS[3][1], {"messages": None}, "'messages' is null, a list of messages is due"),
-    (KINDS[3][1], {"messages": []}, "'messages' is an empty list, a list of messages is due"),
+    (KINDS[3][1], {"messages": None}, "'messages' must be a list of messages, got null"),
+    (KINDS[3][1], {"messages": []}, "'messages' must be a list of messages, got an empty list"),
     (
         KINDS[3][1],
         {"messages": ["Hi"]},
-        "'messages', message 1 is text, an object with a role and text is due",
+        "'messages', message 1 must be an object with a role and text, got text",
     ),
     (KINDS[3][1], {"messages": [USER]}, "no assistant turn to learn from"),
     (KINDS[3][1], {"messages": [BOT, USER]}, "no assistant turn to learn from"),
     (
         KINDS[3][1],
         {"messages": [USER, {"role": "assistant"}]},
-        "'messages', message 2 has no 'content', it has role",
+        "'messages', message 2 has no 'content'; it has role",
     ),
     (
         KINDS[3][1],
         {"messages": [USER, BOT | {"content": None}]},
-        "'messages', message 2, content is null, text is due",
+        "'messages', message 2, content must be text, got null",
     ),
     (
         KINDS[3][1],
@@ -130,7 +130,7 @@ BAD: list[tuple[Any, Any, str]] = [
     (
         KINDS[3][1],
         {"messages": [USER, BOT | {"tool_calls": [{"name": "f"}]}]},
-        "'messages', message 2 calls tools, which isn't supported",
+        "'messages', message 2 calls tools, which is not supported",
     ),
     (
         KINDS[4][1],
@@ -147,7 +147,7 @@ def test_a_bad_row_is_named_with_file_and_line_or_skipped(
     source = save(tmp_path, good, bad, good)
     with pytest.raises(ValueError, match="line 2") as info:
         read_records(source)
-    assert str(info.value) == f"{source}, line 2: {problem}; mend it or set data.on_bad_row=skip"
+    assert str(info.value) == f"{source}, line 2: {problem}; fix it, or set data.on_bad_row=skip"
     records = read_records(source, on_bad_row="skip")
     assert (len(records.rows), records.skipped) == (2, 1)
     assert records.first_skipped == f"{source}, line 2: {problem}"
@@ -179,7 +179,7 @@ def test_an_empty_text_file_in_a_folder_is_named(tmp_path: Path) -> None:
 
 def test_fields_of_no_known_kind_are_listed(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"line 1: can't tell the kind .* fields question, answer; known: messages; "
+        ValueError, match=r"line 1: cannot tell the kind .* fields question, answer; known: messages; "
     ):
         read_records(save(tmp_path, {"question": "a", "answer": "b"}))
 
@@ -196,7 +196,8 @@ def test_an_empty_file_is_an_error(tmp_path: Path, name: str, content: str) -> N
 def test_skipping_every_row_is_an_error(tmp_path: Path) -> None:
     source = save(tmp_path, {"text": 1}, {"text": 2})
     with pytest.raises(
-        ValueError, match=r"no usable record, all 2 were skipped; first: .*line 1: 'text' is the number 1"
+        ValueError,
+        match=r"no usable record, all 2 were skipped; first: .*line 1: 'text' must be text, got the number 1",
     ):
         read_records(source, on_bad_row="skip")
 

@@ -124,9 +124,9 @@ def test_a_line_that_cannot_be_read_is_told_and_the_next_one_read(
         (
             "a.pkl",
             b"",
-            r"can't read .*a\.pkl: unknown file type \.pkl; use \.jsonl, \.json, \.csv, \.parquet",
+            r"cannot read .*a\.pkl: unknown file type \.pkl; use \.jsonl, \.json, \.csv, \.parquet",
         ),
-        ("a", b"", r"can't read .*a: unknown file type \(none\)"),
+        ("a", b"", r"cannot read .*a: unknown file type \(none\)"),
         ("a.txt", b"hello", r"a\.txt: unknown file type \.txt; .* or a folder of \.txt files"),
     ],
 )
@@ -182,7 +182,7 @@ def test_a_hub_id_is_loaded_with_its_config_and_split(monkeypatch: pytest.Monkey
 def test_a_hub_id_that_cannot_be_reached_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        ValueError, match="can't load split 'train' of 'no/such-data' from the Hugging Face"
+        ValueError, match="cannot load split 'train' of 'no/such-data' from the Hugging Face"
     ) as info:
         list(read_rows("no/such-data"))
     assert "\n" not in str(info.value)

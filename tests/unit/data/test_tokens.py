@@ -29,7 +29,7 @@ def records(*rows: dict[str, Any], kind: str = "messages") -> Records:
 
 
 def learned(row: dict[str, list[int]], tokenizer: PreTrainedTokenizerFast) -> str:
-    """The tokens that carry loss, as text."""
+    """Return the tokens that carry loss, as text."""
     for token, label in zip(row["input_ids"], row["labels"], strict=True):
         assert label in (token, -100)
     return str(tokenizer.decode([label for label in row["labels"] if label != -100]))
@@ -193,7 +193,7 @@ def test_packing_fills_rows_and_prints_nothing(capfd: pytest.CaptureFixture[str]
 
 
 def test_packing_too_long_a_sequence_is_an_error() -> None:
-    with pytest.raises(ValueError, match="can't pack 9 tokens into max_length=8"):
+    with pytest.raises(ValueError, match="cannot pack 9 tokens into max_length=8"):
         pack(made_up([3, 9]), 8)
 
 

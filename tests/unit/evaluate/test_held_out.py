@@ -1,12 +1,10 @@
-import math
-
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lisatune.evaluate.held_out import HeldOut, generate_answers, held_out_loss
+from lisatune.evaluate.held_out import generate_answers, held_out_loss
 from lisatune.losses.causal_lm import CausalLMLoss
 
 WORDS = ["<pad>", "<end>", "user", "assistant", "a", "b", "c", "d"]
@@ -76,12 +74,6 @@ def test_data_without_any_loss_is_an_error(model: LlamaForCausalLM) -> None:
     for batches in ([], [row(4, 4)]):
         with pytest.raises(ValueError, match="no token of the held-out data carries loss"):
             held_out_loss(CausalLMLoss(model), batches, device="cpu")
-
-
-def test_perplexity_is_the_exponential_of_the_loss() -> None:
-    assert HeldOut(loss=2.0, num_tokens=1).perplexity == pytest.approx(math.e**2)
-    assert HeldOut(loss=1e6, num_tokens=1).perplexity == math.inf
-    assert math.isnan(HeldOut(loss=math.nan, num_tokens=1).perplexity)
 
 
 def greedy(model: LlamaForCausalLM, ids: list[int], steps: int) -> list[int]:

@@ -2,12 +2,12 @@ from pathlib import Path
 
 import pytest
 
-from lisatune.files.disk import sha256_of, written_aside
+from lisatune.files.disk import sha256_of, write_aside
 
 
 def test_the_folder_appears_only_when_it_is_complete(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "model"
-    with written_aside(target) as aside:
+    with write_aside(target) as aside:
         (aside / "part").mkdir()
         (aside / "part" / "a").write_text("new")
         assert not target.exists()
@@ -18,7 +18,7 @@ def test_the_folder_appears_only_when_it_is_complete(tmp_path: Path) -> None:
 def test_an_old_folder_is_replaced_whole(tmp_path: Path) -> None:
     target = tmp_path / "model"
     for name in ("old", "new"):
-        with written_aside(target) as aside:
+        with write_aside(target) as aside:
             (aside / name).touch()
     assert [path.name for path in target.iterdir()] == ["new"]
     assert list(tmp_path.iterdir()) == [target]
@@ -26,9 +26,9 @@ def test_an_old_folder_is_replaced_whole(tmp_path: Path) -> None:
 
 def test_the_quicker_process_wins_when_not_replacing(tmp_path: Path) -> None:
     target = tmp_path / "cached"
-    with written_aside(target, replace=False) as slow:
+    with write_aside(target, replace=False) as slow:
         (slow / "slow").touch()
-        with written_aside(target, replace=False) as quick:
+        with write_aside(target, replace=False) as quick:
             (quick / "quick").touch()
     assert [path.name for path in target.iterdir()] == ["quick"]
     assert list(tmp_path.iterdir()) == [target]
@@ -39,11 +39,11 @@ def test_the_quicker_process_wins_when_not_replacing(tmp_path: Path) -> None:
 )
 def test_failing_leaves_what_was_there_and_nothing_else(tmp_path: Path, error: BaseException) -> None:
     target = tmp_path / "model"
-    with written_aside(target) as aside:
+    with write_aside(target) as aside:
         (aside / "old").touch()
 
     def fail() -> None:
-        with written_aside(target) as aside:
+        with write_aside(target) as aside:
             (aside / "half").touch()
             raise error
 
@@ -55,7 +55,7 @@ def test_failing_leaves_what_was_there_and_nothing_else(tmp_path: Path, error: B
 
 def test_a_failing_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target, rename = tmp_path / "model", Path.rename
-    with written_aside(target) as aside:
+    with write_aside(target) as aside:
         (aside / "old").touch()
 
     def failing(self: Path, to: Path) -> Path:
@@ -64,7 +64,7 @@ def test_a_failing_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: 
         return rename(self, to)
 
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(OSError, match="Input/output error"), written_aside(target) as aside:
+    with pytest.raises(OSError, match="Input/output error"), write_aside(target) as aside:
         (aside / "new").touch()
     assert [path.name for path in target.iterdir()] == ["old"]
     assert list(tmp_path.iterdir()) == [target]
@@ -73,7 +73,7 @@ def test_a_failing_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: 
 def test_errors_name_the_folder_and_the_reason(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     message = r"could not write .*file/model .*Not a directory.*choose another"
-    with pytest.raises(OSError, match=message), written_aside(tmp_path / "file" / "model"):
+    with pytest.raises(OSError, match=message), write_aside(tmp_path / "file" / "model"):
         pass
 
 

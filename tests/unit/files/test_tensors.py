@@ -1,4 +1,4 @@
-"""On several ranks a tensor that was put together is gone before the next one is made."""
+"""On several ranks a gathered tensor is freed before the next one is gathered."""
 
 import weakref
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lisatune.distributed import ranks
-from lisatune.files.tensors import divided_tensors, gathered, write_file
+from lisatune.files.tensors import describe_tensors, gather_tensors, write_file
 
 TENSORS = {
     "a": torch.arange(6.0).reshape(2, 3),
@@ -25,12 +25,12 @@ TENSORS = {
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_tensor_is_there_at_a_time(tmp_path: Path, rank: int, fails: bool) -> None:
-    files = divided_tensors(TENSORS)
+    files = describe_tensors(TENSORS)
     storages: list[weakref.ref[torch.UntypedStorage]] = []
     held = []
 
     def copies() -> Iterator[Tensor]:
-        for tensor in gathered(files):
+        for tensor in gather_tensors(files):
             held.append(sum(storage() is not None for storage in storages))
             copy = tensor.clone()
             storages.append(weakref.ref(copy.untyped_storage()))

@@ -201,7 +201,7 @@ def damage(path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("flipped bit", "damaged: weights.safetensors is not what was written"),
+        ("flipped bit", "damaged: weights.safetensors changed after it was written"),
         ("torn file", "damaged: weights.safetensors has another size"),
         ("missing file", "no complete checkpoint in .*weights.safetensors"),
         ("torn manifest", "no complete checkpoint in"),
@@ -303,7 +303,7 @@ def test_a_full_disk_leaves_earlier_checkpoints_and_no_rubbish(
 
 
 def test_values_that_are_not_json_are_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match=r"can't save extra.when: object"):
+    with pytest.raises(TypeError, match=r"cannot save extra.when: object"):
         Run().train(1).save(tmp_path / "checkpoints", 1, when=object())
     assert not (tmp_path / "checkpoints").exists()
 

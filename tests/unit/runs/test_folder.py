@@ -12,7 +12,7 @@ import pytest
 
 from lisatune.files import yaml
 from lisatune.runs.folder import RunFolder, check_output, differences
-from lisatune.runs.summary import environment, masked
+from lisatune.runs.summary import describe_environment, mask_secrets
 
 RECIPE: dict[str, Any] = {
     "model": {"name": "m", "revision": None},
@@ -43,9 +43,7 @@ def test_a_new_run_holds_recipe_and_environment_at_once(tmp_path: Path) -> None:
 def test_an_existing_run_is_left_alone_without_a_flag(tmp_path: Path) -> None:
     with RunFolder.open(tmp_path, RECIPE) as run:
         run.log({"step": 1})
-    with pytest.raises(
-        ValueError, match=r"exists; give --resume to go on with it, --overwrite to start again"
-    ):
+    with pytest.raises(ValueError, match=r"exists; use --resume to continue it or --overwrite to start over"):
         RunFolder.open(tmp_path, RECIPE)
     assert run.metrics.read_text() == '{"step": 1}\n'
 
@@ -191,7 +189,7 @@ def test_the_environment_names_versions_and_keeps_no_secret(monkeypatch: pytest.
     monkeypatch.setenv("HF_TOKEN", secret)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(sys, "argv", ["lisatune", "train", "r.yaml", f"model.name={secret}"])
-    text = json.dumps(environment())
+    text = json.dumps(describe_environment())
     assert secret not in text
     found = json.loads(text)
     assert found["packages"]["torch"]
@@ -208,4 +206,4 @@ def test_the_environment_names_versions_and_keeps_no_secret(monkeypatch: pytest.
     ],
 )
 def test_what_looks_like_a_key_is_masked(arguments: list[str], shown: list[str]) -> None:
-    assert masked(arguments) == shown
+    assert mask_secrets(arguments) == shown

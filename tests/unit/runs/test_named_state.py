@@ -36,7 +36,7 @@ def test_tensors_are_kept_beside_under_their_path() -> None:
 
 
 def test_what_is_not_json_is_refused_by_its_path() -> None:
-    with pytest.raises(TypeError, match=r"can't save scheduler.fn.1: function"):
+    with pytest.raises(TypeError, match=r"cannot save scheduler.fn.1: function"):
         to_json({"fn": [1, lambda: 1]}, "scheduler", {})
 
 
@@ -54,7 +54,7 @@ def test_state_dicts_come_back_when_the_groups_list_their_parameters_in_another_
 
 
 def test_a_parameter_outside_the_model_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"shape \[7\] that is not the model's"):
+    with pytest.raises(ValueError, match=r"shape \[7\] that the model does not own"):
         to_names(nn.Linear(2, 2), torch.optim.SGD([nn.Parameter(torch.zeros(7))]))
 
 

@@ -58,7 +58,7 @@ def test_all_problems_are_found_in_one_go(recipe: Path, tmp_path: Path) -> None:
         "active must be between 0 and the model's 4 blocks, got 9",
     ):
         assert any(part in problem for problem in report.problems), (part, report.problems)
-    assert any("(and 2 more like it); mend it or set data.on_bad_row=skip" in p for p in report.problems)
+    assert any("(and 2 more like it); fix it, or set data.on_bad_row=skip" in p for p in report.problems)
     assert report.outline is None
 
 
