@@ -5,11 +5,11 @@ inside functions so that `--help` is fast and a missing package is one of those 
 """
 
 import os
-import re
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -135,11 +135,16 @@ def generate(folder: str, /, *, prompt: list[str], max_new_tokens: int = 128) ->
 
 
 def _run(tokens: list[str]) -> int:
+    _refuse_empty(tokens)
     app = _app()
     from cyclopts import CycloptsError
 
+    from lisatune.train.recipe_file import join_overrides
+
     try:
-        result = app(_joined(tokens), exit_on_error=False, print_error=False, result_action="return_value")
+        result = app(
+            join_overrides(tokens), exit_on_error=False, print_error=False, result_action="return_value"
+        )
     except CycloptsError as error:
         raise ValueError(f"{error} See `lisatune --help`.") from None
     if tokens[:1] in (["train"], ["check"]) and {"--help", "-h"} & set(tokens):
@@ -184,22 +189,11 @@ def _app() -> "App":
     return app
 
 
-def _joined(tokens: list[str]) -> list[str]:
-    """Write every override as section.key=value: `--run.steps 5`, `--run.steps=5`, `--data.packing`."""
-    joined = []
-    rest = iter([*tokens, ""])
-    token = next(rest)
-    while token:
-        following = next(rest, "")
-        if re.match(r"--\w+\.", token):
-            token = token.removeprefix("--")
-            if "=" not in token:
-                is_flag = not following or re.match(r"--|\w+\.[\w-]+=", following)
-                token += "=true" if is_flag else f"={following}"
-                following = following if is_flag else next(rest, "")
-        joined.append(token)
-        token = following
-    return joined
+def _refuse_empty(tokens: Sequence[str]) -> None:
+    """Refuse an empty argument, which an unset shell variable leaves behind."""
+    for before, token in pairwise(["lisatune", *tokens]):
+        if not token:
+            raise ValueError(f"the argument after {before!r} is empty; give it a value or leave it out")
 
 
 def _first_line(error: BaseException) -> str:

@@ -114,9 +114,9 @@ def plan(
     """
     from lisatune.memory.fit import find_fit, find_room, memory_size, on_accelerator
     from lisatune.memory.plan import plan_memory
-    from lisatune.train.recipe_file import load_recipe, recipe_without_file
+    from lisatune.train.recipe_file import is_override, load_recipe, recipe_without_file
 
-    overrides, recipe = ((recipe, *overrides), "") if "=" in recipe else (overrides, recipe)
+    overrides, recipe = ((recipe, *overrides), "") if is_override(recipe) else (overrides, recipe)
     batch = 1 if model and not recipe and batch is None else batch
     options = {"model.name": model, "method.name": method, "run.batch_size": batch}
     options |= {"data.max_length": length, "run.precision": precision}

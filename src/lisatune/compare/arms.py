@@ -18,7 +18,7 @@ from lisatune.files.disk import replace_file
 from lisatune.methods import METHODS
 from lisatune.recipe import Recipe, unknown
 from lisatune.runs.folder import differences
-from lisatune.train.recipe_file import Sections, build_recipe, read_sections
+from lisatune.train.recipe_file import Sections, build_recipe, read_sections, split_override
 
 __all__ = ["RUN_KEYS", "Arm", "Comparison", "check_folder", "claim", "read_comparison"]
 
@@ -199,7 +199,7 @@ def _build(
         own.append(f"{dotted}={_text(value)}")
     if method != base.method.name:
         sections = sections | {"method": {}}
-        overrides = [override for override in overrides if not re.match(r"(--)?method\.", override)]
+        overrides = [each for each in overrides if (split_override(each) or ("",))[0] != "method"]
     try:
         recipe = build_recipe(path, sections, [*overrides, *own])
     except ValueError as error:

@@ -1,9 +1,9 @@
-"""Reads a recipe file and overrides into a `Recipe`.
+"""Read a recipe file and overrides into a `Recipe`.
 
-A recipe is YAML with the sections of `lisatune.recipe.Recipe`; an override is `section.key=value` and
-wins over the file. cyclopts turns both into the sections' dataclasses and writes their help. Checked
-here, because cyclopts lets it pass: sections that are no mapping, 1.5 where a whole number is due (it
-rounds), and a bare number where text is due (YAML reads `revision: 1.10` as 1.1).
+A recipe is YAML with the sections of `lisatune.recipe.Recipe`. An override is `section.key=value` and wins
+over the file. cyclopts turns both into the sections' dataclasses and writes their help. Three faults are
+checked here because cyclopts accepts them: a section that is not a mapping, 1.5 for a whole number (cyclopts
+rounds it), and a bare number for a text (YAML reads `revision: 1.10` as 1.1).
 """
 
 import dataclasses
@@ -26,7 +26,17 @@ from lisatune.files import yaml
 from lisatune.methods import METHODS
 from lisatune.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe, RunConfig, unknown
 
-__all__ = ["Sections", "build_recipe", "load_recipe", "print_keys", "read_sections", "recipe_without_file"]
+__all__ = [
+    "Sections",
+    "build_recipe",
+    "is_override",
+    "join_overrides",
+    "load_recipe",
+    "print_keys",
+    "read_sections",
+    "recipe_without_file",
+    "split_override",
+]
 
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,
@@ -35,27 +45,26 @@ SECTIONS: dict[str, type] = {
     "optimizer": OptimizerConfig,
     "run": RunConfig,
 }
-"""Sections in the order they are shown; the class of `method` is the one `method.name` picks."""
-
+"""The sections in the order of the help. For `method`, the default; `method.name` picks the class."""
 
 Sections = dict[str, dict[str, Any]]
-"""What a file says: {section: {key: value}}."""
+"""The content of a recipe file: {section: {key: value}}."""
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe.
 
     Args:
-        path: YAML file. It also names the run folder where `run.output` isn't given: runs/STEM.
-        overrides: `section.key=value`; lists are written `[1, 2]`, an empty optional value `null`.
+        path: YAML file. Without `run.output` the run folder is named after it: runs/STEM.
+        overrides: `section.key=value`; a list is written `[1, 2]`, no value `null`.
 
     Returns:
         The recipe with all defaults filled in.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: anything in file or overrides is unknown, of the wrong type or out of range; the
-            message is one sentence with file, key and value.
+        ValueError: a key or value in the file or the overrides is unknown, of the wrong type or out of
+            range; the message is one sentence with file, key and value.
     """
     recipe = build_recipe(str(path), read_sections(Path(path)), overrides)
     output = recipe.run.output or f"runs/{Path(path).stem}"
@@ -63,12 +72,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def recipe_without_file(overrides: Sequence[str]) -> Recipe:
-    """Build a recipe from overrides alone, for what reads no data; errors as in `load_recipe`."""
+    """Build a recipe from overrides alone, for a caller that reads no data; errors as in `load_recipe`."""
     return build_recipe("command line", {"data": {"train": "none"}}, overrides)
 
 
 def build_recipe(path: str, from_file: Sections, overrides: Sequence[str]) -> Recipe:
-    """Build a recipe from what a file says and overrides; errors as in `load_recipe`, naming `path`."""
+    """Build a recipe from a file's content and overrides; errors as in `load_recipe`, naming `path`."""
     from_overrides = _read_overrides(overrides)
     given = {name: from_file.get(name, {}) | from_overrides.get(name, {}) for name in SECTIONS}
 
@@ -92,7 +101,7 @@ def build_recipe(path: str, from_file: Sections, overrides: Sequence[str]) -> Re
     except CoercionError as error:
         section, key = _dotted(error).split(".")
         _refuse(where(section, key), sections, section, key, given[section][key])
-    except ValueError as error:  # a range, from __post_init__
+    except ValueError as error:  # out of range, from a section's __post_init__
         named = re.search(rf"\b({'|'.join(SECTIONS)})\.(\w+)", str(error))
         raise ValueError(f"{where(*named.groups()) if named else path}: {error}") from None
     for section, values in given.items():
@@ -102,8 +111,76 @@ def build_recipe(path: str, from_file: Sections, overrides: Sequence[str]) -> Re
     return recipe
 
 
+def read_sections(path: Path, *, also: Sequence[str] = ()) -> Sections:
+    """Read a recipe file; errors as in `load_recipe`. `also` names further sections that it may have."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give a recipe file, such as {path}/recipe.yaml")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"recipe {path} does not exist") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"recipe {path} is not UTF-8 text (byte {error.start})") from None
+    try:
+        root = yaml.load(text)
+    except ValueError as error:
+        raise ValueError(f"recipe {path}: {error}") from None
+    if root is None:
+        raise ValueError(f"recipe {path} is empty; it needs at least model.name and data.train")
+    if not isinstance(root, dict):
+        raise ValueError(f"recipe {path} must be sections of keys, got a {type(root).__name__}")
+    for section, values in root.items():
+        if section == "compare" and section not in also:
+            raise ValueError(f"{path} describes a comparison; give it to `lisatune compare`")
+        if section not in (*SECTIONS, *also):
+            raise ValueError(f"{path}: {unknown('section', section, SECTIONS)}")
+        if not isinstance(values, dict | None):
+            raise ValueError(
+                f"{path}: section {section} must hold keys, a `key: value` per line, got {values!r}"
+            )
+    return {section: values or {} for section, values in root.items()}
+
+
+def split_override(text: str) -> tuple[str, str, str | None] | None:
+    """Split `section.key=value`, which may also be written `--section.key=value`.
+
+    Returns:
+        Section, key and value. The value is None if there is no `=`. None for a text of another form.
+    """
+    match = re.fullmatch(r"(?:--)?([\w-]+)\.([\w-]+)(?:=(.*))?", text, flags=re.DOTALL)
+    return None if match is None else (match[1], match[2].replace("-", "_"), match[3])
+
+
+def is_override(text: str) -> bool:
+    """Whether a command-line argument is an override with its value, and not a file or an option."""
+    override = split_override(text)
+    return override is not None and override[2] is not None
+
+
+def join_overrides(arguments: Sequence[str]) -> list[str]:
+    """Rewrite overrides that are written as options: `--run.steps 5` becomes `run.steps=5`.
+
+    An option without a value means true: `--data.packing` becomes `data.packing=true`. All other arguments
+    are returned unchanged.
+    """
+    joined = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        override = split_override(argument) if argument.startswith("--") else None
+        if override is None:
+            joined.append(argument)
+            continue
+        section, key, value = override
+        if value is None:
+            is_flag = not rest or rest[0].startswith("--") or is_override(rest[0])
+            value = "true" if is_flag else rest.pop(0)
+        joined.append(f"{section}.{key}={value}")
+    return joined
+
+
 def print_keys(console: Console) -> None:
-    """Print every key of every section and method with its help text, a panel for each."""
+    """Print every key with its help text, in one panel per section and per method."""
     panels: dict[str, type] = {}
     for name, section in SECTIONS.items():
         methods = {f"method ({method})": kind for method, kind in METHODS.items()}
@@ -111,8 +188,26 @@ def print_keys(console: Console) -> None:
     _app(panels).help_print([], console=console)
 
 
+def _read_overrides(overrides: Iterable[str]) -> Sections:
+    values: Sections = {}
+    for override in overrides:
+        section, key, text = split_override(override) or ("", "", None)
+        if text is None:
+            raise ValueError(f"override {override!r} must look like section.key=value, such as run.steps=100")
+        if section not in SECTIONS:
+            raise ValueError(f"command line: {unknown('section', section, SECTIONS)}")
+        value: Any = text
+        if text.startswith("[") or text in ("null", "~"):
+            try:
+                value = yaml.load(text)
+            except ValueError:
+                raise ValueError(f"override {override!r}: a list is written [a, b]") from None
+        values.setdefault(section, {})[key] = value
+    return values
+
+
 def _app(sections: Mapping[str, type], **options: Any) -> App:
-    """Build a cyclopts app whose one command takes the sections as keyword arguments."""
+    """Build a cyclopts app with a single command that takes the sections as keyword arguments."""
     app = App(
         usage="",
         help="",
@@ -156,55 +251,6 @@ def _dotted(error: CycloptsError) -> str:
     return error.argument.name.lstrip("-")
 
 
-def read_sections(path: Path, *, also: Sequence[str] = ()) -> Sections:
-    """Read a recipe file; errors as in `load_recipe`. `also` names sections that it may have besides."""
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; give a recipe file, such as {path}/recipe.yaml")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"recipe {path} does not exist") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"recipe {path} is not UTF-8 text (byte {error.start})") from None
-    try:
-        root = yaml.load(text)
-    except ValueError as error:
-        raise ValueError(f"recipe {path}: {error}") from None
-    if root is None:
-        raise ValueError(f"recipe {path} is empty; it needs at least model.name and data.train")
-    if not isinstance(root, dict):
-        raise ValueError(f"recipe {path} must be sections of keys, got a {type(root).__name__}")
-    for section, values in root.items():
-        if section == "compare" and section not in also:
-            raise ValueError(f"{path} describes a comparison; give it to `lisatune compare`")
-        if section not in (*SECTIONS, *also):
-            raise ValueError(f"{path}: {unknown('section', section, SECTIONS)}")
-        if not isinstance(values, dict | None):
-            raise ValueError(
-                f"{path}: section {section} must hold keys, a `key: value` per line, got {values!r}"
-            )
-    return {section: values or {} for section, values in root.items()}
-
-
-def _read_overrides(overrides: Iterable[str]) -> Sections:
-    values: Sections = {}
-    for override in overrides:
-        match = re.fullmatch(r"(?:--)?([\w-]+)\.([\w-]+)=(.*)", override, flags=re.DOTALL)
-        if match is None:
-            raise ValueError(f"override {override!r} must look like section.key=value, such as run.steps=100")
-        section, key, text = match[1], match[2].replace("-", "_"), match[3]
-        if section not in SECTIONS:
-            raise ValueError(f"command line: {unknown('section', section, SECTIONS)}")
-        value: Any = text
-        if text.startswith("[") or text in ("null", "~"):
-            try:
-                value = yaml.load(text)
-            except ValueError:
-                raise ValueError(f"override {override!r}: a list is written [a, b]") from None
-        values.setdefault(section, {})[key] = value
-    return values
-
-
 def _keys(section: type) -> list[str]:
     return [field.name for field in dataclasses.fields(section)]
 
@@ -235,7 +281,7 @@ def _refuse(where: str, sections: Mapping[str, type], section: str, key: str, va
 
 
 def _describe(hint: Any) -> str:
-    """Say in words what a field takes."""
+    """Describe the values that a field takes, in words."""
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     if hint in words:
         return words[hint]
@@ -250,7 +296,7 @@ def _describe(hint: Any) -> str:
 
 
 def _is_faithful(given: Any, parsed: Any) -> bool:
-    """Whether the value that was read says the same as the one that was written."""
+    """Whether the parsed value still means what was written."""
     if isinstance(parsed, tuple):
         items = given if isinstance(given, list) else [given]
         return all(_is_faithful(*pair) for pair in zip(items, parsed, strict=True))

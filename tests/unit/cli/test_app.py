@@ -188,23 +188,25 @@ def test_warnings_name_what_is_wrong_and_no_line_of_code() -> None:
     assert "lib.py:5" in app._warning_text("old name", FutureWarning, "lib.py", 5)
 
 
-@pytest.mark.parametrize(
-    ("given", "meant"),
-    [
-        (["--run.steps", "5"], ["run.steps=5"]),
-        (["--run.steps=5", "run.seed=1"], ["run.steps=5", "run.seed=1"]),
-        (["--optimizer.lr", "-1"], ["optimizer.lr=-1"]),
-        (["--data.packing"], ["data.packing=true"]),
-        (["--data.packing", "--resume"], ["data.packing=true", "--resume"]),
-        (["--data.packing", "run.steps=5"], ["data.packing=true", "run.steps=5"]),
-        (
-            ["train", "a.yaml", "--model.name", "x/y", "--debug"],
-            ["train", "a.yaml", "model.name=x/y", "--debug"],
-        ),
-    ],
-)
-def test_overrides_may_be_written_as_options(given: list[str], meant: list[str]) -> None:
-    assert app._joined(given) == meant
+def test_an_empty_argument_is_refused_and_nothing_after_it_is_dropped(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An unset shell variable: every argument after it used to be ignored, run.output among them."""
+    run = recipe.parent / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text("of a finished run")
+    new = recipe.parent / "new"
+    assert main(["train", str(recipe), "--overwrite", "", f"run.output={new}"]) == 2
+    said = capsys.readouterr().err
+    assert said == (
+        "lisatune: error: the argument after '--overwrite' is empty; give it a value or leave it out\n"
+    )
+    assert (run / "recipe.yaml").read_text() == "of a finished run"
+    assert not new.exists()
+    assert main(["", "train"]) == 2
+    assert "the argument after 'lisatune' is empty" in capsys.readouterr().err
+    assert main(["train", str(recipe), "--run.output", ""]) == 2
+    assert "the argument after '--run.output' is empty" in capsys.readouterr().err
 
 
 def test_the_process_itself_ends_with_these_codes(tmp_path: Path) -> None:
