@@ -96,7 +96,7 @@ def test_folders_of_arms_tell_names_apart_that_differ_in_signs_alone(tmp_path: P
         ({"methods": "lora:data.limit=3"}, "can't have data.limit of its own"),
         ({"methods": "lora:run.steps=3"}, "can't have run.steps of its own"),
         ({"methods": "lora:optimizer.lr=3"}, "can't have optimizer.lr of its own"),
-        ({"methods": "lora:optimizer.ends_lr=3"}, "optimizer.ends_lr=3 has no use with method lora"),
+        ({"methods": "lora:optimizer.ends_lr=3"}, "optimizer.ends_lr=3 does nothing with method lora"),
         ({"methods": "full", "lr": ""}, "--lr is empty; give learning rates"),
         ({"methods": "full", "lr": "1e-5,fast"}, "--lr must be positive numbers, got 'fast'"),
         ({"methods": "full", "lr": "-1"}, "--lr must be positive numbers, got '-1'"),

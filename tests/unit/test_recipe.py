@@ -1,0 +1,62 @@
+"""Recipes built in Python: what cyclopts refuses in a file is refused here too."""
+
+from typing import Any
+
+import pytest
+
+from lisatune.recipe import DataConfig, ModelConfig, OptimizerConfig, RunConfig
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "sentence"),
+    [
+        (
+            OptimizerConfig,
+            {"rounding": "up"},
+            "optimizer.rounding must be one of exact, stochastic, nearest, ",
+        ),
+        (
+            OptimizerConfig,
+            {"moments": "4bit"},
+            "optimizer.moments must be one of fp32, bf16, 8bit, factored, ",
+        ),
+        (
+            OptimizerConfig,
+            {"schedule": "step"},
+            "optimizer.schedule must be one of constant, cosine, linear, ",
+        ),
+        (OptimizerConfig, {"state_device": "disk"}, "optimizer.state_device must be one of cpu, got 'disk'"),
+        (RunConfig, {"precision": "fp16"}, "run.precision must be one of fp32, bf16-mixed, bf16, got 'fp16'"),
+        (RunConfig, {"sharding": "ddp"}, "run.sharding must be one of fsdp, replicate, got 'ddp'"),
+        (
+            RunConfig,
+            {"activation_checkpointing": "all"},
+            "activation_checkpointing must be one of frozen, got",
+        ),
+        (RunConfig, {"on_nonfinite": "ignore"}, "run.on_nonfinite must be one of stop, skip, got 'ignore'"),
+        (RunConfig, {"on_save_error": None}, "run.on_save_error must be one of stop, continue, got None"),
+        (
+            DataConfig,
+            {"train": "t", "kind": "csv"},
+            "data.kind must be one of auto, alpaca, prompt-completion,",
+        ),
+    ],
+)
+def test_a_value_that_is_not_among_the_choices_is_refused(
+    section: Any, values: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(ValueError, match=r".") as caught:
+        section(**values)
+    assert sentence in str(caught.value)
+
+
+def test_each_choice_is_taken() -> None:
+    assert OptimizerConfig(state_device="cpu", moments="8bit").state_device == "cpu"
+    assert RunConfig(activation_checkpointing="frozen").activation_checkpointing == "frozen"
+    assert RunConfig(activation_checkpointing=True).activation_checkpointing is True
+
+
+def test_a_models_source_is_what_its_loaders_take() -> None:
+    model = ModelConfig(name="m", revision="v1", attention="sdpa")
+    assert model.location == {"name": "m", "revision": "v1", "trust_remote_code": False}
+    assert model.source == model.location | {"attention": "sdpa"}
