@@ -1,18 +1,22 @@
 """TODO: say what is in here."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
-__all__ = ["byte_text", "count_text", "grid", "plural", "ranges_text", "terminal"]
+__all__ = ["byte_text", "count_text", "first_line", "grid", "plural", "ranges_text", "terminal"]
 
 WIDEST = 100
 
 
-def terminal() -> Console:
+def terminal() -> "Console":
     """Make a console on standard output, no wider than 100 columns."""
+    from rich.console import Console  # rich comes with lisatune[train]; the other functions do without
+
     console = Console(highlight=False)
     console.width = min(console.width, WIDEST) if console.is_terminal else WIDEST
     return console
@@ -33,8 +37,11 @@ def byte_text(num_bytes: float) -> str:
     return f"{num_bytes / 2**20:.0f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:.0f} KiB"
 
 
-def grid(rows: Sequence[tuple[str, str | Text]]) -> Table:
+def grid(rows: "Sequence[tuple[str, str | Text]]") -> "Table":
     """Lay out names and what they stand for in two columns."""
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table.grid(padding=(0, 2))
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
@@ -58,3 +65,8 @@ def ranges_text(numbers: Sequence[int]) -> str:
 def plural(count: int, word: str) -> str:
     """Write a count with its word: 1 row, 2 rows."""
     return f"{count:,} {word}{'' if count == 1 else 's'}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class where the message is empty."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip()

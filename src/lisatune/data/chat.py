@@ -6,6 +6,7 @@ from contextlib import contextmanager, suppress
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
+from lisatune.console import first_line
 from lisatune.data.records import Messages
 
 if TYPE_CHECKING:
@@ -63,8 +64,7 @@ def template_errors() -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"the chat template refuses this conversation: {reason}") from error
+        raise ValueError(f"the chat template refuses this conversation: {first_line(error)}") from error
 
 
 class Chat:

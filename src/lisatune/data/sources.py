@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
+from lisatune.console import first_line
 from lisatune.data import python_docs
 
 __all__ = ["EXTENSIONS", "BadRowError", "read_rows"]
@@ -98,8 +99,8 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
                 yield _parse(line.removeprefix(BOM).rstrip(), path, number)
 
 
-def _parse(text: bytes, path: Path, first_line: int) -> tuple[str, Any]:
-    line = first_line
+def _parse(text: bytes, path: Path, start_line: int) -> tuple[str, Any]:
+    line = start_line
     try:
         return f"{path}, line {line}", json.loads(text.decode())
     except UnicodeDecodeError as error:
@@ -166,9 +167,8 @@ def _read_hub(source: str, split: str) -> Iterator[tuple[str, Any]]:
     try:
         rows = datasets.load_dataset(name, config or None, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"can't load split {split!r} of {source!r} from the Hugging Face hub, and no file or folder has "
-            f"that name: {reason}"
+            f"that name: {first_line(error)}"
         ) from error
     return ((f"{source}, {split} row {number}", row) for number, row in enumerate(rows, 1))

@@ -92,18 +92,21 @@ def delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def take_lock(path: Path, *, sign: bool = True) -> int:
-    """Lock a file, made if missing; the system drops the lock however the process ends.
+def take_lock(path: Path, *, what: str = "run folder", option: str = "run.output", sign: bool = True) -> int:
+    """Lock a file, which is created if it is missing. The lock ends with the process, however that ends.
 
     Args:
-        path: the file.
-        sign: write this process's number and machine into it.
+        path: the lock file. It locks the folder that it is in.
+        what: what kind of folder that is, for the error message.
+        option: the option that names another folder, for the error message.
+        sign: write this process's number and machine into the file.
 
     Returns:
-        The open file; closing it gives the lock back.
+        Descriptor of the open file; closing it releases the lock.
 
     Raises:
-        RuntimeError: another process holds it, named by what that one wrote into the file.
+        RuntimeError: another process holds the lock. The message names that process by what it wrote into
+            the file.
     """
     import fcntl  # POSIX only
 
@@ -114,7 +117,7 @@ def take_lock(path: Path, *, sign: bool = True) -> int:
         owner = os.read(file, 200).decode(errors="replace").strip() or "another process"
         os.close(file)
         raise RuntimeError(
-            f"run folder {path.parent} is in use by {owner}; wait for it or name another run.output"
+            f"{what} {path.parent} is in use by {owner}; wait for it or name another {option}"
         ) from None
     if sign:
         with suppress(OSError):  # a full disk: then the process has no name

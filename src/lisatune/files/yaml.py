@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from lisatune.console import first_line
+
 __all__ = ["dump", "load"]
 
 _NUMBER = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
@@ -35,7 +37,7 @@ def load(text: str) -> Any:
         line = f"line {mark.line + 1}: " if mark else ""
         raise ValueError(f"{line}not valid YAML: {error.problem}") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"not valid YAML: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"not valid YAML: {first_line(error)}") from None
 
 
 def dump(value: Any) -> str:

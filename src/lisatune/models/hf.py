@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lisatune.console import first_line
 from lisatune.nn import attention
 from lisatune.recipe import unknown
 
@@ -136,9 +137,10 @@ def _reason(error: Exception) -> str:
     text = str(error).strip()
     if text.startswith("Couldn't instantiate the backend tokenizer"):
         return "it has no tokenizer files; copy those of its base model, such as tokenizer.json, into it"
-    lines = [line.strip() for line in text.splitlines()] or ["no reason given"]
-    reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    says_enough = isinstance(error, ImportError | OSError | ValueError | SafetensorError)
+    reason = first_line(error)
+    if reason.endswith(":") and text != reason:
+        reason += f" {text.splitlines()[1].strip()}"
+    says_enough = isinstance(error, ImportError | OSError | ValueError | SafetensorError) or not text
     return reason if says_enough else f"{type(error).__name__}: {reason}"
 
 

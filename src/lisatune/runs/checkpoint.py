@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lisatune.console import first_line
 from lisatune.distributed import ranks
 from lisatune.distributed.shards import local_part, reshard
 from lisatune.files.disk import written_aside
@@ -247,9 +248,8 @@ def _set_rng_states(states: Mapping[str, Any]) -> None:
 
 
 def _damaged(path: Path, error: Exception) -> DamagedCheckpointError:
-    reason = (str(error).splitlines() or ["no reason given"])[0][:200]
     return DamagedCheckpointError(
-        f"checkpoint {path} holds what no run wrote ({type(error).__name__}: {reason})"
+        f"checkpoint {path} holds what no run wrote ({type(error).__name__}: {first_line(error)[:200]})"
     )
 
 
