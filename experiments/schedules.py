@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from lisatune.compare.arms import read_comparison
-from lisatune.compare.measure import Job, measure
-from lisatune.compare.slices import Lengths, data_of_runs, write_slices
+from lisatune.compare.measure import Job, measure_model
+from lisatune.compare.slices import Lengths, use_slices, write_slices
 from lisatune.files import yaml
 from lisatune.lisa.samplers import Sampler, Uniform
 from lisatune.methods import Lisa
@@ -92,14 +92,15 @@ def main() -> None:
         asked.write_text(text, encoding="utf-8")
     elif asked.read_text(encoding="utf-8") != text:
         sys.exit(f"{args.folder} has runs of another recipe; give another --folder")
-    recipe = replace(comparison.recipe, data=data_of_runs(comparison.recipe.data, slices))
+    recipe = replace(comparison.recipe, data=use_slices(comparison.recipe.data, slices))
     figures, lengths = args.folder / "runs.jsonl", Lengths(recipe, budget)
     lines = figures.read_text(encoding="utf-8").splitlines() if figures.exists() else []
     done = {(line["arm"], line["seed"]) for line in map(json.loads, lines)}
     for seed in args.seeds:
         for arm in args.arms:
             if (arm, seed) not in done:
-                line = {"arm": arm, "seed": seed} | run(recipe, arm, seed, len(lengths.of(seed)), args.folder)
+                steps = len(lengths.count_tokens(seed))
+                line = {"arm": arm, "seed": seed} | run(recipe, arm, seed, steps, args.folder)
                 with figures.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
                 print(json.dumps(line))
@@ -118,7 +119,7 @@ def run(recipe: Recipe, arm: str, seed: int, steps: int, folder: Path) -> dict[s
         with_memory=False,
         output="",
     )
-    measured = measure(job)
+    measured = measure_model(job)
     shutil.rmtree(summary["model"])
     return {
         "schedule": method.schedule,

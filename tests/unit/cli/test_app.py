@@ -183,9 +183,9 @@ def test_each_kind_of_end_has_its_exit_code(
 
 
 def test_warnings_name_what_is_wrong_and_no_line_of_code() -> None:
-    text = app._warning_text("2 blocks never train", UserWarning, "lisa.py", 5)
+    text = app._format_warning("2 blocks never train", UserWarning, "lisa.py", 5)
     assert text == "lisatune: warning: 2 blocks never train\n"
-    assert "lib.py:5" in app._warning_text("old name", FutureWarning, "lib.py", 5)
+    assert "lib.py:5" in app._format_warning("old name", FutureWarning, "lib.py", 5)
 
 
 def test_an_empty_argument_is_refused_and_nothing_after_it_is_dropped(
