@@ -42,13 +42,13 @@ def report(
         raise ValueError(f"{comparisons[0]} is a comparison; give it alone, or run folders only")
     if comparisons:
         from lisatune.compare.results import read_results
-        from lisatune.report.comparison_page import comparison_page
+        from lisatune.report.comparison_page import make_comparison_page
 
-        page = comparison_page(read_results(runs[0]), first, card_bytes=card_bytes)
+        page = make_comparison_page(read_results(runs[0]), first, card_bytes=card_bytes)
     else:
-        from lisatune.report.run_page import runs_page
+        from lisatune.report.run_page import make_runs_page
 
-        page = runs_page(runs, card_bytes=card_bytes, weights=not without_weights)
+        page = make_runs_page(runs, card_bytes=card_bytes, weights=not without_weights)
     output = output or (Path("report.html") if len(runs) > 1 else first / "report.html")
     write_page(page, output)
     for problem in page.problems:
@@ -59,10 +59,10 @@ def report(
 
 def write_comparison_report(results: "Results", output: Path) -> None:
     """Write report.html, or say why there is none: the figures themselves are on disk."""
-    from lisatune.report.comparison_page import comparison_page
+    from lisatune.report.comparison_page import make_comparison_page
     from lisatune.report.page import write_page
 
     try:
-        write_page(comparison_page(results, output), output / "report.html")
+        write_page(make_comparison_page(results, output), output / "report.html")
     except ImportError as error:
         warnings.warn(f"there is no report.html: {error}", stacklevel=2)
