@@ -131,11 +131,12 @@ def generate(folder: str, /, *, prompt: list[str], max_new_tokens: int = 128) ->
 
 
 def _run(tokens: list[str]) -> int:
+    """Run one command and return its exit code."""
     _refuse_empty(tokens)
-    app = _app()
+    app = _build_app()
     from cyclopts import CycloptsError
 
-    from lisatune.train.recipe_file import join_overrides
+    from lisatune.recipe import join_overrides
 
     try:
         result = app(
@@ -152,7 +153,7 @@ def _run(tokens: list[str]) -> int:
     return result if isinstance(result, int) else 0
 
 
-def _app() -> "App":
+def _build_app() -> "App":
     try:
         from cyclopts import App, Parameter
     except ImportError as error:

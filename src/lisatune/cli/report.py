@@ -1,14 +1,9 @@
 """The command `lisatune report`."""
 
 import sys
-import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from lisatune.compare.results import Results
-
-__all__ = ["report", "write_comparison_report"]
+__all__ = ["report"]
 
 
 def report(
@@ -16,7 +11,7 @@ def report(
 ) -> int:
     """Make a page with charts, report.html, of runs or of a comparison.
 
-    Of runs that are missing or not finished the page says what is missing:
+    If a run is missing or unfinished, the page says what is missing:
 
         lisatune report runs/demo
         lisatune report runs/lisa runs/full --gpu 24GB --output report.html
@@ -24,9 +19,9 @@ def report(
 
     Args:
         runs: Run folders, or the folder of one comparison.
-        output: File. Default: report.html in the folder, of several runs in the current one.
-        gpu: Memory of the card that memory is compared with, such as 24GB. Default: the smallest that fits.
-        without_weights: Don't load models to see how far their weights moved.
+        output: File. Default: report.html in the folder; for several runs, in the current folder.
+        gpu: Memory of a card to compare with, such as 24GB. Default: the smallest that fits.
+        without_weights: Do not load models to see how far their weights moved.
     """
     from lisatune.memory.fit import memory_size
     from lisatune.report.page import write_page
@@ -55,14 +50,3 @@ def report(
         sys.stderr.write(f"lisatune: {problem}\n")
     sys.stdout.write(f"{output}\n")
     return 0
-
-
-def write_comparison_report(results: "Results", output: Path) -> None:
-    """Write report.html, or say why there is none: the figures themselves are on disk."""
-    from lisatune.report.comparison_page import make_comparison_page
-    from lisatune.report.page import write_page
-
-    try:
-        write_page(make_comparison_page(results, output), output / "report.html")
-    except ImportError as error:
-        warnings.warn(f"there is no report.html: {error}", stacklevel=2)

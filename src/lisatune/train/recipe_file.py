@@ -24,18 +24,23 @@ from rich.console import Console
 
 from lisatune.files import yaml
 from lisatune.methods import METHODS
-from lisatune.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe, RunConfig, unknown
+from lisatune.recipe import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Recipe,
+    RunConfig,
+    split_override,
+    unknown,
+)
 
 __all__ = [
     "Sections",
     "build_recipe",
-    "is_override",
-    "join_overrides",
     "load_recipe",
     "print_keys",
     "read_sections",
     "recipe_without_file",
-    "split_override",
 ]
 
 SECTIONS: dict[str, type] = {
@@ -139,44 +144,6 @@ def read_sections(path: Path, *, also: Sequence[str] = ()) -> Sections:
                 f"{path}: section {section} must hold keys, a `key: value` per line, got {values!r}"
             )
     return {section: values or {} for section, values in root.items()}
-
-
-def split_override(text: str) -> tuple[str, str, str | None] | None:
-    """Split `section.key=value`, which may also be written `--section.key=value`.
-
-    Returns:
-        Section, key and value. The value is None if there is no `=`. None for a text of another form.
-    """
-    match = re.fullmatch(r"(?:--)?([\w-]+)\.([\w-]+)(?:=(.*))?", text, flags=re.DOTALL)
-    return None if match is None else (match[1], match[2].replace("-", "_"), match[3])
-
-
-def is_override(text: str) -> bool:
-    """Whether a command-line argument is an override with its value, and not a file or an option."""
-    override = split_override(text)
-    return override is not None and override[2] is not None
-
-
-def join_overrides(arguments: Sequence[str]) -> list[str]:
-    """Rewrite overrides that are written as options: `--run.steps 5` becomes `run.steps=5`.
-
-    An option without a value means true: `--data.packing` becomes `data.packing=true`. All other arguments
-    are returned unchanged.
-    """
-    joined = []
-    rest = list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        override = split_override(argument) if argument.startswith("--") else None
-        if override is None:
-            joined.append(argument)
-            continue
-        section, key, value = override
-        if value is None:
-            is_flag = not rest or rest[0].startswith("--") or is_override(rest[0])
-            value = "true" if is_flag else rest.pop(0)
-        joined.append(f"{section}.{key}={value}")
-    return joined
 
 
 def print_keys(console: Console) -> None:

@@ -58,6 +58,17 @@ def test_help_of_each_command_has_an_example(name: str, capsys: pytest.CaptureFi
     assert max(map(len, out.splitlines())) <= 100
 
 
+def test_help_imports_nothing_that_loads_models_or_trains() -> None:
+    script = (
+        "import sys; from lisatune.cli import main; main(['--help'])\n"
+        "heavy = {'lisatune.train', 'lisatune.memory', 'lisatune.models', 'transformers', 'datasets', 'trl'}\n"
+        "sys.stderr.write(str(sorted(heavy & set(sys.modules))))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert "Commands" in done.stdout
+    assert done.stderr == "[]"
+
+
 def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"{__version__}\n"

@@ -12,13 +12,7 @@ from rich.console import Console
 from lisatune.files import yaml
 from lisatune.methods import METHODS, Full, Lisa
 from lisatune.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe, RunConfig
-from lisatune.train.recipe_file import (
-    is_override,
-    join_overrides,
-    load_recipe,
-    print_keys,
-    split_override,
-)
+from lisatune.train.recipe_file import load_recipe, print_keys
 
 BASE = "model: {name: some-model}\ndata: {train: rows.jsonl}\n"
 KNOWN = f"Known: {', '.join(METHODS)}"
@@ -171,50 +165,6 @@ def test_a_wrong_override_is_refused_and_said_to_come_from_the_command_line(
     with pytest.raises(ValueError, match=r".") as caught:
         load_recipe(write(tmp_path, BASE), [override])
     assert str(caught.value) == message
-
-
-@pytest.mark.parametrize(
-    ("given", "meant"),
-    [
-        (["--run.steps", "5"], ["run.steps=5"]),
-        (["--run.steps=5", "run.seed=1"], ["run.steps=5", "run.seed=1"]),
-        (["--optimizer.lr", "-1"], ["optimizer.lr=-1"]),
-        (["--data.packing"], ["data.packing=true"]),
-        (["--data.packing", "--resume"], ["data.packing=true", "--resume"]),
-        (["--data.packing", "run.steps=5"], ["data.packing=true", "run.steps=5"]),
-        (["--run.batch-size", "4"], ["run.batch_size=4"]),
-        (["--run.steps", "", "run.seed=1"], ["run.steps=", "run.seed=1"]),
-        (["--general", "text.jsonl", "", "-h"], ["--general", "text.jsonl", "", "-h"]),
-        (
-            ["train", "a.yaml", "--model.name", "x/y", "--debug"],
-            ["train", "a.yaml", "model.name=x/y", "--debug"],
-        ),
-    ],
-)
-def test_overrides_may_be_written_as_options(given: list[str], meant: list[str]) -> None:
-    assert join_overrides(given) == meant
-
-
-@pytest.mark.parametrize(
-    ("text", "parts"),
-    [
-        ("run.steps=5", ("run", "steps", "5")),
-        ("--run.steps=5", ("run", "steps", "5")),
-        ("run.batch-size=5", ("run", "batch_size", "5")),
-        ("data.train=a=b\nc", ("data", "train", "a=b\nc")),
-        ("run.output=", ("run", "output", "")),
-        ("--data.packing", ("data", "packing", None)),
-        ("steps=5", None),
-        ("runs/a.b=c", None),
-        ("a=b.yaml", None),
-        ("", None),
-    ],
-)
-def test_an_override_is_split_into_section_key_and_value(
-    text: str, parts: tuple[str, str, str | None] | None
-) -> None:
-    assert split_override(text) == parts
-    assert is_override(text) == (parts is not None and parts[2] is not None)
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
