@@ -101,6 +101,7 @@ def test_methods_are_compared_on_the_same_tokens_at_their_own_best_learning_rate
     assert moved["lora"] is None
     assert len(moved["full"] or ()) == 4
     assert min(moved["full"] or [0]) > 0
+    assert app.main(["report", str(out)]) == 0
     page = (out / "report.html").read_text()
     for figure in (
         "against tokens",
@@ -153,14 +154,23 @@ def test_what_is_finished_is_not_made_again_and_arms_may_be_added(
     assert not list(recipe.parent.glob("out/runs/*/model"))  # measured, and not asked to be kept
 
 
-def test_without_the_packages_of_a_report_the_results_are_there_and_it_says_so(
+def test_the_command_writes_a_report_or_says_which_package_is_missing(
     recipe: Path, calls: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.warns(UserWarning, match=r"there is no report.html: .*pip install \"lisatune\[report\]\""):
-        results = compare(recipe, "full", lr="1e-4")
-    assert read_results(recipe.parent / "out") == results
-    assert not (recipe.parent / "out" / "report.html").exists()
+    out = recipe.parent / "out"
+    command = ["compare", str(recipe), HALF, "--methods", "full", "--lr", "1e-4", "--output", str(out)]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "jinja2", None)
+        with pytest.warns(
+            UserWarning, match=r"there is no report.html: .*pip install \"lisatune\[report\]\""
+        ):
+            assert app.main(command) == 0
+    assert read_results(out)["complete"]
+    assert not (out / "report.html").exists()
+    before = len(calls)
+    assert app.main(command) == 0
+    assert "Held-out loss against tokens" in (out / "report.html").read_text()
+    assert len(calls) == before
 
 
 def test_a_run_that_is_chosen_after_its_model_was_deleted_is_made_again(
