@@ -70,7 +70,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What to train and evaluate on."""
+    """The data to train and evaluate on."""
 
     train: str
     """File (.jsonl .json .csv .parquet, also .gz), folder of .txt files, hub id, or `python-docs`."""
@@ -264,7 +264,7 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A whole run. `method` is an instance of a class in `lisatune.methods.METHODS`."""
+    """A run. `method` is an instance of a class in `lisatune.methods.METHODS`."""
 
     model: ModelConfig
     data: DataConfig

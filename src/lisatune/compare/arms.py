@@ -1,4 +1,4 @@
-"""What a comparison is asked for: arms, learning rates, seeds and budget; and the folder that it owns.
+"""Read a comparison: its arms, learning rates, seeds and budget; and check the folder that it owns.
 
 compare.json says which comparison a folder holds. Arms, learning rates and seeds may be added later. The
 settings that all runs share may not change: a folder of another comparison is refused.

@@ -68,7 +68,7 @@ class Board:
         self.refresh()
 
     def say(self, text: str) -> None:
-        """Show what is being done now."""
+        """Show the current activity."""
         self._now = text
         if self._live is None:
             self.print(text)

@@ -76,7 +76,7 @@ class Run:
         return _read(self.folder / "summary.json")
 
     def read_measured(self) -> Measured | None:
-        """Read what was measured. None if nothing was."""
+        """Read the measurements of the run's model. None if there are none."""
         values: Any = _read(self.beside(".measured.json"))
         measured: Measured | None = values
         return measured

@@ -191,7 +191,7 @@ class EqualTime(TypedDict):
 
 
 class Results(TypedDict):
-    """The whole of results.json."""
+    """The content of results.json."""
 
     schema: int
     made: str

@@ -64,7 +64,7 @@ def read_slices(folder: Path) -> Slices:
 
 
 def use_slices(config: DataConfig, folder: Path) -> DataConfig:
-    """Return the section `data` that every run gets: the recipe's, with the whole slices as its data."""
+    """Return the section `data` that every run gets: the recipe's, with the slices as its data."""
     return replace(
         config,
         train=str(folder / "train.jsonl"),
