@@ -79,8 +79,8 @@ def train(recipe: Path, /, *overrides: str, resume: bool = False, overwrite: boo
 def check(recipe: Path, /, *overrides: str, resume: bool = False, overwrite: bool = False) -> int:
     """Find the problems of a run before any weights load.
 
-    Reads the keys, the model's config, the tokenizer and every record, prints an outline of the run and lists
-    all problems. Writes nothing:
+    Reads the keys, the model's config, the tokenizer and every record, prints an outline of the run
+    and lists all problems. Writes nothing:
 
         lisatune check recipe.yaml
         lisatune check recipe.yaml data.max_length=512
@@ -102,8 +102,8 @@ def check(recipe: Path, /, *overrides: str, resume: bool = False, overwrite: boo
 def generate(folder: str, /, *, prompt: list[str], max_new_tokens: int = 128) -> int:
     """Generate a model's answers to prompts.
 
-    Decoding is greedy, so the answer is the same every time. The tokenizer's chat template is used if it
-    has one:
+    Decoding is greedy, so the answer is the same every time. If the tokenizer has a chat template,
+    prompts go through it:
 
         lisatune generate runs/demo --prompt "What does the Python function os.getcwd() do?"
 

@@ -26,8 +26,8 @@ def compare(
 ) -> int:
     """Compare methods on the same records and tokens, each at its own best learning rate.
 
-    Held-out records are halved: one half chooses learning rates, the other gives the final figures. The same
-    command continues a stopped comparison. Given the folder of a comparison, it prints the results:
+    Held-out records are halved: one half chooses learning rates, the other gives the final figures.
+    The same command continues a stopped comparison. Given its folder, it prints the results:
 
         lisatune compare recipe.yaml --methods full,lora:rank=128,lisa:active=8 --lr 1e-5,1e-4
         lisatune compare experiments/table2.yaml --seeds 3 --budget tokens=100000

@@ -22,6 +22,8 @@ LayerRow = tuple[str, str, str, int]
 def layers(model: str, /, *, revision: str | None = None, trust_remote_code: bool = False) -> int:
     """Show which parts of a model are blocks and which are ends, without loading its weights.
 
+    Neighbouring blocks of the same size share a row:
+
         lisatune layers smollm2-135m
         lisatune layers path/to/model
 

@@ -32,7 +32,7 @@ def plan(
 ) -> int:
     """Plan how much memory a run needs, without its weights or data.
 
-    With --gpu, also find what to change so that the run fits, and how many blocks could train on that device:
+    With --gpu, also find how to make the run fit, and how many blocks could train on that device:
 
         lisatune plan recipe.yaml --gpu 24GB
         lisatune plan --model llama-3.1-8b --length 2048 --precision bf16 method.active=4

@@ -95,16 +95,16 @@ def build_recipe(path: str, from_file: Sections, overrides: Sequence[str]) -> Re
     sections = SECTIONS | {"method": METHODS[method]}
     for section, values in given.items():
         for key, value in values.items():
-            if key not in _keys(sections[section]):
-                raise ValueError(f"{where(section, key)}: {_unknown_key(section, key, sections)}")
+            if key not in _list_keys(sections[section]):
+                raise ValueError(f"{where(section, key)}: {_explain_unknown_key(section, key, sections)}")
             if isinstance(value, dict):
                 _refuse(where(section, key), sections, section, key, value)
     try:
         recipe = _parse(sections, given)
     except MissingArgumentError as error:
-        raise ValueError(f"{path}: {_dotted(error)} is missing; add it") from None
+        raise ValueError(f"{path}: {_name_key(error)} is missing; add it") from None
     except CoercionError as error:
-        section, key = _dotted(error).split(".")
+        section, key = _name_key(error).split(".")
         _refuse(where(section, key), sections, section, key, given[section][key])
     except ValueError as error:  # out of range, from a section's __post_init__
         named = re.search(rf"\b({'|'.join(SECTIONS)})\.(\w+)", str(error))
@@ -152,7 +152,7 @@ def print_keys(console: Console) -> None:
     for name, section in SECTIONS.items():
         methods = {f"method ({method})": kind for method, kind in METHODS.items()}
         panels |= methods if name == "method" else {name: section}
-    _app(panels).help_print([], console=console)
+    _build_app(panels).help_print([], console=console)
 
 
 def _read_overrides(overrides: Iterable[str]) -> Sections:
@@ -173,7 +173,7 @@ def _read_overrides(overrides: Iterable[str]) -> Sections:
     return values
 
 
-def _app(sections: Mapping[str, type], **options: Any) -> App:
+def _build_app(sections: Mapping[str, type], **options: Any) -> App:
     """Build a cyclopts app with a single command that takes the sections as keyword arguments."""
     app = App(
         usage="",
@@ -207,25 +207,25 @@ def _app(sections: Mapping[str, type], **options: Any) -> App:
 
 
 def _parse(sections: Mapping[str, type], given: Sections) -> Recipe:
-    app = _app(sections, config=Dict(given, use_commands_as_keys=False))
+    app = _build_app(sections, config=Dict(given, use_commands_as_keys=False))
     recipe = app([], exit_on_error=False, print_error=False)
     assert isinstance(recipe, Recipe)
     return recipe
 
 
-def _dotted(error: CycloptsError) -> str:
+def _name_key(error: CycloptsError) -> str:
     assert error.argument is not None
     return error.argument.name.lstrip("-")
 
 
-def _keys(section: type) -> list[str]:
+def _list_keys(section: type) -> list[str]:
     return [field.name for field in dataclasses.fields(section)]
 
 
-def _unknown_key(section: str, key: object, sections: Mapping[str, Any]) -> str:
-    known = _keys(sections[section])
+def _explain_unknown_key(section: str, key: object, sections: Mapping[str, Any]) -> str:
+    known = _list_keys(sections[section])
     close = difflib.get_close_matches(str(key), known, n=1)
-    elsewhere = [other for other in sections if key in _keys(sections[other])]
+    elsewhere = [other for other in sections if key in _list_keys(sections[other])]
     owner = f" of method {sections[section].name}" if section == "method" else ""
     if not close and not elsewhere:
         return f"unknown key '{section}.{key}'{owner}. Known: {', '.join(known)}"
