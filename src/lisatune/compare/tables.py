@@ -88,7 +88,7 @@ def format_markdown(results: Results) -> str:
         "",
         *_markdown_table(*make_overview(results)),
         "",
-        "Mean ± standard deviation over seeds. gain: fall of the test loss as a share of "
+        "Mean ± standard deviation over seeds. gain: how far the test loss fell, as a share of "
         f"{results['reference'] or 'the reference'}'s. peak memory: on a CPU of the process, loading "
         "included; else as allocated on the device. tensors in a step: live bytes at the peak of one "
         "separate step, measured. to save: touched tensors, or adapters. Time is that of training steps.",

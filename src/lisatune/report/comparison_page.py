@@ -65,9 +65,9 @@ def make_comparison_page(results: Results, folder: Path, *, card_bytes: int | No
         intro=intro,
         problems=problems,
         overview=Table(heads, rows, frozenset(best)),
-        overview_note="Mean ± standard deviation over seeds. Marked: the best of each column. gain: fall of "
-        f"the test loss as a share of {results['reference'] or 'the reference'}'s. to save: touched tensors, "
-        "or adapters. Time is that of training steps.",
+        overview_note="Mean ± standard deviation over seeds. Marked: the best of each column. gain: how far "
+        f"the test loss fell, as a share of {results['reference'] or 'the reference'}'s. to save: touched "
+        "tensors, or adapters. Time is that of training steps.",
         tables=[
             (f"At equal wall time: the end of {times['reference']}", Table(*make_equal_time_table(times)))
             for times in results["equal_time"]

@@ -26,7 +26,6 @@ __all__ = [
     "read_metrics",
 ]
 
-
 CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)
 """Memory of common cards, in GB."""
 
