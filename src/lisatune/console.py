@@ -1,4 +1,4 @@
-"""Text for people: counts, bytes, ranges and errors in short, and the console that shows them."""
+"""What a person or a shell sees of a process: counts, bytes and errors as short text, and the exit code."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -8,7 +8,22 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-__all__ = ["byte_text", "count_text", "first_line", "grid", "plural", "ranges_text", "terminal"]
+__all__ = [
+    "BAD_INPUT",
+    "DEFECT",
+    "INTERRUPTED",
+    "TERMINATED",
+    "USER_ERRORS",
+    "Terminated",
+    "byte_text",
+    "count_text",
+    "exit_code",
+    "first_line",
+    "grid",
+    "plural",
+    "ranges_text",
+    "terminal",
+]
 
 WIDEST = 100
 """Columns of the widest output."""
@@ -71,3 +86,21 @@ def plural(count: int, word: str) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its class where the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip()
+
+
+DEFECT, BAD_INPUT, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+"""Exit codes. The last two are those of a process that SIGINT or SIGTERM ended."""
+
+USER_ERRORS = (ValueError, OSError, RuntimeError, ImportError)
+"""Errors with a sentence for the user: bad input, or a machine that lacks something."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM. Code that treats it like Ctrl-C need not tell them apart."""
+
+
+def exit_code(error: BaseException) -> int:
+    """Return the exit code of a process that this error ends."""
+    if isinstance(error, KeyboardInterrupt):
+        return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
+    return BAD_INPUT if isinstance(error, USER_ERRORS) else DEFECT

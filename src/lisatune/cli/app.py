@@ -1,7 +1,7 @@
 """The command `lisatune`: parse, call, print.
 
-Every failure prints one sentence to stderr and returns an exit code of `lisatune.train.stopping`. Imports are
-inside functions so that `--help` is fast and a missing package is one of those sentences.
+Every failure prints one sentence to stderr and returns an exit code of `lisatune.console`. Imports are inside
+functions so that `--help` is fast and a missing package is one of those sentences.
 """
 
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lisatune import __version__
-from lisatune.console import first_line
+from lisatune.console import BAD_INPUT, exit_code, first_line
 
 if TYPE_CHECKING:
     from cyclopts import App
@@ -195,8 +195,6 @@ def _refuse_empty(tokens: Sequence[str]) -> None:
 
 def _report_failure(error: BaseException, debug: bool) -> int:
     """Print what happened in one sentence, with `debug` after the traceback; return the exit code."""
-    from lisatune.train.stopping import BAD_INPUT, exit_code
-
     code = exit_code(error)
     if isinstance(error, KeyboardInterrupt):
         sentence = str(error) or "interrupted"

@@ -24,10 +24,10 @@ from typing import Any
 
 from lisatune.compare.arms import Arm, shift_seed
 from lisatune.compare.measure import Job, Measured
+from lisatune.console import DEFECT, INTERRUPTED, TERMINATED
 from lisatune.files import yaml
 from lisatune.files.disk import replace_file
 from lisatune.recipe import DataConfig
-from lisatune.train.stopping import DEFECT, INTERRUPTED, TERMINATED
 
 __all__ = [
     "CONTINUE_HINT",

@@ -69,6 +69,19 @@ def test_help_imports_nothing_that_loads_models_or_trains() -> None:
     assert done.stderr == "[]"
 
 
+def test_without_the_packages_of_training_the_command_says_how_to_install_them() -> None:
+    script = (
+        "import sys\n"
+        "for name in ('cyclopts', 'rich', 'yaml', 'transformers'): sys.modules[name] = None\n"
+        "from lisatune.cli import main; sys.exit(main(['train', 'recipe.yaml']))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("lisatune: error: ")
+    assert done.stderr.endswith('the command needs packages: pip install "lisatune[train]"\n')
+    assert done.stderr.count("\n") == 1
+
+
 def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"{__version__}\n"
