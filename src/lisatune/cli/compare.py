@@ -1,11 +1,6 @@
 """The command `lisatune compare`."""
 
-import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from lisatune.compare.results import Results
 
 __all__ = ["compare"]
 
@@ -49,6 +44,7 @@ def compare(
     if recipe.is_dir() or recipe.name == "results.json":
         return _show(recipe, reference)
 
+    from lisatune.cli.report import write_comparison_report
     from lisatune.compare.arms import read_comparison
     from lisatune.compare.stages import compare as run
     from lisatune.compare.tables import print_results
@@ -65,7 +61,7 @@ def compare(
     )
     output = output or Path("runs") / f"{comparison.name}-compare"
     results = run(comparison, output, keep_models=keep_models, retry_failed=retry_failed)
-    _write_report(results, output)
+    write_comparison_report(results, output)
     print_results(results, output)
     return 0 if any(arm["test_loss"] for arm in results["arms"]) else 1
 
@@ -80,14 +76,3 @@ def _show(path: Path, reference: str | None) -> int:
     compare_to(results, reference or results["reference"])
     print_results(results, path if path.is_dir() else path.parent)
     return 0
-
-
-def _write_report(results: "Results", output: Path) -> None:
-    """Write report.html. If its packages are missing, warn: the results themselves are on disk."""
-    from lisatune.report.comparison_page import make_comparison_page
-    from lisatune.report.page import write_page
-
-    try:
-        write_page(make_comparison_page(results, output), output / "report.html")
-    except ImportError as error:
-        warnings.warn(f"there is no report.html: {error}", stacklevel=2)

@@ -1,9 +1,14 @@
-"""The command `lisatune report`."""
+"""The command `lisatune report`, and the report that `lisatune compare` writes."""
 
 import sys
+import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["report"]
+if TYPE_CHECKING:
+    from lisatune.compare.results import Results
+
+__all__ = ["report", "write_comparison_report"]
 
 
 def report(
@@ -50,3 +55,14 @@ def report(
         sys.stderr.write(f"lisatune: {problem}\n")
     sys.stdout.write(f"{output}\n")
     return 0
+
+
+def write_comparison_report(results: "Results", output: Path) -> None:
+    """Write report.html. If its packages are missing, warn: the results themselves are on disk."""
+    from lisatune.report.comparison_page import make_comparison_page
+    from lisatune.report.page import write_page
+
+    try:
+        write_page(make_comparison_page(results, output), output / "report.html")
+    except ImportError as error:
+        warnings.warn(f"there is no report.html: {error}", stacklevel=2)
