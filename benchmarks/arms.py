@@ -1,23 +1,25 @@
-"""What a training step is measured on: full fine-tuning, LoRA, LISA by toggling, and LISA here.
+"""The arms that `step.py` measures: full fine-tuning, LoRA, LISA by toggling, and lisatune's LISA.
 
-    gemm                    no step: the rate of the model's own matrix products
+    gemm                    no training step: the speed of the model's own matrix products
     full, lora128, lora16   HF Trainer (and PEFT, on the linear layers of a block), as their users run them
-    toggle                  LISA as toggling only: plain loss, state kept, verify off
+    toggle                  LISA by toggling requires_grad only: plain loss, state kept, verify off
     lisa                    ours, γ = --active, 2: loss without full logits, compiled blocks,
                             attention for CPUs
     lisa-plain              ours without compiling
     lisa-every5, lisa-8bit, lisa-factored, lisa-head, lisa-frozen
                             ours, with that policy of the ends (`method.ends`)
     lisa-sdpa               ours with torch's attention instead of `model.attention: lisatune_cpu`
-    …+tricks                the peer with our loss, attention and compiled blocks
-    …+checkpointing         activations recomputed: transformers' own in peers, `frozen` in ours
+    …+tricks                a peer with our loss, attention and compiled blocks
+    …+checkpointing         recomputed activations: transformers' way in peers, `frozen` in ours
 
-In bf16 all weights are bf16; peers round as they do, ours updates exactly (`run.precision: bf16`).
+In bf16 all weights are bf16. Peers round as they always do, ours updates exactly (`run.precision: bf16`).
 
-FLOPs of a step are those of its products, with T tokens per step and A the width of attention: 2 T per
-weight forward, and 2 T per weight for the gradient of its input in every block that a gradient passes; 2 T
-per weight that trains; the head likewise; causal attention's two products, 2 T² A per block, forward and
-twice that backward; forward once more in blocks that recompute their activations.
+The FLOPs of a step are those of its matrix products, with T tokens per step and attention of width A:
+- forward: 2 T per weight, the head included;
+- backward: 2 T per weight for the gradient of its input, in every block that a gradient passes, and 2 T per
+  weight that trains; the head likewise;
+- causal attention's two products: 2 T² A per block forward, and twice that backward;
+- forward once more in blocks that recompute their activations.
 """
 
 import argparse
@@ -47,7 +49,7 @@ __all__ = ["ARMS", "CYCLE", "DTYPES", "WARM_UP", "load", "run_arm", "steps_of"]
 
 WARM_UP = 2
 CYCLE = 10
-"""Steps after which ends that train in every fifth period, of 2 steps, have trained once."""
+"""Steps until ends that train in every fifth period of 2 steps have trained once."""
 
 PEERS = ("full", "lora128", "lora16")
 ENDS = {"every5": "every:5", "8bit": "8bit", "factored": "factored", "head": "head", "frozen": "frozen"}
@@ -60,7 +62,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def run_arm(args: argparse.Namespace, arm: str) -> dict[str, Any]:
-    """Run one arm in this process; return its figures.
+    """Run one arm in this process, and return its figures.
 
     Args:
         args: of `step.py`: model, precision, length, batch, steps, threads, memory, profile.
@@ -73,12 +75,12 @@ def run_arm(args: argparse.Namespace, arm: str) -> dict[str, Any]:
 
 
 def steps_of(arm: str, steps: int) -> int:
-    """Steps that an arm is measured over: whole cycles where the ends rest in some of them."""
+    """Return how many steps to measure an arm over: full cycles if its ends rest in some periods."""
     return -(-steps // CYCLE) * CYCLE if "every5" in arm else steps
 
 
 class Meter:
-    """Reads the clock after every step, or logs the allocations of all steps."""
+    """A clock that is read after every step, or a log of the allocations of all steps."""
 
     def __init__(self, args: argparse.Namespace, model: nn.Module, extra: str) -> None:
         self.args, self.model, self.extra = args, model, extra
@@ -90,7 +92,7 @@ class Meter:
         self.marks.append(time.perf_counter())
 
     def count(self) -> None:
-        """Add up the products of the step that is due."""
+        """Add up the products of the next step."""
         self.flops.append(step_flops(self.model, self.args, self.extra))
 
     def figures(self) -> dict[str, Any]:
@@ -105,7 +107,7 @@ class Meter:
 
 
 def load(args: argparse.Namespace) -> Any:
-    """The model in its precision. Other shapes than SmolLM2's own get random weights."""
+    """Load the model in its precision. Shapes other than SmolLM2's get random weights."""
     from lisatune.models.load import load_model
 
     torch.manual_seed(0)
@@ -123,7 +125,7 @@ def load(args: argparse.Namespace) -> Any:
 
 
 def sequences(model: Any, args: argparse.Namespace, steps: int) -> list[Tensor]:
-    """Random tokens, [B, T], for each step."""
+    """Make random tokens, [B, T], for each step."""
     rng = torch.Generator().manual_seed(1)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     shape = (args.batch, args.length)
@@ -131,7 +133,7 @@ def sequences(model: Any, args: argparse.Namespace, steps: int) -> list[Tensor]:
 
 
 def run_peer(args: argparse.Namespace, arm: str) -> dict[str, Any]:
-    """Full fine-tuning or LoRA in HF Trainer."""
+    """Run full fine-tuning or LoRA in HF Trainer."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     name, _, extra = arm.partition("+")
@@ -174,7 +176,7 @@ def run_peer(args: argparse.Namespace, arm: str) -> dict[str, Any]:
 
 
 def run_lisa(args: argparse.Namespace, arm: str) -> dict[str, Any]:
-    """LISA in a plain loop: ours, or by toggling only."""
+    """Run LISA in a plain loop: ours, or by toggling only."""
     name, _, extra = arm.partition("+")
     model = load(args)
     batches = sequences(model, args, steps_of(arm, 2 if args.memory else args.steps))
@@ -238,12 +240,12 @@ def run_lisa(args: argparse.Namespace, arm: str) -> dict[str, Any]:
 
 
 def step_flops(model: Any, args: argparse.Namespace, extra: str) -> int:
-    """FLOPs of the products of a step, with what trains now; the formula is in the module's docstring.
+    """Count the FLOPs of a step's products, for the weights that train now; see the module's docstring.
 
     Args:
         model: prepared, adapters included.
         args: batch and length.
-        extra: checkpointing recomputes every block, frozen those that are frozen.
+        extra: checkpointing recomputes every block, frozen only the frozen ones.
     """
     layers: LayerMap = find_layers(model)
     config = model.config
@@ -267,7 +269,7 @@ def step_flops(model: Any, args: argparse.Namespace, extra: str) -> int:
 
 
 def run_gemm(args: argparse.Namespace) -> dict[str, Any]:
-    """FLOP/s of the model's own products: each weight of one block, and the head, once."""
+    """Measure the FLOP/s of the model's own products: each weight of one block, and the head, once."""
     model = load(args)
     layers = find_layers(model)
     block = layers.block_parameters(model)[0].values()

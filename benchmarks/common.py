@@ -1,4 +1,4 @@
-"""What several benchmarks use: model shapes, the peak in torch's allocation log, and where time goes."""
+"""Shared by several benchmarks: model shapes, the peak in torch's allocation log, and where time goes."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def peak_of_allocations(log: Any) -> int:
-    """Highest sum of live bytes in torch's allocation log, above its start."""
+    """Find the highest sum of live bytes in torch's allocation log, relative to its start."""
     events = [e for e in log.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
@@ -43,7 +43,7 @@ KINDS = {
 
 
 def where_time_goes(log: Any) -> str:
-    """Markdown: shares of the steps' time by phase and by kind of work, then the longest operators."""
+    """Format the shares of time by phase and kind of work as Markdown, then the longest operators."""
     events = log.key_averages()
     kinds = dict.fromkeys([*KINDS, "all else"], 0.0)
     phases = {e.key: e.cpu_time_total for e in events if e.key.startswith("phase: ")}

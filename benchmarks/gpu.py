@@ -2,11 +2,12 @@
 
 python benchmarks/gpu.py --shape llama-3.1-8b --length 2048 --output gpu-8b
 
-Weights are random, in bf16, and are made on the device. Every method runs in lisatune's loop, with its loss
-without full logits, so peers are as lean as they can be. Arms run one after the other in one process. Time
-is the mean of --steps steps after two others: LISA draws every 5 steps, and a step's time depends on
-the draw. Memory is that of two steps of the plan's costliest draw: planned live tensors, the most that torch
-allocated, the most that it took from the device. With --device cpu live tensors stand for both.
+Weights are random, in bf16, and created on the device. Every method runs in lisatune's loop with its loss
+without full logits, so that peers need as little memory as possible. Arms run one after the other in one
+process. Time is the mean of --steps steps after two warm-up steps: LISA draws every 5 steps, and a step's
+time depends on the draw. Memory is measured over two steps with the draw that the plan expects to need most:
+planned live tensors, the most that torch allocated, and the most that it took from the device. With --device
+cpu, live tensors stand for both.
 """
 
 import argparse
@@ -50,7 +51,7 @@ WARM_UP = 2
 
 
 def make_recipe(options: argparse.Namespace, keys: str) -> Recipe:
-    """The recipe of an arm; its data is never read."""
+    """Make the recipe of an arm. Its data is never read."""
     checkpointing = {"none": "false", "all": "true", "frozen": "frozen"}[options.checkpointing]
     common = (
         f"model.name={options.shape} data.train=none data.max_length={options.length} run.precision=bf16 "
@@ -62,13 +63,13 @@ def make_recipe(options: argparse.Namespace, keys: str) -> Recipe:
 
 
 def make_plan(recipe: Recipe) -> MemoryPlan:
-    """Plan a step; in a process of its own."""
+    """Plan a step, in a separate process."""
     torch.set_num_threads(1)
     return plan_memory(recipe, config=shape_config(recipe.model.name))
 
 
 def load(recipe: Recipe, device: torch.device) -> Built:
-    """The model with random weights on the device, ready to train."""
+    """Build the model with random weights on the device, ready to train."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -78,7 +79,7 @@ def load(recipe: Recipe, device: torch.device) -> Built:
 
 
 def measure(recipe: Recipe, plan: MemoryPlan, steps: int) -> dict[str, Any]:
-    """Time steps as they come, then take the memory of the costliest draw."""
+    """Time consecutive steps, then measure the memory of the costliest draw."""
     device = torch.device(recipe.run.device)
     built = load(recipe, device)
     batches = [_batch(recipe, built.model, recipe.data.max_length)]
@@ -111,7 +112,7 @@ def measure(recipe: Recipe, plan: MemoryPlan, steps: int) -> dict[str, Any]:
 
 
 def row(name: str, figures: dict[str, Any], reference: float | None, tokens: int) -> str:
-    """A line of the table."""
+    """Format a row of the table."""
     planned = figures["planned_bytes"]
     start = f"| {name} | {planned / 2**30:.2f} | "
     if "allocated_bytes" not in figures:
@@ -135,7 +136,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--arms", help="names, separated by semicolons; default: all")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--planners", type=int, default=4, help="processes that plan meanwhile")
+    parser.add_argument("--planners", type=int, default=4, help="processes that plan at the same time")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     names = options.arms.split(";") if options.arms else list(ARMS)

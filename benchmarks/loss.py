@@ -2,12 +2,12 @@
 
 python benchmarks/loss.py --dtype float32 --hidden 576 --vocabulary 49152
 
-Each way computes loss and gradients for the same hidden states. Ways are interleaved; figures are medians
+Each way computes loss and gradients for the same hidden states. Ways are interleaved, and figures are medians
 of the process's clock over --repeats. Memory is the highest sum of live allocations above the inputs, from
-torch's allocation log in a run of its own: it includes both gradients.
+torch's allocation log in a separate run. It includes both gradients.
 
     full          plain cross-entropy over all logits
-    checkpointed  chunks of tokens under torch.utils.checkpoint, what heads with biases or adapters take
+    checkpointed  chunks of tokens under torch.utils.checkpoint, as for heads with biases or adapters
     tokens C      `cross_entropy.TokenChunks`: gradients in forward, chunks of C tokens
     vocabulary S  `cross_entropy.VocabularySlices`: slices of S rows of the head
 """
@@ -29,12 +29,12 @@ Way = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def full(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """Plain cross-entropy."""
+    """Compute plain cross-entropy."""
     return cross_entropy((hidden @ weight.T).float(), target, reduction="sum")
 
 
 def checkpointed(size: int) -> Way:
-    """Chunks that are computed again in backward."""
+    """Compute chunks that are recomputed in backward."""
 
     def loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         pairs = zip(hidden.split(size), target.split(size), strict=True)
@@ -44,12 +44,12 @@ def checkpointed(size: int) -> Way:
 
 
 def tokens(size: int) -> Way:
-    """Chunks of tokens, gradients in forward."""
+    """Compute chunks of tokens, with gradients in forward."""
     return lambda h, w, y: ours.TokenChunks.apply(h, w, y, size, None, h.dtype)
 
 
 def vocabulary(size: int) -> Way:
-    """Slices of the vocabulary."""
+    """Compute slices of the vocabulary."""
 
     def loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         ours.SLICE_ELEMENTS = size * len(hidden)
@@ -59,7 +59,7 @@ def vocabulary(size: int) -> Way:
 
 
 def peak_bytes(run: Callable[[], None]) -> int:
-    """Highest sum of live bytes while `run` runs."""
+    """Find the highest sum of live bytes while `run` runs."""
     with torch.profiler.profile(profile_memory=True) as log:
         run()
     return peak_of_allocations(log)

@@ -1,4 +1,4 @@
-"""Planned against measured memory of a training step, as a Markdown table. Weights are random.
+"""Compare planned with measured memory of a training step, as a Markdown table. Weights are random.
 
 python benchmarks/memory.py                          # SmolLM2's shape, 1 × 256 tokens
 python benchmarks/memory.py --shape gpt2 --length 512
@@ -28,7 +28,7 @@ METHOD_ROWS: dict[str, Method] = {
 
 
 def measured(recipe: Recipe, blocks: tuple[int, ...] | None) -> StepMemory:
-    """Make two real steps and return the second's memory."""
+    """Make two real steps, and return the memory of the second."""
     from transformers import AutoModelForCausalLM
 
     config = shape_config(recipe.model.name)

@@ -1,10 +1,10 @@
-"""What a step of lisatune.AdamW costs beside torch.optim.AdamW(fused=True), and its bytes of state.
+"""Compare a step of lisatune.AdamW with torch.optim.AdamW(fused=True): time, and bytes of state.
 
 python benchmarks/optimizer.py --elements 30000000 --repeats 15
 
 Every kind of rounding and moments updates parameters of the same shapes (matrices of 1536 x 576 and one norm
-each) from the same gradients. Kinds take turns; the figures are medians over the repeats and their ratios to
-torch's fused AdamW on weights of the same dtype, of which a second copy shows the noise.
+each) from the same gradients. Kinds take turns. The figures are medians over the repeats, and their ratios to
+torch's fused AdamW on weights of the same dtype. A second copy of that optimizer shows the noise.
 """
 
 import argparse
@@ -43,18 +43,18 @@ KINDS: list[tuple[str, torch.dtype, dict[str, Any] | None]] = [
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description="Measure what a step of lisatune.AdamW costs.")
-    parser.add_argument("--elements", type=int, default=30_000_000, help="weights, about")
+    parser.add_argument("--elements", type=int, default=30_000_000, help="approximate number of weights")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--chunk", type=int, default=None, help="elements of a chunk")
+    parser.add_argument("--chunk", type=int, default=None, help="elements per chunk")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
     seconds: list[list[float]] = [[] for _ in KINDS]
     held = [0.0] * len(KINDS)
     optimizers = [build(dtype, options, args) for _, dtype, options in KINDS]
-    for repeat in range(-1, args.repeats):  # the first makes the state and is not counted
+    for repeat in range(-1, args.repeats):  # the first creates the state and is not counted
         for i in random.Random(repeat).sample(range(len(KINDS)), k=len(KINDS)):
             elapsed = step(optimizers[i], args.device)
             if repeat >= 0:
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def build(dtype: torch.dtype, options: dict[str, Any] | None, args: argparse.Namespace) -> Optimizer:
-    """Make weights with gradients, and their optimizer."""
+    """Make weights with gradients, and an optimizer for them."""
     torch.manual_seed(0)
     parameters = []
     for _ in range(max(1, args.elements // (1536 * 576))):
@@ -84,7 +84,7 @@ def build(dtype: torch.dtype, options: dict[str, Any] | None, args: argparse.Nam
 
 
 def step(optimizer: Optimizer, device: str) -> float:
-    """Take one step; return its seconds."""
+    """Take one step, and return its seconds."""
     if device != "cpu":
         torch.accelerator.synchronize()
     started = time.perf_counter()

@@ -1,19 +1,19 @@
-"""What LISA's hooks cost, measured against the training step they run in.
+"""Measure the cost of LISA's hooks, as a share of the training step that they run in.
 
 python benchmarks/overhead.py --size smollm2 --tokens 128 --steps 20
 
 1. Step time. One model, three optimizers over the same parameters: AdamW, AdamW with LISA at γ = N (full
-   fine-tuning, so that nothing but the hooks differs), and AdamW again. Each round steps with all three in
-   random order. The second AdamW shows the noise: its ratio to the first would be 1.
-2. Hooks. Further hooks stand before and after LISA's own and read the clock, step by step: all that LISA
-   does at γ = N as a share of its steps; and at γ = 2 the cost of a draw (freezing, thawing, releasing
-   state) and of a period's proof, each as a share of one γ = 2 step.
-3. Statistics. The same at γ = 2 with samplers that read one number of the blocks each: what collecting it
-   adds, as a share of the steps of a period.
+   fine-tuning, so that only the hooks differ), and AdamW again. Each round steps with all three in random
+   order. The second AdamW shows the noise: without noise, its ratio to the first would be 1.
+2. Hooks. Additional hooks before and after LISA's own read the clock at each step. They give the cost of all
+   of LISA's work at γ = N as a share of its steps; and at γ = 2 the cost of a draw (freezing, thawing,
+   releasing state) and of a period's proof, each as a share of one γ = 2 step.
+3. Statistics. The same at γ = 2 with samplers that each read one number of the blocks: the cost of collecting
+   it, as a share of the steps of a period.
 
-A step is forward, backward, AdamW and zero_grad in fp32 on one random sequence. Weights are random: their
-values don't matter to the clock. With one thread the clock is that of the process, which other jobs on
-the machine disturb least; with more it is wall time. Periods are short, so the costs that come once in a
+A step is forward, backward, AdamW and zero_grad in fp32 on one random sequence. Weights are random, because
+their values do not affect the time. With one thread the clock is that of the process, which other jobs on the
+machine disturb least. With more threads it is wall time. Periods are short, so costs that arise once per
 period weigh more than with LISA's default of 10 steps.
 """
 
@@ -91,7 +91,7 @@ def measure_steps(
     lisa = LISA(model, optimizers["lisa"], active=layers.num_blocks, period=PERIOD)
     seconds: dict[str, list[float]] = {name: [] for name in optimizers}
     rng = random.Random(0)
-    for step in range(-1, steps):  # step -1 makes the optimizers' state and is not counted
+    for step in range(-1, steps):  # step -1 creates the optimizers' state and is not counted
         for name in rng.sample(list(optimizers), k=3):
             started = clock()
             train_step(model, optimizers[name], ids)
@@ -110,7 +110,7 @@ def measure_steps(
 def measure_hooks(
     model: nn.Module, ids: torch.Tensor, periods: int, clock: Callable[[], float]
 ) -> dict[str, Any]:
-    """Cost of all hooks at γ = N, and of a draw and a period's proof at γ = 2."""
+    """Measure the cost of all hooks at γ = N, and of a draw and a period's proof at γ = 2."""
     all_blocks = find_layers(model).num_blocks
     full = time_hooks(model, ids, periods, clock, active=all_blocks, verify="sample")
     off = time_hooks(model, ids, periods, clock, active=2, verify="off")
@@ -189,7 +189,7 @@ def train_step(model: nn.Module, optimizer: Optimizer, ids: torch.Tensor) -> Non
 
 
 def table(figures: dict[str, Any]) -> str:
-    """Lay the figures out for reading."""
+    """Format the figures as text."""
     lines = [
         f"{figures['size']}: {figures['parameters']:,} parameters, {figures['tokens']} tokens per step, "
         f"{figures['threads']} thread(s), {figures['clock']}",

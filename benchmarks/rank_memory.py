@@ -1,9 +1,9 @@
-"""What a training step of SmolLM2-135M takes on each of several ranks, planned and measured.
+"""Plan and measure the memory of a training step of SmolLM2-135M on each of several ranks.
 
     torchrun --standalone --nproc-per-node 2 benchmarks/rank_memory.py
     python benchmarks/rank_memory.py
 
-Each rank plans for itself before it joins the others, then counts the live tensors of its second step.
+Each rank makes its own plan before it joins the others, then counts the live tensors of its second step.
 """
 
 import os
@@ -32,7 +32,7 @@ COMMON = [
 
 
 def main() -> None:
-    """Print a line of a table for each case and rank."""
+    """Print a table row for each case and rank."""
     warnings.simplefilter("ignore")
     count = int(os.environ.get("WORLD_SIZE", "1"))
     recipes = {name: recipe_without_file([*COMMON, *keys]) for name, keys in CASES.items()}

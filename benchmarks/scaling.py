@@ -1,19 +1,21 @@
-"""How time and memory of a step grow with sequence length, with the number of blocks, and with γ: a plot.
+"""Plot how time and memory of a step grow with sequence length, number of blocks, and γ.
 
 python benchmarks/scaling.py --output scaling --what memory                     # at any load
 python benchmarks/scaling.py --output scaling --what time --threads 2 --budget 12    # on quiet cores
 python benchmarks/scaling.py --output scaling --plot docs/scaling.svg
 
-SmolLM2-135M's shape, one sequence, bf16 weights: full fine-tuning in HF Trainer, PEFT LoRA r = 128, and LISA
-here, which are the arms `full`, `lora128` and `lisa` of `step.py`, each point in a process of its own.
+SmolLM2-135M's shape, one sequence, bf16 weights: full fine-tuning in HF Trainer, PEFT LoRA r = 128, and
+lisatune's LISA. These are the arms `full`, `lora128` and `lisa` of `step.py`. Each point is a separate
+process.
 
     length     256 … 4096 tokens, 30 blocks, γ = 2
     blocks     6 … 30 blocks, γ = 2, 1024 tokens
     active     γ = 1 … 30 of 30 blocks, 1024 tokens, LISA alone
 
-Points run from the cheapest to the costliest, and none starts after the budget; OUTPUT.json is written after
-each, and a second call goes on from there. A point's time is the mean of two steps after two of warm-up, the
-median over --repeats; its memory the highest sum of live allocations above weights, as in `step.py`.
+Points run from the cheapest to the costliest, and none starts after the budget is used up. OUTPUT.json is
+written after each point, and a second call continues from there. A point's time is the mean of two steps
+after two warm-up steps, the median over --repeats. Its memory is the highest sum of live allocations above
+weights, as in `step.py`.
 """
 
 import argparse
@@ -37,19 +39,19 @@ class Point(NamedTuple):
     arm: str
 
     def arguments(self, *, threads: int, precision: str) -> list[str]:
-        """Options of `step.py`."""
+        """Make the options of `step.py`."""
         values = {"length": 1024, "blocks": 30, "active": 2} | {self.axis: self.value}
         options = [text for name, value in values.items() for text in (f"--{name}", str(value))]
         return [*options, "--steps", "2", "--threads", str(threads), "--precision", precision]
 
     def cost(self) -> float:
-        """Rough order of the points' time."""
+        """Estimate a point's relative time."""
         values = {"length": 1024, "blocks": 30, "active": 2} | {self.axis: self.value}
         return values["length"] * values["blocks"] * (30 + values["active"])
 
 
 def points(smoke: bool) -> list[Point]:
-    """Every point of the plot, the cheapest first; for the smoke mode two small ones of each axis."""
+    """List every point of the plot, the cheapest first. In smoke mode, two small ones of each axis."""
     values = {
         "length": (256, 512, 1024, 2048, 4096),
         "blocks": (6, 12, 18, 24, 30),
@@ -69,14 +71,14 @@ def points(smoke: bool) -> list[Point]:
 def main() -> None:
     """Measure what is missing, then plot."""
     parser = argparse.ArgumentParser(description="Time and memory against length, blocks and γ.")
-    parser.add_argument("--output", default="scaling", help="figures go to OUTPUT.json")
+    parser.add_argument("--output", default="scaling", help="write the figures to OUTPUT.json")
     parser.add_argument("--what", choices=("time", "memory", "both", "nothing"), default="nothing")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--budget", type=float, help="minutes, after which no point starts")
-    parser.add_argument("--smoke", action="store_true", help="a few small points: does it run?")
-    parser.add_argument("--plot", type=Path, help="write an SVG of what OUTPUT.json holds")
+    parser.add_argument("--smoke", action="store_true", help="a few small points, to see that it runs")
+    parser.add_argument("--plot", type=Path, help="write an SVG of the figures in OUTPUT.json")
     args = parser.parse_args()
     path = Path(f"{args.output}.json")
     found: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
@@ -100,7 +102,7 @@ def main() -> None:
 
 
 def series(found: dict[str, dict[str, Any]], axis: str, arm: str, figure: str) -> list[tuple[int, float]]:
-    """What was measured of one arm along one axis, in rising order: seconds, or peak MiB."""
+    """Collect the figures of one arm along one axis, in rising order: seconds, or peak MiB."""
     pairs = []
     for key, figures in found.items():
         its_axis, value, its_arm = key.split("/")
@@ -112,7 +114,7 @@ def series(found: dict[str, dict[str, Any]], axis: str, arm: str, figure: str) -
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
-    """Markdown: seconds per step and peak MiB of every point."""
+    """Format seconds per step and peak MiB of every point as a Markdown table."""
     lines = ["| axis | value | arm | s/step | peak MiB above weights |", "|---|---|---|---|---|"]
     for axis in AXES:
         for arm in ARMS:
@@ -125,7 +127,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 
 
 def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
-    """Draw time and memory along the three axes; a row without any figure is left out."""
+    """Draw time and memory along the three axes. A row without figures is left out."""
     import matplotlib
 
     matplotlib.use("svg")

@@ -1,22 +1,22 @@
-"""A training step of LISA against full fine-tuning, LoRA and LISA by toggling: time and memory.
+"""Compare a training step of LISA with full fine-tuning, LoRA and LISA by toggling: time and memory.
 
 python benchmarks/step.py --precision fp32 --threads 2 --budget 15 --output step-fp32
 python benchmarks/step.py --peaks only --output step-fp32      # the memory of the same arms, at any load
 
-Every arm (see `arms.py`) does the same work, forward, backward, clipping to norm 1 and AdamW on random
-sequences, in a process of its own. Arms are interleaved: a round runs each once, in random order. Figures are
-medians over the rounds. A round's figure is the mean of its steps, after warm-up and compiling. LISA draws
-every 2 steps; arms whose ends rest run whole cycles of 10 steps.
+Every arm (see `arms.py`) does the same work in a separate process: forward, backward, clipping to norm 1 and
+AdamW on random sequences. Arms are interleaved: a round runs each once, in random order. Figures are medians
+over the rounds. A round's figure is the mean of its steps, after warm-up and compiling. LISA draws every 2
+steps. Arms whose ends rest in some periods run full cycles of 10 steps.
 
-With --budget no arm starts that would not end in time. With --output every figure is written to OUTPUT.json
-as soon as it is known; the same command goes on from there, until every arm has --repeats rounds.
+With --budget, no arm starts that would not end in time. With --output, every figure is written to OUTPUT.json
+as soon as it is known, and the same command continues from there until every arm has --repeats rounds.
 
-Memory is a run of its own with torch's allocation log: the highest sum of live allocations in the steps,
-above what lives when model and optimizer are ready. It includes gradients, optimizer state and activations.
-`toggle` keeps state of every block it has drawn: its peak grows with the number of steps.
+Memory is measured in a separate run with torch's allocation log: the highest sum of live allocations in the
+steps, above those that exist when model and optimizer are ready. It includes gradients, optimizer state and
+activations. `toggle` keeps the state of every block it has drawn, so its peak grows with the number of steps.
 
-The arm `gemm` measures the rate of the model's own matrix products. An arm's share of the bound is the time
-that its products (`arms.py` has the formula) take at that rate over the time of its step.
+The arm `gemm` measures the speed of the model's own matrix products. An arm's share of the bound is the time
+that its products (`arms.py` has the formula) would take at that speed, divided by the time of its step.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from arms import ARMS, DTYPES, run_arm
 
 CORE = "gemm,full,lora128,toggle,lisa,lisa-every5"
 SETTINGS = ("model", "precision", "length", "batch", "blocks", "active", "steps", "threads")
-"""What must be equal for figures of two calls to stand in one table."""
+"""Options that must be equal if figures of two calls are to stand in one table."""
 
 
 class Results:
@@ -60,7 +60,7 @@ class Results:
 
 
 def spawn(arm: str, arguments: list[str]) -> dict[str, Any]:
-    """Run one arm in a process of its own and read its figures, the last line it prints."""
+    """Run one arm in a separate process, and read its figures from the last line that it prints."""
     command = [sys.executable, __file__, *arguments, "--child", arm]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -73,7 +73,7 @@ def spawn(arm: str, arguments: list[str]) -> dict[str, Any]:
 
 
 def run_rounds(args: argparse.Namespace, arms: list[str], results: Results) -> None:
-    """Run what is missing until the budget is spent; an arm of unknown length counts as the longest yet."""
+    """Run the missing rounds until the budget is spent. An arm of unknown length counts as the longest."""
     ends = time.monotonic() + 60 * args.budget if args.budget else float("inf")
     longest: dict[str, float] = {}
 
@@ -99,7 +99,7 @@ def run_rounds(args: argparse.Namespace, arms: list[str], results: Results) -> N
 
 
 def report(results: Results) -> str:
-    """Markdown: medians, ratios of every arm to ours, and the share of the bound."""
+    """Format medians, ratios of every arm to ours, and shares of the bound as Markdown."""
     settings, times, peaks = results.settings, results.times, results.peaks
     tokens = settings["batch"] * settings["length"]
     seconds = {arm: median(each["seconds"] for each in times[arm]) for arm in times if arm != "gemm"}
@@ -120,7 +120,7 @@ def report(results: Results) -> str:
             )
             cells[5] = f"{each / ours:.2f}" if ours else ""
             cells[6] = f"{times[arm][0]['flops'] / rate / each:.0%}" if rate else ""
-            # The longest of the rounds: later ones find the compiler's cache on disk.
+            # The longest of the rounds, because later ones find the compiler's cache on disk.
             compiling = max(one.get("compile_seconds", 0) for one in times[arm])
             cells[9] = f"{compiling:.0f}" if compiling else ""
         if arm in peaks:
@@ -135,9 +135,9 @@ def report(results: Results) -> str:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description="Time and memory of a training step, against other ways.")
-    parser.add_argument("--arms", default=CORE, help=f"names joined by commas, or all: {', '.join(ARMS)}")
-    parser.add_argument("--model", default="smollm2-135m", help="or a folder, or a shipped shape")
+    parser = argparse.ArgumentParser(description="Compare time and memory of a training step.")
+    parser.add_argument("--arms", default=CORE, help=f"names separated by commas, or all: {', '.join(ARMS)}")
+    parser.add_argument("--model", default="smollm2-135m", help="smollm2-135m, a folder, or a shipped shape")
     parser.add_argument("--precision", choices=DTYPES, default="fp32")
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=1)
@@ -147,10 +147,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="rounds at most")
     parser.add_argument("--budget", type=float, help="minutes, after which no arm starts")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="1 round of 2 steps of 64 tokens: does it run?")
+    parser.add_argument(
+        "--quick", action="store_true", help="1 round of 2 steps of 64 tokens, to see that it runs"
+    )
     parser.add_argument("--peaks", choices=("with", "only", "none"), default="with", help="memory runs")
     parser.add_argument("--profile", action="store_true", help="print where the time of LISA's arms goes")
-    parser.add_argument("--output", help="write OUTPUT.json and OUTPUT.md, and go on from what is there")
+    parser.add_argument("--output", help="write OUTPUT.json and OUTPUT.md, and continue from OUTPUT.json")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

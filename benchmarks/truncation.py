@@ -1,18 +1,18 @@
-"""What a step saves when backward stops at the lowest active block.
+"""Measure what a step saves when backward stops at the lowest active block.
 
 python benchmarks/truncation.py --size smollm2 --tokens 1024 --repeats 5 [--checkpointing] [--json]
 
-γ = 2: the highest block trains, and one more, which is block 0, N/4, N/2 or 3N/4. What the ends do differs:
+γ = 2: the highest block trains, and block 0, N/4, N/2 or 3N/4. The policies of the ends differ:
 
-    train     embedding and head train: backward goes down to the embedding, whichever blocks are active
+    train     embedding and head train: backward reaches the embedding, whichever blocks are active
     head      the head trains; nothing below the lower of the two blocks is recorded
     frozen    as head, and the head has no gradient either
 
-Seconds are of a whole step (forward, backward, AdamW, zero_grad), fp32, chunked loss, the median over the
-repeats; settings are visited in random order in each repeat, and the first step of each visit is not counted.
-Saved bytes are those of the storages that autograd holds between forward and backward, parameters left out.
-Ratios are to `train` with the same blocks, in the same run. Weights are random: their values don't matter to
-the clock. With one thread the clock is that of the process; with more it is wall time.
+Seconds are those of a complete step (forward, backward, AdamW, zero_grad) in fp32 with chunked loss, the
+median over the repeats. Each repeat visits the settings in random order, and the first step of a visit is not
+counted. Saved bytes are those of the storages that autograd holds between forward and backward, without
+parameters. Ratios are to `train` with the same blocks, in the same run. Weights are random, because their
+values do not affect the time. With one thread the clock is that of the process; with more it is wall time.
 """
 
 import argparse
@@ -43,11 +43,13 @@ def main() -> None:
     parser.add_argument("--size", choices=SHAPES, default="smollm2")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens per step, one sequence")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=2, help="counted steps of a visit")
+    parser.add_argument("--steps", type=int, default=2, help="counted steps per visit")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--untied", action="store_true", help="a head of its own")
+    parser.add_argument("--untied", action="store_true", help="a head that is not tied to the embedding")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model and one repeat: does it run?")
+    parser.add_argument(
+        "--smoke", action="store_true", help="a tiny model and one repeat, to see that it runs"
+    )
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON object instead")
     args = parser.parse_args()
     if args.smoke:
@@ -76,7 +78,7 @@ def main() -> None:
 def measure(
     model: nn.Module, tokens: int, repeats: int, steps: int, clock: Callable[[], float]
 ) -> list[dict[str, Any]]:
-    """Time every setting in each repeat; count its saved bytes once."""
+    """Time every setting in each repeat, and count its saved bytes once."""
     ids = torch.randint(0, model.config.vocab_size, (1, tokens))
     positions = torch.arange(tokens).expand_as(ids)
     batch = {"input_ids": ids, "labels": ids, "position_ids": positions}
@@ -104,7 +106,7 @@ def measure(
                 saved[setting] = saved_bytes(model, lambda: loss(batch)[0])
             lisa.detach()
             del lisa, optimizer
-            gc.collect()  # they hold each other, and the moments of this setting
+            gc.collect()  # they refer to each other, and hold the moments of this setting
     rows = []
     for block, ends in settings:
         mine, full = median(seconds[block, ends]), median(seconds[block, "train"])
@@ -123,14 +125,14 @@ def measure(
 
 
 class Held:
-    """A tensor that autograd keeps for backward, as long as it does."""
+    """A tensor that autograd keeps for backward, for as long as autograd keeps it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
 
 def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """Count what autograd holds after a forward pass; storages that tensors share count once."""
+    """Count the bytes that autograd holds after a forward pass. Shared storages count once."""
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     held: weakref.WeakSet[Held] = weakref.WeakSet()
 
@@ -148,7 +150,7 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
 
 
 def table(figures: dict[str, Any]) -> str:
-    """Lay the figures out as Markdown."""
+    """Format the figures as a Markdown table."""
     lines = [
         f"{figures['size']}, {figures['tokens']} tokens, tied: {figures['tied']}, checkpointing: "
         f"{figures['checkpointing']}, {figures['threads']} thread(s), {figures['clock']}, "

@@ -27,7 +27,7 @@ model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
 
 
 def tokenize(row: dict[str, str]) -> dict[str, list[int]]:
-    """The whole text carries loss. The collator pads labels by length, so the model learns to stop."""
+    """Tokenize a text. All tokens carry loss, and the end token too: the collator masks padding by length."""
     token_ids = tokenizer(row["text"] + tokenizer.eos_token, truncation=True, max_length=512)["input_ids"]
     return {"input_ids": token_ids, "labels": token_ids}
 

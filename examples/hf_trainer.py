@@ -1,4 +1,4 @@
-"""LISA in the Hugging Face Trainer: one line between building the Trainer and training.
+"""LISA in the Hugging Face Trainer: one line between creating the Trainer and training.
 
 python examples/hf_trainer.py --model HuggingFaceTB/SmolLM2-135M --data tatsu-lab/alpaca --output tuned
 """
@@ -22,7 +22,7 @@ parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M", help="hub i
 parser.add_argument("--data", default="tatsu-lab/alpaca", help="hub id or local folder, with a column `text`")
 parser.add_argument("--split", default="train[:1000]")
 parser.add_argument("--output", default="tuned")
-parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output")
+parser.add_argument("--resume", action="store_true", help="resume from the newest checkpoint in --output")
 args = parser.parse_args()
 tokenizer = AutoTokenizer.from_pretrained(args.model)
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -30,7 +30,7 @@ model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
 
 
 def tokenize(row: dict[str, str]) -> dict[str, list[int]]:
-    """The whole text carries loss. The collator pads labels by length, so the model learns to stop."""
+    """Tokenize a text. All tokens carry loss, and the end token too: the collator masks padding by length."""
     token_ids = tokenizer(row["text"] + tokenizer.eos_token, truncation=True, max_length=512)["input_ids"]
     return {"input_ids": token_ids, "labels": token_ids}
 
@@ -51,8 +51,8 @@ trainer = Trainer(
     data_collator=DataCollatorForSeq2Seq(tokenizer),
     processing_class=tokenizer,
 )
-use_chunked_loss(model)  # the same loss, without the logits of all tokens in memory
-# Trainer trains with the optimizer made here, and its checkpoints carry LISA's place inside the period.
+use_chunked_loss(model)  # the same loss, without holding the logits of all tokens in memory
+# Trainer uses the optimizer created here. Its checkpoints save LISA's position inside the period.
 lisa = LISA(trainer.model, trainer.create_optimizer(), active=2, period=10)
 trainer.train(resume_from_checkpoint=args.resume)
 

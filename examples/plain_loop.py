@@ -22,12 +22,12 @@ args = parser.parse_args()
 device = "cuda" if torch.cuda.is_available() else "cpu"
 tokenizer = AutoTokenizer.from_pretrained(args.model)
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-# fp32 weights, since bf16 ones would round AdamW's small updates away. The arithmetic below is bf16.
+# fp32 weights, because bf16 would round AdamW's small updates away. Autocast computes in bf16 below.
 model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device)
 
 
 def tokenize(row: dict[str, str]) -> dict[str, list[int]]:
-    """The whole text carries loss. The collator pads labels by length, so the model learns to stop."""
+    """Tokenize a text. All tokens carry loss, and the end token too: the collator masks padding by length."""
     token_ids = tokenizer(row["text"] + tokenizer.eos_token, truncation=True, max_length=512)["input_ids"]
     return {"input_ids": token_ids, "labels": token_ids}
 

@@ -6,8 +6,9 @@ table2  methods side by side            table7  sampler, state of frozen blocks,
 table6  active blocks × period          draws   five seeds of the draws alone
 gap     what could close the gap to full fine-tuning
 
-Data is python-docs unless `data.train=` and `data.validation=` name other; `--general FILE` adds forgetting.
-Given again it goes on. Results are in runs/NAME-compare, with --smoke in runs/NAME-smoke.
+The data is python-docs unless `data.train=` and `data.validation=` name other data. `--general FILE` also
+measures forgetting. The same command continues a stopped comparison. Results are in runs/NAME-compare, or
+with --smoke in runs/NAME-smoke.
 """
 
 import sys
@@ -21,11 +22,11 @@ SMOKE = (
     *("data.max_length=64", "data.limit=64", "data.validation_limit=16", "run.batch_size=1"),
     *("--budget", "steps=2", "--seeds", "1", "--lr", "1e-4"),
 )
-"""Two steps of every arm at one learning rate: does it run?"""
+"""Two steps of every arm at one learning rate, to see that it runs."""
 
 
-def arguments(given: list[str]) -> list[str]:
-    """Arguments of `lisatune` for those of this script."""
+def make_arguments(given: list[str]) -> list[str]:
+    """Turn the arguments of this script into arguments of `lisatune`."""
     names = [name for name in given if name in RECIPES]
     if len(names) != 1:
         sys.exit(f"name one of {', '.join(RECIPES)}")
@@ -35,4 +36,4 @@ def arguments(given: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(arguments(sys.argv[1:])))
+    sys.exit(main(make_arguments(sys.argv[1:])))

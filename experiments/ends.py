@@ -1,15 +1,15 @@
-"""What the policies of the ends cost in held-out loss, and what they save in optimizer state.
+"""Compare the policies of the ends: their cost in held-out loss, and the optimizer state they save.
 
 python experiments/ends.py --steps 200 --seeds 0 1 2 --json ends.json [--data alpaca.jsonl]
 
 Every policy trains SmolLM2-135M, whose embedding and head are tied, and its untied twin: the same model with
-a copy of the embedding as its head, which gives the same logits to the bit. Within a seed all runs see the
-same batches, so tokens are equal, which is checked. The runs are those of `lisatune train`; a finished one is
-not made again, so that the command can be interrupted and given once more. Trained models are deleted.
+a copy of the embedding as its head, which gives bit-identical logits. All runs of a seed train on the same
+batches; equal numbers of tokens are checked. The runs are made as `lisatune train` makes them. A finished run
+is not repeated, so an interrupted command can be given again. Trained models are deleted.
 
 Prints a Markdown table for each model: held-out loss after training as mean and range over the seeds, its
-difference to `train`, and the largest optimizer state of a step. State is counted wherever it is: `cpu` has
-that of the ends in host memory.
+difference to `train`, and the largest optimizer state of a step. State on the device and in host memory is
+counted: `cpu` keeps the state of the ends in host memory.
 """
 
 import argparse
@@ -19,14 +19,14 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
 from lisatune.methods import Lisa
 from lisatune.models.load import load_model, load_tokenizer, save_model
-from lisatune.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe, RunConfig
+from lisatune.recipe import DataConfig, ModelConfig, OptimizerConfig, Precision, Recipe, RunConfig
 from lisatune.train.loop import train
 
 POLICIES = ("train", "every:2", "every:5", "head", "frozen", "8bit", "factored", "cpu", "every:5+8bit")
@@ -34,7 +34,7 @@ TIED = "smollm2-135m"
 
 
 def main() -> None:
-    """Run what is asked for, write the JSON, print the tables."""
+    """Make the runs, write the JSON, print the tables."""
     parser = argparse.ArgumentParser(description="Compare the policies of the ends.")
     parser.add_argument("--data", default="python-docs", help="training data, as data.train of a recipe")
     parser.add_argument("--validation", help="held-out data; default: a share of --data")
@@ -47,11 +47,13 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--active", type=int, default=2)
     parser.add_argument("--period", type=int, default=5)
-    parser.add_argument("--precision", choices=("fp32", "bf16-mixed", "bf16"), default="bf16-mixed")
+    parser.add_argument("--precision", choices=get_args(Precision), default="bf16-mixed")
     parser.add_argument("--held-out", type=int, default=128, help="held-out records")
-    parser.add_argument("--folder", type=Path, default=Path("runs/ends"), help="where runs and twin go")
-    parser.add_argument("--json", type=Path, help="write the figures of every run here")
-    parser.add_argument("--smoke", action="store_true", help="a few steps of two policies: does it run?")
+    parser.add_argument("--folder", type=Path, default=Path("runs/ends"), help="folder for runs and twin")
+    parser.add_argument("--json", type=Path, help="file for the figures of every run")
+    parser.add_argument(
+        "--smoke", action="store_true", help="a few steps of two policies, to see that it runs"
+    )
     args = parser.parse_args()
     if args.smoke:
         args.policies, args.seeds, args.steps = ["train", "every:2+8bit"], [0], 3
@@ -61,7 +63,7 @@ def main() -> None:
 
     folders = {"tied": TIED}
     if "untied" in args.models:
-        folders["untied"] = str(untied_twin(args.folder / "smollm2-135m-untied"))
+        folders["untied"] = str(make_untied_twin(args.folder / "smollm2-135m-untied"))
     rows = [
         run(make_recipe(args, folders[model], policy, seed), args.folder)
         | {"model": model, "policy": policy, "seed": seed}
@@ -73,11 +75,11 @@ def main() -> None:
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     for model in args.models:
-        print(f"\n{model}:\n\n{table([row for row in rows if row['model'] == model])}")
+        print(f"\n{model}:\n\n{make_table([row for row in rows if row['model'] == model])}")
 
 
 def make_recipe(args: argparse.Namespace, model: str, policy: str, seed: int) -> Recipe:
-    """The run of one policy."""
+    """Make the recipe of one policy and seed."""
     return Recipe(
         model=ModelConfig(name=model),
         data=DataConfig(
@@ -100,7 +102,7 @@ def make_recipe(args: argparse.Namespace, model: str, policy: str, seed: int) ->
 
 
 def run(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """Make a run, or read what it gave when it was made before."""
+    """Make a run, or read its figures if it was made before."""
     key = hashlib.sha256(json.dumps(recipe.as_dict(), sort_keys=True).encode()).hexdigest()[:16]
     output = folder / key
     figures = output / "figures.json"
@@ -113,8 +115,8 @@ def run(recipe: Recipe, folder: Path) -> dict[str, Any]:
     return read | {"run": str(output)}
 
 
-def untied_twin(folder: Path) -> Path:
-    """Write SmolLM2 with a head of its own, which starts as a copy of the embedding."""
+def make_untied_twin(folder: Path) -> Path:
+    """Save SmolLM2 with a separate head, which starts as a copy of the embedding."""
     if (folder / "config.json").exists():
         return folder
     model, tokenizer = load_model(TIED), load_tokenizer(TIED)
@@ -133,7 +135,7 @@ def untied_twin(folder: Path) -> Path:
 
 
 def check_equal_tokens(rows: list[dict[str, Any]]) -> None:
-    """Raise unless all runs of a seed trained on as many tokens."""
+    """Raise unless all runs of a seed trained on the same number of tokens."""
     for seed in {row["seed"] for row in rows}:
         counts = {row["tokens"] for row in rows if row["seed"] == seed}
         if len(counts) > 1:
@@ -142,8 +144,8 @@ def check_equal_tokens(rows: list[dict[str, Any]]) -> None:
             )
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Lay one model's figures out as Markdown."""
+def make_table(rows: list[dict[str, Any]]) -> str:
+    """Format one model's figures as a Markdown table."""
     lines = [
         "| `ends` | held-out loss | range over seeds | against `train` | optimizer state, MiB |",
         "| --- | --- | --- | --- | --- |",

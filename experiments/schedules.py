@@ -1,14 +1,14 @@
-"""A γ that changes during a run: many blocks early or late, against as many visits spread evenly.
+"""Compare schedules of γ: many blocks early or late in a run, against as many visits spread evenly.
 
 python experiments/schedules.py [section.key=value …] [--seeds 0 1 2] [--arms …] [--smoke]
 
-Model, budget of tokens and held-out slices are those of gap.yaml, and so is the learning rate 1e-4. Every arm
-trains 8 of 30 blocks on average, for 5 steps at a time, and each block at lr / √(8/30): only when the blocks
-train differs. `lisatune` has no such sampler, this file does: `LISA` takes any object that draws.
+Model, budget of tokens and held-out slices are those of gap.yaml; the learning rate is 1e-4. Every arm trains
+8 of 30 blocks on average, for 5 steps at a time, each block at lr / √(8/30). The arms differ only in when the
+blocks train. The sampler is defined in this file, because `LISA` takes any object that draws.
 
-Runs are those of `lisatune train`, measured as `lisatune compare` does. Their figures are appended to
-FOLDER/runs.jsonl, a line for a run; a run that has its line is not made again. Two calls with seeds and
-folders of their own may run side by side.
+Runs are made as `lisatune train` makes them, and measured as `lisatune compare` measures them. Each run
+appends its figures as a line to FOLDER/runs.jsonl, and a run with a line is not repeated. Two calls with
+different seeds and folders may run side by side.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from lisatune.compare.arms import read_comparison
-from lisatune.compare.measure import Job, measure
-from lisatune.compare.slices import Lengths, data_of_runs, write_slices
+from lisatune.compare.measure import Job, measure_model
+from lisatune.compare.slices import Lengths, use_slices, write_slices
 from lisatune.files import yaml
 from lisatune.lisa.samplers import Sampler, Uniform
 from lisatune.methods import Lisa
@@ -38,18 +38,18 @@ ARMS: dict[str, tuple[tuple[float, int], ...]] = {
     "20, then 2": ((1 / 3, 20), (2 / 3, 2)),
     "2, then 20": ((2 / 3, 2), (1 / 3, 20)),
 }
-"""Share of the run and the γ in it."""
+"""The parts of each schedule: share of the run, and γ in that part."""
 
 
 @dataclass(frozen=True)
 class Scheduled(Sampler):
-    """`Uniform` with a γ for every period; the last one's stays."""
+    """`Uniform` with a γ for every period. After the last period its γ stays."""
 
     num_blocks: int
     active: tuple[int, ...]
 
     def draw(self, period: int, *, seed: int) -> tuple[int, ...]:
-        """Return different blocks, as many as the schedule has for the period."""
+        """Return as many different blocks as the schedule has in that period."""
         active = self.active[min(period, len(self.active) - 1)]
         return Uniform(self.num_blocks, active).draw(period, seed=seed)
 
@@ -69,13 +69,13 @@ class ScheduledLisa(Lisa):
 
 
 def main() -> None:
-    """Make and measure what is asked for and not yet there."""
+    """Make and measure the runs that are missing."""
     parser = argparse.ArgumentParser(description="Compare schedules of the number of active blocks.")
-    parser.add_argument("overrides", nargs="*", help="section.key=value, as for the comparisons")
+    parser.add_argument("overrides", nargs="*", help="section.key=value, as in the comparisons")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--folder", type=Path, default=Path("runs/schedules"))
-    parser.add_argument("--smoke", action="store_true", help="a few steps of two arms: does it run?")
+    parser.add_argument("--smoke", action="store_true", help="a few steps of two arms, to see that it runs")
     args = parser.parse_args()
     budget = {"tokens": 100_000}
     if args.smoke:
@@ -92,33 +92,34 @@ def main() -> None:
         asked.write_text(text, encoding="utf-8")
     elif asked.read_text(encoding="utf-8") != text:
         sys.exit(f"{args.folder} has runs of another recipe; give another --folder")
-    recipe = replace(comparison.recipe, data=data_of_runs(comparison.recipe.data, slices))
+    recipe = replace(comparison.recipe, data=use_slices(comparison.recipe.data, slices))
     figures, lengths = args.folder / "runs.jsonl", Lengths(recipe, budget)
     lines = figures.read_text(encoding="utf-8").splitlines() if figures.exists() else []
     done = {(line["arm"], line["seed"]) for line in map(json.loads, lines)}
     for seed in args.seeds:
         for arm in args.arms:
             if (arm, seed) not in done:
-                line = {"arm": arm, "seed": seed} | run(recipe, arm, seed, len(lengths.of(seed)), args.folder)
+                steps = len(lengths.count_tokens(seed))
+                line = {"arm": arm, "seed": seed} | run(recipe, arm, seed, steps, args.folder)
                 with figures.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
                 print(json.dumps(line))
 
 
 def run(recipe: Recipe, arm: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
-    """Train and measure one arm; the model is deleted."""
+    """Train and measure one arm with one seed, then delete the model."""
     output = folder / f"{arm.replace(', ', '-').replace(' ', '-')}-seed{seed}"
-    method = ScheduledLisa(period=PERIOD, seed=seed, schedule=schedule(arm, -(-steps // PERIOD)))
+    method = ScheduledLisa(period=PERIOD, seed=seed, schedule=make_schedule(arm, -(-steps // PERIOD)))
     settings = replace(recipe.run, seed=seed, steps=steps, output=str(output), log_every=10)
     summary = train(replace(recipe, method=method, run=settings), overwrite=True)
     job = Job(
-        recipe=str(folder / "recipe.yaml"),  # for model, data's settings and precision
+        recipe=str(folder / "recipe.yaml"),  # its model, data section and precision are used
         model=str(summary["model"]),
         slices={"test": str(folder / "data" / "test.jsonl")},
         with_memory=False,
         output="",
     )
-    measured = measure(job)
+    measured = measure_model(job)
     shutil.rmtree(summary["model"])
     return {
         "schedule": method.schedule,
@@ -129,8 +130,8 @@ def run(recipe: Recipe, arm: str, seed: int, steps: int, folder: Path) -> dict[s
     }
 
 
-def schedule(arm: str, periods: int) -> tuple[int, ...]:
-    """The γ of every period."""
+def make_schedule(arm: str, periods: int) -> tuple[int, ...]:
+    """Return the γ of every period."""
     active: list[int] = []
     end = 0.0
     for share, count in ARMS[arm]:

@@ -1,15 +1,15 @@
-"""The LISA paper's Table 1 and Figure 3, peak memory by model and method, planned instead of measured.
+"""Plan the LISA paper's Table 1 and Figure 3: peak memory by model and method.
 
 python experiments/table1.py [--json table1.json] [--models gpt2 tinyllama-1.1b]
 
 Setting of the paper (arXiv 2403.17919, section 4.1): one sequence of 1024 tokens, no activation
-checkpointing, LoRA's adapters also on embedding and head, 70B on 4 GPUs. All weights, gradients and moments
-are bf16 here: only with these does full fine-tuning of 7B come near the paper's 59 GB. LoRA has two rows:
-adapters in bf16, and in float32, which is PEFT's default. Every figure is a plan (`plan_memory`) of a
-training step with our loss; it holds live tensors only, in GB of 10^9 bytes.
+checkpointing, LoRA adapters also on embedding and head, 70B on 4 GPUs. All weights, gradients and moments are
+bf16 here, because only then does full fine-tuning of 7B come near the paper's 59 GB. LoRA has two rows: bf16
+adapters, and float32 adapters, which are PEFT's default. Every figure is a plan (`plan_memory`) of a training
+step with lisatune's loss. It counts live tensors only, in GB of 10^9 bytes.
 
-Every cell is printed when it is ready and written to the JSON; a second call with the same JSON goes on
-where the first stopped. Small models first; the large ones take minutes a cell.
+Each cell is printed and written to the JSON file as soon as it is planned. A second call with the same file
+continues where the first stopped. Small models come first; large ones take minutes per cell.
 """
 
 import argparse
@@ -43,17 +43,20 @@ PAPER: dict[str, tuple[str, ...]] = {
     "llama-2-7b": ("59", "23", "26", "28", "21", "23", "24"),
     "llama-2-70b": ("OOM", "79", "OOM", "OOM", "71", "75", "79"),
 }
-"""GB: full, LoRA of rank 128, 256, 512, LISA E+H, +2L, +4L."""
+"""The paper's figures in GB: full, LoRA of rank 128, 256, 512, LISA E+H, +2L, +4L."""
 
 RANKS = {"llama-2-70b": 4}
+"""GPUs, where the paper used more than one."""
 
 
 def main() -> None:
-    """Plan every cell, print it, write the JSON; then the table."""
+    """Plan every cell, print it and write the JSON, then print the table."""
     parser = argparse.ArgumentParser(description="Plan the cells of the LISA paper's Table 1.")
     parser.add_argument("--models", nargs="+", choices=list(PAPER), default=list(PAPER))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--json", type=Path, help="write the plans here, and go on from what is there")
+    parser.add_argument(
+        "--json", type=Path, help="file for the plans; cells that are in it are not planned again"
+    )
     args = parser.parse_args()
     adamw.CHUNK["cpu"] = adamw.CHUNK_ELSEWHERE  # the plan is for an accelerator
     cells: dict[str, dict[str, Any]] = {}
@@ -64,16 +67,16 @@ def main() -> None:
         for name in args.methods:
             if name in row:
                 continue
-            row[name] = plan(model, METHODS[name]).as_dict()
+            row[name] = plan_cell(model, METHODS[name]).as_dict()
             gigabytes, seconds = row[name]["peak_bytes"] / 1e9, row[name]["seconds"]
             print(f"{model}, {name}: {gigabytes:.2f} GB, planned in {seconds:.0f} s", flush=True)
             if args.json is not None:
                 args.json.write_text(json.dumps(cells, indent=1) + "\n")
-    print(table({model: cells[model] for model in args.models}), flush=True)
+    print(make_table({model: cells[model] for model in args.models}), flush=True)
 
 
-def table(cells: dict[str, dict[str, Any]]) -> str:
-    """Markdown with a row for each method: planned / the paper's, in GB."""
+def make_table(cells: dict[str, dict[str, Any]]) -> str:
+    """Format a Markdown table with a row for each method: planned / paper, in GB."""
     lines = [f"| planned / paper, GB | {' | '.join(cells)} |", f"|---|{'---|' * len(cells)}"]
     papers = [name.removesuffix(" fp32") for name in METHODS]
     order = list(dict.fromkeys(papers))
@@ -88,7 +91,7 @@ def table(cells: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def plan(model: str, method: Method) -> MemoryPlan:
+def plan_cell(model: str, method: Method) -> MemoryPlan:
     """Plan one cell."""
     recipe = Recipe(
         model=ModelConfig(name=model),

@@ -1,4 +1,4 @@
-"""TODO: say what is in here."""
+"""What a person or a shell sees of a process: counts, bytes and errors as short text, and the exit code."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -8,13 +8,29 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-__all__ = ["byte_text", "count_text", "first_line", "grid", "plural", "ranges_text", "terminal"]
+__all__ = [
+    "BAD_INPUT",
+    "DEFECT",
+    "INTERRUPTED",
+    "TERMINATED",
+    "USER_ERRORS",
+    "Terminated",
+    "byte_text",
+    "count_text",
+    "exit_code",
+    "first_line",
+    "grid",
+    "plural",
+    "ranges_text",
+    "terminal",
+]
 
 WIDEST = 100
+"""Columns of the widest output."""
 
 
 def terminal() -> "Console":
-    """Make a console on standard output, no wider than 100 columns."""
+    """Make a console on standard output, at most 100 columns wide."""
     from rich.console import Console  # rich comes with lisatune[train]; the other functions do without
 
     console = Console(highlight=False)
@@ -23,7 +39,7 @@ def terminal() -> "Console":
 
 
 def count_text(count: float) -> str:
-    """Write a count in short: 134.5M."""
+    """Abbreviate a count: 134.5M."""
     for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= 0.99995 * limit:
             return f"{count / limit:.1f}{unit}"
@@ -38,7 +54,7 @@ def byte_text(num_bytes: float) -> str:
 
 
 def grid(rows: "Sequence[tuple[str, str | Text]]") -> "Table":
-    """Lay out names and what they stand for in two columns."""
+    """Lay out names and their values in two columns."""
     from rich.table import Table
     from rich.text import Text
 
@@ -51,7 +67,7 @@ def grid(rows: "Sequence[tuple[str, str | Text]]") -> "Table":
 
 
 def ranges_text(numbers: Sequence[int]) -> str:
-    """Write rising numbers in short: 0–3 7."""
+    """Abbreviate increasing numbers as ranges: 0–3 7."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
@@ -63,10 +79,28 @@ def ranges_text(numbers: Sequence[int]) -> str:
 
 
 def plural(count: int, word: str) -> str:
-    """Write a count with its word: 1 row, 2 rows."""
+    """Write a count with its noun: 1 row, 2 rows."""
     return f"{count:,} {word}{'' if count == 1 else 's'}"
 
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its class where the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip()
+
+
+DEFECT, BAD_INPUT, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+"""Exit codes. The last two are those of a process that SIGINT or SIGTERM ended."""
+
+USER_ERRORS = (ValueError, OSError, RuntimeError, ImportError)
+"""Errors with a sentence for the user: bad input, or a machine that lacks something."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM. Code that treats it like Ctrl-C need not tell them apart."""
+
+
+def exit_code(error: BaseException) -> int:
+    """Return the exit code of a process that this error ends."""
+    if isinstance(error, KeyboardInterrupt):
+        return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
+    return BAD_INPUT if isinstance(error, USER_ERRORS) else DEFECT

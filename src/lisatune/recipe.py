@@ -1,21 +1,44 @@
-"""What a run does, written down: one frozen dataclass per section of a recipe.
+"""Every key of a recipe: one frozen dataclass per section.
 
-A recipe is a YAML file with the sections `model`, `data`, `method`, `optimizer` and `run`. Every key
-of a section is a field below, its default is the field's default. The keys of `method` are the fields
-of the class that `method.name` picks (`lisatune.methods.METHODS`). `lisatune.cli.app.load_recipe` builds a
-`Recipe` from a file and overrides.
+A recipe is a YAML file with the sections `model`, `data`, `method`, `optimizer` and `run`. Each key of a
+section is a field below, and its default is the field's default. The docstring under a field is its help
+text. The keys of `method` are the fields of the class that `method.name` picks (`lisatune.methods.METHODS`).
+An override is `section.key=value` on the command line. `lisatune.train.load_recipe` builds a `Recipe` from a
+file and overrides.
 """
 
 import difflib
 import math
-from collections.abc import Iterable
+import re
+import types
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["DataConfig", "ModelConfig", "OptimizerConfig", "Recipe", "RunConfig", "check_steps", "unknown"]
+__all__ = [
+    "DataConfig",
+    "ModelConfig",
+    "Moments",
+    "OptimizerConfig",
+    "Precision",
+    "Recipe",
+    "Rounding",
+    "RunConfig",
+    "check_steps",
+    "is_override",
+    "join_overrides",
+    "split_override",
+    "unknown",
+]
 
 MAX_STEPS = 1_000_000
-"""Optimizer steps of the longest run."""
+"""The most optimizer steps that a run may have."""
+
+Moments = Literal["fp32", "bf16", "8bit", "factored"]
+
+Precision = Literal["fp32", "bf16-mixed", "bf16"]
+
+Rounding = Literal["exact", "stochastic", "nearest"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,50 +52,61 @@ class ModelConfig:
     """Branch, tag or commit of a hub id."""
 
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Off unless asked for."""
+    """Run Python code that comes with the model."""
 
     attention: str | None = None
-    """Attention by its name in transformers: sdpa, eager, …; or lisatune_cpu. Default: its choice."""
+    """Attention: a name in transformers (sdpa, eager, …) or lisatune_cpu. Default: transformers' choice."""
+
+    @property
+    def location(self) -> dict[str, Any]:
+        """Arguments of `load_tokenizer`, `load_config` and `stored_dtype`."""
+        return {"name": self.name, "revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Arguments of `load_model` and `meta_model`: those of `location`, and `attention`."""
+        return self.location | {"attention": self.attention}
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What to train and evaluate on."""
+    """The data to train and evaluate on."""
 
     train: str
     """File (.jsonl .json .csv .parquet, also .gz), folder of .txt files, hub id, or `python-docs`."""
 
     validation: str | None = None
-    """Held-out data, given like `train`. Default: a share of `train`."""
+    """Held-out data, in the same forms as `train`. Default: a share of `train`."""
 
     validation_share: float = 0.05
-    """Share of `train` that is held out when `validation` is not given, 0 < share < 1."""
+    """Share of `train` to hold out if `validation` is not given, 0 < share < 1."""
 
     kind: Literal["auto", "alpaca", "prompt-completion", "messages", "sharegpt", "text"] = "auto"
-    """Form of the records. Default: told from their keys."""
+    """Format of the records. auto: recognised by their keys."""
 
     split: str = "train"
-    """Split to load from a hub id."""
+    """Split to load if `train` is a hub id."""
 
     limit: int | None = None
-    """Use the first `limit` training records only."""
+    """Use only the first `limit` training records."""
 
     validation_limit: int | None = None
-    """Use the first `validation_limit` held-out records only."""
+    """Use only the first `validation_limit` held-out records."""
 
     max_length: int = 1024
-    """Longest sequence in tokens; what is longer is cut at the end."""
+    """Longest sequence in tokens. Longer records are cut at the end."""
 
     packing: bool = False
-    """Put several records into one sequence of `max_length` tokens; attention never crosses records."""
+    """Pack several records into one sequence of `max_length` tokens. Attention does not cross records."""
 
     loss_on: Literal["auto", "answers", "all"] = "auto"
-    """Tokens that carry loss. Default: answers, and all tokens for plain text."""
+    """Tokens that carry loss. auto: the answers, or all tokens of plain text."""
 
     on_bad_row: Literal["error", "skip"] = "error"
-    """Stop at a record that can't be used, or count it and go on."""
+    """What to do with a record that cannot be used: stop, or skip and count it."""
 
     def __post_init__(self) -> None:
+        _check_choices("data", self)
         if not 0 < self.validation_share < 1:
             raise ValueError(f"data.validation_share must be between 0 and 1, got {self.validation_share}")
         if self.max_length < 2:
@@ -92,45 +126,44 @@ class OptimizerConfig:
     """Peak learning rate."""
 
     ends_lr: float | None = None
-    """Peak learning rate of the ends: embedding, head and final norm. Default: `lr`."""
+    """Peak learning rate of the ends, which are embedding, head and final norm. Default: `lr`."""
 
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of the first and second moment."""
+    """Decay rates of the first and second moment, each in [0, 1)."""
 
     eps: float = 1e-8
     """Added to the denominator of the update."""
 
     weight_decay: float = 0.0
-    """Decoupled weight decay; norms, biases and embeddings are left out."""
+    """Decoupled weight decay. Norms, biases and embeddings have none."""
 
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
-    """Course of the learning rate after warm-up: cosine and linear end at 0."""
+    """Learning rate after warm-up: constant, or falling to 0 along a cosine or a line."""
 
     warmup_steps: int = 0
     """Optimizer steps over which the learning rate rises from 0 to `lr`."""
 
     max_grad_norm: float | None = 1.0
-    """Clip the gradients' global norm to this value. null: no clipping."""
+    """Clip the global norm of the gradients to this value. null: do not clip."""
 
-    rounding: Literal["exact", "stochastic", "nearest"] = "exact"
-    """How updates go into bf16 weights: as if they were float32 (2 more bytes), by chance, or rounded off."""
+    rounding: Rounding = "exact"
+    """How bf16 weights are updated. exact: as float32 would be, for 2 more bytes per element."""
 
-    moments: Literal["fp32", "bf16", "8bit", "factored"] = "fp32"
-    """How moments are stored: 8, 4 or 2.03 bytes per trained element, or means of rows and columns only."""
+    moments: Moments = "fp32"
+    """How moments are stored: in 8, 4 or 2.03 bytes per trained element, or as means of rows and columns."""
 
     state_device: Literal["cpu"] | None = None
-    """cpu: moments and remainders in host memory, brought over piece by piece. Default: with the weights."""
+    """cpu: keep moments and remainders in host memory and copy them in pieces. Default: with the weights."""
 
     in_backward: bool = False
-    """Update each parameter as soon as its gradient is there, and release it. Needs max_grad_norm: null."""
+    """Update each parameter as soon as its gradient exists, then free it. Needs max_grad_norm: null."""
 
     def __post_init__(self) -> None:
-        _one_of("optimizer.rounding", self.rounding, ("exact", "stochastic", "nearest"))
-        _one_of("optimizer.moments", self.moments, ("fp32", "bf16", "8bit", "factored"))
+        _check_choices("optimizer", self)
         if self.in_backward and self.max_grad_norm is not None:
             raise ValueError(
-                f"optimizer.in_backward updates weights before all gradients are known, so their global norm "
-                f"can't be clipped to optimizer.max_grad_norm={self.max_grad_norm}; set it to null"
+                "optimizer.in_backward updates weights before all gradients are known, so their global norm "
+                f"cannot be clipped to optimizer.max_grad_norm={self.max_grad_norm}; set it to null"
             )
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise ValueError(f"optimizer.lr must be a positive number, got {self.lr}")
@@ -149,19 +182,19 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """How long, how, and where to."""
+    """Length, hardware and output of a run."""
 
     output: str | None = None
     """Run folder. Default: runs/NAME-OF-THE-RECIPE."""
 
     seed: int = 0
-    """Order of the data and dropout. LISA's draws have a seed of their own, `method.seed`."""
+    """Seed of data order and dropout. LISA draws blocks with a seed of its own, `method.seed`."""
 
     steps: int | None = None
-    """Optimizer steps. Default: as many as `epochs` takes."""
+    """Optimizer steps. Default: as many as `epochs` needs."""
 
     epochs: float = 1.0
-    """Passes over the training data when `steps` is not given."""
+    """Passes over the training data if `steps` is not given."""
 
     batch_size: int = 4
     """Sequences per micro-step, on each rank."""
@@ -169,56 +202,56 @@ class RunConfig:
     accumulation: int = 1
     """Micro-steps per optimizer step."""
 
-    precision: Literal["fp32", "bf16-mixed", "bf16"] = "bf16-mixed"
-    """fp32 throughout, fp32 weights with bf16 autocast, or bf16 weights (see optimizer.rounding)."""
+    precision: Precision = "bf16-mixed"
+    """All in fp32, fp32 weights with bf16 autocast, or bf16 weights (see optimizer.rounding)."""
 
     activation_checkpointing: bool | Literal["frozen"] = False
-    """Recompute activations in backward instead of storing them: all blocks', or frozen blocks' alone."""
+    """Recompute activations in backward instead of storing them: in all blocks, or in frozen ones only."""
 
     compile: bool = False
-    """Compile the blocks before the first step, one graph for frozen and one for active ones."""
+    """Compile the blocks before the first step: one graph for frozen blocks and one for active ones."""
 
     device: str = "auto"
-    """`cpu`, `cuda`, `cuda:1`, `mps`, … Default: an accelerator where there is one."""
+    """`cpu`, `cuda`, `cuda:1`, `mps`, … auto: an accelerator if there is one."""
 
     check_memory: bool = True
-    """Plan the run's memory before weights load, and stop where it does not fit."""
+    """Plan the run's memory before weights load, and stop if it does not fit."""
 
     log_every: int = 1
     """Steps between two lines in metrics.jsonl."""
 
     eval_every: int | None = None
-    """Steps between two evaluations. Held-out loss is always taken before and after the run."""
+    """Steps between two evaluations. Held-out loss is always measured before and after the run."""
 
     save_every: int | None = None
-    """Steps between two checkpoints. Default: only when interrupted."""
+    """Steps between two checkpoints. Default: a checkpoint only when interrupted."""
 
     sharding: Literal["fsdp", "replicate"] = "fsdp"
-    """With several ranks: divide weights, gradients and state among them, or keep all on each."""
+    """Several ranks: divide weights, gradients and state among them (fsdp), or keep all on each."""
 
     keep_checkpoints: int = 2
-    """How many of the newest checkpoints stay on disk."""
+    """Number of newest checkpoints to keep."""
 
     samples: int = 3
-    """Held-out prompts answered before and after training."""
+    """Number of held-out prompts to answer before and after training."""
 
     sample_tokens: int = 64
     """Longest sample answer in tokens."""
 
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What to do when loss or gradients are NaN or infinite: stop, or skip that step and count it."""
+    """What to do if loss or gradients are NaN or infinite: stop, or skip the step and count it."""
 
     max_skipped_steps: int = 10
-    """Stop after so many steps in a row were skipped; what is trained after that would be lost time."""
+    """Stop after this many skipped steps in a row."""
 
     on_save_error: Literal["stop", "continue"] = "stop"
-    """When a checkpoint can't be written (a full disk, a read-only folder): stop, or count it and go on."""
+    """What to do if a checkpoint cannot be written, as on a full disk: stop, or count it and continue."""
 
     report_to: tuple[str, ...] = ()
     """Trackers by name: tensorboard, wandb, trackio, mlflow."""
 
     def __post_init__(self) -> None:
-        _one_of("run.sharding", self.sharding, ("fsdp", "replicate"))
+        _check_choices("run", self)
         for name in ("steps", "batch_size", "accumulation", "log_every", "eval_every", "save_every"):
             _at_least(1, f"run.{name}", getattr(self, name))
         for name in ("keep_checkpoints", "sample_tokens", "max_skipped_steps"):
@@ -234,7 +267,7 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A whole run. `method` is an instance of a class in `lisatune.methods.METHODS`."""
+    """A run. `method` is an instance of a class in `lisatune.methods.METHODS`."""
 
     model: ModelConfig
     data: DataConfig
@@ -245,23 +278,27 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.optimizer.ends_lr is not None and not self.method.has_ends:
             raise ValueError(
-                f"optimizer.ends_lr={self.optimizer.ends_lr:g} has no use with method {self.method.name}, "
+                f"optimizer.ends_lr={self.optimizer.ends_lr:g} does nothing with method {self.method.name}, "
                 "which trains no embedding, head or final norm; set it to null"
             )
         if self.optimizer.in_backward and self.run.accumulation > 1:
             raise ValueError(
-                f"optimizer.in_backward releases a gradient before the next one could be added, so "
-                f"run.accumulation={self.run.accumulation} can't work; set it to 1"
+                "optimizer.in_backward frees a gradient before the next micro-step could add to it, so "
+                f"run.accumulation={self.run.accumulation} is impossible; set it to 1"
             )
         self.method.check_mix(self.data, self.run)
 
     def as_dict(self) -> dict[str, Any]:
-        """The recipe with every default filled in, as plain dicts, lists, numbers and strings."""
+        """Return the recipe with every default filled in, as plain dicts, lists, numbers and strings."""
         return {name: _plain(section) for name, section in asdict(self).items()}
 
 
 def check_steps(steps: float, asked: str) -> None:
-    """Refuse a run whose draws could not even be planned.
+    """Refuse a run so long that its draws could not be planned.
+
+    Args:
+        steps: optimizer steps.
+        asked: the key, and its value if it is not `run.steps`, to name in the message.
 
     Raises:
         ValueError: more than a million steps.
@@ -271,10 +308,48 @@ def check_steps(steps: float, asked: str) -> None:
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> str:
-    """Say that a name is unknown, which one is nearest, and which there are."""
+    """Write the message for an unknown name: the nearest known one, and all known ones."""
     close = difflib.get_close_matches(str(name), known, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"unknown {what} {str(name)!r}.{hint} Known: {', '.join(known)}"
+
+
+def split_override(text: str) -> tuple[str, str, str | None] | None:
+    """Split `section.key=value`, which may also be written `--section.key=value`.
+
+    Returns:
+        Section, key and value. The value is None if there is no `=`. None for a text of another form.
+    """
+    match = re.fullmatch(r"(?:--)?([\w-]+)\.([\w-]+)(?:=(.*))?", text, flags=re.DOTALL)
+    return None if match is None else (match[1], match[2].replace("-", "_"), match[3])
+
+
+def is_override(text: str) -> bool:
+    """Whether a command-line argument is an override with its value, and not a file or an option."""
+    override = split_override(text)
+    return override is not None and override[2] is not None
+
+
+def join_overrides(arguments: Sequence[str]) -> list[str]:
+    """Rewrite overrides that are written as options: `--run.steps 5` becomes `run.steps=5`.
+
+    An option without a value means true: `--data.packing` becomes `data.packing=true`. All other arguments
+    are returned unchanged.
+    """
+    joined = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        override = split_override(argument) if argument.startswith("--") else None
+        if override is None:
+            joined.append(argument)
+            continue
+        section, key, value = override
+        if value is None:
+            is_flag = not rest or rest[0].startswith("--") or is_override(rest[0])
+            value = "true" if is_flag else rest.pop(0)
+        joined.append(f"{section}.{key}={value}")
+    return joined
 
 
 def _plain(value: Any) -> Any:
@@ -288,6 +363,12 @@ def _at_least(low: int, name: str, value: int | None) -> None:
         raise ValueError(f"{name} must be >= {low}, got {value}")
 
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+def _check_choices(section: str, config: Any) -> None:
+    """Refuse a value that its field's `Literal` does not list. A recipe may be built without cyclopts."""
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+        choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+        others = tuple(kind for kind in kinds if get_origin(kind) is None)
+        if choices and value not in choices and not isinstance(value, others):
+            raise ValueError(f"{section}.{name} must be one of {', '.join(choices)}, got {value!r}")

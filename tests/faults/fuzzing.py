@@ -26,6 +26,7 @@ from faults import changing
 from faults.formats import FORMS, ROWS
 from lisatune import LISA, AdamW
 from lisatune.cli import app
+from lisatune.console import USER_ERRORS
 from lisatune.data.records import read_records
 from lisatune.data.tokens import tokenize
 from lisatune.files import yaml
@@ -34,7 +35,6 @@ from lisatune.runs.checkpoint import load_checkpoint, save_checkpoint
 from lisatune.runs.manifest import FILES, newest_checkpoint, write_manifest
 from lisatune.train.recipe_file import load_recipe
 from lisatune.train.resume import RunState, read_state
-from lisatune.train.stopping import USER_ERRORS
 
 SECONDS = 20
 """Seconds after which a case counts as hanging."""

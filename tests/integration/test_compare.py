@@ -101,6 +101,7 @@ def test_methods_are_compared_on_the_same_tokens_at_their_own_best_learning_rate
     assert moved["lora"] is None
     assert len(moved["full"] or ()) == 4
     assert min(moved["full"] or [0]) > 0
+    assert app.main(["report", str(out)]) == 0
     page = (out / "report.html").read_text()
     for figure in (
         "against tokens",
@@ -153,14 +154,23 @@ def test_what_is_finished_is_not_made_again_and_arms_may_be_added(
     assert not list(recipe.parent.glob("out/runs/*/model"))  # measured, and not asked to be kept
 
 
-def test_without_the_packages_of_a_report_the_results_are_there_and_it_says_so(
+def test_the_command_writes_a_report_or_says_which_package_is_missing(
     recipe: Path, calls: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.warns(UserWarning, match=r"there is no report.html: .*pip install \"lisatune\[report\]\""):
-        results = compare(recipe, "full", lr="1e-4")
-    assert read_results(recipe.parent / "out") == results
-    assert not (recipe.parent / "out" / "report.html").exists()
+    out = recipe.parent / "out"
+    command = ["compare", str(recipe), HALF, "--methods", "full", "--lr", "1e-4", "--output", str(out)]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "jinja2", None)
+        with pytest.warns(
+            UserWarning, match=r"there is no report.html: .*pip install \"lisatune\[report\]\""
+        ):
+            assert app.main(command) == 0
+    assert read_results(out)["complete"]
+    assert not (out / "report.html").exists()
+    before = len(calls)
+    assert app.main(command) == 0
+    assert "Held-out loss against tokens" in (out / "report.html").read_text()
+    assert len(calls) == before
 
 
 def test_a_run_that_is_chosen_after_its_model_was_deleted_is_made_again(
@@ -188,7 +198,7 @@ def test_a_model_that_cant_be_measured_gives_way_to_the_next(
     monkeypatch.setattr(processes, "call", call)
     low, high = compare(recipe, "full", lr="1e-4,1e-2")["runs"]
     assert high["status"] == "failed"
-    assert "its model can't be measured" in (high["reason"] or "")
+    assert "its model cannot be measured" in (high["reason"] or "")
     assert (low["chosen"], low["status"]) == (True, "done")
     assert low["test_loss"] is not None
 
@@ -198,7 +208,7 @@ def test_a_folder_of_another_comparison_is_refused_with_the_differences(
 ) -> None:
     compare(recipe, "lisa", "run.steps=4")
     before = (recipe.parent / "out" / "compare.json").read_bytes()
-    with pytest.raises(ValueError, match=r"run.steps: 4 → 5; undo that, or name another --output"):
+    with pytest.raises(ValueError, match=r"run.steps: 4 → 5; undo these changes, or name another --output"):
         compare(recipe, "lisa", "run.steps=5")
     with pytest.raises(ValueError, match=r"lisa: method.active: 2 → 1"):
         compare(recipe, "lisa", "run.steps=4", "method.active=1")
@@ -214,7 +224,7 @@ def test_a_folder_of_another_comparison_is_refused_with_the_differences(
 def test_a_folder_with_other_files_is_refused(recipe: Path, calls: list[list[str]]) -> None:
     (recipe.parent / "out").mkdir()
     (recipe.parent / "out" / "thesis.tex").write_text("")
-    with pytest.raises(ValueError, match="has other files than a comparison's"):
+    with pytest.raises(ValueError, match="holds files that are not a comparison's"):
         compare(recipe, "full")
 
 
@@ -275,7 +285,7 @@ def test_arms_may_split_a_step_but_not_change_its_records(recipe: Path, calls: l
 
 
 def test_too_little_held_out_data_is_refused(recipe: Path, calls: list[list[str]]) -> None:
-    with pytest.raises(ValueError, match="must have 2 different prompts or more"):
+    with pytest.raises(ValueError, match="must have 2 or more different prompts"):
         compare(recipe, "full", "data.validation_limit=1")
 
 
@@ -304,7 +314,7 @@ def test_processes_stopped_by_ctrl_c_go_on_to_the_same_result(
 
     monkeypatch.setattr(processes, "call", call)
     monkeypatch.setattr(processes, "POLL_SECONDS", 0.02)
-    with pytest.raises(KeyboardInterrupt, match="0 of 1 runs are done; go on with the same command"):
+    with pytest.raises(KeyboardInterrupt, match="0 of 1 runs are done; give the same command to continue"):
         compare(recipe, "lisa", "run.samples=0", **options)
     assert list(recipe.parent.glob("out/runs/*/checkpoints/*"))
     assert not read_results(recipe.parent / "out")["complete"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lisatune.report.comparison_page import comparison_page
+from lisatune.report.comparison_page import make_comparison_page
 from lisatune.report.page import write_page
 from tiny_report import HOSTILE, results, write_run
 
@@ -47,7 +47,7 @@ def load(page: Path, folder: Path, *flags: str) -> tuple[str, list[str]]:
 def test_the_page_loads_without_a_word_on_the_console(text: str, tmp_path: Path) -> None:
     write_run(tmp_path / "runs" / "lisa")
     page = tmp_path / "report.html"
-    write_page(comparison_page(results(text), tmp_path), page)
+    write_page(make_comparison_page(results(text), tmp_path), page)
     dom, console = load(page, tmp_path)
     assert console == []
     assert dom.count("<figure>") == 6
@@ -59,7 +59,7 @@ def test_the_page_loads_without_a_word_on_the_console(text: str, tmp_path: Path)
 def test_charts_fit_the_screen_in_the_colours_of_the_page(width: int, scheme: str, tmp_path: Path) -> None:
     write_run(tmp_path / "runs" / "lisa")
     page, probe = tmp_path / "report.html", tmp_path / "probe.html"
-    write_page(comparison_page(results(), tmp_path), page)
+    write_page(make_comparison_page(results(), tmp_path), page)
     probe.write_text(PROBE.format(page=page.name, width=width))
     dom, console = load(
         probe, tmp_path, f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}"

@@ -7,7 +7,7 @@ import torch
 
 from lisatune.cli import app
 from lisatune.models.load import load_model, load_tokenizer, save_model
-from lisatune.report.run_page import runs_page
+from lisatune.report.run_page import make_runs_page
 from tiny_run import write_model, write_recipe, write_rows
 
 
@@ -23,7 +23,7 @@ def test_a_run_with_lisa_has_every_chart_it_can_have(
     assert said.out == f"{tmp_path / 'run' / 'report.html'}\n"
     assert said.err == ""
 
-    page = runs_page([tmp_path / "run"])
+    page = make_runs_page([tmp_path / "run"])
     figures = {figure.title: figure for figure in page.figures}
     assert list(figures) == [
         "Held-out loss against tokens",
@@ -40,10 +40,10 @@ def test_a_run_with_lisa_has_every_chart_it_can_have(
     assert len(page.samples) == 1
 
     assert not [
-        each for each in runs_page([tmp_path / "run"], weights=False).figures if "movement" in each.title
+        each for each in make_runs_page([tmp_path / "run"], weights=False).figures if "movement" in each.title
     ]
     (model / "model.safetensors").write_bytes(b"not weights")
-    damaged = runs_page([tmp_path / "run"])
+    damaged = make_runs_page([tmp_path / "run"])
     assert "Weight movement by block" not in [figure.title for figure in damaged.figures]
     assert any("weight movement is left out" in problem for problem in damaged.problems)
 
@@ -54,5 +54,5 @@ def test_rounding_to_the_written_dtype_is_no_movement(tmp_path: Path) -> None:
     assert app.main(["train", str(recipe)]) == 0
     written = tmp_path / "run" / "model"
     save_model(load_model(str(base), dtype=torch.bfloat16), load_tokenizer(str(base)), written)
-    (figure,) = [each for each in runs_page([tmp_path / "run"]).figures if "movement" in each.title]
+    (figure,) = [each for each in make_runs_page([tmp_path / "run"]).figures if "movement" in each.title]
     assert [float(row[1]) for row in figure.table.rows] == [0, 0, 0, 0]

@@ -1,4 +1,4 @@
-"""Private parts of torch that the source uses: a release that loses one is named here, with the files it breaks."""
+"""Private parts of torch that the source uses: a release that loses one is named here, with its users."""
 
 import ast
 import importlib

@@ -1,20 +1,20 @@
 """The command `lisatune`: parse, call, print.
 
-Every failure prints one sentence to stderr and returns an exit code of `lisatune.train.stopping`. Imports are
-inside functions so that `--help` is fast and a missing package is one of those sentences.
+Every failure prints one sentence to stderr and returns an exit code of `lisatune.console`. Imports are inside
+functions so that `--help` is fast and a missing package is one of those sentences.
 """
 
 import os
-import re
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lisatune import __version__
-from lisatune.train.stopping import BAD_INPUT, DEFECT, USER_ERRORS, exit_code
+from lisatune.console import BAD_INPUT, exit_code, first_line
 
 if TYPE_CHECKING:
     from cyclopts import App
@@ -42,25 +42,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in tokens
     tokens = [token for token in tokens if token != "--debug"]
-    warnings.formatwarning = _warning_text
+    warnings.formatwarning = _format_warning
     try:
         return _run(tokens)
-    except KeyboardInterrupt as stop:
-        return _say(str(stop) or "interrupted", exit_code(stop), debug)
     except BrokenPipeError:  # the reader of our output has gone, as in `lisatune layers MODEL | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except USER_ERRORS as error:
-        return _say(f"error: {_first_line(error)}", BAD_INPUT, debug)
-    except Exception as error:
-        name = type(error).__name__
-        return _say(f"{name}: {_first_line(error)} (a defect; --debug shows the traceback)", DEFECT, debug)
+    except (KeyboardInterrupt, Exception) as error:
+        return _report_failure(error, debug)
 
 
 def train(recipe: Path, /, *overrides: str, resume: bool = False, overwrite: bool = False) -> int:
-    """Fine-tune a model as a recipe says.
+    """Fine-tune a model with a recipe.
 
-    Prints the outline of the run, trains, and leaves the model in the run folder:
+    Prints an outline of the run, trains, and saves the model in the run folder:
 
         lisatune train recipes/demo.yaml
         lisatune train recipe.yaml run.steps=200 optimizer.betas=[0.9,0.95]
@@ -68,9 +63,9 @@ def train(recipe: Path, /, *overrides: str, resume: bool = False, overwrite: boo
 
     Args:
         recipe: YAML file.
-        overrides: `section.key=value`, or `--section.key value`; wins over the file. Lists are [a,b].
-        resume: Go on from the newest checkpoint in the run folder, as if there had been no break.
-        overwrite: Delete the run in the run folder and start again.
+        overrides: `section.key=value` or `--section.key value`; wins over the file. A list is [a,b].
+        resume: Continue from the newest checkpoint in the run folder, with the same result as without a stop.
+        overwrite: Delete the run in the run folder and start over.
     """
     from lisatune.train.loop import train
     from lisatune.train.recipe_file import load_recipe
@@ -82,17 +77,17 @@ def train(recipe: Path, /, *overrides: str, resume: bool = False, overwrite: boo
 
 
 def check(recipe: Path, /, *overrides: str, resume: bool = False, overwrite: bool = False) -> int:
-    """Find everything that can be wrong with a run, before any weights load.
+    """Find the problems of a run before any weights load.
 
-    Reads keys, model config, tokenizer and every record, prints the outline and lists all problems. Writes
-    nothing:
+    Reads the keys, the model's config, the tokenizer and every record, prints an outline of the run
+    and lists all problems. Writes nothing:
 
         lisatune check recipe.yaml
         lisatune check recipe.yaml data.max_length=512
 
     Args:
         recipe: YAML file.
-        overrides: `section.key=value`, or `--section.key value`; wins over the file.
+        overrides: `section.key=value` or `--section.key value`; wins over the file.
         resume: Check for `train --resume`.
         overwrite: Check for `train --overwrite`.
     """
@@ -105,15 +100,16 @@ def check(recipe: Path, /, *overrides: str, resume: bool = False, overwrite: boo
 
 
 def generate(folder: str, /, *, prompt: list[str], max_new_tokens: int = 128) -> int:
-    """Let a model answer.
+    """Generate a model's answers to prompts.
 
-    Greedy, so the same answer every time; through the chat template where the tokenizer has one:
+    Decoding is greedy, so the answer is the same every time. If the tokenizer has a chat template,
+    prompts go through it:
 
         lisatune generate runs/demo --prompt "What does the Python function os.getcwd() do?"
 
     Args:
         folder: Run folder, or any model that `train` takes.
-        prompt: What to answer; may be given several times.
+        prompt: Prompt to answer; may be given several times.
         max_new_tokens: Longest answer in tokens.
     """
     from lisatune.evaluate.held_out import generate_answers
@@ -135,11 +131,17 @@ def generate(folder: str, /, *, prompt: list[str], max_new_tokens: int = 128) ->
 
 
 def _run(tokens: list[str]) -> int:
-    app = _app()
+    """Run one command and return its exit code."""
+    _refuse_empty(tokens)
+    app = _build_app()
     from cyclopts import CycloptsError
 
+    from lisatune.recipe import join_overrides
+
     try:
-        result = app(_joined(tokens), exit_on_error=False, print_error=False, result_action="return_value")
+        result = app(
+            join_overrides(tokens), exit_on_error=False, print_error=False, result_action="return_value"
+        )
     except CycloptsError as error:
         raise ValueError(f"{error} See `lisatune --help`.") from None
     if tokens[:1] in (["train"], ["check"]) and {"--help", "-h"} & set(tokens):
@@ -151,7 +153,7 @@ def _run(tokens: list[str]) -> int:
     return result if isinstance(result, int) else 0
 
 
-def _app() -> "App":
+def _build_app() -> "App":
     try:
         from cyclopts import App, Parameter
     except ImportError as error:
@@ -184,40 +186,35 @@ def _app() -> "App":
     return app
 
 
-def _joined(tokens: list[str]) -> list[str]:
-    """Write every override as section.key=value: `--run.steps 5`, `--run.steps=5`, `--data.packing`."""
-    joined = []
-    rest = iter([*tokens, ""])
-    token = next(rest)
-    while token:
-        following = next(rest, "")
-        if re.match(r"--\w+\.", token):
-            token = token.removeprefix("--")
-            if "=" not in token:
-                is_flag = not following or re.match(r"--|\w+\.[\w-]+=", following)
-                token += "=true" if is_flag else f"={following}"
-                following = following if is_flag else next(rest, "")
-        joined.append(token)
-        token = following
-    return joined
+def _refuse_empty(tokens: Sequence[str]) -> None:
+    """Refuse an empty argument, which an unset shell variable leaves behind."""
+    for before, token in pairwise(["lisatune", *tokens]):
+        if not token:
+            raise ValueError(f"the argument after {before!r} is empty; give it a value or leave it out")
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or ["no message"]
-    return lines[0] if len(lines) == 1 else f"{lines[0]} (--debug shows more)"
-
-
-def _say(text: str, code: int, debug: bool) -> int:
+def _report_failure(error: BaseException, debug: bool) -> int:
+    """Print what happened in one sentence, with `debug` after the traceback; return the exit code."""
+    code = exit_code(error)
+    if isinstance(error, KeyboardInterrupt):
+        sentence = str(error) or "interrupted"
+    else:
+        text = first_line(error)
+        if not debug and "\n" in str(error).strip():
+            text += " (--debug shows more)"
+        hint = "" if debug else "; --debug shows the traceback"
+        name = type(error).__name__
+        sentence = f"error: {text}" if code == BAD_INPUT else f"{name}: {text} (a defect{hint})"
     if debug:
         traceback.print_exc()
-    sys.stderr.write(f"lisatune: {text}\n")
+    sys.stderr.write(f"lisatune: {sentence}\n")
     return code
 
 
-def _warning_text(
+def _format_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """Show a warning that is meant for users without the place it comes from."""
+    """Format a warning. One that is meant for users does not show the line of code that it comes from."""
     place = "" if category is UserWarning else f" ({category.__name__} in {filename}:{lineno})"
     return f"lisatune: warning: {message}{place}\n"
 

@@ -1,10 +1,6 @@
 """The command `lisatune compare`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["compare"]
 
@@ -23,32 +19,36 @@ def compare(
     keep_models: bool = False,
     retry_failed: bool = False,
 ) -> int:
-    """Compare methods on the same records and tokens, each with its own best learning rate.
+    """Compare methods on the same records and tokens, each at its own best learning rate.
 
     Held-out records are halved: one half chooses learning rates, the other gives the final figures.
-    Given again, the command goes on where it was; with a finished folder it prints the results:
+    The same command continues a stopped comparison. Given its folder, it prints the results:
 
         lisatune compare recipe.yaml --methods full,lora:rank=128,lisa:active=8 --lr 1e-5,1e-4
         lisatune compare experiments/table2.yaml --seeds 3 --budget tokens=100000
         lisatune compare runs/table2-compare --reference full
 
     Args:
-        recipe: YAML file, also with a section `compare`; or the folder of a comparison.
-        overrides: `section.key=value`; wins over the file, for every arm.
-        methods: Arms joined by commas: NAME, NAME:key=value+key=value, or names from the file.
-        lr: Learning rates to choose from, joined by commas. Default: the recipe's alone.
-        seeds: Runs of each arm at its chosen learning rate, with seeds counted up from run.seed.
+        recipe: YAML file, which may have a section `compare`; or the folder of a comparison.
+        overrides: `section.key=value`; wins over the file, in every arm.
+        methods: Arms, separated by commas: METHOD, METHOD:key=value+key=value, or arms' names in the file.
+        lr: Learning rates to choose from, separated by commas. Default: the recipe's.
+        seeds: Number of runs of each arm at its chosen learning rate, with seeds run.seed, run.seed + 1, …
         budget: Length of every run, tokens=N or steps=N. Default: the recipe's.
-        general: Text to measure forgetting on, given like data.train.
-        reference: Arm to compare the others to. Default: the first of method full.
+        general: Text to measure forgetting on, in the forms of data.train.
+        reference: Arm to compare the others to. Default: the first arm of method full.
         output: Folder. Default: runs/NAME-compare.
         keep_models: Keep the models of chosen runs.
-        retry_failed: Make failed runs again.
+        retry_failed: Repeat failed runs.
     """
-    from lisatune.compare.arms import read_comparison
-
     if recipe.is_dir() or recipe.name == "results.json":
         return _show(recipe, reference)
+
+    from lisatune.cli.report import write_comparison_report
+    from lisatune.compare.arms import read_comparison
+    from lisatune.compare.stages import compare as run
+    from lisatune.compare.tables import print_results
+
     comparison = read_comparison(
         recipe,
         overrides,
@@ -59,10 +59,6 @@ def compare(
         general=general,
         reference=reference,
     )
-    from lisatune.cli.report import write_comparison_report
-    from lisatune.compare.stages import compare as run
-    from lisatune.compare.tables import print_results
-
     output = output or Path("runs") / f"{comparison.name}-compare"
     results = run(comparison, output, keep_models=keep_models, retry_failed=retry_failed)
     write_comparison_report(results, output)
@@ -71,7 +67,7 @@ def compare(
 
 
 def _show(path: Path, reference: str | None) -> int:
-    """Print the results in a folder again, compared to another arm if asked."""
+    """Print the results of a comparison again, compared to another arm if one is given."""
     from lisatune.compare.outcome import compare_to
     from lisatune.compare.results import read_results
     from lisatune.compare.tables import print_results

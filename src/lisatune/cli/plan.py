@@ -1,83 +1,20 @@
-"""Prints a memory plan: a table with bars, or one JSON object."""
+"""The command `lisatune plan`: the memory that a run needs, as a table with bars or as one JSON object."""
 
 import json
 import sys
-
-from rich import box
-from rich.console import Console
-from rich.panel import Panel
-from rich.text import Text
+from typing import TYPE_CHECKING
 
 from lisatune.console import byte_text, count_text, grid, terminal
-from lisatune.memory.fit import Fit, Room, advice
-from lisatune.memory.plan import MemoryPlan
-from lisatune.recipe import Recipe
 
-__all__ = ["print_plan"]
+if TYPE_CHECKING:
+    from lisatune.memory.fit import Fit, Room
+    from lisatune.memory.plan import MemoryPlan
+    from lisatune.recipe import Recipe
+
+__all__ = ["plan"]
 
 BAR = 40
-
-
-def print_plan(
-    recipe: Recipe,
-    plan: MemoryPlan,
-    fit: Fit | None = None,
-    room: Room | None = None,
-    *,
-    as_json: bool = False,
-    console: Console | None = None,
-) -> None:
-    """Print what a run takes, and how to make it fit.
-
-    Args:
-        recipe: what was asked for.
-        plan: its plan.
-        fit: what the search for a fitting device found.
-        room: what the search for more to train there found.
-        as_json: print one JSON object and nothing else.
-        console: where to. Default: standard output.
-    """
-    if as_json:
-        values = plan.as_dict()
-        if fit is not None:
-            values["fit"] = fit.as_dict() | {"room": room and room.as_dict()}
-        sys.stdout.write(json.dumps(values) + "\n")
-        return
-    console = console or terminal()
-    run = recipe.run
-    batch = f"{run.batch_size} × {plan.length:,} tokens, {run.precision}"
-    checkpointing = run.activation_checkpointing
-    batch += f", activation checkpointing {str(checkpointing).lower()}" if checkpointing else ""
-    trains = f"{count_text(plan.trainable)} parameters at a time"
-    rows: list[tuple[str, str | Text]] = [
-        ("model", recipe.model.name),
-        ("method", f"{recipe.method.name}, {trains}"),
-        ("batch", batch),
-    ]
-    if plan.ranks > 1:
-        rows.append(("ranks", f"{plan.ranks}, the figures are for each"))
-    for name, size in plan.at_peak.items():
-        rows.append((name, _bar(size, plan.peak_bytes)))
-    rows.append(("peak", Text(f"{byte_text(plan.peak_bytes)} in {plan.phase}", style="bold")))
-    rows.append(("between steps", byte_text(plan.static_bytes)))
-    if plan.host_bytes:
-        rows.append(("host memory", f"{byte_text(plan.host_bytes)} of optimizer state"))
-    rows.append(("device needs", f"{byte_text(plan.needed_bytes)} with context, fragmentation and kernels"))
-    rows.append(("plan", f"{plan.kind} in {plan.seconds:.1f} s"))
-    if plan.note:
-        rows.append(("note", plan.note))
-    if fit is not None:
-        rows.append(("device", Text(advice(fit), style="green" if fit.fits else "bold red")))
-        rows += [("because", f"{key}: {why}") for key, why in zip(fit.changes, fit.reasons, strict=True)]
-    if room is not None:
-        active, needed = len(room.plan.active_blocks or ()), byte_text(room.plan.needed_bytes)
-        blocks = f"{active} of {room.plan.num_blocks} blocks, which learn more"
-        rows.append(("room", f"for {blocks}: {room.overrides} needs {needed}"))
-    console.print(Panel(grid(rows), title="memory", title_align="left", border_style="cyan", box=box.ROUNDED))
-
-
-def _bar(size: int, whole: int) -> str:
-    return f"{byte_text(size):>10}  {'█' * round(BAR * size / whole)}"
+"""Characters of the longest bar."""
 
 
 def plan(
@@ -93,15 +30,15 @@ def plan(
     ranks: int = 1,
     json: bool = False,
 ) -> int:
-    """Tell how much memory a run takes, without its weights or data.
+    """Plan how much memory a run needs, without its weights or data.
 
-    With --gpu also what to change so that it fits, and how many blocks could train there:
+    With --gpu, also find how to make the run fit, and how many blocks could train on that device:
 
         lisatune plan recipe.yaml --gpu 24GB
         lisatune plan --model llama-3.1-8b --length 2048 --precision bf16 method.active=4
 
     Args:
-        recipe: YAML file; none with --model.
+        recipe: YAML file; not needed with --model.
         overrides: `section.key=value`; wins over the file.
         model: Hugging Face folder, hub id, .gguf file, or a shape such as llama-2-7b.
         method: `method.name`.
@@ -109,14 +46,15 @@ def plan(
         length: `data.max_length`.
         precision: `run.precision`.
         gpu: Memory of the device, such as 24GB, 24GiB or 24 (GB).
-        ranks: Devices that share weights, gradients and optimizer state.
+        ranks: Number of devices that share weights, gradients and optimizer state.
         json: Print one JSON object.
     """
     from lisatune.memory.fit import find_fit, find_room, memory_size, on_accelerator
     from lisatune.memory.plan import plan_memory
+    from lisatune.recipe import is_override
     from lisatune.train.recipe_file import load_recipe, recipe_without_file
 
-    overrides, recipe = ((recipe, *overrides), "") if "=" in recipe else (overrides, recipe)
+    overrides, recipe = ((recipe, *overrides), "") if is_override(recipe) else (overrides, recipe)
     batch = 1 if model and not recipe and batch is None else batch
     options = {"model.name": model, "method.name": method, "run.batch_size": batch}
     options |= {"data.max_length": length, "run.precision": precision}
@@ -129,5 +67,59 @@ def plan(
     planned = plan_memory(asked, ranks=ranks)
     fit = None if size is None else find_fit(asked, size, ranks=ranks, first=planned)
     room = None if fit is None else find_room(asked, fit, ranks=ranks)
-    print_plan(asked, planned, fit, room, as_json=json)
+    if json:
+        _print_json(planned, fit, room)
+    else:
+        _print_table(asked, planned, fit, room)
     return 0
+
+
+def _print_json(plan: "MemoryPlan", fit: "Fit | None", room: "Room | None") -> None:
+    values = plan.as_dict()
+    if fit is not None:
+        values["fit"] = fit.as_dict() | {"room": room and room.as_dict()}
+    sys.stdout.write(json.dumps(values) + "\n")
+
+
+def _print_table(recipe: "Recipe", plan: "MemoryPlan", fit: "Fit | None", room: "Room | None") -> None:
+    from rich import box
+    from rich.panel import Panel
+    from rich.text import Text
+
+    from lisatune.memory.fit import advice
+
+    run = recipe.run
+    batch = f"{run.batch_size} × {plan.length:,} tokens, {run.precision}"
+    checkpointing = run.activation_checkpointing
+    batch += f", activation checkpointing {str(checkpointing).lower()}" if checkpointing else ""
+    trains = f"{count_text(plan.trainable)} parameters at a time"
+    rows: list[tuple[str, str | Text]] = [
+        ("model", recipe.model.name),
+        ("method", f"{recipe.method.name}, {trains}"),
+        ("batch", batch),
+    ]
+    if plan.ranks > 1:
+        rows.append(("ranks", f"{plan.ranks}, the figures are for each"))
+    for name, size in plan.at_peak.items():
+        rows.append((name, _draw_bar(size, plan.peak_bytes)))
+    rows.append(("peak", Text(f"{byte_text(plan.peak_bytes)} in {plan.phase}", style="bold")))
+    rows.append(("between steps", byte_text(plan.static_bytes)))
+    if plan.host_bytes:
+        rows.append(("host memory", f"{byte_text(plan.host_bytes)} of optimizer state"))
+    rows.append(("device needs", f"{byte_text(plan.needed_bytes)} with context, fragmentation and kernels"))
+    rows.append(("plan", f"{plan.kind} in {plan.seconds:.1f} s"))
+    if plan.note:
+        rows.append(("note", plan.note))
+    if fit is not None:
+        rows.append(("device", Text(advice(fit), style="green" if fit.fits else "bold red")))
+        rows += [("because", f"{key}: {why}") for key, why in zip(fit.changes, fit.reasons, strict=True)]
+    if room is not None:
+        active, needed = len(room.plan.active_blocks or ()), byte_text(room.plan.needed_bytes)
+        blocks = f"{active} of {room.plan.num_blocks} blocks, which learn more"
+        rows.append(("room", f"for {blocks}: {room.overrides} needs {needed}"))
+    panel = Panel(grid(rows), title="memory", title_align="left", border_style="cyan", box=box.ROUNDED)
+    terminal().print(panel)
+
+
+def _draw_bar(size: int, longest: int) -> str:
+    return f"{byte_text(size):>10}  {'█' * round(BAR * size / longest)}"

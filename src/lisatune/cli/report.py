@@ -1,4 +1,4 @@
-"""The command `lisatune report`."""
+"""The command `lisatune report`, and the report that `lisatune compare` writes."""
 
 import sys
 import warnings
@@ -16,7 +16,7 @@ def report(
 ) -> int:
     """Make a page with charts, report.html, of runs or of a comparison.
 
-    Of runs that are missing or not finished the page says what is missing:
+    If a run is missing or unfinished, the page says what is missing:
 
         lisatune report runs/demo
         lisatune report runs/lisa runs/full --gpu 24GB --output report.html
@@ -24,9 +24,9 @@ def report(
 
     Args:
         runs: Run folders, or the folder of one comparison.
-        output: File. Default: report.html in the folder, of several runs in the current one.
-        gpu: Memory of the card that memory is compared with, such as 24GB. Default: the smallest that fits.
-        without_weights: Don't load models to see how far their weights moved.
+        output: File. Default: report.html in the folder; for several runs, in the current folder.
+        gpu: Memory of a card to compare with, such as 24GB. Default: the smallest that fits.
+        without_weights: Do not load models to see how far their weights moved.
     """
     from lisatune.memory.fit import memory_size
     from lisatune.report.page import write_page
@@ -42,13 +42,13 @@ def report(
         raise ValueError(f"{comparisons[0]} is a comparison; give it alone, or run folders only")
     if comparisons:
         from lisatune.compare.results import read_results
-        from lisatune.report.comparison_page import comparison_page
+        from lisatune.report.comparison_page import make_comparison_page
 
-        page = comparison_page(read_results(runs[0]), first, card_bytes=card_bytes)
+        page = make_comparison_page(read_results(runs[0]), first, card_bytes=card_bytes)
     else:
-        from lisatune.report.run_page import runs_page
+        from lisatune.report.run_page import make_runs_page
 
-        page = runs_page(runs, card_bytes=card_bytes, weights=not without_weights)
+        page = make_runs_page(runs, card_bytes=card_bytes, weights=not without_weights)
     output = output or (Path("report.html") if len(runs) > 1 else first / "report.html")
     write_page(page, output)
     for problem in page.problems:
@@ -58,11 +58,11 @@ def report(
 
 
 def write_comparison_report(results: "Results", output: Path) -> None:
-    """Write report.html, or say why there is none: the figures themselves are on disk."""
-    from lisatune.report.comparison_page import comparison_page
+    """Write report.html. If its packages are missing, warn: the results themselves are on disk."""
+    from lisatune.report.comparison_page import make_comparison_page
     from lisatune.report.page import write_page
 
     try:
-        write_page(comparison_page(results, output), output / "report.html")
+        write_page(make_comparison_page(results, output), output / "report.html")
     except ImportError as error:
         warnings.warn(f"there is no report.html: {error}", stacklevel=2)

@@ -1,9 +1,10 @@
-"""What is measured of a run after it: losses of the model that was written, what moved, memory of a step.
+"""Measure a finished run: losses of the model it wrote, how far weights moved, the memory of a step.
 
     python -m lisatune.compare.measure JOB.json
 
-is a process of its own, so that no run's memory is another's. JOB.json holds a `Job`; the result, a
-`Measured`, is written to its `output`. Losses are taken of the written model as anyone loads it.
+Each measurement is a process of its own, so that memory of one run does not count for another. JOB.json holds
+a `Job`. The result, a `Measured`, is written to the job's `output`. Losses are those of the written model,
+loaded as anyone would load it.
 """
 
 import gc
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lisatune.compare.results import MemoryResult
-from lisatune.console import ranges_text
+from lisatune.console import first_line, ranges_text
 from lisatune.data.records import read_records
 from lisatune.data.tokens import IGNORE, TokenRow, collate, tokenize
 from lisatune.distributed.ranks import pick_device
@@ -33,25 +34,26 @@ from lisatune.recipe import Recipe
 from lisatune.train.assemble import Parts, assemble
 from lisatune.train.recipe_file import load_recipe
 
-__all__ = ["Job", "Measured", "measure"]
+__all__ = ["Job", "Measured", "main", "measure_model"]
 
 
 class Job(TypedDict):
     """What to measure."""
 
     recipe: str
-    """File: of the run, or of the comparison for the model before training."""
+    """Recipe file: of the run, or of the comparison for the model before training."""
     model: str | None
-    """Model folder that the run wrote; None for the model before training."""
+    """Model folder that the run wrote. None: the model before training."""
     slices: dict[str, str]
-    """Files to take the loss on: `test`, and `general` where there is such text."""
+    """Files to measure the loss on: `test`, and `general` if there is such text."""
     with_memory: bool
-    """Whether to measure a step's memory too; costs loading and two steps."""
+    """Whether to measure the memory of a step too, which costs loading and two steps."""
     output: str
+    """File for the result."""
 
 
 class Measured(TypedDict, total=False):
-    """What was measured, in the words of `compare_results.RunResult`."""
+    """The result of a job. The keys mean what they mean in `RunResult` and `ArmResult`."""
 
     test_loss: float
     general_loss: float
@@ -63,11 +65,11 @@ class Measured(TypedDict, total=False):
     memory_reason: str | None
 
 
-def measure(job: Job) -> Measured:
-    """Do the job.
+def measure_model(job: Job) -> Measured:
+    """Measure the model that a job names. The result is returned and not written.
 
     Raises:
-        ValueError, OSError, RuntimeError: model or data can't be loaded.
+        ValueError, OSError, RuntimeError: model or data cannot be loaded.
     """
     recipe = load_recipe(job["recipe"])
     device = pick_device(recipe.run.device)
@@ -77,16 +79,16 @@ def measure(job: Job) -> Measured:
         folder = Path(job["model"])
         measured["export_bytes"] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         if (folder / "adapter_config.json").exists():
-            measured["touched"] = _num_stored(folder)
+            measured["touched"] = _count_stored(folder)
             measured["delta_bytes"] = measured["export_bytes"]
         else:
             base = _load(recipe, None)
-            measured["touched"], measured["delta_bytes"] = _moved(base, model)
+            measured["touched"], measured["delta_bytes"] = _count_changed(base, model)
             measured["movement"] = block_movement(base, model)
             del base
         gc.collect()
     model.to(device)
-    losses = {name: _loss(recipe, model, file, device) for name, file in job["slices"].items()}
+    losses = {name: _measure_loss(recipe, model, file, device) for name, file in job["slices"].items()}
     measured["test_loss"] = losses["test"]
     if "general" in losses:
         measured["general_loss"] = losses["general"]
@@ -95,25 +97,20 @@ def measure(job: Job) -> Measured:
         gc.collect()
         measured["memory"], measured["memory_reason"] = None, None
         try:
-            measured["memory"] = _step_memory(recipe)
-        except Exception as error:  # a dispatch mode meets any code; the rest has been measured
-            measured["memory_reason"] = str(error).strip().partition("\n")[0] or type(error).__name__
+            measured["memory"] = _measure_step(recipe)
+        except Exception as error:  # any code may fail under a dispatch mode; keep the other results
+            measured["memory_reason"] = first_line(error)
     return measured
 
 
 def _load(recipe: Recipe, folder: str | None) -> Any:
-    """Load the run's model, or without `folder` the one it began with, in the run's precision."""
-    name = recipe.model
-    return load_model(
-        name.name if folder is None else folder,
-        revision=name.revision if folder is None else None,
-        trust_remote_code=name.trust_remote_code,
-        attention=name.attention,
-        dtype=weight_dtype(recipe),
-    )
+    """Load the model that the run wrote, or without `folder` the one it started from."""
+    written = {} if folder is None else {"name": folder, "revision": None}
+    return load_model(**(recipe.model.source | written), dtype=weight_dtype(recipe))
 
 
-def _num_stored(folder: Path) -> int:
+def _count_stored(folder: Path) -> int:
+    """Count the elements of all tensors in a model folder."""
     from safetensors import safe_open
 
     total = 0
@@ -123,8 +120,8 @@ def _num_stored(folder: Path) -> int:
     return total
 
 
-def _moved(base: nn.Module, model: nn.Module) -> tuple[int, int]:
-    """Elements and bytes of the parameters that differ from the base model's; a tied one counts once."""
+def _count_changed(base: nn.Module, model: nn.Module) -> tuple[int, int]:
+    """Count elements and bytes of the parameters that differ from the base model's, tied ones once."""
     before = dict(base.named_parameters())
     changed = [
         p for name, p in model.named_parameters() if name not in before or not torch.equal(p, before[name])
@@ -132,10 +129,9 @@ def _moved(base: nn.Module, model: nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in changed), sum(p.numel() * p.element_size() for p in changed)
 
 
-def _loss(recipe: Recipe, model: nn.Module, file: str, device: torch.device) -> float:
-    """Loss per token of a slice, its rows in order of length to waste little on padding."""
-    name = recipe.model
-    tokenizer = load_tokenizer(name.name, revision=name.revision, trust_remote_code=name.trust_remote_code)
+def _measure_loss(recipe: Recipe, model: nn.Module, file: str, device: torch.device) -> float:
+    """Measure the loss per token of a slice. Rows are sorted by length, so that padding is short."""
+    tokenizer = load_tokenizer(**recipe.model.location)
     records = read_records(file)
     loss_on = "all" if records.kind == "text" else recipe.data.loss_on
     examples = tokenize(records, tokenizer, max_length=recipe.data.max_length, loss_on=loss_on)
@@ -146,14 +142,14 @@ def _loss(recipe: Recipe, model: nn.Module, file: str, device: torch.device) -> 
     return held_out_loss(CausalLMLoss(model), batches, device=device, autocast=autocast).loss
 
 
-def _step_memory(recipe: Recipe) -> MemoryResult:
-    """Make two steps as the run does, on its longest step's batches, and count the second's live tensors.
+def _measure_step(recipe: Recipe) -> MemoryResult:
+    """Make two steps on the batches of the run's longest step, and count the live tensors of the second.
 
-    For a method that draws blocks, of each draw that may need most memory; the largest peak is kept.
+    A method that draws blocks does so for each draw that may have the highest peak. The largest one counts.
     """
     run = replace(recipe.run, compile=False, samples=0)
     parts = assemble(replace(recipe, run=run, method=recipe.method.without_proof()))
-    step, batches = _longest_step(parts)
+    step, batches = _find_longest_step(parts)
     draws: list[tuple[int, ...] | None] = [None]
     built = parts.built
     if possible := built.schedule.possible_draws(parts.data.steps):
@@ -161,7 +157,7 @@ def _step_memory(recipe: Recipe) -> MemoryResult:
     results = {}
     with measure_memory(parts.built.model, parts.built.step.optimizer) as measured:
         for draw in draws:
-            for _ in range(2):  # the optimizer's state exists by the second
+            for _ in range(2):  # the optimizer's state exists in the second
                 if draw is not None:
                     built.schedule.hold(draw)
                 parts.built.step.backward(batches)
@@ -171,7 +167,7 @@ def _step_memory(recipe: Recipe) -> MemoryResult:
     draw = max(results, key=lambda draw: results[draw].peak_bytes)
     result = results[draw]
     longest = max(batch["input_ids"].shape[1] for batch in batches)
-    how = f"live tensors in a step of its own on the batches of step {step}, {longest} tokens at the longest"
+    how = f"live tensors in a separate step on the batches of step {step}, {longest} tokens at the longest"
     if draw is not None:
         how += f", blocks {ranges_text(draw)} active"
     return MemoryResult(
@@ -185,8 +181,8 @@ def _step_memory(recipe: Recipe) -> MemoryResult:
     )
 
 
-def _longest_step(parts: Parts) -> tuple[int, list[dict[str, Tensor]]]:
-    """Number (from 1) and batches of the step with the largest micro-batch, padding included."""
+def _find_longest_step(parts: Parts) -> tuple[int, list[dict[str, Tensor]]]:
+    """Return number (from 1) and batches of the step with the largest micro-batch, padding included."""
     micro_steps = parts.recipe.run.accumulation
 
     def micro_batches(step: int) -> list[list[TokenRow]]:
@@ -208,12 +204,12 @@ def _longest_step(parts: Parts) -> tuple[int, list[dict[str, Tensor]]]:
 
 
 def main(arguments: list[str]) -> int:
-    """Do the job in the file named; on an error write a sentence to standard error."""
+    """Run the job in a file. On an error, write one sentence to stderr and return exit code 2."""
     job: Job = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
     try:
-        measured = measure(job)
+        measured = measure_model(job)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        sys.stderr.write(f"lisatune: error: {(str(error).splitlines() or [type(error).__name__])[0]}\n")
+        sys.stderr.write(f"lisatune: error: {first_line(error)}\n")
         return 2
     replace_file(Path(job["output"]), json.dumps(measured, indent=1))
     return 0

@@ -1,4 +1,4 @@
-"""From the run folders of a comparison to what they say together: choice, spread over seeds, equal time."""
+"""Turn the run folders of a comparison into results: chosen learning rates, spreads, losses at equal time."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -9,44 +9,56 @@ from typing import Any
 
 from lisatune.compare.arms import Arm, Comparison
 from lisatune.compare.measure import Measured
-from lisatune.compare.processes import Run
+from lisatune.compare.processes import CONTINUE_HINT, Run
 from lisatune.compare.results import (
     SCHEMA,
     ArmResult,
     BaseResult,
-    Data,
     EqualTime,
     Point,
     Results,
     RunResult,
+    Slices,
     Spread,
 )
 from lisatune.runs.summary import describe_environment
 
-__all__ = ["build_results", "choose", "compare_to", "equal_time", "held_out_curve", "runs_of"]
+__all__ = [
+    "build_results",
+    "choose_lr",
+    "compare_at_equal_time",
+    "compare_to",
+    "extract_held_out_curve",
+    "list_runs",
+]
 
 TRAIN_POINTS = 200
+"""Most points of a training curve."""
 
 
-def runs_of(arm: Arm, seed: int, runs: Path) -> list[Run]:
-    """The arm's runs with one seed, one for each learning rate."""
+def list_runs(arm: Arm, seed: int, runs: Path) -> list[Run]:
+    """List the arm's runs with one seed, one for each learning rate."""
     return [Run(arm, lr, seed, runs) for lr in arm.lrs]
 
 
-def choose(arm: Arm, first_seed: int, runs: Path) -> float | None:
-    """The learning rate with the lowest validation loss at the first seed, the lower of equals; None yet."""
-    done = [(run.summary, run.lr) for run in runs_of(arm, first_seed, runs) if run.failed is None]
+def choose_lr(arm: Arm, first_seed: int, runs: Path) -> float | None:
+    """Choose the learning rate with the lowest validation loss at the first seed.
+
+    Of equal ones the lowest is chosen. None if no run with that seed is done.
+    """
+    candidates = list_runs(arm, first_seed, runs)
+    done = [(run.read_summary(), run.lr) for run in candidates if run.read_failure() is None]
     losses = [(summary["held_out_loss_after"], lr) for summary, lr in done if summary is not None]
     return min(losses)[1] if losses else None
 
 
-def build_results(comparison: Comparison, runs: Path, data: Data, base: Measured) -> Results:
-    """Gather everything that is on disk.
+def build_results(comparison: Comparison, runs: Path, slices: Slices, base: Measured) -> Results:
+    """Collect the results of all runs on disk.
 
     Args:
         comparison: what was asked for.
         runs: folder of the run folders.
-        data: what all runs read.
+        slices: the records that all runs read.
         base: losses of the model before training.
     """
     seeds = comparison.seeds
@@ -54,24 +66,24 @@ def build_results(comparison: Comparison, runs: Path, data: Data, base: Measured
     arms: list[ArmResult] = []
     base_result = BaseResult(test_loss=base.get("test_loss"), general_loss=base.get("general_loss"))
     for arm in comparison.arms:
-        chosen = choose(arm, seeds[0], runs)
+        chosen = choose_lr(arm, seeds[0], runs)
         mine = [
-            _run_result(Run(arm, lr, seed, runs), lr == chosen)
+            _build_run(Run(arm, lr, seed, runs), lr == chosen)
             for lr in arm.lrs
             for seed in (seeds if lr == chosen else seeds[:1])
         ]
         all_runs += mine
-        arms.append(_arm_result(arm, chosen, mine, base_result, Run(arm, chosen or 0, seeds[0], runs)))
+        arms.append(_build_arm(arm, chosen, mine, base_result, Run(arm, chosen or 0, seeds[0], runs)))
     results = Results(
         schema=SCHEMA,
         made=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         name=comparison.name,
         complete=_is_complete(arms, all_runs, len(seeds)),
-        problems=_problems(arms, all_runs),
+        problems=_list_problems(arms, all_runs),
         recipe=comparison.recipe.as_dict(),
         budget=comparison.budget,
         seeds=list(seeds),
-        data=data,
+        data=slices,
         base=base_result,
         reference=None,
         arms=arms,
@@ -85,7 +97,7 @@ def build_results(comparison: Comparison, runs: Path, data: Data, base: Measured
 
 
 def compare_to(results: Results, reference: str | None) -> None:
-    """Set the arm that the others are compared to: shares of its gain, losses when its runs end.
+    """Set the arm that the others are compared to: update `gain_share` and `equal_time` in place.
 
     Raises:
         ValueError: no arm has that name.
@@ -101,15 +113,16 @@ def compare_to(results: Results, reference: str | None) -> None:
     seconds = {arm["name"]: arm["train_seconds"]["mean"] for arm in arms if arm["train_seconds"] is not None}
     fastest = min(seconds, key=lambda name: seconds[name], default=None)
     names = dict.fromkeys(name for name in (fastest, reference) if name is not None)
-    times = [equal_time(results, name) for name in names]
+    times = [compare_at_equal_time(results, name) for name in names]
     results["equal_time"] = [each for each in times if each is not None]
 
 
-def equal_time(results: Results, reference: str) -> EqualTime | None:
-    """Validation losses at the wall time at which the reference's runs end, on average over its seeds.
+def compare_at_equal_time(results: Results, reference: str) -> EqualTime | None:
+    """Compare validation losses at the training time at which the reference's runs end, a mean over seeds.
 
-    Between two evaluations the loss is taken as linear in time. A run whose learning rate still had to fall
-    at that time would have done better if it had been planned to end there. None if the reference has none.
+    Between two evaluations the loss is taken as linear in time. A run whose learning rate had not yet fallen
+    at that time would have done better if it had been planned to end there. None if no run of the reference
+    is done.
 
     Raises:
         ValueError: no arm has that name.
@@ -126,14 +139,14 @@ def equal_time(results: Results, reference: str) -> EqualTime | None:
     seconds = mean(curve[-1]["seconds"] for curve in curves[reference])
     losses: dict[str, float | None] = {}
     for name in names:
-        at = [_loss_at(curve, seconds) for curve in curves[name]]
+        at = [_interpolate(curve, seconds) for curve in curves[name]]
         known = [loss for loss in at if loss is not None]
-        # The reference's own seeds end around their mean.
+        # The reference's own seeds end before and after their mean.
         losses[name] = mean(known) if known and (len(known) == len(at) or name == reference) else None
     return EqualTime(reference=reference, seconds=seconds, losses=losses)
 
 
-def _loss_at(curve: Sequence[Point], seconds: float) -> float | None:
+def _interpolate(curve: Sequence[Point], seconds: float) -> float | None:
     if seconds > 1.01 * curve[-1]["seconds"]:
         return None
     for before, after in pairwise(curve):
@@ -144,17 +157,16 @@ def _loss_at(curve: Sequence[Point], seconds: float) -> float | None:
 
 
 def _counts(run: RunResult) -> bool:
-    """Whether the run is one of those that an arm is judged by."""
+    """Whether the run counts for the figures of its arm."""
     return run["chosen"] and run["status"] == "done" and len(run["held_out"]) > 1
 
 
-def _run_result(run: Run, chosen: bool) -> RunResult:
-    summary: dict[str, Any] = run.summary or {}
-    measured = run.measured or Measured()
-    failed = run.failed
+def _build_run(run: Run, chosen: bool) -> RunResult:
+    summary: dict[str, Any] = run.read_summary() or {}
+    failed = run.read_failure()
     status: Any = "failed" if failed is not None else "done" if summary else "missing"
-    metrics = run.metrics()
-    measured = measured if chosen and status == "done" else Measured()
+    metrics = run.read_metrics()
+    measured = (run.read_measured() if chosen and status == "done" else None) or Measured()
     return RunResult(
         arm=run.arm.name,
         lr=run.lr,
@@ -178,16 +190,16 @@ def _run_result(run: Run, chosen: bool) -> RunResult:
         touched=measured.get("touched"),
         export_bytes=measured.get("export_bytes"),
         delta_bytes=measured.get("delta_bytes"),
-        held_out=held_out_curve(metrics),
-        train=_train_curve(metrics),
+        held_out=extract_held_out_curve(metrics),
+        train=_average_train_loss(metrics),
         visits=summary.get("visits"),
         movement=measured.get("movement"),
         samples=summary.get("samples", []),
     )
 
 
-def held_out_curve(metrics: Sequence[dict[str, Any]]) -> list[Point]:
-    """Held-out losses in the lines of a metrics.jsonl, with tokens and seconds up to each."""
+def extract_held_out_curve(metrics: Sequence[dict[str, Any]]) -> list[Point]:
+    """Pick the held-out losses out of the lines of metrics.jsonl, with tokens and seconds up to each."""
     curve, tokens, seconds = [], 0, 0.0
     for line in metrics:
         tokens, seconds = line.get("tokens", tokens), line.get("seconds", seconds)
@@ -196,7 +208,7 @@ def held_out_curve(metrics: Sequence[dict[str, Any]]) -> list[Point]:
     return curve
 
 
-def _train_curve(metrics: Sequence[dict[str, Any]]) -> list[Point]:
+def _average_train_loss(metrics: Sequence[dict[str, Any]]) -> list[Point]:
     lines = [line for line in metrics if "tokens" in line]
     size = max(1, -(-len(lines) // TRAIN_POINTS))
     curve = []
@@ -209,7 +221,7 @@ def _train_curve(metrics: Sequence[dict[str, Any]]) -> list[Point]:
     return curve
 
 
-def _arm_result(
+def _build_arm(
     arm: Arm, chosen: float | None, runs: list[RunResult], base: BaseResult, first: Run
 ) -> ArmResult:
     mine = [run for run in runs if run["chosen"] and run["status"] == "done"]
@@ -235,7 +247,7 @@ def _arm_result(
         values: list[Any] = [run[key] for run in mine if run[key] is not None]  # type: ignore[literal-required]
         return max(values, default=None)
 
-    measured = (first.measured if mine else None) or Measured()
+    measured = (first.read_measured() if mine else None) or Measured()
     return ArmResult(
         name=arm.name,
         method=arm.recipe.method.name,
@@ -268,7 +280,7 @@ def _is_complete(arms: list[ArmResult], runs: list[RunResult], seeds: int) -> bo
     return not unmeasured and all(arm["chosen_lr"] is not None or arm["reason"] for arm in arms)
 
 
-def _problems(arms: list[ArmResult], runs: list[RunResult]) -> list[str]:
+def _list_problems(arms: list[ArmResult], runs: list[RunResult]) -> list[str]:
     problems = [
         f"{run['arm']}, lr {run['lr']:g}, seed {run['seed']} failed: {run['reason']}"
         for run in runs
@@ -278,12 +290,12 @@ def _problems(arms: list[ArmResult], runs: list[RunResult]) -> list[str]:
         if arm["lr_at_edge"]:
             rates = ", ".join(f"{lr:g}" for lr in arm["lrs"])
             problems.append(
-                f"{arm['name']} did best at lr {arm['chosen_lr']:g}, the edge of {rates}: a better one may "
-                "lie outside"
+                f"{arm['name']} did best at lr {arm['chosen_lr']:g}, at the edge of {rates}; a better one "
+                "may lie outside"
             )
         if arm["memory_reason"] is not None:
             problems.append(f"{arm['name']}: memory by category was not measured: {arm['memory_reason']}")
     missing = sum(run["status"] == "missing" for run in runs)
     if missing:
-        problems.append(f"{missing} of {len(runs)} runs are missing: give the same command to go on")
+        problems.append(f"{missing} of {len(runs)} runs are missing; {CONTINUE_HINT}")
     return problems

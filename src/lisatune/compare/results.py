@@ -1,17 +1,17 @@
-"""What `lisatune compare` leaves in results.json, key by key, and how to read it.
+"""results.json, which `lisatune compare` writes: its keys, and how to read it.
 
-    OUTPUT/compare.json       what was asked for; a folder is gone on with only by the same comparison
+    OUTPUT/compare.json       the settings of the comparison; only the same comparison may continue it
     OUTPUT/results.json       `Results`, below: every run, every seed, every learning rate
-    OUTPUT/results.md         the same as tables
-    OUTPUT/report.html        the same as one page with charts
-    OUTPUT/data/              train.jsonl, validation.jsonl, test.jsonl, general.jsonl: what every run read
-    OUTPUT/runs/RUN/          one run folder each, as `lisatune train` makes it; its output is RUN.log
+    OUTPUT/results.md         the results as tables
+    OUTPUT/report.html        the results as one page with charts
+    OUTPUT/data/              train.jsonl, validation.jsonl, test.jsonl, general.jsonl, which all runs read
+    OUTPUT/runs/RUN/          the run folder of each run, as `lisatune train` makes it; its output is RUN.log
 
-An arm is a method with its keys; a run is an arm with a learning rate and a seed. The learning rate of an arm
-is chosen on the validation slice with the first seed; the test slice is read by chosen runs only.
+An arm is a method with its keys. A run is an arm with a learning rate and a seed. The validation slice and
+the first seed choose an arm's learning rate. The test slice is read by the chosen runs only.
 
-Losses are nats per token that carries loss, times seconds, sizes bytes. A number that is not known, or was
-not finite, is None.
+Losses are in nats per token that carries loss, times in seconds, sizes in bytes. A number that is unknown, or
+was not finite, is None.
 """
 
 import json
@@ -22,144 +22,144 @@ __all__ = [
     "SCHEMA",
     "ArmResult",
     "BaseResult",
-    "Data",
     "EqualTime",
     "MemoryResult",
     "Point",
     "Results",
     "RunResult",
+    "Slices",
     "Spread",
     "read_results",
 ]
 
 SCHEMA = 1
-"""Goes up when a key changes its meaning or goes; new keys may come without."""
+"""Rises when a key changes its meaning or is removed. New keys do not raise it."""
 
 
 class Spread(TypedDict):
-    """A figure over the seeds of an arm."""
+    """A figure's distribution over the seeds of an arm."""
 
     mean: float
     std: float | None
-    """Standard deviation of a sample (n - 1); None for one seed."""
+    """Sample standard deviation (n - 1). None for one seed."""
     low: float
     high: float
     count: int
-    """Seeds in it: those whose runs failed are left out."""
+    """Number of seeds. Seeds whose runs failed are left out."""
 
 
 class Point(TypedDict):
-    """A loss on a run's way."""
+    """A loss at one step of a run."""
 
     step: int
     tokens: int
-    """Trained on up to here, padding left out."""
+    """Tokens trained on up to this step, without padding."""
     seconds: float
-    """Spent in training steps up to here; evaluation, loading and compiling are left out."""
+    """Time in training steps up to this step, without evaluation, loading and compiling."""
     loss: float | None
 
 
 class MemoryResult(TypedDict):
-    """Memory of one training step by category, as `lisatune.memory.measure` counts it: live tensors."""
+    """Live tensors of one training step by category, as `lisatune.memory.measure` counts them."""
 
     how: str
-    """In words: which step, of which batch, with which blocks."""
+    """Which step was measured, on which batch, with which blocks, in words."""
     peak_bytes: int
     phase: str
-    """Where the peak was, one of `lisatune.memory.tracker.PHASES`."""
+    """Phase of the peak, one of `lisatune.memory.tracker.PHASES`."""
     at_peak: dict[str, int]
-    """Bytes at the peak by `lisatune.memory.tracker.CATEGORIES`; their sum is `peak_bytes`."""
+    """Bytes at the peak by `lisatune.memory.tracker.CATEGORIES`. Their sum is `peak_bytes`."""
     by_phase: dict[str, int]
     static_bytes: int
     host_bytes: int
 
 
 class RunResult(TypedDict):
-    """One run: an arm, a learning rate, a seed. Of what is not done all figures are None or empty."""
+    """One run: an arm, a learning rate, a seed. Figures that do not exist yet are None or empty."""
 
     arm: str
     """Name of the arm."""
     lr: float
     seed: int
     chosen: bool
-    """Whether `lr` is the arm's chosen one."""
+    """Whether `lr` is the arm's chosen learning rate."""
     status: Literal["done", "failed", "missing"]
     reason: str | None
-    """Why it failed, one sentence."""
+    """Why the run failed, one sentence."""
     folder: str
-    """Run folder, relative to that of results.json."""
+    """Run folder, relative to the folder of results.json."""
 
     steps: int | None
     skipped_steps: int | None
     tokens: int | None
-    """Trained on, padding left out."""
+    """Tokens trained on, without padding."""
     train_seconds: float | None
     tokens_per_second: float | None
     validation_loss_before: float | None
     validation_loss: float | None
-    """After training; the learning rate is chosen by it."""
+    """Loss after training. It chooses the learning rate."""
     test_loss: float | None
-    """Of the model that was written, after training; None unless `chosen`."""
+    """Loss of the model that was written. None unless `chosen`."""
     general_loss: float | None
-    """The same on general text; None without such text."""
+    """Loss of the same model on general text. None without such text."""
     peak_bytes: int | None
-    """Most memory in use: of the process on a CPU (loading included), else allocated on the accelerator."""
+    """Peak memory: on a CPU of the process, loading included; else as allocated on the accelerator."""
     peak_state_bytes: int | None
     """Largest optimizer state."""
     trainable: int | None
     """Most parameters that trained at once."""
     touched: int | None
-    """Parameters of the tensors that differ from the base model after training; of adapters, all."""
+    """Elements of all tensors that differ from the base model after training; of adapters, all elements."""
     export_bytes: int | None
-    """Safetensors in the model folder that the run wrote."""
+    """Size of the safetensors files in the model folder that the run wrote."""
     delta_bytes: int | None
-    """What has to be kept beside the base model: `touched` tensors as they were written, or the adapters."""
+    """Size of what must be kept beside the base model: the `touched` tensors, or the adapters."""
 
     held_out: list[Point]
     """Validation loss during training, from step 0 to the end."""
     train: list[Point]
-    """Mean training loss of at most 200 stretches of equal length; the point is the stretch's end."""
+    """Mean training loss of at most 200 stretches of equal length. A point is at its stretch's end."""
     visits: list[int] | None
-    """In how many periods each block trained; None where blocks aren't drawn."""
+    """In how many periods each block trained. None if the method draws no blocks."""
     movement: NotRequired[list[float] | None]
-    """How far each block's weights moved, relative to their norm; None for adapters and unless `chosen`."""
+    """How far each block's weights moved, relative to their norm. None for adapters and unless `chosen`."""
     samples: list[dict[str, str]]
-    """`prompt`, `reference`, `before`, `after`, as in summary.json."""
+    """`prompt`, `reference`, `before` and `after`, as in summary.json."""
 
 
 class ArmResult(TypedDict):
-    """One arm over its learning rates and seeds. `Spread`s are over the chosen learning rate's runs."""
+    """One arm over its learning rates and seeds. Each `Spread` is over the chosen learning rate's runs."""
 
     name: str
     method: str
     overrides: list[str]
-    """What it changes in the recipe: `section.key=value`."""
+    """The arm's changes to the recipe: `section.key=value`."""
     lrs: list[float]
     chosen_lr: float | None
-    """None while no run with the first seed is done."""
+    """None until a run with the first seed is done."""
     lr_at_edge: bool
-    """Whether the chosen one is the lowest or highest of several: a better one may lie outside."""
+    """Whether it is the lowest or highest of several learning rates. A better one may lie outside."""
     reason: str | None
-    """Why there is nothing to report: every run failed."""
+    """Why there are no figures: every run failed."""
 
     test_loss: Spread | None
     validation_loss: Spread | None
     general_loss: Spread | None
     forgetting: Spread | None
-    """General loss after training minus before; above 0 the model has forgotten."""
+    """General loss after training minus the loss before. Above 0 the model has forgotten."""
     train_seconds: Spread | None
     tokens_per_second: Spread | None
     peak_bytes: Spread | None
     touched: Spread | None
     gain_share: float | None
-    """(loss before - mean test loss) / the same of `Results.reference`."""
+    """(test loss before training - mean test loss), divided by the same of `Results.reference`."""
     trainable: int | None
     export_bytes: int | None
     delta_bytes: int | None
     memory: MemoryResult | None
-    """Of the chosen learning rate and first seed; None where it could not be measured."""
+    """With the chosen learning rate and first seed. None if it could not be measured."""
     memory_reason: str | None
-    """Why it could not."""
+    """Why memory could not be measured."""
 
 
 class BaseResult(TypedDict):
@@ -169,67 +169,66 @@ class BaseResult(TypedDict):
     general_loss: float | None
 
 
-class Data(TypedDict):
-    """What all runs read."""
+class Slices(TypedDict):
+    """The records that all runs read: how many each slice has, and the hashes of the files."""
 
     train: int
-    """Records."""
     validation: int
     test: int
     general: int | None
     sha256: dict[str, str]
-    """Of the files in OUTPUT/data, by name."""
+    """Hash of each file in OUTPUT/data, by name."""
 
 
 class EqualTime(TypedDict):
-    """Validation loss at one wall time: the end of the reference's runs, mean over seeds."""
+    """Mean validation losses at one training time: the mean time at which the reference's runs end."""
 
     reference: str
-    """Name of the arm whose end it is."""
+    """Name of the arm whose runs set the time."""
     seconds: float
     losses: dict[str, float | None]
-    """By arm, between the two nearest evaluations; None for an arm that ends more than 1 % earlier."""
+    """Loss by arm, between the two nearest evaluations. None for an arm that ends more than 1 % earlier."""
 
 
 class Results(TypedDict):
-    """The whole of results.json."""
+    """The content of results.json."""
 
     schema: int
     made: str
-    """ISO 8601, when this was written."""
+    """Time of writing, ISO 8601."""
     name: str
-    """Of the recipe's file."""
+    """Name of the recipe file, without its ending."""
     complete: bool
-    """Whether every run is done or failed, and every chosen one measured."""
+    """Whether every run is done or failed, and every chosen run is measured."""
     problems: list[str]
-    """What a reader must know: failed runs, unequal tokens, learning rates at the edge. One sentence each."""
+    """Warnings to a reader: failed or missing runs, learning rates at the edge. One sentence each."""
     recipe: dict[str, Any]
-    """The recipe all arms start from, `Recipe.as_dict()`."""
+    """The recipe that all arms start from, `Recipe.as_dict()`."""
     budget: dict[str, int]
-    """`tokens` or `steps` if asked for, else empty: the recipe's length."""
+    """`tokens` or `steps` if one was given. Empty: the recipe's length."""
     seeds: list[int]
-    data: Data
+    data: Slices
     base: BaseResult
     reference: str | None
-    """Arm to which the others are compared: the one asked for, else the first of method `full`."""
+    """Name of the arm that the others are compared to: the one asked for, else the first of method `full`."""
     arms: list[ArmResult]
     runs: list[RunResult]
     """Arm by arm, learning rate by learning rate, seed by seed."""
     equal_time: list[EqualTime]
     """For the fastest arm, and for `reference`."""
     environment: dict[str, Any]
-    """`lisatune.runs.summary.describe_environment()`; that of each run is in its folder."""
+    """`lisatune.runs.summary.describe_environment()`. The environment of each run is in its run folder."""
 
 
 def read_results(path: str | Path) -> Results:
     """Read results.json.
 
     Args:
-        path: the file, or the folder of a comparison.
+        path: results.json, or the folder of a comparison.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged, or of a newer schema.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or has another schema.
     """
     path = Path(path)
     path = path / "results.json" if path.is_dir() else path
@@ -242,7 +241,7 @@ def read_results(path: str | Path) -> Results:
     found = values.get("schema") if isinstance(values, dict) else None
     if found != SCHEMA:
         raise ValueError(
-            f"{path} has schema {found!r}, this lisatune reads {SCHEMA}; use the one that made it"
+            f"{path} has schema {found!r}, this lisatune reads {SCHEMA}; use the version that made it"
         )
     results: Results = values
     return results

@@ -1,9 +1,9 @@
-"""The records that all runs of a comparison share, and how many tokens a run of them makes.
+"""The records that all runs of a comparison share, and how many tokens each step trains on.
 
-The recipe's held-out records are halved by a hash of their prompts (`split_records`, seed 0,
-share 0.5), so that no question is on both sides: the validation slice chooses learning rates, the test slice
-gives the final figures. Neither depends on the seeds of the runs. All slices are written once and read by
-every run from there.
+The recipe's held-out records are halved by a hash of their prompts (`split_records`, seed 0, share 0.5), so
+that no prompt is in both halves. The validation slice chooses learning rates, the test slice gives the final
+figures. Neither depends on the seeds of the runs. All slices are written once, and every run reads those
+files.
 """
 
 import hashlib
@@ -11,10 +11,10 @@ import json
 from dataclasses import replace
 from itertools import accumulate, count
 from pathlib import Path
-from typing import Any
 
 from lisatune.compare.arms import Comparison
-from lisatune.compare.results import Data
+from lisatune.compare.results import Slices
+from lisatune.console import plural
 from lisatune.data.prepare import prepare_data, read_data
 from lisatune.data.records import read_records, split_records
 from lisatune.data.tokens import Order
@@ -22,7 +22,7 @@ from lisatune.files.disk import write_aside
 from lisatune.models.load import load_tokenizer
 from lisatune.recipe import DataConfig, Recipe
 
-__all__ = ["Lengths", "data_of_runs", "read_slices", "write_slices"]
+__all__ = ["Lengths", "read_slices", "use_slices", "write_slices"]
 
 TEST_SHARE = 0.5
 
@@ -31,15 +31,15 @@ def write_slices(comparison: Comparison, folder: Path) -> None:
     """Read the recipe's data and write train.jsonl, validation.jsonl, test.jsonl and general.jsonl.
 
     Raises:
-        ValueError, FileNotFoundError: the data can't be read, or too little is held out to halve it.
+        ValueError, FileNotFoundError: the data cannot be read, or too little is held out to halve it.
     """
     train, held_out = read_data(comparison.recipe)
     try:
         validation, test = split_records(held_out, TEST_SHARE, seed=0)
     except ValueError:
         raise ValueError(
-            f"held-out data must have 2 different prompts or more, one half to choose learning rates by and "
-            f"one to report, {held_out.source} has {len(held_out.rows)} records; hold out more"
+            "held-out data must have 2 or more different prompts, one half to choose learning rates and one "
+            f"to report; {held_out.source} has {plural(len(held_out.rows), 'record')}; hold out more"
         ) from None
     slices = {"train": train.rows, "validation": validation.rows, "test": test.rows}
     if comparison.general is not None:
@@ -50,11 +50,11 @@ def write_slices(comparison: Comparison, folder: Path) -> None:
             (aside / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 
-def read_slices(folder: Path) -> Data:
-    """Count the records of the slices, and take their hashes."""
+def read_slices(folder: Path) -> Slices:
+    """Count the records of each slice, and hash the files."""
     texts = {path.stem: path.read_bytes() for path in sorted(folder.glob("*.jsonl"))}
     counts = {name: text.count(b"\n") for name, text in texts.items()}
-    return Data(
+    return Slices(
         train=counts["train"],
         validation=counts["validation"],
         test=counts["test"],
@@ -63,8 +63,8 @@ def read_slices(folder: Path) -> Data:
     )
 
 
-def data_of_runs(config: DataConfig, folder: Path) -> DataConfig:
-    """The section `data` of every run: the slices, whole, read as the recipe says."""
+def use_slices(config: DataConfig, folder: Path) -> DataConfig:
+    """Return the section `data` that every run gets: the recipe's, with the slices as its data."""
     return replace(
         config,
         train=str(folder / "train.jsonl"),
@@ -80,27 +80,24 @@ class Lengths:
     """How many tokens each step of a run trains on, for any seed.
 
     Args:
-        recipe: of the comparison, with the slices as its data; its batch size counts for all runs.
-        budget: `tokens` or `steps`, or empty for the recipe's length.
+        recipe: the comparison's recipe, with the slices as its data and the batch size of the runs.
+        budget: `tokens` or `steps`. Empty: the recipe's length.
 
     Raises:
-        ValueError: the data can't be used with the recipe's tokenizer.
+        ValueError: the data cannot be used with the recipe's tokenizer.
     """
 
     def __init__(self, recipe: Recipe, budget: dict[str, int]) -> None:
-        name: Any = recipe.model
-        tokenizer = load_tokenizer(
-            name.name, revision=name.revision, trust_remote_code=name.trust_remote_code
-        )
+        tokenizer = load_tokenizer(**recipe.model.location)
         data = prepare_data(replace(recipe, run=replace(recipe.run, samples=0)), tokenizer)
         self._lengths = [len(row["input_ids"]) for row in data.train.rows]
         self._run = recipe.run
         self._steps, self._budget = data.steps, budget
 
-    def of(self, seed: int) -> list[int]:
-        """Tokens trained on after each step of a run with this seed; its length is the number of steps.
+    def count_tokens(self, seed: int) -> list[int]:
+        """Count the tokens trained on up to each step of a run with this seed.
 
-        A budget of tokens ends with the step that reaches it.
+        The list is as long as the run. A budget of tokens ends with the step that reaches it.
         """
         order = Order(len(self._lengths), self._run.batch_size, seed)
         micro_steps = self._run.accumulation

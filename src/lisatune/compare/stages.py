@@ -1,158 +1,61 @@
-"""Methods side by side on the same records, learning rates chosen on one slice and judged on another.
+"""Compare methods on the same records: choose learning rates on one slice, report losses of another.
 
-Order: the base model's losses; for each arm a run for each learning rate with the first seed, the choice by
-validation loss, the chosen run's test loss; then the other seeds at the chosen rate. Every run is a process;
-what is finished is not done again.
+Stages: first the losses of the model before training. Then, with the first seed, each arm trains with every
+learning rate, the validation loss chooses one, and the chosen run is measured. Then the other seeds train at
+the chosen learning rate. Every run is a process, and a finished run is not repeated.
 """
 
 import json
 import os
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
-from rich import box
-from rich.console import Console
-from rich.live import Live
-from rich.table import Table
-from rich.text import Text
-
-from lisatune.compare.arms import Comparison, check_folder, claim
+from lisatune.compare.arms import Comparison, check_folder, claim_folder
+from lisatune.compare.board import Board
 from lisatune.compare.measure import Measured
-from lisatune.compare.outcome import build_results, choose, runs_of
-from lisatune.compare.processes import FailedError, Run, measure_base, measure_run, train_run
-from lisatune.compare.results import Data, Results
-from lisatune.compare.slices import Lengths, data_of_runs, read_slices, write_slices
-from lisatune.compare.tables import markdown
-from lisatune.console import plural, terminal
+from lisatune.compare.outcome import build_results, choose_lr, list_runs
+from lisatune.compare.processes import (
+    CONTINUE_HINT,
+    FailedError,
+    Run,
+    measure_base,
+    measure_run,
+    train_run,
+)
+from lisatune.compare.results import Results, Slices
+from lisatune.compare.slices import Lengths, read_slices, use_slices, write_slices
+from lisatune.compare.tables import format_markdown
+from lisatune.console import plural
 from lisatune.files import yaml
 from lisatune.files.disk import replace_file, take_lock
 from lisatune.models.hf import check_attention
 from lisatune.recipe import DataConfig
 
-__all__ = ["Board", "compare"]
-
-
-class Board:
-    """The table that moves while a comparison runs. Use as a context manager.
-
-    Where the output is no terminal, each run gives a line when it starts and one when it ends.
-    """
-
-    def __init__(self, comparison: Comparison, *, console: Console | None = None) -> None:
-        self._console = console or terminal()
-        self._arms = [arm.name for arm in comparison.arms]
-        self._cells: dict[tuple[str, str], Text] = {}
-        self._columns: list[str] = []
-        self._running: tuple[Run, int] | None = None
-        self._now = ""
-        self._began = time.monotonic()
-        self._live = (
-            Live(console=self._console, refresh_per_second=4, get_renderable=self._table)
-            if self._console.is_terminal
-            else None
-        )
-
-    def start(self, run: Run, steps: int) -> None:
-        """A run of so many steps begins, or goes on."""
-        self._running = run, steps
-        self.say(f"{run.arm.name}, lr {run.lr:g}, seed {run.seed}: {plural(steps, 'step')}")
-        self.refresh()
-
-    def end(self, run: Run) -> None:
-        """The run is done or has failed."""
-        self._running = None
-        summary, reason = run.summary, run.failed
-        if reason is not None:
-            self._cell(run, Text("failed", style="bold red"))
-            self.print(f"{run.arm.name}, lr {run.lr:g}, seed {run.seed} failed: {reason}")
-        elif summary is not None:
-            loss = summary["held_out_loss_after"]
-            self._cell(run, Text(f"{loss:.4f}", style="green"))
-            if self._live is None:
-                self.print(f"{run.arm.name}, lr {run.lr:g}, seed {run.seed}: validation loss {loss:.4f}")
-
-    def say(self, text: str) -> None:
-        """What is being done now."""
-        self._now = text
-        if self._live is None:
-            self.print(text)
-
-    def refresh(self) -> None:
-        """Look at how far the run in progress has come."""
-        if self._running is None or self._live is None:
-            return
-        run, steps = self._running
-        lines = run.metrics()[-1:]
-        self._cell(run, Text(f"{lines[0]['step'] if lines else 0}/{steps}", style="cyan"))
-
-    def draw(self) -> None:
-        """Draw the table now, not only four times a second."""
-        if self._live is not None:
-            self._live.refresh()
-
-    def _cell(self, run: Run, text: Text) -> None:
-        column = f"lr {run.lr:g}, seed {run.seed}"
-        if column not in self._columns:
-            self._columns.append(column)
-        self._cells[run.arm.name, column] = text
-
-    def _table(self) -> Table:
-        minutes, seconds = divmod(round(time.monotonic() - self._began), 60)
-        table = Table(box=box.ROUNDED, title=f"{minutes}:{seconds:02} · {self._now}", title_justify="left")
-        table.add_column("validation loss", style="cyan")
-        for column in self._columns:
-            table.add_column(column, justify="right")
-        for arm in self._arms:
-            table.add_row(arm, *(self._cells.get((arm, column), "") for column in self._columns))
-        return table
-
-    def print(self, text: str) -> None:
-        """Print a line that stays."""
-        self._console.print(Text(text), soft_wrap=True)
-
-    def __enter__(self) -> Self:
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
+__all__ = ["compare"]
 
 
 def compare(
     comparison: Comparison, output: str | Path, *, keep_models: bool = False, retry_failed: bool = False
 ) -> Results:
-    """Make all runs that are missing, and write results.json and results.md.
+    """Make all missing runs, and write results.json and results.md.
 
     Args:
         comparison: what to compare.
-        output: folder; one with a comparison in it is gone on with. Arms, learning rates and seeds may have
-            been added since.
-        keep_models: keep the models of chosen runs, which are deleted once they are measured.
-        retry_failed: make failed runs again.
+        output: folder. A comparison in it is continued, and may have got new arms, learning rates and seeds.
+        keep_models: keep the models of chosen runs, which are otherwise deleted after they are measured.
+        retry_failed: repeat failed runs.
 
     Raises:
-        ValueError, FileNotFoundError: the data can't be used, the folder holds another comparison or
-            something else, or an arm would train on other records per step than the rest.
+        ValueError, FileNotFoundError: the data cannot be used, the folder holds another comparison or
+            other files, or an arm would train on other records per step than the rest.
         RuntimeError: another process works in the folder.
         KeyboardInterrupt: Ctrl-C, after the run in progress has saved a checkpoint.
     """
-    output = Path(output).absolute()  # runs may be gone on with from elsewhere
+    output = Path(output).absolute()  # so that it may continue from another working directory
     check_folder(output, comparison)
     check_attention(comparison.recipe.model.attention)
     output.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = take_lock(output / ".lock")
-    except RuntimeError as error:
-        raise RuntimeError(
-            str(error).replace("run folder", "comparison").replace("another run.output", "another --output")
-        ) from None
+    lock = take_lock(output / ".lock", what="comparison", option="--output")
     try:
         return _compare(comparison, output, lock, keep_models, retry_failed)
     finally:
@@ -162,79 +65,81 @@ def compare(
 def _compare(
     comparison: Comparison, output: Path, lock: int, keep_models: bool, retry_failed: bool
 ) -> Results:
-    slices, runs = output / "data", output / "runs"
-    if not slices.exists() or not (output / "compare.json").exists():
-        write_slices(comparison, slices)
-    data = read_slices(slices)
-    config = data_of_runs(comparison.recipe.data, slices)
-    lengths = _lengths(comparison, config)
-    claim(output, comparison, data)
+    data, runs = output / "data", output / "runs"
+    if not data.exists() or not (output / "compare.json").exists():
+        write_slices(comparison, data)
+    slices = read_slices(data)
+    config = use_slices(comparison.recipe.data, data)
+    lengths = _count_tokens(comparison, config)
+    claim_folder(output, comparison, slices)
     runs.mkdir(exist_ok=True)
     board = Board(comparison)
-    work = _Work(comparison, output, runs, config, lengths, lock, board, data, keep_models, retry_failed)
+    work = _Work(comparison, output, runs, config, lengths, lock, board, slices, keep_models, retry_failed)
     try:
         with board:
-            work.outline()
+            work.print_outline()
             work.measure_base()
             work.choose_learning_rates()
             work.repeat_with_seeds()
     except KeyboardInterrupt as stop:
         results = work.write()
         done = sum(run["status"] == "done" for run in results["runs"])
-        way_on = f"stopped, {done} of {len(results['runs'])} runs are done; go on with the same command"
-        raise type(stop)(stop.args[0] if stop.args else way_on) from None
+        hint = f"stopped, {done} of {len(results['runs'])} runs are done; {CONTINUE_HINT}"
+        raise type(stop)(stop.args[0] if stop.args else hint) from None
     return work.write()
 
 
 @dataclass
 class _Work:
-    """What the stages share."""
+    """The stages of a comparison, and what they share."""
 
     comparison: Comparison
     output: Path
     runs: Path
     data_config: DataConfig
+    """The section `data` of every run."""
     lengths: dict[int, list[int]]
+    """Tokens trained on up to each step, by seed."""
     lock: int
     board: Board
-    data: Data
+    slices: Slices
     keep_models: bool
     retry_failed: bool
     base: Measured | None = None
 
-    def outline(self) -> None:
-        """Say how much there is to do."""
+    def print_outline(self) -> None:
+        """Print how much there is to do."""
         arms, seeds = self.comparison.arms, self.comparison.seeds
         first = self.lengths[seeds[0]]
         num_runs = sum(len(arm.lrs) + len(seeds) - 1 for arm in arms)
         self.board.print(
             f"{plural(len(arms), 'arm')}, {plural(num_runs, 'run')} of {plural(len(first), 'step')} and "
-            f"{first[-1]:,} tokens; {plural(self.data['validation'], 'record')} to choose learning rates by, "
-            f"{self.data['test']:,} to report"
+            f"{first[-1]:,} tokens; {plural(self.slices['validation'], 'record')} to choose learning rates, "
+            f"{self.slices['test']:,} to report"
         )
 
     def measure_base(self) -> None:
-        """Take the losses of the model before training."""
+        """Measure the losses of the model before training."""
         recipe = replace(self.comparison.recipe, data=self.data_config)
         file = self.runs / "base.yaml"
         replace_file(file, yaml.dump(recipe.as_dict()))
-        self.board.say("the model before training")
+        self.board.say("measuring the model before training")
         try:
-            self.base = measure_base(file, self._slices, self.board.refresh, self.lock)
+            self.base = measure_base(file, self._slice_files, self.board.refresh, self.lock)
         except FailedError as error:
-            raise RuntimeError(f"the model before training can't be measured: {error}") from None
+            raise RuntimeError(f"the model before training cannot be measured: {error}") from None
 
     def choose_learning_rates(self) -> None:
-        """Make the first seed's runs, and measure the one with the best learning rate."""
+        """Make the runs of the first seed, and measure the one with the best learning rate."""
         first = self.comparison.seeds[0]
         for arm in self.comparison.arms:
-            runs = runs_of(arm, first, self.runs)
+            runs = list_runs(arm, first, self.runs)
             for run in runs:
                 self._train(run)
-            while (chosen := choose(arm, first, self.runs)) is not None:
+            while (chosen := choose_lr(arm, first, self.runs)) is not None:
                 run = Run(arm, chosen, first, self.runs)
                 self._measure(run, with_memory=True)
-                if run.failed is None:
+                if run.read_failure() is None:
                     break
             for run in runs:
                 if run.lr != chosen:
@@ -242,10 +147,10 @@ class _Work:
             self.write()
 
     def repeat_with_seeds(self) -> None:
-        """Make the chosen learning rates' runs with the other seeds."""
+        """Make the runs of the other seeds at the chosen learning rates."""
         for seed in self.comparison.seeds[1:]:
             for arm in self.comparison.arms:
-                chosen = choose(arm, self.comparison.seeds[0], self.runs)
+                chosen = choose_lr(arm, self.comparison.seeds[0], self.runs)
                 if chosen is not None:
                     run = Run(arm, chosen, seed, self.runs)
                     self._train(run)
@@ -253,18 +158,19 @@ class _Work:
                     self.write()
 
     def write(self) -> Results:
-        """Write results.json and results.md as far as they go."""
-        results = build_results(self.comparison, self.runs, self.data, self.base or Measured())
+        """Write results.json and results.md with the runs that are done."""
+        results = build_results(self.comparison, self.runs, self.slices, self.base or Measured())
         text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False)
         replace_file(self.output / "results.json", text + "\n")
-        replace_file(self.output / "results.md", markdown(results))
+        replace_file(self.output / "results.md", format_markdown(results))
         self.board.refresh()
         return results
 
     def _train(self, run: Run) -> None:
-        if run.failed is not None and self.retry_failed:
+        has_failed = run.read_failure() is not None
+        if has_failed and self.retry_failed:
             run.forget()
-        if run.failed is not None or run.summary is not None:
+        elif has_failed or run.read_summary() is not None:
             self.board.end(run)
             return
         totals = self.lengths[run.seed]
@@ -283,49 +189,49 @@ class _Work:
         self.board.end(run)
 
     def _measure(self, run: Run, *, with_memory: bool) -> None:
-        if run.failed is not None or run.measured is not None:
+        if run.read_failure() is not None or run.read_measured() is not None:
             return
-        if not (run.folder / "model").exists():  # its learning rate wasn't the best one before
+        if not (run.folder / "model").exists():  # deleted when another learning rate was the best
             run.forget()
             self._train(run)
-            if run.failed is not None:
+            if run.read_failure() is not None:
                 return
         self.board.say(f"measuring {run.arm.name}, lr {run.lr:g}, seed {run.seed}")
         try:
             recipe, poll = run.beside(".yaml"), self.board.refresh
-            measure_run(run, recipe, self._slices, poll, self.lock, with_memory=with_memory)
+            measure_run(run, recipe, self._slice_files, poll, self.lock, with_memory=with_memory)
         except FailedError as error:
-            run.fail(f"its model can't be measured: {error}")
+            run.fail(f"its model cannot be measured: {error}")
         if not self.keep_models:
             run.drop_model()
 
     @property
-    def _slices(self) -> dict[str, str]:
+    def _slice_files(self) -> dict[str, str]:
         files = {name: self.output / "data" / f"{name}.jsonl" for name in ("test", "general")}
         return {name: str(file) for name, file in files.items() if file.exists()}
 
 
-def _lengths(comparison: Comparison, config: DataConfig) -> dict[int, list[int]]:
-    """Tokens after each step by seed, the same for every arm."""
+def _count_tokens(comparison: Comparison, config: DataConfig) -> dict[int, list[int]]:
+    """Count the tokens up to each step by seed, which must be the same for every arm."""
     lengths = Lengths(replace(comparison.recipe, data=config), comparison.budget)
-    totals = {seed: lengths.of(seed) for seed in comparison.seeds}
+    totals = {seed: lengths.count_tokens(seed) for seed in comparison.seeds}
     base = (comparison.recipe.run.batch_size, comparison.recipe.run.accumulation)
     for arm in comparison.arms:
         if (arm.recipe.run.batch_size, arm.recipe.run.accumulation) == base:
             continue
         own = Lengths(replace(arm.recipe, data=config), {"steps": len(totals[comparison.seeds[0]])})
         for seed, expected in totals.items():
-            if own.of(seed)[: len(expected)] != expected:
+            if own.count_tokens(seed)[: len(expected)] != expected:
                 raise ValueError(
-                    f"arm {arm.name!r} would train on other records in a step than the rest; let "
-                    f"run.batch_size × run.accumulation be {base[0]} × {base[1]} in sum, or set it for all"
+                    f"arm {arm.name!r} would train on other records in a step than the rest; give it the "
+                    f"product run.batch_size × run.accumulation of the recipe, {base[0]} × {base[1]}"
                 )
     return totals
 
 
 def _check_tokens(run: Run, totals: list[int]) -> None:
-    """Hold what the run logged against what every run with its seed must train on."""
-    logged = [line["tokens"] for line in run.metrics() if "tokens" in line]
+    """Compare the tokens that the run logged with those that each run of its seed must train on."""
+    logged = [line["tokens"] for line in run.read_metrics() if "tokens" in line]
     if logged != totals:
         step = next(
             (step for step, pair in enumerate(zip(logged, totals, strict=False), 1) if pair[0] != pair[1]),
@@ -333,6 +239,6 @@ def _check_tokens(run: Run, totals: list[int]) -> None:
         )
         raise FailedError(
             f"it trained on other records than the rest: after step {step} it logged "
-            f"{logged[step - 1] if step else 0} tokens in {len(logged)} steps, due are "
+            f"{logged[step - 1] if step else 0} tokens in {len(logged)} steps, expected are "
             f"{totals[step - 1]} in {len(totals)}"
         )

@@ -1,4 +1,4 @@
-"""A comparison in words: the live table of its runs, and results.md."""
+"""The results of a comparison as tables: on the terminal, and in results.md."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,49 +11,49 @@ from rich.text import Text
 from lisatune.compare.results import ArmResult, EqualTime, Results, Spread
 from lisatune.console import byte_text, count_text, plural, terminal
 
-__all__ = ["equal_time_table", "markdown", "overview", "print_results"]
+__all__ = ["format_markdown", "make_equal_time_table", "make_overview", "print_results"]
 
 Column = tuple[str, Callable[[ArmResult], str]]
 
 
-def overview(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows of the table of arms, columns without any figure left out."""
+def make_overview(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Make heads and rows of the table of arms. Columns without figures are left out."""
     columns: list[Column] = [
         ("arm", lambda arm: arm["name"]),
-        ("lr", lambda arm: _lr(arm)),
-        ("test loss", lambda arm: _spread(arm["test_loss"])),
+        ("lr", lambda arm: _lr_text(arm)),
+        ("test loss", lambda arm: _spread_text(arm["test_loss"])),
         ("gain", lambda arm: "" if arm["gain_share"] is None else f"{100 * arm['gain_share']:.0f} %"),
-        ("forgetting", lambda arm: _spread(arm["forgetting"], "+.4f")),
-        ("peak memory", lambda arm: _mean(arm["peak_bytes"], byte_text)),
-        ("tensors in a step", lambda arm: "" if arm["memory"] is None else _tensors(arm)),
+        ("forgetting", lambda arm: _spread_text(arm["forgetting"], "+.4f")),
+        ("peak memory", lambda arm: _mean_text(arm["peak_bytes"], byte_text)),
+        ("tensors in a step", lambda arm: _tensors_text(arm)),
         ("trainable", lambda arm: "" if arm["trainable"] is None else count_text(arm["trainable"])),
-        ("touched", lambda arm: _mean(arm["touched"], count_text)),
+        ("touched", lambda arm: _mean_text(arm["touched"], count_text)),
         ("to save", lambda arm: "" if arm["delta_bytes"] is None else byte_text(arm["delta_bytes"])),
-        ("tokens/s", lambda arm: _mean(arm["tokens_per_second"], lambda rate: f"{rate:,.0f}")),
-        ("training time", lambda arm: _mean(arm["train_seconds"], _seconds)),
+        ("tokens/s", lambda arm: _mean_text(arm["tokens_per_second"], lambda rate: f"{rate:,.0f}")),
+        ("training time", lambda arm: _mean_text(arm["train_seconds"], _seconds_text)),
     ]
     rows = [[cell(arm) for _, cell in columns] for arm in results["arms"]]
     shown = [i for i in range(len(columns)) if i < 3 or any(row[i] for row in rows)]
     return [columns[i][0] for i in shown], [[row[i] for i in shown] for row in rows]
 
 
-def equal_time_table(results: Results, times: EqualTime) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows of the losses at one wall time."""
+def make_equal_time_table(times: EqualTime) -> tuple[list[str], list[list[str]]]:
+    """Make heads and rows of the table of losses at one training time."""
     losses = times["losses"]
     rows = [[name, "not reached" if loss is None else f"{loss:.4f}"] for name, loss in losses.items()]
-    head = f"validation loss after {_seconds(times['seconds'])}, the end of {times['reference']}"
+    head = f"validation loss after {_seconds_text(times['seconds'])}, the end of {times['reference']}"
     return ["arm", head], rows
 
 
 def print_results(results: Results, folder: Path, console: Console | None = None) -> None:
-    """Print the arms, losses at equal wall time and what a reader must know."""
+    """Print the arms, losses at equal time and warnings. `folder` is the comparison's."""
     console = console or terminal()
-    heads, rows = overview(results)
+    heads, rows = make_overview(results)
     wide = {"tensors in a step", "trainable", "touched", "to save", "training time"}
     shown = [i for i, head in enumerate(heads) if head not in wide]
     _print_table(console, [heads[i] for i in shown], [[row[i] for i in shown] for row in rows])
     for times in results["equal_time"]:
-        _print_table(console, *equal_time_table(results, times))
+        _print_table(console, *make_equal_time_table(times))
     for problem in results["problems"]:
         console.print(Text(f"! {problem}", style="yellow"), soft_wrap=True)
     files = [name for name in ("results.md", "results.json", "report.html") if (folder / name).exists()]
@@ -69,8 +69,8 @@ def _print_table(console: Console, heads: Sequence[str], rows: Sequence[Sequence
     console.print(table)
 
 
-def markdown(results: Results) -> str:
-    """Write results.md."""
+def format_markdown(results: Results) -> str:
+    """Format the results as the text of results.md."""
     data, base = results["data"], results["base"]
     seeds = ", ".join(map(str, results["seeds"]))
     tokens = {run["tokens"] for run in results["runs"] if run["status"] == "done" and run["tokens"]}
@@ -82,39 +82,39 @@ def markdown(results: Results) -> str:
         "",
         f"{model} on {records}; every run has {amount} tokens of the same records in the same order. "
         f"Seeds {seeds}. Learning rates were chosen by the loss on "
-        f"{plural(data['validation'], 'validation record')} with seed {results['seeds'][0]}; the test loss "
-        f"is that of {plural(data['test'], 'other record')}, read by chosen runs alone. Before training it "
-        f"was {before}.",
+        f"{plural(data['validation'], 'validation record')} with seed {results['seeds'][0]}. The test loss "
+        f"is measured on {plural(data['test'], 'other record')}, which only chosen runs read. Before "
+        f"training it was {before}.",
         "",
-        *_table(*overview(results)),
+        *_markdown_table(*make_overview(results)),
         "",
-        "Mean ± standard deviation over seeds. gain: share of the loss that "
-        f"{results['reference'] or 'the reference'} takes off. peak memory: of the process on a CPU, "
-        "loading included, else allocated on the device. tensors in a step: live bytes at the peak of one "
-        "step of its own, measured. to save: touched tensors, or adapters. Time is that of training steps.",
+        "Mean ± standard deviation over seeds. gain: how far the test loss fell, as a share of "
+        f"{results['reference'] or 'the reference'}'s. peak memory: on a CPU of the process, loading "
+        "included; else as allocated on the device. tensors in a step: live bytes at the peak of one "
+        "separate step, measured. to save: touched tensors, or adapters. Time is that of training steps.",
         "",
         "## Memory of a step",
         "",
-        *_memory(results),
+        *_list_memory(results),
         "",
         "## Learning rates",
         "",
-        *_table(["arm", "lr", "seed", "validation loss", "test loss", ""], _run_rows(results)),
+        *_markdown_table(["arm", "lr", "seed", "validation loss", "test loss", ""], _list_runs(results)),
         "",
         "## At equal wall time",
         "",
-        "Read off the runs' evaluations, between two of them linear in time. A run whose learning rate still "
-        "had to fall at that time would have done better had it been planned to end there.",
+        "Interpolated between the runs' evaluations, linear in time. A run whose learning rate had not yet "
+        "fallen at that time would have done better if it had been planned to end there.",
         "",
     ]
     for times in results["equal_time"]:
-        lines += [*_table(*equal_time_table(results, times)), ""]
+        lines += [*_markdown_table(*make_equal_time_table(times)), ""]
     if results["problems"]:
-        lines += ["## To know", "", *(f"- {problem}" for problem in results["problems"]), ""]
+        lines += ["## Warnings", "", *(f"- {problem}" for problem in results["problems"]), ""]
     return "\n".join(lines)
 
 
-def _memory(results: Results) -> list[str]:
+def _list_memory(results: Results) -> list[str]:
     measured = [arm for arm in results["arms"] if arm["memory"] is not None]
     if not measured:
         return ["Not measured."]
@@ -125,10 +125,10 @@ def _memory(results: Results) -> list[str]:
         assert memory is not None
         sizes = [byte_text(memory["at_peak"].get(name, 0)) for name in categories]
         rows.append([arm["name"], byte_text(memory["peak_bytes"]), memory["phase"], *sizes, memory["how"]])
-    return _table(["arm", "peak", "in", *categories, "how"], rows)
+    return _markdown_table(["arm", "peak", "in", *categories, "how"], rows)
 
 
-def _run_rows(results: Results) -> list[list[str]]:
+def _list_runs(results: Results) -> list[list[str]]:
     return [
         [
             run["arm"],
@@ -142,32 +142,32 @@ def _run_rows(results: Results) -> list[list[str]]:
     ]
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def _markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (heads, *rows)]
     lines = [f"| {' | '.join(row)} |" for row in cells]
     return [lines[0], f"|{'---|' * len(heads)}", *lines[1:]]
 
 
-def _lr(arm: ArmResult) -> str:
+def _lr_text(arm: ArmResult) -> str:
     if arm["chosen_lr"] is None:
         return "failed" if arm["reason"] else "–"
     return f"{arm['chosen_lr']:g}" + (" (edge)" if arm["lr_at_edge"] else "")
 
 
-def _spread(spread: Spread | None, form: str = ".4f") -> str:
+def _spread_text(spread: Spread | None, form: str = ".4f") -> str:
     if spread is None:
         return ""
     std = "" if spread["std"] is None else f" ± {spread['std']:.4f}"
     return f"{spread['mean']:{form}}{std}"
 
 
-def _mean(spread: Spread | None, text: Callable[[float], str]) -> str:
+def _mean_text(spread: Spread | None, text: Callable[[float], str]) -> str:
     return "" if spread is None else text(spread["mean"])
 
 
-def _seconds(seconds: float) -> str:
+def _seconds_text(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:,.0f} s"
 
 
-def _tensors(arm: ArmResult) -> str:
+def _tensors_text(arm: ArmResult) -> str:
     return "" if arm["memory"] is None else byte_text(arm["memory"]["peak_bytes"])

@@ -1,1 +1,1 @@
-"""One page with charts."""
+"""One HTML page with charts, of runs or of a comparison."""

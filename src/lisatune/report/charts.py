@@ -1,6 +1,6 @@
-"""Charts as SVG to put into a page: text and axes in the page's own colour, nothing behind them.
+"""Draw charts as SVG for a page: text and axes in the page's text colour, on a transparent background.
 
-The same values give the same bytes. Text stays text, so that it can be read out, searched and scaled.
+The same values give the same bytes. Text stays text, so that it can be read aloud, searched and scaled.
 """
 
 import io
@@ -9,25 +9,20 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["Line", "active_blocks", "lines", "scatter", "stacked_bars"]
+__all__ = ["Line", "draw_active_blocks", "draw_lines", "draw_scatter", "draw_stacked_bars"]
 
 WIDTH = 4.1
-"""Inches: narrow, for a phone scales the whole chart down."""
-
+"""Inches. Narrow, because a phone scales the whole chart down."""
 
 INK = "#0a0b0c"
-"""Becomes the page's `currentColor`; no other colour here is this one."""
-
+"""Is replaced by the page's `currentColor`. No other colour here may equal it."""
 
 COLOURS = ("#3f87d6", "#dc7a28", "#2c9f70", "#c657a6", "#8d72dc", "#ae8a08", "#d9534f", "#3aa3b3")
 """Readable on white and on black."""
 
-
 DASHES = ("-", "--", ":", "-.")
 
-
 MARKERS = "os^Dv"
-
 
 STYLE = {
     "font.size": 9.5,
@@ -49,16 +44,15 @@ STYLE = {
     "hatch.color": INK,
 }
 
-
 Line = tuple[str, Sequence[Sequence[tuple[float, float]]]]
-"""A name and one or several curves under it, for example of several seeds."""
+"""A name and its curves of (x, y), for example one for each seed."""
 
 
-def lines(named: Sequence[Line], *, x: str, y: str, from_zero: bool = False) -> str:
-    """Draw curves, one colour for each name."""
+def draw_lines(named: Sequence[Line], *, x: str, y: str, from_zero: bool = False) -> str:
+    """Draw curves, in one colour for each name."""
 
     def draw(figure: Any) -> None:
-        axes = _axes(figure, x, y)
+        axes = _add_axes(figure, x, y)
         handles = []
         for index, (_, curves) in enumerate(named):
             look = {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index // 8 % len(DASHES)]}
@@ -70,19 +64,19 @@ def lines(named: Sequence[Line], *, x: str, y: str, from_zero: bool = False) -> 
             axes.set_ylim(
                 0, 1.1 * max(value for _, curves in named for curve in curves for _, value in curve) or 1
             )
-        _legend(figure, handles, [name for name, _ in named])
+        _add_legend(figure, handles, [name for name, _ in named])
 
-    return _svg(2.8 + _legend_height([name for name, _ in named]), f"{x} {y}", draw)
+    return _render(2.8 + _legend_height([name for name, _ in named]), f"{x} {y}", draw)
 
 
-def stacked_bars(
+def draw_stacked_bars(
     bars: Mapping[str, Mapping[str, float]], *, x: str, limit: float | None, limit_name: str
 ) -> str:
-    """Draw a bar for each name, made of named parts, and a line at `limit`."""
+    """Draw one bar of named parts for each name, and a dashed line at `limit`."""
     parts = list(dict.fromkeys(part for bar in bars.values() for part in bar))
 
     def draw(figure: Any) -> None:
-        axes = _axes(figure, x, "")
+        axes = _add_axes(figure, x, "")
         handles, ends = [], [0.0] * len(bars)
         for index, part in enumerate(parts):
             sizes = [bar.get(part, 0) for bar in bars.values()]
@@ -91,21 +85,21 @@ def stacked_bars(
             ends = [end + size for end, size in zip(ends, sizes, strict=True)]
         if limit is not None:
             handles.append(axes.axvline(limit, color=INK, linestyle="--", lw=1.2))
-        axes.set_yticks(range(len(bars)), [short(name, 26) for name in bars])
+        axes.set_yticks(range(len(bars)), [_shorten(name, 26) for name in bars])
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
-        _legend(figure, handles, parts + ([limit_name] if limit is not None else []))
+        _add_legend(figure, handles, parts + ([limit_name] if limit is not None else []))
 
-    return _svg(0.9 + 0.3 * len(bars) + _legend_height([*parts, limit_name]), x, draw)
+    return _render(0.9 + 0.3 * len(bars) + _legend_height([*parts, limit_name]), x, draw)
 
 
-def scatter(
+def draw_scatter(
     points: Sequence[tuple[str, float, float]], front: Sequence[tuple[float, float]], *, x: str, y: str
 ) -> str:
-    """Draw named points, and a staircase through those of them that are the front."""
+    """Draw named points (name, x, y), and a staircase through those on the front."""
 
     def draw(figure: Any) -> None:
-        axes = _axes(figure, x, y)
+        axes = _add_axes(figure, x, y)
         if len(front) > 1:
             axes.step(*zip(*front, strict=True), where="post", color=INK, alpha=0.5, lw=1)
         handles = []
@@ -118,13 +112,13 @@ def scatter(
             )
             handles.append(handle)
         axes.margins(0.12)
-        _legend(figure, handles, [name for name, _, _ in points])
+        _add_legend(figure, handles, [name for name, _, _ in points])
 
-    return _svg(2.8 + _legend_height([name for name, _, _ in points]), f"{x} {y}", draw)
+    return _render(2.8 + _legend_height([name for name, _, _ in points]), f"{x} {y}", draw)
 
 
-def active_blocks(active: Mapping[int, Sequence[int]], visits: Sequence[int]) -> str:
-    """Draw which blocks were active in which period, and beside it how often each block trained."""
+def draw_active_blocks(active: Mapping[int, Sequence[int]], visits: Sequence[int]) -> str:
+    """Draw the active blocks of each period, and beside them in how many periods each block trained."""
     height = 1.0 + min(4.0, max(1.2, 0.13 * len(visits)))
 
     def draw(figure: Any) -> None:
@@ -144,38 +138,40 @@ def active_blocks(active: Mapping[int, Sequence[int]], visits: Sequence[int]) ->
             axes.grid(axis="y", visible=False)
         heat.yaxis.get_major_locator().set_params(integer=True)
 
-    return _svg(height, f"{sorted(active.items())}", draw)
+    return _render(height, f"{sorted(active.items())}", draw)
 
 
-def short(text: str, length: int = 34) -> str:
-    """Cut what is too long for a chart, and set apart what Matplotlib would take for a hidden label."""
+def _shorten(text: str, length: int = 34) -> str:
+    """Cut a text to fit a chart. Matplotlib hides a label with a leading underscore, so a space is added."""
     text = " ".join(text.split())
     text = text if len(text) <= length else f"{text[: length - 1]}…"
     return f" {text}" if text.startswith("_") else text
 
 
-def _axes(figure: Any, x: str, y: str) -> Any:
+def _add_axes(figure: Any, x: str, y: str) -> Any:
     axes = figure.subplots()
     axes.set(xlabel=x, ylabel=y)
     axes.xaxis.get_major_locator().set_params(nbins=6)
     return axes
 
 
-def _columns(names: Sequence[str]) -> int:
-    longest = max(map(len, map(short, names)), default=1)
+def _count_columns(names: Sequence[str]) -> int:
+    longest = max(map(len, map(_shorten, names)), default=1)
     return 1 if longest > 24 else 2 if longest > 15 else 3
 
 
 def _legend_height(names: Sequence[str]) -> float:
-    return 0.19 * -(-len(names) // _columns(names))
+    return 0.19 * -(-len(names) // _count_columns(names))
 
 
-def _legend(figure: Any, handles: Sequence[Any], names: Sequence[str]) -> None:
-    figure.legend(handles, [short(name) for name in names], loc="outside lower left", ncols=_columns(names))
+def _add_legend(figure: Any, handles: Sequence[Any], names: Sequence[str]) -> None:
+    figure.legend(
+        handles, [_shorten(name) for name in names], loc="outside lower left", ncols=_count_columns(names)
+    )
 
 
-def _svg(height: float, salt: str, draw: Callable[[Any], None]) -> str:
-    """Make a figure, let it be drawn, and give what can stand inside a page."""
+def _render(height: float, salt: str, draw: Callable[[Any], None]) -> str:
+    """Make a figure, let `draw` fill it, and return SVG that can be placed inside HTML."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -184,7 +180,7 @@ def _svg(height: float, salt: str, draw: Callable[[Any], None]) -> str:
 
     buffer = io.StringIO()
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": salt}), warnings.catch_warnings():
-        # Matplotlib measures with its own font; the page is shown with the reader's.
+        # Matplotlib measures text with its own font, and the page shows it in the reader's.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         draw(figure)

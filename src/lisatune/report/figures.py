@@ -1,4 +1,8 @@
-"""What charts are drawn of: an arm of a comparison, or a run."""
+"""The figures of a report: what each shows, in a chart, in words and in a table.
+
+An `Entry` is an arm of a comparison, or a run. `make_figures` turns entries into every figure that they have
+values for; `lisatune.report.charts` draws them.
+"""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -15,20 +19,25 @@ __all__ = [
     "Entry",
     "Figure",
     "Table",
-    "block_history",
+    "extract_block_history",
+    "find_pareto_front",
     "make_figures",
     "mark_best",
-    "pareto_front",
     "read_metrics",
 ]
+
+CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)
+"""Memory of common cards, in GB."""
+
+GB = 10**9
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockHistory:
-    """Which blocks trained when."""
+    """Which blocks trained in which periods."""
 
     active: dict[int, tuple[int, ...]]
-    """Active blocks of each period that was logged."""
+    """Active blocks of each logged period."""
 
     visits: tuple[int, ...]
     """In how many periods each block trained."""
@@ -36,14 +45,14 @@ class BlockHistory:
 
 @dataclass(kw_only=True)
 class Entry:
-    """A line in every chart. What is not known is None or empty, and left out of the chart."""
+    """An arm or a run: one line of every chart. An unknown value is None or empty, and left out."""
 
     name: str
     curves: list[list[Point]] = field(default_factory=list)
-    """Held-out losses on the way, of each run with the chosen learning rate."""
+    """Held-out losses during training, one curve for each run with the chosen learning rate."""
 
     loss: float | None = None
-    """Held-out loss after training, the lower the better."""
+    """Held-out loss after training. Lower is better."""
 
     peak_bytes: float | None = None
     memory: dict[str, int] = field(default_factory=dict)
@@ -51,16 +60,40 @@ class Entry:
 
     blocks: BlockHistory | None = None
     movement: list[float] | None = None
-    """`lisatune.lisa.statistics.block_movement`."""
+    """How far each block's weights moved, as `lisatune.lisa.statistics.block_movement` measures it."""
 
     samples: Sequence[Mapping[str, str]] = ()
 
 
+@dataclass(frozen=True)
+class Table:
+    """A table of texts."""
+
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    best: frozenset[tuple[int, int]] = field(default_factory=frozenset)
+    """The cells to mark, as (row, column)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A chart with its title, text and values."""
+
+    title: str
+    svg: str
+    alt: str
+    """Description of the chart for a reader who cannot see it."""
+    note: str
+    """How to read the chart."""
+    table: Table
+    """The values in the chart."""
+
+
 def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], int]:
-    """Lines of a run's metrics.jsonl that can be read, and the number of those that can't.
+    """Read metrics.jsonl. Return its intact lines, and the number of damaged ones.
 
     Raises:
-        OSError: there is no such file, or it can't be read.
+        OSError: the file does not exist or cannot be read.
     """
     lines, damaged = [], 0
     for text in (folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
@@ -75,8 +108,10 @@ def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], int]:
     return lines, damaged
 
 
-def block_history(metrics: Sequence[Mapping[str, Any]], visits: Sequence[int] | None) -> BlockHistory | None:
-    """Periods and visits of a run; None for a method that draws no blocks."""
+def extract_block_history(
+    metrics: Sequence[Mapping[str, Any]], visits: Sequence[int] | None
+) -> BlockHistory | None:
+    """Extract periods and visits of a run from its metrics. None for a method that draws no blocks."""
     active = {
         line["period"]: tuple(line["active_blocks"])
         for line in metrics
@@ -88,38 +123,8 @@ def block_history(metrics: Sequence[Mapping[str, Any]], visits: Sequence[int] | 
     return BlockHistory(active=active, visits=tuple(visits)) if active or visits else None
 
 
-CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)
-"""Memory of common cards in GB."""
-
-
-GB = 10**9
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of text; `best` are the cells (row, column) to mark."""
-
-    heads: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    best: frozenset[tuple[int, int]] = field(default_factory=frozenset)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Figure:
-    """A chart."""
-
-    title: str
-    svg: str
-    alt: str
-    """What it shows, in words."""
-    note: str
-    """How to read it."""
-    table: Table
-    """The values in it."""
-
-
 def mark_best(values: Sequence[float | None], pick: Callable[..., float]) -> list[int]:
-    """Places of the best value, all of them where several are equal; none unless there are two to compare."""
+    """Return the indices of the best values. Empty if fewer than two values are known."""
     known = [value for value in values if value is not None]
     return [] if len(known) < 2 else [i for i, value in enumerate(values) if value == pick(known)]
 
@@ -127,28 +132,31 @@ def mark_best(values: Sequence[float | None], pick: Callable[..., float]) -> lis
 def make_figures(
     entries: Sequence[Entry], *, loss: str, memory: str, memory_note: str, card_bytes: int | None
 ) -> list[Figure]:
-    """Draw every chart there are values for.
+    """Make every figure that there are values for.
 
     Args:
-        entries: what to draw.
-        loss: what `Entry.loss` is.
-        memory: what the sum of `Entry.memory`, where there is none `Entry.peak_bytes`, is.
+        entries: the arms or runs to show.
+        loss: name of the quantity in `Entry.loss`.
+        memory: name of the sum of `Entry.memory`, or without it of `Entry.peak_bytes`.
         memory_note: how memory was counted.
-        card_bytes: memory of the card to compare with. Default: the smallest common one that is enough.
+        card_bytes: memory of the card to compare with. None: the smallest common card that is large enough.
     """
     made = [
-        _curves(entries, "tokens", "tokens trained on"),
-        _curves(entries, "seconds", "seconds in training steps"),
-        _memory(entries, memory, memory_note, card_bytes),
-        _quality(entries, loss, memory),
-        *map(_activity, entries),
-        _movement(entries),
+        _show_losses(entries, "tokens", "tokens trained on"),
+        _show_losses(entries, "seconds", "seconds in training steps"),
+        _show_memory(entries, memory, memory_note, card_bytes),
+        _show_quality(entries, loss, memory),
+        *map(_show_active_blocks, entries),
+        _show_movement(entries),
     ]
     return [figure for figure in made if figure is not None]
 
 
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Points that no other one beats in one figure without losing in the other; lower is better in both."""
+def find_pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Find the points that no other point beats in one value without being worse in the other.
+
+    Lower is better in both.
+    """
     front: list[tuple[float, float]] = []
     for point in sorted(set(points)):
         if not front or point[1] < front[-1][1]:
@@ -156,11 +164,11 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
     return front
 
 
-def _curves(entries: Sequence[Entry], key: str, label: str) -> Figure | None:
+def _show_losses(entries: Sequence[Entry], key: str, label: str) -> Figure | None:
     named, rows = [], []
     for entry in entries:
         curves = [
-            [(_number(point, key), point["loss"]) for point in curve if point["loss"] is not None]
+            [(_pick_x(point, key), point["loss"]) for point in curve if point["loss"] is not None]
             for curve in entry.curves
         ]
         curves = [curve for curve in curves if len(curve) > 1]
@@ -177,20 +185,20 @@ def _curves(entries: Sequence[Entry], key: str, label: str) -> Figure | None:
     is_repeated = any(len(curves) > 1 for _, curves in named)
     return Figure(
         title=f"Held-out loss against {what}",
-        svg=charts.lines(named, x=label, y="held-out loss"),
+        svg=charts.draw_lines(named, x=label, y="held-out loss"),
         alt=f"Line chart of held-out loss against {label}: {falls}.",
         note="Nats per token; lower is better."
         + (" One curve for each seed." if is_repeated else "")
         + (" Evaluation, loading and compiling are not in the time." if key == "seconds" else ""),
-        table=Table(["", "loss at first", "loss at last", key], rows),
+        table=Table(["", "first loss", "last loss", key], rows),
     )
 
 
-def _number(point: Point, key: str) -> float:
+def _pick_x(point: Point, key: str) -> float:
     return point["tokens"] if key == "tokens" else point["seconds"]
 
 
-def _memory(entries: Sequence[Entry], memory: str, note: str, card_bytes: int | None) -> Figure | None:
+def _show_memory(entries: Sequence[Entry], memory: str, note: str, card_bytes: int | None) -> Figure | None:
     shown = [(entry, entry.memory or {memory: round(entry.peak_bytes or 0)}) for entry in entries]
     shown = [(entry, parts) for entry, parts in shown if any(parts.values())]
     if not shown:
@@ -213,7 +221,7 @@ def _memory(entries: Sequence[Entry], memory: str, note: str, card_bytes: int | 
         verdict = f"No single card of up to {CARDS[-1]} GB holds the largest."
     elif len(fits) == len(shown):
         verdict = f"{'All fit' if len(shown) > 1 else 'It fits'} a {name}" + (
-            ": the dashed line." if is_drawn else ", far to the right of what is drawn."
+            ": the dashed line." if is_drawn else ", far beyond the right edge of the chart."
         )
     else:
         verdict = f"Above the {name}, the dashed line: " + ", ".join(
@@ -223,7 +231,7 @@ def _memory(entries: Sequence[Entry], memory: str, note: str, card_bytes: int | 
     sums = "; ".join(f"{row[0]} {row[-1]}" for row in rows)
     return Figure(
         title="Memory by category" if any(entry.memory for entry, _ in shown) else "Memory",
-        svg=charts.stacked_bars(
+        svg=charts.draw_stacked_bars(
             bars, x=f"{memory}, {unit}", limit=card / divisor if is_drawn and card else None, limit_name=name
         ),
         alt=f"Stacked bars of {memory}: {sums}. {verdict}",
@@ -232,7 +240,7 @@ def _memory(entries: Sequence[Entry], memory: str, note: str, card_bytes: int | 
     )
 
 
-def _quality(entries: Sequence[Entry], loss: str, memory: str) -> Figure | None:
+def _show_quality(entries: Sequence[Entry], loss: str, memory: str) -> Figure | None:
     by_part = all(entry.memory for entry in entries if entry.loss is not None)
     points = []
     for entry in entries:
@@ -241,7 +249,7 @@ def _quality(entries: Sequence[Entry], loss: str, memory: str) -> Figure | None:
             points.append((entry.name, size, entry.loss))
     if len(points) < 2:
         return None
-    front = pareto_front([point[1:] for point in points])
+    front = find_pareto_front([point[1:] for point in points])
     unit, divisor = ("GB", GB) if max(size for _, size, _ in points) >= GB else ("MB", 10**6)
     best = [name for name, *point in points if tuple(point) in front]
     label = memory if by_part else "peak memory of the run"
@@ -251,20 +259,20 @@ def _quality(entries: Sequence[Entry], loss: str, memory: str) -> Figure | None:
     ]
     return Figure(
         title="Quality against memory",
-        svg=charts.scatter(
+        svg=charts.draw_scatter(
             [(name, size / divisor, value) for name, size, value in points],
             [(size / divisor, value) for size, value in front],
             x=f"{label}, {unit}",
             y=loss,
         ),
         alt=f"Scatter of {loss} against {label}; the Pareto front is {', '.join(best)}.",
-        note="Lower and further left is better. Filled: the Pareto front, which no other one beats in one "
-        "figure without losing in the other.",
+        note="Lower and further left is better. Filled: the Pareto front, those that no other one beats in "
+        "one value without being worse in the other.",
         table=Table(["", label, loss, "on the front"], rows),
     )
 
 
-def _activity(entry: Entry) -> Figure | None:
+def _show_active_blocks(entry: Entry) -> Figure | None:
     if entry.blocks is None or not entry.blocks.visits:
         return None
     active, visits = entry.blocks.active, entry.blocks.visits
@@ -273,15 +281,15 @@ def _activity(entry: Entry) -> Figure | None:
     blocks = plural(len(visits), "block")
     alt = (
         f"Map of active blocks of {entry.name}: {blocks} over {plural(len(active), 'period')}, with each "
-        f"block's count; the counts go from {min(visits)} to {max(visits)}."
+        f"block's number of visits, from {min(visits)} to {max(visits)}."
     )
     note = "Left: a mark where a block trained in a period. Right: visits, the periods it trained in."
     if never:
         note += f" Never trained: {'blocks' if len(never) > 1 else 'block'} {ranges_text(never)}."
     if unlogged:
-        note += f" Shaded: {plural(len(unlogged), 'period')} without a logged step (run.log_every)."
+        note += f" Shaded: {plural(len(unlogged), 'period')} without a logged step (see run.log_every)."
     if not active:
-        note += " Which periods is not known: the run's metrics.jsonl is not there."
+        note += " The periods are unknown because the run's metrics.jsonl is missing."
     periods = [
         ", ".join(str(period) for period, drawn in sorted(active.items()) if block in drawn)
         for block in range(len(visits))
@@ -289,14 +297,14 @@ def _activity(entry: Entry) -> Figure | None:
     rows = [[str(block), str(visits[block]), periods[block]] for block in range(len(visits))]
     return Figure(
         title=f"Active blocks: {entry.name}",
-        svg=charts.active_blocks(active, visits),
+        svg=charts.draw_active_blocks(active, visits),
         alt=alt,
         note=note,
         table=Table(["block", "visits", "in periods"], rows),
     )
 
 
-def _movement(entries: Sequence[Entry]) -> Figure | None:
+def _show_movement(entries: Sequence[Entry]) -> Figure | None:
     moved = [(entry.name, entry.movement) for entry in entries if entry.movement]
     if not moved:
         return None
@@ -310,7 +318,7 @@ def _movement(entries: Sequence[Entry]) -> Figure | None:
     )
     return Figure(
         title="Weight movement by block",
-        svg=charts.lines(
+        svg=charts.draw_lines(
             [(name, [list(enumerate(each))]) for name, each in moved],
             x="block, 0 nearest the input",
             y="relative movement",

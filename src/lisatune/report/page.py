@@ -1,4 +1,4 @@
-"""One HTML file from what was gathered: no script, nothing loaded, every text escaped."""
+"""The content of a report, and its HTML file: without scripts, loading nothing, with every text escaped."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,18 +7,19 @@ from pathlib import Path
 from lisatune.files.disk import replace_file
 from lisatune.report.figures import Entry, Figure, Table
 
-__all__ = ["Page", "Question", "group_samples", "render", "write_page"]
+__all__ = ["Page", "Sample", "group_samples", "render", "write_page"]
 
 
 @dataclass(frozen=True)
-class Question:
-    """A held-out prompt and what was answered to it, before and after."""
+class Sample:
+    """A held-out prompt with its answers before and after training."""
 
     prompt: str
     reference: str
     before: list[tuple[str, str]]
-    """Name, and the answer before training; equal ones once."""
+    """Name and answer before training. Equal answers are listed once."""
     after: list[tuple[str, str]]
+    """Name and answer after training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,32 +30,32 @@ class Page:
     made: str
     intro: Sequence[str]
     problems: Sequence[str]
-    """What is missing or must be known."""
+    """Warnings: what is missing, and what a reader must know."""
     overview: Table
     overview_note: str
     tables: Sequence[tuple[str, Table]]
     figures: Sequence[Figure]
-    samples: Sequence[Question]
+    samples: Sequence[Sample]
     texts: Sequence[tuple[str, str]]
-    """Recipes and environments to repeat it, each under a title."""
+    """Recipes, commands and environments to repeat the runs, each with a title."""
 
 
-def group_samples(entries: Sequence[Entry]) -> list[Question]:
-    """Put answers to the same prompt side by side."""
-    questions: dict[tuple[str, str], Question] = {}
+def group_samples(entries: Sequence[Entry]) -> list[Sample]:
+    """Group the answers of all entries by prompt."""
+    samples: dict[tuple[str, str], Sample] = {}
     for entry in entries:
-        for sample in entry.samples:
-            prompt, reference = sample.get("prompt", ""), sample.get("reference", "")
-            question = questions.setdefault((prompt, reference), Question(prompt, reference, [], []))
-            before = sample.get("before", "")
-            if before not in [text for _, text in question.before]:
-                question.before.append((entry.name, before))
-            question.after.append((entry.name, sample.get("after", "")))
-    return list(questions.values())
+        for answers in entry.samples:
+            prompt, reference = answers.get("prompt", ""), answers.get("reference", "")
+            sample = samples.setdefault((prompt, reference), Sample(prompt, reference, [], []))
+            before = answers.get("before", "")
+            if before not in [text for _, text in sample.before]:
+                sample.before.append((entry.name, before))
+            sample.after.append((entry.name, answers.get("after", "")))
+    return list(samples.values())
 
 
 def render(page: Page) -> str:
-    """Write the page as HTML.
+    """Render the page as HTML.
 
     Raises:
         ImportError: Jinja2 is missing.
@@ -71,14 +72,14 @@ def render(page: Page) -> str:
         lstrip_blocks=True,
     )
     text = environment.get_template("template.html.j2").render(page=page)
-    return text.encode("utf-8", errors="replace").decode()  # half characters, as JSON can hold
+    return text.encode("utf-8", errors="replace").decode()  # lone surrogates, which JSON may contain
 
 
 def write_page(page: Page, path: Path) -> None:
-    """Write the page as a file, whole or not at all.
+    """Write the page to a file, which appears complete or not at all.
 
     Raises:
         ImportError: Jinja2 is missing.
-        OSError: it can't be written.
+        OSError: the file cannot be written.
     """
     replace_file(path, render(page))

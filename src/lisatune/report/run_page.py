@@ -1,4 +1,4 @@
-"""The page of run folders, as `lisatune train` leaves them, finished or not."""
+"""The report of run folders that `lisatune train` made, finished or not."""
 
 import json
 import time
@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lisatune.compare.outcome import held_out_curve
-from lisatune.console import byte_text, count_text, plural
+from lisatune.compare.outcome import extract_held_out_curve
+from lisatune.console import byte_text, count_text, first_line, plural
 from lisatune.files import yaml
-from lisatune.report.figures import Entry, Table, block_history, make_figures, mark_best, read_metrics
+from lisatune.report.figures import Entry, Table, extract_block_history, make_figures, mark_best, read_metrics
 from lisatune.report.page import Page, group_samples
 
-__all__ = ["runs_page"]
+__all__ = ["make_runs_page"]
 
 Pick = Callable[..., float]
-
+"""`min` or `max`: which value is the best."""
 
 COLUMNS: dict[str, tuple[str, Callable[[float], str], Pick | None]] = {
     "steps": ("steps", lambda value: f"{value:,}", None),
@@ -29,12 +29,12 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str], Pick | None]] = {
     "tokens/s": ("tokens_per_second", lambda value: f"{value:,.0f}", max),
     "training time": ("train_seconds", lambda value: f"{value:,.1f} s", min),
 }
-"""Columns of the overview: key of summary.json, its text, and which is best."""
+"""Columns of the overview: key in summary.json, how to format it, and which value is the best."""
 
 
 @dataclass
-class _Run:
-    """What could be read of a run folder."""
+class _RunFiles:
+    """The files of a run folder that could be read."""
 
     name: str
     folder: Path
@@ -45,52 +45,53 @@ class _Run:
     problems: list[str] = field(default_factory=list)
 
 
-def runs_page(folders: Sequence[Path], *, card_bytes: int | None = None, weights: bool = True) -> Page:
-    """Gather runs.
+def make_runs_page(folders: Sequence[Path], *, card_bytes: int | None = None, weights: bool = True) -> Page:
+    """Make the page of one or several runs.
 
     Args:
-        folders: run folders; of those that are missing or half written the page says so.
+        folders: run folders. The page lists the files that are missing or damaged.
         card_bytes: as in `make_figures`.
-        weights: whether to load models for the movement of their weights.
+        weights: whether to load models to see how far their weights moved.
 
     Raises:
-        FileNotFoundError: no folder is that of a run.
+        FileNotFoundError: none of the folders is a run folder.
     """
-    runs = [_read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+    names = _shorten_paths(folders)
+    runs = [_read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
     if not any(run.recipe for run in runs):
         raise FileNotFoundError(f"nothing to report: {'; '.join(p for run in runs for p in run.problems)}")
     found = [run for run in runs if run.recipe or run.metrics or run.summary]
-    entries = [_entry(run, weights) for run in found]
+    entries = [_make_entry(run, weights) for run in found]
     return Page(
         title=f"Run {found[0].name}" if len(runs) == 1 else f"{len(runs)} runs",
         made=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        intro=[f"{run.name}: {_words(run)}" for run in found],
+        intro=[f"{run.name}: {_describe(run)}" for run in found],
         problems=[problem for run in runs for problem in run.problems],
-        overview=_overview(found),
-        overview_note="Loss is that of each run's own held-out records, in nats per token. "
+        overview=_make_overview(found),
+        overview_note="Loss is measured on each run's own held-out records, in nats per token. "
         + (
-            "Marked: the best of each column; runs on other data or lengths don't compare. "
+            "Marked: the best of each column; runs on different data or lengths cannot be compared. "
             if found[1:]
             else ""
         )
-        + "peak memory: of the process on a CPU, loading included, else allocated on the device.",
+        + "peak memory: on a CPU of the process, loading included; else as allocated on the device.",
         tables=[],
         figures=make_figures(
             entries,
             loss="held-out loss",
             memory="tensors in a step",
-            memory_note="By the run's plan. `lisatune compare` measures them."
+            memory_note="As planned before the run. `lisatune compare` measures them."
             if any(entry.memory for entry in entries)
-            else "Peak memory of the whole run, not split: there is no plan in its summary.",
+            else "Peak memory of the whole run, undivided: its summary has no plan.",
             card_bytes=card_bytes,
         ),
         samples=group_samples(entries),
-        texts=[text for run in found for text in _texts(run)],
+        texts=[text for run in found for text in _list_texts(run)],
     )
 
 
-def _names(folders: Sequence[Path]) -> list[str]:
-    """Shortest ends of the paths that differ."""
+def _shorten_paths(folders: Sequence[Path]) -> list[str]:
+    """Shorten the paths to their last parts, as many as are needed to tell them apart."""
     paths = [folder.absolute().parts for folder in folders]
     for length in range(1, max(map(len, paths)) + 1):
         names = ["/".join(parts[-length:]) for parts in paths]
@@ -99,12 +100,12 @@ def _names(folders: Sequence[Path]) -> list[str]:
     raise ValueError(f"a run is named twice: {', '.join(map(str, folders))}; name each once")
 
 
-def _read(folder: Path, name: str) -> _Run:
-    run = _Run(name, folder)
+def _read_run(folder: Path, name: str) -> _RunFiles:
+    run = _RunFiles(name, folder)
     if not folder.is_dir():
-        run.problems.append(f"{folder} is not there: name the folder of a run, as run.output says")
+        run.problems.append(f"{folder} does not exist; name the folder of a run, its run.output")
         return run
-    if (text := _text(run, "recipe.yaml")) is not None:
+    if (text := _read_text(run, "recipe.yaml")) is not None:
         try:
             recipe = yaml.load(text)
         except ValueError:
@@ -114,7 +115,7 @@ def _read(folder: Path, name: str) -> _Run:
         else:
             run.problems.append(f"{name}: recipe.yaml is damaged")
     for file in ("environment.json", "summary.json"):
-        if (text := _text(run, file)) is not None:
+        if (text := _read_text(run, file)) is not None:
             try:
                 values = json.loads(text)
             except ValueError:
@@ -126,48 +127,47 @@ def _read(folder: Path, name: str) -> _Run:
     try:
         run.metrics, damaged = read_metrics(folder)
     except OSError:
-        run.problems.append(f"{name}: metrics.jsonl is missing: there are no curves")
+        run.problems.append(f"{name}: metrics.jsonl is missing, so there are no curves")
     else:
         if damaged:
-            run.problems.append(f"{name}: metrics.jsonl has {plural(damaged, 'line')} that can't be read")
+            run.problems.append(f"{name}: metrics.jsonl has {plural(damaged, 'line')} that cannot be read")
     return run
 
 
-def _text(run: _Run, file: str) -> str | None:
+def _read_text(run: _RunFiles, file: str) -> str | None:
     try:
         return (run.folder / file).read_text(encoding="utf-8", errors="replace")
     except OSError:
-        what = (
-            "the run has not ended: there are no final figures" if file == "summary.json" else "is it a run?"
-        )
-        run.problems.append(f"{run.name}: {file} is missing; {what}")
+        is_summary = file == "summary.json"
+        why = "the run has not finished, so there are no final figures" if is_summary else "is it a run?"
+        run.problems.append(f"{run.name}: {file} is missing; {why}")
         return None
 
 
-def _entry(run: _Run, weights: bool) -> Entry:
-    curve = held_out_curve(run.metrics)
+def _make_entry(run: _RunFiles, weights: bool) -> Entry:
+    curve = extract_held_out_curve(run.metrics)
     return Entry(
         name=run.name,
         curves=[curve],
         loss=run.summary.get("held_out_loss_after"),
         peak_bytes=run.summary.get("peak_bytes"),
         memory=run.summary.get("planned_at_peak", {}),
-        blocks=block_history(run.metrics, run.summary.get("visits")),
-        movement=_movement(run) if weights and run.recipe else None,
+        blocks=extract_block_history(run.metrics, run.summary.get("visits")),
+        movement=_measure_movement(run) if weights and run.recipe else None,
         samples=run.summary.get("samples", []),
     )
 
 
-def _movement(run: _Run) -> list[float] | None:
-    """Movement of the run's weights, where its model and the one it began with are on this disk."""
-    folder, began = run.folder / "model", str(run.recipe.get("model", {}).get("name", ""))
+def _measure_movement(run: _RunFiles) -> list[float] | None:
+    """Measure how far the weights moved, if the run's model and the one it started from are on this disk."""
+    folder, base = run.folder / "model", str(run.recipe.get("model", {}).get("name", ""))
     if (folder / "adapter_config.json").exists():
         return None
     if not folder.is_dir():
-        run.problems.append(f"{run.name}: model is missing: weight movement is left out")
+        run.problems.append(f"{run.name}: model is missing; weight movement is left out")
         return None
-    if not Path(began).exists() and began != "smollm2-135m":
-        run.problems.append(f"{run.name}: {began} is not on this disk: weight movement is left out")
+    if not Path(base).exists() and base != "smollm2-135m":
+        run.problems.append(f"{run.name}: {base} is not on this disk; weight movement is left out")
         return None
     import torch
 
@@ -175,16 +175,16 @@ def _movement(run: _Run) -> list[float] | None:
     from lisatune.models.load import load_model, stored_dtype
 
     try:
-        # Of the written model: rounding to it is no movement.
+        # Both in the dtype of the written model, so that rounding to it does not count as movement.
         dtype = stored_dtype(str(folder)) or torch.float32
-        return block_movement(load_model(began, dtype=dtype), load_model(str(folder), dtype=dtype))
+        return block_movement(load_model(base, dtype=dtype), load_model(str(folder), dtype=dtype))
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        run.problems.append(f"{run.name}: weight movement is left out: {reason}")
+        run.problems.append(f"{run.name}: weight movement is left out: {first_line(error)}")
         return None
 
 
-def _words(run: _Run) -> str:
+def _describe(run: _RunFiles) -> str:
+    """Describe the run in one line: method, model, data and learning rate."""
     model, data, settings, optimizer = (
         run.recipe.get(name, {}) for name in ("model", "data", "method", "optimizer")
     )
@@ -200,7 +200,7 @@ def _words(run: _Run) -> str:
     )
 
 
-def _overview(runs: Sequence[_Run]) -> Table:
+def _make_overview(runs: Sequence[_RunFiles]) -> Table:
     heads, rows, best = ["run"], [[run.name] for run in runs], set()
     for head, (key, text, pick) in COLUMNS.items():
         values = [run.summary.get(key) for run in runs]
@@ -214,7 +214,7 @@ def _overview(runs: Sequence[_Run]) -> Table:
     return Table(heads, rows, frozenset(best))
 
 
-def _texts(run: _Run) -> list[tuple[str, str]]:
+def _list_texts(run: _RunFiles) -> list[tuple[str, str]]:
     environment = run.environment
     return [
         (f"{run.name}: recipe", yaml.dump(run.recipe) if run.recipe else "missing"),

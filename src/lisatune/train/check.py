@@ -14,7 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 from rich.console import Console
 from rich.text import Text
 
-from lisatune.console import plural, terminal
+from lisatune.console import USER_ERRORS, plural, terminal
 from lisatune.data.prepare import RunData, prepare_data
 from lisatune.data.records import read_records
 from lisatune.distributed.ranks import pick_device
@@ -25,7 +25,6 @@ from lisatune.runs.folder import check_output
 from lisatune.train.assemble import check_fits, rehearse
 from lisatune.train.outline import Outline, make_outline, print_outline
 from lisatune.train.progress import check_trackers
-from lisatune.train.stopping import USER_ERRORS
 
 __all__ = ["CheckReport", "check", "print_report"]
 

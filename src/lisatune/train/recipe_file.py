@@ -1,9 +1,9 @@
-"""Reads a recipe file and overrides into a `Recipe`.
+"""Read a recipe file and overrides into a `Recipe`.
 
-A recipe is YAML with the sections of `lisatune.recipe.Recipe`; an override is `section.key=value` and
-wins over the file. cyclopts turns both into the sections' dataclasses and writes their help. Checked
-here, because cyclopts lets it pass: sections that are no mapping, 1.5 where a whole number is due (it
-rounds), and a bare number where text is due (YAML reads `revision: 1.10` as 1.1).
+A recipe is YAML with the sections of `lisatune.recipe.Recipe`. An override is `section.key=value` and wins
+over the file. cyclopts turns both into the sections' dataclasses and writes their help. Three faults are
+checked here because cyclopts accepts them: a section that is not a mapping, 1.5 for a whole number (cyclopts
+rounds it), and a bare number for a text (YAML reads `revision: 1.10` as 1.1).
 """
 
 import dataclasses
@@ -25,9 +25,24 @@ from rich.console import Console
 from lisatune.files import yaml
 from lisatune.methods import METHODS
 from lisatune.methods.optimizers import OPTIMIZERS
-from lisatune.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe, RunConfig, unknown
+from lisatune.recipe import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Recipe,
+    RunConfig,
+    split_override,
+    unknown,
+)
 
-__all__ = ["Sections", "build_recipe", "load_recipe", "print_keys", "read_sections", "recipe_without_file"]
+__all__ = [
+    "Sections",
+    "build_recipe",
+    "load_recipe",
+    "print_keys",
+    "read_sections",
+    "recipe_without_file",
+]
 
 SECTIONS: dict[str, type] = {
     "model": ModelConfig,
@@ -36,27 +51,26 @@ SECTIONS: dict[str, type] = {
     "optimizer": OptimizerConfig,
     "run": RunConfig,
 }
-"""Sections in the order they are shown; the class of `method` is the one `method.name` picks."""
-
+"""The sections in the order of the help. For `method`, the default; `method.name` picks the class."""
 
 Sections = dict[str, dict[str, Any]]
-"""What a file says: {section: {key: value}}."""
+"""The content of a recipe file: {section: {key: value}}."""
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe.
 
     Args:
-        path: YAML file. It also names the run folder where `run.output` isn't given: runs/STEM.
-        overrides: `section.key=value`; lists are written `[1, 2]`, an empty optional value `null`.
+        path: YAML file. Without `run.output` the run folder is named after it: runs/STEM.
+        overrides: `section.key=value`; a list is written `[1, 2]`, no value `null`.
 
     Returns:
         The recipe with all defaults filled in.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: anything in file or overrides is unknown, of the wrong type or out of range; the
-            message is one sentence with file, key and value.
+        ValueError: a key or value in the file or the overrides is unknown, of the wrong type or out of
+            range; the message is one sentence with file, key and value.
     """
     recipe = build_recipe(str(path), read_sections(Path(path)), overrides)
     output = recipe.run.output or f"runs/{Path(path).stem}"
@@ -64,12 +78,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def recipe_without_file(overrides: Sequence[str]) -> Recipe:
-    """Build a recipe from overrides alone, for what reads no data; errors as in `load_recipe`."""
+    """Build a recipe from overrides alone, for a caller that reads no data; errors as in `load_recipe`."""
     return build_recipe("command line", {"data": {"train": "none"}}, overrides)
 
 
 def build_recipe(path: str, from_file: Sections, overrides: Sequence[str]) -> Recipe:
-    """Build a recipe from what a file says and overrides; errors as in `load_recipe`, naming `path`."""
+    """Build a recipe from a file's content and overrides; errors as in `load_recipe`, naming `path`."""
     from_overrides = _read_overrides(overrides)
     given = {name: from_file.get(name, {}) | from_overrides.get(name, {}) for name in SECTIONS}
 
@@ -82,18 +96,18 @@ def build_recipe(path: str, from_file: Sections, overrides: Sequence[str]) -> Re
     sections = SECTIONS | {"method": METHODS[method]}
     for section, values in given.items():
         for key, value in values.items():
-            if key not in _keys(sections[section]):
-                raise ValueError(f"{where(section, key)}: {_unknown_key(section, key, sections)}")
+            if key not in _list_keys(sections[section]):
+                raise ValueError(f"{where(section, key)}: {_explain_unknown_key(section, key, sections)}")
             if isinstance(value, dict):
                 _refuse(where(section, key), sections, section, key, value)
     try:
         recipe = _parse(sections, given)
     except MissingArgumentError as error:
-        raise ValueError(f"{path}: {_dotted(error)} is missing; add it") from None
+        raise ValueError(f"{path}: {_name_key(error)} is missing; add it") from None
     except CoercionError as error:
-        section, key = _dotted(error).split(".")
+        section, key = _name_key(error).split(".")
         _refuse(where(section, key), sections, section, key, given[section][key])
-    except ValueError as error:  # a range, from __post_init__
+    except ValueError as error:  # out of range, from a section's __post_init__
         named = re.search(rf"\b({'|'.join(SECTIONS)})\.(\w+)", str(error))
         raise ValueError(f"{where(*named.groups()) if named else path}: {error}") from None
     if recipe.optimizer.name not in OPTIMIZERS:
@@ -106,17 +120,65 @@ def build_recipe(path: str, from_file: Sections, overrides: Sequence[str]) -> Re
     return recipe
 
 
+def read_sections(path: Path, *, also: Sequence[str] = ()) -> Sections:
+    """Read a recipe file; errors as in `load_recipe`. `also` names further sections that it may have."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give a recipe file, such as {path}/recipe.yaml")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"recipe {path} does not exist") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"recipe {path} is not UTF-8 text (byte {error.start})") from None
+    try:
+        root = yaml.load(text)
+    except ValueError as error:
+        raise ValueError(f"recipe {path}: {error}") from None
+    if root is None:
+        raise ValueError(f"recipe {path} is empty; it needs at least model.name and data.train")
+    if not isinstance(root, dict):
+        raise ValueError(f"recipe {path} must be sections of keys, got a {type(root).__name__}")
+    for section, values in root.items():
+        if section == "compare" and section not in also:
+            raise ValueError(f"{path} describes a comparison; give it to `lisatune compare`")
+        if section not in (*SECTIONS, *also):
+            raise ValueError(f"{path}: {unknown('section', section, SECTIONS)}")
+        if not isinstance(values, dict | None):
+            raise ValueError(
+                f"{path}: section {section} must hold keys, a `key: value` per line, got {values!r}"
+            )
+    return {section: values or {} for section, values in root.items()}
+
+
 def print_keys(console: Console) -> None:
-    """Print every key of every section and method with its help text, a panel for each."""
+    """Print every key with its help text, in one panel per section and per method."""
     panels: dict[str, type] = {}
     for name, section in SECTIONS.items():
         methods = {f"method ({method})": kind for method, kind in METHODS.items()}
         panels |= methods if name == "method" else {name: section}
-    _app(panels).help_print([], console=console)
+    _build_app(panels).help_print([], console=console)
 
 
-def _app(sections: Mapping[str, type], **options: Any) -> App:
-    """Build a cyclopts app whose one command takes the sections as keyword arguments."""
+def _read_overrides(overrides: Iterable[str]) -> Sections:
+    values: Sections = {}
+    for override in overrides:
+        section, key, text = split_override(override) or ("", "", None)
+        if text is None:
+            raise ValueError(f"override {override!r} must look like section.key=value, such as run.steps=100")
+        if section not in SECTIONS:
+            raise ValueError(f"command line: {unknown('section', section, SECTIONS)}")
+        value: Any = text
+        if text.startswith("[") or text in ("null", "~"):
+            try:
+                value = yaml.load(text)
+            except ValueError:
+                raise ValueError(f"override {override!r}: a list is written [a, b]") from None
+        values.setdefault(section, {})[key] = value
+    return values
+
+
+def _build_app(sections: Mapping[str, type], **options: Any) -> App:
+    """Build a cyclopts app with a single command that takes the sections as keyword arguments."""
     app = App(
         usage="",
         help="",
@@ -149,74 +211,25 @@ def _app(sections: Mapping[str, type], **options: Any) -> App:
 
 
 def _parse(sections: Mapping[str, type], given: Sections) -> Recipe:
-    app = _app(sections, config=Dict(given, use_commands_as_keys=False))
+    app = _build_app(sections, config=Dict(given, use_commands_as_keys=False))
     recipe = app([], exit_on_error=False, print_error=False)
     assert isinstance(recipe, Recipe)
     return recipe
 
 
-def _dotted(error: CycloptsError) -> str:
+def _name_key(error: CycloptsError) -> str:
     assert error.argument is not None
     return error.argument.name.lstrip("-")
 
 
-def read_sections(path: Path, *, also: Sequence[str] = ()) -> Sections:
-    """Read a recipe file; errors as in `load_recipe`. `also` names sections that it may have besides."""
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; give a recipe file, such as {path}/recipe.yaml")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"recipe {path} does not exist") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"recipe {path} is not UTF-8 text (byte {error.start})") from None
-    try:
-        root = yaml.load(text)
-    except ValueError as error:
-        raise ValueError(f"recipe {path}: {error}") from None
-    if root is None:
-        raise ValueError(f"recipe {path} is empty; it needs at least model.name and data.train")
-    if not isinstance(root, dict):
-        raise ValueError(f"recipe {path} must be sections of keys, got a {type(root).__name__}")
-    for section, values in root.items():
-        if section == "compare" and section not in also:
-            raise ValueError(f"{path} describes a comparison; give it to `lisatune compare`")
-        if section not in (*SECTIONS, *also):
-            raise ValueError(f"{path}: {unknown('section', section, SECTIONS)}")
-        if not isinstance(values, dict | None):
-            raise ValueError(
-                f"{path}: section {section} must hold keys, a `key: value` per line, got {values!r}"
-            )
-    return {section: values or {} for section, values in root.items()}
-
-
-def _read_overrides(overrides: Iterable[str]) -> Sections:
-    values: Sections = {}
-    for override in overrides:
-        match = re.fullmatch(r"(?:--)?([\w-]+)\.([\w-]+)=(.*)", override, flags=re.DOTALL)
-        if match is None:
-            raise ValueError(f"override {override!r} must look like section.key=value, such as run.steps=100")
-        section, key, text = match[1], match[2].replace("-", "_"), match[3]
-        if section not in SECTIONS:
-            raise ValueError(f"command line: {unknown('section', section, SECTIONS)}")
-        value: Any = text
-        if text.startswith("[") or text in ("null", "~"):
-            try:
-                value = yaml.load(text)
-            except ValueError:
-                raise ValueError(f"override {override!r}: a list is written [a, b]") from None
-        values.setdefault(section, {})[key] = value
-    return values
-
-
-def _keys(section: type) -> list[str]:
+def _list_keys(section: type) -> list[str]:
     return [field.name for field in dataclasses.fields(section)]
 
 
-def _unknown_key(section: str, key: object, sections: Mapping[str, Any]) -> str:
-    known = _keys(sections[section])
+def _explain_unknown_key(section: str, key: object, sections: Mapping[str, Any]) -> str:
+    known = _list_keys(sections[section])
     close = difflib.get_close_matches(str(key), known, n=1)
-    elsewhere = [other for other in sections if key in _keys(sections[other])]
+    elsewhere = [other for other in sections if key in _list_keys(sections[other])]
     owner = f" of method {sections[section].name}" if section == "method" else ""
     if not close and not elsewhere:
         return f"unknown key '{section}.{key}'{owner}. Known: {', '.join(known)}"
@@ -239,7 +252,7 @@ def _refuse(where: str, sections: Mapping[str, type], section: str, key: str, va
 
 
 def _describe(hint: Any) -> str:
-    """Say in words what a field takes."""
+    """Describe the values that a field takes, in words."""
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     if hint in words:
         return words[hint]
@@ -254,7 +267,7 @@ def _describe(hint: Any) -> str:
 
 
 def _is_faithful(given: Any, parsed: Any) -> bool:
-    """Whether the value that was read says the same as the one that was written."""
+    """Whether the parsed value still means what was written."""
     if isinstance(parsed, tuple):
         items = given if isinstance(given, list) else [given]
         return all(_is_faithful(*pair) for pair in zip(items, parsed, strict=True))

@@ -7,19 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from lisatune.console import Terminated
 from lisatune.distributed import ranks
 from lisatune.runs.folder import RunFolder
 from lisatune.runs.manifest import newest_checkpoint
 
 __all__ = [
-    "BAD_INPUT",
-    "DEFECT",
-    "INTERRUPTED",
-    "TERMINATED",
-    "USER_ERRORS",
-    "Terminated",
     "agreed_stop",
-    "exit_code",
     "interruptible",
     "terminable",
     "way_back",
@@ -89,24 +83,6 @@ def _handling(handlers: dict[signal.Signals, Handler]) -> Iterator[None]:
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
     raise Terminated
-
-
-DEFECT, BAD_INPUT, INTERRUPTED, TERMINATED = 1, 2, 130, 143
-
-
-USER_ERRORS = (ValueError, OSError, RuntimeError, ImportError)
-"""What bad input and a machine that gives out raise, with a sentence for the user."""
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM. Taken for Ctrl-C by what does not care which."""
-
-
-def exit_code(error: BaseException) -> int:
-    """The code of a process that this error ends."""
-    if isinstance(error, KeyboardInterrupt):
-        return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
-    return BAD_INPUT if isinstance(error, USER_ERRORS) else DEFECT
 
 
 def agreed_stop(asked: Callable[[], Stop | None]) -> Callable[[], Stop | None]:

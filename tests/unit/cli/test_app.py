@@ -58,6 +58,30 @@ def test_help_of_each_command_has_an_example(name: str, capsys: pytest.CaptureFi
     assert max(map(len, out.splitlines())) <= 100
 
 
+def test_help_imports_nothing_that_loads_models_or_trains() -> None:
+    script = (
+        "import sys; from lisatune.cli import main; main(['--help'])\n"
+        "heavy = {'lisatune.train', 'lisatune.memory', 'lisatune.models', 'transformers', 'datasets'}\n"
+        "sys.stderr.write(str(sorted(heavy & set(sys.modules))))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert "Commands" in done.stdout
+    assert done.stderr == "[]"
+
+
+def test_without_the_packages_of_training_the_command_says_how_to_install_them() -> None:
+    script = (
+        "import sys\n"
+        "for name in ('cyclopts', 'rich', 'yaml', 'transformers'): sys.modules[name] = None\n"
+        "from lisatune.cli import main; sys.exit(main(['train', 'recipe.yaml']))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("lisatune: error: ")
+    assert done.stderr.endswith('the command needs packages: pip install "lisatune[train]"\n')
+    assert done.stderr.count("\n") == 1
+
+
 def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"{__version__}\n"
@@ -183,28 +207,30 @@ def test_each_kind_of_end_has_its_exit_code(
 
 
 def test_warnings_name_what_is_wrong_and_no_line_of_code() -> None:
-    text = app._warning_text("2 blocks never train", UserWarning, "lisa.py", 5)
+    text = app._format_warning("2 blocks never train", UserWarning, "lisa.py", 5)
     assert text == "lisatune: warning: 2 blocks never train\n"
-    assert "lib.py:5" in app._warning_text("old name", FutureWarning, "lib.py", 5)
+    assert "lib.py:5" in app._format_warning("old name", FutureWarning, "lib.py", 5)
 
 
-@pytest.mark.parametrize(
-    ("given", "meant"),
-    [
-        (["--run.steps", "5"], ["run.steps=5"]),
-        (["--run.steps=5", "run.seed=1"], ["run.steps=5", "run.seed=1"]),
-        (["--optimizer.lr", "-1"], ["optimizer.lr=-1"]),
-        (["--data.packing"], ["data.packing=true"]),
-        (["--data.packing", "--resume"], ["data.packing=true", "--resume"]),
-        (["--data.packing", "run.steps=5"], ["data.packing=true", "run.steps=5"]),
-        (
-            ["train", "a.yaml", "--model.name", "x/y", "--debug"],
-            ["train", "a.yaml", "model.name=x/y", "--debug"],
-        ),
-    ],
-)
-def test_overrides_may_be_written_as_options(given: list[str], meant: list[str]) -> None:
-    assert app._joined(given) == meant
+def test_an_empty_argument_is_refused_and_nothing_after_it_is_dropped(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An unset shell variable: every argument after it used to be ignored, run.output among them."""
+    run = recipe.parent / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text("of a finished run")
+    new = recipe.parent / "new"
+    assert main(["train", str(recipe), "--overwrite", "", f"run.output={new}"]) == 2
+    said = capsys.readouterr().err
+    assert said == (
+        "lisatune: error: the argument after '--overwrite' is empty; give it a value or leave it out\n"
+    )
+    assert (run / "recipe.yaml").read_text() == "of a finished run"
+    assert not new.exists()
+    assert main(["", "train"]) == 2
+    assert "the argument after 'lisatune' is empty" in capsys.readouterr().err
+    assert main(["train", str(recipe), "--run.output", ""]) == 2
+    assert "the argument after '--run.output' is empty" in capsys.readouterr().err
 
 
 def test_the_process_itself_ends_with_these_codes(tmp_path: Path) -> None:

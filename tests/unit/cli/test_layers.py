@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from lisatune.cli.layers import layer_table, print_layers
+from lisatune.cli.layers import list_layers, print_layers
 
 SMALL = {"num_attention_heads": 4, "vocab_size": 100}
 DEEPSEEK = DeepseekV3Config(
@@ -37,7 +37,7 @@ def test_the_rows_hold_every_parameter_once(config: PreTrainedConfig) -> None:
     auto = AutoModelForImageTextToText if config is GEMMA else AutoModelForCausalLM
     with torch.device("meta"):
         model = auto.from_config(config)
-    rows = layer_table(model)
+    rows = list_layers(model)
     assert sum(count for *_, count in rows) == sum(p.numel() for p in model.parameters())
     blocks = {"gpt2": ["3 blocks"], "deepseek_v3": ["2 blocks", "3 blocks"], "gemma3": ["3 blocks"]}
     assert [kind for kind, *_ in rows if "block" in kind] == blocks[config.model_type]

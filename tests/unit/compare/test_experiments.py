@@ -1,4 +1,4 @@
-"""The comparisons in experiments/ are ones that `lisatune compare` takes; schedules differ in when alone."""
+"""`lisatune compare` accepts the comparisons in experiments/; schedules differ only in when blocks train."""
 
 import runpy
 from pathlib import Path
@@ -20,18 +20,18 @@ def test_the_recipe_is_one_that_compare_takes(path: Path) -> None:
 
 
 def test_smoke_shortens_the_runs_and_keeps_the_rest() -> None:
-    arguments = runpy.run_path(str(EXPERIMENTS / "compare.py"))["arguments"]
-    given = arguments(["draws", "--smoke", "data.train=rows.jsonl"])
+    make_arguments = runpy.run_path(str(EXPERIMENTS / "compare.py"))["make_arguments"]
+    given = make_arguments(["draws", "--smoke", "data.train=rows.jsonl"])
     assert given[:3] == ["compare", str(EXPERIMENTS / "draws.yaml"), "data.train=rows.jsonl"]
     assert given[-4:] == ["--lr", "1e-4", "--output", "runs/draws-smoke"]
-    assert arguments(["draws"]) == ["compare", str(EXPERIMENTS / "draws.yaml")]
+    assert make_arguments(["draws"]) == ["compare", str(EXPERIMENTS / "draws.yaml")]
     with pytest.raises(SystemExit, match="name one of draws, epoch, gap, table2, table6, table7"):
-        arguments(["table9"])
+        make_arguments(["table9"])
 
 
 def test_schedules_train_as_many_blocks_on_average_as_the_constant_one() -> None:
     script = runpy.run_path(str(EXPERIMENTS / "schedules.py"))
-    schedules = {arm: script["schedule"](arm, 40) for arm in script["ARMS"]}
+    schedules = {arm: script["make_schedule"](arm, 40) for arm in script["ARMS"]}
     assert schedules["8"] == (8,) * 40
     assert schedules["2, then 14"] == (2,) * 20 + (14,) * 20
     for active in schedules.values():

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from lisatune.compare.outcome import compare_to, equal_time
+from lisatune.compare.outcome import compare_at_equal_time, compare_to
 from lisatune.compare.results import read_results
-from lisatune.compare.tables import markdown, overview
+from lisatune.compare.tables import format_markdown, make_overview
 
 
 def spread(value: float, std: float | None = None) -> dict[str, Any]:
@@ -70,19 +70,19 @@ def test_losses_at_equal_time_lie_between_evaluations_and_average_over_seeds() -
         run("slow", 0, (0, 3.0), (10, 9.0), chosen=False),
     ]
     both = results([arm("fast", 2.0, 4), arm("slow", 2.0, 10)], runs)
-    found = equal_time(both, "fast")
+    found = compare_at_equal_time(both, "fast")
     assert found is not None
     assert found["seconds"] == 4
     assert found["losses"] == {"fast": 2.0, "slow": pytest.approx((2.6 + 2.45) / 2)}
-    late = equal_time(both, "slow")
+    late = compare_at_equal_time(both, "slow")
     assert late is not None
     assert late["losses"] == {"fast": None, "slow": 2.0}
 
 
 def test_equal_time_asks_for_an_arm_that_is_there() -> None:
     with pytest.raises(ValueError, match=r"no arm 'ful'; arms: full"):
-        equal_time(results([arm("full", 2.0)], []), "ful")
-    assert equal_time(results([arm("full", None)], []), "full") is None
+        compare_at_equal_time(results([arm("full", 2.0)], []), "ful")
+    assert compare_at_equal_time(results([arm("full", None)], []), "full") is None
 
 
 def test_gains_are_shares_of_the_references() -> None:
@@ -100,10 +100,10 @@ def test_tables_show_mean_and_deviation_failures_and_no_empty_columns() -> None:
     both = results([arm("full", 2.0), arm("a|b", None)], [run("full", 0, (0, 3.0), (10, 2.0))])
     both["arms"][1]["reason"] = "loss nan"
     compare_to(both, "full")
-    heads, rows = overview(both)
+    heads, rows = make_overview(both)
     assert heads == ["arm", "lr", "test loss", "gain", "training time"]
     assert rows == [["full", "1e-05", "2.0000 ± 0.0100", "100 %", "10 s"], ["a|b", "failed", "", "", ""]]
-    text = markdown(both)
+    text = format_markdown(both)
     assert "| a\\|b | failed |" in text
     assert "full, lr 1, seed 0 failed: loss nan" in text
     assert "every run has 100 tokens" in text

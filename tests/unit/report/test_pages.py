@@ -16,10 +16,10 @@ from lisatune.cli import app
 from lisatune.compare.results import Results
 from lisatune.lisa.statistics import block_movement
 from lisatune.report import charts
-from lisatune.report.comparison_page import comparison_page
-from lisatune.report.figures import Entry, make_figures, mark_best, pareto_front
+from lisatune.report.comparison_page import make_comparison_page
+from lisatune.report.figures import Entry, find_pareto_front, make_figures, mark_best
 from lisatune.report.page import group_samples, render
-from lisatune.report.run_page import runs_page
+from lisatune.report.run_page import make_runs_page
 from tiny import llama
 from tiny_report import HOSTILE, results, write_run
 
@@ -71,7 +71,7 @@ def titles(page: Any) -> list[str]:
 def test_every_figure_of_a_comparison_is_there_with_words_and_a_table(
     comparison: tuple[Results, Path],
 ) -> None:
-    page = comparison_page(*comparison)
+    page = make_comparison_page(*comparison)
     assert titles(page) == [
         "Held-out loss against tokens",
         "Held-out loss against wall time",
@@ -94,7 +94,7 @@ def test_every_figure_of_a_comparison_is_there_with_words_and_a_table(
 
 
 def test_the_page_loads_nothing(comparison: tuple[Results, Path]) -> None:
-    html = render(comparison_page(*comparison))
+    html = render(make_comparison_page(*comparison))
     parsed = Parsed(html)
     for tag, attrs in parsed.tags:
         assert tag not in ("script", "link", "iframe", "object", "embed", "img")
@@ -105,12 +105,12 @@ def test_the_page_loads_nothing(comparison: tuple[Results, Path]) -> None:
 
 
 def test_the_same_results_give_the_same_bytes(comparison: tuple[Results, Path]) -> None:
-    assert render(comparison_page(*comparison)) == render(comparison_page(*comparison))
+    assert render(make_comparison_page(*comparison)) == render(make_comparison_page(*comparison))
 
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
     values = results(HOSTILE)
-    page = comparison_page(values, tmp_path)
+    page = make_comparison_page(values, tmp_path)
     html = render(page)
     parsed = Parsed(html)
     assert "<script" not in html.lower()
@@ -123,13 +123,13 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
 @settings(max_examples=20, deadline=None)
 @given(st.text())
 def test_any_name_can_be_drawn(name: str) -> None:
-    svg = charts.lines([(name, [[(0, 1), (1, 0)]])], x="x", y="y")
+    svg = charts.draw_lines([(name, [[(0, 1), (1, 0)]])], x="x", y="y")
     assert "currentColor" in svg
     assert Parsed(svg).open == []
 
 
 def test_the_best_of_each_column_is_marked_and_no_other(comparison: tuple[Results, Path]) -> None:
-    page = comparison_page(*comparison)
+    page = make_comparison_page(*comparison)
     marked = {page.overview.heads[column]: page.overview.rows[row][0] for row, column in page.overview.best}
     assert marked["test loss"] == "full"
     assert marked["peak memory"] == marked["tensors in a step"] == marked["tokens/s"] == "lisa"
@@ -140,7 +140,11 @@ def test_the_best_of_each_column_is_marked_and_no_other(comparison: tuple[Result
 
 
 def test_the_pareto_front_is_what_nothing_beats() -> None:
-    assert pareto_front([(3, 1.0), (1, 3.0), (2, 2.0), (2, 2.5), (4, 1.0)]) == [(1, 3.0), (2, 2.0), (3, 1.0)]
+    assert find_pareto_front([(3, 1.0), (1, 3.0), (2, 2.0), (2, 2.5), (4, 1.0)]) == [
+        (1, 3.0),
+        (2, 2.0),
+        (3, 1.0),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -172,7 +176,7 @@ def test_equal_answers_before_training_are_shown_once() -> None:
 
 def test_periods_that_were_not_logged_are_told(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", periods=(0, 3))
-    (figure,) = [each for each in runs_page([folder]).figures if each.title.startswith("Active")]
+    (figure,) = [each for each in make_runs_page([folder]).figures if each.title.startswith("Active")]
     assert "2 periods without a logged step" in figure.note
 
 
@@ -201,11 +205,11 @@ def test_a_run_that_has_not_ended_is_reported_with_what_is_missing(
     assert said.out == f"{output}\n"
     shown = " ".join(Parsed(output.read_text()).texts)
     for words in (
-        "half: summary.json is missing; the run has not ended",
-        "half: metrics.jsonl has 1 line that can't be read",
-        "half: model is missing: weight movement is left out",
+        "half: summary.json is missing; the run has not finished",
+        "half: metrics.jsonl has 1 line that cannot be read",
+        "half: model is missing; weight movement is left out",
         "whole: environment.json is damaged",
-        f"{gone} is not there",
+        f"{gone} does not exist",
     ):
         assert words in shown
         assert words in said.err
@@ -213,7 +217,7 @@ def test_a_run_that_has_not_ended_is_reported_with_what_is_missing(
 
 
 def test_a_comparison_without_its_run_folders_says_so(tmp_path: Path) -> None:
-    page = comparison_page(results(), tmp_path)
+    page = make_comparison_page(results(), tmp_path)
     assert any("runs/lisa/metrics.jsonl is missing" in problem for problem in page.problems)
     assert "Active blocks: lisa" in titles(page)
 
@@ -222,7 +226,7 @@ def test_a_comparison_without_its_run_folders_says_so(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         ([], "give the folder of a run"),
-        (["gone"], "nothing to report: gone is not there"),
+        (["gone"], "nothing to report: gone does not exist"),
         (["run", "run"], "a run is named twice"),
         (["run", "cmp"], "cmp is a comparison; give it alone"),
         (["run", "--gpu", "big"], "--gpu must be an amount of memory"),

@@ -109,7 +109,7 @@ def test_off_is_a_word_and_null_is_nothing(tmp_path: Path) -> None:
         (BASE + "optimizer: {lr: fast}\n", "{}: optimizer.lr must be a number, got 'fast'"),
         (
             BASE + "method: {name: ia3}\noptimizer: {ends_lr: 1e-4}\n",
-            "{}: optimizer.ends_lr=0.0001 has no use with method ia3, which trains no embedding, head or "
+            "{}: optimizer.ends_lr=0.0001 does nothing with method ia3, which trains no embedding, head or "
             "final norm; set it to null",
         ),
         (BASE + "optimizer: {lr: -1}\n", "{}: optimizer.lr must be a positive number, got -1.0"),

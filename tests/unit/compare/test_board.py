@@ -1,4 +1,4 @@
-"""The live table of a comparison's runs."""
+"""The live table of a comparison's runs, and how far a run has come."""
 
 import io
 import json
@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from lisatune.compare.arms import Comparison, read_comparison
-from lisatune.compare.processes import Run
-from lisatune.compare.stages import Board
+from lisatune.compare.board import Board
+from lisatune.compare.processes import TAIL_BYTES, Run
 
 
 @pytest.fixture
@@ -37,7 +37,6 @@ def test_a_terminal_shows_steps_then_losses_of_every_arm(comparison: Comparison,
     board, output = board_of(comparison, terminal=True)
     with board:
         run = begin(comparison, tmp_path, board)
-        board.draw()
         assert "3/6" in output.getvalue()
         (run.folder / "summary.json").write_text(json.dumps({"held_out_loss_after": 1.23456}))
         board.end(run)
@@ -76,3 +75,19 @@ def test_finished_runs_of_before_are_on_the_board_too(comparison: Comparison, tm
     with board:
         board.end(run)
     assert "1.2346" in output.getvalue()
+
+
+def test_the_last_step_is_that_of_the_last_complete_line(comparison: Comparison, tmp_path: Path) -> None:
+    run = Run(comparison.arms[0], 1e-4, 0, tmp_path)
+    assert run.read_last_step() == 0
+    run.folder.mkdir()
+    metrics = run.folder / "metrics.jsonl"
+    metrics.write_text("")
+    assert run.read_last_step() == 0
+    metrics.write_text("".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(9_000)))
+    assert metrics.stat().st_size > 2 * TAIL_BYTES
+    assert run.read_last_step() == 8_999
+    with metrics.open("a") as file:
+        file.write('{"step": 9000, "lo')
+    assert run.read_last_step() == 8_999
+    assert run.read_metrics()[-1]["step"] == 8_999

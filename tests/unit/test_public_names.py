@@ -1,0 +1,71 @@
+"""The names that `lisatune` and its packages promise: they stay where they are, and each says what it is."""
+
+import importlib
+import inspect
+import pkgutil
+from typing import Any
+
+import pytest
+
+import lisatune
+
+PUBLIC = {
+    "lisatune": (
+        *("AdamW", "EndsPolicy", "Independent", "LISA", "LayerMap", "ProofError", "Sampler", "build_adamw"),
+        *("find_layers", "param_groups", "scale_block_lr", "use_chunked_loss"),
+    ),
+    "lisatune.distributed": (),
+    "lisatune.nn": ("BlockForward", "LayerMap", "find_layers", "use_cpu_attention"),
+    "lisatune.optim": ("AdamW", "GaLoreAdamW"),
+    "lisatune.losses": ("CausalLMLoss", "use_chunked_loss"),
+    "lisatune.lisa": (
+        *("Cyclic", "EndsPolicy", "Independent", "LISA", "Permutation", "ProofError", "Sampler", "Uniform"),
+        *("Weighted", "Window", "build_adamw", "param_groups", "scale_block_lr"),
+    ),
+    "lisatune.files": (),
+    "lisatune.data": ("read_records", "tokenize"),
+    "lisatune.models": ("SHAPES", "load_model", "load_tokenizer", "save_model"),
+    "lisatune.runs": ("RunFolder", "load_checkpoint", "save_checkpoint"),
+    "lisatune.methods": (
+        *("BAdam", "Dora", "EndsOnly", "Full", "GaLore", "Ia3", "Lisa", "Lora", "METHODS", "Method"),
+        *("Prefix", "Prompt", "QLora"),
+    ),
+    "lisatune.evaluate": ("generate_answers", "held_out_loss"),
+    "lisatune.memory": ("find_fit", "measure", "plan_memory"),
+    "lisatune.train": ("load_recipe", "train"),
+    "lisatune.compare": ("read_results",),
+    "lisatune.report": (),
+    "lisatune.cli": ("main",),
+}
+"""A name leaves or moves only with a line in CHANGELOG.md. Names that are not here may change at any time."""
+
+
+def names_of(module: Any) -> list[str]:
+    """Public names of a package, its submodules aside."""
+    return sorted(
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and not (inspect.ismodule(value) and value.__name__.startswith("lisatune"))
+    )
+
+
+@pytest.mark.parametrize("package", PUBLIC)
+def test_a_package_has_its_public_names_and_no_others(package: str) -> None:
+    assert names_of(importlib.import_module(package)) == sorted(PUBLIC[package])
+
+
+@pytest.mark.parametrize(
+    ("package", "name"), [(package, name) for package, names in PUBLIC.items() for name in names]
+)
+def test_each_public_name_has_a_docstring(package: str, name: str) -> None:
+    value = getattr(importlib.import_module(package), name)
+    if isinstance(value, dict):
+        return  # a dict has no docstring of its own
+    assert value.__doc__
+    assert not value.__doc__.startswith(f"{name}("), "this is the one that dataclass makes"
+
+
+def test_every_package_is_in_the_table() -> None:
+    found = {f"lisatune.{each.name}" for each in pkgutil.iter_modules(lisatune.__path__) if each.ispkg}
+    assert found == set(PUBLIC) - {"lisatune"}
