@@ -115,7 +115,7 @@ def test_check_lists_problems_and_says_so_by_its_exit_code(
     recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["check", str(recipe)]) == 0
-    assert "nothing is in the way of this run" in capsys.readouterr().out
+    assert "no problems found" in capsys.readouterr().out
     assert main(["check", str(recipe), "method.active=9", "run.device=cuba"]) == 2
     assert "2 problems" in capsys.readouterr().out
     assert not (recipe.parent / "run").exists()
