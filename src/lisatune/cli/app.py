@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lisatune import __version__
-from lisatune.console import BAD_INPUT, exit_code, first_line
+from lisatune.console import BAD_INPUT, exit_code, first_line, join_overrides
 
 if TYPE_CHECKING:
     from cyclopts import App
@@ -173,8 +173,6 @@ def _run(tokens: list[str]) -> int:
     _refuse_empty(tokens)
     app = build_app()
     from cyclopts import CycloptsError
-
-    from lisatune.recipe import join_overrides
 
     try:
         result = app(
