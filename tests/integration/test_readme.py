@@ -28,7 +28,8 @@ def test_drop_in_trains_every_block(rates: str) -> None:
     plain, _, rest = loop.partition("\n")
     assert plain.startswith("optimizer = ")
     code = loop if rates == "one rate" else optimizer + rest
-    names = {**vars(lisatune), "torch": torch, "model": model, "loader": loader}
+    public = {name: getattr(lisatune, name) for name in lisatune.__all__}
+    names = {**public, "torch": torch, "model": model, "loader": loader}
     exec(compile(code, "README.md", "exec"), names)  # noqa: S102 - our own README
     assert names["lisa"].periods_proven == 3
     assert tiny.moved(before, model) == before.keys()
