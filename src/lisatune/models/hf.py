@@ -1,8 +1,6 @@
 """Calls into transformers: quiet, with errors in one sentence, never a random weight, never a pickle."""
 
 import json
-import logging
-import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lisatune.nn import attention
+from lisatune.nn.notices import silence_import_notices
 from lisatune.recipe import unknown
 
 __all__ = [
@@ -23,24 +22,15 @@ __all__ = [
     "quiet",
 ]
 
-CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops")
-"""Loggers that name kernels which can't be loaded, at every start."""
-
 
 def import_transformers() -> Any:
     """Import it; ImportError with the line that installs it."""
+    silence_import_notices()  # transformers imports torchao and bitsandbytes, where they are installed
     try:
         import transformers
     except ImportError as error:
         raise ImportError('opening models needs transformers: pip install "lisatune[train]"') from error
-    for name in CHATTY:  # transformers imports these packages, sooner or later, where they are installed
-        logging.getLogger(name).addFilter(_is_of_use)
     return transformers
-
-
-def _is_of_use(record: logging.LogRecord) -> bool:
-    """Whether a log line is no complaint about kernels that nothing here calls."""
-    return not re.match(r"Failed to load |<enum '\w+'> is an Enum subclass", record.getMessage())
 
 
 def import_auto_model() -> Any:
