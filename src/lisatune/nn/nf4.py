@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from lisatune.nn.layers import find_layers
+from lisatune.nn.notices import silence_import_notices
 
 __all__ = ["Linear4", "check_nf4", "note_quantized", "quantize_as_noted", "quantize_linear_layers"]
 
@@ -123,6 +124,7 @@ def check_nf4(device: torch.device) -> None:
 
 
 def _import() -> None:
+    silence_import_notices()
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
