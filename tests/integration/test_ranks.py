@@ -238,4 +238,4 @@ def test_a_rank_that_dies_ends_the_run_with_a_message(runs: Runs) -> None:
             for each in psutil.Process(process.pid).children() if process.poll() is None else ():
                 each.kill()
             process.kill()
-    assert "rank 0 lost another rank and can't go on alone" in log.read_text()
+    assert "rank 0 lost another rank and cannot continue alone" in log.read_text()
