@@ -222,7 +222,9 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.smollm2
 def test_inductor_gives_the_same_gradients() -> None:
     model = build("llama")
-    freeze(model, *FREEZES["everything"])  # one graph; which graphs there are is the compiler's business above
+    freeze(
+        model, *FREEZES["everything"]
+    )  # one graph; which graphs there are is the compiler's business above
     want = run(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what torch's own modules say when they are imported
