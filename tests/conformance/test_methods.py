@@ -86,6 +86,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         tiny_run.write_model(folder / "tiny"),
         tiny_run.write_rows(folder / "rows.jsonl", 14),
         f"method: {{name: {request.param}}}\n",
+        plans=True,
     )
     lr = 1e-2 * METHODS[request.param.partition(",")[0]].lr_scale
     text = recipe.read_text().replace("steps: 4", f"steps: {STEPS}")

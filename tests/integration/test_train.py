@@ -331,6 +331,7 @@ def test_blocks_take_the_rate_by_their_chance_to_train(recipe: Path) -> None:
 def test_the_command_says_nothing_to_stderr(method: str, recipe: Path) -> None:
     use_method(recipe, method)
     command = [sys.executable, "-m", "lisatune", "train", str(recipe), "optimizer.moments=8bit"]
+    command += ["run.check_memory=true"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
