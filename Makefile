@@ -1,5 +1,5 @@
 # make demo    LISA fine-tunes a real language model, end to end
-# make test    format, lint, types and all tests
+# make test    format, lint, types, docs and all tests
 # make docs    the docs site, in site/
 # make faults  400 kills and 3000 changed inputs: the long version of tests/faults
 #
@@ -24,7 +24,7 @@ demo: $(VENV)/train.stamp
 	$(BIN)/lisatune train recipes/demo.yaml --overwrite
 
 # Files in the order of their folders: the slow ones come first, and no process ends alone with them.
-test: lint
+test: lint docs
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # A warning is an error. Nothing is fetched: all of the site comes from this folder.

@@ -22,7 +22,8 @@ myst_heading_anchors = 3
 myst_enable_extensions = ["deflist", "fieldlist"]
 
 autodoc2_packages = [{"path": "../src/lisatune", "auto_mode": False}]
-autodoc2_docstring_parser_regexes = [(r".*", "generated.GoogleMarkdown")]
+autodoc2_docstring_parser_regexes = [(r".*", "google_markdown")]
+autodoc2_render_plugin = "myst"
 autodoc2_hidden_objects = {"dunder", "private", "inherited"}
 
 html_theme = "furo"

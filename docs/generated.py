@@ -9,14 +9,14 @@ import dataclasses
 import inspect
 import itertools
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from docutils import nodes
-from myst_parser.parsers.sphinx_ import MystParser
+from astroid.manager import AstroidManager
 from sphinx.application import Sphinx
 
 DOCS = Path(__file__).parent
@@ -33,8 +33,17 @@ PUBLIC = (
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Fill the pages in as they are read."""
+    AstroidManager.brain["module_denylist"] = AstroidManager().module_denylist = Foreign()
     app.connect("source-read", fill_in)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
+
+
+class Foreign(set[str]):
+    """Names of modules that autodoc2 must not read: neither ours nor Python's. Reading torch takes minutes."""
+
+    def __contains__(self, name: object) -> bool:
+        """Tell whether a module is neither ours nor of the standard library."""
+        return str(name).split(".")[0] not in {"lisatune", "builtins", *sys.stdlib_module_names}
 
 
 def fill_in(app: Sphinx, name: str, source: list[str]) -> None:
@@ -169,53 +178,3 @@ def _reexported(package: Path) -> list[str]:
     if package.name == "methods":  # the classes of single methods are recipe keys, on a page of their own
         return [name for name in names if name.endswith((".METHODS", ".Method"))]
     return names
-
-
-class GoogleMarkdown(MystParser):
-    """Docstrings in Google's style, with Markdown inside."""
-
-    def parse(self, inputstring: str, document: nodes.document) -> None:
-        """Write sections such as `Args:` as lists, then read all as Markdown."""
-        super().parse(markdown(inputstring), document)
-
-
-SECTION = re.compile(r"(Args|Returns|Raises|Yields|Example|Reference|Shapes|Symbols):\s*")
-
-
-def markdown(docstring: str) -> str:
-    r"""Turn a Google-style docstring into Markdown.
-
-    >>> print(markdown("Add.\n\nArgs:\n    a: the first,\n        at least 0.\n    b: the second."))
-    Add.
-    <BLANKLINE>
-    **Args**
-    <BLANKLINE>
-    - `a`: the first, at least 0.
-    - `b`: the second.
-    """
-    out: list[str] = []
-    section, code = "", False
-    for line in docstring.expandtabs().splitlines():
-        if match := SECTION.fullmatch(line.rstrip()):
-            out += ["```"] if code else []
-            section, code = match[1], False
-            out += ["", f"**{section}**", ""]
-        elif not section:
-            out.append(line)
-        elif line and not line.startswith(" "):
-            out += ["```"] if code else []
-            section, code = "", False
-            out += ["", line]
-        elif section == "Example":
-            if not code and line.strip():
-                out.append("```python")
-                code = True
-            out.append(line[4:])
-        elif item := re.match(r"    (\*{0,2}\w[\w, *]*): (.*)", line):
-            out.append(f"- `{item[1]}`: {item[2]}")
-        elif line.startswith("        ") and out[-1].startswith("- "):
-            out[-1] += f" {line.strip()}"
-        else:
-            out.append(line[4:])
-    out += ["```"] if code else []
-    return "\n".join(out)

@@ -63,6 +63,7 @@ def test_lines_of_prose_end_within_120_columns(page: Path) -> None:
     prose = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     lines = [line for line in prose.splitlines() if not re.match(r"\s*(\||!\[|<)", line)]
     assert [line for line in lines if len(line) > 120 and " " in line.strip()] == []
+    assert [line for line in lines if line.lstrip().startswith("%")] == []  # a comment to the site's parser
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
