@@ -39,7 +39,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
 
 
 class Foreign(set[str]):
-    """Names of modules that autodoc2 must not read: neither ours nor Python's. Reading torch takes minutes."""
+    """Modules that autodoc2 must not read: neither ours nor Python's. Reading torch takes minutes."""
 
     def __contains__(self, name: object) -> bool:
         """Tell whether a module is neither ours nor of the standard library."""
