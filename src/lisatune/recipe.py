@@ -3,42 +3,33 @@
 A recipe is a YAML file with the sections `model`, `data`, `method`, `optimizer` and `run`. Each key of a
 section is a field below, and its default is the field's default. The docstring under a field is its help
 text. The keys of `method` are the fields of the class that `method.name` picks (`lisatune.methods.METHODS`).
-An override is `section.key=value` on the command line. `lisatune.train.load_recipe` builds a `Recipe` from a
-file and overrides.
+`lisatune.train.load_recipe` builds a `Recipe` from a file and overrides.
 """
 
 import difflib
 import math
-import re
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from lisatune.optim.group import Moments, Rounding, StateDevice
 
 __all__ = [
     "DataConfig",
     "ModelConfig",
-    "Moments",
     "OptimizerConfig",
     "Precision",
     "Recipe",
-    "Rounding",
     "RunConfig",
     "check_steps",
-    "is_override",
-    "join_overrides",
-    "split_override",
     "unknown",
 ]
 
 MAX_STEPS = 1_000_000
 """The most optimizer steps that a run may have."""
 
-Moments = Literal["fp32", "bf16", "8bit", "factored"]
-
 Precision = Literal["fp32", "bf16-mixed", "bf16"]
-
-Rounding = Literal["exact", "stochastic", "nearest"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +143,7 @@ class OptimizerConfig:
     moments: Moments = "fp32"
     """How moments are stored: in 8, 4 or 2.03 bytes per trained element, or as means of rows and columns."""
 
-    state_device: Literal["cpu"] | None = None
+    state_device: StateDevice | None = None
     """cpu: keep moments and remainders in host memory and copy them in pieces. Default: with the weights."""
 
     in_backward: bool = False
@@ -312,44 +303,6 @@ def unknown(what: str, name: object, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(name), known, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"unknown {what} {str(name)!r}.{hint} Known: {', '.join(known)}"
-
-
-def split_override(text: str) -> tuple[str, str, str | None] | None:
-    """Split `section.key=value`, which may also be written `--section.key=value`.
-
-    Returns:
-        Section, key and value. The value is None if there is no `=`. None for a text of another form.
-    """
-    match = re.fullmatch(r"(?:--)?([\w-]+)\.([\w-]+)(?:=(.*))?", text, flags=re.DOTALL)
-    return None if match is None else (match[1], match[2].replace("-", "_"), match[3])
-
-
-def is_override(text: str) -> bool:
-    """Whether a command-line argument is an override with its value, and not a file or an option."""
-    override = split_override(text)
-    return override is not None and override[2] is not None
-
-
-def join_overrides(arguments: Sequence[str]) -> list[str]:
-    """Rewrite overrides that are written as options: `--run.steps 5` becomes `run.steps=5`.
-
-    An option without a value means true: `--data.packing` becomes `data.packing=true`. All other arguments
-    are returned unchanged.
-    """
-    joined = []
-    rest = list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        override = split_override(argument) if argument.startswith("--") else None
-        if override is None:
-            joined.append(argument)
-            continue
-        section, key, value = override
-        if value is None:
-            is_flag = not rest or rest[0].startswith("--") or is_override(rest[0])
-            value = "true" if is_flag else rest.pop(0)
-        joined.append(f"{section}.{key}={value}")
-    return joined
 
 
 def _plain(value: Any) -> Any:

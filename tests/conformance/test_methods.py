@@ -3,8 +3,8 @@
 On a GPU: LISATUNE_TEST_DEVICE=cuda pytest tests/conformance
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from lisatune.runs.summary import Summary
 from lisatune.train.assemble import Parts, assemble
 from lisatune.train.loop import train
 from lisatune.train.recipe_file import load_recipe
+from lisatune.train.resume import RunState
 
 STEPS, BREAK = 14, 7  # the break is inside a period, a draw comes after it
 OPTIONS = ("optimizer.schedule=constant",)
@@ -44,7 +45,7 @@ class Run:
     """Names of what has optimizer state, at the beginning of each step."""
 
 
-def watched(patch: pytest.MonkeyPatch, recipe: Path, output: Path, *overrides: str, **flags: bool) -> Run:
+def watched(patch: pytest.MonkeyPatch, recipe: Path, output: Path, *overrides: str, **flags: Any) -> Run:
     """Train, and note at each step what trains and what has state."""
     seen: dict[str, Any] = {}
     trainable: list[set[str]] = []
@@ -85,6 +86,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         tiny_run.write_model(folder / "tiny"),
         tiny_run.write_rows(folder / "rows.jsonl", 14),
         f"method: {{name: {request.param}}}\n",
+        plans=True,
     )
     lr = 1e-2 * METHODS[request.param.partition(",")[0]].lr_scale
     text = recipe.read_text().replace("steps: 4", f"steps: {STEPS}")
@@ -93,15 +95,10 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         yield watched(patch, recipe, folder / "run", *OPTIONS)
 
 
-def interrupt_after(steps: int) -> Callable[[], AbstractContextManager[Callable[[], bool]]]:
-    """Stand in for Ctrl-C: it is asked for once after each step."""
-
-    @contextmanager
-    def interruptible() -> Iterator[Callable[[], type[KeyboardInterrupt] | None]]:
-        asked = iter(range(10**6))
-        yield lambda: KeyboardInterrupt if next(asked) >= steps - 1 else None  # each step asks once
-
-    return interruptible
+def press_ctrl_c(state: RunState) -> None:
+    """Press Ctrl-C once, after `BREAK` steps."""
+    if state.step == BREAK:
+        signal.raise_signal(signal.SIGINT)
 
 
 def refusal_of(recipe: Path, overrides: tuple[str, ...]) -> str | None:
@@ -150,10 +147,8 @@ def test_summary_counts_what_trained_and_its_two_moments(run: Run) -> None:
 
 
 def test_resume_is_bit_equal(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(lisatune.train.loop, "interruptible", interrupt_after(BREAK))
-        with pytest.raises(KeyboardInterrupt):
-            watched(patch, run.recipe, tmp_path / "run", *OPTIONS)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        watched(patch, run.recipe, tmp_path / "run", *OPTIONS, after_step=press_ctrl_c)
     torch.manual_seed(12345)  # what ran before must not matter
     resumed = watched(monkeypatch, run.recipe, tmp_path / "run", *OPTIONS, resume=True)
     assert len(resumed.trainable) == STEPS - BREAK

@@ -66,7 +66,7 @@ class Fuzz:
         torch.manual_seed(0)
         self.model = tiny_run.write_model(folder / "model")
         self.rows = tiny_run.write_rows(folder / "rows.jsonl")
-        self.recipe = tiny_run.write_recipe(folder, self.model, self.rows)
+        self.recipe = tiny_run.write_recipe(folder, self.model, self.rows, plans=True)
         self.tokenizer = load_tokenizer(str(self.model))
         self.checkpoint = self._save()
         self.work = folder / "work"

@@ -84,7 +84,7 @@ def test_a_run_may_go_on_without_saving_until_the_disk_is_back(
     assert mounts.on_a_disk(tmp_path, 2**21, act) == 0, (tmp_path / "log").read_text()
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["failed_saves"] == 3
     log = (tmp_path / "log").read_text()
-    assert log.count("going on, as run.on_save_error says") >= 3
+    assert log.count("continuing, as run.on_save_error says") >= 3
     assert "3 checkpoints: see the lines above" in log
     series.straight["checkpoint/state.json"]["extra"]["failed_saves"] = 3
     try:
@@ -149,7 +149,7 @@ def test_a_damaged_checkpoint_is_passed_over_in_one_line(
     newest = run / "checkpoints" / "step-000006"
     damage(newest / name)
     capfd.readouterr()
-    with pytest.warns(UserWarning, match=r"step-000006.*going on from step-000005 instead") as caught:
+    with pytest.warns(UserWarning, match=r"step-000006.*resuming from step-000005 instead") as caught:
         assert train(series.recipe, run, "--resume") == 0
     assert len(caught) == 1
     assert "\n" not in str(caught[0].message)
@@ -168,5 +168,5 @@ def test_when_every_checkpoint_is_damaged_nothing_is_touched(
     assert train(series.recipe, run, "--resume") == 2
     error = capfd.readouterr().err
     assert "is damaged: weights.safetensors changed after it was written" in error
-    assert "no other is whole; start again with --overwrite" in error
+    assert "no other is intact; start over with --overwrite" in error
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

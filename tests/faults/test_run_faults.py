@@ -67,19 +67,19 @@ def term_in(name: str, call: int) -> None:
         (
             "_step",
             5,
-            "stopped after step 5 of 8, which is saved; go on with the same command and --res",
+            "stopped after step 5 of 8, which is saved; resume from ",
             True,
         ),
         (
             "_held_out",
             2,
-            "stopped after step 3 of 8, which is saved; go on with the same command and --",
+            "stopped after step 3 of 8, which is saved; resume from ",
             True,
         ),
         (
             "_answers",
             1,
-            "stopped at once; go on with the same command and --overwrite, for no checkpoi",
+            "stopped at once; no checkpoint was saved, so start over with the same command and",
             False,
         ),
         ("assemble", 1, "interrupted", False),
@@ -119,7 +119,7 @@ def test_a_second_sigterm_stops_at_once(series: kills.Series, tmp_path: Path) ->
     assert runs.ended(runs.attempt(series.recipe, run, killer=twice)) == 143
     last = run / "checkpoints" / "step-000002"
     line = (tmp_path / "run.log").read_text().splitlines()[-1]
-    assert line == f"lisatune: stopped at once; go on with the same command and --resume, from {last}"
+    assert line == f"lisatune: stopped at once; resume from {last} with the same command and --resume"
     assert runs.ended(runs.attempt(series.recipe, run, "--resume")) == 0
     assert_as_undisturbed(series, run)
 
@@ -143,7 +143,7 @@ def test_sigterm_on_a_full_disk_says_from_where_to_go_on(
         assert train(series.recipe, tmp_path / "run", "run.on_save_error=continue") == 143
     last = tmp_path / "run" / "checkpoints" / "step-000002"
     assert said().endswith(
-        f"step 3 of 8, which could not be saved; go on with the same command and --resume, from {last}"
+        f"step 3 of 8, which could not be saved; resume from {last} with the same command and --resume"
     )
 
 
@@ -232,7 +232,7 @@ def test_data_that_changed_under_a_run_is_noticed(
     finally:
         rows.write_text("".join(lines))
     assert error.startswith("lisatune: error: data.")
-    assert f"is not what the run in {run} began with" in error
+    assert f"differs from what the run in {run} began with" in error
     assert files(run) == before
     rows.write_text("".join(line.rstrip() + " \n" for line in lines))  # the same records, written differently
     try:

@@ -545,7 +545,8 @@ def test_ctrl_c_saves_and_the_resumed_run_ends_bit_equal(recipe: Path) -> None:
     notice, outcome = error.splitlines()[-2:]  # other packages may write before
     assert notice == NOTICE.strip()
     assert outcome.startswith("lisatune: stopped after step ")
-    assert outcome.endswith(" of 120, which is saved; go on with the same command and --resume")
+    assert " of 120, which is saved; resume from " in outcome
+    assert outcome.endswith(" with the same command and --resume")
     checkpoint = newest_checkpoint(recipe.parent / "run" / "checkpoints")
     assert checkpoint is not None
     assert f"after step {int(checkpoint.name.removeprefix('step-'))} of" in error
@@ -556,7 +557,7 @@ def test_ctrl_c_saves_and_the_resumed_run_ends_bit_equal(recipe: Path) -> None:
     ("function", "call", "says"),
     [
         ("assemble", 1, "interrupted\n"),
-        ("_held_out", 1, "go on with the same command and --overwrite, for no checkpoint was saved yet\n"),
+        ("_held_out", 1, "no checkpoint was saved, so start over with the same command and --overwrite\n"),
         ("_answers", 2, "stopped after training; the model is in "),
     ],
 )
@@ -600,5 +601,5 @@ def test_a_second_ctrl_c_stops_at_once_and_names_the_last_checkpoint(
         assert main(["train", str(recipe), "run.save_every=1"]) == 130
     last = recipe.parent / "run" / "checkpoints" / "step-000002"
     outcome = capfd.readouterr().err.removeprefix(NOTICE)
-    assert outcome == f"lisatune: stopped at once; go on with the same command and --resume, from {last}\n"
+    assert outcome == f"lisatune: stopped at once; resume from {last} with the same command and --resume\n"
     assert_equal(trained(recipe, "run", "--resume"), trained(recipe, "straight"))

@@ -28,7 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def recipe(model: Path, tmp_path: Path) -> Path:
-    return tiny_run.write_recipe(tmp_path, model, tiny_run.write_rows(tmp_path / "rows.jsonl"))
+    return tiny_run.write_recipe(tmp_path, model, tiny_run.write_rows(tmp_path / "rows.jsonl"), plans=True)
 
 
 @pytest.fixture
@@ -123,7 +123,9 @@ def test_weights_that_are_quantised_need_room_before_that(
     model: Path, tmp_path: Path, free: dict[str, int]
 ) -> None:
     rows = tiny_run.write_rows(tmp_path / "rows.jsonl")
-    asked = load_recipe(tiny_run.write_recipe(tmp_path, model, rows, "method: {name: qlora, rank: 2}\n"))
+    asked = load_recipe(
+        tiny_run.write_recipe(tmp_path, model, rows, "method: {name: qlora, rank: 2}\n", plans=True)
+    )
     whole = sum(p.nbytes for p in load_model(str(model)).parameters())
     check = MemoryCheck(asked)
     check.before_load(torch.device("cuda"), steps=4, length=2)

@@ -47,7 +47,7 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     rows = tiny_run.write_rows(folder / "rows.jsonl")
-    lisa = tiny_run.write_recipe(folder, folder / "model", rows)
+    lisa = tiny_run.write_recipe(folder, folder / "model", rows, plans=True)
     full = folder / "full.yaml"
     full.write_text(lisa.read_text().replace("{active: 2, period: 2}", "{name: full}"))
     return {"lisa": lisa, "full": full}

@@ -187,7 +187,7 @@ def test_a_run_saved_on_two_ranks_goes_on_with_one_and_with_four(runs: Runs, two
     wrong = runs.job("on-four", "run.batch_size=2", *more, resume=True)
     right = runs.job("on-four", "run.batch_size=1", *more, resume=True)
     for first, second in launch(4, runs.folder, [wrong, right]):
-        assert "began with 4 sequences in a micro-step and would go on with 8" in first["error"]
+        assert "began with 4 sequences in a micro-step and would continue with 8" in first["error"]
         assert second.get("steps") == 6, second
     for key, weight in runs.weights("straight").items():
         for name in ("on-one", "on-four"):
@@ -238,4 +238,4 @@ def test_a_rank_that_dies_ends_the_run_with_a_message(runs: Runs) -> None:
             for each in psutil.Process(process.pid).children() if process.poll() is None else ():
                 each.kill()
             process.kill()
-    assert "rank 0 lost another rank and can't go on alone" in log.read_text()
+    assert "rank 0 lost another rank and cannot continue alone" in log.read_text()

@@ -2,11 +2,11 @@
 
 import json
 import math
+import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from lisatune.runs.summary import Summary
 from lisatune.train.assemble import Parts, assemble
 from lisatune.train.loop import TrainingError, train
 from lisatune.train.recipe_file import load_recipe
+from lisatune.train.resume import RunState
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def recipe(model: Path, tmp_path: Path) -> Path:
     return tiny_run.write_recipe(tmp_path, model, rows)
 
 
-def run(recipe: Path, output: str, *overrides: str, **flags: bool) -> Summary:
+def run(recipe: Path, output: str, *overrides: str, **flags: Any) -> Summary:
     return train(load_recipe(recipe, [f"run.output={recipe.parent / output}", *overrides]), **flags)
 
 
@@ -65,22 +66,14 @@ def assert_same_model(recipe: Path, output: str, other: str) -> None:
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
 
 
-def press_ctrl_c(monkeypatch: pytest.MonkeyPatch, *, after: int) -> None:
-    """Raise the flag that Ctrl-C raises while a given step runs. The signal itself: test_bad_input.py."""
-    made = 0
-    make_step = lisatune.train.loop._step
+def press_ctrl_c(after: int) -> Callable[[RunState], None]:
+    """Press Ctrl-C once a step has been made."""
 
-    def step(*args: Any) -> Any:
-        nonlocal made
-        made += 1
-        return make_step(*args)
+    def press(state: RunState) -> None:
+        if state.step == after:
+            signal.raise_signal(signal.SIGINT)
 
-    @contextmanager
-    def interruptible() -> Iterator[Callable[[], type[KeyboardInterrupt] | None]]:
-        yield lambda: KeyboardInterrupt if made >= after else None
-
-    monkeypatch.setattr(lisatune.train.loop, "_step", step)
-    monkeypatch.setattr(lisatune.train.loop, "interruptible", interruptible)
+    return press
 
 
 @pytest.mark.parametrize(
@@ -93,10 +86,8 @@ def test_resume_is_bit_equal_inside_a_period_and_an_epoch(
     use_method(recipe, name)
     options = ["run.steps=11", "run.accumulation=2", "run.eval_every=5"]
     run(recipe, "straight", *options)
-    with monkeypatch.context() as patch:
-        press_ctrl_c(patch, after=after)
-        with pytest.raises(KeyboardInterrupt, match=f"stopped after step {after} of 11.*--resume"):
-            run(recipe, "resumed", *options)
+    with pytest.raises(KeyboardInterrupt, match=f"stopped after step {after} of 11.*--resume"):
+        run(recipe, "resumed", *options, after_step=press_ctrl_c(after))
     summary = run(recipe, "resumed", *options, resume=True)
     assert summary["steps"] == 11
     assert_same_model(recipe, "straight", "resumed")
@@ -126,10 +117,8 @@ def test_resume_is_bit_equal_inside_a_period_and_an_epoch(
 def test_resume_is_bit_equal_with(options: list[str], recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ["run.steps=8", "method.period=3", *options]
     run(recipe, "straight", *options)
-    with monkeypatch.context() as patch:
-        press_ctrl_c(patch, after=4)
-        with pytest.raises(KeyboardInterrupt):
-            run(recipe, "resumed", *options)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, "resumed", *options, after_step=press_ctrl_c(4))
     run(recipe, "resumed", *options, resume=True)
     assert_same_model(recipe, "straight", "resumed")
 
@@ -218,10 +207,8 @@ def test_longer_resume_takes_the_new_schedule_from_its_first_step(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(recipe, "straight", "run.steps=8")
-    with monkeypatch.context() as patch:
-        press_ctrl_c(patch, after=2)
-        with pytest.raises(KeyboardInterrupt):
-            run(recipe, "resumed", "run.steps=4")
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, "resumed", "run.steps=4", after_step=press_ctrl_c(2))
     run(recipe, "resumed", "run.steps=8", resume=True)
     rates = [[line["lr"] for line in metrics(recipe, name)[3:-1]] for name in ("straight", "resumed")]
     assert rates[0] == rates[1]
@@ -344,6 +331,7 @@ def test_blocks_take_the_rate_by_their_chance_to_train(recipe: Path) -> None:
 def test_the_command_says_nothing_to_stderr(method: str, recipe: Path) -> None:
     use_method(recipe, method)
     command = [sys.executable, "-m", "lisatune", "train", str(recipe), "optimizer.moments=8bit"]
+    command += ["run.check_memory=true"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 

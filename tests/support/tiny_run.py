@@ -51,14 +51,18 @@ def write_rows(path: Path, rows: int = 12, *, bad: tuple[int, ...] = ()) -> Path
     return path
 
 
-def write_recipe(folder: Path, model: Path, train: Path, more: str = "") -> Path:
-    """Write recipe.yaml; its run folder is `folder`/run."""
+def write_recipe(folder: Path, model: Path, train: Path, more: str = "", *, plans: bool = False) -> Path:
+    """Write recipe.yaml; its run folder is `folder`/run.
+
+    `plans`: the run plans its memory first, as by default. That takes three times as long as the run itself.
+    """
     path = folder / "recipe.yaml"
     path.write_text(
         f"model: {{name: {model}}}\n"
         f"data: {{train: {train}, max_length: 96, validation_share: 0.25}}\n"
         f"optimizer: {{lr: 1e-3}}\n"
         f"run: {{output: {folder / 'run'}, steps: 4, batch_size: 2, precision: fp32, device: {DEVICE},"
-        f" samples: 1, sample_tokens: 4}}\n" + (more or "method: {active: 2, period: 2}\n")
+        f" samples: 1, sample_tokens: 4, check_memory: {str(plans).lower()}}}\n"
+        + (more or "method: {active: 2, period: 2}\n")
     )
     return path

@@ -1,8 +1,8 @@
-"""Texts for people: the first line of an error."""
+"""Text for people, and overrides as they stand on a command line."""
 
 import pytest
 
-from lisatune.console import first_line
+from lisatune.console import first_line, is_override, join_overrides, split_override
 
 
 @pytest.mark.parametrize(
@@ -17,3 +17,47 @@ from lisatune.console import first_line
 )
 def test_the_first_line_of_an_error_is_never_empty(error: BaseException, says: str) -> None:
     assert first_line(error) == says
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (["--run.steps", "5"], ["run.steps=5"]),
+        (["--run.steps=5", "run.seed=1"], ["run.steps=5", "run.seed=1"]),
+        (["--optimizer.lr", "-1"], ["optimizer.lr=-1"]),
+        (["--data.packing"], ["data.packing=true"]),
+        (["--data.packing", "--resume"], ["data.packing=true", "--resume"]),
+        (["--data.packing", "run.steps=5"], ["data.packing=true", "run.steps=5"]),
+        (["--run.batch-size", "4"], ["run.batch_size=4"]),
+        (["--run.steps", "", "run.seed=1"], ["run.steps=", "run.seed=1"]),
+        (["--general", "text.jsonl", "", "-h"], ["--general", "text.jsonl", "", "-h"]),
+        (
+            ["train", "a.yaml", "--model.name", "x/y", "--debug"],
+            ["train", "a.yaml", "model.name=x/y", "--debug"],
+        ),
+    ],
+)
+def test_overrides_may_be_written_as_options(given: list[str], meant: list[str]) -> None:
+    assert join_overrides(given) == meant
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("run.steps=5", ("run", "steps", "5")),
+        ("--run.steps=5", ("run", "steps", "5")),
+        ("run.batch-size=5", ("run", "batch_size", "5")),
+        ("data.train=a=b\nc", ("data", "train", "a=b\nc")),
+        ("run.output=", ("run", "output", "")),
+        ("--data.packing", ("data", "packing", None)),
+        ("steps=5", None),
+        ("runs/a.b=c", None),
+        ("a=b.yaml", None),
+        ("", None),
+    ],
+)
+def test_an_override_is_split_into_section_key_and_value(
+    text: str, parts: tuple[str, str, str | None] | None
+) -> None:
+    assert split_override(text) == parts
+    assert is_override(text) == (parts is not None and parts[2] is not None)

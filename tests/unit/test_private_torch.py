@@ -1,4 +1,4 @@
-"""Private parts of torch that the source uses: a release that loses one is named here, with its users."""
+"""Private parts of torch that the source uses. If a release loses one, a test names it and the files."""
 
 import ast
 import importlib

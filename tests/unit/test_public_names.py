@@ -42,11 +42,13 @@ PUBLIC = {
 
 def names_of(module: Any) -> list[str]:
     """Public names of a package, its submodules aside."""
+    if module is lisatune:
+        return sorted(lisatune.__all__)  # imported on first use
+    named = {name: value for name, value in vars(module).items() if not name.startswith("_")}
     return sorted(
         name
-        for name, value in vars(module).items()
-        if not name.startswith("_")
-        and not (inspect.ismodule(value) and value.__name__.startswith("lisatune"))
+        for name, value in named.items()
+        if not (inspect.ismodule(value) and value.__name__.startswith("lisatune"))
     )
 
 
@@ -69,3 +71,12 @@ def test_each_public_name_has_a_docstring(package: str, name: str) -> None:
 def test_every_package_is_in_the_table() -> None:
     found = {f"lisatune.{each.name}" for each in pkgutil.iter_modules(lisatune.__path__) if each.ispkg}
     assert found == set(PUBLIC) - {"lisatune"}
+
+
+def test_the_public_names_of_lisatune_need_no_more_than_their_names() -> None:
+    with pytest.raises(AttributeError, match="module 'lisatune' has no attribute 'Lisa'"):
+        _ = lisatune.Lisa  # type: ignore[attr-defined]
+    assert set(PUBLIC["lisatune"]) <= set(dir(lisatune))
+    star: dict[str, Any] = {}
+    exec("from lisatune import *", star)  # noqa: S102 - our own names
+    assert set(PUBLIC["lisatune"]) <= star.keys()

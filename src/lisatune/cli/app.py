@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lisatune import __version__
-from lisatune.console import BAD_INPUT, exit_code, first_line
+from lisatune.console import BAD_INPUT, exit_code, first_line, join_overrides
 
 if TYPE_CHECKING:
     from cyclopts import App
 
-__all__ = ["main"]
+__all__ = ["build_app", "main"]
 
 ABOUT = """Fine-tune all weights of a language model at the memory of a few layers: LISA.
 
@@ -130,30 +130,12 @@ def generate(folder: str, /, *, prompt: list[str], max_new_tokens: int = 128) ->
     return 0
 
 
-def _run(tokens: list[str]) -> int:
-    """Run one command and return its exit code."""
-    _refuse_empty(tokens)
-    app = _build_app()
-    from cyclopts import CycloptsError
+def build_app() -> "App":
+    """Build the command line as a cyclopts app, with all commands.
 
-    from lisatune.recipe import join_overrides
-
-    try:
-        result = app(
-            join_overrides(tokens), exit_on_error=False, print_error=False, result_action="return_value"
-        )
-    except CycloptsError as error:
-        raise ValueError(f"{error} See `lisatune --help`.") from None
-    if tokens[:1] in (["train"], ["check"]) and {"--help", "-h"} & set(tokens):
-        from lisatune.console import terminal
-        from lisatune.train.recipe_file import print_keys
-
-        _print("Keys of a recipe, each also an override:\n")
-        print_keys(terminal())
-    return result if isinstance(result, int) else 0
-
-
-def _build_app() -> "App":
+    Raises:
+        ImportError: the packages of `lisatune[train]` are missing.
+    """
     try:
         from cyclopts import App, Parameter
     except ImportError as error:
@@ -184,6 +166,27 @@ def _build_app() -> "App":
     app.command(layers)
     app.command(generate)
     return app
+
+
+def _run(tokens: list[str]) -> int:
+    """Run one command and return its exit code."""
+    _refuse_empty(tokens)
+    app = build_app()
+    from cyclopts import CycloptsError
+
+    try:
+        result = app(
+            join_overrides(tokens), exit_on_error=False, print_error=False, result_action="return_value"
+        )
+    except CycloptsError as error:
+        raise ValueError(f"{error} See `lisatune --help`.") from None
+    if tokens[:1] in (["train"], ["check"]) and {"--help", "-h"} & set(tokens):
+        from lisatune.console import terminal
+        from lisatune.train.recipe_file import print_keys
+
+        _print("Keys of a recipe, each also an override:\n")
+        print_keys(terminal())
+    return result if isinstance(result, int) else 0
 
 
 def _refuse_empty(tokens: Sequence[str]) -> None:

@@ -4,7 +4,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from lisatune.console import byte_text, count_text, grid, terminal
+from lisatune.console import byte_text, count_text, grid, is_override, terminal
 
 if TYPE_CHECKING:
     from lisatune.memory.fit import Fit, Room
@@ -51,7 +51,6 @@ def plan(
     """
     from lisatune.memory.fit import find_fit, find_room, memory_size, on_accelerator
     from lisatune.memory.plan import plan_memory
-    from lisatune.recipe import is_override
     from lisatune.train.recipe_file import load_recipe, recipe_without_file
 
     overrides, recipe = ((recipe, *overrides), "") if is_override(recipe) else (overrides, recipe)

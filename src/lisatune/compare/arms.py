@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from lisatune.compare.results import Slices
+from lisatune.console import split_override
 from lisatune.files.disk import replace_file
 from lisatune.methods import METHODS
-from lisatune.recipe import Recipe, split_override, unknown
+from lisatune.recipe import Recipe, unknown
 from lisatune.runs.folder import differences
 from lisatune.train.recipe_file import Sections, build_recipe, read_sections
 

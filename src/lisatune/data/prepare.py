@@ -10,7 +10,7 @@ from typing import Any
 
 from lisatune.data.chat import encode_prompt
 from lisatune.data.records import Record, Records, read_records, split_records
-from lisatune.data.tokens import Examples, Order, pack, tokenize
+from lisatune.data.tokens import Examples, Order, TokenRow, pack, tokenize
 from lisatune.distributed import ranks
 from lisatune.recipe import Recipe, check_steps
 
@@ -57,6 +57,10 @@ class RunData:
 
     skipped: int
     """Number of unusable records, under `on_bad_row: skip`."""
+
+    def batch(self, micro_step: int) -> list[TokenRow]:
+        """Return the training rows of a micro-step (0 is the run's first), for all ranks together."""
+        return [self.train.rows[i] for i in self.order.batch(micro_step)]
 
     @property
     def hashes(self) -> dict[str, str]:

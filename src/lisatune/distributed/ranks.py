@@ -96,9 +96,9 @@ def process_group(device: str) -> Iterator[None]:
 
 @contextmanager
 def fake_ranks(number: int) -> Iterator[None]:
-    """Inside, this process is the first of so many ranks, of which no other exists and no number arrives.
+    """Inside, this process is rank 0 of `number` ranks. The others do not exist and send nothing.
 
-    What ranks exchange has its shape and no meaning: for planning alone.
+    Tensors that ranks exchange have the right shape and no meaning. Only for planning.
 
     Raises:
         RuntimeError: there are real ranks.
@@ -115,7 +115,7 @@ def fake_ranks(number: int) -> Iterator[None]:
 
 
 def ranks_are_fake() -> bool:
-    """Whether the other ranks don't exist."""
+    """Whether the other ranks are pretended (`fake_ranks`)."""
     return count() > 1 and distributed.get_backend() == "fake"
 
 
@@ -163,7 +163,7 @@ def check_equal(what: str, value: object) -> None:
 
 
 def on_rank0(work: Callable[[], Result]) -> Result | None:
-    """Do something on the first rank while the others wait, which get None.
+    """Do `work` on the first rank while the others wait; the others get None.
 
     Raises:
         RuntimeError: on the other ranks, where the first one failed; OSError where that was one.
@@ -199,9 +199,9 @@ def on_this_machine() -> int:
 
 
 def consume_on_rank0(parts: Iterator[Part], work: Callable[[Iterator[Part]], Result]) -> Result | None:
-    """Let the first rank work on what all ranks must make together, part by part; the others get None.
+    """All ranks produce `parts` together; rank 0 consumes them with `work`. Other ranks return None.
 
-    Where the first one fails it makes the remaining parts all the same, so that no rank waits for it.
+    If `work` fails, rank 0 still takes the remaining parts, so that no rank waits for it.
 
     Raises:
         RuntimeError, OSError: as in `on_rank0`.
@@ -240,8 +240,8 @@ def _lost_rank() -> Iterator[None]:
             raise
         number = os.environ.get("RANK", "0")
         raise RuntimeError(
-            f"rank {number} lost another rank and can't go on alone; that rank's message, if it had time for "
-            "one, says why; go on from the last checkpoint with --resume"
+            f"rank {number} lost another rank and cannot continue alone; that rank's message, if it had time "
+            "for one, says why; continue from the last checkpoint with --resume"
         ) from error
 
 

@@ -1,9 +1,9 @@
-"""Tensors that are divided among ranks (DTensor): this rank's part, and the whole.
+"""Tensors that are not all here: divided among ranks (DTensor), or without values, as in a memory plan.
 
-Plain tensors pass through all of it as they are.
+Every function takes plain tensors too, and returns them unchanged.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,7 +21,6 @@ __all__ = [
     "part_to_update",
     "reshard",
     "shard",
-    "units",
     "whole_state",
 ]
 
@@ -91,15 +90,12 @@ def whole_state(value: Tensor, parameter: Any) -> Tensor:
     ).full_tensor()
 
 
-def units(model: nn.Module) -> Iterator[Any]:
-    """Walk over the modules whose parameters come and go together."""
-    return (module for module in model.modules() if hasattr(module, "reshard"))
-
-
 def reshard(model: nn.Module) -> None:
-    """Give back parameters that the last forward pass left whole: before anything looks at parameters."""
-    for unit in units(model) if ranks.count() > 1 else ():
-        unit.reshard()
+    """Release parameters that the last forward pass left whole. Call it before reading parameters."""
+    modules: Iterable[Any] = model.modules() if ranks.count() > 1 else ()
+    for module in modules:
+        if hasattr(module, "reshard"):  # FSDP2 has taken it
+            module.reshard()
 
 
 def shard(

@@ -204,7 +204,7 @@ class CausalLMLoss:
             )
 
     def follow(self, model: nn.Module) -> None:
-        """Compute from now on the loss of a model that a method has put around the one before.
+        """From now on compute the loss of `model`, which a method has put around the one before.
 
         Raises:
             ValueError: with virtual tokens hidden states and head don't give the model's own logits any more.
@@ -294,7 +294,7 @@ def _identity(x: Tensor) -> Tensor:
 
 
 class ShardedLoss(CausalLMLoss):
-    """The loss of a sharded model, which FSDP2 takes for its forward pass.
+    """Next-token loss of a sharded model; FSDP2 treats a call as the forward pass.
 
     Args:
         model: a sharded model; every rank must make its loss.
@@ -309,7 +309,7 @@ class ShardedLoss(CausalLMLoss):
         register_fsdp_forward_method(self.model, "_sharded_loss")
 
     def check_packing(self) -> None:
-        """As of `CausalLMLoss`; every rank must call it."""
+        """Prove it as `CausalLMLoss` does; every rank must call this."""
         super().check_packing()
         reshard(self.model)
 

@@ -11,6 +11,7 @@ from torch import nn
 from lisatune.methods.base import Method
 from lisatune.methods.optimizers import optimizer_over
 from lisatune.nn.layers import LayerMap, find_layers
+from lisatune.nn.notices import silence_import_notices
 from lisatune.recipe import DataConfig, OptimizerConfig, RunConfig
 
 __all__ = ["Adapters", "VirtualTokens", "linear_layers", "named_modules_among"]
@@ -40,6 +41,7 @@ class Adapters(Method):
             ImportError: PEFT is not installed.
             ValueError: the method's keys do not fit the model.
         """
+        silence_import_notices()
         try:
             import peft
         except ImportError as error:

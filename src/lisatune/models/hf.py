@@ -1,8 +1,6 @@
 """Calls into transformers: silent, with errors in one sentence, never a random weight, never a pickle."""
 
 import json
-import logging
-import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,6 +9,7 @@ from typing import Any
 
 from lisatune.console import first_line
 from lisatune.nn import attention
+from lisatune.nn.notices import silence_import_notices
 from lisatune.recipe import unknown
 
 __all__ = [
@@ -24,9 +23,6 @@ __all__ = [
     "silence_transformers",
 ]
 
-CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops")
-"""Loggers that report at every start which kernels cannot be loaded."""
-
 
 def import_transformers() -> Any:
     """Import transformers.
@@ -34,18 +30,12 @@ def import_transformers() -> Any:
     Raises:
         ImportError: it is not installed; the message has the line that installs it.
     """
+    silence_import_notices()  # transformers imports torchao and bitsandbytes, if they are installed
     try:
         import transformers
     except ImportError as error:
         raise ImportError('opening models needs transformers: pip install "lisatune[train]"') from error
-    for name in CHATTY:  # transformers imports these packages, sooner or later, where they are installed
-        logging.getLogger(name).addFilter(_is_worth_logging)
     return transformers
-
-
-def _is_worth_logging(record: logging.LogRecord) -> bool:
-    """Whether a log line is something else than a complaint about kernels that nothing here calls."""
-    return not re.match(r"Failed to load |<enum '\w+'> is an Enum subclass", record.getMessage())
 
 
 def import_auto_model() -> Any:

@@ -165,7 +165,7 @@ def _forward(block: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def check_compiler() -> None:
-    """Raise ValueError where torch.compile can't build code for the CPU."""
+    """Raise ValueError if torch.compile cannot build code for the CPU."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
     if not any(shutil.which(name) for name in names):
         raise ValueError(

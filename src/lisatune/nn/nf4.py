@@ -3,6 +3,9 @@
 Every 64 weights w share their largest magnitude a, in float32; each is stored as the nearest of the 16
 quantiles q of a normal distribution: w ≈ a · q_i, in 4 + 32/64 bits. The layer computes with a copy in the
 dtype of its input, which is made for the product and again in backward, so that none is kept.
+
+Why not `bitsandbytes.nn.Linear4bit`: on a CPU with avx512_bf16, after one forward pass without gradients (an
+evaluation), its next training step gets no gradient for the input. This layer does.
 """
 
 from pathlib import Path
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from lisatune.nn.layers import find_layers
+from lisatune.nn.notices import silence_import_notices
 
 __all__ = ["Linear4", "check_nf4", "note_quantized", "quantize_as_noted", "quantize_linear_layers"]
 
@@ -123,6 +127,7 @@ def check_nf4(device: torch.device) -> None:
 
 
 def _import() -> None:
+    silence_import_notices()
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""AdamW that computes in float32 whatever weights and moments are stored in.
+"""AdamW that computes in float32, in whatever precision weights and moments are stored.
 
 A parameter is updated in chunks. Each chunk of weight, gradient and moments is brought to float32, torch's
 own fused AdamW kernel updates it, and it goes back into its storage (see `codecs`). On CUDA one
@@ -27,8 +27,8 @@ running means of g² over row i and over column j of a matrix,
     v_ij = R_i C_j / mean(R),     u = g / (sqrt(v̂) + eps),     w ← w - lr·u / max(1, RMS(u))
 
 v̂ being v over 1 - beta2^t, as in Adam. A first moment would cost what factoring saves. Without one the sum of
-all steps is the same, for beta1 only spreads a gradient over the steps that follow; single steps are rougher,
-which the clipping at RMS 1 bounds. Parameters of one dimension keep a whole second moment.
+all steps is the same, because beta1 only spreads a gradient over the steps that follow; single steps are
+rougher, which the clipping at RMS 1 bounds. Parameters of one dimension keep a whole second moment.
 """
 
 from collections.abc import Callable, Sequence
@@ -103,7 +103,7 @@ class AdamW(Optimizer):
     """
 
     lasting_state: tuple[str, ...] = ("remainder",)
-    """State that belongs to the weights: whoever releases state keeps these keys for later."""
+    """State that is part of the weights: code that releases state must keep these keys."""
 
     param_groups: list[Group]  # type: ignore[assignment]  # torch says dict[str, Any]
 
@@ -144,7 +144,7 @@ class AdamW(Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its own options stand before the optimizer's."""
+        """Add a group; its own options override those of the optimizer."""
         super().add_param_group(param_group)
         try:
             check_group(self.param_groups[-1])
@@ -156,7 +156,10 @@ class AdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient: none after `update_in_backward`; then this counts."""
+        """Update every parameter that has a gradient.
+
+        After `update_in_backward()` no parameter has one; the call then only counts the step.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -180,7 +183,7 @@ class AdamW(Optimizer):
         """From now on update each parameter in backward, as soon as its gradient is complete.
 
         Gradients are released as they are used; `step()` counts, and must be called after every backward.
-        See `lisatune.optim.in_backward` for what this can't be combined with.
+        `lisatune.optim.in_backward` says what this cannot be combined with.
 
         Raises:
             ValueError: a parameter is frozen already.

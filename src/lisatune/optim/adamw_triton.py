@@ -62,7 +62,7 @@ def update_chunk(
     if is_8bit:
         scales = [chunk["exp_avg_scales"], chunk["exp_avg_sq_scales"]]
         tables = [*codecs.tables(True, weight), *codecs.tables(False, weight)]
-    low, high = codecs.halves(key)
+    low, high = codecs.split_key(key)
     beta1, beta2 = group["betas"]
     _kernel[(triton.cdiv(weight.numel(), SIZE),)](
         _bits(weight),
@@ -104,7 +104,7 @@ if triton is not None:
 
     @triton.jit
     def _bits_of(value):  # type: ignore[no-untyped-def]
-        """Bits of float32 as int32; NaN has those that adding to can't turn into a number."""
+        """Bits of float32 as int32; NaNs get bits that stay NaN when noise is added."""
         return tl.where(value == value, value.to(tl.int32, bitcast=True), 0x7FC00000)
 
     @triton.jit
@@ -143,21 +143,21 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["size", "key_low", "key_high"])  # type: ignore[untyped-decorator]
     def _kernel(  # type: ignore[no-untyped-def]
-        weight_ptr,
-        gradient_ptr,
-        remainder_ptr,
-        exp_avg_ptr,
-        exp_avg_sq_ptr,
-        exp_avg_scales_ptr,
-        exp_avg_sq_scales_ptr,
-        signed_codes_ptr,
-        signed_values_ptr,
-        unsigned_codes_ptr,
-        unsigned_values_ptr,
-        step_ptr,
-        size,
-        key_low,
-        key_high,
+        weight_ptr,  # [N], float32, or bf16 as int16; written
+        gradient_ptr,  # [N], float32, or bf16 as int16
+        remainder_ptr,  # [N] int16, read and written where ROUNDING is exact
+        exp_avg_ptr,  # [N], float32, bf16 as int16, or codes as uint8; written
+        exp_avg_sq_ptr,  # [N], as exp_avg_ptr
+        exp_avg_scales_ptr,  # [⌈N/256⌉] float32, read and written where MOMENTS is 8bit
+        exp_avg_sq_scales_ptr,  # the same
+        signed_codes_ptr,  # [65536] uint8, the code of every bf16 number
+        signed_values_ptr,  # [256] float32, the value of every code
+        unsigned_codes_ptr,  # [65536] uint8
+        unsigned_values_ptr,  # [256] float32
+        step_ptr,  # [] float32, counted up already
+        size,  # N
+        key_low,  # int32, the lower half of the key
+        key_high,  # int32, the upper half
         lr,
         weight_decay,
         eps,

@@ -32,7 +32,6 @@ __all__ = [
     "check_8bit",
     "dequantize",
     "dynamic_map",
-    "halves",
     "in_float32",
     "join_remainder",
     "key_of",
@@ -40,6 +39,7 @@ __all__ = [
     "quantize",
     "random_bits",
     "round_stochastically",
+    "split_key",
     "split_remainder",
     "tables",
     "widen",
@@ -77,7 +77,7 @@ def in_float32(
 
 
 def widen(weight: Tensor, remainder: Tensor | None) -> Tensor:
-    """Return what a weight means as float32, from bf16 in new memory; a wider one is returned as it is."""
+    """Return the exact value of a weight in float32. bf16 is copied; wider weights are returned unchanged."""
     if weight.dtype != torch.bfloat16:
         return weight
     exact = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
@@ -104,7 +104,7 @@ def narrow(
 
 
 def join_remainder(weight: Tensor, remainder: Tensor, out: Tensor) -> None:
-    """Write the float32 numbers that bf16 weights and int16 remainders are into `out`, float32."""
+    """Join bf16 weights and int16 remainders into the float32 numbers they stand for, written to `out`."""
     out.copy_(weight)
     out.view(torch.int32).add_(remainder)
 
@@ -134,7 +134,7 @@ def round_stochastically(exact: Tensor, weight: Tensor, noise: Tensor) -> None:
 
 
 def _number_bits(exact: Tensor, largest: float) -> Tensor:
-    """Bits of float32 after clamping, in place; NaN has those that adding to can't turn into a number."""
+    """Return the bits of float32, clamped in place. NaNs get bits that stay NaN when noise is added."""
     exact.clamp_(-largest, largest)
     if exact.device.type != "cpu":  # CUDA's NaN is 0x7FFFFFFF, one below -0.0
         exact.masked_fill_(exact.isnan(), torch.nan)
@@ -154,7 +154,7 @@ def key_of(*numbers: int) -> int:
 
 def random_bits(size: int, key: int, device: torch.device) -> Tensor:
     """Make `size` random int32 that depend on `key` alone: equal on every device, no generator is touched."""
-    low, high = halves(key)
+    low, high = split_key(key)
     bits = torch.arange(size, dtype=torch.int32, device=device).mul_(_signed(0x9E3779B1)).add_(low)
     for shift, factor, added in ((15, 0x85EBCA6B, high), (13, 0xC2B2AE35, low)):
         # The mask drops the copies of the sign that >> shifts in: with them numbers would collide.
@@ -163,8 +163,8 @@ def random_bits(size: int, key: int, device: torch.device) -> Tensor:
     return bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF))
 
 
-def halves(key: int) -> tuple[int, int]:
-    """The lower and upper 32 bits of a key of 64, each as an int32."""
+def split_key(key: int) -> tuple[int, int]:
+    """Split a key of 64 bits into its lower and upper 32, each as an int32."""
     return _signed(key & 0xFFFFFFFF), _signed(key >> 32)
 
 
@@ -172,8 +172,8 @@ def quantize(values: Tensor, codes: Tensor, scales: Tensor, *, signed: bool) -> 
     """Write float32 values as 8-bit codes, uint8 [N], and scales, float32 [⌈N/256⌉].
 
     Values pass through bf16 on their way to the nearest code, which makes them an index into a table: 9 times
-    faster on a CPU than a search, and 2 to 6 % more error. Unsigned values are never rounded to zero, for a
-    second moment of zero would leave eps alone in the denominator.
+    faster on a CPU than a search, with 2 to 6 % more error. Unsigned values are never rounded to zero,
+    because a second moment of zero would leave only eps in the denominator.
     """
     table, _ = tables(signed, values)
     padded = pad(values, (0, -values.numel() % BLOCK)).view(-1, BLOCK)
@@ -190,7 +190,7 @@ def dequantize(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
 
 
 def tables(signed: bool, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The code of each of the 2^16 bf16 numbers, uint8, and the value of each of the 256 codes, float32."""
+    """Return the code of each of the 2^16 bf16 numbers, uint8, and the value of each code, float32 [256]."""
     if not has_values(like):  # shapes are all that counts
         codes = torch.empty(1 << 16, dtype=torch.uint8, device=like.device)
         return codes, torch.empty(256, device=like.device)
@@ -206,7 +206,7 @@ def _tables_on(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def check_8bit() -> None:
-    """Raise ImportError, with the line that mends it, where 8-bit moments can't be had."""
+    """Raise ImportError, with the line that fixes it, if 8-bit moments are not available."""
     _bitsandbytes()
 
 
@@ -222,7 +222,7 @@ def dynamic_map(signed: bool) -> Tensor:
 
 @cache
 def _bitsandbytes() -> Any:
-    """Import it without what it logs and warns about kernels that are not used here."""
+    """Import bitsandbytes silently: it logs and warns about kernels that are not used here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable(logging.ERROR)

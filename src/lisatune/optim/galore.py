@@ -6,8 +6,8 @@ Every T steps (`gap`) a matrix W [m, n] gets a new basis from the singular vecto
     m >= n      Q = V[:, :r]    R = G Q         [m, r]      W ← W + α N Qᵀ
     m <  n      P = U[:, :r]    R = Pᵀ G        [r, n]      W ← W + α P N
 
-N being AdamW's step for the gradient R, -lr·m̂/(√v̂ + eps), whose moments have the shape of R and go on through
-a change of basis, as in the paper. α is `scale`. Weight decay acts on W, not on N.
+N being AdamW's step for the gradient R, -lr·m̂/(√v̂ + eps), whose moments have the shape of R and are kept
+through a change of basis, as in the paper. α is `scale`. Weight decay acts on W, not on N.
 
 What is kept for a matrix is r·max(m, n) numbers for each moment and r·min(m, n) for the basis, against 2·m·n.
 Gradients are whole: all of them exist at once unless updates are made in backward.

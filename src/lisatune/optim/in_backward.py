@@ -1,12 +1,13 @@
-"""Update weights while backward still runs, so that no two layers' gradients are there at once.
+"""Apply each update during backward, so that only one layer's gradient exists at a time.
 
 Each parameter is updated as soon as its gradient is complete, and the gradient is released.
-`optimizer.step()` then updates nothing: it counts, and runs the hooks of LISA and of learning-rate schedules
-as ever. Step pre-hooks run twice, before the first update and in `step()`; LISA's may.
+`optimizer.step()` then updates nothing: it counts the step, and runs the hooks of LISA and of learning-rate
+schedules as usual. Step pre-hooks run twice: before the first update, and in `step()`. LISA's allow that.
 
-What needs all gradients at once can't work: clipping by their global norm, several micro-steps per step, and
-a loss scaler, which unscales before `step()`. A loss that is not finite must be seen before backward; a
-gradient that is not, behind a finite loss, has reached the weights when it is seen.
+Three things need all gradients at once and cannot be combined with this: clipping by the global norm,
+several micro-steps per step, and a loss scaler, which unscales before `step()`. Check before backward that
+the loss is finite: if a gradient is not finite although the loss is, it has reached the weights by the time
+it is seen.
 """
 
 from collections.abc import Callable

@@ -1,9 +1,4 @@
-"""AdamW over the layers of a model, and what LISA asks of an optimizer.
-
-Param groups are built once, ends first, then one per block, and never replaced: learning-rate schedules
-and sharding hold on to them. A group whose block is frozen costs nothing, since none of its parameters
-has a gradient.
-"""
+"""Measure and restore the state of an optimizer: its bytes, its elements, the part in host memory, dtypes."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any

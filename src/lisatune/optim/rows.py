@@ -7,8 +7,8 @@ With t_r counting the steps that row r was in, g_r its gradient,
     m_r ← β1 m_r + (1 - β1) g_r                         w_r ← w_r - lr·λ·w_r
     v_r ← β2 v_r + (1 - β2) g_r²                        w_r ← w_r - lr·m̂_r / (sqrt(v̂_r) + eps)
 
-m̂_r = m_r / (1 - β1^t_r), v̂_r = v_r / (1 - β2^t_r). A row that a step doesn't read rests: neither its moments
-nor its weight decay. Rows that every step reads go as in AdamW.
+m̂_r = m_r / (1 - β1^t_r), v̂_r = v_r / (1 - β2^t_r). A row that a step does not read stays as it is:
+its moments do not change and its weight does not decay. Rows that every step reads are updated as in AdamW.
 
 The moments are in a table of R ≤ V rows. R is the number of ids of the largest step so far, repeated ones
 counted, so that it holds what a step needs and, text repeating its words, that of a few steps before. Where
@@ -40,7 +40,7 @@ class RowGradients:
         self._ids: dict[Tensor, int] = {}
 
     def watch(self, parameter: nn.Parameter) -> None:
-        """Do so for this parameter; it must require grad."""
+        """Merge the gradients of this parameter, which must require grad."""
         parameter.register_post_accumulate_grad_hook(self._merge)  # type: ignore[no-untyped-call]
 
     def take(self, parameter: Tensor) -> int:
@@ -48,7 +48,7 @@ class RowGradients:
         return self._ids.pop(parameter, 0)
 
     def forget(self) -> None:
-        """The gradients are gone."""
+        """Forget all counts, because the gradients were released."""
         self._ids.clear()
 
     def _merge(self, parameter: Tensor) -> None:
@@ -130,7 +130,7 @@ def update_rows(group: Group, p: Tensor, state: dict[str, Any], key: int, chunk_
 def _find_slots(state: dict[str, Any], ids_n: Tensor, step: int) -> tuple[Tensor, Tensor]:
     """Give each of the step's ids its row of the table, and tell whether it was there already.
 
-    No shape hangs on values: nothing waits for the device.
+    No shape depends on values, so nothing waits for the device.
     """
     ids_R, used_R = state["row_ids"], state["row_used"]
     sorted_R, order_R = ids_R.sort()

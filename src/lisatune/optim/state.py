@@ -109,8 +109,8 @@ def _check_rows(group: Group) -> None:
             raise ValueError(f"rows: True is for weights of nn.Embedding [V, D], got one of {list(p.shape)}")
         if p.dtype == torch.bfloat16 and group["rounding"] == "exact":
             raise ValueError(
-                "rows: True can't round bf16 weights exactly, for the remainder would be as large as the "
-                "weight; set the group's rounding to stochastic"
+                "rows: True cannot round bf16 weights exactly, because the remainder would be as large as "
+                "the weight; set the group's rounding to stochastic"
             )
 
 
@@ -141,9 +141,9 @@ def home_of(group: Group, p: Tensor, key: str) -> Home:
 
 
 def prepare(group: Group, p: Tensor, state: dict[str, Any], *, ids: int | None = None) -> None:
-    """Refuse what can't be updated, and start state that is missing.
+    """Refuse a parameter that cannot be updated, and start state that is missing.
 
-    `ids` is how many ids a gradient of rows was made of, where these were merged.
+    `ids`: number of token ids in the step, before equal ones were merged.
     """
     assert p.grad is not None
     if p.dtype not in (torch.bfloat16, torch.float32, torch.float64):

@@ -40,6 +40,9 @@ MAY_CHANGE = frozenset(
 Other steps or epochs stretch the learning-rate schedule.
 """
 
+BEFORE_IT_EXISTED = {"optimizer.name": "adamw"}
+"""Keys that older versions lack, with the value that says what these did, if that is not null."""
+
 _FILES = ("recipe.yaml", "environment.json", "metrics.jsonl", "summary.json")
 _FOLDERS = ("checkpoints", "model", "trackers")
 _LOCK = ".lock"
@@ -301,10 +304,12 @@ def differences(
 ) -> list[str]:
     """List the keys in which two recipes differ as `section.key: before → after`, without `may_change`.
 
-    A missing key counts as null, so a run from before a key existed can be resumed.
+    A missing key counts as its value in `BEFORE_IT_EXISTED`, or else as null, so a run from before a key
+    existed can be resumed.
     """
     flat = [
-        {f"{section}.{key}": value for section, values in recipe.items() for key, value in values.items()}
+        BEFORE_IT_EXISTED
+        | {f"{section}.{key}": value for section, values in recipe.items() for key, value in values.items()}
         for recipe in (before, after)
     ]
     absent = "not set"

@@ -1,6 +1,6 @@
-"""What a run is put together from, in the one order that works.
+"""Put a run together, in the one order that works.
 
-Everything still requires grad while the optimizer is built; LISA attaches last and freezes.
+Everything still requires grad while the optimizer is built. The schedule of blocks attaches last and freezes.
 """
 
 import random
@@ -34,7 +34,7 @@ __all__ = ["Parts", "assemble", "batch_length", "check_fits", "rehearse", "seed_
 
 @dataclass
 class Parts:
-    """What a run is put together from."""
+    """Everything that a run needs."""
 
     recipe: Recipe
     device: torch.device
@@ -43,60 +43,70 @@ class Parts:
     scheduler: LambdaLR
     built: Built
     compile_seconds: float | None = None
-    """Wall time of compiling the blocks before the first step; None where nothing was compiled."""
+    """Wall time of compiling the blocks before the first step; None if nothing was compiled."""
 
     def collate(self, rows: Sequence[TokenRow]) -> dict[str, Tensor]:
-        """Make a batch on the CPU, [B, T] with T a multiple of 32 where that is not too long.
+        """Make a batch on the CPU: int64 [B, T], T a multiple of 32 unless that is too long for the model.
 
-        On the CPU every new length leaves kernels in oneDNN's cache: resident memory would grow for
+        On the CPU every new length leaves kernels in oneDNN's cache, so resident memory would grow for
         hundreds of steps.
         """
         length = batch_length(rows, self.recipe, self.built.model)
         return collate(rows, self.tokenizer.pad_token_id, length=length)
 
     def set_learning_rates(self) -> None:
-        """Take the rates of the schedule's current step: after a resume with another `run.steps`."""
+        """Set the rates of the current step, after a resume with another `run.steps`."""
         at, groups = self.scheduler, self.built.step.optimizer.param_groups
         for group, lr, factor in zip(groups, at.base_lrs, at.lr_lambdas, strict=True):
             group["lr"] = lr * factor(at.last_epoch)
 
     def learning_rates(self) -> dict[str, float]:
-        """Rates of the next step: the recipe's `lr`, and those of ends and last block where they differ."""
+        """Return the next step's rates: `lr`, and those of the ends and the last block if they differ."""
         lr, at = self.recipe.optimizer.lr, self.scheduler
         groups = self.built.step.optimizer.param_groups
         own = {key: groups[i]["lr"] for key, i in (("ends_lr", 0), ("block_lr", -1)) if at.base_lrs[i] != lr}
         return {"lr": lr * at.lr_lambdas[0](at.last_epoch)} | own
 
+    def advance_learning_rates(self) -> None:
+        """Move on to the next step's rates."""
+        with warnings.catch_warnings():
+            # torch warns if the first step was left out, because the optimizer has not stepped then.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler", UserWarning)
+            self.scheduler.step()
+
     def trainable(self) -> list[nn.Parameter]:
-        """Parameters that train now."""
+        """Return the parameters that train now."""
         return [p for p in self.built.model.parameters() if p.requires_grad]
 
 
 def batch_length(rows: Sequence[TokenRow], recipe: Recipe, model: nn.Module) -> int:
-    """Tokens that each row of a batch is padded to."""
+    """Return the length in tokens that each row of a batch is padded to."""
     longest = max(len(row["input_ids"]) for row in rows)
     rounded = min(-(-longest // 32) * 32, recipe.data.max_length)
     return max(longest, min(rounded, max_positions(model) or rounded))
 
 
 def assemble(recipe: Recipe, before_load: Callable[..., None] | None = None) -> Parts:
-    """Build everything a run needs, in this order: data, model, layers, optimizer, LISA, schedule.
+    """Build everything a run needs: data, model, layers, optimizer, schedule of blocks, learning rates.
 
     On several ranks the model is divided among them before the optimizer is built. A rehearsal without
-    weights goes first: what can't work fails before a large model loads. Then comes
-    `before_load(device, steps=…, length=…)`, with the tokens of the longest batch.
+    weights comes first, so that a mistake is found before a large model loads.
+
+    Args:
+        recipe: what to build.
+        before_load: called as `before_load(device, steps=…, length=…)` before the weights load, with the
+            number of optimizer steps and the tokens of the longest batch.
     """
-    run, name = recipe.run, recipe.model.name
-    revision, trusted = recipe.model.revision, recipe.model.trust_remote_code
-    announce_remote_code(name, trusted)
-    check_attention(recipe.model.attention)
+    run, source = recipe.run, recipe.model
+    announce_remote_code(source.name, source.trust_remote_code)
+    check_attention(source.attention)
     device = pick_device(run.device)
     recipe.method.check_device(device)
     if ranks.count() > 1:
         check_recipe(recipe)
     if run.compile and device.type == "cpu":
         check_compiler()
-    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trusted)
+    tokenizer = load_tokenizer(**source.location)
     data = prepare_data(recipe, tokenizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come again with the real model
@@ -105,16 +115,15 @@ def assemble(recipe: Recipe, before_load: Callable[..., None] | None = None) -> 
     if before_load is not None:
         before_load(device, steps=data.steps, length=batch_length(data.train.rows, recipe, rehearsed))
     seed_generators(run.seed)
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trusted}
-    options |= {"attention": recipe.model.attention, "dtype": weight_dtype(recipe)}
+    dtype = weight_dtype(recipe)
     loss, divide = None, None
     if ranks.count() == 1:
-        model = load_model(name, **options).to(device)
+        model = load_model(**source.source, dtype=dtype).to(device)
         loss = CausalLMLoss(model)
         if recipe.data.packing:
             loss.check_packing()
     else:  # block by block, each rank its part
-        model, fill = load_for_ranks(name, **options)
+        model, fill = load_for_ranks(**source.source, dtype=dtype)
 
         def divide(prepared: nn.Module, layers: LayerMap) -> None:
             shard(prepared, layers.blocks, how=run.sharding, device=device, fill=fill)
@@ -139,7 +148,7 @@ def assemble(recipe: Recipe, before_load: Callable[..., None] | None = None) -> 
 
 
 def _compile(parts: Parts, blocks: BlockForward) -> float:
-    """Build all graphs on a made-up batch of an odd length, which is that of no weight's dimension."""
+    """Compile all graphs on a made-up batch; its odd length equals no dimension of a weight."""
     config, built = parts.recipe, parts.built
     length = max(config.data.max_length // 2, 8) | 1
     ids_BT = torch.zeros(config.run.batch_size, length, dtype=torch.long)
@@ -166,41 +175,31 @@ def rehearse(recipe: Recipe, steps: int) -> tuple[nn.Module, LayerMap, BlockSche
     Raises:
         ValueError, RuntimeError, OSError: what `assemble` would raise with the weights loaded.
     """
-    model = meta_model(
-        recipe.model.name,
-        revision=recipe.model.revision,
-        trust_remote_code=recipe.model.trust_remote_code,
-        attention=recipe.model.attention,
-        dtype=weight_dtype(recipe),
-    )
+    model = meta_model(**recipe.model.source, dtype=weight_dtype(recipe))
     _warn_of_widened_weights(recipe, model)
     model, layers, _, _, schedule = _attach(recipe, model, steps)
     return model, layers, schedule
 
 
 def _warn_of_widened_weights(recipe: Recipe, model: nn.Module) -> None:
-    """Say what it costs to load the 16-bit weights of a model as fp32."""
-    stored = stored_dtype(
-        recipe.model.name,
-        revision=recipe.model.revision,
-        trust_remote_code=recipe.model.trust_remote_code,
-    )
+    """Warn if the 16-bit weights of a model are loaded as float32, which takes twice the memory."""
+    stored = stored_dtype(**recipe.model.location)
     if weight_dtype(recipe) != torch.float32 or stored not in (torch.bfloat16, torch.float16):
         return
     more = 2 * sum(p.numel() for p in model.parameters())
     warnings.warn(
         f"{recipe.model.name} is stored in {str(stored).removeprefix('torch.')} and run.precision: "
         f"{recipe.run.precision} loads it in float32, which takes {more:,} bytes more; run.precision: bf16 "
-        f"keeps weights in 16 bits with updates as exact",
+        f"keeps weights in 16 bits, with updates that are as exact",
         stacklevel=2,
     )
 
 
 def check_fits(model: nn.Module, data: RunData) -> None:
-    """Refuse token ids and lengths that the model has no embedding for, which would end in an IndexError.
+    """Refuse token ids and lengths that the model has no embedding for; they would end in an IndexError.
 
     Raises:
-        ValueError: the tokenizer is another model's, or a row is longer than the model can read.
+        ValueError: the tokenizer belongs to another model, or a row is longer than the model can read.
     """
     rows = (*data.train.rows, *data.validation.rows)
     highest = max(max(row["input_ids"]) for row in rows)
@@ -219,7 +218,7 @@ def check_fits(model: nn.Module, data: RunData) -> None:
 
 
 def seed_generators(seed: int) -> None:
-    """Seed every generator that a model may draw from, and that checkpoints hold."""
+    """Seed every generator that a model may draw from; checkpoints hold the state of each."""
     import numpy as np
 
     torch.manual_seed(seed)

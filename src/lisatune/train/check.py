@@ -1,7 +1,7 @@
-"""Everything that can be wrong with a run, found before any weights load: behind `lisatune check`.
+"""Find everything that can be wrong with a run before any weights load: the code behind `lisatune check`.
 
-It takes the steps that `train` takes, with a model on the meta device in place of the real one, and goes
-on after a failure as far as it can: one call lists all problems.
+It takes the same steps as `train`, with a model on the meta device instead of the real one. After a failure
+it continues as far as it can, so one call lists all problems.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from rich.console import Console
 from rich.text import Text
@@ -34,25 +34,25 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-UNKNOWN_STEPS = 10_000
-"""Steps assumed where the data can't be read: enough that no warning comes from them."""
+STEPS_WITHOUT_DATA = 10_000
+"""Steps assumed if the data cannot be read: so many that no block is left untrained, and no warning comes."""
 
 
 @dataclass
 class CheckReport:
-    """What `check` found."""
+    """The result of `check`."""
 
     problems: list[str] = field(default_factory=list)
-    """What would stop the run, a sentence each."""
+    """Problems that would stop the run, a sentence each."""
 
     warnings: list[str] = field(default_factory=list)
-    """What the run would do that may not be meant."""
+    """Things that the run would do and that may not be meant."""
 
     outline: Outline | None = None
-    """The outline of the run; None when a problem keeps it from being made."""
+    """The outline of the run; None if a problem prevents it."""
 
     def attempt(self, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
-        """Call something; note its warnings, and a failure as a problem, each once."""
+        """Call a function. Its warnings are noted, and an error becomes a problem; each is noted once."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             try:
@@ -72,9 +72,9 @@ class CheckReport:
 
 
 def check(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> CheckReport:
-    """Look for everything that would stop a run, and say what it would do.
+    """Look for everything that would stop a run, and outline the run.
 
-    Reads the model's config and tokenizer and every record, writes nothing.
+    It reads the model's config and tokenizer and every record, and writes nothing.
 
     Args:
         recipe: the recipe; `run.output` must be set.
@@ -90,7 +90,7 @@ def check(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> C
         report.attempt(recipe.method.check_device, device)
     data = _check_data(recipe, report)
     steps = recipe.run.steps if data is None else data.steps
-    attached = report.attempt(rehearse, recipe, steps or UNKNOWN_STEPS)
+    attached = report.attempt(rehearse, recipe, steps or STEPS_WITHOUT_DATA)
     if attached is not None and data is not None:
         report.attempt(check_fits, attached[0], data)
     if attached is not None and data is not None and device is not None:
@@ -99,7 +99,7 @@ def check(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> C
 
 
 def print_report(report: CheckReport, console: Console | None = None) -> None:
-    """Print the outline, then what is doubtful, then what is wrong."""
+    """Print the outline, then warnings, then problems."""
     console = console or terminal()
     if report.outline is not None:
         print_outline(report.outline, console)
@@ -112,11 +112,11 @@ def print_report(report: CheckReport, console: Console | None = None) -> None:
             Text(f"{plural(len(report.problems), 'problem')}; nothing was written", style="bold red")
         )
     else:
-        console.print(Text("nothing is in the way of this run", style="bold green"))
+        console.print(Text("no problems found", style="bold green"))
 
 
 def _check_data(recipe: Recipe, report: CheckReport) -> RunData | None:
-    """Read every record of every source; go on without those that can't be used."""
+    """Read every record of every source; continue without those that cannot be used."""
     config = recipe.data
     if config.validation == config.train:
         report.warnings.append("data.validation is data.train: held-out loss will be loss on training data")
@@ -129,7 +129,7 @@ def _check_data(recipe: Recipe, report: CheckReport) -> RunData | None:
             if records is not None and records.skipped and config.on_bad_row == "error":
                 more = f" (and {records.skipped - 1:,} more like it)" if records.skipped > 1 else ""
                 report.problems.append(f"{records.first_skipped}{more}; fix it, or set data.on_bad_row=skip")
-    tokenizer = report.attempt(load_tokenizer, recipe.model.name, **_source(recipe))
+    tokenizer = report.attempt(load_tokenizer, **recipe.model.location)
     if tokenizer is None:
         return None
     usable = dataclasses.replace(recipe, data=dataclasses.replace(config, on_bad_row="skip"))
@@ -145,7 +145,3 @@ def _check_data(recipe: Recipe, report: CheckReport) -> RunData | None:
             f"{config.max_length} cuts off the whole answer"
         )
     return data
-
-
-def _source(recipe: Recipe) -> dict[str, Any]:
-    return {"revision": recipe.model.revision, "trust_remote_code": recipe.model.trust_remote_code}

@@ -1,18 +1,19 @@
-"""One training run, from a recipe to a fine-tuned model: the loop behind `lisatune train`.
+"""The loop behind `lisatune train`: one run, from a recipe to a fine-tuned model.
 
-Order of set-up, always: data, model, layers, optimizer over all parameters, LISA, checkpoint, loop.
+Order of set-up, always: data, model, layers, optimizer over all parameters, schedule of blocks, checkpoint,
+loop.
 """
 
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from lisatune import console
+from lisatune.console import plural
 from lisatune.data.tokens import my_share
 from lisatune.distributed import ranks
 from lisatune.evaluate.held_out import generate_answers, held_out_loss
@@ -29,43 +30,56 @@ from lisatune.train.assemble import Parts, assemble
 from lisatune.train.outline import make_outline, print_outline
 from lisatune.train.progress import Log, check_trackers, trackers
 from lisatune.train.resume import RunState, begin, find_checkpoint, restore, save
-from lisatune.train.stopping import agreed_stop, interruptible, way_back
+from lisatune.train.stopping import agree_to_stop, explain_interruption, interruptible, resume_hint
 
 __all__ = ["TrainingError", "train"]
 
 
 class TrainingError(RuntimeError):
-    """Training can't go on: loss or gradients are not finite."""
+    """Training cannot continue because loss or gradients are not finite."""
 
 
 class _NoTimeError(Exception):
-    """An evaluation was broken off, for the run is to stop."""
+    """Raised inside an evaluation when a stop was requested."""
 
 
-def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Summary:
+def train(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    after_step: Callable[[RunState], None] | None = None,
+) -> Summary:
     """Run a recipe.
 
     Args:
         recipe: what to do; `run.output` must be set.
-        resume: go on from the newest complete checkpoint in the run folder.
+        resume: continue from the newest complete checkpoint in the run folder.
         overwrite: delete the run in the folder first.
+        after_step: called after each optimizer step with the run's progress, before the step's evaluation
+            and checkpoint. An exception that it raises ends the run.
 
     Returns:
-        What `summary.json` holds.
+        The contents of `summary.json`.
 
     Raises:
-        ValueError, FileNotFoundError, ImportError: the recipe can't be used; nothing was written.
+        ValueError, FileNotFoundError, ImportError: the recipe cannot be used; nothing was written.
         TrainingError: loss or gradients were not finite and `run.on_nonfinite` is `stop`.
-        OSError: the disk is full, or the folder can't be written (see `run.on_save_error`).
-        RuntimeError: memory ran out; the message says what would fit. Or another process runs in the folder.
+        OSError: the disk is full or the folder cannot be written (see `run.on_save_error`).
+        RuntimeError: memory ran out, and the message says what would fit; or another process is using the
+            folder.
         KeyboardInterrupt: Ctrl-C or (`Terminated`) SIGTERM, after a checkpoint was saved; the message says
             how to resume.
+
+    Example:
+        >>> from lisatune.train import load_recipe, train
+        >>> summary = train(load_recipe("recipe.yaml", ["run.steps=200"]))  # doctest: +SKIP
     """
     with say_what_fits(recipe), ranks.process_group(recipe.run.device):
-        return _train(recipe, resume, overwrite)
+        return _train(recipe, resume, overwrite, after_step or (lambda state: None))
 
 
-def _train(recipe: Recipe, resume: bool, overwrite: bool) -> Summary:
+def _train(recipe: Recipe, resume: bool, overwrite: bool, after_step: Callable[[RunState], None]) -> Summary:
     assert recipe.run.output is not None
     output = Path(recipe.run.output)
     ranks.on_rank0(lambda: check_output(output, recipe.as_dict(), resume=resume, overwrite=overwrite))
@@ -74,147 +88,171 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool) -> Summary:
         find_checkpoint(output)
     check = MemoryCheck(recipe)
     parts = assemble(recipe, check.before_load)
-    done, damaged = restore(parts, output) if resume else (begin(parts), [])
+    state, damaged = restore(parts, output) if resume else (begin(parts), [])
     with (
         open_folder(output, recipe.as_dict(), resume=resume, overwrite=overwrite) as folder,
         trackers(recipe.run.report_to, output, recipe.as_dict()) as log,
-        way_back(folder),
+        explain_interruption(folder),
     ):
         for path in damaged if ranks.is_rank0() else ():
             set_aside(path)
         if resume and ranks.is_rank0():
-            prune(folder.checkpoints, recipe.run.keep_checkpoints)  # what a kill left behind
-            folder.drop_metrics_after(done.step, evaluated=done.evaluated_step == done.step)
-        at: dict[str, Any] = {"device": str(parts.device), "start_step": done.step}
+            prune(folder.checkpoints, recipe.run.keep_checkpoints)  # left behind by a kill
+            folder.drop_metrics_after(state.step, evaluated=state.evaluated_step == state.step)
         built = parts.built
-        print_outline(make_outline(recipe, built.model, built.layers, built.schedule, parts.data, **at))
+        outline = make_outline(
+            recipe,
+            built.model,
+            built.layers,
+            built.schedule,
+            parts.data,
+            device=str(parts.device),
+            start_step=state.step,
+        )
+        print_outline(outline)
         if not resume:
-            done.held_out_before = _held_out(parts)
-            done.answers_before = _answers(parts)
-            folder.log({"step": 0, "held_out_loss": done.held_out_before})
-        _loop(parts, done, folder, log, check)
-        summary = _finish(parts, done, folder, log, check)
+            state.held_out_before = _held_out(parts)
+            state.answers_before = _answers(parts)
+            folder.log({"step": 0, "held_out_loss": state.held_out_before})
+        _loop(parts, state, folder, log, check, after_step)
+        summary = _finish(parts, state, folder, log, check)
     progress.print_summary(summary)
     return summary
 
 
-def _loop(parts: Parts, done: RunState, folder: RunFolder, log: Log, check: MemoryCheck) -> None:
+def _loop(
+    parts: Parts,
+    state: RunState,
+    folder: RunFolder,
+    log: Log,
+    check: MemoryCheck,
+    after_step: Callable[[RunState], None],
+) -> None:
     run, last = parts.recipe.run, parts.data.steps
-    with interruptible() as mine, progress.Bar(last, done.step) as bar:
-        interrupted = agreed_stop(mine)
+    with interruptible() as asked_here, progress.Bar(last, state.step) as bar:
+        asked_to_stop = agree_to_stop(asked_here)
 
-        def note(record: Mapping[str, Any]) -> None:
+        def note(record: dict[str, Any]) -> None:
             try:
                 folder.log(record)
             except OSError as error:
                 if run.on_save_error == "stop":
                     raise
-                bar.print(f"step {done.step}: {error}; going on, as run.on_save_error says")
-            log({key: value for key, value in record.items() if isinstance(value, int | float)}, done.step)
+                bar.print(f"step {state.step}: {error}; continuing, as run.on_save_error says")
+            log({key: value for key, value in record.items() if isinstance(value, int | float)}, state.step)
 
         def evaluate() -> None:
-            """Take the held-out loss that is due after this step, before or after a break."""
-            is_due = run.eval_every and done.step % run.eval_every == 0 and 0 < done.step < last
-            if is_due and done.evaluated_step < done.step:
+            """Take this step's held-out loss, if it has one and a run before a break has not taken it."""
+            has_one = run.eval_every and state.step % run.eval_every == 0 and 0 < state.step < last
+            if has_one and state.evaluated_step < state.step:
                 with suppress(_NoTimeError):
-                    held_out = _held_out(parts, interrupted)
-                    done.evaluated_step = done.step
-                    note({"step": done.step, "held_out_loss": held_out})
-                    bar.print(f"step {done.step}: held-out loss {held_out:.3f}")
+                    held_out = _held_out(parts, asked_to_stop)
+                    state.evaluated_step = state.step
+                    note({"step": state.step, "held_out_loss": held_out})
+                    bar.print(f"step {state.step}: held-out loss {held_out:.3f}")
 
         evaluate()
-        while done.step < last:
+        while state.step < last:
             with check.step(parts.device):
-                record = _step(parts, done, folder)
-            if record:
+                record = _step(parts, state, folder)
+            if state.step % run.log_every == 0 or state.step == last:
                 note(record)
                 bar.update(**record)
+            after_step(state)
             evaluate()
-            stop = interrupted()
+            stop = asked_to_stop()
             saved = True
-            if stop or (run.save_every and done.step % run.save_every == 0):
-                saved = save(parts, done, folder, bar.print)
+            if stop or (run.save_every and state.step % run.save_every == 0):
+                saved = save(parts, state, folder, bar.print)
             if stop:
-                raise stop(_stopped(done.step, last, folder, saved))
+                what = "which is saved" if saved else "which could not be saved"
+                raise stop(f"stopped after step {state.step} of {last}, {what}; {resume_hint(folder)}")
 
 
-def _stopped(step: int, last: int, folder: RunFolder, saved: bool) -> str:
-    where = f"stopped after step {step} of {last}, which"
-    if saved:
-        return f"{where} is saved; go on with the same command and --resume"
-    before = newest_checkpoint(folder.checkpoints)
-    way_back = f"--resume, from {before}" if before else "--overwrite, for no checkpoint was saved before"
-    return f"{where} could not be saved; go on with the same command and {way_back}"
-
-
-def _step(parts: Parts, done: RunState, folder: RunFolder) -> dict[str, Any]:
-    """Make one optimizer step; where it is to be logged, return its line of metrics.jsonl."""
-    run, data = parts.recipe.run, parts.data
+def _step(parts: Parts, state: RunState, folder: RunFolder) -> dict[str, Any]:
+    """Make one optimizer step and return its line of metrics.jsonl."""
+    run, step, schedule = parts.recipe.run, parts.built.step, parts.built.schedule
     started = time.perf_counter()
-    first = done.step * run.accumulation
-    batches = [[data.train.rows[i] for i in data.order.batch(first + j)] for j in range(run.accumulation)]
-    loss = parts.built.step.backward([parts.collate(my_share(batch)) for batch in batches])
-    grad_norm = parts.built.step.clip()
-    # Noted before the step, which may draw the next blocks.
-    record: dict[str, Any] = parts.learning_rates()
-    record |= parts.built.schedule.describe()
-    done.peak_trainable = max(done.peak_trainable, sum(p.numel() for p in parts.trainable()))
-    # The only wait for the device in a step: what is not finite must not reach the weights.
-    if is_finite := bool(torch.isfinite(loss + grad_norm)):
-        parts.built.step.update()
-    elif run.on_nonfinite == "stop" or (parts.recipe.optimizer.in_backward and torch.isfinite(loss)):
-        raise _not_finite(parts, done.step + 1, loss, grad_norm, folder)
-    elif done.skipped_in_a_row >= run.max_skipped_steps:
-        raise TrainingError(
-            f"step {done.step + 1}: loss {float(loss):g}, gradient norm {float(grad_norm):g}, after "
-            f"{console.plural(done.skipped_in_a_row, 'step')} in a row that were left out "
-            f"(run.max_skipped_steps); {_way_back(folder)}; lower optimizer.lr, or look for what the rows of "
-            "these steps hold"
-        )
+    batches = [parts.data.batch(state.step * run.accumulation + i) for i in range(run.accumulation)]
+    loss = step.backward([parts.collate(my_share(batch)) for batch in batches])
+    grad_norm = step.clip()
+
+    # Noted before the update, which may draw the next blocks.
+    record = parts.learning_rates() | schedule.describe()
+    trainable = sum(p.numel() for p in parts.trainable())
+
+    # The only wait for the device in a step: a number that is not finite must not reach the weights.
+    is_finite = bool(torch.isfinite(loss + grad_norm))
+    if is_finite:
+        step.update()
     else:
-        parts.built.step.skip()
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "Detected call of `lr_scheduler", UserWarning
-        )  # a skipped first step
-        parts.scheduler.step()
+        _check_skip(parts, state, loss, grad_norm, folder)
+        step.skip()
+    parts.advance_learning_rates()
 
     seconds = time.perf_counter() - started
     num_tokens = sum(len(row["input_ids"]) for batch in batches for row in batch)
-    done.step += 1
-    done.num_tokens += num_tokens
-    done.skipped_steps += not is_finite
-    done.skipped_in_a_row = 0 if is_finite else done.skipped_in_a_row + 1
-    done.train_seconds += seconds
-    done.peak_state_bytes = max(done.peak_state_bytes, parts.built.state.bytes)
-    done.peak_state_elements = max(done.peak_state_elements, parts.built.state.elements)
-    if done.step % run.log_every and done.step != data.steps:
-        return {}
+    state.add_step(
+        is_finite=is_finite,
+        num_tokens=num_tokens,
+        seconds=seconds,
+        trainable=trainable,
+        meter=parts.built.state,
+    )
     return record | {
-        "step": done.step,
+        "step": state.step,
         "loss": float(loss),
         "grad_norm": float(grad_norm),
-        "tokens": done.num_tokens,
+        "tokens": state.num_tokens,
         "tokens_per_second": num_tokens / seconds,
         "state_bytes": parts.built.state.bytes,
         "resident_bytes": process.resident_bytes(),
-        "skipped_steps": done.skipped_steps,
-        "seconds": done.train_seconds,
+        "skipped_steps": state.skipped_steps,
+        "seconds": state.train_seconds,
     }
 
 
-def _held_out(parts: Parts, interrupted: Callable[[], object] = lambda: None) -> float:
-    """Loss per token of the held-out rows, taken in order of length to waste little on padding.
+def _check_skip(parts: Parts, state: RunState, loss: Tensor, grad_norm: Tensor, folder: RunFolder) -> None:
+    """Decide whether a step whose loss or gradients are not finite may be left out.
 
     Raises:
-        _NoTimeError: `interrupted` told so between two batches.
+        TrainingError: `run.on_nonfinite` is `stop`, too many steps in a row were left out, or the weights
+            have been updated already.
+    """
+    run = parts.recipe.run
+    has_updated = parts.recipe.optimizer.in_backward and bool(torch.isfinite(loss))
+    values = f"step {state.step + 1}: loss {float(loss):g}, gradient norm {float(grad_norm):g}"
+    newest = newest_checkpoint(folder.checkpoints)
+    good = f"the last good checkpoint is {newest}" if newest else "no checkpoint was saved yet"
+    if run.on_nonfinite == "stop" or has_updated:
+        weights = (
+            "optimizer.in_backward has put it into the weights"
+            if has_updated
+            else "weights are as before this step"
+        )
+        raise TrainingError(
+            f"{values}; {weights} and {good}; lower optimizer.lr, or set run.on_nonfinite: skip to leave "
+            "such steps out"
+        )
+    if state.skipped_in_a_row >= run.max_skipped_steps:
+        raise TrainingError(
+            f"{values}, after {plural(state.skipped_in_a_row, 'step')} in a row that were left out "
+            f"(run.max_skipped_steps); {good}; lower optimizer.lr, or look at the rows of these steps"
+        )
+
+
+def _held_out(parts: Parts, asked_to_stop: Callable[[], object] = lambda: None) -> float:
+    """Return the loss per token of the held-out rows, taken in order of length to waste little on padding.
+
+    Raises:
+        _NoTimeError: `asked_to_stop` said so between two batches.
     """
     rows = sorted(parts.data.validation.rows, key=lambda row: len(row["input_ids"]))
     size = parts.recipe.run.batch_size * ranks.count()
 
-    def batches() -> Iterator[dict[str, torch.Tensor]]:
+    def batches() -> Iterator[dict[str, Tensor]]:
         for i in range(0, len(rows), size):
-            if interrupted():
+            if asked_to_stop():
                 raise _NoTimeError
             yield parts.collate(my_share(rows[i : i + size]))
 
@@ -229,33 +267,33 @@ def _answers(parts: Parts) -> list[str]:
     )
 
 
-def _finish(parts: Parts, done: RunState, folder: RunFolder, log: Log, check: MemoryCheck) -> Summary:
+def _finish(parts: Parts, state: RunState, folder: RunFolder, log: Log, check: MemoryCheck) -> Summary:
     """Prove the last period, write the model, evaluate, write the summary."""
-    if done.skipped_steps == done.step:
+    if state.skipped_steps == state.step:
         raise TrainingError(
-            f"nothing was trained: all {done.step} steps were left out, since loss or gradients were not "
-            f"finite; held-out loss before was {done.held_out_before:g}: where that is not finite either, "
-            "look for NaN in the model's weights, else lower optimizer.lr"
+            f"nothing was trained: all {state.step} steps were left out because loss or gradients were not "
+            f"finite; held-out loss before was {state.held_out_before:g}: if that is not finite either, look "
+            "for NaN in the model's weights, else lower optimizer.lr"
         )
     parts.built.schedule.check()
     write = save_model if ranks.count() == 1 else save_from_ranks
-    write(parts.built.model, parts.tokenizer, folder.model)  # first, for Ctrl-C may end the rest
+    write(parts.built.model, parts.tokenizer, folder.model)  # first, because Ctrl-C may end the rest
     after = _held_out(parts)
-    folder.log({"step": done.step, "held_out_loss": after})
-    log({"held_out_loss": after}, done.step)
+    folder.log({"step": state.step, "held_out_loss": after})
+    log({"held_out_loss": after}, state.step)
     # Not strict: a resumed run may ask for more samples than were answered before.
-    questions = zip(parts.data.questions, done.answers_before, _answers(parts), strict=False)
+    questions = zip(parts.data.questions, state.answers_before, _answers(parts), strict=False)
     summary = Summary(
-        steps=done.step,
-        skipped_steps=done.skipped_steps,
-        tokens=done.num_tokens,
-        train_seconds=done.train_seconds,
-        tokens_per_second=done.num_tokens / done.train_seconds,
-        held_out_loss_before=done.held_out_before,
+        steps=state.step,
+        skipped_steps=state.skipped_steps,
+        tokens=state.num_tokens,
+        train_seconds=state.train_seconds,
+        tokens_per_second=state.num_tokens / state.train_seconds,
+        held_out_loss_before=state.held_out_before,
         held_out_loss_after=after,
-        peak_state_bytes=done.peak_state_bytes,
-        peak_state_elements=done.peak_state_elements,
-        peak_trainable=done.peak_trainable,
+        peak_state_bytes=state.peak_state_bytes,
+        peak_state_elements=state.peak_state_elements,
+        peak_trainable=state.peak_trainable,
         samples=[
             {"prompt": question.text, "reference": question.answer, "before": before, "after": answer}
             for question, before, answer in questions
@@ -263,28 +301,10 @@ def _finish(parts: Parts, done: RunState, folder: RunFolder, log: Log, check: Me
         model=str(folder.model),
     )
     summary.update(check.outcome(parts.device))
-    if done.failed_saves:
-        summary["failed_saves"] = done.failed_saves
+    if state.failed_saves:
+        summary["failed_saves"] = state.failed_saves
     if parts.compile_seconds is not None:
         summary["compile_seconds"] = parts.compile_seconds
     summary.update(parts.built.schedule.summarize())  # type: ignore[typeddict-item]
     folder.write_summary(summary)
     return summary
-
-
-def _not_finite(
-    parts: Parts, step: int, loss: torch.Tensor, grad_norm: torch.Tensor, folder: RunFolder
-) -> TrainingError:
-    has_hit = parts.recipe.optimizer.in_backward and torch.isfinite(loss)
-    weights = (
-        "optimizer.in_backward has put it into the weights" if has_hit else "weights are as before this step"
-    )
-    return TrainingError(
-        f"step {step}: loss {float(loss):g}, gradient norm {float(grad_norm):g}; {weights} and "
-        f"{_way_back(folder)}; lower optimizer.lr, or set run.on_nonfinite: skip to leave such steps out"
-    )
-
-
-def _way_back(folder: RunFolder) -> str:
-    last = newest_checkpoint(folder.checkpoints)
-    return f"the last good checkpoint is {last}" if last else "no checkpoint was saved yet"

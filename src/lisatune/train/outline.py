@@ -1,7 +1,7 @@
-"""What a run is going to do, as far as it is known before the first step.
+"""Outline a run before its first step.
 
-`check` makes the outline from a model without weights, `train` from the real one: the same function, so that
-what `lisatune check` says is what `lisatune train` does.
+`check` makes the outline from a model without weights, `train` from the real one. Both use the same function,
+so `lisatune train` does what `lisatune check` says.
 """
 
 import dataclasses
@@ -42,16 +42,16 @@ class Outline:
     trainable: int
     """Parameters that train in the first period."""
     active_blocks: tuple[int, ...] | None
-    """Blocks of the first period; None when the method doesn't draw."""
+    """Blocks of the first period; None if the method draws no blocks."""
     steps: int
     start_step: int
-    """Steps done before, when the run is resumed."""
+    """Steps done before, if the run is resumed."""
     period: int | None
-    """Steps between two draws; None when the method doesn't draw."""
+    """Steps between two draws; None if the method draws no blocks."""
     visits: tuple[int, ...]
-    """In how many periods each block will have trained by the end; empty when the method doesn't draw."""
+    """Number of periods in which each block will have trained by the end; empty without draws."""
     visits_are_exact: bool
-    """Whether `visits` is known; False if it is simulated, since draws depend on what training measures."""
+    """Whether `visits` is known; False if it is simulated, because draws depend on measured statistics."""
     batch: str
     lr: str
     train_rows: int
@@ -61,9 +61,9 @@ class Outline:
     num_cut: int
     """Training records cut at max_length."""
     num_without_loss: int
-    """Training records dropped, since the cut left no answer."""
+    """Training records dropped because the cut left no answer."""
     skipped: int
-    """Records left out because they can't be used."""
+    """Records left out because they cannot be used."""
     validation_rows: int
     validation_tokens: int
     device: str
@@ -84,12 +84,12 @@ def make_outline(
 
     Args:
         recipe: the recipe.
-        model: after `method.attach`, so that frozen is what will be frozen; may be on the meta device.
+        model: after `method.attach`, so that frozen parameters are frozen; it may be on the meta device.
         layers: its blocks and ends.
         schedule: what `method.attach` returned.
         data: from `prepare_data`.
         device: where it will run.
-        start_step: steps done before, when the run is resumed.
+        start_step: steps done before, if the run is resumed.
     """
     run, optimizer = recipe.run, recipe.optimizer
     rows = (
@@ -128,7 +128,7 @@ def make_outline(
 
 
 def _lr_text(recipe: Recipe, num_blocks: int) -> str:
-    """The learning rate, and in brackets those of blocks and ends that differ from it."""
+    """Return the learning rate, and in brackets the rates of blocks and ends that differ from it."""
     lr, ends_lr = recipe.optimizer.lr, recipe.optimizer.ends_lr
     factors = sorted(set(recipe.method.block_lr_factors(num_blocks)))
     own = []
@@ -141,7 +141,7 @@ def _lr_text(recipe: Recipe, num_blocks: int) -> str:
 
 
 def print_outline(outline: Outline, console: Console | None = None) -> None:
-    """Print the table that stands before a run."""
+    """Print the table at the start of a run."""
     console = console or terminal()
     kinds = [f"ends {count_text(outline.end_parameters)}{' (embedding = head)' if outline.is_tied else ''}"]
     kinds.append(f"{outline.num_blocks} blocks {count_text(outline.block_parameters)}")
@@ -186,7 +186,7 @@ def print_outline(outline: Outline, console: Console | None = None) -> None:
 
 
 def _method_text(method: Method) -> str:
-    """Name a method with those of its settings that are not the default."""
+    """Name a method, with the settings that differ from their defaults."""
     assert dataclasses.is_dataclass(method)
     changed = []
     for field in dataclasses.fields(method):

@@ -1,7 +1,7 @@
-"""What a run says on the terminal: a live line during, the outcome after. `outline` prints what comes before.
+"""The terminal during and after a run, and the trackers that a run reports to.
 
-Plain data in, Rich output out, nothing decided here. At most 100 columns. Where the output is no
-terminal, the live line becomes one plain line for each update, and there is no colour.
+This file turns plain data into Rich output and decides nothing. Lines have at most 100 columns. If the output
+is not a terminal, the live line becomes one plain line for each update, without colour.
 """
 
 import math
@@ -60,7 +60,7 @@ class Bar:
         resident_bytes: int,
         **unshown: Any,
     ) -> None:
-        """Show the state after optimizer step `step` (1 is the first). Takes a line of metrics.jsonl."""
+        """Show the progress after optimizer step `step` (1 is the first). Takes a line of metrics.jsonl."""
         done = step - self._start
         left = (time.monotonic() - self._began) / done * (self._total - step) if done > 0 else math.nan
         facts = [f"loss {loss:.3f}", f"lr {lr:.1e}", f"{tokens_per_second:,.0f} tok/s"]
@@ -97,7 +97,7 @@ class Bar:
 
 
 def print_summary(summary: Summary, console: Console | None = None) -> None:
-    """Print what came out of a run."""
+    """Print the result of a run."""
     console = console or terminal()
     rows: list[tuple[str, str | Text]] = []
     if "held_out_loss_before" in summary and "held_out_loss_after" in summary:
@@ -161,7 +161,7 @@ def _answers(sample: Sample) -> Padding:
 
 
 def _short(text: str) -> str:
-    """Cut a model's text to a few lines, without characters that a terminal would obey."""
+    """Cut a model's text to a few lines, and remove the control characters that a terminal would obey."""
     clean = "".join(letter if letter.isprintable() or letter == "\n" else "�" for letter in text.strip())
     return clean if len(clean) <= LONGEST_SAMPLE else clean[:LONGEST_SAMPLE].rstrip() + " …"
 
@@ -191,7 +191,7 @@ class Log(Protocol):
 def check_trackers(names: Sequence[str]) -> None:
     """Refuse trackers that are unknown (ValueError) or not installed (ImportError).
 
-    Accelerate would leave out a tracker that is not installed without a word.
+    Accelerate leaves out a tracker that is not installed, without a warning.
     """
     for name in names:
         if name not in TRACKERS:
@@ -202,12 +202,12 @@ def check_trackers(names: Sequence[str]) -> None:
 
 @contextmanager
 def trackers(names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> Iterator[Log]:
-    """Open trackers for the length of a run.
+    """Open trackers for the duration of a run.
 
     Args:
         names: keys of `TRACKERS`; may be empty.
         folder: run folder; trackers that write files write to `folder/trackers`.
-        config: the resolved recipe, stored with the run where the tracker can.
+        config: the recipe with every default, stored with the run if the tracker can do that.
     """
     if not names:
         yield lambda values, step: None

@@ -22,6 +22,7 @@ from cyclopts.config import Dict
 from cyclopts.exceptions import CoercionError, CycloptsError, MissingArgumentError
 from rich.console import Console
 
+from lisatune.console import split_override
 from lisatune.files import yaml
 from lisatune.methods import METHODS
 from lisatune.methods.optimizers import OPTIMIZERS
@@ -31,7 +32,6 @@ from lisatune.recipe import (
     OptimizerConfig,
     Recipe,
     RunConfig,
-    split_override,
     unknown,
 )
 

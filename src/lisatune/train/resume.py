@@ -1,4 +1,4 @@
-"""How far a run has come: saved in checkpoints, and taken up again from the newest one that is whole."""
+"""A run's progress: saved with each checkpoint, restored from the newest intact one."""
 
 import dataclasses
 import math
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lisatune.distributed import ranks
+from lisatune.optim.meter import StateMeter
 from lisatune.runs.checkpoint import load_checkpoint, save_checkpoint
 from lisatune.runs.folder import RunFolder
 from lisatune.runs.manifest import DamagedCheckpointError, list_checkpoints, newest_checkpoint, prune
@@ -20,11 +21,13 @@ __all__ = ["RunState", "begin", "find_checkpoint", "read_state", "restore", "sav
 
 @dataclass
 class RunState:
-    """How far a run has come: goes into checkpoints, so only JSON values."""
+    """The progress of a run. It goes into checkpoints, so it holds JSON values only."""
 
     step: int = 0
+    """Optimizer steps state, those that were left out included."""
     num_tokens: int = 0
     skipped_steps: int = 0
+    """Steps left out because loss or gradients were not finite."""
     skipped_in_a_row: int = 0
     failed_saves: int = 0
     evaluated_step: int = 0
@@ -36,36 +39,57 @@ class RunState:
     held_out_before: float = math.nan
     answers_before: list[str] = field(default_factory=list)
     batch: int = 0
-    """Sequences of a micro-step on all ranks together; 0 where an older run did not say."""
+    """Sequences of a micro-step on all ranks together; 0 if an older version saved the run."""
     data: dict[str, str] = field(default_factory=dict)
     """`RunData.hashes` of the rows that the run began with."""
 
+    def add_step(
+        self, *, is_finite: bool, num_tokens: int, seconds: float, trainable: int, meter: StateMeter
+    ) -> None:
+        """Count a step that has just been made.
+
+        Args:
+            is_finite: whether its loss and gradients were finite; if not, it was left out.
+            num_tokens: tokens in its batches, on all ranks together.
+            seconds: wall time it took.
+            trainable: parameters that trained in it.
+            meter: has measured the optimizer's state after it.
+        """
+        self.step += 1
+        self.num_tokens += num_tokens
+        self.skipped_steps += not is_finite
+        self.skipped_in_a_row = 0 if is_finite else self.skipped_in_a_row + 1
+        self.train_seconds += seconds
+        self.peak_trainable = max(self.peak_trainable, trainable)
+        self.peak_state_bytes = max(self.peak_state_bytes, meter.bytes)
+        self.peak_state_elements = max(self.peak_state_elements, meter.elements)
+
 
 def find_checkpoint(output: Path) -> Path:
-    """Find the newest checkpoint of a run whose files have their sizes.
+    """Find the newest checkpoint of a run whose files all have the sizes that were written.
 
     Raises:
         ValueError: there is none.
     """
     found = newest_checkpoint(output / "checkpoints")
     if found is None:
-        raise ValueError(f"there is no complete checkpoint in {output}; start again with --overwrite")
+        raise ValueError(f"there is no complete checkpoint in {output}; start over with --overwrite")
     return found
 
 
 def begin(parts: Parts) -> RunState:
-    """Note what a new run begins with."""
+    """Return the state of a new run."""
     return RunState(batch=parts.data.order.batch_size, data=parts.data.hashes)
 
 
 def restore(parts: Parts, output: Path) -> tuple[RunState, list[Path]]:
-    """Load the newest checkpoint that is what was written; what is damaged is passed over with a warning.
+    """Load the newest intact checkpoint; damaged ones are passed over with a warning.
 
     Returns:
-        How far the run had come then, and the damaged checkpoints after it.
+        The run's progress at that checkpoint, and the damaged checkpoints that are newer.
 
     Raises:
-        ValueError: no checkpoint is whole, it does not fit, or the data is not what the run began with.
+        ValueError: no checkpoint is intact, it does not fit, or the data differs from the run's first data.
     """
     damaged: list[Path] = []
     problem = DamagedCheckpointError(f"there is no complete checkpoint in {output}")
@@ -75,57 +99,61 @@ def restore(parts: Parts, output: Path) -> tuple[RunState, list[Path]]:
             extra = load_checkpoint(
                 path, model=built.model, optimizer=built.step.optimizer, scheduler=parts.scheduler
             )
-            done = read_state(path, extra)
+            state = read_state(path, extra)
         except DamagedCheckpointError as error:
             damaged.append(path)
             problem = error
             continue
         if damaged:
-            warnings.warn(f"{problem}; going on from {path.name} instead", stacklevel=2)
-        _check_same_data(parts, done, output)
-        _check_same_batch(parts, done)
-        if done.step > parts.data.steps:
+            warnings.warn(f"{problem}; resuming from {path.name} instead", stacklevel=2)
+        _check_same_data(parts, state, output)
+        _check_same_batch(parts, state)
+        if state.step > parts.data.steps:
             raise ValueError(
-                f"the run has done {done.step} steps and the recipe asks for {parts.data.steps}; give more "
-                "run.steps (or run.epochs) to go on"
+                f"the run has done {state.step} steps and the recipe asks for {parts.data.steps}; give more "
+                "run.steps (or run.epochs) to continue"
             )
         parts.set_learning_rates()
-        return done, damaged
-    raise ValueError(f"{problem}, and no other is whole; start again with --overwrite")
+        return state, damaged
+    raise ValueError(f"{problem}, and no other is intact; start over with --overwrite")
 
 
-def save(parts: Parts, done: RunState, folder: RunFolder, say: Callable[[str], None]) -> bool:
-    """Save a checkpoint, and delete older ones once it is complete.
+def save(parts: Parts, state: RunState, folder: RunFolder, say: Callable[[str], None]) -> bool:
+    """Save a checkpoint, then delete the oldest ones.
 
     Returns:
         Whether it was saved.
 
     Raises:
-        OSError: it could not be saved, and `run.on_save_error` is `stop`; earlier ones are as they were.
+        OSError: it could not be saved and `run.on_save_error` is `stop`; earlier ones are unchanged.
     """
     run = parts.recipe.run
     try:
         save_checkpoint(
             folder.checkpoints,
-            step=done.step,
+            step=state.step,
             model=parts.built.model,
             optimizer=parts.built.step.optimizer,
             scheduler=parts.scheduler,
-            extra=asdict(done),
+            extra=asdict(state),
         )
         if ranks.is_rank0():
             prune(folder.checkpoints, run.keep_checkpoints)
     except OSError as error:
         if run.on_save_error == "stop":
             raise
-        done.failed_saves += 1
-        say(f"step {done.step}: {error}; going on, as run.on_save_error says")
+        state.failed_saves += 1
+        say(f"step {state.step}: {error}; continuing, as run.on_save_error says")
         return False
     return True
 
 
 def read_state(path: Path, extra: Mapping[str, Any]) -> RunState:
-    """Check the types of what a checkpoint holds: a run without some field is an older one."""
+    """Build a run's progress from a checkpoint. A field that an older version did not save has its default.
+
+    Raises:
+        DamagedCheckpointError: a value has a type that no run writes.
+    """
     kinds = typing.get_type_hints(RunState)
     for name, value in extra.items():
         kind: Any = kinds.get(name, type(None))
@@ -136,20 +164,20 @@ def read_state(path: Path, extra: Mapping[str, Any]) -> RunState:
     return dataclasses.replace(RunState(), **extra)
 
 
-def _check_same_batch(parts: Parts, done: RunState) -> None:
+def _check_same_batch(parts: Parts, state: RunState) -> None:
     now = parts.data.order.batch_size
-    if done.batch not in (0, now):
+    if state.batch not in (0, now):
         raise ValueError(
-            f"the run began with {done.batch} sequences in a micro-step and would go on with {now}: "
+            f"the run began with {state.batch} sequences in a micro-step and would continue with {now}: "
             f"run.batch_size={parts.recipe.run.batch_size} on each of {ranks.count()} ranks; choose them so "
-            "that their product is the former one, or start again with --overwrite"
+            "that their product stays the same, or start over with --overwrite"
         )
 
 
-def _check_same_data(parts: Parts, done: RunState, output: Path) -> None:
-    for name, was in done.data.items():
+def _check_same_data(parts: Parts, state: RunState, output: Path) -> None:
+    for name, was in state.data.items():
         if parts.data.hashes.get(name) != was:
             raise ValueError(
-                f"{name} is not what the run in {output} began with: its records, or the tokenizer, have "
-                "changed since; put the former ones back, or start again with --overwrite"
+                f"{name} differs from what the run in {output} began with: its records, or the tokenizer, "
+                "have changed since; put the former ones back, or start over with --overwrite"
             )

@@ -1,4 +1,4 @@
-"""How a run ends before its time: Ctrl-C and SIGTERM, and what it then says."""
+"""How a run ends early: Ctrl-C, SIGTERM, and the sentence that tells how to continue."""
 
 import signal
 import sys
@@ -12,34 +12,29 @@ from lisatune.distributed import ranks
 from lisatune.runs.folder import RunFolder
 from lisatune.runs.manifest import newest_checkpoint
 
-__all__ = [
-    "agreed_stop",
-    "interruptible",
-    "terminable",
-    "way_back",
-]
+__all__ = ["agree_to_stop", "explain_interruption", "interruptible", "resume_hint", "terminable"]
 
 Stop = type[KeyboardInterrupt]
-
+"""The kind of error that a run ends with after Ctrl-C or SIGTERM."""
 
 Handler = Callable[[int, FrameType | None], None]
 
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Let SIGTERM raise `Terminated`, so that what is half written is taken back before the process ends."""
+    """Let SIGTERM raise `Terminated`, so that half-written files are removed before the process ends."""
     with _handling({signal.SIGTERM: _terminate}):
         yield
 
 
 @contextmanager
-def interruptible() -> Iterator[Callable[[], type[KeyboardInterrupt] | None]]:
-    """Turn the first Ctrl-C or SIGTERM into a flag, read at the end of a step; the second stops at once.
+def interruptible() -> Iterator[Callable[[], Stop | None]]:
+    """Turn the first Ctrl-C or SIGTERM into a flag, read at the end of a step. The second stops at once.
 
     Yields:
-        What tells the kind of error to end with, None as long as neither came.
+        A function that returns the kind of error to end with, or None as long as neither signal came.
     """
-    asked: type[KeyboardInterrupt] | None = None
+    asked: Stop | None = None
 
     def press(signum: int, frame: FrameType | None) -> None:
         nonlocal asked
@@ -54,8 +49,8 @@ def interruptible() -> Iterator[Callable[[], type[KeyboardInterrupt] | None]]:
 
 
 @contextmanager
-def way_back(folder: RunFolder) -> Iterator[None]:
-    """Say how to go on after Ctrl-C or SIGTERM outside the loop, or twice in it."""
+def explain_interruption(folder: RunFolder) -> Iterator[None]:
+    """Say how to continue after a Ctrl-C or SIGTERM that came outside the loop, or twice inside it."""
     try:
         yield
     except KeyboardInterrupt as stop:
@@ -63,15 +58,30 @@ def way_back(folder: RunFolder) -> Iterator[None]:
             raise
         if folder.model.is_dir():
             raise type(stop)(f"stopped after training; the model is in {folder.model}") from None
-        last = newest_checkpoint(folder.checkpoints)
-        way_back = f"--resume, from {last}" if last else "--overwrite, for no checkpoint was saved yet"
-        raise type(stop)(f"stopped at once; go on with the same command and {way_back}") from None
+        raise type(stop)(f"stopped at once; {resume_hint(folder)}") from None
+
+
+def resume_hint(folder: RunFolder) -> str:
+    """Tell how to continue a run that was stopped."""
+    newest = newest_checkpoint(folder.checkpoints)
+    if newest is None:
+        return "no checkpoint was saved, so start over with the same command and --overwrite"
+    return f"resume from {newest} with the same command and --resume"
+
+
+def agree_to_stop(asked: Callable[[], Stop | None]) -> Callable[[], Stop | None]:
+    """Let all ranks stop when one of them is asked to. Every rank must call the result equally often."""
+    if ranks.count() == 1:
+        return asked
+    kinds: tuple[Stop | None, ...] = (None, KeyboardInterrupt, Terminated)
+    return lambda: kinds[ranks.max_over_ranks(kinds.index(asked()))]
 
 
 @contextmanager
 def _handling(handlers: dict[signal.Signals, Handler]) -> Iterator[None]:
+    """Install signal handlers, and put the former ones back at the end."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread hears signals
+        yield  # only the main thread receives signals
         return
     before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
     try:
@@ -83,11 +93,3 @@ def _handling(handlers: dict[signal.Signals, Handler]) -> Iterator[None]:
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
     raise Terminated
-
-
-def agreed_stop(asked: Callable[[], Stop | None]) -> Callable[[], Stop | None]:
-    """Let all ranks stop where one is asked to; every rank must call the result as often."""
-    if ranks.count() == 1:
-        return asked
-    kinds: tuple[Stop | None, ...] = (None, KeyboardInterrupt, Terminated)
-    return lambda: kinds[ranks.max_over_ranks(kinds.index(asked()))]

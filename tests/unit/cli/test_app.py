@@ -58,10 +58,10 @@ def test_help_of_each_command_has_an_example(name: str, capsys: pytest.CaptureFi
     assert max(map(len, out.splitlines())) <= 100
 
 
-def test_help_imports_nothing_that_loads_models_or_trains() -> None:
+def test_help_imports_neither_torch_nor_anything_that_trains() -> None:
     script = (
         "import sys; from lisatune.cli import main; main(['--help'])\n"
-        "heavy = {'lisatune.train', 'lisatune.memory', 'lisatune.models', 'transformers', 'datasets'}\n"
+        "heavy = {'torch', 'lisatune.train', 'lisatune.memory', 'transformers', 'datasets'}\n"
         "sys.stderr.write(str(sorted(heavy & set(sys.modules))))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
@@ -115,7 +115,7 @@ def test_check_lists_problems_and_says_so_by_its_exit_code(
     recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["check", str(recipe)]) == 0
-    assert "nothing is in the way of this run" in capsys.readouterr().out
+    assert "no problems found" in capsys.readouterr().out
     assert main(["check", str(recipe), "method.active=9", "run.device=cuba"]) == 2
     assert "2 problems" in capsys.readouterr().out
     assert not (recipe.parent / "run").exists()

@@ -1,27 +1,39 @@
 """What `lisatune plan --gpu` says could train beside what is asked for."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from transformers import LlamaConfig
 
 from lisatune.cli.app import main
+from lisatune.memory import fit as searches
 from lisatune.memory.fit import Changes, Room, changed, find_fit, find_room
-from lisatune.memory.plan import plan_memory
 from lisatune.methods import METHODS
 from lisatune.optim import codecs
 from lisatune.recipe import DataConfig, ModelConfig, Recipe, RunConfig
+from plans import PlansOnce
 
 BLOCKS = 5
 EIGHT_BIT: Changes = {"optimizer.moments": "8bit"}
 STOCHASTIC: Changes = {"optimizer.rounding": "stochastic"}
 
 
-@pytest.fixture
-def recipe(tmp_path: Path) -> Recipe:
+PLANS = PlansOnce()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _plan_each_recipe_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(searches, "plan_memory", PLANS)
+        yield
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """LISA with one of five blocks, for a model folder without weights."""
+    folder = tmp_path_factory.mktemp("model")
     LlamaConfig(
         vocab_size=1000,
         hidden_size=256,
@@ -29,9 +41,9 @@ def recipe(tmp_path: Path) -> Recipe:
         num_hidden_layers=BLOCKS,
         num_attention_heads=4,
         max_position_embeddings=1024,
-    ).save_pretrained(tmp_path)
+    ).save_pretrained(folder)
     return Recipe(
-        model=ModelConfig(name=str(tmp_path)),
+        model=ModelConfig(name=str(folder)),
         data=DataConfig(train="none", max_length=256),
         method=METHODS["lisa"](active=1),
         run=RunConfig(precision="bf16", batch_size=1, device="cuda"),
@@ -39,7 +51,7 @@ def recipe(tmp_path: Path) -> Recipe:
 
 
 def needed(recipe: Recipe, changes: Changes) -> int:
-    return plan_memory(changed(recipe, changes)).needed_bytes
+    return PLANS(changed(recipe, changes)).needed_bytes
 
 
 def room_in(recipe: Recipe, size: int) -> Room | None:
@@ -74,6 +86,8 @@ def test_state_becomes_no_coarser_than_all_blocks_need(recipe: Recipe) -> None:
 def test_without_bitsandbytes_moments_stay_as_they_are(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    PLANS.forget()
+
     def missing() -> None:
         raise ImportError("no bitsandbytes")
 

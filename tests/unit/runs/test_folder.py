@@ -96,6 +96,13 @@ def test_resume_with_another_recipe_is_refused_with_the_keys_that_differ(tmp_pat
     assert differences(RECIPE, changed(run__seed=1)) == ["run.seed: 0 → 1"]
 
 
+def test_a_run_from_before_there_were_other_optimizers_resumes_with_adamw_alone() -> None:
+    before = {"optimizer": {"lr": 0.1}}
+    assert differences(before, {"optimizer": {"lr": 0.1, "name": "adamw"}}) == []
+    now = {"optimizer": {"lr": 0.1, "name": "sgd"}}
+    assert differences(before, now) == ["optimizer.name: adamw → sgd"]
+
+
 @pytest.mark.parametrize("name", ["recipe.yaml", "environment.json"])
 @pytest.mark.parametrize("text", ["[1, 2", "5"])
 def test_resume_of_a_damaged_run_says_so(tmp_path: Path, name: str, text: str) -> None:

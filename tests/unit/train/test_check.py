@@ -18,7 +18,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def recipe(tmp_path: Path, model: Path) -> Path:
-    return tiny_run.write_recipe(tmp_path, model, tiny_run.write_rows(tmp_path / "rows.jsonl"))
+    return tiny_run.write_recipe(tmp_path, model, tiny_run.write_rows(tmp_path / "rows.jsonl"), plans=True)
 
 
 def report_on(recipe: Path, *overrides: str, overwrite: bool = False) -> CheckReport:
@@ -123,6 +123,6 @@ def test_the_report_is_printed_outline_first_and_ends_in_a_verdict(recipe: Path)
         assert isinstance(console.file, io.StringIO)
         outs.append(console.file.getvalue())
     assert "╭─ run" in outs[0]
-    assert outs[0].endswith("nothing is in the way of this run\n")
+    assert outs[0].endswith("no problems found\n")
     assert outs[1].startswith("problem: active must be between")
     assert outs[1].endswith("1 problem; nothing was written\n")

@@ -1,0 +1,125 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, section by section, into one file: OUT/gpu_all.json. Under 9 minutes on an H200.
+#
+#   benchmarks/gpu_all.sh [OUT]                        OUT: default $OUT, else ./gpu-out
+#   benchmarks/gpu_all.sh --only plans OUT             one section
+#   benchmarks/gpu_all.sh --fresh OUT                  again, also what is complete
+#   benchmarks/gpu_all.sh --device cpu --tiny OUT      does every section run? Before a GPU's minute is spent
+#
+# Started again, it skips the sections that are complete. A section that fails or takes too long is written
+# down with the end of its output, and the next one runs; the script then ends with 1. COMMIT names the commit
+# where there is no repository. Without bitsandbytes what needs it is left out.
+#
+# To add a section: one call of `section NAME SECONDS COMMAND…` at the end of this file. In COMMAND, @JSON
+# stands for a file whose JSON is kept with the section; what --tiny makes smaller is set above the sections.
+# Keep the sum of SECONDS below 530.
+
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+[ -x .venv/bin/python ] && [ -z "${PYTHON:-}" ] && python=.venv/bin/python
+device=cuda tiny= only= fresh= out=${OUT:-gpu-out}
+
+while [ $# -gt 0 ]; do
+  case $1 in
+    --device) device=$2; shift ;;
+    --only) only=$2; shift ;;
+    --tiny) tiny=1 ;;
+    --fresh) fresh=1 ;;
+    -*) echo "gpu_all.sh: no option $1; see the top of the file" >&2; exit 2 ;;
+    *) out=$1 ;;
+  esac
+  shift
+done
+[ "$device" != cuda ] || "$python" -c 'import torch; torch.zeros(1).cuda()' 2>/dev/null ||
+  { echo "gpu_all.sh: torch sees no CUDA device here; --device cpu --tiny shows that every section runs" >&2; exit 2; }
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+results=$out/gpu_all.json
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+export PYTHONPATH=$PWD/src${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 LISATUNE_TEST_DEVICE=$device
+export COMMIT=${COMMIT:-$(git rev-parse HEAD 2>/dev/null || echo unknown)}
+failed=0 seen=0
+
+# record NAME: is that section complete, for this commit?
+# record NAME EXIT SECONDS LIMIT COMMAND: write it down.
+record() {
+  "$python" - "$results" "$work" "$device" "$@" <<'PY'
+import json, os, subprocess, sys
+from pathlib import Path
+
+path, work, device, name, *more = sys.argv[1:]
+path, work = Path(path), Path(work)
+kept = json.loads(path.read_text()) if path.exists() else {"sections": {}}
+if not more:
+    old = kept["sections"].get(name, {})
+    sys.exit(not (old.get("status") == "complete" and old["commit"] == os.environ["COMMIT"]))
+import torch
+
+kept |= {"device": device, "torch": torch.__version__, "python": sys.version.split()[0]}
+if device == "cuda" and torch.cuda.is_available():
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        driver = "unknown"
+    kept |= {"card": torch.cuda.get_device_name(), "driver": driver, "cuda": torch.version.cuda}
+code, seconds, limit, *command = more
+try:
+    figures = json.loads((work / "figures.json").read_text())
+except (OSError, ValueError):
+    figures = None
+log = (work / "log").read_text(errors="replace").splitlines()
+status = "complete" if code == "0" else "too slow" if code in ("124", "137") else "failed"
+kept["sections"][name] = {
+    "status": status, "exit": int(code), "seconds": float(seconds), "limit": int(limit),
+    "commit": os.environ["COMMIT"], "command": " ".join(command), "figures": figures, "log": log[-120:],
+}
+aside = path.with_suffix(".part")
+aside.write_text(json.dumps(kept, indent=1) + "\n")
+aside.replace(path)
+print(f"{name}: {status} in {seconds} s")
+PY
+}
+
+section() { # NAME SECONDS COMMAND…
+  local name=$1 limit=$2 started code
+  shift 2
+  [ -n "$only" ] && [ "$only" != "$name" ] && return
+  seen=$((seen + 1))
+  if [ -z "$fresh" ] && record "$name"; then
+    echo "$name: complete before"
+    return
+  fi
+  rm -f "$work"/*
+  started=${EPOCHREALTIME/./}
+  timeout -k 5 "$limit" "${@//@JSON/$work/figures.json}" >"$work/log" 2>&1
+  code=$?
+  record "$name" "$code" "$(((${EPOCHREALTIME/./} - started) / 1000000))" "$limit" "$@"
+  [ "$code" = 0 ] || failed=1
+}
+
+# A warning of another torch than that of constraints.txt is no failure.
+pytest=("$python" -m pytest -q -p no:cacheprovider -o filterwarnings=default)
+arms='LoRA r=16;LISA γ=2;LISA γ=2, ends every 5th period;LISA γ=2, frozen ends;full;BAdam'
+methods=
+if "$python" -c 'import bitsandbytes' 2>/dev/null; then
+  arms="$arms;LISA γ=2, 8-bit;LISA γ=8, 8-bit;LISA γ=N, 8-bit, frozen ends"
+else
+  methods='not qlora'
+fi
+shape=llama-3.1-8b length=2048 steps=20
+if [ -n "$tiny" ]; then
+  arms='LISA γ=2' methods='bit_equal and ends' shape=smollm2-135m length=16 steps=1
+fi
+
+section gpu-tests 75 "${pytest[@]}" tests/gpu tests/unit/optim/test_adamw_triton.py
+section conformance 150 "${pytest[@]}" tests/conformance -k "$methods"
+section plans 60 "$python" benchmarks/gpu.py --device "$device" --shape smollm2-135m --length "$((length / 4))" \
+  --steps 1 --arms "$arms" --output @JSON
+section steps-8b 240 "$python" benchmarks/gpu.py --device "$device" --shape "$shape" --length "$length" \
+  --steps "$steps" --arms "$arms" --output @JSON
+
+[ "$seen" -gt 0 ] || { echo "gpu_all.sh: no section $only" >&2; exit 2; }
+exit "$failed"

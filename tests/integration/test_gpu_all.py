@@ -1,0 +1,62 @@
+"""`benchmarks/gpu_all.sh` without a GPU: sections are written down, skipped when complete, and may fail."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_all.sh"
+
+
+def run(out: Path, *options: str, python: str = sys.executable) -> tuple[int, list[str]]:
+    """The exit code, and the lines of stdout and stderr."""
+    done = subprocess.run(
+        ["bash", str(SCRIPT), "--device", "cpu", "--tiny", *options, str(out)],
+        env=os.environ | {"PYTHON": python, "COMMIT": "abc"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
+    return done.returncode, done.stdout.splitlines()
+
+
+def test_a_section_runs_once_and_is_written_down_with_what_it_ran_on(tmp_path: Path) -> None:
+    code, lines = run(tmp_path, "--only", "gpu-tests")
+    assert code == 0, lines
+    kept = json.loads((tmp_path / "gpu_all.json").read_text())
+    section = kept["sections"]["gpu-tests"]
+    assert (section["status"], section["commit"], kept["torch"]) == ("complete", "abc", torch.__version__)
+    assert "skipped" in section["log"][-1]
+    assert run(tmp_path, "--only", "gpu-tests") == (0, ["gpu-tests: complete before"])
+
+
+def test_a_section_that_fails_is_written_down_and_the_next_one_runs(tmp_path: Path) -> None:
+    stub = tmp_path / "python"
+    stub.write_text(f"""#!/bin/bash
+case "$1 $2" in
+  "-m pytest") echo broken; exit 3 ;;
+  benchmarks/gpu.py*) echo '{{"arms": 1}}' >"${{!#}}" ;;
+  *) exec {sys.executable} "$@" ;;
+esac
+""")
+    stub.chmod(stub.stat().st_mode | stat.S_IXUSR)
+    code, _ = run(tmp_path, python=str(stub))
+    sections = json.loads((tmp_path / "gpu_all.json").read_text())["sections"]
+    assert code == 1
+    assert {name: each["status"] for name, each in sections.items()} == {
+        "gpu-tests": "failed",
+        "conformance": "failed",
+        "plans": "complete",
+        "steps-8b": "complete",
+    }
+    assert sections["gpu-tests"]["log"] == ["broken"]
+    assert sections["plans"]["figures"] == {"arms": 1}
+
+
+def test_a_section_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    assert run(tmp_path, "--only", "plan") == (2, ["gpu_all.sh: no section plan"])

@@ -1,0 +1,26 @@
+"""Plans of memory that are made once for each recipe: a search asks for the same ones in many tests."""
+
+from typing import Any
+
+from lisatune.memory.plan import MemoryPlan, plan_memory
+from lisatune.recipe import Recipe
+
+
+class PlansOnce:
+    """`plan_memory` that remembers what it returned, by everything that it was asked."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, MemoryPlan] = {}
+
+    def __call__(self, recipe: Recipe, **options: Any) -> MemoryPlan:
+        """Plan, or return the plan that was made before."""
+        # A search names the defaults.
+        named = {"ranks": 1, "length": recipe.data.max_length} | options
+        key = repr((recipe, sorted(named.items())))
+        if key not in self._made:
+            self._made[key] = plan_memory(recipe, **options)
+        return self._made[key]
+
+    def forget(self) -> None:
+        """Plan everything anew, for a test that changes what can be planned."""
+        self._made.clear()
