@@ -141,9 +141,9 @@ def _yaml(value: Any) -> str:
 
 def commands() -> str:
     """Write the help of every command."""
-    from lisatune.cli.app import _build_app
+    from lisatune.cli.app import build_app
 
-    text = _build_app().generate_docs(output_format="markdown")
+    text = build_app().generate_docs(output_format="markdown")
     text = text[text.index("## lisatune ") :]
     text = re.sub(r"lisatune (\w+) \1 ", r"lisatune \1 ", text)
     text = re.sub(r" ?\*\[default: (?:False|\"\"|None)\]\*", "", text)
