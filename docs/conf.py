@@ -26,6 +26,8 @@ autodoc2_docstring_parser_regexes = [(r".*", "google_markdown")]
 autodoc2_render_plugin = "myst"
 autodoc2_hidden_objects = {"dunder", "private", "inherited"}
 
+highlight_language = "none"  # of blocks that name no language
+smartquotes = False  # they would make a dash of an option's --
 html_theme = "furo"
 html_title = f"lisatune {release}"
 html_show_sphinx = False
