@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lisatune.methods.base import Method
-from lisatune.methods.optimizers import optimizer_over
+from lisatune.methods.optimizers import build_from_groups
 from lisatune.nn.layers import LayerMap, find_layers
 from lisatune.recipe import DataConfig, OptimizerConfig, RunConfig
 
@@ -53,7 +53,7 @@ def add_adapters(
 def build_adapter_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """Build the recipe's optimizer over the adapters; `optimizer.rounding` says how bf16 ones are updated."""
     adapters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    return optimizer_over([{"params": adapters, "layer": "adapters"}], config)
+    return build_from_groups([{"params": adapters, "layer": "adapters"}], config)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,8 @@
-"""TODO: say what is in here."""
+"""From a recipe and a loaded model to a model that is ready to train: for `train`, `compare` and `plan`.
+
+What several ranks cannot do yet is refused here: settings by `check_recipe`, optimizer state by
+`check_optimizer`.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,46 +23,6 @@ from lisatune.recipe import Recipe
 __all__ = ["Built", "build", "check_optimizer", "check_recipe", "weight_dtype"]
 
 
-def check_optimizer(optimizer: Optimizer) -> None:
-    """Refuse state that can't be cut along a weight's rows, or would differ from one rank's.
-
-    Raises:
-        ValueError: names the option.
-    """
-    for group in optimizer.param_groups:
-        if group.get("rows"):
-            raise ValueError(
-                "method.ends with rows does not work on several ranks yet: a divided embedding has no sparse "
-                "gradient; leave rows out"
-            )
-        for key, allowed in (("moments", "fp32"), ("state_device", None), ("rounding", ("exact", "nearest"))):
-            value = group.get(key, allowed)
-            if value != allowed and value not in (allowed or ()):
-                raise ValueError(
-                    f"{key} {value!r} does not work on several ranks yet, be it of the optimizer or of "
-                    "method.ends; use moments fp32 and rounding exact, with state_device null"
-                )
-
-
-def check_recipe(recipe: Recipe) -> None:
-    """Refuse what does not work on several ranks.
-
-    Raises:
-        ValueError: names the recipe's key and what to do.
-    """
-    if not recipe.method.shards:
-        raise ValueError(f"method.name: {recipe.method.name} runs in one process only; use lisa or full")
-    if recipe.run.compile:
-        raise ValueError("run.compile does not work on several ranks yet; set it to false")
-    if recipe.optimizer.in_backward:
-        raise ValueError(
-            "optimizer.in_backward works on one rank only: gradients of several ranks come in after "
-            "backward; set it to false"
-        )
-    if recipe.run.report_to:
-        raise ValueError("run.report_to works on one rank only; read metrics.jsonl, or leave it out")
-
-
 @dataclass(frozen=True)
 class Built:
     """A model that is ready to train, without data."""
@@ -71,7 +35,7 @@ class Built:
 
     state: StateMeter
     blocks: BlockForward | None
-    """How the blocks run, where that is not as they are written."""
+    """How the blocks run, if they are checkpointed or compiled."""
 
     def block_sizes(self) -> list[int]:
         """Count the parameters of each block."""
@@ -87,16 +51,16 @@ def build(
     device: torch.device,
     materialise: Callable[[nn.Module, LayerMap], None] | None = None,
 ) -> Built:
-    """Prepare a loaded model, build its optimizer and attach the method: for `train` and for `plan`.
+    """Prepare a loaded model, build its optimizer, schedule and step.
 
     Args:
         recipe: the recipe.
-        model: on `device`, or wherever `materialise` takes it from.
-        loss: of that model; on several ranks None, since a divided model needs one of its own.
+        model: the loaded model, on `device`, or where `materialise` expects it.
+        loss: the loss of that model; None on several ranks, because a divided model gets its own.
         steps: optimizer steps of the whole run.
         device: where it trains.
-        materialise: gives the prepared model its storage, or divides it among ranks, before the optimizer
-            is built.
+        materialise: called before the optimizer is built; gives the prepared model its storage, or divides
+            it among ranks.
     """
     run = recipe.run
     blocks = _set_block_forward(recipe, model)
@@ -117,6 +81,51 @@ def build(
     return Built(model, layers, step, schedule, state, blocks)
 
 
+def weight_dtype(recipe: Recipe) -> torch.dtype:
+    """Return the dtype in which the recipe's weights are loaded."""
+    return torch.bfloat16 if recipe.run.precision == "bf16" else torch.float32
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Refuse optimizer state that cannot be divided by rows of a weight, or would differ from one rank's.
+
+    Raises:
+        ValueError: names the option.
+    """
+    for group in optimizer.param_groups:
+        if group.get("rows"):
+            raise ValueError(
+                "method.ends with rows does not work on several ranks yet: a divided embedding has no sparse "
+                "gradient; leave rows out"
+            )
+        for key, allowed in (("moments", "fp32"), ("state_device", None), ("rounding", ("exact", "nearest"))):
+            value = group.get(key, allowed)
+            if value != allowed and value not in (allowed or ()):
+                raise ValueError(
+                    f"{key} {value!r} does not work on several ranks yet, neither of the optimizer nor of "
+                    "method.ends; use moments fp32 and rounding exact, with state_device null"
+                )
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse what does not work on several ranks.
+
+    Raises:
+        ValueError: names the recipe's key and what to do.
+    """
+    if not recipe.method.shards:
+        raise ValueError(f"method.name: {recipe.method.name} runs in one process only; use lisa or full")
+    if recipe.run.compile:
+        raise ValueError("run.compile does not work on several ranks yet; set it to false")
+    if recipe.optimizer.in_backward:
+        raise ValueError(
+            "optimizer.in_backward works on one rank only, because gradients of several ranks arrive after "
+            "backward; set it to false"
+        )
+    if recipe.run.report_to:
+        raise ValueError("run.report_to works on one rank only; read metrics.jsonl, or leave it out")
+
+
 def _set_block_forward(recipe: Recipe, model: nn.Module) -> BlockForward | None:
     asked, compiles = recipe.run.activation_checkpointing, recipe.run.compile
     if asked is True and not compiles:
@@ -130,11 +139,6 @@ def _set_block_forward(recipe: Recipe, model: nn.Module) -> BlockForward | None:
         checkpointing="frozen" if asked == "frozen" else "all" if asked else None,
         backend="inductor" if compiles else None,
     )
-
-
-def weight_dtype(recipe: Recipe) -> torch.dtype:
-    """Dtype that the recipe's weights are loaded in."""
-    return torch.bfloat16 if recipe.run.precision == "bf16" else torch.float32
 
 
 def _attach(

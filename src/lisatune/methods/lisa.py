@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from lisatune.lisa.ends import EndsPolicy
-from lisatune.lisa.groups import Scaling, lr_factors, scale_block_lr
+from lisatune.lisa.frozen_state import StatePolicy
+from lisatune.lisa.groups import Scaling, compute_lr_factors, scale_block_lr
 from lisatune.lisa.lisa import LISA
-from lisatune.lisa.samplers import Independent, Sampler, make_sampler
+from lisatune.lisa.proof import Verify
+from lisatune.lisa.samplers import Independent, Sampler, SamplerName, make_sampler
 from lisatune.methods.base import Alternatives, Method, halve
 from lisatune.methods.optimizers import build_optimizer
 from lisatune.nn.layers import LayerMap
@@ -33,10 +35,8 @@ class Lisa(Method):
     period: int | Literal["auto"] = 10
     """Optimizer steps between two draws, K in the paper. auto: every block trains at least twice."""
 
-    sampler: Literal[
-        "permutation", "uniform", "window", "ascending", "descending", "weighted", "independent"
-    ] = "permutation"
-    """How blocks are drawn, `window` neighbours; `weighted` and `independent` read `probabilities`."""
+    sampler: Literal[SamplerName, "weighted", "independent"] = "permutation"
+    """How blocks are drawn; `window`: neighbours. `weighted` and `independent` read `probabilities`."""
 
     probabilities: tuple[float, ...] | None = None
     """One number per block for the samplers `weighted` and `independent`."""
@@ -44,7 +44,7 @@ class Lisa(Method):
     seed: int = 0
     """Seed of the draws alone."""
 
-    state: Literal["drop", "reset", "second_moment", "cpu", "keep"] = "drop"
+    state: StatePolicy = "drop"
     """What happens to the optimizer state of a block that freezes."""
 
     warmup: int = 0
@@ -56,7 +56,7 @@ class Lisa(Method):
     ends: str = "train"
     """Which ends train, when, with what state: train head frozen every:M 8bit factored cpu rows, by +."""
 
-    verify: Literal["sample", "full", "off"] = "sample"
+    verify: Verify = "sample"
     """How much of every block is hashed each period to prove that drawn blocks moved and no other did."""
 
     def __post_init__(self) -> None:
@@ -109,7 +109,7 @@ class Lisa(Method):
 
     def block_lr_factors(self, num_blocks: int) -> tuple[float, ...]:
         """Return what `lr_scaling` makes of each block's chance to train."""
-        return lr_factors(self._chances(num_blocks), self.lr_scaling)
+        return compute_lr_factors(self._chances(num_blocks), self.lr_scaling)
 
     def without_proof(self) -> Self:
         """Return LISA without fingerprints."""
@@ -155,7 +155,7 @@ class AsLisa(Method):
 
     shards = True
 
-    verify: Literal["sample", "full", "off"] = "sample"
+    verify: Verify = "sample"
     """How much of every block is hashed each period to prove that what trains moved and nothing else did."""
 
     def as_lisa(self) -> Lisa:
