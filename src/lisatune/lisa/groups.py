@@ -8,7 +8,7 @@ makes up for it. One rate, that of full fine-tuning, then serves every γ; π = 
 docs/results.md.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,6 +21,7 @@ from lisatune.optim.adamw import AdamW
 
 __all__ = [
     "Scaling",
+    "Warmup",
     "build_adamw",
     "build_fused_adamw",
     "check_parameters",
@@ -191,10 +192,67 @@ def check_parameters(layers: LayerMap, model: nn.Module, optimizer: Optimizer) -
             )
 
 
+class Warmup:
+    """Ramps up the learning rates of layers that have just thawed: lr·i/(steps + 1) at step i of a period.
+
+    Args:
+        steps: steps of a period over which rates ramp up; 0 leaves all rates as they are.
+        blocks: the parameters of each block.
+        ends: the parameters of the ends that may thaw.
+        resting: those of the ends that never train.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        blocks: Sequence[tuple[nn.Parameter, ...]],
+        ends: tuple[nn.Parameter, ...],
+        resting: tuple[nn.Parameter, ...],
+    ) -> None:
+        self._steps, self._blocks, self._ends, self._resting = steps, blocks, ends, resting
+        self._ramped: list[tuple[dict[str, Any], Any, Any]] = []
+
+    def find_groups(self, optimizer: Optimizer) -> None:
+        """Look up the layers' param groups, again after `load_state_dict` has replaced them.
+
+        Raises:
+            ValueError: a group mixes layers, or has no learning rate.
+        """
+        self._ramped = []
+        if self._steps:
+            self._of_block = find_block_groups(optimizer, self._blocks, (*self._ends, *self._resting))
+            ends = set(self._ends)
+            self._of_ends = [g for g in optimizer.param_groups if not ends.isdisjoint(g["params"])]
+
+    def ramp(self, done: int, blocks: Iterable[int], *, with_ends: bool) -> None:
+        """Lower the learning rates of thawed layers for one step; `restore` must follow it.
+
+        Args:
+            done: steps of the period that were made before.
+            blocks: indices of the blocks that have thawed in this period.
+            with_ends: whether the ends have thawed, too.
+        """
+        self.restore()  # a step that raised has left its ramp behind
+        if done >= self._steps:
+            return
+        thawed = [group for block in blocks for group in self._of_block[block]]
+        for group in [*thawed, *(self._of_ends if with_ends else ())]:
+            ramped = group["lr"] * ((done + 1) / (self._steps + 1))
+            self._ramped.append((group, group["lr"], ramped))
+            group["lr"] = ramped
+
+    def restore(self, _: Optimizer | None = None) -> None:
+        """Give every group the learning rate that it had before `ramp`."""
+        for group, lr, ramped in self._ramped:
+            if group["lr"] is ramped:  # else a scheduler has set another rate after a step that raised
+                group["lr"] = lr
+        self._ramped = []
+
+
 def find_block_groups(
     optimizer: Optimizer, blocks: Sequence[tuple[nn.Parameter, ...]], ends: tuple[nn.Parameter, ...]
 ) -> list[list[dict[str, Any]]]:
-    """Return the param groups of each block, so that `warmup` can ramp their learning rates.
+    """Return the param groups of each block, whose learning rates `Warmup` ramps.
 
     Raises:
         ValueError: a group mixes layers, or has no learning rate.

@@ -40,7 +40,7 @@ from lisatune.distributed import ranks
 from lisatune.distributed.shards import is_sharded, reshard
 from lisatune.lisa.ends import Ends, EndsPolicy
 from lisatune.lisa.frozen_state import FrozenState, StatePolicy
-from lisatune.lisa.groups import check_parameters, find_block_groups, unwrap_optimizer
+from lisatune.lisa.groups import Warmup, check_parameters, unwrap_optimizer
 from lisatune.lisa.proof import Proof, ProofError, Verify
 from lisatune.lisa.samplers import (
     Independent,
@@ -48,11 +48,10 @@ from lisatune.lisa.samplers import (
     choose_period,
     count_visits,
     draw_blocks,
-    find_costliest_draws,
     make_sampler,
     simulate_draws,
 )
-from lisatune.lisa.schedule import BlockSchedule
+from lisatune.lisa.schedule import BlockSchedule, find_costliest_draws
 from lisatune.lisa.statistics import Collector
 from lisatune.nn.layers import LayerMap, find_layers
 from lisatune.optim.adamw import AdamW
@@ -162,10 +161,11 @@ class LISA(BlockSchedule):
         self._ends = Ends(policy, model, self.layers)
         self._others = (*self._ends.resting, *self.layers.frozen_parameters(model).values())
         self._ends.check_state(optimizer)
-        self._find_groups()
+        self._param_groups = optimizer.param_groups
+        self._warmup = Warmup(warmup, self._blocks, self._ends.parameters, self._ends.resting)
+        self._warmup.find_groups(optimizer)
 
         self._frozen_state = FrozenState(optimizer, state)
-        self._ramped: list[tuple[dict[str, Any], Any, Any]] = []
         self._saved: dict[str, Any] = {}
         self._saved_state: dict[int, Any] = {}
         self._collector = Collector(self._blocks, self.sampler.reads) if self.sampler.reads else None
@@ -195,7 +195,7 @@ class LISA(BlockSchedule):
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
-            optimizer.register_state_dict_pre_hook(self._restore_lr),
+            optimizer.register_state_dict_pre_hook(self._warmup.restore),
             optimizer.register_state_dict_post_hook(self._add_to_state_dict),
             optimizer.register_load_state_dict_pre_hook(self._check_saved),
             optimizer.register_load_state_dict_post_hook(self._take_saved),
@@ -300,7 +300,7 @@ class LISA(BlockSchedule):
         self._hooks = []
         if type(self._optimizer).load_state_dict is not Optimizer.load_state_dict:
             vars(self._optimizer).pop("load_state_dict", None)
-        self._restore_lr()
+        self._warmup.restore()
         self._frozen_state.detach()
         self._ends.detach()
         for parameter, flag in self._flags.items():
@@ -355,18 +355,14 @@ class LISA(BlockSchedule):
             self._proof.begin(self.period_index, self._name_moving())
         if self._collector is not None:
             self._collector.before_step(self.active_blocks)
-        self._restore_lr()  # a step that raised has left its ramp behind
-        done = self.steps_done % self.period
-        if done < self.warmup:
-            thawed = [group for block in self._find_thawed_blocks() for group in self._groups_of_block[block]]
-            thawed += self._groups_of_ends if self.ends_train and self._ends.policy.every > 1 else []
-            for group in thawed:
-                ramped = group["lr"] * ((done + 1) / (self.warmup + 1))
-                self._ramped.append((group, group["lr"], ramped))
-                group["lr"] = ramped
+        self._warmup.ramp(
+            self.steps_done % self.period,
+            self._find_thawed_blocks(),
+            with_ends=self.ends_train and self._ends.policy.every > 1,
+        )
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._restore_lr()
+        self._warmup.restore()
         # A loss scaler also calls fused optimizers for steps that it skips, and sets `found_inf` to say so.
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):
@@ -392,22 +388,6 @@ class LISA(BlockSchedule):
         if self.period_index == 0 or self.state == "reset":
             return set(self.active_blocks)
         return set(self.active_blocks) - set(self.previous_blocks)
-
-    def _restore_lr(self, _: Optimizer | None = None) -> None:
-        for group, lr, ramped in self._ramped:
-            if group["lr"] is ramped:  # else a scheduler has set another rate after a step that raised
-                group["lr"] = lr
-        self._ramped = []
-
-    def _find_groups(self) -> None:
-        """Look up the param groups, which `load_state_dict` replaces."""
-        self._param_groups = self._optimizer.param_groups
-        if self.warmup:
-            self._groups_of_block = find_block_groups(
-                self._optimizer, self._blocks, (*self._ends.parameters, *self._ends.resting)
-            )
-            ends = set(self._ends.parameters)
-            self._groups_of_ends = [g for g in self._param_groups if not ends.isdisjoint(g["params"])]
 
     # ---- proof
 
@@ -510,8 +490,8 @@ class LISA(BlockSchedule):
         if self._proof is not None:
             self._proof.forget()
             self._proof.periods = self._saved["periods_proven"]
-        self._ramped = []
-        self._find_groups()
+        self._param_groups = optimizer.param_groups  # load_state_dict has replaced them
+        self._warmup.find_groups(optimizer)
         self._frozen_state.load(self._saved_state)
         self._saved_state = {}
         self._set_trainable()

@@ -41,7 +41,6 @@ __all__ = [
     "choose_period",
     "count_visits",
     "draw_blocks",
-    "find_costliest_draws",
     "make_sampler",
     "simulate_draws",
 ]
@@ -345,25 +344,6 @@ def choose_period(sampler: Sampler, *, seed: int, total_steps: int) -> int:
         wanting = {block: left for block, left in wanting.items() if left > 0}
         periods += 1
     return max(1, min(total_steps // max(periods, 1), LONGEST_AUTO_PERIOD))
-
-
-def find_costliest_draws(sizes: Sequence[int], active: int) -> set[tuple[int, ...]]:
-    """Return draws of `active` blocks among which one has the highest peak of memory.
-
-    They are the largest blocks. Among blocks of equal size they are the highest, the lowest, and block 0 with
-    the highest: which of these has the highest peak depends on where in a step the peak falls.
-
-    Args:
-        sizes: parameters of each block.
-        active: γ, 0 <= γ <= number of blocks.
-    """
-    blocks = range(len(sizes))
-    highest = sorted(blocks, key=lambda block: (sizes[block], block), reverse=True)
-    lowest = sorted(blocks, key=lambda block: (-sizes[block], block))
-    chosen = [highest[:active], lowest[:active]]
-    if active:
-        chosen.append([0, *[block for block in highest if block][: active - 1]])
-    return {tuple(sorted(draw)) for draw in chosen}
 
 
 def _make_even_statistics(sampler: Sampler, counts: Mapping[int, int]) -> BlockStatistics:

@@ -8,7 +8,7 @@ full fine-tuning, or adapters beside frozen weights.
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["BlockSchedule"]
+__all__ = ["BlockSchedule", "find_costliest_draws"]
 
 
 class BlockSchedule:
@@ -77,3 +77,22 @@ class BlockSchedule:
     def host_bytes(self) -> int:
         """Count the bytes that are in host memory because blocks are frozen."""
         return 0
+
+
+def find_costliest_draws(sizes: Sequence[int], active: int) -> set[tuple[int, ...]]:
+    """Return the draws that could have the highest peak of memory, if draws are not known beforehand.
+
+    Which one has it depends on where in a step the peak falls. So the largest blocks are returned, and among
+    blocks of equal size the highest, the lowest, and block 0 with the highest.
+
+    Args:
+        sizes: parameters of each block.
+        active: γ, 0 <= γ <= number of blocks.
+    """
+    blocks = range(len(sizes))
+    highest = sorted(blocks, key=lambda block: (sizes[block], block), reverse=True)
+    lowest = sorted(blocks, key=lambda block: (-sizes[block], block))
+    chosen = [highest[:active], lowest[:active]]
+    if active:
+        chosen.append([0, *[block for block in highest if block][: active - 1]])
+    return {tuple(sorted(draw)) for draw in chosen}
