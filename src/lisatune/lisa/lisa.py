@@ -82,7 +82,7 @@ class LISA(BlockSchedule):
             "descending" (in order), N probabilities for γ weighted distinct blocks, or a
             `lisatune.lisa.samplers.Sampler` such as `Independent`, which decides γ itself. A sampler may draw
             by what training has measured of each block (`Sampler.reads`).
-        seed: decides the draws. They are equal on every rank and use no global RNG.
+        seed: of the draws, which are equal on every rank and use no global RNG.
         state: what happens to the optimizer state of a block that freezes.
             `drop`: released, but a block that is drawn again at once keeps it.
             `reset`: all state, also of the ends, is cleared at every draw, as in the paper's published runs.

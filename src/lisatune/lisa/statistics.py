@@ -1,7 +1,7 @@
 """Numbers about each block: those that a sampler may read during training, and how far a run moved it.
 
-A sampler that names numbers in `Sampler.reads` gets them at each draw as `BlockStatistics`. They are
-collected only if a sampler reads them. For a block l with weights θ_l and gradients g_l, where a norm is the
+A sampler that names numbers in `Sampler.reads` gets them at each draw as `BlockStatistics`. A number that the
+sampler does not name is not collected. For a block l with weights θ_l and gradients g_l, where a norm is the
 L2 norm over all parameters of the block:
 
     visits         periods in which it has trained

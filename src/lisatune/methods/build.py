@@ -20,7 +20,7 @@ from lisatune.nn.layers import LayerMap, find_layers
 from lisatune.optim.meter import StateMeter
 from lisatune.recipe import Recipe
 
-__all__ = ["Built", "build", "check_optimizer", "check_recipe", "weight_dtype"]
+__all__ = ["Built", "attach_method", "build", "check_optimizer", "check_recipe", "weight_dtype"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def build(
     run = recipe.run
     blocks = _set_block_forward(recipe, model)
     model.train()
-    model, layers, optimizer, state, schedule = _attach(recipe, model, steps, materialise)
+    model, layers, optimizer, state, schedule = attach_method(recipe, model, steps, materialise)
     if loss is None:
         loss = ShardedLoss(model)
     else:
@@ -79,6 +79,29 @@ def build(
         max_grad_norm=recipe.optimizer.max_grad_norm,
     )
     return Built(model, layers, step, schedule, state, blocks)
+
+
+def attach_method(
+    recipe: Recipe,
+    model: nn.Module,
+    steps: int,
+    materialise: Callable[[nn.Module, LayerMap], None] | None = None,
+) -> tuple[nn.Module, LayerMap, Optimizer, StateMeter, BlockSchedule]:
+    """Prepare a model, build its optimizer and attach the schedule; see `build` for the arguments.
+
+    Returns:
+        The prepared model, its layers, the optimizer, a meter of its state, and the schedule.
+    """
+    model = recipe.method.prepare(model)
+    layers = find_layers(model)
+    if materialise is not None:
+        materialise(model, layers)
+    optimizer = recipe.method.build_optimizer(model, layers, recipe.optimizer)
+    if ranks.count() > 1:
+        check_optimizer(optimizer)
+    state = StateMeter(optimizer)  # before the schedule, whose hook may release state
+    schedule = recipe.method.attach(model, optimizer, layers, total_steps=steps)
+    return model, layers, optimizer, state, schedule
 
 
 def weight_dtype(recipe: Recipe) -> torch.dtype:
@@ -139,21 +162,3 @@ def _set_block_forward(recipe: Recipe, model: nn.Module) -> BlockForward | None:
         checkpointing="frozen" if asked == "frozen" else "all" if asked else None,
         backend="inductor" if compiles else None,
     )
-
-
-def _attach(
-    recipe: Recipe,
-    model: nn.Module,
-    steps: int,
-    materialise: Callable[[nn.Module, LayerMap], None] | None = None,
-) -> tuple[nn.Module, LayerMap, Optimizer, StateMeter, BlockSchedule]:
-    model = recipe.method.prepare(model)
-    layers = find_layers(model)
-    if materialise is not None:
-        materialise(model, layers)
-    optimizer = recipe.method.build_optimizer(model, layers, recipe.optimizer)
-    if ranks.count() > 1:
-        check_optimizer(optimizer)
-    state = StateMeter(optimizer)  # before the schedule, whose hook may release state
-    schedule = recipe.method.attach(model, optimizer, layers, total_steps=steps)
-    return model, layers, optimizer, state, schedule
