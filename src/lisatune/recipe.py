@@ -281,7 +281,9 @@ class Recipe:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the recipe with every default filled in, as plain dicts, lists, numbers and strings."""
-        return {name: _plain(section) for name, section in asdict(self).items()}
+        sections = asdict(self)
+        sections["method"] = {"name": self.method.name} | sections["method"]
+        return {name: _plain(section) for name, section in sections.items()}
 
 
 def check_steps(steps: float, asked: str) -> None:

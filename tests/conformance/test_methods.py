@@ -170,7 +170,7 @@ def test_recomputed_activations_train_the_same_weights_or_are_refused_with_the_r
 ) -> None:
     options = (*OPTIONS, "run.activation_checkpointing=true")
     if (refusal := refusal_of(run.recipe, options)) is not None:
-        assert "run.activation_checkpointing can't work with method" in refusal
+        assert "run.activation_checkpointing cannot work with method" in refusal
         return
     recomputed = watched(monkeypatch, run.recipe, tmp_path / "run", *options)
     tiny.assert_same_weights(recomputed.model, run.model)

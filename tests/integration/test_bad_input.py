@@ -115,7 +115,7 @@ VALUES: list[tuple[list[str], tuple[str, ...]]] = [
     (["method.period=0"], ("period must be a number of optimizer steps >= 1", "got 0")),
     (["method.warmup=2"], ("warmup must be >= 0 and below period=2, got 2",)),
     (["method.sampler=weighted"], ("weighted needs method.probabilities",)),
-    (["method.probabilities=[1,1,1,1]"], ("has no use with method.sampler permutation",)),
+    (["method.probabilities=[1,1,1,1]"], ("does nothing with method.sampler permutation",)),
     (["run.report_to=[tensorbord]"], ("unknown tracker 'tensorbord'", "known: tensorboard, wandb")),
     (["run.device=cuba"], ("unknown run.device 'cuba'", "use auto or one of cpu, cuda")),
     (["run.device=meta"], ("unknown run.device 'meta'",)),

@@ -74,7 +74,7 @@ class FreezeUpwards(BlockSchedule):
 class FreezeMethod(Method):
     """The schedule as a method of recipes."""
 
-    name: str = "freeze_upwards"
+    name = "freeze_upwards"
 
     def attach(
         self, model: nn.Module, optimizer: Optimizer, layers: LayerMap, *, total_steps: int
@@ -107,7 +107,7 @@ class TwoForwards(TrainingStep):
 class ForwardMethod(Method):
     """The step as a method of recipes."""
 
-    name: str = "two_forwards"
+    name = "two_forwards"
 
     def build_step(self, model: nn.Module, loss: Any, optimizer: Optimizer, **options: Any) -> TrainingStep:
         return TwoForwards(model=model, loss=loss, optimizer=optimizer, **options)
@@ -135,7 +135,7 @@ class LargestGradient(Sampler):
 class SamplerMethod(Method):
     """LISA with the sampler, as a method of recipes."""
 
-    name: str = "largest_gradient"
+    name = "largest_gradient"
 
     def attach(
         self, model: nn.Module, optimizer: Optimizer, layers: LayerMap, *, total_steps: int

@@ -24,7 +24,7 @@ from lisatune.data.tokens import IGNORE, TokenRow, collate, tokenize
 from lisatune.distributed.ranks import pick_device
 from lisatune.evaluate.held_out import held_out_loss
 from lisatune.files.disk import replace_file
-from lisatune.lisa.statistics import block_movement
+from lisatune.lisa.statistics import measure_movement
 from lisatune.losses.causal_lm import CausalLMLoss
 from lisatune.memory.plan import costly_draws
 from lisatune.memory.tracker import measure as measure_memory
@@ -84,7 +84,7 @@ def measure_model(job: Job) -> Measured:
         else:
             base = _load(recipe, None)
             measured["touched"], measured["delta_bytes"] = _count_changed(base, model)
-            measured["movement"] = block_movement(base, model)
+            measured["movement"] = measure_movement(base, model)
             del base
         gc.collect()
     model.to(device)

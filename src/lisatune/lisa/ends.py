@@ -7,18 +7,18 @@ several joined by "+":
     head        head and final norm train, the input embedding is frozen
     frozen      none of them trains
     every:M     they train in every M-th period only, from the first on; in between they are frozen blocks
-    8bit        moments of the ends in 8 bits, those of parameters below 4096 elements whole
+    8bit        moments of the ends in 8 bits; parameters below 4096 elements keep theirs in float32
     factored    second moment of the ends as means of rows and columns, no first moment
     cpu         moments of the ends in host memory
-    rows        the embedding, untied, has gradient and moments of the rows that a step reads, and no others
-                (`lisatune.optim.rows`); its moments start anew at each draw
+    rows        only the rows of the (untied) embedding that a step reads have a gradient and moments
+                (`lisatune.optim.rows`); moments of the embedding start anew at each draw
 
 In periods in which no parameter before the blocks trains, autograd records nothing below the lowest active
 block: forward keeps no activations there and backward stops at it.
 
-`head` with tied weights. Embedding and head are one matrix W then. It trains by the gradient that reaches it
-through the head; the output of the embedding is detached, so that the other summand, through the input, is
-left out. This is an approximation to the gradient of the loss in W.
+`head` with tied weights: embedding and head are one matrix W, whose gradient has two summands, one through
+the head and one through the input. The output of the embedding is detached, so W trains by the first summand
+alone. This approximates the gradient of the loss in W.
 """
 
 from dataclasses import dataclass
@@ -31,14 +31,14 @@ from torch.utils.hooks import RemovableHandle
 from lisatune.nn.layers import LayerMap
 from lisatune.optim.adamw import AdamW
 
-__all__ = ["ROW_OPTIONS", "Ends", "EndsPolicy", "row_embedding"]
+__all__ = ["ROW_OPTIONS", "Ends", "EndsPolicy", "find_row_embedding"]
 
 WORDS = ("train", "head", "frozen", "every:M", "8bit", "factored", "cpu", "rows")
 
 
 @dataclass(frozen=True)
 class EndsPolicy:
-    """What a text such as "head+8bit" or "every:5" says."""
+    """A policy of the ends, read from a text such as "head+8bit" or "every:5"."""
 
     trains: Literal["all", "head", "none"] = "all"
     """Which of the ends train."""
@@ -47,14 +47,14 @@ class EndsPolicy:
     """M: they train in periods whose number M divides."""
 
     moments: Literal["8bit", "factored"] | None = None
-    """How their moments are stored; None as those of the blocks."""
+    """How their moments are stored. None: as those of the blocks."""
 
     state_device: Literal["cpu"] | None = None
-    """Where their moments are; None where the weights are."""
+    """Where their moments are. None: with the weights."""
 
     rows: bool = False
-    """Whether the embedding's gradient and moments are those of rows; `moments` and `state_device` are then
-    those of the other ends."""
+    """Whether the embedding has a gradient and moments only for rows that a step reads. `moments` and
+    `state_device` then concern the other ends."""
 
     @classmethod
     def parse(cls, text: "str | EndsPolicy") -> "EndsPolicy":
@@ -77,19 +77,19 @@ class EndsPolicy:
             same = [word for word, option in zip(words, read, strict=True) if meaning in option]
             if len(same) > 1:
                 raise ValueError(
-                    f"ends {text!r} says twice {what}: {' and '.join(same)}; keep one of them. {_allowed()}"
+                    f"ends {text!r} says twice {what}: {' and '.join(same)}; keep one. {_list_words()}"
                 )
         policy = cls(**{key: value for option in read for key, value in option.items()})
         if policy.trains == "none" and len(words) > 1:
             others = " and ".join(word for word in words if word != "frozen")
             raise ValueError(
-                f"ends {text!r}: frozen ends have neither periods nor state, so {others} has no use; "
-                f"write frozen alone. {_allowed()}"
+                f"ends {text!r}: frozen ends have neither periods nor state, so {others} does nothing; "
+                f"write frozen alone. {_list_words()}"
             )
         if policy.trains == "head" and policy.rows:
             raise ValueError(
-                f"ends {text!r}: head freezes the embedding, whose rows were to train; keep one of them. "
-                f"{_allowed()}"
+                f"ends {text!r}: head freezes the embedding, and rows trains rows of it; keep one of them. "
+                f"{_list_words()}"
             )
         return policy
 
@@ -100,11 +100,11 @@ class EndsPolicy:
         return "+".join(words) or "train"
 
     def trains_in(self, period: int) -> bool:
-        """Whether the ends that train at all do so in this period."""
+        """Whether ends train in this period."""
         return self.trains != "none" and period % self.every == 0
 
     def state_options(self) -> dict[str, Any]:
-        """Options of a param group of `lisatune.AdamW` that store the ends' moments as the policy says."""
+        """Return the options of a `lisatune.AdamW` param group that store moments as the policy says."""
         options = {"moments": self.moments, "state_device": self.state_device}
         return {key: value for key, value in options.items() if value is not None}
 
@@ -117,8 +117,8 @@ class Ends:
     """The ends of one model under a policy.
 
     Args:
-        policy: what trains when.
-        model: what they are the ends of.
+        policy: which ends train when.
+        model: the model that has them.
         layers: its blocks and ends.
 
     Raises:
@@ -129,21 +129,22 @@ class Ends:
     def __init__(self, policy: EndsPolicy, model: nn.Module, layers: LayerMap) -> None:
         self.policy = policy
         named = layers.end_parameters(model)
-        resting = _before_the_blocks(model, layers) if policy.trains == "head" else set()
+        resting = _name_frozen_by_head(model, layers) if policy.trains == "head" else set()
         self.parameters = tuple(p for name, p in named.items() if name not in resting)
-        """Those that train in the periods of the policy; with `frozen` all, which then never train."""
+        """Ends that train when the policy says so. Under `frozen`: all of them, and they never do."""
         self.resting = tuple(p for name, p in named.items() if name in resting)
-        """Those that never train while others do: the embedding under `head`."""
+        """Ends that never train, while others do: the embedding under `head`."""
         needs_detach = policy.trains == "head" and layers.is_tied
-        self._embedding = _embedding_module("head", model, layers) if needs_detach else None
-        self._row_embedding = row_embedding(model, layers) if policy.rows else None
+        self._embedding = _find_embedding("head", model, layers) if needs_detach else None
+        self._row_embedding = find_row_embedding(model, layers) if policy.rows else None
         self._was_sparse = False
         self._hook: RemovableHandle | None = None
 
     def attach(self) -> None:
-        """Detach the embedding's output where `head` needs it, let it give rows; `detach` undoes that.
+        """Hook into the embedding, to detach its output under `head` and for sparse gradients under `rows`.
 
-        Before other hooks: that of reentrant checkpointing makes the output require grad again, and must.
+        The hook runs before all others, because that of reentrant checkpointing makes the output require grad
+        again, and it must come last. `detach` undoes both.
         """
         if self._embedding is not None:
             self._hook = self._embedding.register_forward_hook(_detach, prepend=True)
@@ -152,7 +153,7 @@ class Ends:
 
     @property
     def rows_of(self) -> tuple[nn.Parameter, ...]:
-        """The embedding's weight if rows of it train."""
+        """The embedding's weight, if its rows train; else empty."""
         wanted = None if self._row_embedding is None else self._row_embedding.weight
         return tuple(p for p in self.parameters if p is wanted)
 
@@ -169,13 +170,13 @@ class Ends:
             if is_misfit or (not has_rows and (group.get("rows") or not of_rows.isdisjoint(group["params"]))):
                 seen |= {"rows": group.get("rows")} if self.policy.rows or group.get("rows") else {}
                 raise ValueError(
-                    f"ends {str(self.policy)!r} is up to the optimizer, and the ends' param groups of this "
-                    f"{type(optimizer).__name__} say {_options(seen)}; build it as lisatune.AdamW("
-                    f"lisatune.param_groups(model, layers, ends={str(self.policy)!r}), lr=…)"
+                    f"the optimizer must store the ends' state as ends {str(self.policy)!r} says, but their "
+                    f"param groups in {type(optimizer).__name__} say {_format(seen)}; build it as "
+                    f"lisatune.AdamW(lisatune.param_groups(model, layers, ends={str(self.policy)!r}), lr=…)"
                 )
 
     def detach(self) -> None:
-        """Give the model its embedding back."""
+        """Undo `attach`."""
         if self._row_embedding is not None:
             self._row_embedding.sparse = self._was_sparse
         if self._hook is not None:
@@ -184,7 +185,7 @@ class Ends:
 
 
 def _read(word: str, text: object) -> dict[str, Any]:
-    """The fields that one word sets."""
+    """Return the fields that one word sets."""
     match word.partition(":"):
         case ("train", "", ""):
             return {"trains": "all", "every": 1}
@@ -202,23 +203,23 @@ def _read(word: str, text: object) -> dict[str, Any]:
             return {"every": int(number)}
         case ("every", _, number):
             raise ValueError(f"ends {text!r}: every:M needs a number of periods M >= 1, got {number!r}")
-    raise ValueError(f"ends {text!r}: there is no {word!r}. {_allowed()}")
+    raise ValueError(f"ends {text!r}: there is no {word!r}. {_list_words()}")
 
 
-def _allowed() -> str:
+def _list_words() -> str:
     return f"Allowed: {', '.join(WORDS)}, joined by +, such as every:5+8bit"
 
 
-def _options(options: dict[str, Any]) -> str:
+def _format(options: dict[str, Any]) -> str:
     return " and ".join(f"{key}={value!r}" for key, value in options.items())
 
 
-def _before_the_blocks(model: nn.Module, layers: LayerMap) -> set[str]:
-    """Names of the ends that `head` freezes: weights of embeddings, of positions too, but for a tied head."""
+def _name_frozen_by_head(model: nn.Module, layers: LayerMap) -> set[str]:
+    """Name the ends that `head` freezes: weights of embeddings, also of positions, except for a tied head."""
     if layers.embedding is None or layers.head is None:
         missing = "input embedding" if layers.embedding is None else "output head"
         raise ValueError(
-            f"ends 'head' needs to know the {missing} of {type(model).__name__}, which does not tell; "
+            f"ends 'head' needs the {missing} of {type(model).__name__}, and the model does not name it; "
             "use every:M or frozen"
         )
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -226,8 +227,8 @@ def _before_the_blocks(model: nn.Module, layers: LayerMap) -> set[str]:
     return {name for name, p in named.items() if id(p) in embeddings and name != layers.head}
 
 
-def row_embedding(model: nn.Module, layers: LayerMap) -> nn.Embedding:
-    """Return the input embedding of whose weight rows can train.
+def find_row_embedding(model: nn.Module, layers: LayerMap) -> nn.Embedding:
+    """Return the input embedding, if rows of its weight can train.
 
     Raises:
         ValueError: it is unknown, tied to the head, or frozen.
@@ -235,22 +236,22 @@ def row_embedding(model: nn.Module, layers: LayerMap) -> nn.Embedding:
     kind = type(model).__name__
     if layers.embedding is None:
         raise ValueError(
-            f"ends 'rows' needs to know the input embedding of {kind}, which does not tell; use 8bit"
+            f"ends 'rows' needs the input embedding of {kind}, and the model does not name it; use 8bit"
         )
     if layers.is_tied:
         raise ValueError(
-            f"ends 'rows' needs an embedding of its own, and {kind} ties it to the head, through which every "
-            "row has a gradient; use 8bit, factored or every:M"
+            f"ends 'rows' needs an untied embedding, and {kind} ties it to the head, through which every row "
+            "has a gradient; use 8bit, factored or every:M"
         )
     if layers.embedding not in layers.ends:
         raise ValueError(
             f"ends 'rows' trains rows of {layers.embedding!r}, which is frozen; name it in the ends"
         )
-    return _embedding_module("rows", model, layers)
+    return _find_embedding("rows", model, layers)
 
 
-def _embedding_module(word: str, model: nn.Module, layers: LayerMap) -> nn.Embedding:
-    """The module that looks up the input embedding, under whichever of its weight's names it is."""
+def _find_embedding(word: str, model: nn.Module, layers: LayerMap) -> nn.Embedding:
+    """Return the module of the input embedding, under any of the names of its weight."""
     names = {layers.embedding, *(alias for alias, name in layers.tied if name == layers.embedding)}
     for path, module in model.named_modules():
         if f"{path}.weight" in names and isinstance(module, nn.Embedding):

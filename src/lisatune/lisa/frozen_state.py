@@ -1,10 +1,10 @@
-"""What becomes of optimizer state when a parameter freezes, and when it trains again.
+"""What happens to optimizer state when a parameter freezes, and when it thaws.
 
-Moments go by the policy that `LISA(state=…)` names. An optimizer may also name keys that have to last, in
-its attribute `lasting_state`: the 16 bits by which `lisatune.AdamW` knows a bf16 weight better than the
-weight does are no memory of gradients but a part of the weight, and to release them would be to round it.
-These go to host memory when a parameter freezes and come back when it thaws, whatever the policy says; a
-reset leaves them where they are. An optimizer initialises the keys that it does not find.
+`LISA(state=…)` names the policy for moments. An optimizer may also name keys that must outlive a freeze, in
+its attribute `lasting_state`. In `lisatune.AdamW` that is `remainder`, the low 16 bits of a bf16 weight's
+float32 value: it is part of the weight, and dropping it would round the weight. Under every policy these keys
+go to host memory when a parameter freezes and come back when it thaws; a reset leaves them in place. The
+optimizer initialises the keys that it does not find.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +16,10 @@ from torch.optim import Optimizer
 
 from lisatune.optim.meter import restore_dtypes, tensors_bytes
 
-__all__ = ["FrozenState", "HostState"]
+__all__ = ["FrozenState", "HostState", "StatePolicy"]
+
+StatePolicy = Literal["drop", "reset", "second_moment", "cpu", "keep"]
+"""What happens to the optimizer state of a parameter that freezes; see `LISA`."""
 
 
 class FrozenState:
@@ -24,78 +27,80 @@ class FrozenState:
 
     Args:
         optimizer: whose state it is. The keys in its attribute `lasting_state` outlive every freeze.
-        policy: drop and reset release all other state, cpu keeps it in host memory, second_moment of that
-            only AdamW's second moments and step counts, keep does nothing.
+        policy: `drop` and `reset` release all other state. `cpu` keeps it in host memory, `second_moment`
+            only AdamW's second moments and step counts. `keep` does nothing.
     """
 
-    def __init__(
-        self, optimizer: Optimizer, policy: Literal["drop", "reset", "second_moment", "cpu", "keep"]
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, policy: StatePolicy) -> None:
         self._optimizer, self._policy = optimizer, policy
         self._lasting: tuple[str, ...] = tuple(getattr(optimizer, "lasting_state", ()))
         self._host = HostState()
 
     def freeze(self, parameter: nn.Parameter) -> None:
-        """Take a parameter's state out of the optimizer; keep what is to be kept."""
+        """Take a parameter's state out of the optimizer, and keep in host memory what the policy keeps."""
         if self._policy == "keep" or parameter not in self._optimizer.state:
             return
         released = self._optimizer.state.pop(parameter)
-        kept = self._lasting_part(released)
+        kept = self._select_lasting(released)
         if self._policy == "cpu":
             kept = released
         elif self._policy == "second_moment":
-            kept |= _second_moment(released)
+            kept |= _select_second_moment(released)
         if kept:
             self._host.put(parameter, kept)
 
     def thaw(self, parameter: nn.Parameter) -> None:
         """Give the optimizer back what was kept."""
         kept = self._host.take(parameter)
-        if kept is not None:
-            if (
-                self._policy == "second_moment" and "exp_avg_sq" in kept
-            ):  # torch's AdamW makes all state or none
-                kept["exp_avg"] = torch.zeros_like(kept["exp_avg_sq"])
-            self._optimizer.state[parameter] = kept
+        if kept is None:
+            return
+        if self._policy == "second_moment" and "exp_avg_sq" in kept:
+            # torch's AdamW initialises all state or none
+            kept["exp_avg"] = torch.zeros_like(kept["exp_avg_sq"])
+        self._optimizer.state[parameter] = kept
 
     def forget(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Release all state of parameters, wherever it is; keep does nothing."""
+        """Release all state of parameters, also in host memory; `keep` does nothing."""
         for parameter in parameters if self._policy != "keep" else ():
             self._optimizer.state.pop(parameter, None)
             self._host.drop(parameter)
 
     def reset(self) -> None:
-        """Clear the optimizer's state but for what has to last."""
-        lasting = {p: self._lasting_part(entry) for p, entry in self._optimizer.state.items()}
+        """Clear the optimizer's state, except for lasting keys."""
+        lasting = {p: self._select_lasting(entry) for p, entry in self._optimizer.state.items()}
         self._optimizer.state.clear()
         self._optimizer.state.update({p: entry for p, entry in lasting.items() if entry})
 
     def detach(self) -> None:
-        """Give the optimizer back what has to last, of all parameters, and forget the rest."""
+        """Give the optimizer back the lasting keys of all parameters, and forget the rest."""
         for parameter in self._host.parameters():
             kept = self._host.take(parameter)
-            lasting = self._lasting_part(kept or {})
+            lasting = self._select_lasting(kept or {})
             if lasting:
                 self._optimizer.state[parameter] = lasting
 
     def add_to(self, state: dict[int, Any]) -> None:
-        """Add what is kept to a state_dict's `state`."""
-        for index, parameter in enumerate(_in_order(self._optimizer)):
+        """Add the kept state to the `state` of a state_dict."""
+        for index, parameter in enumerate(_iterate(self._optimizer)):
             kept = self._host.get(parameter)
             if kept is not None:
                 state[index] = kept
 
     def load(self, saved: Mapping[int, Mapping[str, Any]]) -> None:
-        """Forget what is kept: the optimizer has just loaded a state_dict whose `state` was `saved`."""
+        """Forget the kept state, because the optimizer has just loaded a state_dict.
+
+        Args:
+            saved: the `state` of that state_dict.
+        """
         self._host.clear()
-        if self._lasting:  # an integer remainder that was cast to a float would be lost
+        if self._lasting:  # loading may have cast an integer remainder to a float
             restore_dtypes(self._optimizer, saved)
 
     def nbytes(self) -> int:
-        """Count the bytes that are kept in host memory."""
+        """Count the bytes kept in host memory."""
         return self._host.nbytes()
 
-    def _lasting_part(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+    def _select_lasting(self, entry: Mapping[str, Any]) -> dict[str, Any]:
         return {key: entry[key] for key in self._lasting if key in entry}
 
 
@@ -116,7 +121,7 @@ class HostState:
         self._kept[parameter] = {**state, **{key: value.cpu() for key, value in tensors.items()}}
 
     def take(self, parameter: nn.Parameter) -> dict[str, Any] | None:
-        """Move one parameter's state back to its device, None where there is none."""
+        """Move one parameter's state back to its device; None if there is none."""
         state = self._kept.pop(parameter, None)
         if state is None:
             return None
@@ -124,7 +129,7 @@ class HostState:
         return {key: value.to(devices[key]) if key in devices else value for key, value in state.items()}
 
     def get(self, parameter: nn.Parameter) -> dict[str, Any] | None:
-        """Return one parameter's state as it is kept, None where there is none."""
+        """Return one parameter's state as it is kept; None if there is none."""
         return self._kept.get(parameter)
 
     def drop(self, parameter: nn.Parameter) -> None:
@@ -148,12 +153,12 @@ class HostState:
         )
 
 
-def _second_moment(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """What AdamW knows of the size of gradients, in whatever format; nothing of other optimizers."""
+def _select_second_moment(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return AdamW's second moment in any format, and its step count; empty for other optimizers."""
     found = {key: value for key, value in entry.items() if key.startswith("exp_avg_sq")}
     return found | {"step": entry["step"]} if found else {}
 
 
-def _in_order(optimizer: Optimizer) -> Iterable[nn.Parameter]:
-    """Parameters in the order in which a state_dict numbers them."""
+def _iterate(optimizer: Optimizer) -> Iterable[nn.Parameter]:
+    """Iterate over parameters in the order in which a state_dict numbers them."""
     return (p for group in optimizer.param_groups for p in group["params"])

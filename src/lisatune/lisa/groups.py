@@ -1,75 +1,42 @@
-"""A block's learning rate by its chance to train.
+"""The optimizer's param groups, one per layer: how they are built, their learning rates, LISA's checks.
 
-A block that trains in a share π of the steps goes less far at the same learning rate than one that always
-trains. Where the noise of gradients decides how large a rate may be, that of Adam goes with the square root
-of the data behind an update (Malladi et al., On the SDEs and Scaling Rules for Adaptive Gradient Algorithms,
-2022), and a block sees π of the data: 1/√π makes up for it. So one rate, that of full fine-tuning, serves
-every γ; π = 1 changes nothing. Measured in docs/results.md.
+A block's learning rate follows from its chance to train. A block that trains in a share π of the steps moves
+less far at the same learning rate than one that always trains. Where the noise of gradients decides how large
+a rate may be, that of Adam goes with the square root of the data behind an update (Malladi et al., On the
+SDEs and Scaling Rules for Adaptive Gradient Algorithms, 2022). A block sees a share π of the data, and 1/√π
+makes up for it. One rate, that of full fine-tuning, then serves every γ; π = 1 changes nothing. Measured in
+docs/results.md.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lisatune.lisa.ends import ROW_OPTIONS, EndsPolicy, row_embedding
+from lisatune.lisa.ends import ROW_OPTIONS, EndsPolicy, find_row_embedding
 from lisatune.nn.layers import LayerMap
 from lisatune.optim.adamw import AdamW
 
 __all__ = [
     "Scaling",
+    "Warmup",
     "build_adamw",
+    "build_fused_adamw",
     "check_parameters",
-    "fused_adamw",
-    "groups_by_block",
-    "lr_factors",
+    "compute_lr_factors",
+    "find_block_groups",
     "param_groups",
-    "plain_optimizer",
     "scale_block_lr",
+    "unwrap_optimizer",
 ]
 
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
-
 Scaling = Literal["sqrt", "inverse", "none"]
 
-
-POWER = {"sqrt": -0.5, "inverse": -1.0, "none": 0.0}
-
-
-def lr_factors(chances: Sequence[float], scaling: Scaling) -> tuple[float, ...]:
-    """Return 1/√π, 1/π or 1 for each block's chance π; 1 for a block that never trains, π = 0."""
-    return tuple(chance ** POWER[scaling] if chance > 0 else 1.0 for chance in chances)
-
-
-def scale_block_lr(optimizer: Optimizer, chances: Sequence[float], scaling: Scaling = "sqrt") -> None:
-    """Multiply the learning rate of each block's param groups by `lr_factors`; that of the ends stays.
-
-    Call it once, before a schedule reads the rates.
-
-    Args:
-        optimizer: over groups of `param_groups`, as `build_adamw` makes it.
-        chances: π of each block, 0 <= π <= 1: γ/N for all, or `Sampler.inclusion()`.
-        scaling: `sqrt` by 1/√π, `inverse` by 1/π, `none` by 1.
-
-    Raises:
-        ValueError: there are not as many chances as blocks with param groups of their own.
-    """
-    blocks: dict[int, list[dict[str, Any]]] = {}
-    for group in optimizer.param_groups:
-        kind, _, block = group.get("layer", "").partition(" ")
-        if kind == "block":
-            blocks.setdefault(int(block), []).append(group)
-    if len(blocks) != len(chances):
-        raise ValueError(
-            f"got {len(chances)} chances for {len(blocks)} blocks with param groups of their own; give one "
-            "per block, to an optimizer over lisatune.param_groups(model, lisatune.find_layers(model))"
-        )
-    for block, factor in enumerate(lr_factors(chances, scaling)):
-        for group in blocks[block]:
-            group["lr"] = group["lr"] * factor  # not in place: a tensor would be one that groups share
+POWER: dict[Scaling, float] = {"sqrt": -0.5, "inverse": -1.0, "none": 0.0}
 
 
 def param_groups(
@@ -82,26 +49,26 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Build the param groups of the ends and of each block.
 
+    With weight decay each layer has a second group, with `weight_decay` 0, for norms, biases and embeddings:
+    all parameters of fewer than two dimensions and all weights of `nn.Embedding`.
+
     Args:
         model: everything that will ever train requires grad.
         layers: its blocks and ends.
         weight_decay: of the groups that are decayed.
-        ends: policy of the ends (`EndsPolicy`); the state formats in it become options of their groups,
-            which `lisatune.AdamW` reads. With `rows` the embedding has a group of its own.
-        ends_lr: learning rate of the ends' groups; None leaves the optimizer's.
-
-    With weight decay each layer has a second group, with `weight_decay` 0, for norms, biases and
-    embeddings: all parameters of fewer than two dimensions and all weights of `nn.Embedding`.
+        ends: policy of the ends (`EndsPolicy`). Its state formats become options of their groups, which
+            `lisatune.AdamW` reads. With `rows` the embedding has a group of its own.
+        ends_lr: learning rate of the ends' groups; None uses the optimizer's.
 
     Returns:
         Dicts with `params` as (name, parameter) pairs, `weight_decay`, and `layer`: "ends" or "block 7";
-        those of the ends with `lr` where `ends_lr` is given.
+        those of the ends also have `lr` if `ends_lr` is given.
 
     Raises:
         ValueError: `rows` for an embedding that is unknown, frozen or tied.
     """
     policy = EndsPolicy.parse(ends or "train")
-    of_rows = {id(row_embedding(model, layers).weight)} if policy.rows else set()
+    of_rows = {id(find_row_embedding(model, layers).weight)} if policy.rows else set()
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     named_layers = [("ends", layers.end_parameters(model))]
     named_layers += [(f"block {i}", block) for i, block in enumerate(layers.block_parameters(model))]
@@ -133,28 +100,67 @@ def build_adamw(
     weight_decay: float = 0.0,
     ends_lr: float | None = None,
 ) -> torch.optim.AdamW:
-    """Build AdamW over ends and blocks, with the fused kernel where the device has one.
+    """Build torch's AdamW over ends and blocks, fused if the device has the kernel.
 
-    `ends_lr` is the learning rate of embedding, head and final norm where it is not `lr`.
+    `ends_lr` is the learning rate of embedding, head and final norm, if it is not `lr`.
     """
     groups = param_groups(model, layers, weight_decay=weight_decay, ends_lr=ends_lr)
-    return fused_adamw(groups, lr, betas, eps, weight_decay)
+    return build_fused_adamw(groups, lr, betas, eps, weight_decay)
 
 
-def fused_adamw(
+def build_fused_adamw(
     groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> torch.optim.AdamW:
+    """Build torch's AdamW over groups of `param_groups`, fused if the device has the kernel."""
     fused = all(p.device.type in FUSED_DEVICES for group in groups for _, p in group["params"])
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
 
 
-def plain_optimizer(model: nn.Module, optimizer: Optimizer) -> Optimizer:
-    """Return the torch optimizer inside Accelerate's wrapper; refuse what can't work."""
+def scale_block_lr(optimizer: Optimizer, chances: Sequence[float], scaling: Scaling = "sqrt") -> None:
+    """Multiply the learning rate of each block's param groups by its factor; that of the ends stays.
+
+    Call it once, before a schedule reads the rates.
+
+    Args:
+        optimizer: over groups of `param_groups`, as `build_adamw` makes it.
+        chances: π of each block, 0 <= π <= 1: γ/N for all, or `Sampler.inclusion()`.
+        scaling: the factor is 1/√π for `sqrt`, 1/π for `inverse`, 1 for `none`.
+
+    Raises:
+        ValueError: there are not as many chances as blocks with param groups of their own.
+    """
+    blocks: dict[int, list[dict[str, Any]]] = {}
+    for group in optimizer.param_groups:
+        kind, _, block = group.get("layer", "").partition(" ")
+        if kind == "block":
+            blocks.setdefault(int(block), []).append(group)
+    if len(blocks) != len(chances):
+        raise ValueError(
+            f"got {len(chances)} chances for {len(blocks)} blocks with param groups of their own; give one "
+            "per block, to an optimizer over lisatune.param_groups(model, lisatune.find_layers(model))"
+        )
+    for block, factor in enumerate(compute_lr_factors(chances, scaling)):
+        for group in blocks[block]:
+            group["lr"] = group["lr"] * factor  # not in place: groups may share one tensor
+
+
+def compute_lr_factors(chances: Sequence[float], scaling: Scaling) -> tuple[float, ...]:
+    """Return each block's factor, 1/√π, 1/π or 1; it is 1 for a block that never trains, π = 0."""
+    return tuple(chance ** POWER[scaling] if chance > 0 else 1.0 for chance in chances)
+
+
+def unwrap_optimizer(model: nn.Module, optimizer: Optimizer) -> Optimizer:
+    """Return the torch optimizer inside Accelerate's wrapper.
+
+    Raises:
+        TypeError: it is no torch optimizer, or the model or optimizer is DeepSpeed's.
+        ValueError: the optimizer updates in backward, and a loss scaler is in use.
+    """
     inner = getattr(optimizer, "optimizer", optimizer)
     for each in (model, optimizer, inner):
         if type(each).__module__.startswith("deepspeed"):
             raise TypeError(
-                "LISA can't work with DeepSpeed: it fixes the trained parameters when its engine starts, so "
+                "LISA cannot work with DeepSpeed, which fixes the trained parameters when its engine starts: "
                 "later blocks would silently never train; use one device or torch's FSDP2"
             )
     if not isinstance(inner, Optimizer):
@@ -162,8 +168,8 @@ def plain_optimizer(model: nn.Module, optimizer: Optimizer) -> Optimizer:
     scaler = getattr(optimizer, "scaler", None)
     if scaler is not None and isinstance(inner, AdamW) and inner.in_backward is not None:
         raise ValueError(
-            f"update in backward can't work with a loss scaler ({type(scaler).__name__}, fp16): weights "
-            "would move by gradients that are still scaled; train in bf16, or update in step()"
+            f"update in backward cannot work with a loss scaler ({type(scaler).__name__}, fp16), because "
+            "gradients are still scaled then; train in bf16, or update in step()"
         )
     return inner
 
@@ -177,26 +183,87 @@ def check_parameters(layers: LayerMap, model: nn.Module, optimizer: Optimizer) -
     for name, parameter in wanted.items():
         if not (parameter.is_floating_point() or parameter.is_complex()):
             raise ValueError(
-                f"parameter {name!r} is {parameter.dtype} and can't train; load unquantised weights"
+                f"parameter {name!r} is {parameter.dtype} and cannot train; load unquantised weights"
             )
         if id(parameter) not in held:
             raise ValueError(
                 f"parameter {name!r} is not in the optimizer, so it would never train; build the optimizer "
-                f"over model.parameters() before anything is frozen, and attach LISA after that"
+                "over model.parameters() before anything is frozen, and attach LISA after that"
             )
 
 
-def groups_by_block(
+class Warmup:
+    """Ramps up the learning rates of layers that have just thawed: lr·i/(steps + 1) at step i of a period.
+
+    Args:
+        steps: steps of a period over which rates ramp up; 0 leaves all rates as they are.
+        blocks: the parameters of each block.
+        ends: the parameters of the ends that may thaw.
+        resting: those of the ends that never train.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        blocks: Sequence[tuple[nn.Parameter, ...]],
+        ends: tuple[nn.Parameter, ...],
+        resting: tuple[nn.Parameter, ...],
+    ) -> None:
+        self._steps, self._blocks, self._ends, self._resting = steps, blocks, ends, resting
+        self._ramped: list[tuple[dict[str, Any], Any, Any]] = []
+
+    def find_groups(self, optimizer: Optimizer) -> None:
+        """Look up the layers' param groups, again after `load_state_dict` has replaced them.
+
+        Raises:
+            ValueError: a group mixes layers, or has no learning rate.
+        """
+        self._ramped = []
+        if self._steps:
+            self._of_block = find_block_groups(optimizer, self._blocks, (*self._ends, *self._resting))
+            ends = set(self._ends)
+            self._of_ends = [g for g in optimizer.param_groups if not ends.isdisjoint(g["params"])]
+
+    def ramp(self, done: int, blocks: Iterable[int], *, with_ends: bool) -> None:
+        """Lower the learning rates of thawed layers for one step; `restore` must follow it.
+
+        Args:
+            done: steps of the period that were made before.
+            blocks: indices of the blocks that have thawed in this period.
+            with_ends: whether the ends have thawed, too.
+        """
+        self.restore()  # a step that raised has left its ramp behind
+        if done >= self._steps:
+            return
+        thawed = [group for block in blocks for group in self._of_block[block]]
+        for group in [*thawed, *(self._of_ends if with_ends else ())]:
+            ramped = group["lr"] * ((done + 1) / (self._steps + 1))
+            self._ramped.append((group, group["lr"], ramped))
+            group["lr"] = ramped
+
+    def restore(self, _: Optimizer | None = None) -> None:
+        """Give every group the learning rate that it had before `ramp`."""
+        for group, lr, ramped in self._ramped:
+            if group["lr"] is ramped:  # else a scheduler has set another rate after a step that raised
+                group["lr"] = lr
+        self._ramped = []
+
+
+def find_block_groups(
     optimizer: Optimizer, blocks: Sequence[tuple[nn.Parameter, ...]], ends: tuple[nn.Parameter, ...]
 ) -> list[list[dict[str, Any]]]:
-    """Return each block's param groups, which must hold nothing else for their lr to be ramped."""
+    """Return the param groups of each block, whose learning rates `Warmup` ramps.
+
+    Raises:
+        ValueError: a group mixes layers, or has no learning rate.
+    """
     owner = {p: index for index, block in enumerate(blocks) for p in block} | dict.fromkeys(ends, -1)
     groups: list[list[dict[str, Any]]] = [[] for _ in blocks]
     for group in optimizer.param_groups:
         if group["lr"] is None:
             raise ValueError(
                 f"warmup needs a learning rate to ramp, and {type(optimizer).__name__} has lr=None; "
-                f"give it one, or set warmup=0"
+                "give it one, or set warmup=0"
             )
         owners = {owner.get(p, -1) for p in group["params"]}
         if len(owners) > 1:

@@ -5,8 +5,8 @@ the space of all parameters: layer l trains in a period with probability
 
     p_l = w̃_l / w_l                                                     (section 3.2)
 
-w̃_l and w_l being the mean weight norms that LoRA and full fine-tuning reach. With embedding and head at
-ratio 1 and blocks at a small constant ratio, over N blocks of which γ are to train on average,
+where w̃_l and w_l are the mean weight norms that LoRA and full fine-tuning reach. With embedding and head at
+ratio 1 and blocks at a small constant ratio, over N blocks of which γ train on average,
 
     p = { 1, γ/N, γ/N, …, γ/N, 1 }.
 
@@ -18,20 +18,20 @@ Algorithm 1, with K the period and T the number of optimizer steps:
         run AdamW for K steps
 
 A frozen block has no gradient and no optimizer state, and backward keeps no activations for its weights, so
-peak memory is that of the ends and γ blocks. This is kept true here by hooks on the optimizer:
+peak memory is that of the ends and γ blocks. Hooks on the optimizer do the work:
 
-    step pre-hook           take the fingerprints a period starts from; ramp the learning rate (`warmup`)
+    step pre-hook           take the fingerprints at the start of a period; ramp the learning rate (`warmup`)
     step post-hook          count; at the end of a period prove, draw, freeze, thaw, release state
-    state-dict hooks        carry the position inside the period, so that resume is exact
+    state-dict hooks        save the position inside the period, so that resume is exact
 
-Longer than 400 lines: the algorithm, its hooks and the state they carry are one thing to read.
+Longer than 400 lines: the algorithm, its hooks and the state that they save belong together.
 """
 
 import sys
 import warnings
 import weakref
 from collections.abc import Sequence, Set
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 from torch.optim import Optimizer
@@ -39,19 +39,19 @@ from torch.optim import Optimizer
 from lisatune.distributed import ranks
 from lisatune.distributed.shards import is_sharded, reshard
 from lisatune.lisa.ends import Ends, EndsPolicy
-from lisatune.lisa.frozen_state import FrozenState
-from lisatune.lisa.groups import check_parameters, groups_by_block, plain_optimizer
-from lisatune.lisa.proof import Proof, ProofError
+from lisatune.lisa.frozen_state import FrozenState, StatePolicy
+from lisatune.lisa.groups import Warmup, check_parameters, unwrap_optimizer
+from lisatune.lisa.proof import Proof, ProofError, Verify
 from lisatune.lisa.samplers import (
     Independent,
     Sampler,
-    auto_period,
+    choose_period,
+    count_visits,
     draw_blocks,
     make_sampler,
     simulate_draws,
-    visits,
 )
-from lisatune.lisa.schedule import BlockSchedule
+from lisatune.lisa.schedule import BlockSchedule, find_costliest_draws
 from lisatune.lisa.statistics import Collector
 from lisatune.nn.layers import LayerMap, find_layers
 from lisatune.optim.adamw import AdamW
@@ -59,47 +59,54 @@ from lisatune.optim.meter import host_state, state_bytes, tensors_bytes
 
 __all__ = ["LISA"]
 
-_attached: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
-
-
 MOST_PERIODS = 1000
 """Periods whose draws the memory plan looks at: enough for every draw that is likely."""
+
+_attached: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
 
 
 class LISA(BlockSchedule):
     """Train the ends and a few drawn blocks at a time with an ordinary optimizer.
 
-    Attach it after building the optimizer over all parameters; nothing has to be called in the loop. Only
-    real optimizer steps count: accumulation, a loss scaler's skipped steps and evaluation don't.
+    Attach it after building the optimizer over all parameters; the loop calls nothing. Only real optimizer
+    steps count: micro-steps, steps that a loss scaler skips, and evaluation do not.
 
     Args:
-        model: the model the optimizer trains; its blocks are found by `find_layers`.
-        optimizer: any torch optimizer whose param groups hold every parameter of blocks and ends.
+        model: the model that the optimizer trains.
+        optimizer: any torch optimizer, also in Accelerate's wrapper, whose param groups hold every parameter
+            of blocks and ends.
         active: γ, blocks that train at once, 0 <= γ <= N. γ = N is full fine-tuning, γ = 0 trains the ends.
         period: K, optimizer steps between two draws, or "auto": as long as possible, at most 50, such that
             every block trains twice in `total_steps`.
         sampler: "permutation", "uniform" (the paper's), "window" (γ neighbouring blocks), "ascending",
             "descending" (in order), N probabilities for γ weighted distinct blocks, or a
-            `lisatune.lisa.samplers.Sampler` such as `Independent`, which decides γ itself.
-        seed: names the draws. They are a pure function of it: equal on every rank, no global RNG.
+            `lisatune.lisa.samplers.Sampler` such as `Independent`, which decides γ itself. A sampler may draw
+            by what training has measured of each block (`Sampler.reads`).
+        seed: of the draws, which are equal on every rank and use no global RNG.
         state: what happens to the optimizer state of a block that freezes.
-            drop: released; a block drawn twice running keeps it. reset: all state, the ends' too, is cleared
-            at every draw, as in the paper's published runs. cpu: moved to host memory and back.
-            second_moment: so is AdamW's second moment with its step count; the first starts at 0. keep: never
-            released, which costs the memory LISA is meant to save; for comparisons.
+            `drop`: released, but a block that is drawn again at once keeps it.
+            `reset`: all state, also of the ends, is cleared at every draw, as in the paper's published runs.
+            `cpu`: moved to host memory, and back when the block thaws.
+            `second_moment`: as `cpu` for AdamW's second moment and step count; the first moment starts at 0.
+            `keep`: never released, which costs the memory that LISA saves; for comparisons.
         ends: which of embedding, head and final norm train in which periods, as text or `EndsPolicy`; see
-            `lisatune.lisa.ends`. State formats (8bit, factored, cpu) must be those of the optimizer's groups.
+            `lisatune.lisa.ends`. The optimizer's groups must have the same state formats (8bit, factored,
+            cpu, rows).
         warmup: steps at the start of a period over which the learning rate of newly thawed blocks, and of
-            ends under every:M, ramps up, i/(warmup + 1) at step i. Needs param groups that do not mix layers
-            (`param_groups`).
+            ends under every:M, ramps up: i/(warmup + 1) at step i, 0 <= warmup < period. Needs param groups
+            that do not mix layers (`param_groups`).
         verify: "sample" proves from a moving window of every parameter that the drawn blocks moved and no
             other did, "full" from every element, "off" not at all. See `lisatune.lisa.proof`.
         total_steps: optimizer steps of the whole run, for period="auto" and the coverage warning.
-        layers: blocks and ends, when `find_layers(model)` can't tell them.
+        layers: blocks and ends, if `find_layers(model)` cannot find them.
 
     Raises:
-        ValueError: an argument is out of range, or the optimizer lacks a parameter of a block or end.
-        ProofError: raised by `optimizer.step()` when the wrong weights trained.
+        ValueError: an argument is out of range, the optimizer lacks a parameter of a block or end, or the
+            sampler reads what cannot be measured.
+        TypeError: the optimizer is no torch optimizer, or is DeepSpeed's.
+        RuntimeError: a LISA is attached to the optimizer already, or the model is on several ranks and not
+            divided by `fully_shard`. `optimizer.step()` raises it if the param groups were replaced.
+        ProofError: raised by `optimizer.step()` if the wrong weights trained.
 
     Example:
         >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
@@ -119,32 +126,33 @@ class LISA(BlockSchedule):
         period: int | Literal["auto"] = 10,
         sampler: str | Sequence[float] | Sampler = "permutation",
         seed: int = 0,
-        state: Literal["drop", "reset", "second_moment", "cpu", "keep"] = "drop",
+        state: StatePolicy = "drop",
         ends: str | EndsPolicy = "train",
         warmup: int = 0,
-        verify: Literal["sample", "full", "off"] = "sample",
+        verify: Verify = "sample",
         total_steps: int | None = None,
         layers: LayerMap | None = None,
     ) -> None:
-        _one_of("state", state, ("drop", "reset", "second_moment", "cpu", "keep"))
+        _check_choice("state", state, get_args(StatePolicy))
         policy = EndsPolicy.parse(ends)
-        _one_of("verify", verify, ("sample", "full", "off"))
+        _check_choice("verify", verify, get_args(Verify))
         reshard(model)
         _refuse_unsharded(model)
         self._model = model
-        optimizer = plain_optimizer(model, optimizer)
+        optimizer = unwrap_optimizer(model, optimizer)
         if optimizer in _attached:
             raise RuntimeError("a LISA is already attached to this optimizer; call its detach() first")
         self.layers = find_layers(model) if layers is None else layers
         self.sampler = make_sampler(sampler, active, self.layers.num_blocks)
         self.seed, self.state, self.warmup, self.verify = seed, state, warmup, verify
-        self.period: int = _period(period, self.sampler, seed, total_steps)
+        self.period: int = _choose_period(period, self.sampler, seed, total_steps)
         if not 0 <= warmup < self.period:
             raise ValueError(f"warmup must be >= 0 and below period={self.period}, got {warmup}")
         always = policy.trains != "none" and policy.every == 1
         if not always and (active == 0 or isinstance(self.sampler, Independent)):
             raise ValueError(
-                f"ends={str(policy)!r} needs active >= 1 and no Independent sampler, or nothing may train"
+                f"ends={str(policy)!r} needs active >= 1 and a sampler other than Independent, or a period "
+                "might train nothing"
             )
 
         self._optimizer = optimizer
@@ -153,40 +161,41 @@ class LISA(BlockSchedule):
         self._ends = Ends(policy, model, self.layers)
         self._others = (*self._ends.resting, *self.layers.frozen_parameters(model).values())
         self._ends.check_state(optimizer)
-        self._find_groups()
+        self._param_groups = optimizer.param_groups
+        self._warmup = Warmup(warmup, self._blocks, self._ends.parameters, self._ends.resting)
+        self._warmup.find_groups(optimizer)
 
         self._frozen_state = FrozenState(optimizer, state)
-        self._ramped: list[tuple[dict[str, Any], Any, Any]] = []
         self._saved: dict[str, Any] = {}
         self._saved_state: dict[int, Any] = {}
         self._collector = Collector(self._blocks, self.sampler.reads) if self.sampler.reads else None
         if self.sampler.reads and isinstance(optimizer, AdamW) and optimizer.in_backward is not None:
             raise ValueError(
                 f"the sampler reads {', '.join(self.sampler.reads)}, which cannot be measured with update in "
-                "backward, because gradients are gone by then; update in step()"
+                "backward, because gradients are gone after it; update in step()"
             )
-        self._proof = None if verify == "off" else Proof(self._named_layers(), verify)
+        self._proof = None if verify == "off" else Proof(self._name_layers(), verify)
         self._flags = {
             p: p.requires_grad for p in (*self._ends.parameters, *self._others, *sum(self._blocks, ()))
         }
 
         self.steps_done = 0
-        """Optimizer steps done."""
+        """Optimizer steps that were made."""
         self.visits = [0] * self.layers.num_blocks
         """In how many periods each block has trained, the current one included once it has made a step."""
         self.active_blocks: tuple[int, ...] = ()
         """Blocks that train in the current period, in rising order."""
         self.previous_blocks: tuple[int, ...] = ()
-        """Blocks of the period before; empty in the first one."""
+        """Blocks of the period before; empty in the first period."""
         self.ends_train = False
-        """Whether the ends, or under `head` the head, train in the current period."""
+        """Whether the ends (under `head`: all but the embedding) train in the current period."""
 
         _attached.add(optimizer)
         self._ends.attach()
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
-            optimizer.register_state_dict_pre_hook(self._restore_lr),
+            optimizer.register_state_dict_pre_hook(self._warmup.restore),
             optimizer.register_state_dict_post_hook(self._add_to_state_dict),
             optimizer.register_load_state_dict_pre_hook(self._check_saved),
             optimizer.register_load_state_dict_post_hook(self._take_saved),
@@ -206,7 +215,7 @@ class LISA(BlockSchedule):
 
     @property
     def periods_proven(self) -> int:
-        """Full periods after which the drawn blocks had moved and all others were bit-identical."""
+        """Complete periods after which the drawn blocks had moved and all others were bit-identical."""
         return 0 if self._proof is None else self._proof.periods
 
     @property
@@ -224,8 +233,8 @@ class LISA(BlockSchedule):
         return {"period": self.period_index, "active_blocks": self.active_blocks}
 
     def summarize(self) -> dict[str, Any]:
-        """Return each block's visits, and in words how far the run is proven."""
-        return {"visits": self.visits, "proof": self._proof_text()}
+        """Return each block's visits, and how far the run is proven, in words."""
+        return {"visits": self.visits, "proof": self._describe_proof()}
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that train in this period: the ends and the active blocks."""
@@ -237,28 +246,32 @@ class LISA(BlockSchedule):
         return state_bytes(self._optimizer) - tensors_bytes(host_state(self._optimizer))
 
     def host_bytes(self) -> int:
-        """Count the bytes of optimizer state in host memory, that of frozen blocks too."""
+        """Count the bytes of optimizer state in host memory, also of frozen blocks."""
         return self._frozen_state.nbytes() + tensors_bytes(host_state(self._optimizer))
 
     def planned_visits(self, total_steps: int) -> tuple[int, ...]:
-        """Count how often each block will have been drawn after `total_steps`.
+        """Count in how many periods of a run of `total_steps` optimizer steps each block will train.
 
         Draws are known beforehand, so this is exact. For a sampler that reads statistics it is a simulation
         in which all blocks have equal norms.
         """
-        return visits(self.sampler, seed=self.seed, periods=-(-total_steps // self.period))
+        return count_visits(self.sampler, seed=self.seed, periods=-(-total_steps // self.period))
 
     def possible_draws(self, total_steps: int) -> set[tuple[int, ...]]:
-        """Return the draws of a run; for a sampler that reads statistics the costliest that it could make."""
+        """Return the draws of a run; for a sampler that reads statistics, the costliest possible ones."""
         if self.sampler.reads:
-            return self._costliest_draws()
+            sizes = [sum(p.numel() for p in block) for block in self._blocks]
+            return find_costliest_draws(sizes, len(self.active_blocks))
         periods = min(-(-total_steps // self.period), MOST_PERIODS)
         return set(simulate_draws(self.sampler, seed=self.seed, periods=periods))
 
     def hold(self, blocks: Sequence[int]) -> None:
-        """Begin a period without end that trains these blocks: to plan or measure what they cost.
+        """Train these blocks from now on, to plan or measure what they cost. No later step draws.
 
-        A period that has begun to be proven is given up. No later step draws.
+        The current period is not proven. There is no way back: attach a new LISA to train.
+
+        Args:
+            blocks: indices of blocks, in any order.
         """
         self.active_blocks = tuple(sorted(blocks))
         self.period = sys.maxsize
@@ -267,7 +280,7 @@ class LISA(BlockSchedule):
         self._set_trainable()
 
     def check(self) -> None:
-        """Prove the current period as far as it has gone; for the end of a run.
+        """Prove the steps of an incomplete period, at the end of a run.
 
         Raises:
             ProofError: the wrong weights trained, or the optimizer has made no step at all.
@@ -281,13 +294,13 @@ class LISA(BlockSchedule):
             self._proof.end(still_open=True)
 
     def detach(self) -> None:
-        """Remove every hook and give every parameter its `requires_grad` of before back."""
+        """Remove every hook, and give every parameter the `requires_grad` that it had before."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
         if type(self._optimizer).load_state_dict is not Optimizer.load_state_dict:
             vars(self._optimizer).pop("load_state_dict", None)
-        self._restore_lr()
+        self._warmup.restore()
         self._frozen_state.detach()
         self._ends.detach()
         for parameter, flag in self._flags.items():
@@ -297,7 +310,7 @@ class LISA(BlockSchedule):
     # ---- Algorithm 1
 
     def _draw(self) -> None:
-        """Draw this period's blocks, freeze everything else, thaw them."""
+        """Draw this period's blocks, thaw them, and freeze all others."""
         statistics = None if self._collector is None else self._collector.statistics(self.visits)
         self.previous_blocks = self.active_blocks
         self.active_blocks = draw_blocks(
@@ -327,39 +340,35 @@ class LISA(BlockSchedule):
             if trains:
                 self._frozen_state.thaw(parameter)
                 continue
-            # The gradient has to go as well: AdamW moves whatever has one, `requires_grad` or not.
+            # The gradient must go as well: AdamW moves every weight that has one, `requires_grad` or not.
             parameter.grad = None
             self._frozen_state.freeze(parameter)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        reshard(self._model)  # else the next forward pass would read ends that an evaluation has left whole
+        reshard(self._model)  # else forward would read ends that an evaluation has left whole
         if optimizer.param_groups is not self._param_groups:
             raise RuntimeError(
-                f"the param groups of {type(optimizer).__name__} were replaced by something else than its "
-                f"load_state_dict, so LISA does not know its position; load states with that"
+                f"the param groups of {type(optimizer).__name__} were replaced, but not by its "
+                "load_state_dict, so LISA does not know its position; load states with load_state_dict"
             )
         if self._proof is not None and not self._proof.is_open:
-            self._proof.begin(self.period_index, self._moving())
+            self._proof.begin(self.period_index, self._name_moving())
         if self._collector is not None:
             self._collector.before_step(self.active_blocks)
-        self._restore_lr()  # a step that raised has left its ramp behind
-        done = self.steps_done % self.period
-        if done < self.warmup:
-            thawed = [group for block in self._thawed_blocks() for group in self._groups_of_block[block]]
-            thawed += self._groups_of_ends if self.ends_train and self._ends.policy.every > 1 else []
-            for group in thawed:
-                ramped = group["lr"] * ((done + 1) / (self.warmup + 1))
-                self._ramped.append((group, group["lr"], ramped))
-                group["lr"] = ramped
+        self._warmup.ramp(
+            self.steps_done % self.period,
+            self._find_thawed_blocks(),
+            with_ends=self.ends_train and self._ends.policy.every > 1,
+        )
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._restore_lr()
-        # A loss scaler calls fused optimizers also for steps they skip, and tells them so by `found_inf`.
+        self._warmup.restore()
+        # A loss scaler also calls fused optimizers for steps that it skips, and sets `found_inf` to say so.
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):
             return
         if self._proof is not None:
-            self._proof.saw_step(optimizer.param_groups, self._updates_in_backward())
+            self._proof.saw_step(optimizer.param_groups, self._find_updated())
         if self._collector is not None:
             self._collector.after_step(self.active_blocks)
         if self.steps_done % self.period == 0:
@@ -374,62 +383,35 @@ class LISA(BlockSchedule):
                 self._collector.end_period(self.active_blocks)
             self._draw()
 
-    def _thawed_blocks(self) -> set[int]:
-        """Active blocks that were frozen in the period before, or lost their state as if they had been."""
+    def _find_thawed_blocks(self) -> set[int]:
+        """Return active blocks that were frozen in the period before, or lost their state at the draw."""
         if self.period_index == 0 or self.state == "reset":
             return set(self.active_blocks)
         return set(self.active_blocks) - set(self.previous_blocks)
 
-    def _restore_lr(self, _: Optimizer | None = None) -> None:
-        for group, lr, ramped in self._ramped:
-            if group["lr"] is ramped:  # else a scheduler has set another one since a step that raised
-                group["lr"] = lr
-        self._ramped = []
-
-    def _find_groups(self) -> None:
-        """Look up the param groups: `load_state_dict` replaces them all."""
-        self._param_groups = self._optimizer.param_groups
-        if self.warmup:
-            self._groups_of_block = groups_by_block(
-                self._optimizer, self._blocks, (*self._ends.parameters, *self._ends.resting)
-            )
-            ends = set(self._ends.parameters)
-            self._groups_of_ends = [g for g in self._param_groups if not ends.isdisjoint(g["params"])]
-
     # ---- proof
 
-    def _named_layers(self) -> dict[str, Sequence[nn.Parameter]]:
+    def _name_layers(self) -> dict[str, Sequence[nn.Parameter]]:
         blocks = {f"block {i}": block for i, block in enumerate(self._blocks)}
         return {**blocks, "ends": self._ends.parameters, "frozen part": self._others}
 
-    def _moving(self) -> set[str]:
-        """Names of the layers that train in this period."""
+    def _name_moving(self) -> set[str]:
+        """Return the names of the layers that train in this period."""
         return {f"block {i}" for i in self.active_blocks} | ({"ends"} if self.ends_train else set())
 
-    def _updates_in_backward(self) -> Set[nn.Parameter]:
-        """Parameters that backward has updated, so that their gradients are gone."""
+    def _find_updated(self) -> Set[nn.Parameter]:
+        """Return the parameters that backward has updated; their gradients are gone."""
         if isinstance(self._optimizer, AdamW) and self._optimizer.in_backward is not None:
             return self._optimizer.in_backward.updated
         return frozenset()
 
-    def _proof_text(self) -> str:
+    def _describe_proof(self) -> str:
         if self._proof is None:
             return "none taken: method.verify is off"
         resting, rest = self.layers.num_blocks - len(self.active_blocks), self.steps_done % self.period
         periods = f"{self.periods_proven} period{'' if self.periods_proven == 1 else 's'}"
         tail = f" and {rest} step{'' if rest == 1 else 's'}" if rest else ""
         return f"{periods}{tail}: drawn blocks moved, {resting} others bit-identical"
-
-    def _costliest_draws(self) -> set[tuple[int, ...]]:
-        """The γ largest blocks; among blocks of equal size the highest, the lowest, and some of both."""
-        sizes = [sum(p.numel() for p in block) for block in self._blocks]
-        active, blocks = len(self.active_blocks), range(len(sizes))
-        highest = sorted(blocks, key=lambda block: (sizes[block], block), reverse=True)
-        lowest = sorted(blocks, key=lambda block: (-sizes[block], block))
-        chosen = [highest[:active], lowest[:active]]
-        if active:
-            chosen.append([0, *[block for block in highest if block][: active - 1]])
-        return {tuple(sorted(draw)) for draw in chosen}
 
     def _warn_of_untrained_blocks(self, total_steps: int) -> None:
         chances = self.sampler.inclusion()
@@ -445,7 +427,7 @@ class LISA(BlockSchedule):
 
     # ---- save and resume
 
-    def _settings(self) -> dict[str, Any]:
+    def _collect_settings(self) -> dict[str, Any]:
         return {
             "blocks": self.layers.num_blocks,
             "sampler": repr(self.sampler),
@@ -463,7 +445,7 @@ class LISA(BlockSchedule):
             "previous_blocks": list(self.previous_blocks),
             "visits": list(self.visits),
             "periods_proven": self.periods_proven,
-            "settings": self._settings(),
+            "settings": self._collect_settings(),
         }
         if self._collector is not None:
             state_dict["lisa"]["statistics"] = self._collector.state_dict()
@@ -478,7 +460,7 @@ class LISA(BlockSchedule):
         saved = state_dict["lisa"]
         differing = [
             f"{key}: saved {saved['settings'].get(key)}, now {value}"
-            for key, value in self._settings().items()
+            for key, value in self._collect_settings().items()
             if saved["settings"].get(key) != value
         ]
         if differing:
@@ -488,18 +470,18 @@ class LISA(BlockSchedule):
         self._saved, self._saved_state = saved, state_dict["state"]
 
     def _load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        """Stands before an optimizer's own `load_state_dict`: that of bitsandbytes runs no hooks."""
+        """Replace an optimizer's own `load_state_dict`, because that of bitsandbytes runs no hooks."""
         self._check_saved(self._optimizer, state_dict)
         type(self._optimizer).load_state_dict(self._optimizer, state_dict, *args, **kwargs)
         if self._optimizer.param_groups is not self._param_groups:  # else the hooks have run
             self._take_saved(self._optimizer)
 
     def _take_saved(self, optimizer: Optimizer) -> None:
-        """Take up the saved position. State of frozen blocks goes where it belongs: to the host, or away."""
+        """Continue from the saved position. State of frozen blocks goes to host memory, or is released."""
         self.steps_done = self._saved["steps_done"]
         self.active_blocks = tuple(self._saved["active_blocks"])
         before = self._saved.get("previous_blocks")
-        if before is None and self.period_index > 0:  # saved by a version that drew it again
+        if before is None and self.period_index > 0:  # an older version saved no previous blocks
             before = draw_blocks(self.sampler, self.period_index - 1, seed=self.seed)
         self.previous_blocks = tuple(before or ())
         if self._collector is not None:
@@ -508,23 +490,25 @@ class LISA(BlockSchedule):
         if self._proof is not None:
             self._proof.forget()
             self._proof.periods = self._saved["periods_proven"]
-        self._ramped = []
-        self._find_groups()
+        self._param_groups = optimizer.param_groups  # load_state_dict has replaced them
+        self._warmup.find_groups(optimizer)
         self._frozen_state.load(self._saved_state)
         self._saved_state = {}
         self._set_trainable()
 
 
-def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
-def _period(period: int | Literal["auto"], sampler: Sampler, seed: int, total_steps: int | None) -> int:
+def _choose_period(
+    period: int | Literal["auto"], sampler: Sampler, seed: int, total_steps: int | None
+) -> int:
     if period == "auto":
         if total_steps is None:
             raise ValueError('period="auto" needs total_steps, the number of optimizer steps of the run')
-        return auto_period(sampler, seed=seed, total_steps=total_steps)
+        return choose_period(sampler, seed=seed, total_steps=total_steps)
     if not isinstance(period, int) or period < 1:
         raise ValueError(f'period must be a number of optimizer steps >= 1 or "auto", got {period!r}')
     return period
@@ -533,8 +517,8 @@ def _period(period: int | Literal["auto"], sampler: Sampler, seed: int, total_st
 def _refuse_unsharded(model: nn.Module) -> None:
     if ranks.count() > 1 and not all(is_sharded(p) or p.is_meta for p in model.parameters()):
         raise RuntimeError(
-            "on several ranks LISA needs a model that torch's fully_shard has divided, its optimizer built "
-            "after that: DistributedDataParallel fixes which gradients it exchanges when it wraps a model, "
-            "so blocks that thaw later would drift apart without an error; fully_shard with a mesh of "
+            "on several ranks LISA needs a model that torch's fully_shard has divided, and an optimizer "
+            "built after that. DistributedDataParallel fixes which gradients it exchanges when it wraps a "
+            "model, so blocks that thaw later would drift apart without an error; fully_shard with a mesh of "
             "(ranks, 1) keeps all weights on each rank as DDP does"
         )

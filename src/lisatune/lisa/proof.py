@@ -1,20 +1,20 @@
 """Proof that the drawn blocks trained and nothing else did.
 
-Every layer gets a 64-bit fingerprint at the start and at the end of a period. A block that was drawn must
-have another one, every other block must have the same.
+Every layer gets a 64-bit fingerprint at the start and at the end of a period. The fingerprint of a drawn
+block must have changed, that of every other block must be the same.
 
 The fingerprint of integers x_i (the parameters' bits) is sum_i w_i·x_i modulo 2^64 with w_i odd and mixed
 from i. Integer sums are exact in any order, and odd numbers have an inverse modulo 2^64, so a change of any
-single element always shows; a change of several hides with a chance of about 2^-63.
+single element always shows. A change of several elements stays hidden with a chance of about 2^-63.
 
 "full" reads every element. "sample" reads one window of up to 1024 elements from each parameter. The window
-moves on with each period and has read all n elements after ⌈n/1024⌉ periods: an optimizer that touches a
-frozen block touches all of it, so it is seen in the same period, and damage to a few rows only is seen in
-the period that reads them.
+moves with each period and has read all n elements after ⌈n/1024⌉ periods. An optimizer that touches a frozen
+block touches all of it, so this is seen in the same period. Damage to a few rows is seen in the period that
+reads them.
 
-Weights of fewer than 32 bits can train and a window not show it: Adam's later updates are a small part of the
-learning rate, and rounding swallows most of those. A drawn layer of such weights that rested in its window is
-read in full until it has been seen to move, and refused when it rests again.
+Weights of fewer than 32 bits can train without a change in their window: Adam's later updates are a small
+part of the learning rate, and rounding swallows most of them. If a drawn layer of such weights did not change
+in its window, it is read in full until it is seen to move, and refused if it does not move then either.
 """
 
 import math
@@ -27,16 +27,24 @@ from torch import Tensor, nn
 from lisatune.distributed import ranks
 from lisatune.distributed.shards import local_part
 
-__all__ = ["Proof", "ProofError", "fingerprint", "has_reason_to_move", "may_hide"]
+__all__ = [
+    "Proof",
+    "ProofError",
+    "Verify",
+    "fingerprint",
+    "has_reason_to_move",
+    "may_hide",
+    "read_window",
+]
+
+Verify = Literal["sample", "full", "off"]
+"""How much of every parameter a proof reads; `off` takes none."""
 
 WINDOW = 1024
 
-
 CHUNK = 1 << 22
 
-
 ODD = 0x1E3779B97F4A7C15
-
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -66,7 +74,7 @@ class Proof:
         self._drawn: set[str] = set()
         self._idle: set[str] = set()  # drawn layers that no step has given a reason to move
         self._coarse: set[str] = set()  # layers whose movement a window can miss
-        self._doubted: set[str] = set()
+        self._doubted: set[str] = set()  # layers read in full until they are seen to move
         self.periods = 0
         """Periods proven so far."""
 
@@ -113,18 +121,18 @@ class Proof:
                     self._coarse.add(name)
 
     def forget(self) -> None:
-        """Drop the period's fingerprints: weights are about to be replaced from outside."""
+        """Drop the period's fingerprints, because weights are about to be replaced from outside."""
         self._before = None
 
     def end(self, *, still_open: bool = False) -> None:
         """Check the period that `begin` opened.
 
-        A drawn layer may rest if no step had a reason to move it: a learning rate or gradients of zero. If a
-        window can miss that a layer moved, and it rested there, the layer is read in full from now on and
-        the period does not count as proven.
+        A drawn layer may stay unchanged if no step had a reason to move it, because its learning rate or
+        gradients were zero. If a layer did not change in its window, and the window can miss that it moved,
+        the layer is read in full from now on and the period does not count as proven.
 
         Args:
-            still_open: the period continues; it is checked so far and not counted.
+            still_open: the period continues: check it so far, and do not count it.
 
         Raises:
             ProofError: names every offending layer and the period.
@@ -153,11 +161,11 @@ class Proof:
             self._before = None
 
     def _sample(self, name: str) -> int | None:
-        """Number that places a layer's windows in this period, None where every element is read."""
+        """Return the number that places a layer's windows in this period; None if every element is read."""
         return self._period if self._verify == "sample" and name not in self._doubted else None
 
     def _fingerprints(self) -> Tensor:
-        """One int64 per layer, on the CPU."""
+        """Take one int64 per layer, on the CPU."""
         with torch.no_grad():
             prints = [
                 fingerprint(parameters, sample=self._sample(name))
@@ -171,7 +179,7 @@ def fingerprint(parameters: Sequence[Tensor], *, sample: int | None = None) -> T
 
     Args:
         parameters: tensors of any shape, of a dtype of 1, 2, 4 or 8 bytes, on any devices.
-        sample: hash one window per tensor, whose place follows from this number. None: hash everything.
+        sample: hash one window per tensor; this number decides where it is. None: hash everything.
     """
     parameters = [local_part(parameter) for parameter in parameters]
     device = parameters[0].device
@@ -180,7 +188,7 @@ def fingerprint(parameters: Sequence[Tensor], *, sample: int | None = None) -> T
     for index, parameter in enumerate(parameters):
         bits = parameter.reshape(-1).view(INTEGERS[parameter.element_size()])
         if sample is not None:
-            parts.append(_window(bits, index, sample).to(device, torch.int64))
+            parts.append(read_window(bits, index, sample).to(device, torch.int64))
         else:
             for chunk in torch.split(bits, CHUNK):
                 total = total * ODD + _weighted_sum(chunk.to(torch.int64)).to(device)
@@ -190,18 +198,19 @@ def fingerprint(parameters: Sequence[Tensor], *, sample: int | None = None) -> T
 def has_reason_to_move(
     parameters: Sequence[nn.Parameter], rates: Mapping[nn.Parameter, Any], *, sample: int | None = None
 ) -> bool:
-    """Tell whether a step has to show in a layer's fingerprint; its gradients are still there.
+    """Tell whether a step must show in a layer's fingerprint. Call it while the step's gradients exist.
 
-    Adam moves a weight w by about its learning rate, which rounding swallows unless lr is well above
+    Adam moves a weight w by about its learning rate, and rounding swallows that unless lr is well above
     eps·|w| of the dtype. A layer must move if enough of the weights that the fingerprint reads, 16 or a
-    quarter, have a gradient and lr > 2·eps·|w|. So reasons to rest are a learning rate of zero (the first
-    step of many schedules) or next to it (the last ones), and gradients of zero (a batch without a label;
-    in a window, rows of tokens that did not occur). Missing gradients are none.
+    quarter, have a gradient and lr > 2·eps·|w|. So a layer may rest if its learning rate is zero (in the
+    first step of many schedules) or nearly zero (in the last steps), or if its gradients are zero (in a batch
+    without a label; in a window, for rows of tokens that did not occur). A missing gradient is no reason to
+    rest.
 
     Args:
         parameters: the layer's, in the order of its fingerprint.
         rates: learning rate of each.
-        sample: the fingerprint's.
+        sample: as for `fingerprint`.
     """
     driven = [(index, p) for index, p in enumerate(parameters) if rates[p] != 0]
     if all(p.grad is None for _, p in driven):
@@ -226,16 +235,20 @@ def may_hide(parameters: Sequence[nn.Parameter]) -> bool:
 
 
 def _read(weight: Tensor, gradient: Tensor, index: int, sample: int | None) -> tuple[Tensor, Tensor]:
-    """What the fingerprint reads of a weight, and its gradient there; of a sparse one its rows."""
+    """Return the elements of a weight that the fingerprint reads, and their gradients."""
     if not gradient.is_sparse:
         pair = weight.reshape(-1), gradient.reshape(-1)
-        return pair if sample is None else (_window(pair[0], index, sample), _window(pair[1], index, sample))
+        return (
+            pair
+            if sample is None
+            else (read_window(pair[0], index, sample), read_window(pair[1], index, sample))
+        )
     gradient = gradient.coalesce()
     ids_n, values_nD = gradient._indices()[0], gradient._values()
     if sample is None:
         return weight[ids_n].reshape(-1), values_nD.reshape(-1)
     width = weight[0].numel()
-    at = _place(weight.numel(), index, sample)
+    at = _locate_window(weight.numel(), index, sample)
     first, last = at.start // width, (at.stop - 1) // width
     is_near_n = (ids_n >= first) & (ids_n <= last)
     near = values_nD.new_zeros(last + 1 - first, width)
@@ -244,12 +257,12 @@ def _read(weight: Tensor, gradient: Tensor, index: int, sample: int | None) -> t
     return weight.reshape(-1)[at], near.view(-1)[begin : begin + at.stop - at.start]
 
 
-def _window(values: Tensor, index: int, sample: int) -> Tensor:
-    """Up to WINDOW values, all of which are met by counting `sample` up; each `index` starts elsewhere."""
-    return values[_place(values.numel(), index, sample)]
+def read_window(values: Tensor, index: int, sample: int) -> Tensor:
+    """Return up to WINDOW values. Counting `sample` up meets all of them; each `index` starts elsewhere."""
+    return values[_locate_window(values.numel(), index, sample)]
 
 
-def _place(size: int, index: int, sample: int) -> slice:
+def _locate_window(size: int, index: int, sample: int) -> slice:
     windows = -(-size // WINDOW)
     start = (sample + index * 104729) % max(windows, 1) * WINDOW
     start = min(start, max(size - WINDOW, 0))

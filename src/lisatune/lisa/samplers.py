@@ -1,9 +1,10 @@
 """Which blocks train in the next period.
 
-A sampler's `draw` is a pure function of (seed, period) and of the numbers it was built with: every rank
-and every resumed run draws the same blocks, without talking and without touching a global RNG.
+A sampler's `draw` is a pure function of (seed, period), of the numbers that it was built with, and of the
+statistics that it reads. So every rank and every resumed run draws the same blocks, without communication and
+without a global RNG.
 
-All samplers stand on one primitive, the weighted shuffle: block l gets a clock T_l = -ln(u_l) / p_l with
+All samplers use one primitive, the weighted shuffle: block l gets a clock T_l = -ln(u_l) / p_l with
 u_l uniform in (0, 1), and blocks are ordered by their clocks. The first k of that order are k different
 blocks picked one after another, each in proportion to what is left of p (successive sampling;
 Efraimidis & Spirakis, Weighted random sampling with a reservoir, 2006).
@@ -21,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -33,27 +34,33 @@ __all__ = [
     "Independent",
     "Permutation",
     "Sampler",
+    "SamplerName",
     "Uniform",
     "Weighted",
     "Window",
-    "auto_period",
+    "choose_period",
+    "count_visits",
     "draw_blocks",
     "make_sampler",
     "simulate_draws",
-    "visits",
 ]
+
+SamplerName = Literal["permutation", "uniform", "window", "ascending", "descending"]
+"""A sampler that draws γ of N blocks and has no other parameter."""
 
 LONGEST_AUTO_PERIOD = 50
 
 
 class Sampler(ABC):
-    """Draws the blocks of each period. To make your own, give it these three and pass it to `LISA`.
+    """Draws the blocks of each period.
 
-    Its `repr` stands for it in checkpoints: a run is resumed only with a sampler of the same `repr`.
+    To make your own, define `num_blocks`, `draw` and `inclusion`, and pass an instance to `LISA`. Checkpoints
+    save the sampler's `repr`: a run resumes only with a sampler of the same `repr`.
 
-    A sampler that names numbers in `reads` gets them at each draw, as `draw(period, seed=…, statistics=…)`
-    with a `BlockStatistics`; only then are they collected. It must draw the same blocks from the same
-    numbers. Numbers that are not known yet are NaN: all gradient and update norms in the first period.
+    A sampler that names numbers in `reads` gets them at each draw: LISA calls `draw(period, seed=…,
+    statistics=…)` with a `BlockStatistics`, and collects the numbers during training. The sampler must draw
+    the same blocks from the same numbers. Numbers that are not known yet are NaN, such as all gradient and
+    update norms in the first period.
 
     Example:
         >>> class LeastVisited(Sampler):
@@ -68,13 +75,16 @@ class Sampler(ABC):
         ...
         ...     def inclusion(self):
         ...         return (self.active / self.num_blocks,) * self.num_blocks
+        >>> draws = simulate_draws(LeastVisited(4, 2), seed=0, periods=3)
+        >>> list(draws)
+        [(0, 1), (2, 3), (0, 1)]
     """
 
     num_blocks: int
     """N, the number of blocks drawn from."""
 
     reads: tuple[Readable, ...] = ()
-    """What `draw` reads of each block; with none, it is called without `statistics`."""
+    """What `draw` reads of each block. If empty, `draw` is called without `statistics`."""
 
     @abstractmethod
     def draw(self, period: int, *, seed: int) -> tuple[int, ...]:
@@ -90,7 +100,7 @@ class Sampler(ABC):
 
 @dataclass(frozen=True)
 class _Even(Sampler):
-    """γ of N blocks, in the long run each as often as any other."""
+    """γ of N blocks, each as often as any other in the long run."""
 
     num_blocks: int
     active: int
@@ -105,7 +115,7 @@ class _Even(Sampler):
 
 @dataclass(frozen=True)
 class Uniform(_Even):
-    """γ different blocks, every period anew and independent of the one before: Algorithm 1 of the paper.
+    """γ different blocks, drawn independently in every period: Algorithm 1 of the paper.
 
     π_l = γ/N. A block's visits over P periods are binomial(P, γ/N): some blocks may never be drawn.
     """
@@ -165,10 +175,10 @@ class Cyclic(_Even):
     """
 
     descending: bool = False
-    """From the last block to the first, not from the first on."""
+    """From the last block to the first, instead of from the first to the last."""
 
     def draw(self, period: int, *, seed: int) -> tuple[int, ...]:
-        """Return the γ blocks that follow those of the period before; `seed` changes nothing."""
+        """Return the γ blocks after those of the previous period; `seed` changes nothing."""
         blocks = [(period * self.active + i) % self.num_blocks for i in range(self.active)]
         return tuple(sorted(self.num_blocks - 1 - block if self.descending else block for block in blocks))
 
@@ -226,8 +236,8 @@ class Weighted(Sampler):
 class Independent(Sampler):
     """Every block flips its own coin: block l trains with probability p_l, whatever the others do.
 
-    π_l = p_l exactly. The number of active blocks varies around its mean Σp, up to the number of blocks
-    with p_l > 0, which memory must allow for. A period may train the ends alone. Takes no γ.
+    π_l = p_l exactly. The number of active blocks varies around its mean Σp. All blocks with p_l > 0 may
+    train at once, and memory must suffice for that. A period may train the ends alone. Takes no γ.
     """
 
     probabilities: tuple[float, ...]
@@ -238,7 +248,7 @@ class Independent(Sampler):
 
     def draw(self, period: int, *, seed: int) -> tuple[int, ...]:
         """Return the blocks whose coin, keyed by (seed, period), falls below p_l."""
-        rng = _rng(f"{seed}/{period}")
+        rng = _make_rng(f"{seed}/{period}")
         return tuple(i for i, p in enumerate(self.probabilities) if rng.random() < p)
 
     def inclusion(self) -> tuple[float, ...]:
@@ -246,7 +256,7 @@ class Independent(Sampler):
         return tuple(self.probabilities)
 
 
-NAMED: dict[str, Callable[[int, int], Sampler]] = {
+NAMED: dict[SamplerName, Callable[[int, int], Sampler]] = {
     "permutation": Permutation,
     "uniform": Uniform,
     "window": Window,
@@ -259,18 +269,19 @@ def make_sampler(sampler: str | Sequence[float] | Sampler, active: int, num_bloc
     """Build the sampler that a user named.
 
     Args:
-        sampler: a name in `NAMED`, N probabilities for `Weighted`, or a sampler, taken as it is.
-        active: γ, 0 <= γ <= N; a sampler that is taken as it is has its own.
+        sampler: a `SamplerName`, N probabilities for `Weighted`, or a `Sampler`, which is returned.
+        active: γ, 0 <= γ <= N; a `Sampler` has its own.
         num_blocks: N.
 
     Raises:
         ValueError: unknown name, γ out of range, probabilities of the wrong number or value.
     """
     if isinstance(sampler, str):
-        if sampler not in NAMED:
-            names = ", ".join(map(repr, NAMED))
-            raise ValueError(f"unknown sampler {sampler!r}; use {names} or one probability per block")
-        return NAMED[sampler](num_blocks, active)
+        for name, kind in NAMED.items():
+            if name == sampler:
+                return kind(num_blocks, active)
+        names = ", ".join(map(repr, NAMED))
+        raise ValueError(f"unknown sampler {sampler!r}; use {names} or one probability per block")
     given = sampler.num_blocks if isinstance(sampler, Sampler) else len(sampler)
     if given != num_blocks:
         raise ValueError(f"got {given} probabilities for {num_blocks} blocks; give one per block")
@@ -282,39 +293,44 @@ def draw_blocks(
 ) -> tuple[int, ...]:
     """Draw the blocks of a period, with the statistics if the sampler reads any.
 
-    Without `statistics` a sampler that reads gets norms that are 1 for every block, and no visits.
+    If `statistics` is None, a sampler that reads them gets norms of 1 and 0 visits for every block.
     """
     draw: Any = sampler.draw
     if not sampler.reads:
         return tuple(draw(period, seed=seed))
-    with unset_fake_temporarily():  # it draws from real numbers, also in a memory plan
-        return tuple(draw(period, seed=seed, statistics=statistics or _even_statistics(sampler, Counter())))
+    with unset_fake_temporarily():  # a sampler reads real numbers, also in a memory plan
+        return tuple(
+            draw(period, seed=seed, statistics=statistics or _make_even_statistics(sampler, Counter()))
+        )
 
 
 def simulate_draws(sampler: Sampler, *, seed: int, periods: int) -> Iterator[tuple[int, ...]]:
-    """Draw the first `periods` periods: exact, unless the sampler reads statistics.
+    """Yield the blocks of the first `periods` periods: exact, unless the sampler reads statistics.
 
-    For one that does, every norm is 1 and visits are those of the draws before.
+    For a sampler that reads them, every norm is 1 and visits are those of the draws before.
     """
     counts: Counter[int] = Counter()
     for period in range(periods):
-        statistics = _even_statistics(sampler, counts) if sampler.reads else None
+        statistics = _make_even_statistics(sampler, counts) if sampler.reads else None
         drawn = draw_blocks(sampler, period, seed=seed, statistics=statistics)
         counts.update(drawn)
         yield drawn
 
 
-def visits(sampler: Sampler, *, seed: int, periods: int) -> tuple[int, ...]:
+def count_visits(sampler: Sampler, *, seed: int, periods: int) -> tuple[int, ...]:
     """Count how often each block is drawn in the first `periods` periods; see `simulate_draws`."""
     draws = simulate_draws(sampler, seed=seed, periods=periods)
     counts = Counter(block for drawn in draws for block in drawn)
     return tuple(counts[block] for block in range(sampler.num_blocks))
 
 
-def auto_period(sampler: Sampler, *, seed: int, total_steps: int) -> int:
+def choose_period(sampler: Sampler, *, seed: int, total_steps: int) -> int:
     """Choose K: the longest period, at most 50, with which every block that can be drawn trains twice.
 
-    1 when `total_steps` are too few even for that.
+    It is 1 if `total_steps` are too few for that.
+
+    Raises:
+        ValueError: `total_steps` is below 1.
     """
     if total_steps < 1:
         raise ValueError(f"total_steps must be >= 1, got {total_steps}")
@@ -330,8 +346,8 @@ def auto_period(sampler: Sampler, *, seed: int, total_steps: int) -> int:
     return max(1, min(total_steps // max(periods, 1), LONGEST_AUTO_PERIOD))
 
 
-def _even_statistics(sampler: Sampler, counts: Mapping[int, int]) -> BlockStatistics:
-    """Statistics in which only the visits differ between blocks."""
+def _make_even_statistics(sampler: Sampler, counts: Mapping[int, int]) -> BlockStatistics:
+    """Make statistics in which only the visits differ between blocks."""
     with unset_fake_temporarily():
         read = {name: torch.ones(sampler.num_blocks, dtype=torch.float64) for name in sampler.reads}
         if "visits" in read:
@@ -356,12 +372,12 @@ def _take_probabilities(sampler: "Weighted | Independent", *, most: float) -> No
 
 @lru_cache(maxsize=4)
 def _shuffle(weights: tuple[float, ...], key: str) -> tuple[int, ...]:
-    """Blocks with weight > 0 in the order of their clocks. The periods of a pass share one."""
-    rng = _rng(key)
+    """Return the blocks with weight > 0 in the order of their clocks. Cached: a pass uses one shuffle."""
+    rng = _make_rng(key)
     clocks = [(-math.log(1.0 - rng.random()) / w if w > 0 else math.inf, i) for i, w in enumerate(weights)]
     return tuple(i for _, i in sorted(clocks) if weights[i] > 0)
 
 
-def _rng(key: str) -> random.Random:
-    """A generator of its own for each key. `Random.random` is the same in every Python version."""
+def _make_rng(key: str) -> random.Random:
+    """Make the generator of a key. `Random.random` gives the same numbers in every Python version."""
     return random.Random(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big"))

@@ -1,26 +1,26 @@
-"""Which blocks train now: the contract between a method that freezes blocks and everything that asks.
+"""Which blocks train now: the contract between a method that freezes blocks and the code that asks it.
 
-A `BlockSchedule` is attached to a model and its optimizer and works by hooks of its own; nothing has to be
-called in a training loop. `LISA` is one. The base class is the schedule of a method that freezes nothing
-during a run: full fine-tuning, or adapters beside frozen weights.
+A `BlockSchedule` is attached to a model and its optimizer and works by its own hooks; a training loop calls
+nothing. `LISA` is one. The base class is the schedule of a method that freezes nothing during a run, such as
+full fine-tuning, or adapters beside frozen weights.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["BlockSchedule"]
+__all__ = ["BlockSchedule", "find_costliest_draws"]
 
 
 class BlockSchedule:
     """Tells which blocks train, for the log, the summary, the outline and the memory plan.
 
-    A subclass overrides what differs. One that changes blocks during a run must save its position in
+    A subclass overrides what differs. If it changes blocks during a run, it must save its position in
     `optimizer.state_dict()` (see `torch.optim.Optimizer.register_state_dict_post_hook`), so that a run
-    resumes exactly, and must choose the same blocks on every rank.
+    resumes exactly, and it must choose the same blocks on every rank.
     """
 
     period: int | None = None
-    """Optimizer steps between two changes; None if they come at other times, or never."""
+    """Optimizer steps between two changes of blocks; None if changes are irregular, or never come."""
 
     active_blocks: tuple[int, ...] | None = None
     """Blocks that train now, in rising order; None if which blocks train never changes."""
@@ -31,18 +31,18 @@ class BlockSchedule:
         return False
 
     def describe(self) -> dict[str, Any]:
-        """Return what `metrics.jsonl` records before each step, as JSON values: period, active blocks."""
+        """Return what `metrics.jsonl` records before each step, as JSON values, such as the active blocks."""
         return {}
 
     def summarize(self) -> dict[str, Any]:
-        """Return what `summary.json` records at the end of a run, as JSON values: visits, proof."""
+        """Return what `summary.json` records at the end of a run, as JSON values, such as the visits."""
         return {}
 
     def check(self) -> None:
         """Check at the end of a run that the right weights trained.
 
         Raises:
-            ProofError: they did not.
+            ProofError: the wrong weights trained.
         """
 
     @property
@@ -55,16 +55,20 @@ class BlockSchedule:
         return ()
 
     def possible_draws(self, total_steps: int) -> set[tuple[int, ...]]:
-        """Return the sets of blocks that may train at once in a run; the plan searches the costliest.
+        """Return the sets of blocks that may train at once in a run; the memory plan takes the costliest.
 
-        Empty if which blocks train never changes. Each is a tuple of block indices in rising order.
+        Each is a tuple of block indices in rising order. Empty if which blocks train never changes.
         """
         return set()
 
     def hold(self, blocks: Sequence[int]) -> None:
-        """Train these blocks from now on, whatever comes: to plan or measure what they cost.
+        """Train these blocks from now on and change no more, to plan or measure what they cost.
 
-        Called only with sets out of `possible_draws`, or with all blocks that occur in these.
+        Args:
+            blocks: a set out of `possible_draws`, or all blocks that occur in these sets.
+
+        Raises:
+            NotImplementedError: a subclass names possible draws and does not override this.
         """
         raise NotImplementedError(
             f"{type(self).__name__} names possible draws, so it must be able to hold one"
@@ -73,3 +77,22 @@ class BlockSchedule:
     def host_bytes(self) -> int:
         """Count the bytes that are in host memory because blocks are frozen."""
         return 0
+
+
+def find_costliest_draws(sizes: Sequence[int], active: int) -> set[tuple[int, ...]]:
+    """Return the draws that could have the highest peak of memory, if draws are not known beforehand.
+
+    Which one has it depends on where in a step the peak falls. So the largest blocks are returned, and among
+    blocks of equal size the highest, the lowest, and block 0 with the highest.
+
+    Args:
+        sizes: parameters of each block.
+        active: γ, 0 <= γ <= number of blocks.
+    """
+    blocks = range(len(sizes))
+    highest = sorted(blocks, key=lambda block: (sizes[block], block), reverse=True)
+    lowest = sorted(blocks, key=lambda block: (-sizes[block], block))
+    chosen = [highest[:active], lowest[:active]]
+    if active:
+        chosen.append([0, *[block for block in highest if block][: active - 1]])
+    return {tuple(sorted(draw)) for draw in chosen}

@@ -1,16 +1,16 @@
 """Numbers about each block: those that a sampler may read during training, and how far a run moved it.
 
-A sampler that names numbers in `Sampler.reads` gets them at each draw as `BlockStatistics`. They are
-collected only then, and with them nothing is collected that no sampler reads. For a block l with weights θ_l
-and gradients g_l, norms being L2 norms over all of its parameters:
+A sampler that names numbers in `Sampler.reads` gets them at each draw as `BlockStatistics`. A number that the
+sampler does not name is not collected. For a block l with weights θ_l and gradients g_l, where a norm is the
+L2 norm over all parameters of the block:
 
     visits         periods in which it has trained
-    weight norm    ‖θ_l‖ at the end of the last period in which it trained, before that at the start
+    weight norm    ‖θ_l‖ at the end of the last period in which it trained; before that, at the start
     gradient norm  √(mean over the steps of that period of ‖g_l‖²), after clipping
-    update norm    √(mean over the steps of that period of ‖Δθ_l‖²), Δθ_l being one step's change
+    update norm    √(mean over the steps of that period of ‖Δθ_l‖²), where Δθ_l is one step's change
 
-A block that has not trained yet has no gradient and no update: NaN. On several ranks a norm is that of the
-whole block, so all ranks read equal numbers.
+The gradient and update norms of a block that has not trained yet are NaN. On several ranks a norm is that of
+the whole block, so all ranks read equal numbers.
 
 Cost for each step: one pass over the gradients of the active blocks for the gradient norm; a copy of the
 active blocks' weights while the optimizer updates them, and one pass over both, for the update norm.
@@ -30,17 +30,18 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from lisatune.distributed.shards import full_tensor, local_part
 from lisatune.nn.layers import find_layers
 
-__all__ = ["BlockStatistics", "Collector", "Readable", "block_movement"]
+__all__ = ["BlockStatistics", "Collector", "Readable", "measure_movement"]
 
 Readable = Literal["visits", "weight_norm", "gradient_norm", "update_norm"]
 """What a sampler may name in `reads`."""
 
 PER_STEP = ("gradient_norm", "update_norm")
+"""Numbers that are collected in every step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockStatistics:
-    """What training has measured of each block: float64 [N] on the CPU, equal on all ranks.
+    """Numbers about each block: float64 [N] on the CPU, equal on all ranks.
 
     A field is None unless the sampler names it in `reads`. NaN: not known yet.
     """
@@ -52,11 +53,11 @@ class BlockStatistics:
 
 
 class Collector:
-    """Collects what a sampler reads while blocks train. `LISA` calls it.
+    """Collects, while blocks train, the numbers that a sampler reads. `LISA` calls it.
 
     Args:
         blocks: the parameters of each block.
-        reads: what to collect.
+        reads: the numbers to collect, each a `Readable`.
 
     Raises:
         ValueError: `reads` names something that is not collected.
@@ -68,7 +69,7 @@ class Collector:
                 known = ", ".join(get_args(Readable))
                 raise ValueError(f"a sampler cannot read {name!r}; it can read {known}")
         self._blocks, self._reads = blocks, tuple(reads)
-        with unset_fake_temporarily():  # a sampler draws from real numbers, also in a memory plan
+        with unset_fake_temporarily():  # a sampler reads real numbers, also in a memory plan
             self._norms = {
                 name: torch.full((len(blocks),), math.nan, dtype=torch.float64)
                 for name in reads
@@ -86,7 +87,7 @@ class Collector:
             self._before = {p: p.detach().clone() for block in active for p in self._blocks[block]}
 
     def after_step(self, active: Iterable[int]) -> None:
-        """Add a step to the numbers of the active blocks; its gradients are still there."""
+        """Add a step to the numbers of the active blocks. Call it while the step's gradients exist."""
         self._steps += 1
         for block in active:
             parameters = self._blocks[block]
@@ -97,7 +98,7 @@ class Collector:
         self._before = {}
 
     def end_period(self, active: Sequence[int]) -> None:
-        """Settle the numbers of the blocks that trained, and begin the next period."""
+        """Compute the numbers of the blocks that trained, and begin the next period."""
         for name, squares in self._squares.items():
             for block in active:
                 if block in squares:
@@ -108,7 +109,11 @@ class Collector:
         self._steps = 0
 
     def statistics(self, visits: Sequence[int]) -> BlockStatistics:
-        """Return what the sampler reads."""
+        """Return the numbers that the sampler reads.
+
+        Args:
+            visits: in how many periods each block has trained.
+        """
         with unset_fake_temporarily():
             read = {name: norms.clone() for name, norms in self._norms.items()}
             if "visits" in self._reads:
@@ -116,7 +121,7 @@ class Collector:
         return BlockStatistics(**read)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything collected, also inside a period."""
+        """Return everything that was collected, also inside a period."""
         squares = {
             name: {str(block): value.detach().cpu().clone() for block, value in squares.items()}
             for name, squares in self._squares.items()
@@ -128,7 +133,7 @@ class Collector:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what `state_dict` gave."""
+        """Continue from a `state_dict`."""
         self._steps = state["steps"]
         self._norms = {name: norms.clone() for name, norms in state["norms"].items()}
         self._squares = {
@@ -142,22 +147,22 @@ class Collector:
 
     def _measure_weights(self, blocks: Iterable[int]) -> None:
         for block in blocks:
-            norm = _squared_norm(self._blocks[block]).sqrt()
-            if _has_values(norm):  # a model that has only shapes leaves NaN
+            norm = _compute_squared_norm(self._blocks[block]).sqrt()
+            if _has_values(norm):  # NaN stays for a model that has only shapes
                 self._norms["weight_norm"][block] = float(norm)
 
     def _add(self, name: str, block: int, tensors: Sequence[Tensor]) -> None:
         if tensors:
-            squared = _squared_norm(tensors)
+            squared = _compute_squared_norm(tensors)
             known = self._squares[name].get(block)
             self._squares[name][block] = squared if known is None else known + squared
 
 
-def _squared_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Squared L2 norm over tensors that are whole or divided among ranks: a scalar on their device.
+def _compute_squared_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the squared L2 norm over tensors, each whole or divided among ranks: a scalar on their device.
 
-    It stays on the device, so that nothing waits for it. Each tensor's norm is taken in float32; they are
-    added up in float64 where the device has it.
+    It stays on the device, so nothing waits for it. Each tensor's norm is taken in float32; the squares are
+    added in float64 if the device has it.
     """
     device = local_part(tensors[0]).device
     wide = torch.float32 if device.type == "mps" else torch.float64
@@ -172,12 +177,12 @@ def _has_values(tensor: Tensor) -> bool:
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
-def block_movement(before: nn.Module, after: nn.Module) -> list[float]:
-    """Measure how far training has moved each block from where it began.
+def measure_movement(before: nn.Module, after: nn.Module) -> list[float]:
+    """Measure how far training has moved each block from its first weights.
 
         movement of block l = ‖θ_l - θ_l⁰‖ / ‖θ_l⁰‖
 
-    over all parameters of the block, in float64: 0 is a block that never trained.
+    over all parameters of the block, in float64. It is 0 for a block that never trained.
 
     Args:
         before, after: the same model before and after training, on the CPU.
@@ -192,13 +197,13 @@ def block_movement(before: nn.Module, after: nn.Module) -> list[float]:
         for name, parameter in block.items():
             if name not in old or old[name].shape != parameter.shape:
                 raise ValueError(f"the base model has no {name} of shape {tuple(parameter.shape)}")
-            moved += _squares(parameter.detach(), old[name].detach())
-            size += _squares(old[name].detach())
+            moved += _sum_squares(parameter.detach(), old[name].detach())
+            size += _sum_squares(old[name].detach())
         movements.append(math.sqrt(moved / size) if size else 0.0)
     return movements
 
 
-def _squares(weight: Tensor, origin: Tensor | None = None) -> float:
-    """Sum of squares, of the difference to `origin` if given."""
+def _sum_squares(weight: Tensor, origin: Tensor | None = None) -> float:
+    """Sum the squares of a weight, or of its difference to `origin`."""
     difference = weight.double() if origin is None else weight.double() - origin.double()
     return float(torch.sum(difference * difference))

@@ -142,7 +142,7 @@ def find_fit(
     if planned.needed_bytes <= size_bytes:
         return Fit(size_bytes, True, {}, (), planned)
 
-    for stage in _stages(recipe, length, ranks):
+    for stage in _stages(recipe, length, ranks, planned.num_blocks):
         for change, reason in stage:
             made = attempt(recipe, best | change, ranks=ranks, length=length)
             if made is None or made.needed_bytes >= 0.995 * planned.needed_bytes:
@@ -196,8 +196,8 @@ def coarser_state(recipe: Recipe, ranks: int) -> list[Change]:
     return changes if ranks == 1 else []
 
 
-def _stages(recipe: Recipe, length: int, ranks: int) -> Iterator[list[Change]]:
-    method, run = recipe.method, recipe.run
+def _stages(recipe: Recipe, length: int, ranks: int, num_blocks: int) -> Iterator[list[Change]]:
+    run, others = recipe.run, recipe.method.alternatives(num_blocks)
     coarser = coarser_state(recipe, ranks)
     yield [each for each in coarser if each is EIGHT_BIT]
     halves = (2**power for power in range(1, run.batch_size.bit_length()))
@@ -210,7 +210,7 @@ def _stages(recipe: Recipe, length: int, ranks: int) -> Iterator[list[Change]]:
         if run.batch_size % by == 0
     ]
     yield [each for each in coarser if each is STOCHASTIC]
-    yield [(_keyed(change), "the ends cost less, at the same speed") for change in method.cheaper_ends()]
+    yield [(_keyed(change), "the ends cost less, at the same speed") for change in others.cheaper_ends]
     if run.activation_checkpointing is not True:
         kinds: list[Any] = [True] if run.activation_checkpointing else ["frozen", True]
         what = {
@@ -218,7 +218,7 @@ def _stages(recipe: Recipe, length: int, ranks: int) -> Iterator[list[Change]]:
             True: "all blocks compute them again",
         }
         yield [({"run.activation_checkpointing": kind}, what[kind]) for kind in kinds]
-    yield [(_keyed(change), "fewer weights train at once") for change in method.fewer_weights()]
+    yield [(_keyed(change), "fewer weights train at once") for change in others.fewer_weights]
     shorter = [length >> shift for shift in range(1, length.bit_length()) if length >> shift >= SHORTEST]
     yield [({"data.max_length": each}, "longer records are cut") for each in shorter]
 
@@ -266,7 +266,7 @@ def find_room(recipe: Recipe, fit: Fit, *, ranks: int = 1) -> Room | None:
     coarser = [changes for changes, _ in coarser_state(recipe, ranks)]
     steps = [
         {f"method.{key}": value for key, value in change.items()}
-        for change in recipe.method.more_weights(fit.plan.num_blocks)
+        for change in recipe.method.alternatives(fit.plan.num_blocks).more_weights
     ]
     if not steps or not fit.fits or not fit.changes.keys() <= {key for each in coarser for key in each}:
         return None

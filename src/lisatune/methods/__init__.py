@@ -1,4 +1,4 @@
-"""The ways to fine-tune a model, by name. Adding one: its file, its line here, its page in docs/methods."""
+"""The ways to fine-tune a model. To add one: its file, its class in `METHODS`, its page in docs/methods."""
 
 from lisatune.methods.badam import BAdam
 from lisatune.methods.base import Method
@@ -26,18 +26,10 @@ __all__ = [
     "Method",
     "Prefix",
     "Prompt",
+    "QLora",
 ]
 
 METHODS: dict[str, type[Method]] = {
-    "full": Full,
-    "lisa": Lisa,
-    "ends": EndsOnly,
-    "badam": BAdam,
-    "lora": Lora,
-    "dora": Dora,
-    "qlora": QLora,
-    "ia3": Ia3,
-    "prompt": Prompt,
-    "prefix": Prefix,
-    "galore": GaLore,
+    kind.name: kind for kind in (Full, Lisa, EndsOnly, BAdam, Lora, Dora, QLora, Ia3, Prompt, Prefix, GaLore)
 }
+"""Every method by its name, in the order of the help."""

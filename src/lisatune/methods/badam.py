@@ -1,19 +1,20 @@
 """BAdam (Luo et al., arXiv 2404.02827): LISA with one block at a time, in order, and frozen ends."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, final
 
+from lisatune.methods.base import Alternatives
 from lisatune.methods.lisa import AsLisa, Lisa
 
 __all__ = ["BAdam"]
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class BAdam(AsLisa):
     """One block trains at a time, in turn; optimizer state is cleared at each switch."""
 
-    name: Literal["badam"] = "badam"
-    """Way to fine-tune."""
+    name = "badam"
 
     switch_every: int | Literal["auto"] = 50
     """Optimizer steps between two switches, K in the paper. auto: every block trains at least twice."""
@@ -33,7 +34,7 @@ class BAdam(AsLisa):
         self.as_lisa()
 
     def as_lisa(self) -> Lisa:
-        """LISA of one block that clears all state at each draw."""
+        """Return the LISA of one block that clears all state at each draw."""
         return Lisa(
             active=1,
             period=self.switch_every,
@@ -45,6 +46,6 @@ class BAdam(AsLisa):
             verify=self.verify,
         )
 
-    def cheaper_ends(self) -> tuple[dict[str, Any], ...]:
-        """As LISA's."""
-        return self.as_lisa().cheaper_ends()
+    def alternatives(self, num_blocks: int) -> Alternatives:
+        """Return LISA's cheaper ends; the number of blocks is fixed."""
+        return Alternatives(cheaper_ends=self.as_lisa().alternatives(num_blocks).cheaper_ends)

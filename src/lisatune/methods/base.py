@@ -1,5 +1,7 @@
-"""What a method of fine-tuning answers: how to prepare the model, which optimizer, what to attach to it."""
+"""A method of fine-tuning: how it prepares the model and builds the optimizer, the schedule and the step."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
@@ -13,7 +15,24 @@ from lisatune.nn.layers import LayerMap
 from lisatune.optim.adamw import AdamW
 from lisatune.recipe import DataConfig, OptimizerConfig, RunConfig
 
-__all__ = ["Method"]
+__all__ = ["Alternatives", "Keys", "Method", "halve"]
+
+Keys = dict[str, Any]
+"""Keys of a method that change together, and their values."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alternatives:
+    """Settings of a method that take less memory, or train more. The closest to its own come first."""
+
+    cheaper_ends: tuple[Keys, ...] = ()
+    """The ends take less memory."""
+
+    fewer_weights: tuple[Keys, ...] = ()
+    """Fewer weights train at once, or they have fewer moments."""
+
+    more_weights: tuple[Keys, ...] = ()
+    """More weights train at once."""
 
 
 class Method:
@@ -22,7 +41,8 @@ class Method:
     Order of calls: `prepare`, then `build_optimizer` over the prepared model, `attach`, `build_step`.
     """
 
-    name: str
+    name: ClassVar[str]
+    """Its name in recipes, and in `lisatune.methods.METHODS`."""
 
     shards: ClassVar[bool] = False
     """Whether it trains a model that is divided among ranks."""
@@ -31,24 +51,24 @@ class Method:
     """Whether embedding, head and final norm may train, and so have a learning rate of their own."""
 
     lr_scale: ClassVar[float] = 1.0
-    """Learning rate that suits it, as a multiple of LoRA's: few trained numbers take larger steps."""
+    """Learning rate that suits the method, as a multiple of LoRA's: few trained numbers take larger steps."""
 
     def check_mix(self, data: DataConfig, run: RunConfig) -> None:
-        """Refuse settings of other sections that can't work with it. Default: all can.
+        """Refuse settings of other sections that cannot work with this method. Default: all work.
 
         Raises:
-            ValueError: one can't; the message names its key and what to do.
+            ValueError: a setting cannot work; the message names its key and what to do.
         """
 
     def check_device(self, device: torch.device) -> None:
-        """Refuse a device that it can't run on, before anything loads. Default: any will do.
+        """Refuse a device that the method cannot run on, before anything loads. Default: all work.
 
         Raises:
-            ImportError, ValueError: it can't; the message says what to do.
+            ImportError, ValueError: the device does not work; the message says what to do.
         """
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """Change the model before the optimizer is built (adapters would go in here). Default: as it is."""
+        """Change the model before the optimizer is built: add adapters, say. Default: no change."""
         return model
 
     def build_optimizer(
@@ -56,8 +76,13 @@ class Method:
     ) -> torch.optim.Optimizer:
         """Build the optimizer, with every parameter that will ever train in its param groups.
 
-        Default: AdamW over ends and blocks, one group per layer, while everything still requires grad; see
-        `lisatune.methods.optimizers` for which one.
+        Default: the recipe's optimizer (`lisatune.methods.optimizers`) over ends and blocks, one group per
+        layer.
+
+        Args:
+            model: the prepared model; everything that will ever train requires grad.
+            layers: its blocks and ends.
+            config: the recipe's section.
         """
         return build_optimizer(model, layers, config)
 
@@ -69,7 +94,7 @@ class Method:
         *,
         total_steps: int,
     ) -> BlockSchedule:
-        """Attach what freezes and thaws blocks during training. Default: nothing does.
+        """Attach the schedule that freezes and thaws blocks during training. Default: no block freezes.
 
         Args:
             model: the prepared model.
@@ -89,16 +114,16 @@ class Method:
         autocast: torch.dtype | None,
         max_grad_norm: float | None,
     ) -> TrainingStep:
-        """Build what makes an optimizer step of batches. Default: forward, backward, clip, update.
+        """Build the training step. Default: forward, backward, clip, update.
 
-        A method whose step is another one (without backward, say, or on pairs of sequences) returns its own
-        subclass of `TrainingStep`; `train`, `compare` and `plan` run whatever it is.
+        A method with another step (without backward, say, or on pairs of sequences) returns its own subclass
+        of `TrainingStep`; `train`, `compare` and `plan` run that.
 
         Args:
             model: the prepared model, everything attached.
             loss: sums next-token losses of that model.
             optimizer: from `build_optimizer`.
-            device: where batches go.
+            device: where batches are moved.
             autocast: dtype of matrix products; None computes in the weights' dtype.
             max_grad_norm: largest global norm of the gradients; None leaves them as they are.
         """
@@ -113,21 +138,23 @@ class Method:
         )
 
     def block_lr_factors(self, num_blocks: int) -> tuple[float, ...]:
-        """What `optimizer.lr` is multiplied by for each block."""
+        """Return what `optimizer.lr` is multiplied by for each block. Default: 1."""
         return (1.0,) * num_blocks
 
     def without_proof(self) -> Self:
-        """The method as it costs memory, without what reads weights: for a model that has shapes only."""
+        """Return the method without reading weights, for a model that has only shapes. Default: no change."""
         return self
 
-    def cheaper_ends(self) -> tuple[dict[str, Any], ...]:
-        """Settings that make the ends take less memory, the one that changes training least first."""
-        return ()
+    def alternatives(self, num_blocks: int) -> Alternatives:
+        """Return settings that a search for what fits a device may try. Default: none.
 
-    def fewer_weights(self) -> tuple[dict[str, Any], ...]:
-        """Settings that train fewer weights at once, the closest to this first."""
-        return ()
+        Args:
+            num_blocks: blocks of the model.
+        """
+        return Alternatives()
 
-    def more_weights(self, num_blocks: int) -> tuple[dict[str, Any], ...]:
-        """Settings that train more weights at once, the closest to this first."""
-        return ()
+
+def halve(number: int, *, least: int = 1) -> Iterator[int]:
+    """Yield half of a number, half of that, and so on, rounded down, down to `least` >= 1."""
+    while (number := number // 2) >= least:
+        yield number

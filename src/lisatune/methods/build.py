@@ -1,4 +1,8 @@
-"""TODO: say what is in here."""
+"""From a recipe and a loaded model to a model that is ready to train: for `train`, `compare` and `plan`.
+
+What several ranks cannot do yet is refused here: settings by `check_recipe`, optimizer state by
+`check_optimizer`.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,11 +20,97 @@ from lisatune.nn.layers import LayerMap, find_layers
 from lisatune.optim.meter import StateMeter
 from lisatune.recipe import Recipe
 
-__all__ = ["Built", "build", "check_optimizer", "check_recipe", "weight_dtype"]
+__all__ = ["Built", "attach_method", "build", "check_optimizer", "check_recipe", "weight_dtype"]
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model that is ready to train, without data."""
+
+    model: nn.Module
+    layers: LayerMap
+    step: TrainingStep
+    schedule: BlockSchedule
+    """Which blocks train when."""
+
+    state: StateMeter
+    blocks: BlockForward | None
+    """How the blocks run, if they are checkpointed or compiled."""
+
+    def block_sizes(self) -> list[int]:
+        """Count the parameters of each block."""
+        return [sum(p.numel() for p in block.values()) for block in self.layers.block_parameters(self.model)]
+
+
+def build(
+    recipe: Recipe,
+    model: nn.Module,
+    loss: CausalLMLoss | None,
+    *,
+    steps: int,
+    device: torch.device,
+    materialise: Callable[[nn.Module, LayerMap], None] | None = None,
+) -> Built:
+    """Prepare a loaded model, build its optimizer, schedule and step.
+
+    Args:
+        recipe: the recipe.
+        model: the loaded model, on `device`, or where `materialise` expects it.
+        loss: the loss of that model; None on several ranks, because a divided model gets its own.
+        steps: optimizer steps of the whole run.
+        device: where it trains.
+        materialise: called before the optimizer is built; gives the prepared model its storage, or divides
+            it among ranks.
+    """
+    run = recipe.run
+    blocks = _set_block_forward(recipe, model)
+    model.train()
+    model, layers, optimizer, state, schedule = attach_method(recipe, model, steps, materialise)
+    if loss is None:
+        loss = ShardedLoss(model)
+    else:
+        loss.follow(model)
+    step = recipe.method.build_step(
+        model,
+        loss,
+        optimizer,
+        device=device,
+        autocast=torch.bfloat16 if run.precision == "bf16-mixed" else None,
+        max_grad_norm=recipe.optimizer.max_grad_norm,
+    )
+    return Built(model, layers, step, schedule, state, blocks)
+
+
+def attach_method(
+    recipe: Recipe,
+    model: nn.Module,
+    steps: int,
+    materialise: Callable[[nn.Module, LayerMap], None] | None = None,
+) -> tuple[nn.Module, LayerMap, Optimizer, StateMeter, BlockSchedule]:
+    """Prepare a model, build its optimizer and attach the schedule; see `build` for the arguments.
+
+    Returns:
+        The prepared model, its layers, the optimizer, a meter of its state, and the schedule.
+    """
+    model = recipe.method.prepare(model)
+    layers = find_layers(model)
+    if materialise is not None:
+        materialise(model, layers)
+    optimizer = recipe.method.build_optimizer(model, layers, recipe.optimizer)
+    if ranks.count() > 1:
+        check_optimizer(optimizer)
+    state = StateMeter(optimizer)  # before the schedule, whose hook may release state
+    schedule = recipe.method.attach(model, optimizer, layers, total_steps=steps)
+    return model, layers, optimizer, state, schedule
+
+
+def weight_dtype(recipe: Recipe) -> torch.dtype:
+    """Return the dtype in which the recipe's weights are loaded."""
+    return torch.bfloat16 if recipe.run.precision == "bf16" else torch.float32
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
-    """Refuse state that can't be cut along a weight's rows, or would differ from one rank's.
+    """Refuse optimizer state that cannot be divided by rows of a weight, or would differ from one rank's.
 
     Raises:
         ValueError: names the option.
@@ -35,7 +125,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
             value = group.get(key, allowed)
             if value != allowed and value not in (allowed or ()):
                 raise ValueError(
-                    f"{key} {value!r} does not work on several ranks yet, be it of the optimizer or of "
+                    f"{key} {value!r} does not work on several ranks yet, neither of the optimizer nor of "
                     "method.ends; use moments fp32 and rounding exact, with state_device null"
                 )
 
@@ -52,69 +142,11 @@ def check_recipe(recipe: Recipe) -> None:
         raise ValueError("run.compile does not work on several ranks yet; set it to false")
     if recipe.optimizer.in_backward:
         raise ValueError(
-            "optimizer.in_backward works on one rank only: gradients of several ranks come in after "
+            "optimizer.in_backward works on one rank only, because gradients of several ranks arrive after "
             "backward; set it to false"
         )
     if recipe.run.report_to:
         raise ValueError("run.report_to works on one rank only; read metrics.jsonl, or leave it out")
-
-
-@dataclass(frozen=True)
-class Built:
-    """A model that is ready to train, without data."""
-
-    model: nn.Module
-    layers: LayerMap
-    step: TrainingStep
-    schedule: BlockSchedule
-    """Which blocks train when."""
-
-    state: StateMeter
-    blocks: BlockForward | None
-    """How the blocks run, where that is not as they are written."""
-
-    def block_sizes(self) -> list[int]:
-        """Count the parameters of each block."""
-        return [sum(p.numel() for p in block.values()) for block in self.layers.block_parameters(self.model)]
-
-
-def build(
-    recipe: Recipe,
-    model: nn.Module,
-    loss: CausalLMLoss | None,
-    *,
-    steps: int,
-    device: torch.device,
-    materialise: Callable[[nn.Module, LayerMap], None] | None = None,
-) -> Built:
-    """Prepare a loaded model, build its optimizer and attach the method: for `train` and for `plan`.
-
-    Args:
-        recipe: the recipe.
-        model: on `device`, or wherever `materialise` takes it from.
-        loss: of that model; on several ranks None, since a divided model needs one of its own.
-        steps: optimizer steps of the whole run.
-        device: where it trains.
-        materialise: gives the prepared model its storage, or divides it among ranks, before the optimizer
-            is built.
-    """
-    run = recipe.run
-    blocks = _set_block_forward(recipe, model)
-    model.train()
-    model, layers, optimizer, state, schedule = _attach(recipe, model, steps, materialise)
-    if loss is None:
-        loss = ShardedLoss(model)
-    else:
-        loss.follow(model)
-    step = recipe.method.build_step(
-        model,
-        loss,
-        optimizer,
-        device=device,
-        autocast=torch.bfloat16 if run.precision == "bf16-mixed" else None,
-        max_grad_norm=recipe.optimizer.max_grad_norm,
-    )
-    return Built(model, layers, step, schedule, state, blocks)
 
 
 def _set_block_forward(recipe: Recipe, model: nn.Module) -> BlockForward | None:
@@ -130,26 +162,3 @@ def _set_block_forward(recipe: Recipe, model: nn.Module) -> BlockForward | None:
         checkpointing="frozen" if asked == "frozen" else "all" if asked else None,
         backend="inductor" if compiles else None,
     )
-
-
-def weight_dtype(recipe: Recipe) -> torch.dtype:
-    """Dtype that the recipe's weights are loaded in."""
-    return torch.bfloat16 if recipe.run.precision == "bf16" else torch.float32
-
-
-def _attach(
-    recipe: Recipe,
-    model: nn.Module,
-    steps: int,
-    materialise: Callable[[nn.Module, LayerMap], None] | None = None,
-) -> tuple[nn.Module, LayerMap, Optimizer, StateMeter, BlockSchedule]:
-    model = recipe.method.prepare(model)
-    layers = find_layers(model)
-    if materialise is not None:
-        materialise(model, layers)
-    optimizer = recipe.method.build_optimizer(model, layers, recipe.optimizer)
-    if ranks.count() > 1:
-        check_optimizer(optimizer)
-    state = StateMeter(optimizer)  # before the schedule, whose hook may release state
-    schedule = recipe.method.attach(model, optimizer, layers, total_steps=steps)
-    return model, layers, optimizer, state, schedule

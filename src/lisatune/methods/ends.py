@@ -1,20 +1,21 @@
 """Embedding, head and final norm train alone: LISA with γ = 0."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import final
 
 from lisatune.lisa.ends import EndsPolicy
+from lisatune.methods.base import Alternatives
 from lisatune.methods.lisa import AsLisa, Lisa
 
 __all__ = ["EndsOnly"]
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class EndsOnly(AsLisa):
     """Embedding, head and final norm train, all blocks are frozen."""
 
-    name: Literal["ends"] = "ends"
-    """Way to fine-tune."""
+    name = "ends"
 
     ends: str = "train"
     """Which ends train, with what state: train head 8bit factored cpu rows, by +."""
@@ -29,9 +30,10 @@ class EndsOnly(AsLisa):
             )
 
     def as_lisa(self) -> Lisa:
-        """LISA that draws no block."""
+        """Return the LISA that draws no block."""
         return Lisa(active=0, ends=self.ends, verify=self.verify)
 
-    def cheaper_ends(self) -> tuple[dict[str, Any], ...]:
-        """Those of LISA that leave something to train."""
-        return tuple(change for change in self.as_lisa().cheaper_ends() if change != {"ends": "frozen"})
+    def alternatives(self, num_blocks: int) -> Alternatives:
+        """Return those of LISA's cheaper ends that leave something to train."""
+        cheaper = self.as_lisa().alternatives(num_blocks).cheaper_ends
+        return Alternatives(cheaper_ends=tuple(change for change in cheaper if change != {"ends": "frozen"}))

@@ -1,18 +1,17 @@
-"""Full fine-tuning: AdamW on every parameter outside vision towers."""
+"""Full fine-tuning: the optimizer updates every parameter outside vision towers."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import final
 
 from lisatune.methods.base import Method
 
 __all__ = ["Full"]
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class Full(Method):
-    """AdamW on every parameter: the yardstick for quality, and for memory."""
+    """Every parameter trains: the yardstick for quality, and for memory."""
 
+    name = "full"
     shards = True
-
-    name: Literal["full"] = "full"
-    """Way to fine-tune."""

@@ -1,13 +1,13 @@
 """GaLore as a method of a recipe. The algorithm is in `lisatune.optim.galore`."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, final
 
 import torch
 from torch import nn
 
 from lisatune.lisa.groups import param_groups
-from lisatune.methods.base import Method
+from lisatune.methods.base import Alternatives, Method, halve
 from lisatune.methods.optimizers import build_adamw
 from lisatune.nn.layers import LayerMap
 from lisatune.optim.galore import GaLoreAdamW, is_projected
@@ -16,12 +16,12 @@ from lisatune.recipe import OptimizerConfig
 __all__ = ["GaLore"]
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class GaLore(Method):
-    """AdamW on every parameter, in the blocks' matrices on gradients of low rank."""
+    """AdamW on every parameter; the gradients of the blocks' matrices are projected to a low rank."""
 
-    name: Literal["galore"] = "galore"
-    """Way to fine-tune."""
+    name = "galore"
 
     rank: int = 128
     """Rank r that gradients are projected to; matrices with a side of r or less are not projected."""
@@ -42,7 +42,7 @@ class GaLore(Method):
     def build_optimizer(
         self, model: nn.Module, layers: LayerMap, config: OptimizerConfig
     ) -> torch.optim.Optimizer:
-        """Build AdamW over ends and blocks, with the blocks' matrices in groups that project.
+        """Build AdamW over ends and blocks; the blocks' matrices are in groups that project gradients.
 
         Raises:
             ValueError: `optimizer.name` is another optimizer.
@@ -62,7 +62,6 @@ class GaLore(Method):
             groups += [group | {"params": others}] if others else []
         return build_adamw(groups, config, GaLoreAdamW)
 
-    def fewer_weights(self) -> tuple[dict[str, Any], ...]:
+    def alternatives(self, num_blocks: int) -> Alternatives:
         """Half the rank, and half of that, down to 8: fewer moments, though as many weights."""
-        halves = (self.rank >> shift for shift in range(1, self.rank.bit_length()))
-        return tuple({"rank": rank} for rank in halves if rank >= 8)
+        return Alternatives(fewer_weights=tuple({"rank": rank} for rank in halve(self.rank, least=8)))

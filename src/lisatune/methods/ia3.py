@@ -1,23 +1,32 @@
-"""IA3 (Liu et al., arXiv 2205.05638) by way of PEFT: learned vectors scale activations."""
+"""IA3 (Liu et al., arXiv 2205.05638) with PEFT: learned vectors scale activations."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, final
 
+import torch
 from torch import nn
 
-from lisatune.methods.adapters import Adapters, linear_layers, named_modules_among
+from lisatune.methods.adapters import (
+    add_adapters,
+    build_adapter_optimizer,
+    find_linear_layers,
+    select_named,
+)
+from lisatune.methods.base import Method
+from lisatune.nn.layers import LayerMap
+from lisatune.recipe import OptimizerConfig
 
 __all__ = ["Ia3"]
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
-class Ia3(Adapters):
+class Ia3(Method):
     """Vectors that scale keys, values and the feed-forward's inner activations train, no weight does."""
 
+    name = "ia3"
+    has_ends = False
     lr_scale = 30.0
-
-    name: Literal["ia3"] = "ia3"
-    """Way to fine-tune."""
 
     targets: tuple[str, ...] = ()
     """Names of the linear layers that are scaled. Default: PEFT's choice for the architecture."""
@@ -32,21 +41,32 @@ class Ia3(Adapters):
         if self.feedforward and not self.targets:
             raise ValueError("method.feedforward needs method.targets; name all layers that are scaled")
 
-    def peft_config(self, model: nn.Module) -> Any:
-        """PEFT's IA3Config; ValueError where a target is no layer of the model, or none is known."""
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Add the vectors; see `add_adapters`."""
+        return add_adapters(self.name, model, self._make_config)
+
+    def build_optimizer(
+        self, model: nn.Module, layers: LayerMap, config: OptimizerConfig
+    ) -> torch.optim.Optimizer:
+        """Build the recipe's optimizer over the vectors."""
+        return build_adapter_optimizer(model, config)
+
+    def _make_config(self, model: nn.Module) -> Any:
+        """Make PEFT's IA3Config; ValueError if a target is no layer of the model, or if none is known."""
         from peft import IA3Config
         from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as KNOWN
 
-        linear = linear_layers(model)
+        linear = find_linear_layers(model)
         if self.targets:
-            targets = named_modules_among(linear, self.targets, "method.targets")
-            inputs = named_modules_among(linear, self.feedforward, "method.feedforward")
+            targets = select_named(linear, self.targets, "method.targets")
+            inputs = select_named(linear, self.feedforward, "method.feedforward")
             return IA3Config(target_modules=targets, feedforward_modules=inputs, task_type="CAUSAL_LM")
         kind = model.config.get_text_config().model_type  # type: ignore[operator,union-attr]
         if kind not in KNOWN:
             names = ", ".join(sorted({path.rpartition(".")[2] for path in linear}))
             raise ValueError(
-                f"PEFT has no choice of layers for ia3 in {kind}; name those of keys, values and the last of "
-                f"the feed-forward in method.targets, the last in method.feedforward too, out of {names}"
+                f"PEFT has no choice of layers for ia3 in {kind}. Set method.targets to the layers of keys, "
+                f"values and the last of the feed-forward, and method.feedforward to that last one. The "
+                f"layers are {names}"
             )
         return IA3Config(task_type="CAUSAL_LM")

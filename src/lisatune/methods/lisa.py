@@ -2,16 +2,18 @@
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal, Self
+from typing import Literal, Self, final
 
 import torch
 from torch import nn
 
 from lisatune.lisa.ends import EndsPolicy
-from lisatune.lisa.groups import Scaling, lr_factors, scale_block_lr
+from lisatune.lisa.frozen_state import StatePolicy
+from lisatune.lisa.groups import Scaling, compute_lr_factors, scale_block_lr
 from lisatune.lisa.lisa import LISA
-from lisatune.lisa.samplers import Independent, Sampler, make_sampler
-from lisatune.methods.base import Method
+from lisatune.lisa.proof import Verify
+from lisatune.lisa.samplers import Independent, Sampler, SamplerName, make_sampler
+from lisatune.methods.base import Alternatives, Method, halve
 from lisatune.methods.optimizers import build_optimizer
 from lisatune.nn.layers import LayerMap
 from lisatune.recipe import OptimizerConfig
@@ -19,14 +21,13 @@ from lisatune.recipe import OptimizerConfig
 __all__ = ["AsLisa", "Lisa"]
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class Lisa(Method):
     """Ends and a few drawn blocks train, all other blocks are frozen until they are drawn."""
 
+    name = "lisa"
     shards = True
-
-    name: Literal["lisa"] = "lisa"
-    """Way to fine-tune."""
 
     active: int = 2
     """Blocks that train at once, γ in the paper."""
@@ -34,10 +35,8 @@ class Lisa(Method):
     period: int | Literal["auto"] = 10
     """Optimizer steps between two draws, K in the paper. auto: every block trains at least twice."""
 
-    sampler: Literal[
-        "permutation", "uniform", "window", "ascending", "descending", "weighted", "independent"
-    ] = "permutation"
-    """How blocks are drawn, `window` neighbours; `weighted` and `independent` read `probabilities`."""
+    sampler: Literal[SamplerName, "weighted", "independent"] = "permutation"
+    """How blocks are drawn; `window`: neighbours. `weighted` and `independent` read `probabilities`."""
 
     probabilities: tuple[float, ...] | None = None
     """One number per block for the samplers `weighted` and `independent`."""
@@ -45,7 +44,7 @@ class Lisa(Method):
     seed: int = 0
     """Seed of the draws alone."""
 
-    state: Literal["drop", "reset", "second_moment", "cpu", "keep"] = "drop"
+    state: StatePolicy = "drop"
     """What happens to the optimizer state of a block that freezes."""
 
     warmup: int = 0
@@ -57,7 +56,7 @@ class Lisa(Method):
     ends: str = "train"
     """Which ends train, when, with what state: train head frozen every:M 8bit factored cpu rows, by +."""
 
-    verify: Literal["sample", "full", "off"] = "sample"
+    verify: Verify = "sample"
     """How much of every block is hashed each period to prove that drawn blocks moved and no other did."""
 
     def __post_init__(self) -> None:
@@ -72,14 +71,14 @@ class Lisa(Method):
             )
         if not reads_probabilities and self.probabilities is not None:
             raise ValueError(
-                f"method.probabilities has no use with method.sampler {self.sampler}; "
-                f"choose weighted or independent"
+                f"method.probabilities does nothing with method.sampler {self.sampler}; leave it out, or use "
+                "weighted or independent"
             )
 
     def build_optimizer(
         self, model: nn.Module, layers: LayerMap, config: OptimizerConfig
     ) -> torch.optim.Optimizer:
-        """Build AdamW over ends and blocks, the ends' state as `ends` says, rates as `lr_scaling` does."""
+        """Build the recipe's optimizer: `ends` decides the ends' state, `lr_scaling` the blocks' rates."""
         optimizer = build_optimizer(model, layers, config, ends=self.ends)
         scale_block_lr(optimizer, self._chances(layers.num_blocks), self.lr_scaling)
         return optimizer
@@ -92,7 +91,7 @@ class Lisa(Method):
         *,
         total_steps: int,
     ) -> LISA:
-        """Attach LISA to the optimizer: draws the first blocks and freezes the rest."""
+        """Attach LISA to the optimizer. It draws the first blocks and freezes the rest."""
         return LISA(
             model,
             optimizer,
@@ -109,31 +108,30 @@ class Lisa(Method):
         )
 
     def block_lr_factors(self, num_blocks: int) -> tuple[float, ...]:
-        """As `lr_scaling` says."""
-        return lr_factors(self._chances(num_blocks), self.lr_scaling)
+        """Return what `lr_scaling` makes of each block's chance to train."""
+        return compute_lr_factors(self._chances(num_blocks), self.lr_scaling)
 
     def without_proof(self) -> Self:
-        """LISA that takes no fingerprints."""
+        """Return LISA without fingerprints."""
         return replace(self, verify="off")
 
-    def cheaper_ends(self) -> tuple[dict[str, Any], ...]:
-        """8-bit moments, then factored ones, then a head that trains alone, then frozen ends."""
+    def alternatives(self, num_blocks: int) -> Alternatives:
+        """Return cheaper ends, and fewer or more blocks at once.
+
+        The ends: 8-bit moments, then factored ones, then a head that trains alone, then frozen ends. Blocks:
+        half as many, and half of that, down to one; one more, and another, up to all of them. The sampler
+        `independent` decides by itself how many train.
+        """
         order = ("train", "8bit", "factored", "head+factored", "frozen")
         later = order[order.index(self.ends) + 1 :] if self.ends in order else ("frozen",)
-        return tuple({"ends": ends} for ends in later)
-
-    def fewer_weights(self) -> tuple[dict[str, Any], ...]:
-        """Half the blocks, and half of that, down to one."""
-        if self.sampler == "independent":
-            return ()
-        halves = (self.active >> shift for shift in range(1, self.active.bit_length()))
-        return tuple({"active": active} for active in halves)
-
-    def more_weights(self, num_blocks: int) -> tuple[dict[str, Any], ...]:
-        """One block more, and another, up to all of them."""
-        if self.sampler == "independent":
-            return ()
-        return tuple({"active": active} for active in range(self.active + 1, num_blocks + 1))
+        is_free = self.sampler != "independent"
+        return Alternatives(
+            cheaper_ends=tuple({"ends": ends} for ends in later),
+            fewer_weights=tuple({"active": active} for active in halve(self.active) if is_free),
+            more_weights=tuple(
+                {"active": active} for active in range(self.active + 1, num_blocks + 1) if is_free
+            ),
+        )
 
     def _chances(self, num_blocks: int) -> tuple[float, ...]:
         return _inclusion(make_sampler(self._sampler(), self.active, num_blocks))
@@ -147,24 +145,21 @@ class Lisa(Method):
 
 @lru_cache(maxsize=8)
 def _inclusion(sampler: Sampler) -> tuple[float, ...]:
-    """A second of work for `Weighted` with 80 blocks, asked for by optimizer, outline and each plan."""
+    """Cached, because it takes a second for `Weighted` with 80 blocks, and each plan asks for it."""
     return sampler.inclusion()
 
 
 @dataclass(frozen=True, kw_only=True)
 class AsLisa(Method):
-    """What is LISA with settings of its own: a subclass says which in `as_lisa`."""
+    """LISA with fixed settings, which a subclass gives in `as_lisa`: the base of `BAdam` and `EndsOnly`."""
 
     shards = True
 
-    name: str = ""
-    """Way to fine-tune."""
-
-    verify: Literal["sample", "full", "off"] = "sample"
+    verify: Verify = "sample"
     """How much of every block is hashed each period to prove that what trains moved and nothing else did."""
 
     def as_lisa(self) -> Lisa:
-        """The LISA that this is."""
+        """Return the LISA that this method is."""
         raise NotImplementedError
 
     def build_optimizer(
@@ -180,5 +175,5 @@ class AsLisa(Method):
         return self.as_lisa().attach(model, optimizer, layers, total_steps=total_steps)
 
     def without_proof(self) -> Self:
-        """The same without fingerprints."""
+        """Return the method without fingerprints."""
         return replace(self, verify="off")

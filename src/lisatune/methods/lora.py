@@ -1,18 +1,34 @@
-"""LoRA (Hu et al., arXiv 2106.09685) by way of PEFT: low-rank adapters beside frozen weights."""
+"""LoRA (Hu et al., arXiv 2106.09685) with PEFT: low-rank adapters beside frozen weights."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, final, get_args
 
+import torch
 from torch import nn
 
-from lisatune.methods.adapters import Adapters, linear_layers, named_modules_among
+from lisatune.methods.adapters import (
+    add_adapters,
+    build_adapter_optimizer,
+    find_linear_layers,
+    select_named,
+)
+from lisatune.methods.base import Alternatives, Method, halve
+from lisatune.nn.layers import LayerMap
+from lisatune.recipe import OptimizerConfig
 
 __all__ = ["Lora", "LowRank"]
 
+AdapterDtype = Literal["fp32", "weights"]
+
 
 @dataclass(frozen=True, kw_only=True)
-class LowRank(Adapters):
-    """The keys of LoRA and its kin."""
+class LowRank(Method):
+    """Low-rank adapters: the base of `Lora`, `Dora` and `QLora`, which have the same keys."""
+
+    has_ends = False
+
+    has_magnitudes: ClassVar[bool] = False
+    """Whether a vector trains besides, which sets the norm of each row of a weight (DoRA)."""
 
     rank: int = 16
     """Rank r of the adapters: a matrix [out, in] gets r·(out + in) trained numbers."""
@@ -29,7 +45,7 @@ class LowRank(Adapters):
     ends: bool = False
     """Adapters on embedding and head too, as in the LISA paper's comparison."""
 
-    adapter_dtype: Literal["fp32", "weights"] = "fp32"
+    adapter_dtype: AdapterDtype = "fp32"
     """Dtype of the adapters: float32 (PEFT's default), or that of the weights, half as large beside bf16."""
 
     def __post_init__(self) -> None:
@@ -39,35 +55,41 @@ class LowRank(Adapters):
             raise ValueError(f"method.alpha must be > 0, got {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"method.dropout must be >= 0 and below 1, got {self.dropout}")
-        if self.adapter_dtype not in ("fp32", "weights"):
+        if self.adapter_dtype not in get_args(AdapterDtype):
             raise ValueError(f"method.adapter_dtype must be fp32 or weights, got {self.adapter_dtype!r}")
 
-    def peft_config(self, model: nn.Module) -> Any:
-        """PEFT's LoraConfig; ValueError where a name in `targets` is none of the model's linear layers."""
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Add the adapters; see `add_adapters`."""
+        return add_adapters(self.name, model, self._make_config, keep_fp32=self.adapter_dtype == "fp32")
+
+    def build_optimizer(
+        self, model: nn.Module, layers: LayerMap, config: OptimizerConfig
+    ) -> torch.optim.Optimizer:
+        """Build the recipe's optimizer over the adapters."""
+        return build_adapter_optimizer(model, config)
+
+    def alternatives(self, num_blocks: int) -> Alternatives:
+        """Half the rank, and half of that, down to 8."""
+        return Alternatives(fewer_weights=tuple({"rank": rank} for rank in halve(self.rank, least=8)))
+
+    def _make_config(self, model: nn.Module) -> Any:
+        """Make PEFT's LoraConfig; ValueError if a name in `targets` is no linear layer of the model."""
         from peft import LoraConfig
 
         return LoraConfig(
             r=self.rank,
             lora_alpha=2 * self.rank if self.alpha is None else self.alpha,
             lora_dropout=self.dropout,
-            target_modules=self._target_modules(model),
+            target_modules=self._find_targets(model),
+            use_dora=self.has_magnitudes,
             task_type="CAUSAL_LM",
         )
 
-    def keeps_fp32(self) -> bool:
-        """As `adapter_dtype` says."""
-        return self.adapter_dtype == "fp32"
-
-    def fewer_weights(self) -> tuple[dict[str, Any], ...]:
-        """Half the rank, and half of that, down to 8."""
-        halves = (self.rank >> shift for shift in range(1, self.rank.bit_length()))
-        return tuple({"rank": rank} for rank in halves if rank >= 8)
-
-    def _target_modules(self, model: nn.Module) -> list[str]:
-        """Paths of the modules that get adapters."""
-        linear = linear_layers(model)
+    def _find_targets(self, model: nn.Module) -> list[str]:
+        """Return the paths of the modules that get adapters."""
+        linear = find_linear_layers(model)
         if self.targets:
-            linear = named_modules_among(linear, self.targets, "method.targets")
+            linear = select_named(linear, self.targets, "method.targets")
         ends: list[Any] = []
         if self.ends:
             hf: Any = model
@@ -75,9 +97,9 @@ class LowRank(Adapters):
         return linear + [path for path, module in model.named_modules() if any(module is end for end in ends)]
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class Lora(LowRank):
     """Low-rank adapters on the linear layers train, all weights of the model are frozen."""
 
-    name: Literal["lora"] = "lora"
-    """Way to fine-tune."""
+    name = "lora"

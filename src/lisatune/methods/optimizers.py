@@ -1,6 +1,6 @@
-"""The optimizers of recipes, by the name that `optimizer.name` picks.
+"""The optimizers of recipes, by `optimizer.name`.
 
-Adding one: its file in `lisatune/optim`, a function here that builds it from a recipe's section, and its line
+To add one: its file in `lisatune/optim`, a function here that builds it from a recipe's section, and its line
 in `OPTIMIZERS`.
 """
 
@@ -13,15 +13,15 @@ from torch.optim import Optimizer
 
 from lisatune.distributed.shards import is_sharded
 from lisatune.lisa.ends import EndsPolicy
-from lisatune.lisa.groups import fused_adamw, param_groups
+from lisatune.lisa.groups import build_fused_adamw, param_groups
 from lisatune.nn.layers import LayerMap
 from lisatune.optim.adamw import AdamW
 from lisatune.recipe import OptimizerConfig, unknown
 
-__all__ = ["OPTIMIZERS", "build_optimizer", "optimizer_over"]
+__all__ = ["OPTIMIZERS", "build_from_groups", "build_optimizer"]
 
 Groups = list[dict[str, Any]]
-"""Param groups whose `params` are (name, parameter) pairs, as `param_groups` returns them."""
+"""Param groups whose `params` are (name, parameter) pairs, as `lisatune.param_groups` returns them."""
 
 
 def build_optimizer(
@@ -33,16 +33,16 @@ def build_optimizer(
         model: everything that will ever train requires grad.
         layers: its blocks and ends.
         config: the recipe's section.
-        ends: policy of the ends; its state formats become options of their groups.
+        ends: policy of the ends. Its state formats become options of their groups.
 
     Raises:
         ValueError: `config.name` is not in `OPTIMIZERS`.
     """
     groups = param_groups(model, layers, weight_decay=config.weight_decay, ends=ends, ends_lr=config.ends_lr)
-    return optimizer_over(groups, config)
+    return build_from_groups(groups, config)
 
 
-def optimizer_over(groups: Groups, config: OptimizerConfig) -> Optimizer:
+def build_from_groups(groups: Groups, config: OptimizerConfig) -> Optimizer:
     """Build the recipe's optimizer over param groups; see `build_optimizer`."""
     if config.name not in OPTIMIZERS:
         raise ValueError(f"optimizer.name: {unknown('optimizer', config.name, OPTIMIZERS)}")
@@ -50,10 +50,15 @@ def optimizer_over(groups: Groups, config: OptimizerConfig) -> Optimizer:
 
 
 def build_adamw(groups: Groups, config: OptimizerConfig, kind: type[AdamW] = AdamW) -> Optimizer:
-    """Build AdamW.
+    """Build AdamW over param groups.
 
-    It is torch's fused one if weights are wide, moments float32 and updates made in `step()`; else it is
-    `lisatune.AdamW`, or the subclass `kind`, which torch's never replaces.
+    With the default `kind` it is torch's fused AdamW, if weights are float32 or wider and not divided among
+    ranks, moments are float32 with the weights, and updates happen in `step()`.
+
+    Args:
+        groups: param groups of (name, parameter) pairs.
+        config: the recipe's section.
+        kind: `lisatune.AdamW` or a subclass.
     """
     parameters = [p for group in groups for _, p in group["params"]]
     # torch's fused kernel takes no parameters that are divided among ranks; ours updates each rank's part.
@@ -61,7 +66,7 @@ def build_adamw(groups: Groups, config: OptimizerConfig, kind: type[AdamW] = Ada
     is_plain = config.moments == "fp32" and config.state_device is None and not config.in_backward
     is_compact = any({"moments", "state_device", "rows"} & group.keys() for group in groups)
     if is_wide and is_plain and not is_compact and kind is AdamW:
-        return fused_adamw(groups, config.lr, config.betas, config.eps, config.weight_decay)
+        return build_fused_adamw(groups, config.lr, config.betas, config.eps, config.weight_decay)
     optimizer = kind(
         groups,
         lr=config.lr,

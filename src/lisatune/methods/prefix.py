@@ -1,7 +1,7 @@
-"""Prefix tuning (Li and Liang, arXiv 2101.00190) by way of PEFT: trained keys and values in every layer."""
+"""Prefix tuning (Li and Liang, arXiv 2101.00190) with PEFT: trained keys and values in every layer."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, final
 
 from torch import nn
 
@@ -11,14 +11,13 @@ from lisatune.recipe import DataConfig, RunConfig
 __all__ = ["Prefix"]
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class Prefix(VirtualTokens):
     """Keys and values of virtual tokens train in every attention layer, no weight does."""
 
+    name = "prefix"
     lr_scale = 30.0
-
-    name: Literal["prefix"] = "prefix"
-    """Way to fine-tune."""
 
     projection: int | None = None
     """Width of the paper's two-layer network that makes them while training. Default: no network."""
@@ -29,21 +28,21 @@ class Prefix(VirtualTokens):
             raise ValueError(f"method.projection must be >= 1, got {self.projection}")
 
     def check_mix(self, data: DataConfig, run: RunConfig) -> None:
-        """Refuse besides packing what runs blocks without the keys and values that are handed to them."""
+        """Refuse packing, and whatever runs blocks without the keys and values that are passed to them."""
         super().check_mix(data, run)
         if run.activation_checkpointing:
             raise ValueError(
-                "run.activation_checkpointing can't work with method prefix: blocks that run again take no "
+                "run.activation_checkpointing cannot work with method prefix: blocks that run again take no "
                 "keys and values from outside; set it to false, or use method prompt"
             )
         if run.compile:
             raise ValueError(
-                "run.compile can't work with method prefix: compiled blocks take no keys and values from "
+                "run.compile cannot work with method prefix: compiled blocks take no keys and values from "
                 "outside; set it to false, or use method prompt"
             )
 
-    def peft_config(self, model: nn.Module) -> Any:
-        """PEFT's PrefixTuningConfig."""
+    def make_config(self, model: nn.Module) -> Any:
+        """Make PEFT's PrefixTuningConfig."""
         from peft import PrefixTuningConfig
 
         return PrefixTuningConfig(

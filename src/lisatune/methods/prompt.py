@@ -1,7 +1,7 @@
-"""Prompt tuning (Lester et al., arXiv 2104.08691) by way of PEFT: trained embeddings before a sequence."""
+"""Prompt tuning (Lester et al., arXiv 2104.08691) with PEFT: trained embeddings before a sequence."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, final
 
 from torch import nn
 
@@ -10,20 +10,19 @@ from lisatune.methods.adapters import VirtualTokens
 __all__ = ["Prompt"]
 
 
+@final
 @dataclass(frozen=True, kw_only=True)
 class Prompt(VirtualTokens):
     """Embeddings of virtual tokens before the sequence train, no weight does."""
 
+    name = "prompt"
     lr_scale = 100.0
-
-    name: Literal["prompt"] = "prompt"
-    """Way to fine-tune."""
 
     init: Literal["vocabulary", "random"] = "vocabulary"
     """They start as embeddings of random tokens of the vocabulary, or as random numbers of variance 1."""
 
-    def peft_config(self, model: nn.Module) -> Any:
-        """PEFT's PromptTuningConfig."""
+    def make_config(self, model: nn.Module) -> Any:
+        """Make PEFT's PromptTuningConfig."""
         from peft import PromptTuningConfig
 
         return PromptTuningConfig(

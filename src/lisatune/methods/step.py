@@ -1,7 +1,7 @@
-"""One optimizer step, from batches to updated weights: what `train` runs and what `plan` traces.
+"""One optimizer step, from batches to updated weights: `train` runs it and `plan` traces it.
 
-The loss of a step is the sum over its loss-carrying tokens divided by their number, whatever micro-batches
-they come in, and on whichever rank.
+The loss of a step is the sum over its loss-carrying tokens divided by their number. How they are spread over
+micro-batches and ranks makes no difference.
 """
 
 import math
@@ -25,8 +25,7 @@ __all__ = ["TrainingStep"]
 class TrainingStep:
     """Forward, backward, clipping and the optimizer's update of one step.
 
-    `backward`, `clip` and `update` are called in this order; after `clip` the caller decides by the loss and
-    the norm whether `update` or `skip` follows.
+    Call `backward`, then `clip`, then `update`, or `skip` if the loss or the norm is not finite.
     """
 
     model: nn.Module
@@ -37,13 +36,13 @@ class TrainingStep:
     """Dtype of matrix products; None computes in the weights' dtype."""
 
     max_grad_norm: float | None = 1.0
-    """Largest global norm of the gradients; None leaves them as they are."""
+    """Largest global norm of the gradients; None does not clip."""
 
     in_backward: UpdateInBackward | None = None
-    """Where `backward` updates the weights: a loss that is not finite then skips backward."""
+    """Set if `backward` updates the weights. A loss that is not finite then skips backward."""
 
     def backward(self, batches: Sequence[dict[str, Tensor]]) -> Tensor:
-        """Leave the step's gradients in the parameters.
+        """Compute the step's gradients, which stay in the parameters.
 
         Args:
             batches: one per micro-step, on any device: `input_ids`, `labels`, `position_ids`, int64 [B, T].
@@ -60,16 +59,16 @@ class TrainingStep:
                 micro_loss = loss_sum / num_labels
             if self.in_backward is not None and not torch.isfinite(micro_loss):  # waits for the device
                 return micro_loss.detach()
-            # FSDP2 takes the mean of the ranks' gradients; the sum is meant.
+            # FSDP2 takes the mean of the ranks' gradients, and the step needs their sum.
             scaled = micro_loss if ranks.count() == 1 else micro_loss * ranks.count()
             scaled.backward()  # type: ignore[no-untyped-call]
             loss += micro_loss.detach()
         return loss.new_tensor(ranks.sum_over_ranks(float(loss))[0]) if ranks.has_others() else loss
 
     def clip(self) -> Tensor:
-        """Clip the gradients' global norm, and return what it was: a scalar on the device.
+        """Clip the gradients' global norm, and return the norm before that: a scalar on the device.
 
-        With update in backward nothing is left to clip.
+        Nothing is clipped if `backward` has updated the weights.
         """
         if self.in_backward is not None:
             return self.in_backward.grad_norm().to(self.device)
@@ -77,7 +76,7 @@ class TrainingStep:
         return full_tensor(nn.utils.clip_grad_norm_(trainable, self.max_grad_norm or math.inf))
 
     def update(self) -> None:
-        """Let the optimizer move the weights, and release the gradients."""
+        """Update the weights, and release the gradients."""
         self.optimizer.step()
         self.skip()
 
@@ -87,7 +86,7 @@ class TrainingStep:
 
 
 def _as_dense(parameter: nn.Parameter) -> Tensor:
-    """What torch's clipping takes: for rows of an embedding a stand-in whose gradient is in their memory."""
+    """Return what torch can clip: for a sparse gradient a stand-in, whose gradient shares its memory."""
     if parameter.grad is None or not parameter.grad.is_sparse:
         return parameter
     parameter.grad = parameter.grad.coalesce()

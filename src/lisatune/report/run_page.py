@@ -171,13 +171,13 @@ def _measure_movement(run: _RunFiles) -> list[float] | None:
         return None
     import torch
 
-    from lisatune.lisa.statistics import block_movement
+    from lisatune.lisa.statistics import measure_movement
     from lisatune.models.load import load_model, stored_dtype
 
     try:
         # Both in the dtype of the written model, so that rounding to it does not count as movement.
         dtype = stored_dtype(str(folder)) or torch.float32
-        return block_movement(load_model(base, dtype=dtype), load_model(str(folder), dtype=dtype))
+        return measure_movement(load_model(base, dtype=dtype), load_model(str(folder), dtype=dtype))
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         run.problems.append(f"{run.name}: weight movement is left out: {first_line(error)}")
         return None

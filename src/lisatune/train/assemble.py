@@ -20,7 +20,7 @@ from lisatune.distributed.ranks import pick_device
 from lisatune.distributed.shards import shard
 from lisatune.lisa.schedule import BlockSchedule
 from lisatune.losses.causal_lm import CausalLMLoss
-from lisatune.methods.build import Built, _attach, build, check_recipe, weight_dtype
+from lisatune.methods.build import Built, attach_method, build, check_recipe, weight_dtype
 from lisatune.models.hf import announce_remote_code, check_attention
 from lisatune.models.load import load_model, load_tokenizer, meta_model, stored_dtype
 from lisatune.models.sharded import load_for_ranks
@@ -177,7 +177,7 @@ def rehearse(recipe: Recipe, steps: int) -> tuple[nn.Module, LayerMap, BlockSche
     """
     model = meta_model(**recipe.model.source, dtype=weight_dtype(recipe))
     _warn_of_widened_weights(recipe, model)
-    model, layers, _, _, schedule = _attach(recipe, model, steps)
+    model, layers, _, _, schedule = attach_method(recipe, model, steps)
     return model, layers, schedule
 
 

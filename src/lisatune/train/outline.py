@@ -191,7 +191,7 @@ def _method_text(method: Method) -> str:
     changed = []
     for field in dataclasses.fields(method):
         value = getattr(method, field.name)
-        if value != field.default and field.name != "name":
+        if value != field.default:
             text = f"{len(value)} numbers" if isinstance(value, tuple) else value
             changed.append(f"{field.name} {text}")
     return ", ".join([method.name, *changed])

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from lisatune.console import split_override
 from lisatune.files import yaml
-from lisatune.methods import METHODS
+from lisatune.methods import METHODS, Method
 from lisatune.methods.optimizers import OPTIMIZERS
 from lisatune.recipe import (
     DataConfig,
@@ -189,12 +189,25 @@ def _build_app(sections: Mapping[str, type], **options: Any) -> App:
         **options,
     )
 
-    def build(**parts: Any) -> Recipe:
-        return Recipe(**parts)
+    def build(**given: Any) -> Recipe:
+        parts = {parameter.name: parameter.default for parameter in parameters} | given
+        return Recipe(**{name: parts[name] for name in SECTIONS})
 
-    parameters = []
+    parameters: list[inspect.Parameter] = []
     for index, (title, section) in enumerate(sections.items()):
-        parameter = Parameter(name=f"--{title.split()[0]}", group=Group(title, sort_key=index))
+        group = Group(title, sort_key=index)
+        if issubclass(section, Method):  # its name is a key, but no field
+            name = Parameter(name="--method.name", group=group, help="Way to fine-tune.")
+            parameters.append(
+                inspect.Parameter(
+                    f"name_{section.name}",
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=section.name,
+                    annotation=typing.Annotated[Literal[section.name], name],
+                )
+            )
+        has_keys = bool(dataclasses.fields(section))
+        parameter = Parameter(name=f"--{title.split()[0]}", group=group, show=has_keys)
         required = any(field.default is dataclasses.MISSING for field in dataclasses.fields(section))
         parameters.append(
             inspect.Parameter(
@@ -223,7 +236,8 @@ def _name_key(error: CycloptsError) -> str:
 
 
 def _list_keys(section: type) -> list[str]:
-    return [field.name for field in dataclasses.fields(section)]
+    name = ["name"] if issubclass(section, Method) else []
+    return [*name, *(field.name for field in dataclasses.fields(section))]
 
 
 def _explain_unknown_key(section: str, key: object, sections: Mapping[str, Any]) -> str:

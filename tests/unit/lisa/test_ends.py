@@ -76,8 +76,8 @@ def test_text_and_policy_are_the_same(text: str, policy: EndsPolicy) -> None:
         ("every:2+every:3", "says twice when they train"),
         ("8bit+factored", "says twice how moments are stored: 8bit and factored"),
         ("cpu+cpu", "says twice where moments are"),
-        ("frozen+8bit", "so 8bit has no use; write frozen alone"),
-        ("every:2+frozen", "so every:2 has no use; write frozen alone"),
+        ("frozen+8bit", "so 8bit does nothing; write frozen alone"),
+        ("every:2+frozen", "so every:2 does nothing; write frozen alone"),
     ],
 )
 def test_contradictions_and_unknown_words_are_refused_in_one_sentence(text: str, complaint: str) -> None:
@@ -246,7 +246,7 @@ def test_head_of_a_model_whose_embedding_is_unknown_is_refused() -> None:
     model = OwnModel()
     layers = find_layers(model, blocks="blocks")
     optimizer = torch.optim.AdamW(model.parameters())
-    with pytest.raises(ValueError, match="ends 'head' needs to know the input embedding of OwnModel"):
+    with pytest.raises(ValueError, match="ends 'head' needs the input embedding of OwnModel"):
         LISA(model, optimizer, active=1, ends="head", layers=layers)
     LISA(model, optimizer, active=1, ends="every:2", layers=layers)
 
@@ -334,7 +334,7 @@ def test_optimizer_that_stores_the_ends_otherwise_is_refused(untied_llama: nn.Mo
 
 def test_groups_that_another_optimizer_would_not_read_are_refused(untied_llama: nn.Module) -> None:
     groups = param_groups(untied_llama, find_layers(untied_llama), ends="8bit")
-    with pytest.raises(ValueError, match="ends '8bit' is up to the optimizer"):
+    with pytest.raises(ValueError, match="the ends' state as ends '8bit' says"):
         LISA(untied_llama, torch.optim.AdamW(groups), ends="8bit")
 
 

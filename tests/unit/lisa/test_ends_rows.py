@@ -88,17 +88,17 @@ def test_what_has_no_rows_of_its_own_is_refused_in_one_sentence() -> None:
     with pytest.raises(ValueError, match="LlamaForCausalLM ties it to the head"):
         param_groups(tied, find_layers(tied), ends="rows")
     for text, complaint in (
-        ("head+rows", "head freezes the embedding, whose rows were to train"),
-        ("frozen+rows", "so rows has no use; write frozen alone"),
+        ("head+rows", "head freezes the embedding, and rows trains rows of it"),
+        ("frozen+rows", "so rows does nothing; write frozen alone"),
         ("rows+rows", "says twice which rows of the embedding train"),
     ):
         with pytest.raises(ValueError, match=complaint):
             EndsPolicy.parse(text)
     model = tiny.llama()
     groups = param_groups(model, find_layers(model), ends="rows")
-    with pytest.raises(ValueError, match="ends 'train' is up to the optimizer"):
+    with pytest.raises(ValueError, match="the ends' state as ends 'train' says"):
         LISA(model, AdamW(groups))
-    with pytest.raises(ValueError, match="ends 'rows' is up to the optimizer"):
+    with pytest.raises(ValueError, match="the ends' state as ends 'rows' says"):
         LISA(model, AdamW(model.parameters()), ends="rows")
 
 

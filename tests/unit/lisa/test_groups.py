@@ -9,7 +9,7 @@ from transformers.optimization import Adafactor
 
 import tiny
 from lisatune import LISA, build_adamw, find_layers, param_groups, scale_block_lr
-from lisatune.lisa.groups import check_parameters, groups_by_block, plain_optimizer
+from lisatune.lisa.groups import check_parameters, find_block_groups, unwrap_optimizer
 from lisatune.methods import BAdam, EndsOnly, Full, GaLore, Lisa, Method
 from lisatune.methods.optimizers import build_optimizer
 from lisatune.optim.meter import state_bytes
@@ -168,8 +168,8 @@ def test_optimizer_inside_accelerates_wrapper_is_found(untied_llama: nn.Module) 
     optimizer = torch.optim.SGD(untied_llama.parameters())
     wrapped = Accelerator(cpu=True).prepare(optimizer)
     assert wrapped is not optimizer
-    assert plain_optimizer(untied_llama, wrapped) is optimizer
-    assert plain_optimizer(untied_llama, optimizer) is optimizer
+    assert unwrap_optimizer(untied_llama, wrapped) is optimizer
+    assert unwrap_optimizer(untied_llama, optimizer) is optimizer
 
 
 def deepspeed_like(base: type) -> Any:
@@ -180,20 +180,20 @@ def deepspeed_like(base: type) -> Any:
 def test_deepspeed_is_refused(untied_llama: nn.Module) -> None:
     optimizer = torch.optim.SGD(untied_llama.parameters())
     engine = deepspeed_like(nn.Module)
-    with pytest.raises(TypeError, match="can't work with DeepSpeed"):
-        plain_optimizer(engine, optimizer)
-    with pytest.raises(TypeError, match="can't work with DeepSpeed"):
-        plain_optimizer(untied_llama, deepspeed_like(object))
+    with pytest.raises(TypeError, match="cannot work with DeepSpeed"):
+        unwrap_optimizer(engine, optimizer)
+    with pytest.raises(TypeError, match="cannot work with DeepSpeed"):
+        unwrap_optimizer(untied_llama, deepspeed_like(object))
     wrapper: Any = type("Wrapper", (), {})()
     wrapper.optimizer = deepspeed_like(object)
-    with pytest.raises(TypeError, match="can't work with DeepSpeed"):
+    with pytest.raises(TypeError, match="cannot work with DeepSpeed"):
         LISA(untied_llama, wrapper)
 
 
 def test_what_is_no_optimizer_is_refused(untied_llama: nn.Module) -> None:
     wrong: Any = [1, 2]
     with pytest.raises(TypeError, match=r"must be a torch\.optim\.Optimizer, got list"):
-        plain_optimizer(untied_llama, wrong)
+        unwrap_optimizer(untied_llama, wrong)
 
 
 def test_parameter_missing_in_the_optimizer_is_named(untied_llama: nn.Module) -> None:
@@ -208,7 +208,7 @@ def test_quantised_parameter_is_named(untied_llama: nn.Module) -> None:
     head = untied_llama.lm_head
     head.weight = nn.Parameter(head.weight.detach().to(torch.int8), requires_grad=False)
     optimizer = torch.optim.SGD(untied_llama.parameters())
-    with pytest.raises(ValueError, match=r"'lm_head.weight' is torch.int8 and can't train"):
+    with pytest.raises(ValueError, match=r"'lm_head.weight' is torch.int8 and cannot train"):
         check_parameters(find_layers(untied_llama), untied_llama, optimizer)
 
 
@@ -217,12 +217,12 @@ def test_groups_by_block_finds_both_groups_of_a_block(untied_llama: nn.Module) -
     optimizer = build_adamw(untied_llama, layers, lr=1e-3, weight_decay=0.1)
     blocks = [tuple(block.values()) for block in layers.block_parameters(untied_llama)]
     ends = tuple(layers.end_parameters(untied_llama).values())
-    found = groups_by_block(optimizer, blocks, ends)
+    found = find_block_groups(optimizer, blocks, ends)
     assert [[group["layer"] for group in groups] for groups in found] == [
         [f"block {i}"] * 2 for i in range(6)
     ]
     with pytest.raises(ValueError, match="warmup needs param groups that do not mix layers"):
-        groups_by_block(torch.optim.SGD(untied_llama.parameters()), blocks, ends)
+        find_block_groups(torch.optim.SGD(untied_llama.parameters()), blocks, ends)
 
 
 def test_warmup_needs_a_learning_rate_to_ramp(untied_llama: nn.Module) -> None:

@@ -544,6 +544,23 @@ def test_10_parameter_shared_by_two_blocks_trains_always(untied_llama: nn.Module
 # ---- attaching and detaching
 
 
+def test_hold_trains_its_blocks_alone_draws_no_more_and_gives_up_the_open_proof(
+    untied_llama: nn.Module,
+) -> None:
+    optimizer, lisa = attach(untied_llama, active=2, period=3, verify="full", total_steps=30)
+    tiny.fit(untied_llama, optimizer, 1)
+    held = tuple(sorted(set(range(6)) - set(lisa.active_blocks)))[:3]
+    lisa.hold(held[::-1])
+    before = tiny.weights(untied_llama)
+    tiny.fit(untied_llama, optimizer, range(1, 10))
+    assert lisa.active_blocks == held
+    moved = tiny.moved(before, untied_llama)
+    names = layer_names(lisa, untied_llama)
+    assert [bool(block & moved) for block in names[:6]] == [block in held for block in range(6)]
+    assert lisa.periods_proven == 0
+    lisa.check()  # the blocks of the first step no longer count
+
+
 def test_detach_restores_every_flag_and_hook(untied_llama: nn.Module) -> None:
     untied_llama.model.norm.weight.requires_grad_(False)
     flags = [p.requires_grad for p in untied_llama.parameters()]
@@ -607,7 +624,7 @@ def test_ranks_that_appear_later_are_refused_at_the_next_draw(
         ({"ends": "none"}, "ends 'none': there is no 'none'. Allowed: train, head, frozen, every:M, 8bit"),
         (
             {"ends": "8bit"},
-            "the ends' param groups of this AdamW say moments=None; build it as lisatune.AdamW",
+            "their param groups in AdamW say moments=None; build it as lisatune.AdamW",
         ),
         ({"ends": "every:2", "active": 0}, "ends='every:2' needs active >= 1"),
         ({"verify": "yes"}, "verify must be one of sample, full, off, got 'yes'"),
@@ -615,7 +632,7 @@ def test_ranks_that_appear_later_are_refused_at_the_next_draw(
         ({"warmup": -1}, "warmup must be >= 0 and below period=3, got -1"),
         ({"warmup": 1}, "warmup needs param groups that do not mix layers"),
         ({"ends": "frozen", "active": 0}, "ends='frozen' needs active >= 1"),
-        ({"ends": "frozen", "sampler": Independent((0.5,) * 6)}, "no Independent sampler"),
+        ({"ends": "frozen", "sampler": Independent((0.5,) * 6)}, "a sampler other than Independent"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

@@ -92,6 +92,21 @@ def test_6_resume_is_bit_equal_at_every_step(state: str, step: int) -> None:
     assert_same_run(resumed, uninterrupted)
 
 
+@pytest.mark.parametrize("step", [1, 4, 5, 9])
+def test_6_state_of_a_version_that_saved_no_previous_blocks_resumes_bit_equal(step: int) -> None:
+    uninterrupted, saves = straight("drop")
+    parts = torch.load(io.BytesIO(saves[step]), weights_only=True)
+    lisa = parts[1]["lisa"]
+    assert step < PERIOD or set(lisa["previous_blocks"]) & set(lisa["active_blocks"])  # not all ramp
+    del lisa["previous_blocks"]
+    file = io.BytesIO()
+    torch.save(parts, file)
+    resumed = Run(state="drop", model_seed=1)
+    resumed.load(file.getvalue())
+    resumed.fit(step, STEPS)
+    assert_same_run(resumed, uninterrupted)
+
+
 @pytest.mark.parametrize("state", POLICIES)
 @pytest.mark.parametrize("step", [1, 4])
 def test_6_going_back_in_the_same_process_is_bit_equal(state: str, step: int) -> None:

@@ -16,9 +16,9 @@ from lisatune.lisa.samplers import (
     Uniform,
     Weighted,
     Window,
-    auto_period,
+    choose_period,
+    count_visits,
     make_sampler,
-    visits,
 )
 
 seeds = st.integers(0, 2**63)
@@ -295,9 +295,9 @@ def test_auto_period_trains_every_block_twice_where_it_can(
     made: tuple[Sampler, int], seed: int, total_steps: int
 ) -> None:
     sampler, _ = made
-    period = auto_period(sampler, seed=seed, total_steps=total_steps)
+    period = choose_period(sampler, seed=seed, total_steps=total_steps)
     assert 1 <= period <= min(50, total_steps)
-    counts = visits(sampler, seed=seed, periods=total_steps // period)
+    counts = count_visits(sampler, seed=seed, periods=total_steps // period)
     drawable = [count for count, chance in zip(counts, sampler.inclusion(), strict=True) if chance > 0]
     assert period == 1 or all(count >= 2 for count in drawable)
 
@@ -305,19 +305,19 @@ def test_auto_period_trains_every_block_twice_where_it_can(
 def test_auto_period_is_the_longest_that_fits() -> None:
     # 16 periods make a pass over 32 blocks at γ = 2, so twice takes 32 periods.
     sampler = Permutation(32, 2)
-    assert auto_period(sampler, seed=0, total_steps=320) == 10
-    assert auto_period(sampler, seed=0, total_steps=319) == 9
-    assert auto_period(sampler, seed=0, total_steps=32) == 1
-    assert auto_period(sampler, seed=0, total_steps=5) == 1
-    assert auto_period(sampler, seed=0, total_steps=100_000) == 50
-    assert auto_period(Permutation(32, 0), seed=0, total_steps=20) == 20
+    assert choose_period(sampler, seed=0, total_steps=320) == 10
+    assert choose_period(sampler, seed=0, total_steps=319) == 9
+    assert choose_period(sampler, seed=0, total_steps=32) == 1
+    assert choose_period(sampler, seed=0, total_steps=5) == 1
+    assert choose_period(sampler, seed=0, total_steps=100_000) == 50
+    assert choose_period(Permutation(32, 0), seed=0, total_steps=20) == 20
     with pytest.raises(ValueError, match="total_steps must be >= 1, got 0"):
-        auto_period(sampler, seed=0, total_steps=0)
+        choose_period(sampler, seed=0, total_steps=0)
 
 
 @given(samplers(), seeds, st.integers(0, 20))
 def test_visits_count_the_draws(made: tuple[Sampler, int], seed: int, periods: int) -> None:
     sampler, active = made
-    counts = visits(sampler, seed=seed, periods=periods)
+    counts = count_visits(sampler, seed=seed, periods=periods)
     assert sum(counts) == periods * active
     assert len(counts) == sampler.num_blocks

@@ -132,8 +132,8 @@ def test_missing_bitsandbytes_is_said_by_check_and_train(
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("run.compile=true", "run.compile can't work with method qlora yet"),
-        ("method.adapter_dtype=weights", "method.adapter_dtype weights can't work with method qlora"),
+        ("run.compile=true", "run.compile cannot work with method qlora yet"),
+        ("method.adapter_dtype=weights", "method.adapter_dtype weights cannot work with method qlora"),
         ("method.rank=0", "method.rank must be >= 1, got 0"),
         ("method.name=qlorra", "Did you mean 'qlora'?"),
     ],

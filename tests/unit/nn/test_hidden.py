@@ -106,12 +106,18 @@ def test_plan_counts_what_trains(tmp_path: Path) -> None:
         (["method.name=prompt", "method.tokens=0"], "method.tokens must be >= 1, got 0"),
         (["method.name=prefix", "method.projection=0"], "method.projection must be >= 1, got 0"),
         (["method.name=prompt", "method.init=text"], "method.init must be vocabulary or random, got 'text'"),
-        (["method.name=prompt", "data.packing=true"], "data.packing can't work with method prompt: only the"),
-        (["method.name=prefix", "data.packing=true"], "data.packing can't work with method prefix: only the"),
-        (["method.name=prefix", "run.compile=true"], "run.compile can't work with method prefix: compiled"),
+        (
+            ["method.name=prompt", "data.packing=true"],
+            "data.packing cannot work with method prompt: only the",
+        ),
+        (
+            ["method.name=prefix", "data.packing=true"],
+            "data.packing cannot work with method prefix: only the",
+        ),
+        (["method.name=prefix", "run.compile=true"], "run.compile cannot work with method prefix: compiled"),
         (
             ["method.name=prefix", "run.activation_checkpointing=frozen"],
-            "run.activation_checkpointing can't work with method prefix: blocks that run again",
+            "run.activation_checkpointing cannot work with method prefix: blocks that run again",
         ),
         (["method.name=prompt", "method.tokens=230"], "the model reads at most 26; set data.max_length=26"),
         (["method.name=promt"], "Did you mean 'prompt'?"),

@@ -130,5 +130,5 @@ def test_a_loss_scaler_is_refused() -> None:
     LISA(model, Wrapper(optimizer, scaler)).detach()
     optimizer.update_in_backward()
     LISA(model, Wrapper(optimizer, None)).detach()
-    with pytest.raises(ValueError, match=r"can't work with a loss scaler \(GradScaler, fp16\)"):
+    with pytest.raises(ValueError, match=r"cannot work with a loss scaler \(GradScaler, fp16\)"):
         LISA(model, Wrapper(optimizer, scaler))

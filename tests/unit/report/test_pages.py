@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lisatune.cli import app
 from lisatune.compare.results import Results
-from lisatune.lisa.statistics import block_movement
+from lisatune.lisa.statistics import measure_movement
 from lisatune.report import charts
 from lisatune.report.comparison_page import make_comparison_page
 from lisatune.report.figures import Entry, find_pareto_front, make_figures, mark_best
@@ -185,9 +185,9 @@ def test_movement_is_the_relative_norm_of_the_difference() -> None:
     with torch.no_grad():
         for parameter in after.model.layers[1].parameters():
             parameter *= 1.5
-    assert block_movement(before, after) == pytest.approx([0, 0.5, 0])
+    assert measure_movement(before, after) == pytest.approx([0, 0.5, 0])
     with pytest.raises(ValueError, match="the base model has no"):
-        block_movement(llama(blocks=2), after)
+        measure_movement(llama(blocks=2), after)
 
 
 def test_a_run_that_has_not_ended_is_reported_with_what_is_missing(
