@@ -82,8 +82,9 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> RunData:
     """
     data, run = recipe.data, recipe.run
     train, validation = read_data(recipe)
-    rows = tokenize(train, tokenizer, max_length=data.max_length, loss_on=data.loss_on)
-    held_out = tokenize(validation, tokenizer, max_length=data.max_length, loss_on=data.loss_on)
+    how: dict[str, Any] = {"max_length": data.max_length, "loss_on": data.loss_on, "long": data.long}
+    rows = tokenize(train, tokenizer, **how)
+    held_out = tokenize(validation, tokenizer, **how)
     if data.packing:
         rows = pack(rows, data.max_length)
     order = Order(len(rows.rows), run.batch_size * ranks.count(), run.seed)
