@@ -147,8 +147,8 @@ def tokenize(
             prompt_lengths.append(next((i for i, label in enumerate(row["labels"]) if label != IGNORE), 0))
     if not rows and num_dropped:
         raise ValueError(
-            f"all {num_dropped} records of {records.source} are longer than max_length={max_length} tokens and "
-            "are dropped; set max_length well above that, or long to split or cut"
+            f"all {num_dropped} records of {records.source} are longer than max_length={max_length} tokens "
+            "and are dropped; set max_length well above that, or long to split or cut"
         )
     if not rows:
         raise ValueError(
