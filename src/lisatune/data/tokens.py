@@ -189,6 +189,11 @@ def _tokenize_record(
     if chat is not None and use_chat:
         messages = record["messages"] if "messages" in record else record["prompt"] + record["completion"]
         first_answer = 1 if "messages" in record else len(record["prompt"])
+        if everywhere and any(message.get("train") is False for message in messages):
+            raise ValueError(
+                "a message is marked not to be learned from (weight: 0 or train: false), but loss_on all "
+                "would learn from it; use loss_on answers"
+            )
         prefixes = (
             [(chat.render(messages), True)] if everywhere else chat.render_prefixes(messages, first_answer)
         )

@@ -96,6 +96,19 @@ def test_special_tokens_are_written_once() -> None:
     assert texts[1:] == ["<bos>HiHello<eos>", "<bos>Hello<eos>", "<bos>Hello<eos>"]
 
 
+def test_an_answer_marked_not_to_be_learned_from_carries_no_loss() -> None:
+    tokenizer = byte_tokenizer(CHATML)
+    bad = {"role": "assistant", "content": "BAD", "train": False}
+    question, good = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "GOOD"}
+    rows = records({"messages": [question, bad, question, good]})
+    (row,) = tokenize(rows, tokenizer, max_length=1000).rows
+    assert "BAD" in tokenizer.decode(row["input_ids"])
+    assert "BAD" not in learned(row, tokenizer)
+    assert "GOOD" in learned(row, tokenizer)
+    with pytest.raises(ValueError, match="loss_on all would learn from it; use loss_on answers"):
+        tokenize(rows, tokenizer, max_length=1000, loss_on="all")
+
+
 def test_a_token_across_the_border_belongs_to_the_answer() -> None:
     tokenizer = byte_tokenizer(None, merges=[("b", "c")])
     (row,) = tokenize(records({"prompt": "ab", "completion": "cd"}), tokenizer, max_length=1000).rows
