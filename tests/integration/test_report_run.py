@@ -15,7 +15,7 @@ def test_a_run_with_lisa_has_every_chart_it_can_have(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, rows = write_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", 24)
-    recipe = write_recipe(tmp_path, model, rows)
+    recipe = write_recipe(tmp_path, model, rows, plans=True)
     assert app.main(["train", str(recipe), "run.eval_every=1", "run.log_every=1"]) == 0
     capsys.readouterr()
     assert app.main(["report", str(tmp_path / "run")]) == 0
