@@ -16,6 +16,7 @@ __all__ = [
     "PLAIN_CHAT_TEMPLATE",
     "Chat",
     "common_length",
+    "drop_second_bos",
     "encode_prompt",
     "explain_template_errors",
     "set_chat_template",
@@ -168,7 +169,7 @@ class Chat:
 def encode_prompt(tokenizer: Any, prompt: str | Messages) -> list[int]:
     """Turn a prompt into token ids: plain text as it is, messages through the chat template."""
     if isinstance(prompt, str):
-        ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
+        ids: list[int] = drop_second_bos(tokenizer(prompt, verbose=False)["input_ids"], tokenizer)
     else:
         with explain_template_errors():
             ids = tokenizer.apply_chat_template(
@@ -178,6 +179,12 @@ def encode_prompt(tokenizer: Any, prompt: str | Messages) -> list[int]:
                 tokenizer_kwargs={"verbose": False},
             )["input_ids"]
     return ids
+
+
+def drop_second_bos(ids: list[int], tokenizer: Any) -> list[int]:
+    """Drop the beginning-of-sequence token that the tokenizer wrote before a text that brings its own."""
+    bos = tokenizer.bos_token_id
+    return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
 
 def common_length(first: Sequence[object], second: Sequence[object]) -> int:

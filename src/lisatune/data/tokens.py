@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from lisatune.data.chat import Chat, common_length
+from lisatune.data.chat import Chat, common_length, drop_second_bos
 from lisatune.data.records import Records
 from lisatune.distributed import ranks
 from lisatune.losses.causal_lm import IGNORE
@@ -27,7 +27,7 @@ from lisatune.losses.causal_lm import IGNORE
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["IGNORE", "Examples", "Order", "collate", "my_share", "pack", "tokenize"]
+__all__ = ["IGNORE", "Examples", "Order", "collate", "is_chat", "my_share", "pack", "tokenize"]
 
 TokenRow = dict[str, list[int]]
 """`input_ids` and `labels` of equal length; a packed row also has `seq_lengths`, its documents' lengths."""
@@ -126,7 +126,7 @@ def tokenize(
         long = "split" if records.kind == "text" else "cut"
     if loss_on == "answers" and records.kind == "text":
         raise ValueError(f"{records.source} is plain text, which has no answers; set loss_on to all or auto")
-    chat = Chat(tokenizer) if any(_is_chat(record) for record in records.rows) else None
+    chat = Chat(tokenizer) if any(is_chat(record) for record in records.rows) else None
     rows: list[TokenRow] = []
     num_long = num_dropped = num_lost = 0
     prompt_lengths = []
@@ -177,7 +177,8 @@ def _has_loss(row: TokenRow) -> bool:
     return any(label != IGNORE for label in row["labels"])
 
 
-def _is_chat(record: dict[str, Any]) -> bool:
+def is_chat(record: dict[str, Any]) -> bool:
+    """Whether a record is a conversation, which goes through the chat template."""
     return "messages" in record or isinstance(record.get("prompt"), list)
 
 
@@ -185,7 +186,7 @@ def _tokenize_record(
     record: dict[str, Any], tokenizer: Any, chat: Chat | None, *, everywhere: bool
 ) -> TokenRow:
     """Turn one record into ids and labels of its whole length."""
-    use_chat = chat is not None and _is_chat(record)
+    use_chat = chat is not None and is_chat(record)
     if chat is not None and use_chat:
         messages = record["messages"] if "messages" in record else record["prompt"] + record["completion"]
         first_answer = 1 if "messages" in record else len(record["prompt"])
@@ -204,6 +205,8 @@ def _tokenize_record(
     texts = [text for text, _ in prefixes]
     # A chat template writes all special tokens itself.
     encoded = tokenizer(texts, add_special_tokens=not use_chat, verbose=False)["input_ids"]
+    if not use_chat:
+        encoded = [drop_second_bos(part, tokenizer) for part in encoded]
     ids: list[int] = list(encoded[-1])
     labels: list[int] = []
     for part, (_, has_loss) in zip(encoded, prefixes, strict=True):

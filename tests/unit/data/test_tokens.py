@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lisatune.data.chat import encode_prompt
 from lisatune.data.records import Records
 from lisatune.data.tokens import IGNORE, Examples, Order, collate, pack, tokenize
 from tiny_text import CHATML, byte_tokenizer
@@ -107,6 +108,15 @@ def test_an_answer_marked_not_to_be_learned_from_carries_no_loss() -> None:
     assert "GOOD" in learned(row, tokenizer)
     with pytest.raises(ValueError, match="loss_on all would learn from it; use loss_on answers"):
         tokenize(rows, tokenizer, max_length=1000, loss_on="all")
+
+
+def test_text_that_brings_its_own_bos_gets_no_second_one() -> None:
+    tokenizer = byte_tokenizer(None, adds_bos=True)
+    rows = records({"text": "<bos>ab"}, {"prompt": "<bos>a", "completion": "b"}, {"text": "ab"})
+    texts = [tokenizer.decode(row["input_ids"]) for row in tokenize(rows, tokenizer, max_length=99).rows]
+    assert texts == ["<bos>ab<eos>"] * 3
+    assert learned(tokenize(rows, tokenizer, max_length=99).rows[1], tokenizer) == "b<eos>"
+    assert encode_prompt(tokenizer, "<bos>a") == encode_prompt(tokenizer, "a")
 
 
 def test_a_token_across_the_border_belongs_to_the_answer() -> None:
