@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lisatune import __version__
-from lisatune.console import BAD_INPUT, exit_code, first_line, join_overrides
+from lisatune.console import BAD_INPUT, exit_code, expand_home, first_line, join_overrides
 
 if TYPE_CHECKING:
     from cyclopts import App
@@ -145,6 +145,16 @@ def generate(
     return 0
 
 
+def _expand_paths(tokens: Sequence[str]) -> list[str]:
+    """Expand ~ in arguments that a shell has left as they are: in quotes, or after `--output=`."""
+    expanded = list(tokens)
+    for i, token in enumerate(tokens):
+        flag, equals, value = token.rpartition("=") if token.startswith("--") else ("", "", token)
+        if value.startswith("~/") and "--prompt" not in (flag, *tokens[i - 1 : i]):
+            expanded[i] = flag + equals + expand_home(value)
+    return expanded
+
+
 def _read_is_chat(run: Path) -> bool | None:
     """Return whether a run trained on conversations; None if the folder is not a finished run's."""
     try:
@@ -200,7 +210,10 @@ def _run(tokens: list[str]) -> int:
 
     try:
         result = app(
-            join_overrides(tokens), exit_on_error=False, print_error=False, result_action="return_value"
+            _expand_paths(join_overrides(tokens)),
+            exit_on_error=False,
+            print_error=False,
+            result_action="return_value",
         )
     except CycloptsError as error:
         raise ValueError(f"{error} See `lisatune --help`.") from None

@@ -87,6 +87,21 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"{__version__}\n"
 
 
+def test_paths_of_a_command_may_begin_with_the_home_folder(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(recipe.parent))
+    assert main(["check", "~/recipe.yaml"]) == 0
+    assert main(["train", "~/recipe.yaml", "run.output=~/there", "run.steps=1", "method.active=4"]) == 0
+    assert (recipe.parent / "there" / "model").is_dir()
+    seen = spy_on_prompts(monkeypatch)
+    assert main(["generate", "~/there", "--prompt", "~/x"]) == 0
+    assert seen == [[[{"role": "user", "content": "~/x"}]]]
+    assert main(["report", "~/there", "--output=~/page.html", "--without-weights"]) == 0
+    assert (recipe.parent / "page.html").is_file()
+    capsys.readouterr()
+
+
 def spy_on_prompts(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Collect the prompts that `generate` asks a model."""
     seen: list[object] = []
