@@ -5,6 +5,7 @@ Needs no torch, so that `lisatune --help` is fast.
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ __all__ = [
     "byte_text",
     "count_text",
     "exit_code",
+    "expand_home",
     "first_line",
     "grid",
     "is_override",
@@ -88,6 +90,20 @@ def ranges_text(numbers: Sequence[int]) -> str:
 def plural(count: int, word: str) -> str:
     """Write a count with its noun: 1 row, 2 rows."""
     return f"{count:,} {word}{'' if count == 1 else 's'}"
+
+
+def expand_home(path: str) -> str:
+    """Write the home folder out in a path that begins with ~, as a shell does: every path a user gives.
+
+    Raises:
+        ValueError: there is no such user.
+    """
+    if not path.startswith("~"):
+        return path
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError:
+        raise ValueError(f"there is no home folder for {path}; write the path out") from None
 
 
 def first_line(error: BaseException) -> str:

@@ -85,7 +85,10 @@ class DataConfig:
     """Use only the first `validation_limit` held-out records."""
 
     max_length: int = 1024
-    """Longest sequence in tokens. Longer records are cut at the end."""
+    """Longest sequence in tokens. `long` says what happens to longer records."""
+
+    long: Literal["auto", "split", "cut", "drop"] = "auto"
+    """Longer records: split into pieces, cut at the end, or drop. auto: split plain text, cut all others."""
 
     packing: bool = False
     """Pack several records into one sequence of `max_length` tokens. Attention does not cross records."""

@@ -4,6 +4,7 @@ Every failure prints one sentence to stderr and returns an exit code of `lisatun
 functions so that `--help` is fast and a missing package is one of those sentences.
 """
 
+import json
 import os
 import sys
 import traceback
@@ -11,10 +12,10 @@ import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lisatune import __version__
-from lisatune.console import BAD_INPUT, exit_code, first_line, join_overrides
+from lisatune.console import BAD_INPUT, exit_code, expand_home, first_line, join_overrides
 
 if TYPE_CHECKING:
     from cyclopts import App
@@ -99,11 +100,18 @@ def check(recipe: Path, /, *overrides: str, resume: bool = False, overwrite: boo
     return 2 if report.problems else 0
 
 
-def generate(folder: str, /, *, prompt: list[str], max_new_tokens: int = 128) -> int:
+def generate(
+    folder: str,
+    /,
+    *,
+    prompt: list[str],
+    max_new_tokens: int = 128,
+    chat_template: Literal["auto", "on", "off"] = "auto",
+) -> int:
     """Generate a model's answers to prompts.
 
-    Decoding is greedy, so the answer is the same every time. If the tokenizer has a chat template,
-    prompts go through it:
+    Decoding is greedy, so the answer is the same every time. Prompts go through the chat template if the run
+    trained on conversations:
 
         lisatune generate runs/demo --prompt "What does the Python function os.getcwd() do?"
 
@@ -111,6 +119,8 @@ def generate(folder: str, /, *, prompt: list[str], max_new_tokens: int = 128) ->
         folder: Run folder, or any model that `train` takes.
         prompt: Prompt to answer; may be given several times.
         max_new_tokens: Longest answer in tokens.
+        chat_template: Whether prompts go through the tokenizer's chat template. auto: as the run trained; for
+            any other model, if its tokenizer has one.
     """
     from lisatune.evaluate.held_out import generate_answers
     from lisatune.models.load import load_model, load_tokenizer
@@ -123,11 +133,35 @@ def generate(folder: str, /, *, prompt: list[str], max_new_tokens: int = 128) ->
             raise FileNotFoundError(f"the run in {folder} has no model yet; finish it with `train --resume`")
         folder = str(run / "model")
     tokenizer = load_tokenizer(folder)
-    prompts = [[{"role": "user", "content": text}] if tokenizer.chat_template else text for text in prompt]
+    if chat_template == "on" and not tokenizer.chat_template:
+        raise ValueError(f"the tokenizer in {folder} has no chat template; leave out --chat-template")
+    trained_on_chat = _read_is_chat(run)
+    uses_template = bool(tokenizer.chat_template) if trained_on_chat is None else trained_on_chat
+    uses_template = chat_template == "on" or (chat_template == "auto" and uses_template)
+    prompts = [[{"role": "user", "content": text}] if uses_template else text for text in prompt]
     answers = generate_answers(load_model(folder), tokenizer, prompts, max_new_tokens=max_new_tokens)
     for text, answer in zip(prompt, answers, strict=True):
         _print(f"> {text}\n{answer}\n" if len(prompt) > 1 else answer)
     return 0
+
+
+def _expand_paths(tokens: Sequence[str]) -> list[str]:
+    """Expand ~ in arguments that a shell has left as they are: in quotes, or after `--output=`."""
+    expanded = list(tokens)
+    for i, token in enumerate(tokens):
+        flag, equals, value = token.rpartition("=") if token.startswith("--") else ("", "", token)
+        if value.startswith("~/") and "--prompt" not in (flag, *tokens[i - 1 : i]):
+            expanded[i] = flag + equals + expand_home(value)
+    return expanded
+
+
+def _read_is_chat(run: Path) -> bool | None:
+    """Return whether a run trained on conversations; None if the folder is not a finished run's."""
+    try:
+        is_chat = json.loads((run / "summary.json").read_text(encoding="utf-8")).get("is_chat")
+    except (OSError, ValueError):
+        return None
+    return is_chat if isinstance(is_chat, bool) else None
 
 
 def build_app() -> "App":
@@ -176,7 +210,10 @@ def _run(tokens: list[str]) -> int:
 
     try:
         result = app(
-            join_overrides(tokens), exit_on_error=False, print_error=False, result_action="return_value"
+            _expand_paths(join_overrides(tokens)),
+            exit_on_error=False,
+            print_error=False,
+            result_action="return_value",
         )
     except CycloptsError as error:
         raise ValueError(f"{error} See `lisatune --help`.") from None

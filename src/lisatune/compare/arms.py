@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lisatune.compare.results import Slices
-from lisatune.console import split_override
+from lisatune.console import expand_home, split_override
 from lisatune.files.disk import replace_file
 from lisatune.methods import METHODS
 from lisatune.recipe import Recipe, unknown
@@ -163,7 +163,7 @@ def read_comparison(
         arms=arms,
         seeds=tuple(range(recipe.run.seed, recipe.run.seed + count)),
         budget=_parse_budget(asked.get("budget", {}) if budget is None else budget),
-        general=text,
+        general=None if text is None else expand_home(text),
         general_limit=_check_count("compare.general_limit", asked.get("general_limit", 64)),
         evaluations=_check_count("compare.evaluations", asked.get("evaluations", 8)),
         reference=reference,

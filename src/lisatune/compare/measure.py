@@ -134,7 +134,9 @@ def _measure_loss(recipe: Recipe, model: nn.Module, file: str, device: torch.dev
     tokenizer = load_tokenizer(**recipe.model.location)
     records = read_records(file)
     loss_on = "all" if records.kind == "text" else recipe.data.loss_on
-    examples = tokenize(records, tokenizer, max_length=recipe.data.max_length, loss_on=loss_on)
+    examples = tokenize(
+        records, tokenizer, max_length=recipe.data.max_length, loss_on=loss_on, long=recipe.data.long
+    )
     rows = sorted(examples.rows, key=lambda row: len(row["input_ids"]))
     size = recipe.run.batch_size
     batches = (collate(rows[i : i + size], tokenizer.pad_token_id) for i in range(0, len(rows), size))

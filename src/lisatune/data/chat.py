@@ -16,6 +16,7 @@ __all__ = [
     "PLAIN_CHAT_TEMPLATE",
     "Chat",
     "common_length",
+    "drop_second_bos",
     "encode_prompt",
     "explain_template_errors",
     "set_chat_template",
@@ -108,7 +109,10 @@ class Chat:
         """
         with explain_template_errors():
             text: str = self.tokenizer.apply_chat_template(
-                messages, chat_template=self.template, tokenize=False, add_generation_prompt=ask
+                _without_marks(messages),
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=ask,
             )
         for number, message in enumerate(messages, 1):
             if _last_word(message) not in text:
@@ -130,7 +134,8 @@ class Chat:
             first_answer: index of the first message that may be an answer, >= 1.
 
         Returns:
-            Prefixes, each with whether the text that it adds to the one before is an answer. An answer begins
+            Prefixes, each with whether the text that it adds to the one before carries loss: whether it is an
+            answer that is not marked with `train: False`. An answer begins
             after the template's text that asks for it. It ends with the special token that ends its turn, or,
             if there is none, with the last text that the template writes.
 
@@ -156,20 +161,30 @@ class Chat:
                 # Some templates end the last turn differently from the turns before it.
                 end = same if same == len(answer) else end_of_text
                 stops = (i for i in range(end_of_text, same + 1) if answer.endswith(self._stops, 0, i))
-                found += [(question, False), (answer[: max(stops, default=end)], True)]
+                is_learned = messages[index].get("train") is not False
+                found += [(question, False), (answer[: max(stops, default=end)], is_learned)]
         return found if found and found[-1][0] == full else [*found, (full, False)]
 
 
-def encode_prompt(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
+def encode_prompt(tokenizer: Any, prompt: str | Messages) -> list[int]:
     """Turn a prompt into token ids: plain text as it is, messages through the chat template."""
     if isinstance(prompt, str):
-        ids: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
+        ids: list[int] = drop_second_bos(tokenizer(prompt, verbose=False)["input_ids"], tokenizer)
     else:
         with explain_template_errors():
             ids = tokenizer.apply_chat_template(
-                prompt, add_generation_prompt=True, return_dict=True, tokenizer_kwargs={"verbose": False}
+                _without_marks(prompt),
+                add_generation_prompt=True,
+                return_dict=True,
+                tokenizer_kwargs={"verbose": False},
             )["input_ids"]
     return ids
+
+
+def drop_second_bos(ids: list[int], tokenizer: Any) -> list[int]:
+    """Drop the beginning-of-sequence token that the tokenizer wrote before a text that brings its own."""
+    bos = tokenizer.bos_token_id
+    return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
 
 def common_length(first: Sequence[object], second: Sequence[object]) -> int:
@@ -177,8 +192,14 @@ def common_length(first: Sequence[object], second: Sequence[object]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
-def _last_word(message: dict[str, str]) -> str:
-    return (message["content"].split() or [""])[-1]
+def _without_marks(messages: Messages) -> Messages:
+    """Leave the messages as a template knows them."""
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def _last_word(message: dict[str, Any]) -> str:
+    content: str = message["content"]
+    return (content.split() or [""])[-1]
 
 
 def _drop_unseen_end(question: str, full: str) -> str:

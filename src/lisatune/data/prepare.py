@@ -10,7 +10,7 @@ from typing import Any
 
 from lisatune.data.chat import encode_prompt
 from lisatune.data.records import Record, Records, read_records, split_records
-from lisatune.data.tokens import Examples, Order, TokenRow, pack, tokenize
+from lisatune.data.tokens import Examples, Order, TokenRow, is_chat, pack, tokenize
 from lisatune.distributed import ranks
 from lisatune.recipe import Recipe, check_steps
 
@@ -58,6 +58,9 @@ class RunData:
     skipped: int
     """Number of unusable records, under `on_bad_row: skip`."""
 
+    is_chat: bool
+    """Whether the records are conversations, which the chat template writes; else they are plain text."""
+
     def batch(self, micro_step: int) -> list[TokenRow]:
         """Return the training rows of a micro-step (0 is the run's first), for all ranks together."""
         return [self.train.rows[i] for i in self.order.batch(micro_step)]
@@ -82,8 +85,9 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> RunData:
     """
     data, run = recipe.data, recipe.run
     train, validation = read_data(recipe)
-    rows = tokenize(train, tokenizer, max_length=data.max_length, loss_on=data.loss_on)
-    held_out = tokenize(validation, tokenizer, max_length=data.max_length, loss_on=data.loss_on)
+    how: dict[str, Any] = {"max_length": data.max_length, "loss_on": data.loss_on, "long": data.long}
+    rows = tokenize(train, tokenizer, **how)
+    held_out = tokenize(validation, tokenizer, **how)
     if data.packing:
         rows = pack(rows, data.max_length)
     order = Order(len(rows.rows), run.batch_size * ranks.count(), run.seed)
@@ -93,7 +97,8 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> RunData:
     prompts = (_cut_prompt(row) for row in validation.rows)
     short = (each for each in prompts if len(encode_prompt(tokenizer, each.prompt)) < data.max_length)
     questions = tuple(islice(short, run.samples))
-    return RunData(rows, held_out, questions, order, steps, train.skipped + validation.skipped)
+    skipped = train.skipped + validation.skipped
+    return RunData(rows, held_out, questions, order, steps, skipped, is_chat(train.rows[0]))
 
 
 def read_data(recipe: Recipe) -> tuple[Records, Records]:

@@ -10,10 +10,16 @@ of the first record tell which. They leave as
 
 Alpaca becomes prompt and completion with one message each. Plain strings stay plain: no chat template is put
 around them. Every record is checked while it is read, and an unusable one is reported with file and line.
+
+Fields that carry meaning are honoured or refused by name, never dropped: a column `system` or `history`
+becomes messages; an answer with `weight: 0` or `train: false` stays in the conversation and carries no loss;
+calls of functions, tools, separate reasoning and labels of bad answers are refused. All other columns are
+named once.
 """
 
 import hashlib
 import json
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -24,8 +30,8 @@ __all__ = ["Records", "read_records", "split_records"]
 Record = dict[str, Any]
 """A record in one of the three forms above."""
 
-Messages = list[dict[str, str]]
-"""A conversation: messages with `role` and `content`."""
+Messages = list[dict[str, Any]]
+"""A conversation: messages with `role` and `content`; an answer not to learn from has `train` False too."""
 
 FIELDS = {
     "messages": ("messages",),
@@ -35,6 +41,26 @@ FIELDS = {
     "text": ("text",),
 }
 """Fields that each kind must have; the first kind whose fields are all there is taken."""
+
+USED = {
+    "messages": ("messages", "system"),
+    "sharegpt": ("conversations", "system"),
+    "alpaca": ("instruction", "input", "output", "system", "history"),
+    "prompt-completion": ("prompt", "completion", "system", "label"),
+    "text": ("text", "system"),
+}
+"""Fields that each kind reads."""
+
+REFUSED = {
+    "tools": "tools, which cannot be trained on yet",
+    "functions": "functions, which cannot be trained on yet",
+    "chosen": "a preferred answer, so this is preference data; train on it with TRL's DPOTrainer",
+    "rejected": "a rejected answer, so this is preference data; train on it with TRL's DPOTrainer",
+}
+"""Fields that would change what a record teaches, and what they hold."""
+
+REFUSED_IN_TURNS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+"""Fields of a message that would change what it says."""
 
 ROLES = ("system", "user", "assistant")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
@@ -53,6 +79,8 @@ class Records:
     """The file, folder or hub id that they were read from."""
     first_skipped: str = ""
     """Place of the first record that was left out, and what is wrong with it."""
+    unused: tuple[str, ...] = ()
+    """Fields of the records that nothing reads, in the order in which they were met."""
 
 
 def read_records(
@@ -96,6 +124,7 @@ def read_records(
         raise ValueError(f"unknown kind of records {kind!r}; use auto, {', '.join(FIELDS)}")
     rows: list[Record] = []
     skipped, first_skipped = 0, ""
+    unused: dict[str, None] = {}
     for place, row in read_rows(source, split=split):
         try:
             if isinstance(row, BadRowError):
@@ -103,6 +132,7 @@ def read_records(
             if kind == "auto":
                 kind = _recognise_kind(row)
             rows.append(_normalise(row, kind))
+            unused |= dict.fromkeys(name for name in row if name not in USED[kind])
         except BadRowError as problem:
             if on_bad_row == "error":
                 raise ValueError(f"{place}: {problem}; fix it, or set data.on_bad_row=skip") from None
@@ -113,7 +143,12 @@ def read_records(
         raise ValueError(f"{source} has no usable record, all {skipped} were skipped; first: {first_skipped}")
     if not rows:
         raise ValueError(f"{source} is empty: it has no records")
-    return Records(rows, kind, skipped, source, first_skipped)
+    if unused:
+        warnings.warn(
+            f"{source}: nothing reads the field{'s' if len(unused) > 1 else ''} {', '.join(unused)}",
+            stacklevel=2,
+        )
+    return Records(rows, kind, skipped, source, first_skipped, tuple(unused))
 
 
 def split_records(records: Records, share: float, seed: int) -> tuple[Records, Records]:
@@ -184,10 +219,20 @@ def _normalise(row: Any, kind: str) -> Record:
             raise BadRowError(
                 f"the field {field!r} is missing; the fields are: {', '.join(fields) or 'none'}"
             )
+    for field, holds in REFUSED.items():
+        if fields.get(field):
+            raise BadRowError(f"{field!r} holds {holds}")
+    if fields.get("label") is False:
+        raise BadRowError("'label' is false: this is an example of a bad answer, which cannot be trained on")
+    system = fields.get("system") or ""
+    before = [{"role": "system", "content": _check_text(system, "system")}] if system else []
     if kind == "alpaca":
         extra = "" if fields.get("input") is None else _check_text(fields["input"], "input")
         question = _check_text(fields["instruction"], "instruction") + (f"\n\n{extra}" if extra else "")
-        return _make_chat(question, _check_text(fields["output"], "output"))
+        before += _read_history(fields.get("history"))
+        return _make_chat(before, question, _check_text(fields["output"], "output"))
+    if before and (kind == "text" or isinstance(fields.get("prompt"), str)):
+        raise BadRowError("'system' cannot stand before plain text; write it into the text, or use messages")
     if kind == "text":
         text = _check_text(fields["text"], "text")
         if not text.strip():
@@ -197,19 +242,32 @@ def _normalise(row: Any, kind: str) -> Record:
         if isinstance(fields["prompt"], list) and isinstance(fields["completion"], list):
             prompt = _check_messages(fields["prompt"], "prompt")
             return {
-                "prompt": prompt,
+                "prompt": before + prompt,
                 "completion": _require_answer(_check_messages(fields["completion"], "completion")),
             }
         return {field: _check_text(fields[field], field) for field in ("prompt", "completion")}
     field = FIELDS[kind][0]
     messages = _check_messages(fields[field], field)
     _require_answer(messages[1:])  # the first turn cannot be an answer: nothing was asked
-    return {"messages": messages}
+    if before and messages[0]["role"] == "system":
+        raise BadRowError(f"'system' and the first message of {field!r} are both a system message; keep one")
+    return {"messages": before + messages}
 
 
-def _make_chat(question: str, answer: str) -> Record:
+def _read_history(history: Any) -> Messages:
+    """Turn alpaca's earlier turns, pairs of question and answer, into messages."""
+    messages: Messages = []
+    for number, pair in enumerate(history or [], 1):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise BadRowError(f"'history', pair {number} must be [question, answer], got {_describe(pair)}")
+        texts = [_check_text(text, f"'history', pair {number}") for text in pair]
+        messages += [{"role": role, "content": text} for role, text in zip(ROLES[1:], texts, strict=True)]
+    return messages
+
+
+def _make_chat(before: Messages, question: str, answer: str) -> Record:
     return {
-        "prompt": [{"role": "user", "content": question}],
+        "prompt": [*before, {"role": "user", "content": question}],
         "completion": [{"role": "assistant", "content": answer}],
     }
 
@@ -227,19 +285,34 @@ def _check_messages(turns: Any, field: str) -> Messages:
             raise BadRowError(
                 f"{place} has no {content if role in turn else role!r}; it has {', '.join(turn)}"
             )
-        if turn.get("tool_calls"):
-            raise BadRowError(f"{place} calls tools, which is not supported")
+        for key in REFUSED_IN_TURNS:
+            if turn.get(key):
+                raise BadRowError(
+                    f"{place} has {key!r}, which cannot be trained on; write it into {content!r}"
+                )
         name = SHAREGPT_ROLES.get(str(turn[role]), turn[role])
         if name not in ROLES:
             known = (*ROLES, *SHAREGPT_ROLES) if role == "from" else ROLES
             raise BadRowError(f"{place} has the unknown role {turn[role]!r}; known: {', '.join(known)}")
-        messages.append({"role": name, "content": _check_text(turn[content], f"{place}, {content}")})
+        message = {"role": name, "content": _check_text(turn[content], f"{place}, {content}")}
+        messages.append(message if _is_learned(turn, place) else message | {"train": False})
     return messages
 
 
+def _is_learned(turn: Record, place: str) -> bool:
+    """Whether an answer may carry loss: not with OpenAI's `weight: 0` or axolotl's `train: false`."""
+    weight = turn.get("weight")
+    if weight not in (None, 0, 1):
+        raise BadRowError(f"{place} has the weight {weight!r}; only 0 and 1 can be trained with")
+    return weight != 0 and turn.get("train") is not False
+
+
 def _require_answer(messages: Messages) -> Messages:
-    if not any(message["role"] == "assistant" for message in messages):
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers:
         raise BadRowError("no assistant turn to learn from")
+    if all(message.get("train") is False for message in answers):
+        raise BadRowError("every assistant turn is marked not to be learned from (weight: 0 or train: false)")
     return messages
 
 

@@ -10,7 +10,7 @@ Shapes: B = rows of a batch, T = tokens of a row, padding included.
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from lisatune.data.chat import Chat, common_length
+from lisatune.data.chat import Chat, common_length, drop_second_bos
 from lisatune.data.records import Records
 from lisatune.distributed import ranks
 from lisatune.losses.causal_lm import IGNORE
@@ -27,7 +27,7 @@ from lisatune.losses.causal_lm import IGNORE
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["IGNORE", "Examples", "Order", "collate", "my_share", "pack", "tokenize"]
+__all__ = ["IGNORE", "Examples", "Order", "collate", "is_chat", "my_share", "pack", "tokenize"]
 
 TokenRow = dict[str, list[int]]
 """`input_ids` and `labels` of equal length; a packed row also has `seq_lengths`, its documents' lengths."""
@@ -41,7 +41,13 @@ class Examples:
     num_cut: int
     """Number of records that were longer than `max_length` and were cut at the end."""
     num_without_loss: int
-    """Number of records that were dropped because the cut left no answer token."""
+    """Number of records that were left out because no token with loss was left after the cut."""
+    num_split: int = 0
+    """Number of records that were longer than `max_length` and were divided into several rows."""
+    num_dropped: int = 0
+    """Number of records that were longer than `max_length` and were left out."""
+    num_lost_tokens: int = 0
+    """Tokens of records that are in no row, because a record was cut or left out."""
 
     @cached_property
     def num_tokens(self) -> int:
@@ -52,6 +58,11 @@ class Examples:
     def num_loss_tokens(self) -> int:
         """Number of tokens that carry loss."""
         return sum(len(row["labels"]) - row["labels"].count(IGNORE) for row in self.rows)
+
+    @property
+    def lost_share(self) -> float:
+        """Share of the records' tokens that is in no row, 0 to 1."""
+        return self.num_lost_tokens / (self.num_lost_tokens + self.num_tokens)
 
     @cached_property
     def longest(self) -> int:
@@ -75,6 +86,7 @@ def tokenize(
     *,
     max_length: int,
     loss_on: Literal["auto", "answers", "all"] = "auto",
+    long: Literal["auto", "split", "cut", "drop"] = "auto",
 ) -> Examples:
     """Turn records into token ids and labels.
 
@@ -85,14 +97,17 @@ def tokenize(
     Args:
         records: from `read_records`.
         tokenizer: the tokenizer of the model to train, with its chat template.
-        max_length: length of the longest sequence in tokens; longer ones are cut at the end.
+        max_length: length of the longest sequence in tokens.
         loss_on: which tokens carry loss. `answers`: every assistant turn from its first token to the token
             that ends the turn, or a plain completion up to and with the end-of-sequence token. `all`: every
             token but the first. `auto`: `all` for records of text, `answers` for all others.
+        long: what happens to a record of more tokens. `split`: it becomes several rows of at most
+            `max_length` tokens, one after the other, and the first token of each carries no loss. `cut`: its
+            end is cut off. `drop`: it is left out. `auto`: `split` for records of text, `cut` for all others.
 
     Returns:
-        A row of `input_ids` and `labels` (-100 where there is no loss) for each record that has a token with
-        loss, in the order of the records.
+        Rows of `input_ids` and `labels` (-100 where there is no loss) in the order of the records. A row
+        without any loss is left out.
 
     Raises:
         ValueError: the chat template refuses a record or cannot be used for training, `answers` was asked for
@@ -105,31 +120,65 @@ def tokenize(
     """
     if loss_on not in ("auto", "answers", "all"):
         raise ValueError(f"loss_on must be auto, answers or all, got {loss_on!r}")
+    if long not in ("auto", "split", "cut", "drop"):
+        raise ValueError(f"long must be auto, split, cut or drop, got {long!r}")
+    if long == "auto":
+        long = "split" if records.kind == "text" else "cut"
     if loss_on == "answers" and records.kind == "text":
         raise ValueError(f"{records.source} is plain text, which has no answers; set loss_on to all or auto")
-    chat = Chat(tokenizer) if any(_is_chat(record) for record in records.rows) else None
+    chat = Chat(tokenizer) if any(is_chat(record) for record in records.rows) else None
     rows: list[TokenRow] = []
-    num_cut, prompt_lengths = 0, []
+    num_long = num_dropped = num_lost = 0
+    prompt_lengths = []
     for number, record in enumerate(records.rows, 1):
         try:
             row = _tokenize_record(record, tokenizer, chat, everywhere=loss_on == "all")
         except ValueError as error:
             raise ValueError(f"{records.source}, record {number}: {error}") from error
-        num_cut += len(row["input_ids"]) > max_length
-        cut = {name: values[:max_length] for name, values in row.items()}
-        if any(label != IGNORE for label in cut["labels"]):
-            rows.append(cut)
-        else:
+        is_long = len(row["input_ids"]) > max_length
+        num_long += is_long
+        if is_long and long == "drop":
+            num_dropped, num_lost = num_dropped + 1, num_lost + len(row["input_ids"])
+            continue
+        pieces = [piece for piece in _divide(row, max_length, all_of_it=long == "split") if _has_loss(piece)]
+        num_lost += len(row["input_ids"]) - sum(len(piece["input_ids"]) for piece in pieces)
+        rows += pieces
+        if not pieces:
             prompt_lengths.append(next((i for i, label in enumerate(row["labels"]) if label != IGNORE), 0))
+    if not rows and num_dropped:
+        raise ValueError(
+            f"all {num_dropped} records of {records.source} are longer than max_length={max_length} tokens "
+            "and are dropped; set max_length well above that, or long to split or cut"
+        )
     if not rows:
         raise ValueError(
             f"all answers are cut off by max_length={max_length}: the shortest prompt of {records.source} "
             f"has {min(prompt_lengths, default=0)} tokens; set max_length well above that"
         )
-    return Examples(rows, num_cut, len(prompt_lengths))
+    return Examples(
+        rows,
+        num_cut=num_long if long == "cut" else 0,
+        num_without_loss=len(prompt_lengths),
+        num_split=num_long if long == "split" else 0,
+        num_dropped=num_dropped,
+        num_lost_tokens=num_lost,
+    )
 
 
-def _is_chat(record: dict[str, Any]) -> bool:
+def _divide(row: TokenRow, max_length: int, *, all_of_it: bool) -> Iterator[TokenRow]:
+    """Yield the first `max_length` tokens of a row, or all of it in pieces of that length."""
+    for start in range(0, len(row["input_ids"]) if all_of_it else 1, max_length):
+        piece = {name: values[start : start + max_length] for name, values in row.items()}
+        piece["labels"][:1] = [IGNORE]  # nothing predicts the first token of a sequence
+        yield piece
+
+
+def _has_loss(row: TokenRow) -> bool:
+    return any(label != IGNORE for label in row["labels"])
+
+
+def is_chat(record: dict[str, Any]) -> bool:
+    """Whether a record is a conversation, which goes through the chat template."""
     return "messages" in record or isinstance(record.get("prompt"), list)
 
 
@@ -137,10 +186,15 @@ def _tokenize_record(
     record: dict[str, Any], tokenizer: Any, chat: Chat | None, *, everywhere: bool
 ) -> TokenRow:
     """Turn one record into ids and labels of its whole length."""
-    use_chat = chat is not None and _is_chat(record)
+    use_chat = chat is not None and is_chat(record)
     if chat is not None and use_chat:
         messages = record["messages"] if "messages" in record else record["prompt"] + record["completion"]
         first_answer = 1 if "messages" in record else len(record["prompt"])
+        if everywhere and any(message.get("train") is False for message in messages):
+            raise ValueError(
+                "a message is marked not to be learned from (weight: 0 or train: false), but loss_on all "
+                "would learn from it; use loss_on answers"
+            )
         prefixes = (
             [(chat.render(messages), True)] if everywhere else chat.render_prefixes(messages, first_answer)
         )
@@ -151,6 +205,8 @@ def _tokenize_record(
     texts = [text for text, _ in prefixes]
     # A chat template writes all special tokens itself.
     encoded = tokenizer(texts, add_special_tokens=not use_chat, verbose=False)["input_ids"]
+    if not use_chat:
+        encoded = [drop_second_bos(part, tokenizer) for part in encoded]
     ids: list[int] = list(encoded[-1])
     labels: list[int] = []
     for part, (_, has_loss) in zip(encoded, prefixes, strict=True):

@@ -74,6 +74,8 @@ class Summary(TypedDict, total=False):
     """Number of periods in which each block trained."""
     proof: str
     samples: list[Sample]
+    is_chat: bool
+    """Whether the run trained on conversations; else on plain text or plain prompts, without a template."""
     model: str
     """Folder of the fine-tuned model."""
 

@@ -17,6 +17,7 @@ from rich.text import Text
 from lisatune.console import USER_ERRORS, plural, terminal
 from lisatune.data.prepare import RunData, prepare_data
 from lisatune.data.records import read_records
+from lisatune.data.tokens import Examples
 from lisatune.distributed.ranks import pick_device
 from lisatune.models.hf import announce_remote_code
 from lisatune.models.load import load_tokenizer
@@ -134,14 +135,24 @@ def _check_data(recipe: Recipe, report: CheckReport) -> RunData | None:
         return None
     usable = dataclasses.replace(recipe, data=dataclasses.replace(config, on_bad_row="skip"))
     data = report.attempt(prepare_data, usable, tokenizer)
-    if data is not None and data.train.num_cut:
-        report.warnings.append(
-            f"{plural(data.train.num_cut, 'training record')} of more than data.max_length="
-            f"{config.max_length} tokens will be cut"
-        )
-    if data is not None and data.train.num_without_loss:
-        report.warnings.append(
-            f"{plural(data.train.num_without_loss, 'training record')} will be left out: data.max_length="
-            f"{config.max_length} cuts off the whole answer"
-        )
+    if data is not None:
+        report.warnings += _warn_of_long_records(data.train, config.max_length)
     return data
+
+
+def _warn_of_long_records(examples: Examples, max_length: int) -> list[str]:
+    """Say what happens to records that are longer than `max_length`."""
+    long, lost = f"more than data.max_length={max_length} tokens", f"{examples.lost_share:.1%} of all tokens"
+    warnings = []
+    if examples.num_cut:
+        records = plural(examples.num_cut, "training record")
+        warnings.append(f"{records} of {long} will be cut; {lost} will not train (data.long)")
+    if examples.num_dropped:
+        records = plural(examples.num_dropped, "training record")
+        warnings.append(f"{records} of {long} will be left out; {lost} will not train (data.long)")
+    if examples.num_without_loss:
+        warnings.append(
+            f"{plural(examples.num_without_loss, 'training record')} will be left out: data.max_length="
+            f"{max_length} cuts off the whole answer"
+        )
+    return warnings

@@ -298,6 +298,7 @@ def _finish(parts: Parts, state: RunState, folder: RunFolder, log: Log, check: M
             {"prompt": question.text, "reference": question.answer, "before": before, "after": answer}
             for question, before, answer in questions
         ],
+        is_chat=parts.data.is_chat,
         model=str(folder.model),
     )
     summary.update(check.outcome(parts.device))

@@ -60,6 +60,12 @@ class Outline:
     """Training tokens that carry loss."""
     num_cut: int
     """Training records cut at max_length."""
+    num_split: int
+    """Training records divided into rows of max_length."""
+    num_dropped: int
+    """Training records left out because they are longer than max_length."""
+    lost_share: float
+    """Share of the records' tokens that does not train, because records were cut or left out; 0 to 1."""
     num_without_loss: int
     """Training records dropped because the cut left no answer."""
     skipped: int
@@ -118,6 +124,9 @@ def make_outline(
         train_tokens=data.train.num_tokens,
         loss_tokens=data.train.num_loss_tokens,
         num_cut=data.train.num_cut,
+        num_split=data.train.num_split,
+        num_dropped=data.train.num_dropped,
+        lost_share=data.train.lost_share,
         num_without_loss=data.train.num_without_loss,
         skipped=data.skipped,
         validation_rows=len(data.validation.rows),
@@ -168,9 +177,12 @@ def print_outline(outline: Outline, console: Console | None = None) -> None:
         often = f"{plural(low, 'period')}" if low == high else f"{low} to {plural(high, 'period')}"
         note = "" if outline.visits_are_exact else " (simulated)"
         rows.append(("visits", f"{_bars(outline.visits)} each block trains in {often}{note}"))
-    left_out = [f"{outline.num_cut:,} cut at max_length"] if outline.num_cut else []
+    left_out = [f"{outline.num_split:,} split at max_length"] if outline.num_split else []
+    left_out += [f"{outline.num_cut:,} cut at max_length"] if outline.num_cut else []
+    left_out += [f"{outline.num_dropped:,} dropped: longer than max_length"] if outline.num_dropped else []
     left_out += [f"{outline.num_without_loss:,} dropped: no answer left"] if outline.num_without_loss else []
     left_out += [f"{outline.skipped:,} skipped: not usable"] if outline.skipped else []
+    left_out += [f"{outline.lost_share:.1%} of tokens lost"] if outline.lost_share else []
     tokens = f"{count_text(outline.train_tokens)} tokens, {count_text(outline.loss_tokens)} with loss"
     rows += [
         ("lr", outline.lr),

@@ -22,7 +22,7 @@ from cyclopts.config import Dict
 from cyclopts.exceptions import CoercionError, CycloptsError, MissingArgumentError
 from rich.console import Console
 
-from lisatune.console import split_override
+from lisatune.console import expand_home, split_override
 from lisatune.files import yaml
 from lisatune.methods import METHODS, Method
 from lisatune.methods.optimizers import OPTIMIZERS
@@ -57,6 +57,10 @@ Sections = dict[str, dict[str, Any]]
 """The content of a recipe file: {section: {key: value}}."""
 
 
+PATHS = (("model", "name"), ("data", "train"), ("data", "validation"), ("run", "output"))
+"""Keys that may hold a path."""
+
+
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe.
 
@@ -86,6 +90,9 @@ def build_recipe(path: str, from_file: Sections, overrides: Sequence[str]) -> Re
     """Build a recipe from a file's content and overrides; errors as in `load_recipe`, naming `path`."""
     from_overrides = _read_overrides(overrides)
     given = {name: from_file.get(name, {}) | from_overrides.get(name, {}) for name in SECTIONS}
+    for section, key in PATHS:
+        if isinstance(value := given[section].get(key), str):
+            given[section][key] = expand_home(value)
 
     def where(section: str, key: str) -> str:
         return "command line" if key in from_overrides.get(section, {}) else path

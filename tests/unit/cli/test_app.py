@@ -87,8 +87,49 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"{__version__}\n"
 
 
+def test_paths_of_a_command_may_begin_with_the_home_folder(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(recipe.parent))
+    assert main(["check", "~/recipe.yaml"]) == 0
+    assert main(["train", "~/recipe.yaml", "run.output=~/there", "run.steps=1", "method.active=4"]) == 0
+    assert (recipe.parent / "there" / "model").is_dir()
+    seen = spy_on_prompts(monkeypatch)
+    assert main(["generate", "~/there", "--prompt", "~/x"]) == 0
+    assert seen == [[[{"role": "user", "content": "~/x"}]]]
+    assert main(["report", "~/there", "--output=~/page.html", "--without-weights"]) == 0
+    assert (recipe.parent / "page.html").is_file()
+    capsys.readouterr()
+
+
+def spy_on_prompts(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Collect the prompts that `generate` asks a model."""
+    seen: list[object] = []
+
+    def answer(model: object, tokenizer: object, prompts: list[object], **_: object) -> list[str]:
+        seen.append(prompts)
+        return ["" for _ in prompts]
+
+    monkeypatch.setattr("lisatune.evaluate.held_out.generate_answers", answer)
+    return seen
+
+
+def test_generate_asks_without_a_template_after_training_on_plain_prompts(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = "".join(json.dumps({"prompt": f"{i}+1=", "completion": f"{i + 1}"}) + "\n" for i in range(12))
+    (recipe.parent / "rows.jsonl").write_text(rows)
+    assert main(["train", str(recipe), "run.steps=1", "method.active=4"]) == 0
+    seen = spy_on_prompts(monkeypatch)
+    run = str(recipe.parent / "run")
+    for flags in ([], ["--chat-template", "on"]):
+        assert main(["generate", run, "--prompt", "1+1=", *flags]) == 0
+    assert seen == [["1+1="], [[{"role": "user", "content": "1+1="}]]]
+    capsys.readouterr()
+
+
 def test_train_leaves_a_whole_run_folder_and_generate_answers_from_it(
-    recipe: Path, capsys: pytest.CaptureFixture[str]
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["train", str(recipe), "--run.steps", "3", "optimizer.lr=0.002"]) == 0
     out = capsys.readouterr().out
@@ -106,6 +147,12 @@ def test_train_leaves_a_whole_run_folder_and_generate_answers_from_it(
     out = capsys.readouterr().out
     assert "> Count.\n" in out
     assert "> Count!\n" in out
+
+    seen = spy_on_prompts(monkeypatch)
+    for flags in ([], ["--chat-template", "off"]):
+        assert main(["generate", str(run), "--prompt", "Count.", "--max-new-tokens", "1", *flags]) == 0
+    assert seen == [[[{"role": "user", "content": "Count."}]], ["Count."]]
+    capsys.readouterr()
 
     assert main(["train", str(recipe)]) == 2
     assert "--resume to continue it or --overwrite" in capsys.readouterr().err

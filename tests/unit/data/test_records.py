@@ -1,5 +1,7 @@
 import json
 import random
+import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +58,77 @@ KINDS: list[tuple[str, Any, Any]] = [
 def test_the_kind_is_told_from_the_fields_of_the_first_row(
     tmp_path: Path, kind: str, row: Any, normalised: Any
 ) -> None:
-    records = read_records(save(tmp_path, row, row))
-    assert records == Records([normalised, normalised], kind, 0, str(tmp_path / "data.jsonl"))
-    assert read_records(save(tmp_path, row), kind=kind).rows == [normalised]
+    unused = tuple(name for name in row if name in ("text", "id") and kind != "text")
+    expected = (
+        pytest.warns(UserWarning, match=f"nothing reads the field {unused[0]}") if unused else nullcontext()
+    )
+    with expected:
+        records = read_records(save(tmp_path, row, row))
+        assert read_records(save(tmp_path, row), kind=kind).rows == [normalised]
+    source = str(tmp_path / "data.jsonl")
+    assert records == Records([normalised, normalised], kind, 0, source, unused=unused)
+
+
+SYSTEM = {"role": "system", "content": "Be rude."}
+MARKED = BOT | {"train": False}
+
+
+@pytest.mark.parametrize(
+    ("row", "normalised"),
+    [
+        (
+            ALPACA | {"system": "Be rude.", "history": [["Hi", "Hello"]]},
+            {
+                "prompt": [SYSTEM, USER, BOT, {"role": "user", "content": "Add.\n\n1 2"}],
+                "completion": [{"role": "assistant", "content": "3"}],
+            },
+        ),
+        ({"conversations": [USER, BOT], "system": "Be rude."}, {"messages": [SYSTEM, USER, BOT]}),
+        ({"messages": [USER, BOT], "system": ""}, {"messages": [USER, BOT]}),
+        (
+            {"prompt": [USER], "completion": [BOT], "system": "Be rude."},
+            {"prompt": [SYSTEM, USER], "completion": [BOT]},
+        ),
+        ({"messages": [USER, BOT | {"weight": 0}, USER, BOT]}, {"messages": [USER, MARKED, USER, BOT]}),
+        ({"messages": [USER, MARKED, USER, BOT | {"weight": 1}]}, {"messages": [USER, MARKED, USER, BOT]}),
+        ({"prompt": "1+1=", "completion": "2", "label": True}, {"prompt": "1+1=", "completion": "2"}),
+    ],
+)
+def test_fields_that_carry_meaning_are_honoured(tmp_path: Path, row: Any, normalised: Any) -> None:
+    assert read_records(save(tmp_path, row)).rows == [normalised]
+    assert read_records(save(tmp_path, normalised)).rows == [normalised]
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"messages": [USER, BOT | {"function_call": {"name": "f"}}]}, "message 2 has 'function_call'"),
+        ({"messages": [USER, BOT | {"reasoning_content": "hm"}]}, "message 2 has 'reasoning_content'"),
+        ({"messages": [USER, BOT], "tools": [{"name": "f"}]}, "'tools' holds tools"),
+        ({"messages": [USER, BOT | {"weight": 0}]}, "every assistant turn is marked not to be learned from"),
+        ({"messages": [USER, BOT | {"weight": 0.5}]}, "message 2 has the weight 0.5; only 0 and 1"),
+        ({"messages": [SYSTEM, USER, BOT], "system": "x"}, "are both a system message; keep one"),
+        ({"prompt": "1+1=", "completion": "3", "label": False}, "'label' is false: this is an example of a"),
+        ({"prompt": "1+1=", "completion": "2", "system": "x"}, "'system' cannot stand before plain text"),
+        (
+            {"prompt": "1", "completion": "2", "rejected": "3"},
+            "preference data; train on it",
+        ),
+        (ALPACA | {"history": [["Hi"]]}, "'history', pair 1 must be [question, answer], got a list"),
+    ],
+)
+def test_fields_that_carry_meaning_and_cannot_be_honoured_are_refused_by_name(
+    tmp_path: Path, row: Any, problem: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        read_records(save(tmp_path, row))
+
+
+def test_fields_that_nothing_reads_are_named_once(tmp_path: Path) -> None:
+    rows = ({"text": "a", "id": 1}, {"text": "b", "id": 2, "url": "x"})
+    with pytest.warns(UserWarning, match="nothing reads the fields id, url") as caught:
+        assert read_records(save(tmp_path, *rows)).unused == ("id", "url")
+    assert len(caught) == 1
 
 
 @pytest.mark.parametrize(
@@ -69,7 +139,8 @@ def test_alpaca_input_may_be_left_out(tmp_path: Path, row: Any) -> None:
 
 
 def test_kind_can_be_overridden(tmp_path: Path) -> None:
-    records = read_records(save(tmp_path, ALPACA | {"text": "Below is"}), kind="text")
+    with pytest.warns(UserWarning, match="nothing reads the fields instruction, input, output"):
+        records = read_records(save(tmp_path, ALPACA | {"text": "Below is"}), kind="text")
     assert (records.kind, records.rows) == ("text", [{"text": "Below is"}])
 
 
@@ -97,9 +168,9 @@ BAD: list[tuple[Any, Any, str]] = [
     (ALPACA, ALPACA | {"input": 3}, "'input' must be text, got the number 3"),
     (KINDS[1][1], {"prompt": "a", "completion": None}, "'completion' must be text, got null"),
     (KINDS[1][1], {"prompt": "a", "completion": [BOT]}, "'completion' must be text, got a list"),
-    (KINDS[2][1], {"prompt": [USER], "completion": [USER]}, "no assistant turn to learn from"),
+    (KINDS[2][2], {"prompt": [USER], "completion": [USER]}, "no assistant turn to learn from"),
     (
-        KINDS[2][1],
+        KINDS[2][2],
         {"prompt": [], "completion": [BOT]},
         "'prompt' must be a list of messages, got an empty list",
     ),
@@ -130,7 +201,7 @@ BAD: list[tuple[Any, Any, str]] = [
     (
         KINDS[3][1],
         {"messages": [USER, BOT | {"tool_calls": [{"name": "f"}]}]},
-        "'messages', message 2 calls tools, which is not supported",
+        "'messages', message 2 has 'tool_calls', which cannot be trained on; write it into 'content'",
     ),
     (
         KINDS[4][1],

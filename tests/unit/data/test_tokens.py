@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lisatune.data.chat import encode_prompt
 from lisatune.data.records import Records
-from lisatune.data.tokens import Examples, Order, collate, pack, tokenize
+from lisatune.data.tokens import IGNORE, Examples, Order, collate, pack, tokenize
 from tiny_text import CHATML, byte_tokenizer
 
 USER = {"role": "user", "content": "Hi"}
@@ -96,6 +97,28 @@ def test_special_tokens_are_written_once() -> None:
     assert texts[1:] == ["<bos>HiHello<eos>", "<bos>Hello<eos>", "<bos>Hello<eos>"]
 
 
+def test_an_answer_marked_not_to_be_learned_from_carries_no_loss() -> None:
+    tokenizer = byte_tokenizer(CHATML)
+    bad = {"role": "assistant", "content": "BAD", "train": False}
+    question, good = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "GOOD"}
+    rows = records({"messages": [question, bad, question, good]})
+    (row,) = tokenize(rows, tokenizer, max_length=1000).rows
+    assert "BAD" in tokenizer.decode(row["input_ids"])
+    assert "BAD" not in learned(row, tokenizer)
+    assert "GOOD" in learned(row, tokenizer)
+    with pytest.raises(ValueError, match="loss_on all would learn from it; use loss_on answers"):
+        tokenize(rows, tokenizer, max_length=1000, loss_on="all")
+
+
+def test_text_that_brings_its_own_bos_gets_no_second_one() -> None:
+    tokenizer = byte_tokenizer(None, adds_bos=True)
+    rows = records({"text": "<bos>ab"}, {"prompt": "<bos>a", "completion": "b"}, {"text": "ab"})
+    texts = [tokenizer.decode(row["input_ids"]) for row in tokenize(rows, tokenizer, max_length=99).rows]
+    assert texts == ["<bos>ab<eos>"] * 3
+    assert learned(tokenize(rows, tokenizer, max_length=99).rows[1], tokenizer) == "b<eos>"
+    assert encode_prompt(tokenizer, "<bos>a") == encode_prompt(tokenizer, "a")
+
+
 def test_a_token_across_the_border_belongs_to_the_answer() -> None:
     tokenizer = byte_tokenizer(None, merges=[("b", "c")])
     (row,) = tokenize(records({"prompt": "ab", "completion": "cd"}), tokenizer, max_length=1000).rows
@@ -120,11 +143,57 @@ def test_long_records_are_cut_and_counted_and_those_without_answer_left_out() ->
     examples = tokenize(records(*rows), tokenizer, max_length=6)
     assert [learned(row, tokenizer) for row in examples.rows] == ["5<eos>", "56"]
     assert (examples.num_cut, examples.num_without_loss, examples.longest) == (2, 1, 6)
+    assert (examples.num_lost_tokens, examples.lost_share) == (11, 11 / 23)
     with pytest.raises(
         ValueError,
         match=r"cut off by max_length=4: the shortest prompt of data\.jsonl has 4 tokens; set max_length",
     ):
         tokenize(records(*rows), tokenizer, max_length=4)
+
+
+def test_long_text_becomes_several_rows_and_no_token_is_lost() -> None:
+    tokenizer = byte_tokenizer(None)
+    examples = tokenize(records({"text": "abcdefgh"}, {"text": "xyz"}, kind="text"), tokenizer, max_length=4)
+    texts = [tokenizer.decode(row["input_ids"]) for row in examples.rows]
+    assert texts == ["abcd", "efgh", "xyz<eos>"]  # <eos> alone has nothing to learn from
+    assert [row["labels"][0] for row in examples.rows] == [IGNORE] * 3
+    assert examples.num_loss_tokens == 9
+    assert (examples.num_split, examples.num_cut, examples.num_lost_tokens) == (1, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("long", "texts", "counts"),
+    [
+        ("split", ["abcd", "efg<eos>", "x<eos>"], (1, 0, 0, 0)),
+        ("cut", ["abcd", "x<eos>"], (0, 1, 0, 4)),
+        ("drop", ["x<eos>"], (0, 0, 1, 8)),
+    ],
+)
+def test_long_records_are_split_cut_or_dropped_as_asked(
+    long: Any, texts: list[str], counts: tuple[int, ...]
+) -> None:
+    tokenizer = byte_tokenizer(None)
+    rows = records({"text": "abcdefg"}, {"text": "x"}, kind="text")
+    examples = tokenize(rows, tokenizer, max_length=4, long=long)
+    assert [tokenizer.decode(row["input_ids"]) for row in examples.rows] == texts
+    found = (examples.num_split, examples.num_cut, examples.num_dropped, examples.num_lost_tokens)
+    assert found == counts
+    assert examples.num_tokens + examples.num_lost_tokens == 10
+
+
+def test_dropping_every_record_is_refused() -> None:
+    rows = records({"text": "abcdefg"}, kind="text")
+    with pytest.raises(ValueError, match=r"all 1 records of data\.jsonl are longer than max_length=4 tokens"):
+        tokenize(rows, byte_tokenizer(None), max_length=4, long="drop")
+
+
+def test_split_text_packs_with_its_borders_kept() -> None:
+    tokenizer = byte_tokenizer(None)
+    rows = records({"text": "abcdefghij"}, {"text": "xy"}, kind="text")
+    packed = pack(tokenize(rows, tokenizer, max_length=8), 8)
+    assert packed.num_tokens == 11 + 3
+    assert sorted(length for row in packed.rows for length in row["seq_lengths"]) == [3, 3, 8]
+    assert sum(len(row["input_ids"]) for row in packed.rows) == 14
 
 
 def test_wrong_wishes_are_refused() -> None:

@@ -222,3 +222,19 @@ def test_help_names_every_key_of_every_section_and_method() -> None:
         for field in dataclasses.fields(section):
             assert f".{field.name}" in shown, field.name
     assert "Peaklearningrate." in shown
+
+
+def test_every_path_of_a_recipe_may_begin_with_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "r.yaml"
+    file.write_text(
+        "model: {name: ~/m}\ndata: {train: ~/t.jsonl, validation: ~/v.jsonl}\nrun: {output: ~/x}\n"
+    )
+    recipe = load_recipe(file)
+    paths = (recipe.model.name, recipe.data.train, recipe.data.validation, recipe.run.output)
+    assert paths == tuple(str(tmp_path / name) for name in ("m", "t.jsonl", "v.jsonl", "x"))
+    assert load_recipe(file, ["run.output=~/y"]).run.output == str(tmp_path / "y")
+    with pytest.raises(ValueError, match=r"there is no home folder for ~no-such-user/x; write the path out"):
+        load_recipe(file, ["run.output=~no-such-user/x"])
