@@ -129,11 +129,13 @@ class Ends:
     def __init__(self, policy: EndsPolicy, model: nn.Module, layers: LayerMap) -> None:
         self.policy = policy
         named = layers.end_parameters(model)
-        resting = _name_frozen_by_head(model, layers) if policy.trains == "head" else set()
+        resting = {name for name, p in named.items() if not p.requires_grad}
+        if policy.trains == "head":
+            resting |= _name_frozen_by_head(model, layers)
         self.parameters = tuple(p for name, p in named.items() if name not in resting)
         """Ends that train when the policy says so. Under `frozen`: all of them, and they never do."""
         self.resting = tuple(p for name, p in named.items() if name in resting)
-        """Ends that never train, while others do: the embedding under `head`."""
+        """Ends that never train, while others do: the embedding under `head`, and what was frozen before."""
         needs_detach = policy.trains == "head" and layers.is_tied
         self._embedding = _find_embedding("head", model, layers) if needs_detach else None
         self._row_embedding = find_row_embedding(model, layers) if policy.rows else None

@@ -8,6 +8,8 @@ makes up for it. One rate, that of full fine-tuning, then serves every γ; π = 
 docs/results.md.
 """
 
+import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -30,6 +32,7 @@ __all__ = [
     "param_groups",
     "scale_block_lr",
     "unwrap_optimizer",
+    "warn_of_rounding",
 ]
 
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -175,12 +178,35 @@ def unwrap_optimizer(model: nn.Module, optimizer: Optimizer) -> Optimizer:
 
 
 def check_parameters(layers: LayerMap, model: nn.Module, optimizer: Optimizer) -> None:
-    """Raise ValueError unless everything that will ever train is in the optimizer and able to train."""
+    """Check that everything that will ever train is in the optimizer and able to train.
+
+    A parameter that does not require grad never trains, and a warning names it.
+
+    Raises:
+        ValueError: one is not; or the model has adapters, or a block in which nothing requires grad.
+    """
+    _refuse_adapters(model)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     wanted = dict(layers.end_parameters(model))
-    for block in layers.block_parameters(model):
+    for index, block in enumerate(layers.block_parameters(model)):
         wanted |= block
+        if not any(p.requires_grad for p in block.values()) and all(
+            p.is_floating_point() for p in block.values()
+        ):
+            raise ValueError(
+                f"nothing in block {index} requires grad, so it would never train; build the optimizer over "
+                "model.parameters() and attach LISA before anything is frozen, and detach() an earlier LISA"
+            )
+    frozen = [name for name, p in wanted.items() if not p.requires_grad and p.is_floating_point()]
+    if frozen:
+        more = f" and {len(frozen) - 3} more" if len(frozen) > 3 else ""
+        warnings.warn(
+            f"{', '.join(frozen[:3])}{more} did not require grad when LISA was attached and will never train",
+            stacklevel=4,
+        )
     for name, parameter in wanted.items():
+        if name in frozen:
+            continue
         if not (parameter.is_floating_point() or parameter.is_complex()):
             raise ValueError(
                 f"parameter {name!r} is {parameter.dtype} and cannot train; load unquantised weights"
@@ -190,6 +216,38 @@ def check_parameters(layers: LayerMap, model: nn.Module, optimizer: Optimizer) -
                 f"parameter {name!r} is not in the optimizer, so it would never train; build the optimizer "
                 "over model.parameters() before anything is frozen, and attach LISA after that"
             )
+
+
+def _refuse_adapters(model: nn.Module) -> None:
+    """Refuse a model with PEFT's adapters."""
+    peft = sys.modules.get("peft")  # a model has adapters only if PEFT has been imported
+    if peft is None:
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if isinstance(model, peft.PeftModel) or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
+        raise ValueError(
+            "the model has PEFT's adapters: LISA would train the weights beside them, and save_pretrained "
+            "saves the adapters alone; attach LISA to a model without adapters, or train the adapters alone"
+        )
+
+
+def warn_of_rounding(model: nn.Module, optimizer: Optimizer) -> None:
+    """Warn if weights of 16 bits are updated by an optimizer that rounds to nearest.
+
+    At the learning rates of fine-tuning, most updates of a bf16 weight are smaller than half of its spacing,
+    so the weight stands still (docs/optimizers.md).
+    """
+    narrow = {p.dtype for p in model.parameters() if p.requires_grad and p.element_size() == 2}
+    exact = isinstance(optimizer, AdamW) and all(g["rounding"] != "nearest" for g in optimizer.param_groups)
+    if narrow and not exact and not getattr(optimizer, "bf16_stochastic_round", False):  # torchao's
+        dtypes = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in narrow))
+        warnings.warn(
+            f"the weights are {dtypes} and {type(optimizer).__name__} rounds each update to nearest, so at a "
+            "small learning rate most weights never move; use lisatune.AdamW, whose updates are exact, or "
+            "load the model with dtype=torch.float32",
+            stacklevel=4,
+        )
 
 
 class Warmup:

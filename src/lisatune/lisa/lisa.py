@@ -40,7 +40,7 @@ from lisatune.distributed import ranks
 from lisatune.distributed.shards import is_sharded, reshard
 from lisatune.lisa.ends import Ends, EndsPolicy
 from lisatune.lisa.frozen_state import FrozenState, StatePolicy
-from lisatune.lisa.groups import Warmup, check_parameters, unwrap_optimizer
+from lisatune.lisa.groups import Warmup, check_parameters, unwrap_optimizer, warn_of_rounding
 from lisatune.lisa.proof import Proof, ProofError, Verify
 from lisatune.lisa.samplers import (
     Independent,
@@ -156,10 +156,13 @@ class LISA(BlockSchedule):
             )
 
         self._optimizer = optimizer
-        self._blocks = [tuple(block.values()) for block in self.layers.block_parameters(model)]
         check_parameters(self.layers, model, optimizer)
+        warn_of_rounding(model, optimizer)
+        blocks = [tuple(block.values()) for block in self.layers.block_parameters(model)]
+        self._blocks = [tuple(p for p in block if p.requires_grad) for block in blocks]
+        frozen = [p for block in blocks for p in block if not p.requires_grad]
         self._ends = Ends(policy, model, self.layers)
-        self._others = (*self._ends.resting, *self.layers.frozen_parameters(model).values())
+        self._others = (*self._ends.resting, *frozen, *self.layers.frozen_parameters(model).values())
         self._ends.check_state(optimizer)
         self._param_groups = optimizer.param_groups
         self._warmup = Warmup(warmup, self._blocks, self._ends.parameters, self._ends.resting)
