@@ -20,7 +20,7 @@ from lisatune.distributed import ranks
 from lisatune.distributed.ranks import pick_device
 from lisatune.files import yaml
 from lisatune.memory import process
-from lisatune.memory.fit import advice, find_fit
+from lisatune.memory.fit import describe_fit, find_fit
 from lisatune.memory.plan import MemoryPlan, plan_memory
 from lisatune.memory.process import limit_bytes
 from lisatune.recipe import Recipe
@@ -151,7 +151,7 @@ def _on_each() -> str:
 
 def _advice(recipe: Recipe, plan: MemoryPlan, free: int) -> str:
     if ranks.count() == 1:
-        return advice(find_fit(recipe, free, length=plan.length, first=plan))
+        return describe_fit(find_fit(recipe, free, length=plan.length, first=plan))
     return f"`lisatune plan RECIPE --ranks {ranks.count()} --gpu SIZE` finds what fits"
 
 

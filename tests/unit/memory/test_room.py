@@ -8,7 +8,7 @@ import pytest
 from transformers import LlamaConfig
 
 from lisatune.cli.app import main
-from lisatune.memory.fit import Changes, Room, changed, find_fit, find_room
+from lisatune.memory.fit import Changes, Room, apply_changes, find_fit, find_room
 from lisatune.memory.plan import plan_memory
 from lisatune.methods import METHODS
 from lisatune.optim import codecs
@@ -39,7 +39,7 @@ def recipe(tmp_path: Path) -> Recipe:
 
 
 def needed(recipe: Recipe, changes: Changes) -> int:
-    return plan_memory(changed(recipe, changes)).needed_bytes
+    return plan_memory(apply_changes(recipe, changes)).needed_bytes
 
 
 def room_in(recipe: Recipe, size: int) -> Room | None:
