@@ -30,6 +30,7 @@ INDEXING = (
     aten._index_put_impl_.default,
 )
 
+ASKS_DEVICE = torch.ops.prim.device.default
 
 SPARSE = (aten.clone.default, aten._coalesce.default, aten.add_.Tensor)
 
@@ -66,6 +67,8 @@ class _RealIds(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if function is ASKS_DEVICE:
+            return function(*args, **kwargs)
         tensors = [each for each in arg_tree_leaves(*args, **kwargs) if isinstance(each, Tensor)]
         if tensors and not any(_is_fake(each) for each in tensors):
             with unset_fake_temporarily():
