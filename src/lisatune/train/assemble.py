@@ -20,13 +20,13 @@ from lisatune.distributed.ranks import pick_device
 from lisatune.distributed.shards import shard
 from lisatune.lisa.schedule import BlockSchedule
 from lisatune.losses.causal_lm import CausalLMLoss
-from lisatune.methods.build import Built, _attach, build, check_recipe, weight_dtype
+from lisatune.methods.build import Built, attach, attach_method, check_recipe, prepare, weight_dtype
 from lisatune.models.hf import announce_remote_code, check_attention
 from lisatune.models.load import load_model, load_tokenizer, meta_model, stored_dtype
 from lisatune.models.sharded import load_for_ranks
 from lisatune.nn.blocks import BlockForward, check_compiler
 from lisatune.nn.hidden import max_positions
-from lisatune.nn.layers import LayerMap
+from lisatune.nn.layers import LayerMap, find_layers
 from lisatune.recipe import Recipe
 
 __all__ = ["Parts", "assemble", "batch_length", "check_fits", "rehearse", "seed_generators"]
@@ -107,7 +107,7 @@ def assemble(recipe: Recipe, before_load: Callable[..., None] | None = None) -> 
     seed_generators(run.seed)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trusted}
     options |= {"attention": recipe.model.attention, "dtype": weight_dtype(recipe)}
-    loss, divide = None, None
+    loss, fill = None, None
     if ranks.count() == 1:
         model = load_model(name, **options).to(device)
         loss = CausalLMLoss(model)
@@ -115,12 +115,11 @@ def assemble(recipe: Recipe, before_load: Callable[..., None] | None = None) -> 
             loss.check_packing()
     else:  # block by block, each rank its part
         model, fill = load_for_ranks(name, **options)
-
-        def divide(prepared: nn.Module, layers: LayerMap) -> None:
-            shard(prepared, layers.blocks, how=run.sharding, device=device, fill=fill)
-
     _warn_of_widened_weights(recipe, model)
-    built = build(recipe, model, loss, steps=data.steps, device=device, materialise=divide)
+    prepared = prepare(recipe, model)
+    if ranks.count() > 1:
+        shard(prepared.model, prepared.layers.blocks, how=run.sharding, device=device, fill=fill)
+    built = attach(recipe, prepared, loss, steps=data.steps, device=device)
     if recipe.data.packing and loss is None:
         built.step.loss.check_packing()
     from transformers import get_scheduler  # only now that it is quiet
@@ -174,7 +173,9 @@ def rehearse(recipe: Recipe, steps: int) -> tuple[nn.Module, LayerMap, BlockSche
         dtype=weight_dtype(recipe),
     )
     _warn_of_widened_weights(recipe, model)
-    model, layers, _, _, schedule = _attach(recipe, model, steps)
+    model = recipe.method.prepare(model)
+    layers = find_layers(model)
+    _, _, schedule = attach_method(recipe, model, layers, steps)
     return model, layers, schedule
 
 

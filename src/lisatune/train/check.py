@@ -34,8 +34,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-UNKNOWN_STEPS = 10_000
-"""Steps assumed where the data can't be read: enough that no warning comes from them."""
+REHEARSED_STEPS = 10_000
+"""Steps of the rehearsal if the data cannot be read. Enough to cause no warning about a short run."""
 
 
 @dataclass
@@ -90,7 +90,7 @@ def check(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> C
         report.attempt(recipe.method.check_device, device)
     data = _check_data(recipe, report)
     steps = recipe.run.steps if data is None else data.steps
-    attached = report.attempt(rehearse, recipe, steps or UNKNOWN_STEPS)
+    attached = report.attempt(rehearse, recipe, steps or REHEARSED_STEPS)
     if attached is not None and data is not None:
         report.attempt(check_fits, attached[0], data)
     if attached is not None and data is not None and device is not None:

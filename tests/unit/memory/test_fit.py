@@ -163,6 +163,6 @@ def test_models_that_resist_fake_tensors_get_arithmetic(
     plan = plan_memory(make_recipe(folder))
     assert plan.kind == "arithmetic"
     assert plan.note is not None
-    assert "layers.0.mlp (LlamaMLP) can't be traced" in plan.note
+    assert "layers.0.mlp (LlamaMLP) cannot be traced" in plan.note
     assert plan.at_peak["weights"] == pytest.approx(plain.at_peak["weights"], rel=1e-3)
     assert plain.peak_bytes / 2 < plan.peak_bytes < 2 * plain.peak_bytes

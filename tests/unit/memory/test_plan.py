@@ -14,7 +14,7 @@ import lisatune.memory.plan
 import tiny
 from lisatune import LISA, build_adamw
 from lisatune.losses.causal_lm import CausalLMLoss
-from lisatune.memory.plan import _batch, costly_draws, plan_memory
+from lisatune.memory.plan import _batch, find_costly_draws, plan_memory
 from lisatune.methods import METHODS
 from lisatune.methods.build import build
 from lisatune.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe, RunConfig
@@ -83,7 +83,7 @@ def test_the_larger_blocks_are_planned() -> None:
     layers = lisatune.find_layers(model)
     lisa = LISA(model, build_adamw(model, layers, lr=1e-3), sampler="uniform", period=1)
     sizes = [sum(p.numel() for p in block.values()) for block in layers.block_parameters(model)]
-    draws = costly_draws(lisa.possible_draws(400), sizes, ends_rest=False)
+    draws = find_costly_draws(lisa.possible_draws(400), sizes, ends_rest=False)
     assert draws[0] == (3, 5)
     assert all(3 in draw for draw in draws)
     assert any(0 in draw for draw in draws)
@@ -186,7 +186,7 @@ def test_chunks_of_the_update_are_those_of_the_device(monkeypatch: pytest.Monkey
 def test_a_compiled_run_is_planned_as_it_is_written() -> None:
     plan = plan_memory(make_recipe(compile=True), config=CONFIG)
     assert plan.note is not None
-    assert "uncompiled" in plan.note
+    assert "without run.compile" in plan.note
     assert plan.peak_bytes == plan_memory(make_recipe(), config=CONFIG).peak_bytes
 
 
