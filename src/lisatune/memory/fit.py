@@ -15,6 +15,7 @@ At the end it takes back every change that turns out not to be needed. `find_roo
 recipe that fits to more weights that train at once.
 """
 
+import math
 import re
 from collections.abc import Iterator, KeysView
 from dataclasses import dataclass, replace
@@ -161,8 +162,9 @@ def find_fit(
     applied: list[KeysView[str]] = []
     for stage in _list_stages(recipe, length, ranks):
         for change, reason in stage:
-            made = plans.make(best | change)
-            if made is None or made.needed_bytes >= WORTHWHILE * planned.needed_bytes:
+            most = WORTHWHILE * planned.needed_bytes
+            made = plans.make(best | change, below=most)
+            if made is None:
                 continue
             best, planned = best | change, made
             reasons |= dict.fromkeys(change, reason)
@@ -170,8 +172,8 @@ def find_fit(
             if planned.needed_bytes <= size_bytes:
                 for together in [*applied][-2::-1]:  # the costliest first
                     fewer = {key: value for key, value in best.items() if key not in together}
-                    made = plans.make(fewer)
-                    if made is not None and made.needed_bytes <= size_bytes:
+                    made = plans.make(fewer, below=size_bytes + 1)
+                    if made is not None:
                         best, planned = fewer, made
                 return Fit(size_bytes, True, best, tuple(reasons[key] for key in best), planned)
     return Fit(size_bytes, False, best, tuple(reasons[key] for key in best), planned)
@@ -235,17 +237,27 @@ class _Plans:
         self._recipe, self._length, self._ranks = recipe, plan.length, ranks
         self._made: dict[frozenset[tuple[str, Any]], MemoryPlan | None] = {frozenset(changes.items()): plan}
 
-    def make(self, changes: Changes) -> MemoryPlan | None:
-        """Plan the recipe with these changes; None if they do not work together or need bitsandbytes."""
+    def make(self, changes: Changes, *, below: float = math.inf) -> MemoryPlan | None:
+        """Plan the recipe with these changes.
+
+        Returns:
+            None if the changes do not work together, need a package that is missing, or need `below` bytes
+            or more.
+        """
         key = frozenset(changes.items())
         if key not in self._made:
-            self._made[key] = self._plan(changes)
-        return self._made[key]
+            made = self._plan(changes, below)
+            if made is not None and made.needed_bytes >= below:  # perhaps not the plan of its costliest draw
+                return None
+            self._made[key] = made
+        made = self._made[key]
+        return made if made is not None and made.needed_bytes < below else None
 
-    def _plan(self, changes: Changes) -> MemoryPlan | None:
+    def _plan(self, changes: Changes, below: float) -> MemoryPlan | None:
         length = changes.get("data.max_length", self._length)
         try:
-            return plan_memory(apply_changes(self._recipe, changes), ranks=self._ranks, length=length)
+            recipe = apply_changes(self._recipe, changes)
+            return plan_memory(recipe, ranks=self._ranks, length=length, too_many_bytes=below)
         except (ValueError, ImportError):
             return None
 

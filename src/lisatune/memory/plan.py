@@ -5,9 +5,10 @@ method, and the loss, the optimizer with its state and the step are those of `tr
 the live tensors. Memory outside of tensors comes on top: `RESERVE_BYTES` and `RESERVE_SHARE`.
 """
 
+import math
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -87,13 +88,12 @@ class MemoryPlan(StepMemory):
 
         On a CPU, at least `loaded_bytes`.
         """
-        tensors = round(self.tensor_bytes * (1 + RESERVE_SHARE))
-        return max(tensors, self.loaded_bytes) if self.device == "cpu" else tensors + RESERVE_BYTES
+        return _count_needed(self, self.device, self.loaded_bytes)
 
     @property
     def tensor_bytes(self) -> int:
         """Peak bytes of tensors on the device; on a CPU with those in host memory."""
-        return self.peak_bytes + (self.host_bytes if self.device == "cpu" else 0)
+        return _count_tensors(self, self.device)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan as plain dicts, lists, numbers and strings."""
@@ -108,6 +108,15 @@ class MemoryPlan(StepMemory):
         return cls(**fields | {"active_blocks": None if active is None else tuple(active)})
 
 
+def _count_tensors(memory: StepMemory, device: str) -> int:
+    return memory.peak_bytes + (memory.host_bytes if device == "cpu" else 0)
+
+
+def _count_needed(memory: StepMemory, device: str, loaded_bytes: int) -> int:
+    tensors = round(_count_tensors(memory, device) * (1 + RESERVE_SHARE))
+    return max(tensors, loaded_bytes) if device == "cpu" else tensors + RESERVE_BYTES
+
+
 def plan_memory(
     recipe: Recipe,
     *,
@@ -115,6 +124,7 @@ def plan_memory(
     length: int | None = None,
     blocks: tuple[int, ...] | None = None,
     config: Any = None,
+    too_many_bytes: float = math.inf,
 ) -> MemoryPlan:
     """Plan the memory of a recipe's training step, without its weights or data.
 
@@ -127,6 +137,8 @@ def plan_memory(
         blocks: indices of the blocks that train, for a method that draws them. Default: the run's draw that
             needs the most memory.
         config: the model's transformers config. Default: that of `model.name`.
+        too_many_bytes: stop at the first draw of the run that needs this many bytes, and plan that one. Saves
+            time if only a plan that needs less is of use.
 
     Returns:
         Bytes of the step by category and by phase, and the bytes that the device must have free.
@@ -157,16 +169,21 @@ def plan_memory(
             try:
                 with fake_ranks(ranks):
                     check_recipe(recipe)
-                    planned = _plan(recipe, length, blocks, config, ranks)
+                    planned = _plan(recipe, length, blocks, config, ranks, too_many_bytes)
             except Exception as error:  # as in _plan; and a recipe that several ranks refuse can be estimated
                 why_divided = f"one rank's figures, divided by arithmetic ({first_line(error)})"
-        planned = planned or _plan(recipe, length, blocks, config, ranks)
+        planned = planned or _plan(recipe, length, blocks, config, ranks, too_many_bytes)
     notes = [each for each in (note, planned.note, why_divided) if each]
     return replace(planned, note="; ".join(notes) or None, seconds=time.perf_counter() - started)
 
 
 def _plan(
-    recipe: Recipe, length: int | None, blocks: tuple[int, ...] | None, config: Any, ranks: int
+    recipe: Recipe,
+    length: int | None,
+    blocks: tuple[int, ...] | None,
+    config: Any,
+    ranks: int,
+    too_many_bytes: float,
 ) -> MemoryPlan:
     """Trace a step, on rank 0 if ranks are faked; otherwise divide the figures of one rank."""
     run, device = recipe.run, torch.device("cpu")
@@ -185,9 +202,15 @@ def _plan(
         built = attach(recipe, prepared, loss, steps=steps, device=device)
         if isinstance(built.step.optimizer, AdamW):
             built.step.optimizer.chunk_size = CHUNK.get(run.device, CHUNK_ELSEWHERE)
+
+        def is_too_large(memory: StepMemory) -> bool:
+            if ranks > 1 and not is_divided:  # these figures are of one rank
+                return False
+            return _count_needed(memory, run.device, loaded_bytes) >= too_many_bytes
+
         kind, note = "traced", None
         try:
-            memory = _trace_costliest(built, batches, blocks, steps, run.accumulation)
+            memory = _trace_costliest(built, batches, blocks, steps, run.accumulation, is_too_large)
         except Exception as error:  # on tensors without values a model's own code can raise anything
             if is_divided:
                 raise
@@ -242,8 +265,12 @@ def _trace_costliest(
     blocks: tuple[int, ...] | None,
     steps: int,
     micro_steps: int,
+    is_too_large: Callable[[StepMemory], bool],
 ) -> StepMemory:
-    """Trace a step of each draw that could need most memory. The draw that does stays active."""
+    """Trace a step of each draw that could need most memory. The draw that does stays active.
+
+    The first draw that is too large ends the search.
+    """
     schedule = built.schedule
     possible = schedule.possible_draws(steps)
     if not possible:
@@ -260,6 +287,8 @@ def _trace_costliest(
     for draw in draws:
         schedule.hold(draw)
         traced[draw] = replace(_trace(built, batches, micro_steps), host_bytes=schedule.host_bytes())
+        if is_too_large(traced[draw]):
+            break
     costliest = max(traced, key=lambda draw: traced[draw].peak_bytes)
     schedule.hold(costliest)
     return traced[costliest]

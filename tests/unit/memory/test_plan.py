@@ -75,6 +75,17 @@ def test_draws_differ_in_memory_where_the_embedding_rests() -> None:
     assert low > 1.2 * high
 
 
+def test_a_plan_that_may_stop_early_stops_at_a_draw_that_is_too_large_and_only_there() -> None:
+    recipe = make_recipe(ends="frozen")
+    full = plan_memory(recipe, config=CONFIG)
+    assert full.active_blocks == (0, 1)
+    early = plan_memory(recipe, config=CONFIG, too_many_bytes=1)
+    assert early.active_blocks == (2, 3)
+    assert early.peak_bytes == plan_memory(recipe, config=CONFIG, blocks=(2, 3)).peak_bytes < full.peak_bytes
+    unhindered = plan_memory(recipe, config=CONFIG, too_many_bytes=full.needed_bytes + 1)
+    assert (unhindered.active_blocks, unhindered.at_peak) == (full.active_blocks, full.at_peak)
+
+
 def test_the_larger_blocks_are_planned() -> None:
     model = tiny.llama(blocks=6)
     for name in ("gate_proj", "up_proj"):
