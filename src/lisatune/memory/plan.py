@@ -193,9 +193,10 @@ def _plan(
     length = min(length, max_positions(model) or length)
     batches = [_batch(recipe, model, length)] * min(run.accumulation, 2)
     steps, is_divided = run.steps or PLANNED_STEPS, ranks_are_fake()
-    loss = None if is_divided else CausalLMLoss(model)
-    prepared = prepare(recipe, model)  # before the tensors are fake, because PEFT cannot adapt fake ones
-    with torch.random.fork_rng(devices=[]), fake_tensors():
+    with torch.random.fork_rng(devices=[]):  # tensors are not fake yet, because PEFT cannot adapt fake ones
+        loss = None if is_divided else CausalLMLoss(model)
+        prepared = prepare(recipe, model)
+    with fake_tensors():
         fake_storage(prepared.model)
         if is_divided:
             shard(prepared.model, prepared.layers.blocks, device=device, how=run.sharding)
