@@ -49,7 +49,7 @@ def plan(
         ranks: Number of devices that share weights, gradients and optimizer state.
         json: Print one JSON object.
     """
-    from lisatune.memory.fit import find_fit, find_room, memory_size, on_accelerator
+    from lisatune.memory.fit import assume_accelerator, find_fit, find_room, parse_memory_size
     from lisatune.memory.plan import plan_memory
     from lisatune.train.recipe_file import load_recipe, recipe_without_file
 
@@ -60,9 +60,9 @@ def plan(
     given = [*overrides, *(f"{key}={value}" for key, value in options.items() if value is not None)]
     if not recipe and not model:
         raise ValueError("give a recipe file, or --model")
-    size = memory_size(gpu) if gpu is not None else None
+    size = parse_memory_size(gpu) if gpu is not None else None
     asked = load_recipe(recipe, given) if recipe else recipe_without_file(given)
-    asked = asked if size is None else on_accelerator(asked)
+    asked = asked if size is None else assume_accelerator(asked)
     planned = plan_memory(asked, ranks=ranks)
     fit = None if size is None else find_fit(asked, size, ranks=ranks, first=planned)
     room = None if fit is None else find_room(asked, fit, ranks=ranks)
@@ -85,7 +85,7 @@ def _print_table(recipe: "Recipe", plan: "MemoryPlan", fit: "Fit | None", room: 
     from rich.panel import Panel
     from rich.text import Text
 
-    from lisatune.memory.fit import advice
+    from lisatune.memory.fit import describe_fit
 
     run = recipe.run
     batch = f"{run.batch_size} × {plan.length:,} tokens, {run.precision}"
@@ -110,7 +110,7 @@ def _print_table(recipe: "Recipe", plan: "MemoryPlan", fit: "Fit | None", room: 
     if plan.note:
         rows.append(("note", plan.note))
     if fit is not None:
-        rows.append(("device", Text(advice(fit), style="green" if fit.fits else "bold red")))
+        rows.append(("device", Text(describe_fit(fit), style="green" if fit.fits else "bold red")))
         rows += [("because", f"{key}: {why}") for key, why in zip(fit.changes, fit.reasons, strict=True)]
     if room is not None:
         active, needed = len(room.plan.active_blocks or ()), byte_text(room.plan.needed_bytes)

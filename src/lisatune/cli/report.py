@@ -28,12 +28,12 @@ def report(
         gpu: Memory of a card to compare with, such as 24GB. Default: the smallest that fits.
         without_weights: Do not load models to see how far their weights moved.
     """
-    from lisatune.memory.fit import memory_size
+    from lisatune.memory.fit import parse_memory_size
     from lisatune.report.page import write_page
 
     if not runs:
         raise ValueError("give the folder of a run or of a comparison, such as runs/demo")
-    card_bytes = None if gpu is None else memory_size(gpu)
+    card_bytes = None if gpu is None else parse_memory_size(gpu)
     first = runs[0] if runs[0].is_dir() else runs[0].parent
     if output is not None and output.is_dir():
         raise ValueError(f"--output {output} is a folder; name a file in it")

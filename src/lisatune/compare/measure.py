@@ -26,7 +26,7 @@ from lisatune.evaluate.held_out import held_out_loss
 from lisatune.files.disk import replace_file
 from lisatune.lisa.statistics import measure_movement
 from lisatune.losses.causal_lm import CausalLMLoss
-from lisatune.memory.plan import costly_draws
+from lisatune.memory.plan import find_costly_draws
 from lisatune.memory.tracker import measure as measure_memory
 from lisatune.methods.build import weight_dtype
 from lisatune.models.load import load_model, load_tokenizer
@@ -155,7 +155,7 @@ def _measure_step(recipe: Recipe) -> MemoryResult:
     draws: list[tuple[int, ...] | None] = [None]
     built = parts.built
     if possible := built.schedule.possible_draws(parts.data.steps):
-        draws = [*costly_draws(possible, built.block_sizes(), ends_rest=built.schedule.ends_rest)]
+        draws = [*find_costly_draws(possible, built.block_sizes(), ends_rest=built.schedule.ends_rest)]
     results = {}
     with measure_memory(parts.built.model, parts.built.step.optimizer) as measured:
         for draw in draws:

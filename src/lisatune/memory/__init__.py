@@ -1,4 +1,4 @@
-"""What a run takes: counted, planned, made to fit, checked."""
+"""The memory of a run: count it, plan it, make it fit, check it."""
 
 from lisatune.memory.fit import find_fit as find_fit
 from lisatune.memory.plan import plan_memory as plan_memory

@@ -1,4 +1,8 @@
-"""Whether a run fits its device, known before weights load; and at its end, whether the plan was right."""
+"""Check the memory of a run: before its weights load, at its end, and when memory runs out.
+
+`MemoryCheck` refuses a run that does not fit and compares the plan with the memory that the run took.
+`say_what_fits` turns an out-of-memory error into a sentence that says what to change.
+"""
 
 import json
 import subprocess
@@ -20,30 +24,32 @@ from lisatune.distributed import ranks
 from lisatune.distributed.ranks import pick_device
 from lisatune.files import yaml
 from lisatune.memory import process
-from lisatune.memory.fit import advice, find_fit
+from lisatune.memory.fit import describe_fit, find_fit
 from lisatune.memory.plan import MemoryPlan, plan_memory
 from lisatune.memory.process import limit_bytes
 from lisatune.recipe import Recipe
 from lisatune.runs.summary import Summary
 
-__all__ = ["MemoryCheck", "is_out_of_memory", "plan_apart", "say_what_fits"]
+__all__ = ["MemoryCheck", "is_out_of_memory", "say_what_fits"]
 
 RANKS_WAIT_SECONDS = 300
-"""Longest that ranks wait for their plan."""
+"""Longest time that ranks wait for their plan."""
+
 ADVICE_SECONDS = 60
-"""Longest that a run that ran out of memory searches for what fits."""
+"""Longest time that a run that ran out of memory searches for settings that fit."""
+
 ALLOCATORS = ("DefaultCPUAllocator", "not enough memory", "out of memory", "Cannot allocate memory")
-"""How torch and its libraries begin or end a RuntimeError for memory."""
+"""Texts by which an error of torch or its libraries is known to be about memory."""
 
 
 class MemoryCheck:
     """Plans a run's memory and measures it.
 
-    The step is traced whatever the model's size. That takes as much Python as a few real steps: a quarter
-    of a second for a tiny model, seconds for a large one, which takes longer to load.
+    Planning takes as much Python as a few real steps: a quarter of a second for a tiny model, and seconds
+    for a large one, whose weights take longer than that to load.
 
     Args:
-        recipe: of the run; with `run.check_memory: false` nothing is planned or refused.
+        recipe: the run's recipe. With `run.check_memory: false` nothing is planned or refused.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -52,13 +58,13 @@ class MemoryCheck:
         self._step_peak = self._other_peak = self._resident_before = 0
 
     def before_load(self, device: torch.device, *, steps: int, length: int) -> None:
-        """Plan the run and refuse it where it does not fit.
+        """Plan the run and refuse it if it does not fit.
 
         Args:
-            device: where it will run. On one whose free memory torch can't tell, such as mps, it is planned
-                and nothing refused.
+            device: where the run trains. On devices whose free memory is unknown, such as mps, the run is
+                planned and never refused.
             steps: optimizer steps of the run.
-            length: tokens of its longest batch.
+            length: tokens per sequence of the longest batch.
 
         Raises:
             ValueError: the run needs more memory than is free; the message says what to change.
@@ -67,51 +73,50 @@ class MemoryCheck:
             return
         recipe = replace(self.recipe, run=replace(self.recipe.run, steps=steps, device=device.type))
         try:
-            self.plan = _planned(recipe, length)
-        except Exception as error:  # the run itself has been rehearsed already: it may go on
-            warnings.warn(f"the run's memory can't be planned ({error}); going on without", stacklevel=2)
+            self.plan = _plan_on_ranks(recipe, length)
+        except Exception as error:  # the run was rehearsed before, so this is no reason to stop it
+            warnings.warn(f"the run's memory cannot be planned ({error}); it starts without", stacklevel=2)
             return
-        host_free = process.available_bytes(torch.device("cpu"))
-        free = process.available_bytes(device)
-        if device.type == "cpu" and free is not None:
-            free //= ranks.on_this_machine()
+        sharers = ranks.on_this_machine()
+        free = process.available_bytes(device, processes=sharers)
         lacking = 0 if free is None else max(self.plan.needed_bytes - free, 0)
         if ranks.max_over_ranks(lacking):  # of the rank with least
             free = self.plan.needed_bytes - ranks.max_over_ranks(lacking)
-            needed = byte_text(self.plan.needed_bytes)
-            change = _advice(recipe, self.plan, free)
+            change = _advise(recipe, self.plan, free)
             raise ValueError(
-                f"the run needs {needed} of memory by its plan ({self.plan.kind}){_on_each()} and "
-                f"{byte_text(free)} are free on {device}: {change}; or set "
+                f"the run needs {byte_text(self.plan.needed_bytes)} of memory by its plan ({self.plan.kind})"
+                f"{_on_each()} and {byte_text(free)} are free on {device}: {change}; or set "
                 "run.check_memory=false to run it as it is"
             )
-        host = max(self.plan.host_bytes * ranks.on_this_machine(), self.plan.loaded_bytes)
+        host_free = process.available_bytes(torch.device("cpu"), processes=sharers)
+        host = max(self.plan.host_bytes, self.plan.loaded_bytes)
         lacks_host = device.type != "cpu" and host_free is not None and host > host_free
         if ranks.max_over_ranks(int(lacks_host)):
             raise ValueError(
-                f"the run needs {byte_text(host)} of host memory by its plan ({self.plan.kind}) and "
-                f"{byte_text(host_free or 0)} are free: keep less optimizer state there, or set "
+                f"the run needs {byte_text(host)} of host memory by its plan ({self.plan.kind}){_on_each()} "
+                f"and {byte_text(host_free or 0)} are free: keep less optimizer state there, or set "
                 "run.check_memory=false to run it as it is"
             )
         self._resident_before = process.resident_bytes()
 
     @contextmanager
     def step(self, device: torch.device) -> Iterator[None]:
-        """Count what is inside anew, so that no evaluation is in the step's peak."""
+        """Measure the peak of a training step without that of evaluations in between."""
         self._other_peak = self._device_peak(device)
         process.reset_device_peak(device)
         yield
         self._step_peak = max(self._step_peak, process.device_peak_bytes(device) or 0)
 
     def _device_peak(self, device: torch.device) -> int:
-        """Most memory that tensors took on the device, evaluation included; 0 where torch keeps no count."""
+        """Return the peak of the run so far, evaluations included; 0 if torch does not count."""
         return max(self._other_peak, self._step_peak, process.device_peak_bytes(device) or 0)
 
     def outcome(self, device: torch.device) -> Summary:
-        """Say for the run's summary how much memory it took, and where there is a plan what that said.
+        """Return the memory that the run took and that was planned, in bytes, for the run's summary.
 
-        On CUDA that is the most that tensors took in a training step of this process. A CPU keeps no such
-        count: there it is by how much resident memory has grown since before the weights loaded, at most.
+        On CUDA the measured figure is the peak of tensors in a training step of this process. On a CPU torch
+        does not count tensors, so the figure is the growth of resident memory since before the weights
+        loaded, up to its peak.
         """
         resident = process.peak_resident_bytes()
         peak_bytes = self._device_peak(device) or resident
@@ -128,15 +133,15 @@ class MemoryCheck:
         }
 
 
-def _planned(recipe: Recipe, length: int) -> MemoryPlan:
-    """Plan a run: on several ranks in a process of its own, for a plan pretends ranks."""
+def _plan_on_ranks(recipe: Recipe, length: int) -> MemoryPlan:
+    """Plan a run. On several ranks, rank 0 plans in a new process, because planning fakes the ranks."""
     if ranks.count() == 1:
         return plan_memory(recipe, length=length)
     text = ""
     if ranks.is_rank0():
         try:
             options = ("--ranks", str(ranks.count()), "--length", str(length))
-            text = json.dumps(plan_apart(recipe, *options, seconds=RANKS_WAIT_SECONDS))
+            text = json.dumps(_plan_in_new_process(recipe, *options, seconds=RANKS_WAIT_SECONDS))
         except (ValueError, OSError, SubprocessError) as error:
             text = f"!{error}"
     text = ranks.broadcast_text(text)
@@ -149,43 +154,19 @@ def _on_each() -> str:
     return "" if ranks.count() == 1 else f" on each of {ranks.count()} ranks"
 
 
-def _advice(recipe: Recipe, plan: MemoryPlan, free: int) -> str:
+def _advise(recipe: Recipe, plan: MemoryPlan, free: int) -> str:
+    """Say which settings fit the free bytes, or how to find them."""
     if ranks.count() == 1:
-        return advice(find_fit(recipe, free, length=plan.length, first=plan))
+        return describe_fit(find_fit(recipe, free, length=plan.length, first=plan))
     return f"`lisatune plan RECIPE --ranks {ranks.count()} --gpu SIZE` finds what fits"
-
-
-def plan_apart(recipe: Recipe, *options: str, seconds: float) -> dict[str, Any]:
-    """Plan a recipe.
-
-    Args:
-        recipe: its `run.device` is a kind of device.
-        options: of the command.
-        seconds: longest to wait.
-
-    Returns:
-        What the command prints with --json.
-
-    Raises:
-        subprocess.SubprocessError: the command failed, or took too long.
-        ValueError, OSError: it could not be run.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "recipe.yaml"
-        plain = replace(recipe, run=replace(recipe.run, report_to=()))
-        path.write_text(yaml.dump(plain.as_dict()), encoding="utf-8")
-        command = [sys.executable, "-m", "lisatune", "plan", str(path), "--json", *options]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=True)
-    values: dict[str, Any] = json.loads(done.stdout)
-    return values
 
 
 @contextmanager
 def say_what_fits(recipe: Recipe) -> Iterator[None]:
-    """Turn memory that runs out inside into one sentence.
+    """Turn an out-of-memory error inside the `with` into a sentence that says what to change.
 
     Raises:
-        RuntimeError: the sentence.
+        RuntimeError: memory ran out.
     """
     failure = None
     try:
@@ -202,21 +183,21 @@ def say_what_fits(recipe: Recipe) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the device or this machine has no memory left."""
+    """Return whether an error says that the device or this machine has no memory left."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError | OSError) and any(text in str(error) for text in ALLOCATORS)
 
 
 def _release(error: BaseException | None) -> None:
-    """Let go of the model, which the failed calls' variables hold."""
+    """Clear the variables of the failed calls, because they keep the model in memory."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
 
 
 def _what_fits(recipe: Recipe) -> str:
-    """Ask `lisatune plan` in a process of its own, since this one may have no memory left to do it."""
+    """Ask `lisatune plan` in a new process, because this one may have too little memory left to plan."""
     plain = "lower run.batch_size or data.max_length, or set run.activation_checkpointing: true"
     try:
         device = pick_device(recipe.run.device)
@@ -224,15 +205,40 @@ def _what_fits(recipe: Recipe) -> str:
         if size is None:
             return plain
         asked = replace(recipe, run=replace(recipe.run, device=device.type))
-        planned = plan_apart(asked, "--gpu", f"{size / 10**6:.3f}MB", seconds=ADVICE_SECONDS)
+        planned = _plan_in_new_process(asked, "--gpu", f"{size / 10**6:.3f}MB", seconds=ADVICE_SECONDS)
         fit = planned["fit"]
         if fit["fits"] and not fit["overrides"]:
             needs = byte_text(planned["needed_bytes"])
-            return f"the plan needs {needs} of {byte_text(size)}, so something else takes the rest: free that"
+            return f"the plan needs {needs} of {byte_text(size)}, so something else uses the rest: free it"
         larger = "take a smaller model or a larger device"
         if not fit["overrides"]:
             return f"`lisatune plan` finds nothing that fits {byte_text(size)}; {larger}"
-        found = "" if fit["fits"] else f", which still is too much: {larger}"
+        found = "" if fit["fits"] else f", which still needs too much: {larger}"
         return f"`lisatune plan` suggests {fit['overrides']} for {byte_text(size)}{found}"
     except (ValueError, OSError, LookupError, RuntimeError, MemoryError, subprocess.SubprocessError):
         return f"{plain}; `lisatune plan RECIPE --gpu SIZE` finds what fits"
+
+
+def _plan_in_new_process(recipe: Recipe, *options: str, seconds: float) -> dict[str, Any]:
+    """Run `lisatune plan --json` on a recipe.
+
+    Args:
+        recipe: the recipe; its `run.device` is a kind of device.
+        options: more options of the command.
+        seconds: longest time to wait.
+
+    Returns:
+        The JSON object that the command prints.
+
+    Raises:
+        subprocess.SubprocessError: the command failed or took too long.
+        ValueError, OSError: the command could not be run.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "recipe.yaml"
+        plain = replace(recipe, run=replace(recipe.run, report_to=()))
+        path.write_text(yaml.dump(plain.as_dict()), encoding="utf-8")
+        command = [sys.executable, "-m", "lisatune", "plan", str(path), "--json", *options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=True)
+    values: dict[str, Any] = json.loads(done.stdout)
+    return values

@@ -1,25 +1,27 @@
-"""Arithmetic where a plan can't be traced: models that resist fake tensors, and several ranks."""
+"""Estimate memory by arithmetic, for models and for several ranks that fake tensors cannot trace."""
 
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from lisatune.console import first_line
 from lisatune.memory.tracker import StepMemory
 from lisatune.methods.build import Built
 from lisatune.nn.layers import LayerMap
 from lisatune.optim.meter import tensors_bytes
 from lisatune.recipe import Recipe
 
-__all__ = ["divided", "estimate", "why_untraced"]
+__all__ = ["divide_among_ranks", "estimate_step", "explain_untraced"]
 
 
-def estimate(built: Built, recipe: Recipe, length: int) -> StepMemory:
-    """Count parameters, and estimate the rest.
+def estimate_step(built: Built, recipe: Recipe, length: int) -> StepMemory:
+    """Count the bytes of the parameters and estimate the rest.
 
-    Activations of a block: 34 bytes per token and hidden unit at two bytes a number, attention scores not
-    stored (Korthikanti et al., arXiv 2205.05198, section 4.1). With checkpointing each block keeps its input,
-    and one block is whole. Loss: logits of a chunk of 128 tokens, three times in float32. AdamW: two moments.
+    Activations: a block keeps 34 bytes per token and hidden unit at two bytes a number, if attention scores
+    are not stored (Korthikanti et al., arXiv 2205.05198, section 4.1). With checkpointing every block keeps
+    its input, and one block keeps everything. Loss: the logits of 128 tokens, three times in float32.
+    Optimizer state: two moments.
     """
     trained = [p for p in built.model.parameters() if p.requires_grad]
     weights = tensors_bytes([*built.model.parameters(), *built.model.buffers()])
@@ -49,10 +51,11 @@ def estimate(built: Built, recipe: Recipe, length: int) -> StepMemory:
     )
 
 
-def divided(memory: StepMemory, model: nn.Module, layers: LayerMap, ranks: int) -> StepMemory:
-    """Share weights, gradients and state among ranks, as FSDP2 does with each block and the ends as units.
+def divide_among_ranks(memory: StepMemory, model: nn.Module, layers: LayerMap, ranks: int) -> StepMemory:
+    """Divide weights, gradients and state by the number of ranks, as FSDP2 does.
 
-    Gathered on top: the ends, which stay for the whole step, and two blocks: the one that computes, the next.
+    Gathered weights come on top: the ends, for the whole step, and two blocks, the one that computes and the
+    next one.
     """
     blocks = [tensors_bytes(block.values()) for block in layers.block_parameters(model)]
     gathered = tensors_bytes(layers.end_parameters(model).values()) + 2 * max(blocks, default=0)
@@ -70,8 +73,8 @@ def divided(memory: StepMemory, model: nn.Module, layers: LayerMap, ranks: int) 
     )
 
 
-def why_untraced(built: Built, batches: list[dict[str, Tensor]], error: Exception) -> str:
-    """Say which module fails under fake tensors: the step runs once more."""
+def explain_untraced(built: Built, batches: list[dict[str, Tensor]], error: Exception) -> str:
+    """Run the step again to say which module fails under fake tensors."""
     inside: list[str] = []
     handles = []
     for name, module in built.model.named_modules():
@@ -92,5 +95,4 @@ def why_untraced(built: Built, batches: list[dict[str, Tensor]], error: Exceptio
         if inside
         else "the step"
     )
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"{where} can't be traced ({reason}); the figures are arithmetic, and rough in activations"
+    return f"{where} cannot be traced ({first_line(error)}); the figures are estimates, rough for activations"

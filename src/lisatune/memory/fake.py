@@ -1,8 +1,8 @@
-"""Tensors that have a shape and no memory, for tracing a training step that would not fit.
+"""Fake tensors have a shape and no memory. With them a training step that would not fit can be traced.
 
-All floats are fake, on a fake "cpu": attention then takes the fused kernel, as on CUDA, which the meta
-device doesn't have. Token ids, labels and positions are real and small, so that code which looks at them (how
-many tokens carry loss, where a packed record begins) finds numbers.
+All floats are fake, on a fake "cpu". Attention then takes the fused kernel, as on CUDA; the meta device has
+no such kernel. Token ids, labels and positions are real and small, because some code reads them: to count the
+tokens that carry loss, or to find where a packed record begins.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,6 @@ __all__ = ["fake_storage", "fake_tensors"]
 
 aten = torch.ops.aten
 
-
 INDEXING = (
     aten.index.Tensor,
     aten._unsafe_index.Tensor,
@@ -29,23 +28,27 @@ INDEXING = (
     aten.index_put_.default,
     aten._index_put_impl_.default,
 )
+"""Operations on a mask. The mask's values decide the output's shape."""
 
+ASKS_DEVICE = torch.ops.prim.device.default
+"""What `tensor.device` calls on a fake tensor."""
 
 SPARSE = (aten.clone.default, aten._coalesce.default, aten.add_.Tensor)
+"""Operations of which torch's fake sparse tensors get the number of rows wrong."""
 
 
 @contextmanager
 def fake_tensors() -> Iterator[None]:
-    """Inside, new tensors are fake; operations on real tensors alone are done for real.
+    """Make new tensors fake inside the `with`. Operations on real tensors alone stay real.
 
-    No random number of the caller's generators is used up.
+    The caller's random number generators do not advance.
     """
     with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True), _RealIds():  # type: ignore[no-untyped-call]
         yield
 
 
 def fake_storage(model: nn.Module) -> None:
-    """Replace a model's parameters and buffers, by fake ones on the CPU. Ties stay ties."""
+    """Replace a model's parameters and buffers by fake ones on the CPU. Tied ones stay tied."""
     twins: dict[Tensor, Tensor] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
@@ -60,34 +63,36 @@ def fake_storage(model: nn.Module) -> None:
 
 
 class _RealIds(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Computes on real tensors where all are real, and reads real masks for fake tensors."""
+    """Computes on real tensors if all are real, and reads real masks for fake tensors."""
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if function is ASKS_DEVICE:
+            return function(*args, **kwargs)
         tensors = [each for each in arg_tree_leaves(*args, **kwargs) if isinstance(each, Tensor)]
         if tensors and not any(_is_fake(each) for each in tensors):
             with unset_fake_temporarily():
                 return function(*args, **kwargs)
         if function is aten._local_scalar_dense.default and tensors[0].dtype == torch.bool:
-            return True  # whether values are finite: they are, and other such questions are rare
+            return True  # asks whether values are finite: yes; other questions are rare
         if function in SPARSE and args[0].layout == torch.sparse_coo:
-            return _sparse(function, args)
-        if function in INDEXING:  # the shape of x[mask] hangs on the mask's values
-            args = (args[0], _numbers(args[1]), *args[2:])
+            return _compute_sparse(function, args)
+        if function in INDEXING:
+            args = (args[0], _find_indices(args[1]), *args[2:])
         return function(*args, **kwargs)
 
 
 def _is_fake(tensor: Tensor) -> bool:
-    """Whether a tensor, or what it is made of, is fake."""
+    """Return whether a tensor is fake or made of fake tensors."""
     return isinstance(tensor, FakeTensor) or any(
         isinstance(each, FakeTensor) for each in plain_tensors(tensor)
     )
 
 
-def _sparse(function: Any, args: tuple[Any, ...]) -> Tensor:
-    """What torch's fake sparse tensors get wrong: how many rows they have. All ids are taken as different."""
+def _compute_sparse(function: Any, args: tuple[Any, ...]) -> Tensor:
+    """Do one of SPARSE with the right number of rows. All ids count as different."""
     tensor = args[0]
     rows = tensor._nnz() + (args[1]._nnz() if function is aten.add_.Tensor else 0)
     if function is aten._coalesce.default:
@@ -104,8 +109,8 @@ def _sparse(function: Any, args: tuple[Any, ...]) -> Tensor:
     return made
 
 
-def _numbers(indices: Any) -> list[Tensor | None]:
-    """Write real masks as the indices at which they are true."""
+def _find_indices(indices: Any) -> list[Tensor | None]:
+    """Replace real masks by the indices at which they are true."""
     numbers: list[Tensor | None] = []
     for index in indices:
         if index is None or index.dtype != torch.bool or isinstance(index, FakeTensor):

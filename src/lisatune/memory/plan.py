@@ -1,15 +1,14 @@
-"""How much memory a run takes, known before any weights load.
+"""Plan how much memory a run takes, before any weights load.
 
-The plan makes a training step with fake tensors: the model from its config, prepared by the method, our
-loss, our optimizer with the state it has by then, the step that `train` runs. What is added up are live
-tensors (`StorageTracker`); an accelerator's own context, what kernels allocate inside and fragmentation
-come on top, see `RESERVE_BYTES` and `RESERVE_SHARE`.
+A plan traces one training step with fake tensors: the model is built from its config and prepared by the
+method, and the loss, the optimizer with its state and the step are those of `train`. `StorageTracker` adds up
+the live tensors. Memory outside of tensors comes on top: `RESERVE_BYTES` and `RESERVE_SHARE`.
 """
 
+import math
 import time
 import warnings
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,43 +16,41 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lisatune.console import first_line
 from lisatune.distributed.ranks import fake_ranks, pick_device, ranks_are_fake
 from lisatune.distributed.shards import part_to_update, shard
 from lisatune.losses.causal_lm import CausalLMLoss
-from lisatune.memory.estimate import divided, estimate, why_untraced
+from lisatune.memory.estimate import divide_among_ranks, estimate_step, explain_untraced
 from lisatune.memory.fake import fake_storage, fake_tensors
 from lisatune.memory.tracker import StepMemory, StorageTracker
-from lisatune.methods.build import Built, build, check_recipe, weight_dtype
+from lisatune.methods.build import Built, attach, check_recipe, prepare, weight_dtype
 from lisatune.models.load import meta_model, model_from_config
 from lisatune.models.shapes import shape_config
 from lisatune.nn.hidden import max_positions
-from lisatune.nn.layers import LayerMap
 from lisatune.optim.adamw import CHUNK, CHUNK_ELSEWHERE, AdamW
 from lisatune.optim.group import Group
 from lisatune.optim.rows import sparse_rows
-from lisatune.optim.state import prepare
+from lisatune.optim.state import prepare as prepare_state
 from lisatune.recipe import Recipe
 
-__all__ = ["RESERVE_BYTES", "RESERVE_SHARE", "MemoryPlan", "costly_draws", "plan_memory"]
+__all__ = ["RESERVE_BYTES", "RESERVE_SHARE", "MemoryPlan", "find_costly_draws", "plan_memory"]
 
 RESERVE_BYTES = 600 * 2**20
-"""Kept free on an accelerator: its context, its libraries' workspaces."""
-
+"""Kept free on an accelerator for its context and the workspaces of its libraries."""
 
 RESERVE_SHARE = 0.05
-"""Kept free on top, as a share of the plan: what kernels allocate inside, fragmentation."""
+"""Kept free on top, as a share of the plan, for memory that kernels allocate inside and fragmentation."""
 
-
-UNKNOWN_STEPS = 1000
-"""Steps assumed for a run whose length isn't given: enough for LISA to draw every block."""
+PLANNED_STEPS = 1000
+"""Steps assumed for a run whose `run.steps` is not given. Enough for LISA to draw every block."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan(StepMemory):
-    """Memory of a training step on one device, and of which step that is."""
+    """Memory of the costliest training step of a run, on one device."""
 
     kind: str
-    """`traced`, or `arithmetic` where the model can't be; `…, divided by ranks` where several ranks can't."""
+    """`traced`, or `arithmetic` if the model cannot be traced; `…, divided by ranks` if ranks cannot be."""
 
     batch_size: int
     """Sequences per micro-step."""
@@ -65,48 +62,59 @@ class MemoryPlan(StepMemory):
     """Kind of device that the plan is for: cpu, cuda, …"""
 
     ranks: int
-    """Devices that share weights, gradients and optimizer state."""
+    """Number of devices that share weights, gradients and optimizer state."""
 
     active_blocks: tuple[int, ...] | None
-    """Blocks that train in the planned period, the costliest of the run; None for methods without draws."""
+    """Blocks that train in the planned step; None for methods that draw no blocks."""
 
     num_blocks: int
-    """N, the model's blocks."""
+    """Number of blocks of the model."""
 
     trainable: int
-    """Parameters that train in it."""
+    """Number of parameters that train in the planned step."""
 
     loaded_bytes: int
-    """Weights as they load into host memory, before a method stores them otherwise; 0 on several ranks."""
+    """Weights as they load into host memory, before a method quantises them; 0 on several ranks."""
 
     seconds: float
-    """What making the plan took."""
+    """Wall time of making the plan."""
 
     note: str | None = None
-    """What keeps the plan from being exact."""
+    """Why the plan is not exact; None if it is."""
 
     @property
     def needed_bytes(self) -> int:
-        """What a device must have free: tensors and the reserve; on a CPU also the weights as they load."""
-        tensors = round(self.tensor_bytes * (1 + RESERVE_SHARE))
-        return max(tensors, self.loaded_bytes) if self.device == "cpu" else tensors + RESERVE_BYTES
+        """Bytes that must be free on the device: tensors and the reserve.
+
+        On a CPU, at least `loaded_bytes`.
+        """
+        return _count_needed(self, self.device, self.loaded_bytes)
 
     @property
     def tensor_bytes(self) -> int:
-        """Most bytes of tensors in the device's memory; on a CPU with those in host memory."""
-        return self.peak_bytes + (self.host_bytes if self.device == "cpu" else 0)
+        """Peak bytes of tensors on the device; on a CPU with those in host memory."""
+        return _count_tensors(self, self.device)
 
     def as_dict(self) -> dict[str, Any]:
-        """The plan as plain dicts, lists, numbers and strings."""
+        """Return the plan as plain dicts, lists, numbers and strings."""
         values = asdict(self) | {"needed_bytes": self.needed_bytes}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "MemoryPlan":
-        """Read what `as_dict` gave."""
+        """Read a plan that `as_dict` wrote."""
         fields = {key: values[key] for key in cls.__dataclass_fields__}
         active = fields["active_blocks"]
         return cls(**fields | {"active_blocks": None if active is None else tuple(active)})
+
+
+def _count_tensors(memory: StepMemory, device: str) -> int:
+    return memory.peak_bytes + (memory.host_bytes if device == "cpu" else 0)
+
+
+def _count_needed(memory: StepMemory, device: str, loaded_bytes: int) -> int:
+    tensors = round(_count_tensors(memory, device) * (1 + RESERVE_SHARE))
+    return max(tensors, loaded_bytes) if device == "cpu" else tensors + RESERVE_BYTES
 
 
 def plan_memory(
@@ -116,20 +124,31 @@ def plan_memory(
     length: int | None = None,
     blocks: tuple[int, ...] | None = None,
     config: Any = None,
+    too_many_bytes: float = math.inf,
 ) -> MemoryPlan:
-    """Plan the memory of a recipe's training step.
+    """Plan the memory of a recipe's training step, without its weights or data.
 
-    Every sequence is taken as long as `length`, with loss on every token: the most a batch can be.
+    The batch is the largest possible: every sequence has `length` tokens, and all of them carry loss.
 
     Args:
-        recipe: the recipe; its data isn't read, and `run.device` need not be here.
-        ranks: devices among which the model is divided, as `run.sharding` says. The plan is that of each.
+        recipe: the recipe. Its data is not read, and this machine need not have its `run.device`.
+        ranks: number of devices among which `run.sharding` divides the model. The plan is for each of them.
         length: tokens per sequence. Default: `data.max_length`, or what the model can read.
-        blocks: blocks that train, for a method that draws. Default: the costliest draw of the run.
+        blocks: indices of the blocks that train, for a method that draws them. Default: the run's draw that
+            needs the most memory.
         config: the model's transformers config. Default: that of `model.name`.
+        too_many_bytes: stop at the first draw of the run that needs this many bytes, and plan that one. Saves
+            time if only a plan that needs less is of use.
+
+    Returns:
+        Bytes of the step by category and by phase, and the bytes that the device must have free.
 
     Raises:
-        ValueError, OSError, RuntimeError: the recipe can't be used, as in `train`.
+        ValueError, OSError, RuntimeError: the recipe cannot be used, as in `train`.
+
+    Example:
+        >>> plan = plan_memory(recipe, length=2048)
+        >>> plan.needed_bytes, plan.phase, plan.at_peak["activations"]
     """
     if ranks < 1:
         raise ValueError(f"ranks must be >= 1, got {ranks}")
@@ -138,7 +157,11 @@ def plan_memory(
     device = pick_device("auto").type if device == "auto" else device
     compiles, run = recipe.run.compile, replace(recipe.run, compile=False, device=device)
     recipe = replace(recipe, method=recipe.method.without_proof(), run=run)
-    note = "planned uncompiled: compiled blocks keep as much, or less" if compiles else None
+    note = (
+        "planned without run.compile: compiled blocks keep as many activations, or fewer"
+        if compiles
+        else None
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # they come with the run
         planned, why_divided = None, ""
@@ -146,51 +169,57 @@ def plan_memory(
             try:
                 with fake_ranks(ranks):
                     check_recipe(recipe)
-                    planned = _plan(recipe, length, blocks, config, ranks)
-            except Exception as error:  # as below; and what does not run on several ranks can be estimated
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                why_divided = f"one rank's figures, divided by arithmetic ({reason})"
-        planned = planned or _plan(recipe, length, blocks, config, ranks)
+                    planned = _plan(recipe, length, blocks, config, ranks, too_many_bytes)
+            except Exception as error:  # as in _plan; and a recipe that several ranks refuse can be estimated
+                why_divided = f"one rank's figures, divided by arithmetic ({first_line(error)})"
+        planned = planned or _plan(recipe, length, blocks, config, ranks, too_many_bytes)
     notes = [each for each in (note, planned.note, why_divided) if each]
     return replace(planned, note="; ".join(notes) or None, seconds=time.perf_counter() - started)
 
 
 def _plan(
-    recipe: Recipe, length: int | None, blocks: tuple[int, ...] | None, config: Any, ranks: int
+    recipe: Recipe,
+    length: int | None,
+    blocks: tuple[int, ...] | None,
+    config: Any,
+    ranks: int,
+    too_many_bytes: float,
 ) -> MemoryPlan:
-    """Trace a step, on the first of fake_ranks ranks where there are; else divide what one rank takes."""
+    """Trace a step, on rank 0 if ranks are faked; otherwise divide the figures of one rank."""
     run, device = recipe.run, torch.device("cpu")
-    model = _shapes(recipe, config)
+    model = _build_meta_model(recipe, config)
     loaded_bytes = sum(p.nbytes for p in model.parameters()) if ranks == 1 else 0
     length = length or recipe.data.max_length
     length = min(length, max_positions(model) or length)
     batches = [_batch(recipe, model, length)] * min(run.accumulation, 2)
-    steps, is_divided = run.steps or UNKNOWN_STEPS, ranks_are_fake()
-    with torch.random.fork_rng(devices=[]), ExitStack() as stack:
-
-        def materialise(
-            prepared: nn.Module, layers: LayerMap
-        ) -> None:  # not before: PEFT can't adapt fake tensors
-            stack.enter_context(fake_tensors())
-            fake_storage(prepared)
-            if is_divided:
-                shard(prepared, layers.blocks, device=device, how=run.sharding)
-
+    steps, is_divided = run.steps or PLANNED_STEPS, ranks_are_fake()
+    with torch.random.fork_rng(devices=[]):  # tensors are not fake yet, because PEFT cannot adapt fake ones
         loss = None if is_divided else CausalLMLoss(model)
-        built = build(recipe, model, loss, steps=steps, device=device, materialise=materialise)
+        prepared = prepare(recipe, model)
+    with fake_tensors():
+        fake_storage(prepared.model)
+        if is_divided:
+            shard(prepared.model, prepared.layers.blocks, device=device, how=run.sharding)
+        built = attach(recipe, prepared, loss, steps=steps, device=device)
         if isinstance(built.step.optimizer, AdamW):
             built.step.optimizer.chunk_size = CHUNK.get(run.device, CHUNK_ELSEWHERE)
+
+        def is_too_large(memory: StepMemory) -> bool:
+            if ranks > 1 and not is_divided:  # these figures are of one rank
+                return False
+            return _count_needed(memory, run.device, loaded_bytes) >= too_many_bytes
+
         kind, note = "traced", None
         try:
-            memory = _trace_costliest(built, batches, blocks, steps, run.accumulation)
-        except Exception as error:  # a model's own code can raise anything on tensors without values
+            memory = _trace_costliest(built, batches, blocks, steps, run.accumulation, is_too_large)
+        except Exception as error:  # on tensors without values a model's own code can raise anything
             if is_divided:
                 raise
-            kind, note = "arithmetic", why_untraced(built, batches, error)
-            memory = estimate(built, recipe, length)
+            kind, note = "arithmetic", explain_untraced(built, batches, error)
+            memory = estimate_step(built, recipe, length)
         if ranks > 1 and not is_divided:
             kind = f"{kind}, divided by ranks"
-            memory = divided(memory, built.model, built.layers, ranks)
+            memory = divide_among_ranks(memory, built.model, built.layers, ranks)
         return MemoryPlan(
             **asdict(memory),
             kind=kind,
@@ -207,26 +236,18 @@ def _plan(
         )
 
 
-def _shapes(recipe: Recipe, config: Any) -> Any:
-    """The recipe's model on the meta device."""
-    dtype = weight_dtype(recipe)
-    name, attention = recipe.model, recipe.model.attention
-    if config is None and not Path(name.name).exists():
-        config = shape_config(name.name)
+def _build_meta_model(recipe: Recipe, config: Any) -> Any:
+    """Build the recipe's model on the meta device."""
+    source, dtype = recipe.model, weight_dtype(recipe)
+    if config is None and not Path(source.name).exists():
+        config = shape_config(source.name)
     if config is None:
-        return meta_model(
-            name.name,
-            revision=name.revision,
-            trust_remote_code=name.trust_remote_code,
-            attention=attention,
-            dtype=dtype,
-            needs_weights=False,
-        )
-    return model_from_config(config, attention=attention, dtype=dtype)
+        return meta_model(**source.source, dtype=dtype, needs_weights=False)
+    return model_from_config(config, attention=source.attention, dtype=dtype)
 
 
 def _batch(recipe: Recipe, model: nn.Module, length: int) -> dict[str, Tensor]:
-    """A real batch of the largest kind, each id int64 [B, T]; packed, each row holds two records."""
+    """Make a real batch, int64 [B, T] each. Under packing each row holds two records."""
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     positions_T = torch.arange(length)
     ids_BT = (positions_T % embedding.weight.shape[0]).expand(recipe.run.batch_size, -1)
@@ -245,8 +266,12 @@ def _trace_costliest(
     blocks: tuple[int, ...] | None,
     steps: int,
     micro_steps: int,
+    is_too_large: Callable[[StepMemory], bool],
 ) -> StepMemory:
-    """Trace a step of each draw that may need most, leave that draw active which does."""
+    """Trace a step of each draw that could need most memory. The draw that does stays active.
+
+    The first draw that is too large ends the search.
+    """
     schedule = built.schedule
     possible = schedule.possible_draws(steps)
     if not possible:
@@ -254,25 +279,28 @@ def _trace_costliest(
     draws = (
         [blocks]
         if blocks is not None
-        else costly_draws(possible, built.block_sizes(), ends_rest=schedule.ends_rest)
+        else find_costly_draws(possible, built.block_sizes(), ends_rest=schedule.ends_rest)
     )
-    # A block that freezes may leave state behind, so each that can train has made its state once.
+    # A block that freezes may leave state behind, so every block that can train makes its state first.
     schedule.hold(sorted({block for draw in possible for block in draw}))
     _make_state(built, batches[0]["input_ids"].numel() * micro_steps)
     traced = {}
     for draw in draws:
         schedule.hold(draw)
         traced[draw] = replace(_trace(built, batches, micro_steps), host_bytes=schedule.host_bytes())
+        if is_too_large(traced[draw]):
+            break
     costliest = max(traced, key=lambda draw: traced[draw].peak_bytes)
     schedule.hold(costliest)
     return traced[costliest]
 
 
 def _trace(built: Built, batches: list[dict[str, Tensor]], micro_steps: int) -> StepMemory:
+    """Trace a step. Of more micro-steps than batches, the last ones are traced."""
     ids = batches[0]["input_ids"].numel()
     _make_state(built, ids * micro_steps)
-    for p in _row_parameters(built) if micro_steps > len(batches) else ():
-        p.grad = sparse_rows(p, ids * (micro_steps - len(batches)))  # what came before
+    for p in _find_row_parameters(built) if micro_steps > len(batches) else ():
+        p.grad = sparse_rows(p, ids * (micro_steps - len(batches)))  # of the micro-steps before
     with StorageTracker(built.model, built.step.optimizer) as tracker:
         built.step.backward(batches)
         built.step.clip()
@@ -280,27 +308,32 @@ def _trace(built: Built, batches: list[dict[str, Tensor]], micro_steps: int) -> 
         return tracker.end_step()
 
 
-def _row_parameters(built: Built) -> list[nn.Parameter]:
-    """What trains by the rows that a step reads."""
+def _find_row_parameters(built: Built) -> list[nn.Parameter]:
+    """Return the parameters that train only the rows that a step reads."""
     groups = [group for group in built.step.optimizer.param_groups if group.get("rows")]
     return [p for group in groups for p in group["params"] if p.requires_grad]
 
 
 def _make_state(built: Built, ids: int) -> None:
-    """Let the optimizer make the state of everything that trains in a step of so many ids, all different."""
+    """Let the optimizer make the state of every parameter that trains.
+
+    Args:
+        built: the model and its optimizer.
+        ids: number of token ids in a step; all count as different.
+    """
     optimizer = built.step.optimizer
     for group in optimizer.param_groups:
         for p in group["params"]:
             if p.requires_grad:
                 p.grad = sparse_rows(p, ids) if group.get("rows") else torch.empty_like(p)
                 if isinstance(optimizer, AdamW):
-                    prepare(cast(Group, group), part_to_update(p), optimizer.state[p])
+                    prepare_state(cast(Group, group), part_to_update(p), optimizer.state[p])
     if not isinstance(optimizer, AdamW):
         optimizer.step()
     built.step.skip()
 
 
-def costly_draws(
+def find_costly_draws(
     possible: set[tuple[int, ...]], sizes: Sequence[int], *, ends_rest: bool
 ) -> list[tuple[int, ...]]:
     """Pick the draws that could have the highest peak.

@@ -1,14 +1,16 @@
-"""Memory in bytes: of this process, of an accelerator, of tensors."""
+"""Memory of this process and of its device, in bytes: what is used, what is free, what the limits are.
+
+On the CPU several limits hold at once: the machine's memory, those of the process's control groups (a
+container's, a job's), and those that `ulimit -v` and `ulimit -d` set. `_cpu_limits` alone reads them.
+"""
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = [
     "available_bytes",
@@ -19,44 +21,48 @@ __all__ = [
     "resident_bytes",
 ]
 
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+CGROUPS = Path("/sys/fs/cgroup")
+"""Where Linux shows the control groups."""
+
+PROC = Path("/proc/self")
+"""Where Linux shows this process."""
+
+RLIMITS = {"RLIMIT_AS": "VmSize", "RLIMIT_DATA": "VmData"}
+"""Limits of `resource`, each with the line of /proc/self/status that says how much of it is used."""
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is in RAM now."""
-    try:
-        import psutil
-    except ImportError as error:
-        raise ImportError('reading resident memory needs psutil: pip install "lisatune[train]"') from error
-    return int(psutil.Process().memory_info().rss)
+    """Return how much memory of this process is in RAM now."""
+    return int(_import_psutil().Process().memory_info().rss)
 
 
 def peak_resident_bytes() -> int:
-    """Most memory this process ever had in RAM.
+    """Return the most memory that this process ever had in RAM.
 
-    Linux tells in /proc, of this program alone; `getrusage` there also counts the process that started it.
+    On Linux the figure is from /proc, because the one of `getrusage` includes the process that started this
+    one.
     """
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    peak = _read_status().get("VmHWM")
+    if peak is not None:
+        return peak
     import resource  # not on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def available_bytes(device: torch.device) -> int | None:
-    """Memory that this process may still take on `device`; None where that can't be told.
+def available_bytes(device: torch.device, *, processes: int = 1) -> int | None:
+    """Return how much more memory this process can take on a device; None if that is unknown.
 
-    On a CPU that is what the system has, or what is left of a control group's limit. On an accelerator it is
-    what is free there, with what torch keeps for this process without using it.
+    On a CPU, the least that any limit leaves. On an accelerator, the free memory and what torch keeps there
+    for this process without using it.
+
+    Args:
+        device: the device.
+        processes: processes that share the CPU's memory equally. Limits of a process are not shared.
     """
     if device.type == "cpu":
-        import psutil
-
-        return min([int(psutil.virtual_memory().available), *_group_rooms()])
+        return min(limit.free // (processes if limit.is_shared else 1) for limit in _cpu_limits())
     if device.type not in ("cuda", "xpu"):
         return None
     module = torch.get_device_module(device)
@@ -64,12 +70,63 @@ def available_bytes(device: torch.device) -> int | None:
     return int(free + module.memory_reserved(device) - module.memory_allocated(device))
 
 
-def _group_rooms(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
-    """What is left below the memory limits of this process's control groups on Linux, in bytes.
+def limit_bytes(device: torch.device) -> int | None:
+    """Return how much memory a process can take on a device if it has the device to itself.
 
-    Page cache counts as used there, and can be taken back.
+    On a CPU, the lowest limit; on an accelerator, its memory; None if that is unknown.
     """
-    rooms = []
+    if device.type == "cpu":
+        return min(limit.most for limit in _cpu_limits())
+    if device.type not in ("cuda", "xpu"):
+        return None
+    return int(torch.get_device_module(device).mem_get_info(device)[1])
+
+
+def device_peak_bytes(device: torch.device) -> int | None:
+    """Return the most memory that tensors took on a device since `reset_device_peak`.
+
+    None on a CPU and on other devices for which torch does not count.
+    """
+    if device.type not in ("cuda", "xpu"):
+        return None
+    return int(torch.get_device_module(device).max_memory_allocated(device))
+
+
+def reset_device_peak(device: torch.device) -> None:
+    """Start a new count of the peak. Does nothing on devices for which torch does not count."""
+    if device.type in ("cuda", "xpu"):
+        torch.get_device_module(device).reset_peak_memory_stats(device)
+
+
+@dataclass(frozen=True)
+class _Limit:
+    """A limit on memory, in bytes."""
+
+    most: int
+    free: int
+    """What is left of it."""
+
+    is_shared: bool = True
+    """Whether other processes of the machine count too."""
+
+
+def _cpu_limits() -> list[_Limit]:
+    """Read every limit on the CPU memory of this process. The first is the machine's own memory."""
+    machine = _import_psutil().virtual_memory()
+    return [_Limit(machine.total, machine.available), *_cgroup_limits(), *_process_limits()]
+
+
+def _cgroup_limits(root: Path | None = None, own: Path | None = None) -> list[_Limit]:
+    """Read the limits of this process's control groups, of version 1 or 2, and of the groups above them.
+
+    Page cache counts as used in a group, but the kernel can take it back: here it counts as free.
+
+    Args:
+        root: folder of all groups. Default: CGROUPS.
+        own: file that names the process's groups. Default: that of PROC.
+    """
+    root, own = root or CGROUPS, own or PROC / "cgroup"
+    limits = []
     lines = own.read_text().splitlines() if own.exists() else []
     for _, controllers, path in (line.split(":", 2) for line in lines):
         if not controllers:  # version 2
@@ -88,37 +145,36 @@ def _group_rooms(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/se
                 stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
             except (OSError, ValueError):  # no limit: "max", or no such file
                 continue
-            rooms.append(max(most - taken + int(stat.get(cache, 0)), 0))
-    return rooms
+            limits.append(_Limit(most, max(most - taken + int(stat.get(cache, 0)), 0)))
+    return limits
 
 
-def device_peak_bytes(device: torch.device) -> int | None:
-    """Most memory that tensors took on `device` since `reset_device_peak`; None if torch keeps no count."""
-    if device.type not in ("cuda", "xpu"):
-        return None
-    return int(torch.get_device_module(device).max_memory_allocated(device))
+def _process_limits() -> list[_Limit]:
+    """Read the limits that `ulimit -v` (address space) and `ulimit -d` (data) set for this process."""
+    if os.name == "nt":
+        return []
+    import resource
+
+    used = _read_status()
+    limits = []
+    for name, line in RLIMITS.items():
+        most, _ = resource.getrlimit(getattr(resource, name))
+        if most != resource.RLIM_INFINITY:
+            limits.append(_Limit(most, max(most - used.get(line, 0), 0), is_shared=False))
+    return limits
 
 
-def reset_device_peak(device: torch.device) -> None:
-    """Start counting the peak anew; does nothing where torch keeps no count."""
-    if device.type in ("cuda", "xpu"):
-        torch.get_device_module(device).reset_peak_memory_stats(device)
+def _import_psutil() -> Any:
+    try:
+        import psutil
+    except ImportError as error:
+        raise ImportError('reading memory needs psutil: pip install "lisatune[train]"') from error
+    return psutil
 
 
-def limit_bytes(device: torch.device) -> int | None:
-    """Memory that a process may take on the device; None where it can't be told.
-
-    On the CPU the least of the machine's memory, its container's (cgroup) and the process's (`ulimit -v`).
-    """
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[1])
-    if device.type != "cpu":
-        return None
-    import resource  # POSIX only
-
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    if (soft := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
-        limits.append(soft)
-    if CGROUP_LIMIT.is_file() and (text := CGROUP_LIMIT.read_text().strip()).isdigit():
-        limits.append(int(text))
-    return min(limits)
+def _read_status() -> dict[str, int]:
+    """Read the sizes in /proc/self/status, in bytes. Empty on systems without it."""
+    path = PROC / "status"
+    lines = path.read_text().splitlines() if path.exists() else []
+    words = (line.split() for line in lines)
+    return {each[0].rstrip(":"): int(each[1]) * 1024 for each in words if each[2:] == ["kB"]}

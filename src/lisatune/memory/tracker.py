@@ -1,22 +1,23 @@
-"""What the memory of a training step is made of: live tensor storages, by category and by phase.
+"""Count the memory of a training step: live tensor storages, by category and by phase.
 
-A `StorageTracker` sees every operation below autograd. Each storage that an operation returns is noted with
-its size, the event it was born at and the event it was freed at. What it was for is known only later (a
-tensor of the forward pass is an activation if it outlives it), so categories are settled when a step is over:
+A `StorageTracker` sees every operation below autograd. For each storage that an operation returns it notes
+the size and the events at which the storage was made and freed. The category is often known only later: a
+tensor made in forward is an activation if it is still there afterwards. So categories are settled at the end
+of a step:
 
     weights          parameters and buffers of the model
     gradients        `.grad` of a parameter
     optimizer state  tensors in `optimizer.state`
     activations      made in forward, or made again in backward, and kept for backward
-    loss             made between the decoder's output and that output's gradient: logits, a few at a time
+    loss             made between the decoder's output and that output's gradient, such as logits
     workspace        everything else: gradients of activations, temporaries
 
 The same tracker runs over real tensors (`lisatune.memory.measure`) and over fake ones (`plan_memory`). It
-doesn't see what a kernel allocates inside.
+does not see memory that a kernel allocates inside.
 """
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -33,12 +34,84 @@ from lisatune.optim.meter import host_state, plain_tensors, tensors_bytes
 __all__ = ["CATEGORIES", "PHASES", "StepMemory", "StorageTracker", "measure"]
 
 
+CATEGORIES = ("weights", "gradients", "optimizer state", "activations", "loss", "workspace")
+
+PHASES = ("forward", "loss", "backward", "clip", "optimizer step")
+
+# What follows down to `StepMemory` is all that this file uses of torch's private parts, besides the classes
+# imported above. Checked on torch 2.13.
+
+ASKS_DEVICE = torch.ops.prim.device.default
+"""What `tensor.device` calls on a fake tensor. More than half of a traced step's operations are these."""
+
 IN_PLACE = (
     torch.ops.aten.add.Tensor,
     torch.ops.aten.index_put.default,
     torch.ops.aten._index_put_impl.default,
 )
-"""What autograd does in place in backward unless a dispatch mode watches: it takes no memory of its own."""
+"""Operations that autograd does in place in backward, without memory of their own, unless a dispatch mode is
+active."""
+
+
+def _runs_backward() -> bool:
+    """Return whether autograd's backward pass runs, a checkpointed forward pass inside it included."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _identify(storage: torch.UntypedStorage) -> int:
+    """Return a number that no other living storage has."""
+    return int(storage._cdata)
+
+
+def _run_first(optimizer: Optimizer, hook: RemovableHandle) -> None:
+    """Let a step post-hook run before all others of the optimizer."""
+    hooks: Any = optimizer._optimizer_step_post_hooks
+    hooks.move_to_end(hook.id, last=False)
+
+
+class _ResizeHook:
+    """Calls back after a storage is resized, which no dispatch mode sees.
+
+    Args:
+        after: called with the storage.
+    """
+
+    def __init__(self, after: Callable[[torch.UntypedStorage], None]) -> None:
+        before = self._before = torch.UntypedStorage.resize_
+
+        def resize(storage: torch.UntypedStorage, size: int) -> Any:
+            result = before(storage, size)
+            after(storage)
+            return result
+
+        torch.UntypedStorage.resize_ = resize  # type: ignore[assignment, method-assign]
+
+    def remove(self) -> None:
+        torch.UntypedStorage.resize_ = self._before  # type: ignore[method-assign]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMemory:
+    """Memory of one training step, in bytes of live tensor storages."""
+
+    peak_bytes: int
+    """Most bytes at once."""
+
+    phase: str
+    """Phase of the peak, one of PHASES. The backward pass of the loss belongs to `loss`."""
+
+    at_peak: dict[str, int]
+    """Bytes of each category at the peak; their sum is `peak_bytes`."""
+
+    by_phase: dict[str, int]
+    """Most bytes at once in each phase of the step."""
+
+    static_bytes: int
+    """Bytes at the end of the step: weights and optimizer state."""
+
+    host_bytes: int = 0
+    """Bytes of optimizer state with `state_device: cpu`. In the step that makes the state, `peak_bytes`
+    includes them; otherwise no other figure does."""
 
 
 @dataclass(slots=True)
@@ -50,46 +123,38 @@ class _Storage:
     died: int | None = None
 
 
-CATEGORIES = ("weights", "gradients", "optimizer state", "activations", "loss", "workspace")
+def measure(model: nn.Module, optimizer: Optimizer) -> "StorageTracker":
+    """Count the live tensors of real training steps, by category and by phase.
 
+    Inside the `with`, every operation takes some microseconds longer. The results do not change.
 
-PHASES = ("forward", "loss", "backward", "clip", "optimizer step")
+    Args:
+        model: the model that trains, after everything was attached to it.
+        optimizer: its optimizer.
 
+    Returns:
+        A context manager. Call its `end_step()` after each step for the step's `StepMemory`, in bytes.
 
-@dataclass(frozen=True, kw_only=True)
-class StepMemory:
-    """Memory of one training step, in bytes of live tensor storages."""
-
-    peak_bytes: int
-    """Most bytes at once."""
-
-    phase: str
-    """Where that was, one of PHASES. The loss's backward pass belongs to `loss`."""
-
-    at_peak: dict[str, int]
-    """Bytes of each category at the peak; their sum is `peak_bytes`."""
-
-    by_phase: dict[str, int]
-    """Most bytes in each phase the step went through."""
-
-    static_bytes: int
-    """Bytes at the end of the step: weights and optimizer state."""
-
-    host_bytes: int = 0
-    """Bytes of optimizer state with `state_device: cpu`. In the step that makes it `peak_bytes` has it too;
-    later no other figure counts it."""
+    Example:
+        >>> with memory.measure(model, optimizer) as measured:
+        ...     model(**batch).loss.backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        ...     step = measured.end_step()
+        >>> step.peak_bytes, step.phase, step.at_peak["activations"]
+    """
+    return StorageTracker(model, optimizer)
 
 
 class StorageTracker(TorchDispatchMode):
-    """Counts live storages while it is the current dispatch mode.
+    """Counts live storages inside a `with`. It changes no result.
 
-    Phases need no word from the loop: forward and loss are told by hooks on the decoder, backward by
-    autograd, the optimizer's step by its hooks; what comes between backward and the step is `clip`. Nothing
-    that is computed changes.
+    The loop need not name the phases. Hooks on the decoder tell forward and loss, autograd tells backward,
+    and hooks on the optimizer tell its step. `clip` is the time between backward and the optimizer's step.
 
     Args:
-        model: the model that trains, with everything that has to be attached already attached.
-        optimizer: its optimizer; tensors already in its state are counted from the start.
+        model: the model that trains, after everything was attached to it.
+        optimizer: its optimizer. Tensors that are in its state already are counted from the start.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
@@ -108,12 +173,12 @@ class StorageTracker(TorchDispatchMode):
         self.mark("weights", [*model.parameters(), *model.buffers()])
         self._mark_state()
         self.mark("gradients", [p.grad for p in model.parameters() if p.grad is not None])
-        self._peaks.clear()  # what is in host memory was counted for a moment
+        self._peaks.clear()  # state in host memory was counted for a moment
 
     # ---- what the caller does
 
     def __enter__(self) -> Self:
-        decoder = _decoder(self._model)
+        decoder = _find_decoder(self._model)
         self._handles = [
             decoder.register_forward_pre_hook(self._before_decoder),
             decoder.register_forward_hook(self._after_decoder),
@@ -125,11 +190,8 @@ class StorageTracker(TorchDispatchMode):
                 if p.requires_grad
             ),
         ]
-        # Before LISA's own hook, which may release state.
-        hooks: Any = self._optimizer._optimizer_step_post_hooks
-        hooks.move_to_end(self._handles[3].id, last=False)
-        self._resize_before = torch.UntypedStorage.resize_
-        torch.UntypedStorage.resize_ = self._watch_resize()  # type: ignore[method-assign]
+        _run_first(self._optimizer, self._handles[3])  # a schedule's own hook may release state
+        self._resize_hook = _ResizeHook(self._after_resize)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -137,18 +199,22 @@ class StorageTracker(TorchDispatchMode):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
-        torch.UntypedStorage.resize_ = self._resize_before  # type: ignore[method-assign]
+        self._resize_hook.remove()
         for handle in self._handles:
             handle.remove()
 
     def mark(self, category: str, tensors: Iterable[Tensor | None]) -> None:
-        """Say what tensors are for. Of a tensor made of others, each of these is marked."""
+        """Put tensors into a category. A tensor made of others stands for these."""
         for tensor in tensors:
             for plain in plain_tensors(tensor) if tensor is not None else ():
                 self._note(plain).category = category
 
     def end_step(self) -> StepMemory:
-        """Settle the categories of the step that has just ended, and begin the next one."""
+        """End a step: settle its categories and start to count the next one.
+
+        Returns:
+            Bytes of the step that has just ended.
+        """
         self._mark_state()
         self._peaks.setdefault(self._phase, (self._total, self._event))
         phase, (peak, moment) = max(self._peaks.items(), key=lambda item: item[1][0])
@@ -173,10 +239,14 @@ class StorageTracker(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if self._in_place:  # what the last operation replaced is gone by now
+        if function is ASKS_DEVICE:
+            return function(*args, **(kwargs or {}))
+        if self._in_place:  # by now, the tensor that the last operation replaced is freed
             self._note_peak()
         self._find_phase()
-        self._in_place = function in IN_PLACE and self._phase in ("loss", "backward") and _runs_backward()
+        self._in_place = (
+            function in IN_PLACE and self._phase in ("loss", "backward") and _computes_gradients()
+        )
         out = function(*args, **(kwargs or {}))
         for each in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(each, Tensor):
@@ -186,7 +256,7 @@ class StorageTracker(TorchDispatchMode):
 
     def _note(self, tensor: Tensor) -> _Storage:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = _identify(storage)
         known = self._live.get(key)
         if known is not None:
             return known if known.size == storage.nbytes() else self._resize(key, known, storage.nbytes())
@@ -202,7 +272,7 @@ class StorageTracker(TorchDispatchMode):
         return noted
 
     def _resize(self, key: int, known: _Storage, size: int) -> _Storage:
-        """Count a storage of another size as a new one. FSDP2 alone does so, with weights that it gathers."""
+        """Count a resized storage as a new one. Only FSDP2 resizes any: those of weights that it gathers."""
         known.category, self._event = "weights", self._event + 1
         self._leave(known)
         resized = _Storage(size, "weights", self._event, known.reference)
@@ -212,18 +282,11 @@ class StorageTracker(TorchDispatchMode):
         self._note_peak()
         return resized
 
-    def _watch_resize(self) -> Any:
-        """Let a storage that is resized be counted anew: that is no operation which a mode would see."""
-        resize = torch.UntypedStorage.resize_
-
-        def noted(storage: torch.UntypedStorage, size: int) -> Any:
-            result = resize(storage, size)
-            known = self._live.get(storage._cdata)
-            if known is not None and known.size != storage.nbytes():
-                self._resize(storage._cdata, known, storage.nbytes())
-            return result
-
-        return noted
+    def _after_resize(self, storage: torch.UntypedStorage) -> None:
+        key = _identify(storage)
+        known = self._live.get(key)
+        if known is not None and known.size != storage.nbytes():
+            self._resize(key, known, storage.nbytes())
 
     def _note_peak(self) -> None:
         if self._total > self._peaks.get(self._phase, (-1, 0))[0]:
@@ -233,15 +296,15 @@ class StorageTracker(TorchDispatchMode):
         self._leave(self._live.pop(key))
 
     def _leave(self, storage: _Storage) -> None:
-        """Count it no more."""
+        """Stop counting a storage."""
         if storage.died is None:
             self._event += 1
             storage.died = self._event
             self._total -= storage.size
 
     def _mark_state(self) -> None:
-        """Find the optimizer's state; for a device, what belongs into host memory is gone from here on."""
-        self.mark("optimizer state", _state(self._optimizer))
+        """Mark the optimizer's state. The part that lives in host memory is no longer counted."""
+        self.mark("optimizer state", _list_state(self._optimizer))
         for plain in (each for value in host_state(self._optimizer) for each in plain_tensors(value)):
             self._leave(self._note(plain))
 
@@ -250,7 +313,7 @@ class StorageTracker(TorchDispatchMode):
     def _find_phase(self) -> None:
         if self._phase == "optimizer step":
             return
-        if torch._C._current_graph_task_id() == -1:  # not in backward
+        if not _runs_backward():
             if self._phase == "backward":
                 self._enter("clip")
             return
@@ -258,7 +321,7 @@ class StorageTracker(TorchDispatchMode):
             return
         if self._phase != "backward":
             self._enter("backward")
-        # Backward computes without autograd; with it, a checkpointed block is being computed again.
+        # In backward, autograd is on only while a checkpointed block is computed again.
         if torch.is_grad_enabled():
             if self._recomputing_since is None:
                 self._recomputing_since = self._event
@@ -271,17 +334,17 @@ class StorageTracker(TorchDispatchMode):
         self._note_peak()
 
     def _keep_activations(self, since: int) -> None:
-        """What forward leaves behind is there for backward."""
+        """Mark storages without a category as activations if they were made after the event `since`."""
         for storage in self._live.values():
             if storage.category is None and storage.born > since:
                 storage.category = "activations"
 
     def _before_decoder(self, decoder: nn.Module, args: Any) -> None:
-        if torch._C._current_graph_task_id() == -1:
+        if not _runs_backward():
             self._enter("forward")
 
     def _after_decoder(self, decoder: nn.Module, args: Any, out: Any) -> None:
-        if torch._C._current_graph_task_id() != -1:
+        if _runs_backward():
             return
         self._keep_activations(since=0)
         self._enter("loss")
@@ -303,45 +366,27 @@ class StorageTracker(TorchDispatchMode):
 
     def _before_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._in_loss = False
-        # A sharded parameter gets its gradient from FSDP2, past the hook of its own.
+        # FSDP2 sets the gradient of a sharded parameter without calling the parameter's hook.
         self.mark("gradients", [p.grad for p in self._model.parameters() if p.grad is not None])
         self._enter("optimizer step")
 
     def _after_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self.mark("optimizer state", _state(optimizer))  # before a draw releases any
-        if torch._C._current_graph_task_id() != -1:  # an update inside backward
+        self.mark("optimizer state", _list_state(optimizer))  # before a draw releases any
+        if _runs_backward():  # an update inside backward
             self._enter("backward")
 
 
-def _runs_backward() -> bool:
-    """Whether autograd computes gradients now, and not a checkpointed forward pass."""
-    return torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
+def _computes_gradients() -> bool:
+    """Return whether autograd computes gradients now, as opposed to a checkpointed forward pass."""
+    return _runs_backward() and not torch.is_grad_enabled()
 
 
-def _decoder(model: nn.Module) -> nn.Module:
-    """The part of the model that ends in hidden states; the whole model where it names none."""
+def _find_decoder(model: nn.Module) -> nn.Module:
+    """Return the module that computes hidden states; the whole model if it does not name one."""
     get = getattr(model, "get_decoder", None)
     decoder = get() if callable(get) else None
     return decoder if isinstance(decoder, nn.Module) else model
 
 
-def _state(optimizer: Optimizer) -> list[Tensor]:
+def _list_state(optimizer: Optimizer) -> list[Tensor]:
     return [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
-
-
-def measure(model: nn.Module, optimizer: Optimizer) -> "StorageTracker":
-    """Count the live tensors of real training steps, by category and phase.
-
-    Every operation inside the `with` costs some microseconds more; nothing computed changes.
-
-    Example:
-        >>> with memory.measure(model, optimizer) as measured:
-        ...     model(**batch).loss.backward()
-        ...     optimizer.step()
-        ...     optimizer.zero_grad()
-        ...     step = measured.end_step()
-        >>> step.peak_bytes, step.phase, step.at_peak["activations"]
-    """
-    pass
-
-    return StorageTracker(model, optimizer)

@@ -4,7 +4,6 @@ What several ranks cannot do yet is refused here: settings by `check_recipe`, op
 `check_optimizer`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +19,17 @@ from lisatune.nn.layers import LayerMap, find_layers
 from lisatune.optim.meter import StateMeter
 from lisatune.recipe import Recipe
 
-__all__ = ["Built", "attach_method", "build", "check_optimizer", "check_recipe", "weight_dtype"]
+__all__ = [
+    "Built",
+    "Prepared",
+    "attach",
+    "attach_method",
+    "build",
+    "check_optimizer",
+    "check_recipe",
+    "prepare",
+    "weight_dtype",
+]
 
 
 @dataclass(frozen=True)
@@ -42,30 +51,48 @@ class Built:
         return [sum(p.numel() for p in block.values()) for block in self.layers.block_parameters(self.model)]
 
 
-def build(
-    recipe: Recipe,
-    model: nn.Module,
-    loss: CausalLMLoss | None,
-    *,
-    steps: int,
-    device: torch.device,
-    materialise: Callable[[nn.Module, LayerMap], None] | None = None,
-) -> Built:
-    """Prepare a loaded model, build its optimizer, schedule and step.
+@dataclass(frozen=True)
+class Prepared:
+    """A model as its method trains it, without an optimizer."""
+
+    model: nn.Module
+    layers: LayerMap
+    blocks: BlockForward | None
+
+
+def build(recipe: Recipe, model: nn.Module, loss: CausalLMLoss, *, steps: int, device: torch.device) -> Built:
+    """Prepare a loaded model and attach everything that trains it.
 
     Args:
         recipe: the recipe.
-        model: the loaded model, on `device`, or where `materialise` expects it.
-        loss: the loss of that model; None on several ranks, because a divided model gets its own.
-        steps: optimizer steps of the whole run.
-        device: where it trains.
-        materialise: called before the optimizer is built; gives the prepared model its storage, or divides
-            it among ranks.
+        model: the loaded model, on `device`.
+        loss, steps, device: as for `attach`.
     """
-    run = recipe.run
+    return attach(recipe, prepare(recipe, model), loss, steps=steps, device=device)
+
+
+def prepare(recipe: Recipe, model: nn.Module) -> Prepared:
+    """Let the method change a model, and set how its blocks run. Its weights may be on the meta device."""
     blocks = _set_block_forward(recipe, model)
     model.train()
-    model, layers, optimizer, state, schedule = attach_method(recipe, model, steps, materialise)
+    model = recipe.method.prepare(model)
+    return Prepared(model, find_layers(model), blocks)
+
+
+def attach(
+    recipe: Recipe, prepared: Prepared, loss: CausalLMLoss | None, *, steps: int, device: torch.device
+) -> Built:
+    """Build the optimizer, the schedule and the step of a prepared model.
+
+    Args:
+        recipe: the recipe.
+        prepared: the prepared model, with its weights on `device`, divided if there are several ranks.
+        loss: the model's loss; None on several ranks, because a divided model gets its own.
+        steps: optimizer steps of the whole run.
+        device: where the model trains.
+    """
+    model, layers = prepared.model, prepared.layers
+    optimizer, state, schedule = attach_method(recipe, model, layers, steps)
     if loss is None:
         loss = ShardedLoss(model)
     else:
@@ -75,33 +102,21 @@ def build(
         loss,
         optimizer,
         device=device,
-        autocast=torch.bfloat16 if run.precision == "bf16-mixed" else None,
+        autocast=torch.bfloat16 if recipe.run.precision == "bf16-mixed" else None,
         max_grad_norm=recipe.optimizer.max_grad_norm,
     )
-    return Built(model, layers, step, schedule, state, blocks)
+    return Built(model, layers, step, schedule, state, prepared.blocks)
 
 
 def attach_method(
-    recipe: Recipe,
-    model: nn.Module,
-    steps: int,
-    materialise: Callable[[nn.Module, LayerMap], None] | None = None,
-) -> tuple[nn.Module, LayerMap, Optimizer, StateMeter, BlockSchedule]:
-    """Prepare a model, build its optimizer and attach the schedule; see `build` for the arguments.
-
-    Returns:
-        The prepared model, its layers, the optimizer, a meter of its state, and the schedule.
-    """
-    model = recipe.method.prepare(model)
-    layers = find_layers(model)
-    if materialise is not None:
-        materialise(model, layers)
+    recipe: Recipe, model: nn.Module, layers: LayerMap, steps: int
+) -> tuple[Optimizer, StateMeter, BlockSchedule]:
+    """Build the optimizer of a prepared model and attach the method's schedule to it."""
     optimizer = recipe.method.build_optimizer(model, layers, recipe.optimizer)
     if ranks.count() > 1:
         check_optimizer(optimizer)
     state = StateMeter(optimizer)  # before the schedule, whose hook may release state
-    schedule = recipe.method.attach(model, optimizer, layers, total_steps=steps)
-    return model, layers, optimizer, state, schedule
+    return optimizer, state, recipe.method.attach(model, optimizer, layers, total_steps=steps)
 
 
 def weight_dtype(recipe: Recipe) -> torch.dtype:

@@ -20,13 +20,13 @@ from lisatune.distributed.ranks import pick_device
 from lisatune.distributed.shards import shard
 from lisatune.lisa.schedule import BlockSchedule
 from lisatune.losses.causal_lm import CausalLMLoss
-from lisatune.methods.build import Built, attach_method, build, check_recipe, weight_dtype
+from lisatune.methods.build import Built, attach, attach_method, check_recipe, prepare, weight_dtype
 from lisatune.models.hf import announce_remote_code, check_attention
 from lisatune.models.load import load_model, load_tokenizer, meta_model, stored_dtype
 from lisatune.models.sharded import load_for_ranks
 from lisatune.nn.blocks import BlockForward, check_compiler
 from lisatune.nn.hidden import max_positions
-from lisatune.nn.layers import LayerMap
+from lisatune.nn.layers import LayerMap, find_layers
 from lisatune.recipe import Recipe
 
 __all__ = ["Parts", "assemble", "batch_length", "check_fits", "rehearse", "seed_generators"]
@@ -116,7 +116,7 @@ def assemble(recipe: Recipe, before_load: Callable[..., None] | None = None) -> 
         before_load(device, steps=data.steps, length=batch_length(data.train.rows, recipe, rehearsed))
     seed_generators(run.seed)
     dtype = weight_dtype(recipe)
-    loss, divide = None, None
+    loss, fill = None, None
     if ranks.count() == 1:
         model = load_model(**source.source, dtype=dtype).to(device)
         loss = CausalLMLoss(model)
@@ -124,12 +124,11 @@ def assemble(recipe: Recipe, before_load: Callable[..., None] | None = None) -> 
             loss.check_packing()
     else:  # block by block, each rank its part
         model, fill = load_for_ranks(**source.source, dtype=dtype)
-
-        def divide(prepared: nn.Module, layers: LayerMap) -> None:
-            shard(prepared, layers.blocks, how=run.sharding, device=device, fill=fill)
-
     _warn_of_widened_weights(recipe, model)
-    built = build(recipe, model, loss, steps=data.steps, device=device, materialise=divide)
+    prepared = prepare(recipe, model)
+    if ranks.count() > 1:
+        shard(prepared.model, prepared.layers.blocks, how=run.sharding, device=device, fill=fill)
+    built = attach(recipe, prepared, loss, steps=data.steps, device=device)
     if recipe.data.packing and loss is None:
         built.step.loss.check_packing()
     from transformers import get_scheduler  # only now that it is quiet
@@ -177,7 +176,9 @@ def rehearse(recipe: Recipe, steps: int) -> tuple[nn.Module, LayerMap, BlockSche
     """
     model = meta_model(**recipe.model.source, dtype=weight_dtype(recipe))
     _warn_of_widened_weights(recipe, model)
-    model, layers, _, _, schedule = attach_method(recipe, model, steps)
+    model = recipe.method.prepare(model)
+    layers = find_layers(model)
+    _, _, schedule = attach_method(recipe, model, layers, steps)
     return model, layers, schedule
 
 

@@ -35,8 +35,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-STEPS_WITHOUT_DATA = 10_000
-"""Steps assumed if the data cannot be read: so many that no block is left untrained, and no warning comes."""
+REHEARSED_STEPS = 10_000
+"""Steps of the rehearsal if the data cannot be read. Enough to cause no warning about a short run."""
 
 
 @dataclass
@@ -91,7 +91,7 @@ def check(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> C
         report.attempt(recipe.method.check_device, device)
     data = _check_data(recipe, report)
     steps = recipe.run.steps if data is None else data.steps
-    attached = report.attempt(rehearse, recipe, steps or STEPS_WITHOUT_DATA)
+    attached = report.attempt(rehearse, recipe, steps or REHEARSED_STEPS)
     if attached is not None and data is not None:
         report.attempt(check_fits, attached[0], data)
     if attached is not None and data is not None and device is not None:

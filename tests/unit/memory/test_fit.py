@@ -7,7 +7,7 @@ from transformers import LlamaConfig
 
 from lisatune.cli.app import main
 from lisatune.memory import fit as searches
-from lisatune.memory.fit import changed, find_fit, memory_size
+from lisatune.memory.fit import apply_changes, find_fit, parse_memory_size
 from lisatune.memory.plan import RESERVE_BYTES, plan_memory
 from lisatune.methods import METHODS
 from lisatune.optim import codecs
@@ -54,13 +54,13 @@ def make_recipe(folder: Path) -> Recipe:
     [("24GB", 24 * 10**9), ("24GiB", 24 * 2**30), ("24", 24 * 10**9), (" 81559 MiB", 81559 * 2**20)],
 )
 def test_memory_sizes_are_read(text: str, size: int) -> None:
-    assert memory_size(text) == size
+    assert parse_memory_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["24 apples", "GB", "-3GB", "0GB", "", "24GBs"])
 def test_wrong_units_are_one_sentence(text: str) -> None:
     with pytest.raises(ValueError, match="--gpu must be an amount of memory such as 24GB"):
-        memory_size(text)
+        parse_memory_size(text)
 
 
 def test_a_device_that_is_large_enough_changes_nothing(folder: Path) -> None:
@@ -76,18 +76,18 @@ def test_what_is_found_fits_and_nothing_in_it_is_needless(folder: Path, planned:
     fit = find_fit(recipe, size, first=whole)
     assert fit.fits
     assert fit.changes
-    assert planned(changed(recipe, fit.changes)).needed_bytes == fit.plan.needed_bytes <= size
+    assert planned(apply_changes(recipe, fit.changes)).needed_bytes == fit.plan.needed_bytes <= size
     rows = {"run.batch_size", "run.accumulation"}
     assert (rows & fit.changes.keys()) in (set(), rows)  # or a step would have fewer rows
     for key in fit.changes:
         gone = rows if key in rows else {key}
         fewer = {other: value for other, value in fit.changes.items() if other not in gone}
-        assert planned(changed(recipe, fewer)).needed_bytes > size
+        assert planned(apply_changes(recipe, fewer)).needed_bytes > size
 
 
 def test_moments_of_8_bits_are_the_first_change(folder: Path, planned: PlansOnce) -> None:
     recipe = make_recipe(folder)
-    eight = planned(changed(recipe, {"optimizer.moments": "8bit"}))
+    eight = planned(apply_changes(recipe, {"optimizer.moments": "8bit"}))
     assert find_fit(recipe, eight.needed_bytes).changes == {"optimizer.moments": "8bit"}
 
 
@@ -97,7 +97,7 @@ def test_where_cheaper_ends_would_do_too_a_step_has_fewer_rows_at_a_time(
     recipe, eight = make_recipe(folder), {"optimizer.moments": "8bit"}
     fewer_rows = eight | {"run.batch_size": 1, "run.accumulation": 2}
     frozen = eight | {"method.ends": "frozen"}
-    size = max(planned(changed(recipe, each)).needed_bytes for each in (fewer_rows, frozen))
+    size = max(planned(apply_changes(recipe, each)).needed_bytes for each in (fewer_rows, frozen))
     assert find_fit(recipe, size).changes.items() <= fewer_rows.items()
 
 
@@ -179,6 +179,6 @@ def test_models_that_resist_fake_tensors_get_arithmetic(
     plan = plan_memory(make_recipe(folder))
     assert plan.kind == "arithmetic"
     assert plan.note is not None
-    assert "layers.0.mlp (LlamaMLP) can't be traced" in plan.note
+    assert "layers.0.mlp (LlamaMLP) cannot be traced" in plan.note
     assert plan.at_peak["weights"] == pytest.approx(plain.at_peak["weights"], rel=1e-3)
     assert plain.peak_bytes / 2 < plan.peak_bytes < 2 * plain.peak_bytes

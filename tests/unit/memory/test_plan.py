@@ -14,7 +14,7 @@ import lisatune.memory.plan
 import tiny
 from lisatune import LISA, build_adamw
 from lisatune.losses.causal_lm import CausalLMLoss
-from lisatune.memory.plan import _batch, costly_draws, plan_memory
+from lisatune.memory.plan import _batch, find_costly_draws, plan_memory
 from lisatune.methods import METHODS
 from lisatune.methods.build import build
 from lisatune.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe, RunConfig
@@ -75,6 +75,17 @@ def test_draws_differ_in_memory_where_the_embedding_rests() -> None:
     assert low > 1.2 * high
 
 
+def test_a_plan_that_may_stop_early_stops_at_a_draw_that_is_too_large_and_only_there() -> None:
+    recipe = make_recipe(ends="frozen")
+    full = plan_memory(recipe, config=CONFIG)
+    assert full.active_blocks == (0, 1)
+    early = plan_memory(recipe, config=CONFIG, too_many_bytes=1)
+    assert early.active_blocks == (2, 3)
+    assert early.peak_bytes == plan_memory(recipe, config=CONFIG, blocks=(2, 3)).peak_bytes < full.peak_bytes
+    unhindered = plan_memory(recipe, config=CONFIG, too_many_bytes=full.needed_bytes + 1)
+    assert (unhindered.active_blocks, unhindered.at_peak) == (full.active_blocks, full.at_peak)
+
+
 def test_the_larger_blocks_are_planned() -> None:
     model = tiny.llama(blocks=6)
     for name in ("gate_proj", "up_proj"):
@@ -83,7 +94,7 @@ def test_the_larger_blocks_are_planned() -> None:
     layers = lisatune.find_layers(model)
     lisa = LISA(model, build_adamw(model, layers, lr=1e-3), sampler="uniform", period=1)
     sizes = [sum(p.numel() for p in block.values()) for block in layers.block_parameters(model)]
-    draws = costly_draws(lisa.possible_draws(400), sizes, ends_rest=False)
+    draws = find_costly_draws(lisa.possible_draws(400), sizes, ends_rest=False)
     assert draws[0] == (3, 5)
     assert all(3 in draw for draw in draws)
     assert any(0 in draw for draw in draws)
@@ -186,7 +197,7 @@ def test_chunks_of_the_update_are_those_of_the_device(monkeypatch: pytest.Monkey
 def test_a_compiled_run_is_planned_as_it_is_written() -> None:
     plan = plan_memory(make_recipe(compile=True), config=CONFIG)
     assert plan.note is not None
-    assert "uncompiled" in plan.note
+    assert "without run.compile" in plan.note
     assert plan.peak_bytes == plan_memory(make_recipe(), config=CONFIG).peak_bytes
 
 

@@ -3,13 +3,15 @@
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from transformers import LlamaConfig
 
 from lisatune.cli.app import main
 from lisatune.memory import fit as searches
-from lisatune.memory.fit import Changes, Room, changed, find_fit, find_room
+from lisatune.memory.fit import Changes, Room, apply_changes, find_fit, find_room
+from lisatune.memory.plan import MemoryPlan, plan_memory
 from lisatune.methods import METHODS
 from lisatune.optim import codecs
 from lisatune.recipe import DataConfig, ModelConfig, Recipe, RunConfig
@@ -51,7 +53,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 
 def needed(recipe: Recipe, changes: Changes) -> int:
-    return PLANS(changed(recipe, changes)).needed_bytes
+    return PLANS(apply_changes(recipe, changes)).needed_bytes
 
 
 def room_in(recipe: Recipe, size: int) -> Room | None:
@@ -81,6 +83,22 @@ def test_state_becomes_no_coarser_than_all_blocks_need(recipe: Recipe) -> None:
     room = room_in(recipe, needed(recipe, most))
     assert room is not None
     assert room.changes == most
+
+
+def test_a_search_plans_nothing_twice(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = needed(recipe, EIGHT_BIT | STOCHASTIC | {"method.active": 3})
+    fit = find_fit(recipe, size)
+    assert fit.changes  # so that the search for room starts from changes
+    planned: list[Recipe] = []
+
+    def plan(changed: Recipe, **options: Any) -> MemoryPlan:
+        planned.append(changed)
+        return plan_memory(changed, **options)
+
+    monkeypatch.setattr("lisatune.memory.fit.plan_memory", plan)
+    assert find_room(recipe, fit) is not None
+    assert apply_changes(recipe, fit.changes) not in planned
+    assert len(set(planned)) == len(planned) > 1
 
 
 def test_without_bitsandbytes_moments_stay_as_they_are(
