@@ -239,8 +239,10 @@ def warn_of_rounding(model: nn.Module, optimizer: Optimizer) -> None:
     so the weight stands still (docs/optimizers.md).
     """
     narrow = {p.dtype for p in model.parameters() if p.requires_grad and p.element_size() == 2}
-    exact = isinstance(optimizer, AdamW) and all(g["rounding"] != "nearest" for g in optimizer.param_groups)
-    if narrow and not exact and not getattr(optimizer, "bf16_stochastic_round", False):  # torchao's
+    rounds = all(group.get("rounding", "nearest") == "nearest" for group in optimizer.param_groups)
+    keeps_rest = bool(getattr(optimizer, "lasting_state", ()))
+    is_stochastic = getattr(optimizer, "bf16_stochastic_round", False)  # torchao's
+    if narrow and rounds and not keeps_rest and not is_stochastic:
         dtypes = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in narrow))
         warnings.warn(
             f"the weights are {dtypes} and {type(optimizer).__name__} rounds each update to nearest, so at a "

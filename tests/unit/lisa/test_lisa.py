@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import tiny
-from lisatune import LISA, Independent, build_adamw, find_layers
+from lisatune import LISA, AdamW, Independent, build_adamw, find_layers
 from lisatune.lisa.samplers import Permutation, Uniform
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
@@ -61,8 +61,61 @@ def test_1_freezing_first_and_building_the_optimizer_later_is_refused(tiny_llama
     for block in tiny_llama.model.layers:
         block.requires_grad_(False)
     optimizer = torch.optim.AdamW([p for p in tiny_llama.parameters() if p.requires_grad])
-    with pytest.raises(ValueError, match=r"'model\.layers\.0\.self_attn\.q_proj\.weight' is not in the"):
+    with pytest.raises(ValueError, match="nothing in block 0 requires grad, so it would never train"):
         LISA(tiny_llama, optimizer)
+
+
+def test_1_a_parameter_that_is_missing_in_the_optimizer_is_named(tiny_llama: nn.Module) -> None:
+    optimizer = torch.optim.AdamW(p for n, p in tiny_llama.named_parameters() if "layers.3.mlp.up" not in n)
+    with pytest.raises(ValueError, match=r"'model\.layers\.3\.mlp\.up_proj\.weight' is not in the"):
+        LISA(tiny_llama, optimizer)
+
+
+def test_1_flags_that_an_earlier_lisa_left_are_refused(tiny_llama: nn.Module) -> None:
+    attach(tiny_llama)
+    with pytest.raises(ValueError, match=r"nothing in block \d requires grad.*detach\(\) an earlier LISA"):
+        attach(tiny_llama)
+
+
+def test_1_what_is_frozen_before_stays_frozen_and_is_named_once(tiny_llama: nn.Module) -> None:
+    names = ("q_proj.weight", "model.norm.weight")
+    frozen = [p for name, p in tiny_llama.named_parameters() if name.endswith(names)]
+    for p in frozen:
+        p.requires_grad_(False)
+    before = [p.detach().clone() for p in frozen]
+    with pytest.warns(
+        UserWarning, match=r"model\.norm\.weight, .* and 4 more did not require grad"
+    ) as caught:
+        optimizer, lisa = attach(tiny_llama, verify="full")
+    assert len(caught) == 1
+    tiny.fit(tiny_llama, optimizer, 9)
+    lisa.check()
+    assert all(torch.equal(p, was) for p, was in zip(frozen, before, strict=True))
+    assert not any(p.requires_grad or p in optimizer.state for p in frozen)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_1_a_model_with_adapters_is_refused(untied_llama: nn.Module) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(untied_llama, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="the model has PEFT's adapters: LISA would train the"):
+        LISA(model, torch.optim.AdamW(model.parameters()))
+    with pytest.raises(ValueError, match="the model has PEFT's adapters"):
+        LISA(model.get_base_model(), torch.optim.AdamW(model.parameters()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_1_narrow_weights_that_updates_are_rounded_into_are_warned_of(dtype: torch.dtype) -> None:
+    model = tiny.llama().to(dtype)
+    with pytest.warns(UserWarning, match=r"float16 and AdamW rounds each update to nearest.*lisatune\.AdamW"):
+        LISA(model, torch.optim.AdamW(model.parameters()))
+
+
+@pytest.mark.parametrize("rounding", ["exact", "stochastic"])
+def test_1_exact_and_stochastic_updates_are_not_warned_of(rounding: str) -> None:
+    model = tiny.llama().to(torch.bfloat16)
+    LISA(model, AdamW(model.parameters(), rounding=rounding))
 
 
 # ---- 2: the drawn blocks train, no other does
@@ -564,7 +617,8 @@ def test_hold_trains_its_blocks_alone_draws_no_more_and_gives_up_the_open_proof(
 def test_detach_restores_every_flag_and_hook(untied_llama: nn.Module) -> None:
     untied_llama.model.norm.weight.requires_grad_(False)
     flags = [p.requires_grad for p in untied_llama.parameters()]
-    optimizer, lisa = attach(untied_llama)
+    with pytest.warns(UserWarning, match=r"model\.norm\.weight did not require grad"):
+        optimizer, lisa = attach(untied_llama)
     tiny.fit(untied_llama, optimizer, 4)
     lisa.detach()
     assert [p.requires_grad for p in untied_llama.parameters()] == flags
@@ -573,7 +627,8 @@ def test_detach_restores_every_flag_and_hook(untied_llama: nn.Module) -> None:
     tiny.fit(untied_llama, optimizer, 4)
     assert lisa.steps_done == 4
     assert [p.requires_grad for p in untied_llama.parameters()] == flags
-    LISA(untied_llama, optimizer)
+    with pytest.warns(UserWarning, match=r"model\.norm\.weight did not require grad"):
+        LISA(untied_llama, optimizer)
 
 
 def test_second_lisa_on_an_optimizer_is_refused(untied_llama: nn.Module) -> None:

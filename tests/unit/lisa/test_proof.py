@@ -333,6 +333,7 @@ def test_drawn_block_whose_gradient_is_lost_is_named(untied_llama: nn.Module) ->
         tiny.fit(untied_llama, optimizer, 3, after=lose)
 
 
+@pytest.mark.filterwarnings("ignore:the weights are bfloat16 and AdamW rounds:UserWarning")
 @pytest.mark.parametrize("verify", ["full", "sample"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ends_without_gradients_are_named(untied_llama: nn.Module, dtype: torch.dtype, verify: str) -> None:
@@ -431,6 +432,7 @@ def swallow(model: nn.Module, optimizer: torch.optim.Optimizer, rows: slice) -> 
             }
 
 
+@pytest.mark.filterwarnings("ignore:the weights are bfloat16 and AdamW rounds:UserWarning")
 def test_coarse_weights_that_rest_in_their_window_are_read_in_full(untied_llama: nn.Module) -> None:
     optimizer, lisa = in_bf16(untied_llama)
     swallow(untied_llama, optimizer, slice(0, 96))  # three of four windows of embedding and head
@@ -441,6 +443,7 @@ def test_coarse_weights_that_rest_in_their_window_are_read_in_full(untied_llama:
         tiny.fit(untied_llama, optimizer, range(6, 10))
 
 
+@pytest.mark.filterwarnings("ignore:the weights are bfloat16 and AdamW rounds:UserWarning")
 def test_a_doubt_is_no_error_at_the_end_of_a_run(untied_llama: nn.Module) -> None:
     optimizer, lisa = in_bf16(untied_llama, period=4)
     swallow(untied_llama, optimizer, slice(None))
