@@ -98,7 +98,7 @@ def test_16_bit_models_loaded_wide_are_noticed(tmp_path: Path, model: Path) -> N
     ("optimizer", "run", "message"),
     [
         ({"in_backward": True}, {}, "optimizer.max_grad_norm=1.0; set it to null"),
-        ({"in_backward": True, "max_grad_norm": None}, {"accumulation": 2}, "run.accumulation=2 is impossible"),
+        ({"in_backward": True, "max_grad_norm": None}, {"accumulation": 2}, "accumulation=2 is impossible"),
         ({"rounding": "up"}, {}, "optimizer.rounding must be one of exact, stochastic, nearest, got 'up'"),
         ({"moments": "fp8"}, {}, "optimizer.moments must be one of fp32, bf16, 8bit, factored, got 'fp8'"),
     ],

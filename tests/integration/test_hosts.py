@@ -347,7 +347,7 @@ def test_freezing_before_trainer_builds_its_optimizer_is_an_error(data: Dataset,
     trainer = make_trainer(data, tmp_path)
     for block in trainer.model.model.layers[2:]:
         block.requires_grad_(False)
-    with pytest.raises(ValueError, match="nothing in block 2 requires grad.*before anything"):
+    with pytest.raises(ValueError, match=r"nothing in block 2 requires grad.*before anything"):
         LISA(trainer.model, trainer.create_optimizer(), active=2)
 
 
