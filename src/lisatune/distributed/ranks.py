@@ -259,7 +259,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(
             f"run.device {name!r} can't be used here ({reason}); use auto, cpu or cuda"
         ) from error

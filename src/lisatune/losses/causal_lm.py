@@ -245,6 +245,32 @@ class CausalLMLoss:
         return ids_BT, torch.arange(8, device=embedding.device).expand(2, -1)
 
 
+class ShardedLoss(CausalLMLoss):
+    """Next-token loss of a sharded model; FSDP2 treats a call as the forward pass.
+
+    Args:
+        model: a sharded model; every rank must make its loss.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
+        super().__init__(model)
+        reshard(model)
+        self.model._sharded_loss = super().__call__
+        register_fsdp_forward_method(self.model, "_sharded_loss")
+
+    def check_packing(self) -> None:
+        """Prove it as `CausalLMLoss` does; every rank must call this."""
+        super().check_packing()
+        reshard(self.model)
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Sum the token losses of this rank's batch; every rank must call it."""
+        result: tuple[Tensor, Tensor] = self.model._sharded_loss(batch)
+        return result
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Switch dropout off inside, and give every module its own training flag back at the end."""
@@ -291,29 +317,3 @@ def _agree(a: Tensor, b: Tensor) -> bool:
 
 def _identity(x: Tensor) -> Tensor:
     return x
-
-
-class ShardedLoss(CausalLMLoss):
-    """Next-token loss of a sharded model; FSDP2 treats a call as the forward pass.
-
-    Args:
-        model: a sharded model; every rank must make its loss.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        from torch.distributed.fsdp import register_fsdp_forward_method
-
-        super().__init__(model)
-        reshard(model)
-        self.model._sharded_loss = super().__call__
-        register_fsdp_forward_method(self.model, "_sharded_loss")
-
-    def check_packing(self) -> None:
-        """Prove it as `CausalLMLoss` does; every rank must call this."""
-        super().check_packing()
-        reshard(self.model)
-
-    def __call__(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Sum the token losses of this rank's batch; every rank must call it."""
-        result: tuple[Tensor, Tensor] = self.model._sharded_loss(batch)
-        return result

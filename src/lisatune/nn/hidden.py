@@ -22,6 +22,13 @@ def num_virtual_tokens(model: Any) -> int:
     return 0 if config is None else int(config.num_virtual_tokens)
 
 
+def max_positions(model: nn.Module) -> int | None:
+    """Longest sequence the model's config allows beside PEFT's virtual tokens, None where it names none."""
+    config: Any = model.config
+    limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return None if limit is None else limit - num_virtual_tokens(model)
+
+
 def hidden_states(model: Any, input_ids_BT: Tensor, position_ids_BT: Tensor) -> Tensor:
     """What the decoder makes of the tokens, [B, T, H]: what the head reads."""
     decoder, config = model.get_decoder(), _prompt_config(model)
@@ -66,10 +73,3 @@ def _positions(module: nn.Module, position_ids_BT: Tensor) -> dict[str, Tensor]:
     """Models whose attention counts positions by itself (ALiBi) take no position_ids."""
     takes_them = "position_ids" in inspect.signature(module.forward).parameters
     return {"position_ids": position_ids_BT} if takes_them else {}
-
-
-def max_positions(model: nn.Module) -> int | None:
-    """Longest sequence the model's config allows beside PEFT's virtual tokens, None where it names none."""
-    config: Any = model.config
-    limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return None if limit is None else limit - num_virtual_tokens(model)

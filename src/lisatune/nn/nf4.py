@@ -120,7 +120,7 @@ def check_nf4(device: torch.device) -> None:
         layer = Linear4(nn.Linear(BLOCK, 2, bias=False, device=device))
         layer(torch.ones(1, BLOCK, device=device))
     except (AttributeError, NotImplementedError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(
             f"4-bit weights don't work on {device} with this bitsandbytes ({reason}); use method lora"
         ) from error

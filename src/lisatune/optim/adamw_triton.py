@@ -61,7 +61,7 @@ def update_chunk(
     scales, tables = [none] * 2, [none] * 4
     if is_8bit:
         scales = [chunk["exp_avg_scales"], chunk["exp_avg_sq_scales"]]
-        tables = [*codecs.tables(True, weight), *codecs.tables(False, weight)]
+        tables = [*codecs.load_tables(True, weight), *codecs.load_tables(False, weight)]
     low, high = codecs.split_key(key)
     beta1, beta2 = group["betas"]
     _kernel[(triton.cdiv(weight.numel(), SIZE),)](

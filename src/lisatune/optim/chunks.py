@@ -13,7 +13,7 @@ from torch import Tensor
 from lisatune.distributed.shards import has_values
 from lisatune.optim.codecs import BLOCK
 
-__all__ = ["cut", "flatten", "on_device", "values_of"]
+__all__ = ["cut", "flatten", "on_device", "strip_zero_rows"]
 
 
 @contextmanager
@@ -33,6 +33,11 @@ def cut(size: int, chunk_size: int, *, like: Tensor) -> list[slice]:
     """
     slices = [slice(start, min(start + chunk_size, size)) for start in range(0, size, chunk_size)]
     return slices if has_values(like) or len(slices) <= 3 else [*slices[:2], slices[-1]]
+
+
+def strip_zero_rows(gradient: Tensor) -> Tensor:
+    """Return the numbers of a gradient that can differ from zero, in its own memory: a merged one's rows."""
+    return gradient.coalesce()._values() if gradient.is_sparse else gradient
 
 
 def on_device(
@@ -105,8 +110,3 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     if device not in _streams:
         _streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     return _streams[device]
-
-
-def values_of(gradient: Tensor) -> Tensor:
-    """Return the numbers of a gradient that can differ from zero, in its own memory: a merged one's rows."""
-    return gradient.coalesce()._values() if gradient.is_sparse else gradient

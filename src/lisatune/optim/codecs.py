@@ -35,13 +35,13 @@ __all__ = [
     "in_float32",
     "join_remainder",
     "key_of",
+    "load_tables",
     "narrow",
     "quantize",
     "random_bits",
     "round_stochastically",
     "split_key",
     "split_remainder",
-    "tables",
     "widen",
 ]
 
@@ -175,7 +175,7 @@ def quantize(values: Tensor, codes: Tensor, scales: Tensor, *, signed: bool) -> 
     faster on a CPU than a search, with 2 to 6 % more error. Unsigned values are never rounded to zero,
     because a second moment of zero would leave only eps in the denominator.
     """
-    table, _ = tables(signed, values)
+    table, _ = load_tables(signed, values)
     padded = pad(values, (0, -values.numel() % BLOCK)).view(-1, BLOCK)
     torch.amax(padded.abs(), dim=1, out=scales)
     near = (padded / scales.unsqueeze(1)).view(-1)[: values.numel()].to(torch.bfloat16)
@@ -184,12 +184,12 @@ def quantize(values: Tensor, codes: Tensor, scales: Tensor, *, signed: bool) -> 
 
 def dequantize(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
     """Return the float32 values [N] that codes and scales stand for."""
-    _, values_of = tables(signed, codes)
-    values = values_of.index_select(0, pad(codes, (0, -codes.numel() % BLOCK)).to(torch.int32))
+    _, value_of = load_tables(signed, codes)
+    values = value_of.index_select(0, pad(codes, (0, -codes.numel() % BLOCK)).to(torch.int32))
     return values.view(-1, BLOCK).mul_(scales.unsqueeze(1)).view(-1)[: codes.numel()]
 
 
-def tables(signed: bool, like: Tensor) -> tuple[Tensor, Tensor]:
+def load_tables(signed: bool, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return the code of each of the 2^16 bf16 numbers, uint8, and the value of each code, float32 [256]."""
     if not has_values(like):  # shapes are all that counts
         codes = torch.empty(1 << 16, dtype=torch.uint8, device=like.device)

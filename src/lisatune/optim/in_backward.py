@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lisatune.optim.chunks import values_of
+from lisatune.optim.chunks import strip_zero_rows
 
 __all__ = ["UpdateInBackward"]
 
@@ -84,7 +84,7 @@ class UpdateInBackward:
             )
         self._updated.add(parameter)
         self._squares.append(
-            torch.linalg.vector_norm(values_of(parameter.grad), dtype=torch.float32).square()
+            torch.linalg.vector_norm(strip_zero_rows(parameter.grad), dtype=torch.float32).square()
         )
         self._update(self._places[parameter], parameter)
         parameter.grad = None

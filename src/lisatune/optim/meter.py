@@ -28,6 +28,10 @@ def state_bytes(optimizer: Optimizer) -> int:
     return _bytes_of(optimizer.state.values())
 
 
+def _bytes_of(states: Iterable[dict[str, Any]]) -> int:
+    return tensors_bytes(v for state in states for v in state.values() if isinstance(v, torch.Tensor))
+
+
 def state_elements(optimizer: Optimizer) -> int:
     """Count the elements of the state that is shaped like its parameter or its rows: AdamW's two moments.
 
@@ -91,10 +95,6 @@ def restore_dtypes(optimizer: Optimizer, saved: Mapping[int, Mapping[str, Any]])
         for key, value in entry.items():
             if isinstance(value, Tensor) and key in loaded and loaded[key].dtype != value.dtype:
                 loaded[key] = value.detach().to(loaded[key].device, copy=True)
-
-
-def _bytes_of(states: Iterable[dict[str, Any]]) -> int:
-    return tensors_bytes(v for state in states for v in state.values() if isinstance(v, torch.Tensor))
 
 
 def tensors_bytes(tensors: Iterable[Tensor]) -> int:
