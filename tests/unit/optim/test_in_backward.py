@@ -113,7 +113,7 @@ def test_accumulation_is_refused() -> None:
 def test_frozen_parameters_are_refused() -> None:
     model, optimizer = start(False)
     next(model.parameters()).requires_grad_(False)
-    with pytest.raises(ValueError, match="1 don't require grad; call it before anything is frozen"):
+    with pytest.raises(ValueError, match="1 do not require grad; call it before anything is frozen"):
         optimizer.update_in_backward()
 
 
