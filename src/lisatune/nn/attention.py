@@ -12,7 +12,8 @@ softmax inside in float32, sums over chunks in float32. P is rounded to bf16 bef
 attention.
 
 It is registered in transformers as `lisatune_cpu`: set `model.attention: lisatune_cpu` in a recipe, or call
-`use_cpu_attention(model)`. Boolean masks are supported: packed records, padding, sliding windows. Dropout, additive masks, decoding without a mask and other devices go to `sdpa`.
+`use_cpu_attention(model)`. Boolean masks are supported: packed records, padding, sliding windows. Dropout,
+additive masks, decoding without a mask and other devices go to `sdpa`.
 
 Shapes: B = sequences, H = query heads, K = key heads, G = H / K, T = queries, S = keys, D = head size,
 C = rows at once, n = keys that a chunk of rows looks at.

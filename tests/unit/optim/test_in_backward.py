@@ -106,7 +106,7 @@ def test_schedules_do_not_notice() -> None:
 def test_accumulation_is_refused() -> None:
     model, _ = start(True)
     tiny.backward(model, 0)
-    with pytest.raises(RuntimeError, match="can't accumulate gradients, so call step"):
+    with pytest.raises(RuntimeError, match="cannot accumulate gradients, so call step"):
         tiny.backward(model, 1)
 
 
