@@ -119,7 +119,7 @@ VALUES: list[tuple[list[str], tuple[str, ...]]] = [
     (["run.report_to=[tensorbord]"], ("unknown tracker 'tensorbord'", "known: tensorboard, wandb")),
     (["run.device=cuba"], ("unknown run.device 'cuba'", "use auto or one of cpu, cuda")),
     (["run.device=meta"], ("unknown run.device 'meta'",)),
-    (["run.device=cpu:x"], ("run.device 'cpu:x' can't be used here", "use auto")),
+    (["run.device=cpu:x"], ("run.device 'cpu:x' cannot be used here", "use auto")),
     (["model.attention=flash"], ("flash", "sdpa")),
     (
         ["data.validation_share=0.001"],

@@ -38,7 +38,8 @@ def find_examples() -> list[doctest.DocTest]:
 def names_in_examples(folder: Path) -> dict[str, Any]:
     """What examples use without defining it."""
     model: nn.Module = tiny.llama()
-    batch = {"input_ids": tiny.tokens(0), "labels": tiny.tokens(0)}
+    ids = tiny.tokens(0)
+    batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(ids.shape[1]).expand_as(ids)}
     matrices = [p for name, p in model.named_parameters() if "proj" in name]
     return {
         "torch": torch,

@@ -1,7 +1,7 @@
 """The ranks of a run: processes that a launcher such as `torchrun` started, one for each device.
 
-Every function here does its work with one rank too, without a process group. Those that compare or add up
-are collective: each rank must call them, in the same order. Numbers travel over gloo, on the CPU.
+Every function also works with one rank, without a process group. The functions that compare
+or add up are collective: every rank must call them, in the same order. Numbers travel over gloo, on the CPU.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia")
 
 
 TIMEOUT = timedelta(minutes=30)
-"""How long a rank waits for another one that is alive but silent. One that has died is noticed at once."""
+"""How long a rank waits for another one that is alive but silent. A rank that has died is noticed at once."""
 
 
 Result = TypeVar("Result")
@@ -106,7 +106,7 @@ def fake_ranks(number: int) -> Iterator[None]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if distributed.is_initialized():
-        raise RuntimeError("ranks can't be pretended in a process that has joined real ones")
+        raise RuntimeError("fake ranks are not possible in a process that has joined real ranks")
     distributed.init_process_group("fake", rank=0, world_size=number, store=FakeStore())
     try:
         yield
@@ -115,7 +115,7 @@ def fake_ranks(number: int) -> Iterator[None]:
 
 
 def ranks_are_fake() -> bool:
-    """Whether the other ranks are pretended (`fake_ranks`)."""
+    """Whether the other ranks are those of `fake_ranks`."""
     return count() > 1 and distributed.get_backend() == "fake"
 
 
@@ -146,7 +146,7 @@ def check_equal(what: str, value: object) -> None:
     """Compare `repr(value)` between the ranks.
 
     Raises:
-        RuntimeError: it differs; names the ranks that differ from the first.
+        RuntimeError: the value differs; the message names the ranks that differ from rank 0.
     """
     if not has_others():
         return
@@ -166,7 +166,7 @@ def on_rank0(work: Callable[[], Result]) -> Result | None:
     """Do `work` on the first rank while the others wait; the others get None.
 
     Raises:
-        RuntimeError: on the other ranks, where the first one failed; OSError where that was one.
+        RuntimeError: on the other ranks, if `work` failed on the first; OSError if its error was an OSError.
     """
     result, failure = None, None
     if is_rank0():
@@ -194,7 +194,7 @@ def broadcast_text(text: str) -> str:
 
 
 def on_this_machine() -> int:
-    """Number of ranks that share this machine's memory; all of them where the launcher doesn't say."""
+    """Number of ranks that share this machine's memory; all of them if the launcher does not say."""
     return min(int(os.environ.get("LOCAL_WORLD_SIZE") or count()), count())
 
 
@@ -241,15 +241,15 @@ def _lost_rank() -> Iterator[None]:
         number = os.environ.get("RANK", "0")
         raise RuntimeError(
             f"rank {number} lost another rank and cannot continue alone; that rank's message, if it had time "
-            "for one, says why; continue from the last checkpoint with --resume"
+            "to print one, says why; continue from the last checkpoint with --resume"
         ) from error
 
 
 def pick_device(name: str) -> torch.device:
-    """Turn `auto` into the accelerator of this machine, or the CPU where there is none.
+    """Turn `auto` into the accelerator of this machine, or into the CPU if there is none.
 
     Raises:
-        ValueError: no such device, or torch can't use it here.
+        ValueError: no such device, or torch cannot use it on this machine.
     """
     if name == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -259,8 +259,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(
-            f"run.device {name!r} can't be used here ({reason}); use auto, cpu or cuda"
+            f"run.device {name!r} cannot be used here ({reason}); use auto, cpu or cuda"
         ) from error
     return device

@@ -1,6 +1,6 @@
-"""Tensors that are not all here: divided among ranks (DTensor), or without values, as in a memory plan.
+"""Tensors of which this process holds a part (DTensor), or the shape alone, as in a memory plan.
 
-Every function takes plain tensors too, and returns them unchanged.
+Every function also accepts plain tensors.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -35,19 +35,19 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether a tensor holds numbers: one on the meta device, or of a memory plan, has a shape alone."""
+    """Whether a tensor holds numbers. On the meta device, or in a memory plan, it has only a shape."""
     return tensor.untyped_storage().device.type != "meta"
 
 
 def local_part(tensor: Any) -> Tensor:
-    """Return this rank's part of a tensor, without its history; of a plain tensor the whole."""
+    """Return this rank's part of a tensor, detached from the graph; for a plain tensor, all of it."""
     plain = tensor.detach()
     part: Tensor = plain.to_local() if is_sharded(plain) else plain
     return part
 
 
 def part_to_update(parameter: nn.Parameter) -> Tensor:
-    """Return this rank's part of a parameter, with that of its gradient; a plain parameter as it is."""
+    """Return this rank's part of a parameter, with its part of the gradient; a plain parameter unchanged."""
     if not is_sharded(parameter):
         return parameter
     part = local_part(parameter)
@@ -56,14 +56,14 @@ def part_to_update(parameter: nn.Parameter) -> Tensor:
 
 
 def full_tensor(tensor: Any) -> Tensor:
-    """Put a tensor together from all ranks' parts; every rank must call it. A plain one comes as it is."""
+    """Join all ranks' parts of a tensor; every rank must call it. A plain tensor is only detached."""
     plain = tensor.detach()
     whole: Tensor = plain.full_tensor() if is_sharded(plain) else plain
     return whole
 
 
 def like_shard(whole: Tensor, parameter: Any) -> Tensor:
-    """Cut this rank's part out of a tensor that every rank has, as `parameter` is cut."""
+    """Cut this rank's part out of a tensor that every rank has whole, divided like `parameter`."""
     from torch.distributed.tensor import distribute_tensor
 
     if not is_sharded(parameter) or whole.shape != parameter.shape:
@@ -76,7 +76,7 @@ def like_shard(whole: Tensor, parameter: Any) -> Tensor:
 
 
 def whole_state(value: Tensor, parameter: Any) -> Tensor:
-    """Put optimizer state together whose parts are cut as `parameter` is; every rank must call it."""
+    """Join the parts of optimizer state that is divided like `parameter`; every rank must call it."""
     from torch.distributed.tensor import DTensor
 
     if not is_sharded(parameter) or value.ndim == 0:
@@ -111,10 +111,10 @@ def shard(
     Build the optimizer after this.
 
     Args:
-        model: with the same weights on every rank; or on the meta device, to be filled.
+        model: has the same weights on every rank, or is on the meta device and will be filled.
         blocks: paths of its blocks (`LayerMap.blocks`); each is gathered on its own.
         device: of this rank.
-        how: what is divided.
+        how: "fsdp" divides every parameter among the ranks; "replicate" keeps all of it on every rank.
         fill: puts weights into a model on the meta device, once each rank has storage for its part.
     """
     from torch.distributed import get_world_size
@@ -146,4 +146,4 @@ def _allocate(model: nn.Module, device: torch.device) -> None:
         made = nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
         for module, name in owners:
             module._parameters[name] = made
-    model._apply(lambda tensor: tensor)  # type: ignore[no-untyped-call]  # FSDP2 takes notice of them
+    model._apply(lambda tensor: tensor)  # type: ignore[no-untyped-call]  # FSDP2 then sees the new parameters

@@ -1,4 +1,4 @@
-"""What training minimises."""
+"""The losses that training minimises."""
 
 from lisatune.losses.causal_lm import CausalLMLoss as CausalLMLoss
 from lisatune.losses.in_forward import use_chunked_loss as use_chunked_loss

@@ -53,12 +53,12 @@ def chunked_cross_entropy(
     """Sum the next-token losses of a batch, in float32 (float64 for float64).
 
     Args:
-        hidden_BTD: what the head reads, [B, T, H], any float dtype.
+        hidden_BTD: input of the head, [B, T, H], any float dtype.
         head: maps [C, H] to logits [C, V].
         labels_BT: token ids, [B, T]; -100 carries no loss. Position t is scored on label t + 1.
         chunk_size: C, positions whose logits exist at once, >= 1.
-        transform: what the model does to its logits, elementwise, such as scaling or soft-capping.
-        is_shifted: position t is scored on label t instead.
+        transform: elementwise change that the model makes to its logits, such as scaling or soft-capping.
+        is_shifted: True scores position t on label t instead.
 
     Returns:
         Loss sum (scalar) and number of positions with loss (int64 scalar). With no such position the sum
@@ -84,7 +84,7 @@ def chunked_cross_entropy(
         return cross_entropy(logits_CV.to(wide), target_C, reduction="sum")
 
     total = torch.zeros((), device=hidden_BTD.device)
-    for start in range(0, max(len(target_N), 1), chunk_size):  # one empty chunk where nothing has loss
+    for start in range(0, max(len(target_N), 1), chunk_size):  # one empty chunk if no position has loss
         chunk = hidden_ND[start : start + chunk_size], target_N[start : start + chunk_size]
         if torch.is_grad_enabled():
             total = total + checkpoint(chunk_loss, *chunk, use_reentrant=False, preserve_rng_state=False)
@@ -105,37 +105,42 @@ def _is_plain(head: Any) -> TypeGuard[nn.Linear]:
 
 
 def _is_plain_parameter(weight: Tensor) -> bool:
-    """Whether a weight is neither quantised nor divided among ranks, which both are subclasses."""
+    """Whether a weight is neither quantised nor divided among ranks, since both kinds are subclasses."""
     return type(weight) is nn.Parameter and type(weight.data) is Tensor
 
 
 class CausalLMLoss:
     """Next-token loss of a Hugging Face causal language model, without its full logits.
 
-    The decoder is called for hidden states and the head is applied in chunks. That must give the model's
-    own logits, which is proven here on a few tokens; a model that does anything else to its logits goes
-    through its own forward with full logits instead, and a warning says so.
+    The decoder computes hidden states and the head is applied in chunks. The result must equal the model's
+    own logits; that is proven here on a few tokens. A model that changes its logits in any other way uses its
+    own forward with full logits instead, and a warning says so.
 
     `use_cache=False` and the batch's position_ids are always passed, an attention_mask never: sequences are
     padded on the right, where a causal model does not look, and packed documents are told apart by
-    position_ids that start again at 0. The auxiliary loss of mixture-of-experts
-    routers is not part of this loss.
+    position_ids that start again at 0. The auxiliary loss of
+    mixture-of-experts routers is not part of this loss.
 
     For FSDP2, register the method that calls this with `register_fsdp_forward_method`, since the model's own
     `forward` is bypassed.
 
     Args:
         model: a `transformers` causal language model on its device. It is called twice; without weights (on
-            the meta device) it is not called, and its config is believed.
+            the meta device) it is not called, and its config is trusted.
         chunk_size: positions whose logits exist at once.
-        on_obstacle: what to do where the model needs its full logits: use them and warn, or raise.
+        on_obstacle: if the model needs its full logits, "warn" uses them and warns, "raise" raises.
 
     Attributes:
-        is_chunked: False where the model needs its full logits.
-        transform: what the model does to its head's output, elementwise; None where that is nothing.
+        is_chunked: False if the model needs its full logits.
+        transform: elementwise change that the model makes to its head's output; None if it makes none.
 
     Raises:
         ValueError: the model computes NaN, or needs its full logits and `on_obstacle` is "raise".
+
+    Example:
+        >>> loss = CausalLMLoss(model)
+        >>> loss_sum, num_tokens = loss(batch)
+        >>> (loss_sum / num_tokens).backward()
     """
 
     def __init__(
@@ -185,11 +190,11 @@ class CausalLMLoss:
         )
 
     def check_packing(self) -> None:
-        """Prove on a few tokens that documents packed into one sequence don't see each other.
+        """Prove on a few tokens that documents packed into one sequence do not see each other.
 
         Raises:
-            ValueError: they do, as in models without position ids, with recurrent state, or in flash
-                attention with more than one sequence per batch.
+            ValueError: the documents see each other, as in models without position ids, with recurrent
+                state, or in flash attention with more than one sequence per batch.
         """
         ids_BT, _ = self._probe()
         restart_BT = torch.cat([torch.arange(4), torch.arange(4)]).expand(2, -1).to(ids_BT.device)
@@ -204,21 +209,21 @@ class CausalLMLoss:
             )
 
     def follow(self, model: nn.Module) -> None:
-        """From now on compute the loss of `model`, which a method has put around the one before.
+        """From now on compute the loss of `model`, a wrapper that a method has put around the old model.
 
         Raises:
-            ValueError: with virtual tokens hidden states and head don't give the model's own logits any more.
+            ValueError: with virtual tokens, decoder and head no longer give the model's own logits.
         """
         self.model = model
         obstacle = self._find_transform() if num_virtual_tokens(model) else None
         if obstacle is not None:
-            raise ValueError(f"virtual tokens don't work with this model ({obstacle}); use another method")
+            raise ValueError(f"virtual tokens do not work with this model ({obstacle}); use another method")
 
     def _find_transform(self) -> str | None:
-        """Find what turns the head's output into the model's logits; say what is wrong where nothing does."""
+        """Find the change from the head's output to the model's logits; if there is none, return why."""
         head = self.model.get_output_embeddings()
         if head is None:
-            return "it names no output head"
+            return "it has no output head"
         candidates = _transforms(self.model.config.get_text_config(decoder=True))
         if not has_values(local_part(self.model.get_input_embeddings().weight)):
             self.transform = candidates[0]  # nothing to compare with
@@ -231,7 +236,7 @@ class CausalLMLoss:
             try:
                 raw_BTV = head(hidden_states(self.model, *probe))
             except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-                return f"its decoder and head can't be called apart ({error})"
+                return f"its decoder and head cannot be called separately ({error})"
             for transform in candidates:
                 if _agree(raw_BTV if transform is None else transform(raw_BTV), want_BTV):
                     self.transform = transform
@@ -243,6 +248,32 @@ class CausalLMLoss:
         embedding = self.model.get_input_embeddings().weight
         ids_BT = torch.arange(16, device=embedding.device).view(2, 8) % embedding.shape[0]
         return ids_BT, torch.arange(8, device=embedding.device).expand(2, -1)
+
+
+class ShardedLoss(CausalLMLoss):
+    """Next-token loss of a sharded model; FSDP2 treats a call as the forward pass.
+
+    Args:
+        model: a sharded model. Every rank must create this object.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
+        super().__init__(model)
+        reshard(model)
+        self.model._sharded_loss = super().__call__
+        register_fsdp_forward_method(self.model, "_sharded_loss")
+
+    def check_packing(self) -> None:
+        """Do the check of `CausalLMLoss`; every rank must call it."""
+        super().check_packing()
+        reshard(self.model)
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Sum the token losses of this rank's batch; every rank must call it."""
+        result: tuple[Tensor, Tensor] = self.model._sharded_loss(batch)
+        return result
 
 
 @contextmanager
@@ -258,7 +289,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _transforms(config: Any) -> list[Callable[[Tensor], Tensor] | None]:
-    """Every way from head output to logits that the config's keys allow, the likeliest first."""
+    """Return every change of the logits that the config's keys allow, the likeliest first."""
     values = [getattr(config, key, None) for key in SCALE_KEYS]
     factors = [factor for value in values if value for factor in (float(value), 1 / value)]
     cap = getattr(config, "final_logit_softcapping", None)
@@ -291,29 +322,3 @@ def _agree(a: Tensor, b: Tensor) -> bool:
 
 def _identity(x: Tensor) -> Tensor:
     return x
-
-
-class ShardedLoss(CausalLMLoss):
-    """Next-token loss of a sharded model; FSDP2 treats a call as the forward pass.
-
-    Args:
-        model: a sharded model; every rank must make its loss.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        from torch.distributed.fsdp import register_fsdp_forward_method
-
-        super().__init__(model)
-        reshard(model)
-        self.model._sharded_loss = super().__call__
-        register_fsdp_forward_method(self.model, "_sharded_loss")
-
-    def check_packing(self) -> None:
-        """Prove it as `CausalLMLoss` does; every rank must call this."""
-        super().check_packing()
-        reshard(self.model)
-
-    def __call__(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Sum the token losses of this rank's batch; every rank must call it."""
-        result: tuple[Tensor, Tensor] = self.model._sharded_loss(batch)
-        return result

@@ -12,7 +12,7 @@ Two orders, both exact; `linear_cross_entropy` picks by the head's dtype:
                      is summed up in one float32 buffer. For float32 heads, and for frozen heads.
     VocabularySlices a running logsumexp over slices of the vocabulary in forward; backward computes each
                      slice's logits again and its rows of ∂W in one product over all tokens. There is no sum
-                     over chunks, so bf16 needs neither a float32 buffer nor loses bits to rounding.
+                     over chunks, so bf16 needs no float32 buffer and loses no bits to rounding.
 
 Softmax and sums are in float32 (float64 for float64). Under autocast products are in its dtype, gradients in
 that of the parameters.
@@ -52,10 +52,10 @@ def linear_cross_entropy(
     """Sum the cross-entropies of `hidden_NH @ weight_VH.T` with the targets.
 
     Args:
-        hidden_NH: what the head reads, [N, H], any float dtype.
+        hidden_NH: input of the head, [N, H], any float dtype.
         weight_VH: the head, [V, H].
         target_N: int64 [N], 0 <= target < V.
-        chunk_size: C, tokens whose logits exist at once where chunks of tokens are used, >= 1.
+        chunk_size: C, tokens whose logits exist at once if TokenChunks is used, >= 1.
         transform: elementwise, differentiable change of the logits, keeps shape and dtype.
 
     Returns:
@@ -99,7 +99,7 @@ class TokenChunks(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("backward ran through this loss before; compute the loss again")
-        # Not kept in ctx: autograd takes over a gradient that nobody else holds, and copies any other.
+        # Not kept in ctx: autograd reuses a gradient that nobody else holds, and copies any other.
         hidden_grad, weight_grad = ctx.gradients
         ctx.gradients = None
         for each in (hidden_grad, weight_grad):
@@ -211,13 +211,13 @@ class VocabularySlices(torch.autograd.Function):
 
 
 def _slices(hidden_NH: Tensor, weight_VH: Tensor) -> list[slice]:
-    """Cut the vocabulary so that N × S stays small, into slices that differ in no more than the last."""
+    """Cut the vocabulary so that N × S stays small, into equal slices; only the last may be smaller."""
     step = max(SLICE_ELEMENTS // max(len(hidden_NH), 1), 256)
     return [slice(start, min(start + step, len(weight_VH))) for start in range(0, len(weight_VH), step)]
 
 
 def _columns(target_N: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-    """Each target's column in a slice, [N, 1], and whether it is in there at all."""
+    """Return each target's column in a slice, [N, 1], and whether the target is in the slice."""
     column_N1 = (target_N - rows.start)[:, None]
     width = rows.stop - rows.start
     return column_N1.clamp(0, width - 1), (column_N1 >= 0) & (column_N1 < width)
@@ -226,7 +226,7 @@ def _columns(target_N: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
 def _logits(
     hidden_NH: Tensor, weight_VH: Tensor, transform: Transform | None
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Logits in wide precision, to be overwritten, and what takes their gradient back to `h Wᵀ`."""
+    """Return logits in wide precision, free to overwrite, and a map of their gradient to that of h Wᵀ."""
     raw = hidden_NH @ weight_VH.T
     wide = _wide(raw.dtype)
     if transform is None:

@@ -16,7 +16,7 @@ from lisatune.losses.causal_lm import CausalLMLoss, chunked_cross_entropy
 __all__ = ["ChunkedLoss", "use_chunked_loss"]
 
 FOR_THE_LOSS = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "return_dict")
-"""Arguments of `forward` that the decoder does not get."""
+"""Arguments of `forward` that are not passed to the decoder."""
 
 
 def use_chunked_loss(model: Any, *, chunk_size: int = 128, in_evaluation: bool = True) -> "ChunkedLoss":
@@ -38,7 +38,7 @@ def use_chunked_loss(model: Any, *, chunk_size: int = 128, in_evaluation: bool =
 
     Raises:
         ValueError: the model changes its logits in a way its config does not name, or adds a router loss.
-        RuntimeError: it computes this loss already.
+        RuntimeError: the model computes this loss already.
 
     Example:
         >>> use_chunked_loss(model)
@@ -85,7 +85,7 @@ class ChunkedLoss:
 
 
 def _forward(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Stands in for the model's `forward`."""
+    """Replace the model's `forward`."""
     handle: ChunkedLoss = model._chunked_loss
     if args:
         names = list(inspect.signature(type(model).forward).parameters)[1:]

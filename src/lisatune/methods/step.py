@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lisatune.distributed import ranks
 from lisatune.distributed.shards import full_tensor
 from lisatune.losses.causal_lm import CausalLMLoss
-from lisatune.optim.chunks import values_of
+from lisatune.optim.chunks import strip_zero_rows
 from lisatune.optim.in_backward import UpdateInBackward
 
 __all__ = ["TrainingStep"]
@@ -90,7 +90,7 @@ def _as_dense(parameter: nn.Parameter) -> Tensor:
     if parameter.grad is None or not parameter.grad.is_sparse:
         return parameter
     parameter.grad = parameter.grad.coalesce()
-    values = values_of(parameter.grad)
+    values = strip_zero_rows(parameter.grad)
     stand_in = values.detach()
     stand_in.grad = values
     return stand_in

@@ -1,16 +1,16 @@
 """How blocks run: with activations stored or recomputed, compiled or not.
 
 Each block gets a `forward` of its own that looks, call by call, at whether the block has a parameter that
-trains. So nothing has to be switched when LISA draws, and parameter names stay as they are.
+trains. So a draw of LISA has nothing to switch, and parameter names do not change.
 
     checkpointing "all"     a block keeps its input only and runs again in backward
-    checkpointing "frozen"  blocks that are frozen now do; active blocks store what they need
+    checkpointing "frozen"  frozen blocks do so; active blocks store their activations
     compiled                the block's forward is one graph, shared by all blocks of its kind
 
 A compiled block has at most four graphs: frozen or active, with an input that needs a gradient or not (below
-the lowest active block, where the embedding rests). Blocks of one model share them, because parameters are
-inputs of the graph. `BlockForward.warm_up` builds them all, so that no draw compiles anew. Without gradients
-(evaluation, generation) and with a key-value cache the block runs as it was written.
+the lowest active block, while the embedding is frozen). Blocks of one model share them, because parameters
+are inputs of the graph. `BlockForward.warm_up` builds them all, so that no draw compiles anew. Without
+gradients (evaluation, generation) and with a key-value cache the block runs its original forward.
 """
 
 import inspect
@@ -39,9 +39,9 @@ class BlockForward:
 
     Args:
         model: any model.
-        layers: its blocks.
+        layers: says which modules are its blocks (`find_layers`).
         checkpointing: which blocks recompute their activations in backward: none, all, or those frozen now.
-        backend: torch.compile's backend, such as "inductor"; None runs the blocks as they are written.
+        backend: torch.compile's backend, such as "inductor"; None does not compile.
         dynamic: True for batches of different lengths: one graph for all of them. False makes a graph for
             each length.
 
@@ -50,8 +50,12 @@ class BlockForward:
         ValueError: "inductor" on a CPU without a C++ compiler.
 
     Example:
-        >>> with BlockForward(model, find_layers(model), checkpointing="frozen"):
-        ...     model(**batch).loss.backward()
+        >>> from lisatune.nn.layers import find_layers
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        >>> with BlockForward(model, find_layers(model, blocks=""), checkpointing="all"):
+        ...     model(torch.ones(2, 4)).sum().backward()
+        >>> model[0].weight.grad.shape
+        torch.Size([4, 4])
     """
 
     def __init__(
@@ -66,7 +70,7 @@ class BlockForward:
         self.model, self.checkpointing = model, checkpointing
         self.blocks: list[Any] = [model.get_submodule(path) for path in layers.blocks]
         if any("_block_forward" in vars(block) for block in self.blocks):
-            raise RuntimeError("the blocks run in a way of their own already; undo() that first")
+            raise RuntimeError("the blocks already have a BlockForward; undo() it first")
         if backend == "inductor" and all(p.device.type == "cpu" for p in model.parameters()):
             check_compiler()
         self.compiled: dict[type, Callable[..., Any]] = {}
@@ -114,7 +118,8 @@ class BlockForward:
             embedding: parameters below the blocks, the input embedding.
             rests: whether the embedding is frozen in some periods, so that blocks run without a gradient
                 below the lowest active one.
-            draws: whether blocks freeze and thaw. If not, one pass as everything is shows all graphs.
+            draws: whether blocks freeze and thaw. If not, one pass with the flags as they are builds all
+                graphs.
 
         Returns:
             Seconds it took.
@@ -128,7 +133,7 @@ class BlockForward:
         even = set(range(0, last + 1, 2))
         passes = [(True, even), (True, set(range(last + 1)) - even)]
         if rests:
-            # A kind of block occurs more than once in a model, so first blocks and last show each kind.
+            # A kind of block occurs more than once in a model, so the first and last blocks show each kind.
             passes += [(False, {last}), (False, {0, last}), (False, even), (False, set(range(1, last + 1)))]
             passes += [(False, {i}) for i in self._first_of_kinds()]
         with _flags_kept(list(self.model.parameters())):
@@ -149,7 +154,7 @@ class BlockForward:
 
 
 def _forward(block: Any, *args: Any, **kwargs: Any) -> Any:
-    """Stands in for a block's `forward`."""
+    """Replace a block's `forward`."""
     way: BlockForward = block._block_forward
     plain = MethodType(type(block).forward, block)
     has_cache = kwargs.get("past_key_values") is not None or kwargs.get("layer_past") is not None
@@ -178,15 +183,15 @@ def enable_activation_checkpointing(model: Any) -> None:
     """Let every block recompute its activations in backward. Works with frozen blocks and a frozen embedding.
 
     Raises:
-        ValueError: the model can't.
+        ValueError: the model does not support it.
     """
     if not model.supports_gradient_checkpointing:
         raise ValueError(
-            f"{type(model).__name__} can't recompute activations; set run.activation_checkpointing: false"
+            f"{type(model).__name__} cannot recompute activations; set run.activation_checkpointing: false"
         )
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     # Only reentrant checkpoints need an input that requires grad. It would hold open the graph below the
-    # lowest active block: frozen blocks would be recomputed and gone through for nothing.
+    # lowest active block: frozen blocks would be recomputed and differentiated for nothing.
     model.disable_input_require_grads()
 
 

@@ -1,8 +1,8 @@
-"""Calling a model for hidden states or logits, PEFT's virtual tokens included.
+"""Call a model for its hidden states or logits, with PEFT's virtual tokens where it has them.
 
 Prompt tuning puts trained embeddings before the sequence, prefix tuning trained keys and values before those
 of every attention layer. PEFT does so in the `forward` of its model; for hidden states without logits it is
-done here, from the same `get_prompt`. What is returned is for the given tokens alone.
+done here, from the same `get_prompt`. The results are for the given tokens only, without the virtual ones.
 
 Shapes: B = sequences, T = tokens, P = virtual tokens, H = hidden size, V = vocabulary.
 """
@@ -17,13 +17,20 @@ __all__ = ["hidden_states", "logits", "max_positions", "num_virtual_tokens"]
 
 
 def num_virtual_tokens(model: Any) -> int:
-    """P, how many positions PEFT takes for itself; 0 for any other model."""
+    """Return P, the number of positions that PEFT's virtual tokens take; 0 for any other model."""
     config = _prompt_config(model)
     return 0 if config is None else int(config.num_virtual_tokens)
 
 
+def max_positions(model: nn.Module) -> int | None:
+    """Return how many tokens fit in a sequence beside virtual tokens; None if the config has no limit."""
+    config: Any = model.config
+    limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return None if limit is None else limit - num_virtual_tokens(model)
+
+
 def hidden_states(model: Any, input_ids_BT: Tensor, position_ids_BT: Tensor) -> Tensor:
-    """What the decoder makes of the tokens, [B, T, H]: what the head reads."""
+    """Return the decoder's output for the tokens, [B, T, H]: the input of the head."""
     decoder, config = model.get_decoder(), _prompt_config(model)
     inputs: dict[str, Any] = {"input_ids": input_ids_BT}
     if config is not None:
@@ -34,7 +41,7 @@ def hidden_states(model: Any, input_ids_BT: Tensor, position_ids_BT: Tensor) -> 
 
 
 def logits(model: Any, input_ids_BT: Tensor, position_ids_BT: Tensor) -> Tensor:
-    """Logits as the model's own `forward` gives them, [B, T, V]. PEFT's counts positions by itself."""
+    """Return the logits of the model's own `forward`, [B, T, V]. PEFT's counts positions by itself."""
     positions = _positions(model, position_ids_BT) if _prompt_config(model) is None else {}
     logits_BTV: Tensor = model(input_ids=input_ids_BT, use_cache=False, **positions).logits
     return logits_BTV[:, -input_ids_BT.shape[1] :]
@@ -56,20 +63,13 @@ def _with_prompt(
 
 
 def _prompt_config(model: Any) -> Any:
-    """PEFT's config where it adds virtual tokens, else None."""
-    configs = getattr(model, "peft_config", None)  # of PEFT's model, not of one with adapters put inside
+    """Return PEFT's config if it adds virtual tokens, else None."""
+    configs = getattr(model, "peft_config", None)  # PEFT's own model, not one with adapters put inside
     config = getattr(model, "active_peft_config", None) if isinstance(configs, dict) else None
     return config if config is not None and config.is_prompt_learning else None
 
 
 def _positions(module: nn.Module, position_ids_BT: Tensor) -> dict[str, Tensor]:
-    """Models whose attention counts positions by itself (ALiBi) take no position_ids."""
+    """Return position_ids as an argument, or nothing for attention that counts positions itself (ALiBi)."""
     takes_them = "position_ids" in inspect.signature(module.forward).parameters
     return {"position_ids": position_ids_BT} if takes_them else {}
-
-
-def max_positions(model: nn.Module) -> int | None:
-    """Longest sequence the model's config allows beside PEFT's virtual tokens, None where it names none."""
-    config: Any = model.config
-    limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return None if limit is None else limit - num_virtual_tokens(model)

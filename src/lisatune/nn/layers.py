@@ -6,7 +6,7 @@ ends    everything that trains besides the blocks: embedding, head, final norm
 frozen  everything else, such as vision towers and projectors: never trains
 
 Every parameter is in exactly one of the three. Tied parameters count once, under their first name. A
-parameter that several blocks share is an end, since it takes part in every one of them.
+parameter that several blocks share is an end, because it belongs to every one of them.
 
 A `LayerMap` holds module paths and parameter names, never parameters: sharding replaces those.
 """
@@ -22,7 +22,13 @@ __all__ = ["LayerMap", "find_layers"]
 
 @dataclass(frozen=True)
 class LayerMap:
-    """Names of a model's blocks and ends."""
+    """Names of a model's blocks and ends; `find_layers` makes one.
+
+    Example:
+        >>> layers = LayerMap(blocks=("layers.0", "layers.1"), ends=("head.weight",), head="head.weight")
+        >>> layers.num_blocks, layers.is_tied
+        (2, False)
+    """
 
     blocks: tuple[str, ...]
     """Module path of each block, nearest the input first."""
@@ -34,7 +40,7 @@ class LayerMap:
     """Names of the parameters that never train."""
 
     embedding: str | None = None
-    """Name of the input embedding's weight, None where the model does not tell."""
+    """Name of the input embedding's weight, None if the model does not name it."""
 
     head: str | None = None
     """Name of the output head's weight; the embedding's when the two are tied."""
@@ -44,7 +50,7 @@ class LayerMap:
 
     @property
     def num_blocks(self) -> int:
-        """N."""
+        """N, the number of blocks."""
         return len(self.blocks)
 
     @property
@@ -53,7 +59,7 @@ class LayerMap:
         return self.head is not None and self.head == self.embedding
 
     def block_parameters(self, model: nn.Module) -> list[dict[str, nn.Parameter]]:
-        """Return the parameters of each block by name; those shared between blocks are left to the ends."""
+        """Return the parameters of each block by name; those shared between blocks are ends."""
         ends = set(self.ends)
         blocks: list[dict[str, nn.Parameter]] = [{} for _ in self.blocks]
         where = {path: i for i, path in enumerate(self.blocks)}
@@ -92,9 +98,21 @@ def find_layers(
     Raises:
         ValueError: no or several module lists qualify, or a given path does not exist.
 
+    Returns:
+        The blocks, nearest the input first, the ends and the frozen parameters, by name.
+
     Example:
-        >>> find_layers(AutoModelForCausalLM.from_config(GPT2Config())).blocks[:2]
-        ('transformer.h.0', 'transformer.h.1')
+        >>> from torch import nn
+        >>> model = nn.ModuleDict({
+        ...     "embedding": nn.Embedding(16, 8),
+        ...     "layers": nn.ModuleList(nn.Linear(8, 8) for _ in range(2)),
+        ...     "head": nn.Linear(8, 16, bias=False),
+        ... })
+        >>> layers = find_layers(model, blocks="layers")
+        >>> layers.blocks
+        ('layers.0', 'layers.1')
+        >>> layers.ends
+        ('embedding.weight', 'head.weight')
     """
     paths = _find_blocks(model) if blocks is None else _given_blocks(model, blocks)
     where = {path: i for i, path in enumerate(paths)}
@@ -122,7 +140,7 @@ def _find_blocks(model: nn.Module) -> tuple[str, ...]:
     if config is None:
         depth, wanted = None, "a model without a config"
     elif getattr(config, "is_encoder_decoder", False):
-        # Its num_hidden_layers is the encoder's alone: the decoder would pass for a part of the ends.
+        # Its num_hidden_layers is the encoder's alone: the decoder would count as ends.
         depth, wanted = None, "an encoder-decoder"
     else:
         depth = getattr(config.get_text_config(), "num_hidden_layers", None)

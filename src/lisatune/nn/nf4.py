@@ -2,7 +2,7 @@
 
 Every 64 weights w share their largest magnitude a, in float32; each is stored as the nearest of the 16
 quantiles q of a normal distribution: w ≈ a · q_i, in 4 + 32/64 bits. The layer computes with a copy in the
-dtype of its input, which is made for the product and again in backward, so that none is kept.
+dtype of its input. The copy is made for the product and again in backward; it is never kept.
 
 Why not `bitsandbytes.nn.Linear4bit`: on a CPU with avx512_bf16, after one forward pass without gradients (an
 evaluation), its next training step gets no gradient for the input. This layer does.
@@ -80,7 +80,7 @@ def quantize_linear_layers(model: nn.Module) -> None:
 
     Raises:
         ImportError: bitsandbytes is not installed.
-        ValueError: there are none.
+        ValueError: the blocks have no linear layers.
     """
     _import()
     blocks = tuple(f"{path}." for path in find_layers(model).blocks)
@@ -97,13 +97,13 @@ def quantize_linear_layers(model: nn.Module) -> None:
 
 
 def note_quantized(model: nn.Module, folder: Path) -> None:
-    """Write beside adapters that their model's weights were in 4 bits; PEFT passes over it."""
+    """Write beside adapters that their model's weights were in 4 bits; PEFT ignores the file."""
     if any(isinstance(module, Linear4) for module in model.modules()):
         (folder / NOTE).write_text('{"linear_layers_of_blocks": "nf4"}\n', encoding="utf-8")
 
 
 def quantize_as_noted(model: nn.Module, folder: Path) -> None:
-    """Store a loaded model's weights in 4 bits if the adapters in `folder` were trained beside such."""
+    """Store a model's weights in 4 bits if the adapters in `folder` were trained beside 4-bit weights."""
     if (folder / NOTE).is_file():
         quantize_linear_layers(model)
 
@@ -113,16 +113,16 @@ def check_nf4(device: torch.device) -> None:
 
     Raises:
         ImportError: bitsandbytes is not installed.
-        ValueError: it can't work there.
+        ValueError: 4-bit weights do not work on the device.
     """
     _import()
     try:
         layer = Linear4(nn.Linear(BLOCK, 2, bias=False, device=device))
         layer(torch.ones(1, BLOCK, device=device))
     except (AttributeError, NotImplementedError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(
-            f"4-bit weights don't work on {device} with this bitsandbytes ({reason}); use method lora"
+            f"4-bit weights do not work on {device} with this bitsandbytes ({reason}); use method lora"
         ) from error
 
 

@@ -1,7 +1,7 @@
 """AdamW that computes in float32, in whatever precision weights and moments are stored.
 
-A parameter is updated in chunks. Each chunk of weight, gradient and moments is brought to float32, torch's
-own fused AdamW kernel updates it, and it goes back into its storage (see `codecs`). On CUDA one
+A parameter is updated in chunks. Each chunk of weight, gradient and moments is converted to float32, updated
+by torch's fused AdamW kernel, and stored again in its own format (see `codecs`). On CUDA one
 kernel does all of that (`lisatune.optim.adamw_triton`):
 
     rounding, for bf16 weights      bytes   the weight after a step is
@@ -26,7 +26,7 @@ running means of g² over row i and over column j of a matrix,
 
     v_ij = R_i C_j / mean(R),     u = g / (sqrt(v̂) + eps),     w ← w - lr·u / max(1, RMS(u))
 
-v̂ being v over 1 - beta2^t, as in Adam. A first moment would cost what factoring saves. Without one the sum of
+v̂ is v / (1 - beta2^t), as in Adam. A first moment would cost what factoring saves. Without one the sum of
 all steps is the same, because beta1 only spreads a gradient over the steps that follow; single steps are
 rougher, which the clipping at RMS 1 bounds. Parameters of one dimension keep a whole second moment.
 """
@@ -60,14 +60,14 @@ from lisatune.optim.state import (
 __all__ = ["AdamW"]
 
 CHUNK = {"cpu": 1 << 17}
-"""Elements of a chunk by device: on a CPU what fits in its cache."""
+"""Elements of a chunk by device. On a CPU a chunk fits in the cache."""
 
 
 CHUNK_ELSEWHERE = 1 << 22
 
 
 CHUNK_OF_KERNEL = 1 << 24
-"""Where one kernel does it all, without temporary memory: more than it takes to launch it."""
+"""Elements of a chunk if one kernel does it all: it takes no temporary memory, so only the launch counts."""
 
 
 class AdamW(Optimizer):
@@ -96,10 +96,18 @@ class AdamW(Optimizer):
         ValueError: an argument is out of range; at the first step, a weight of another dtype than bf16,
             float32 and float64, or a gradient that is sparse without `rows`, or dense with it.
 
+    Example:
+        >>> weight = nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
+        >>> optimizer = AdamW([weight], lr=0.1, weight_decay=0.0, rounding="exact", moments="bf16")
+        >>> weight.sum().backward()
+        >>> optimizer.step()
+        >>> weight[0, 0].item(), optimizer.state[weight]["exp_avg"].dtype
+        (0.8984375, torch.bfloat16)
+
     State of a parameter: `step` (float32 scalar), `exp_avg` and `exp_avg_sq`, with 8bit `exp_avg_codes`,
     `exp_avg_scales` and the same of `exp_avg_sq`, with factored `exp_avg_sq_rows` and `exp_avg_sq_columns`;
-    with exact rounding `remainder` (int16); with rows a table instead of all these. What is missing starts
-    as new: moments and remainder of zero.
+    with exact rounding `remainder` (int16); with rows a table instead of all these. State that is
+    missing starts anew: moments and remainder as zeros.
     """
 
     lasting_state: tuple[str, ...] = ("remainder",)
@@ -201,9 +209,9 @@ class AdamW(Optimizer):
             first += len(group["params"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave, every tensor in the dtype and on the device that it belongs in.
+        """Load a state dict; every tensor gets the dtype and the device that its layout asks for.
 
-        Torch would cast moments to their weight's dtype.
+        Torch alone would cast moments to their weight's dtype.
         """
         self._incoming = state_dict["state"]
         try:

@@ -1,8 +1,9 @@
-"""One kernel for a chunk of AdamW on CUDA: what `codecs` and torch's AdamW do one after the other.
+"""One kernel for a chunk of AdamW on CUDA: it does the work of `codecs` and torch's AdamW in one pass.
 
-Passes over memory are what an update costs on a GPU, and the chain in `adamw.py` makes 10 to 55 of
-them. This kernel reads weight, gradient and state once and writes weight and state once. It stores the same
-numbers, with random bits equal to those of the chain; its arithmetic may differ from it in the last bit.
+The cost of an update on a GPU is its passes over memory, and the chain in `adamw.py` makes 10 to 55
+passes. This kernel reads weight, gradient and state once and writes weight and state once. It stores the same
+numbers, with random bits equal to those of the chain; its arithmetic may differ from the chain's in the last
+bit.
 
 16-bit numbers come as int16, and are widened and rounded by their bits: the same in Triton's interpreter, in
 which the tests run without a GPU.
@@ -21,7 +22,7 @@ __all__ = ["can_update", "update_chunk"]
 try:
     import triton
     import triton.language as tl
-except ImportError:  # torch for CPUs alone comes without it
+except ImportError:  # torch's CPU builds come without it
     triton = None
 
 
@@ -33,7 +34,7 @@ NARROW = torch.bfloat16
 
 
 def can_update(group: Group, p: Tensor) -> bool:
-    """Whether the kernel covers a parameter with its gradient; never where that would wait for the device."""
+    """Whether the kernel covers a parameter and its gradient; False if that would wait for the device."""
     assert p.grad is not None
     is_here = triton is not None and p.device.type == "cuda"
     dtypes = {p.dtype, p.grad.dtype}
@@ -61,7 +62,7 @@ def update_chunk(
     scales, tables = [none] * 2, [none] * 4
     if is_8bit:
         scales = [chunk["exp_avg_scales"], chunk["exp_avg_sq_scales"]]
-        tables = [*codecs.tables(True, weight), *codecs.tables(False, weight)]
+        tables = [*codecs.load_tables(True, weight), *codecs.load_tables(False, weight)]
     low, high = codecs.split_key(key)
     beta1, beta2 = group["betas"]
     _kernel[(triton.cdiv(weight.numel(), SIZE),)](

@@ -1,7 +1,8 @@
-"""Optimizer state a chunk at a time, wherever it lives: on the weight's device, or in host memory.
+"""Weights and optimizer state, one chunk at a time; the state may be on the device or in host memory.
 
-State in host memory is copied to the device chunk by chunk and back again. On CUDA the copies run on a stream
-of their own, the next chunk's before this one is computed: two chunks are on the device at once.
+State in host memory is copied to the device chunk by chunk and back again. On CUDA the copies run on a
+separate stream, and the next chunk is fetched before this one is computed: two chunks are on the device at
+once.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from torch import Tensor
 from lisatune.distributed.shards import has_values
 from lisatune.optim.codecs import BLOCK
 
-__all__ = ["cut", "flatten", "on_device", "values_of"]
+__all__ = ["cut", "flatten", "on_device", "strip_zero_rows"]
 
 
 @contextmanager
@@ -35,10 +36,15 @@ def cut(size: int, chunk_size: int, *, like: Tensor) -> list[slice]:
     return slices if has_values(like) or len(slices) <= 3 else [*slices[:2], slices[-1]]
 
 
+def strip_zero_rows(gradient: Tensor) -> Tensor:
+    """Return a sparse gradient's rows, equal ids merged; a dense gradient is returned unchanged."""
+    return gradient.coalesce()._values() if gradient.is_sparse else gradient
+
+
 def on_device(
     stored: Mapping[str, Tensor], size: int, chunk_size: int, device: torch.device
 ) -> Iterator[tuple[slice, dict[str, Tensor]]]:
-    """Yield each chunk's slice and its state on `device`; what is written into that state is kept.
+    """Yield each chunk's slice and its state on `device`; changes to that state are kept.
 
     Args:
         stored: flat state [size], or [⌈size/256⌉] for names that end in `_scales`, each on `device` or on
@@ -101,12 +107,7 @@ _streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """One stream for each device, so that a chunk is never fetched before it was sent back."""
+    """Return the device's one copy stream: with one, a chunk is never fetched before it was sent back."""
     if device not in _streams:
         _streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     return _streams[device]
-
-
-def values_of(gradient: Tensor) -> Tensor:
-    """Return the numbers of a gradient that can differ from zero, in its own memory: a merged one's rows."""
-    return gradient.coalesce()._values() if gradient.is_sparse else gradient

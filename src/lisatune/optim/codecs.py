@@ -1,4 +1,4 @@
-"""Narrow storage of weights and moments: what AdamW keeps in 16 or 8 bits, it computes in float32.
+"""Narrow storage of weights and moments: AdamW keeps them in 16 or 8 bits and computes in float32.
 
 Exact bf16 weights. A float32 number w has the bits (h << 16) + r for exactly one h and one r in
 [-2^15, 2^15 - 1]. h, read as bf16, is w rounded to nearest; r is what rounding lost. So a bf16 weight and
@@ -35,13 +35,13 @@ __all__ = [
     "in_float32",
     "join_remainder",
     "key_of",
+    "load_tables",
     "narrow",
     "quantize",
     "random_bits",
     "round_stochastically",
     "split_key",
     "split_remainder",
-    "tables",
     "widen",
 ]
 
@@ -60,12 +60,13 @@ LARGEST_BF16 = torch.finfo(torch.bfloat16).max
 def in_float32(
     weight: Tensor, remainder: Tensor | None, rounding: Rounding, key: int, noise: Tensor | None = None
 ) -> Iterator[Tensor]:
-    """Yield the exact value of a weight in float32; after the block, store what it was changed to.
+    """Yield the exact value of a weight in float32; after the block, store the changed value.
 
     Args:
         weight: bf16, any shape. A wider weight is yielded itself.
-        remainder: int16, the shape of the weight: what rounding to bf16 has lost. None if nothing is kept.
-        rounding: of a bf16 weight.
+        remainder: int16, the shape of the weight: the difference lost in rounding to bf16. None if nothing
+            is kept.
+        rounding: how a bf16 weight is rounded.
         key: names the random bits of stochastic rounding.
         noise: these bits, int32 and the shape of the weight, if the caller has made them; used up.
     """
@@ -175,7 +176,7 @@ def quantize(values: Tensor, codes: Tensor, scales: Tensor, *, signed: bool) -> 
     faster on a CPU than a search, with 2 to 6 % more error. Unsigned values are never rounded to zero,
     because a second moment of zero would leave only eps in the denominator.
     """
-    table, _ = tables(signed, values)
+    table, _ = load_tables(signed, values)
     padded = pad(values, (0, -values.numel() % BLOCK)).view(-1, BLOCK)
     torch.amax(padded.abs(), dim=1, out=scales)
     near = (padded / scales.unsqueeze(1)).view(-1)[: values.numel()].to(torch.bfloat16)
@@ -184,14 +185,14 @@ def quantize(values: Tensor, codes: Tensor, scales: Tensor, *, signed: bool) -> 
 
 def dequantize(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
     """Return the float32 values [N] that codes and scales stand for."""
-    _, values_of = tables(signed, codes)
-    values = values_of.index_select(0, pad(codes, (0, -codes.numel() % BLOCK)).to(torch.int32))
+    _, value_of = load_tables(signed, codes)
+    values = value_of.index_select(0, pad(codes, (0, -codes.numel() % BLOCK)).to(torch.int32))
     return values.view(-1, BLOCK).mul_(scales.unsqueeze(1)).view(-1)[: codes.numel()]
 
 
-def tables(signed: bool, like: Tensor) -> tuple[Tensor, Tensor]:
+def load_tables(signed: bool, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return the code of each of the 2^16 bf16 numbers, uint8, and the value of each code, float32 [256]."""
-    if not has_values(like):  # shapes are all that counts
+    if not has_values(like):  # a memory plan: only shapes count
         codes = torch.empty(1 << 16, dtype=torch.uint8, device=like.device)
         return codes, torch.empty(256, device=like.device)
     return _tables_on(signed, like.device)

@@ -1,7 +1,7 @@
 """Update with a factored second moment and no first one (Adafactor; the maths is in `lisatune.optim.adamw`).
 
-A gradient is read three times in chunks of whole rows: for the means of rows and columns, for the size of the
-update, and to make it.
+A gradient is read three times in chunks of whole rows: for the means of rows and columns, for the size of
+the update, and for the update itself.
 """
 
 from typing import Any
@@ -21,9 +21,9 @@ def update_factored(group: Group, p: Tensor, state: dict[str, Any], key: int, ch
 
     Args:
         group: the param group.
-        p: weight with its gradient; trailing dimensions of a tensor of more than two are one.
+        p: weight with its gradient; if it has more than two dimensions, all but the first count as one.
         state: `step`, and `exp_avg_sq_rows` and `exp_avg_sq_columns`, or `exp_avg_sq` of one dimension;
-            `remainder` where rounding is exact.
+            `remainder` if rounding is exact.
         key: names the random numbers of stochastic rounding.
         chunk_size: elements in float32 at a time; a row may be longer.
     """

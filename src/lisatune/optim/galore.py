@@ -6,10 +6,10 @@ Every T steps (`gap`) a matrix W [m, n] gets a new basis from the singular vecto
     m >= n      Q = V[:, :r]    R = G Q         [m, r]      W ← W + α N Qᵀ
     m <  n      P = U[:, :r]    R = Pᵀ G        [r, n]      W ← W + α P N
 
-N being AdamW's step for the gradient R, -lr·m̂/(√v̂ + eps), whose moments have the shape of R and are kept
+N is AdamW's step for the gradient R, -lr·m̂/(√v̂ + eps). Its moments have the shape of R and are kept
 through a change of basis, as in the paper. α is `scale`. Weight decay acts on W, not on N.
 
-What is kept for a matrix is r·max(m, n) numbers for each moment and r·min(m, n) for the basis, against 2·m·n.
+For a matrix r·max(m, n) numbers are kept for each moment and r·min(m, n) for the basis, instead of 2·m·n.
 Gradients are whole: all of them exist at once unless updates are made in backward.
 
 Shapes: m, n rows and columns of a weight, r its rank; a basis is [min(m, n), r].
@@ -40,8 +40,13 @@ class GaLoreAdamW(AdamW):
     or float64 beside float64 weights).
 
     Example:
-        >>> optimizer = GaLoreAdamW([{"params": matrices, "rank": 128, "gap": 200, "scale": 0.25},
-        ...                          {"params": others}], lr=1e-3)
+        >>> matrix, vector = nn.Parameter(torch.ones(8, 4)), nn.Parameter(torch.ones(4))
+        >>> projected = {"params": [matrix], "rank": 2, "gap": 200, "scale": 0.25}
+        >>> optimizer = GaLoreAdamW([projected, {"params": [vector]}], lr=1e-3)
+        >>> (matrix @ vector).sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.state[matrix]["exp_avg"].shape, optimizer.state[matrix]["basis"].shape
+        (torch.Size([8, 2]), torch.Size([4, 2]))
     """
 
     def _update(self, group: Group, ready: Sequence[tuple[int, nn.Parameter]]) -> None:
@@ -83,15 +88,15 @@ class GaLoreAdamW(AdamW):
 
 
 def is_projected(p: Tensor, rank: int) -> bool:
-    """Whether projecting a parameter to `rank` saves anything: a matrix both of whose sides are larger."""
+    """Whether projecting a parameter to `rank` saves memory: a matrix with both sides larger."""
     return p.ndim == 2 and min(p.shape) > rank
 
 
 def basis_of(gradient: Tensor, rank: int) -> Tensor:
     """Return the leading singular vectors of the gradient's smaller side, [min(m, n), rank].
 
-    Computed in float32, or float64 for such a gradient. NaN where the gradient is not finite, as any
-    update from it would be.
+    Computed in float32, or float64 for such a gradient. If the gradient is not finite, they are NaN,
+    as any update from it would be.
     """
     wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
     try:

@@ -15,7 +15,7 @@ Moments = Literal["fp32", "bf16", "8bit", "factored"]
 
 
 StateDevice = Literal["cpu"]
-"""Where moments and remainders live if not with the weight."""
+"""Device of moments and remainders if it is not the weight's."""
 
 
 class Group(TypedDict):
@@ -39,7 +39,7 @@ class Group(TypedDict):
     steps_done: int
     """Steps before this one."""
     rank: NotRequired[int]
-    """r, where gradients are projected (`lisatune.optim.galore`); such a group also has `gap` and `scale`."""
+    """r, if gradients are projected (`lisatune.optim.galore`); such a group also has `gap` and `scale`."""
     gap: NotRequired[int]
     """T, steps from one basis to the next."""
     scale: NotRequired[float]

@@ -16,18 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lisatune.optim.chunks import values_of
+from lisatune.optim.chunks import strip_zero_rows
 
 __all__ = ["UpdateInBackward"]
 
 
 class UpdateInBackward:
-    """Hooks on every parameter of an optimizer that hand it over when its gradient is complete.
+    """Hooks on every parameter of an optimizer: each updates its parameter once the gradient is complete.
 
     Args:
         optimizer: every parameter that will ever train must require grad now; later it may be frozen and
             thawed.
-        update: updates the parameter of this place in the optimizer from its gradient.
+        update: called with a parameter's place in the optimizer and the parameter; updates it from its
+            gradient.
 
     Raises:
         ValueError: a parameter does not require grad.
@@ -41,7 +42,7 @@ class UpdateInBackward:
         frozen = sum(not p.requires_grad for p in self._places)
         if frozen:
             raise ValueError(
-                f"update in backward needs hooks on all parameters, and {frozen} don't require grad; "
+                f"update in backward needs hooks on all parameters, and {frozen} do not require grad; "
                 "call it before anything is frozen"
             )
         self._updated: set[nn.Parameter] = set()
@@ -79,12 +80,12 @@ class UpdateInBackward:
             self._begin()
         if parameter in self._updated:
             raise RuntimeError(
-                "a parameter got a second gradient before optimizer.step(); update in backward can't "
+                "a parameter got a second gradient before optimizer.step(); update in backward cannot "
                 "accumulate gradients, so call step() after every backward"
             )
         self._updated.add(parameter)
         self._squares.append(
-            torch.linalg.vector_norm(values_of(parameter.grad), dtype=torch.float32).square()
+            torch.linalg.vector_norm(strip_zero_rows(parameter.grad), dtype=torch.float32).square()
         )
         self._update(self._places[parameter], parameter)
         parameter.grad = None

@@ -1,4 +1,4 @@
-"""Measure and restore the state of an optimizer: its bytes, its elements, the part in host memory, dtypes."""
+"""Measure and restore the state of an optimizer: bytes, elements, dtypes, and the part in host memory."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -28,11 +28,15 @@ def state_bytes(optimizer: Optimizer) -> int:
     return _bytes_of(optimizer.state.values())
 
 
+def _bytes_of(states: Iterable[dict[str, Any]]) -> int:
+    return tensors_bytes(v for state in states for v in state.values() if isinstance(v, torch.Tensor))
+
+
 def state_elements(optimizer: Optimizer) -> int:
     """Count the elements of the state that is shaped like its parameter or its rows: AdamW's two moments.
 
-    Those of a projected gradient count as they are, without its basis. The remainder of a bf16 weight is a
-    part of the weight.
+    The moments of a projected gradient count in their low-rank shape; its basis does not count. Neither does
+    the remainder of a bf16 weight, which is part of the weight.
     """
     lasting = optimizer.lasting_state if isinstance(optimizer, AdamW) else ()
     return sum(
@@ -61,7 +65,7 @@ class StateMeter:
 
 
 def host_state(optimizer: Optimizer) -> list[torch.Tensor]:
-    """Return the state that `state_device: cpu` keeps in host memory, also where that is the only memory."""
+    """Return the state that `state_device: cpu` keeps in host memory, even if there is no other memory."""
     if not isinstance(optimizer, AdamW):
         return []
     return [
@@ -93,15 +97,11 @@ def restore_dtypes(optimizer: Optimizer, saved: Mapping[int, Mapping[str, Any]])
                 loaded[key] = value.detach().to(loaded[key].device, copy=True)
 
 
-def _bytes_of(states: Iterable[dict[str, Any]]) -> int:
-    return tensors_bytes(v for state in states for v in state.values() if isinstance(v, torch.Tensor))
-
-
 def tensors_bytes(tensors: Iterable[Tensor]) -> int:
-    """Memory that the tensors' values take; storage that several of them share counts once.
+    """Return the bytes that the tensors' values take. Storage that several tensors share counts once.
 
-    A tensor made of others counts as these: 8-bit moments as codes and scales, a sharded tensor as this
-    rank's part.
+    A tensor made of other tensors counts as those: 8-bit moments as codes and scales, a sharded tensor as
+    this rank's part.
     """
     # By the storage's own address: tensors on the meta device all have the data pointer 0.
     storages = {}
@@ -113,7 +113,7 @@ def tensors_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
-    """Walk over what a tensor is made of: codes and scales, ids and rows, a shard's part, or itself."""
+    """Yield the tensors inside a tensor: codes and scales, ids and rows, a rank's part, or itself."""
     if tensor.layout == torch.sparse_coo:
         yield from (tensor._indices(), tensor._values())
         return

@@ -1,7 +1,7 @@
 """AdamW for the rows of an embedding that a step reads: gradient and state of these rows, no others.
 
 The gradient of an embedding [V, D] is zero but for the rows of the step's tokens. `nn.Embedding(sparse=True)`
-gives these alone, as a sparse tensor, and a param group with `rows: True` updates these alone (lazy AdamW).
+gives only these rows, as a sparse tensor; a param group with `rows: True` updates only these (lazy AdamW).
 With t_r counting the steps that row r was in, g_r its gradient,
 
     m_r ← β1 m_r + (1 - β1) g_r                         w_r ← w_r - lr·λ·w_r
@@ -11,8 +11,9 @@ m̂_r = m_r / (1 - β1^t_r), v̂_r = v_r / (1 - β2^t_r). A row that a step does
 its moments do not change and its weight does not decay. Rows that every step reads are updated as in AdamW.
 
 The moments are in a table of R ≤ V rows. R is the number of ids of the largest step so far, repeated ones
-counted, so that it holds what a step needs and, text repeating its words, that of a few steps before. Where
-it is full, the row that was read longest ago gives way, and starts anew when it is read again.
+counted, so that it holds the rows of a step and, because text repeats its words, those of a few steps
+before. If it is full, the row that was read longest ago is dropped; its state starts anew when it is read
+again.
 
 Shapes: V rows of the embedding, D its width, R rows of the table, n different rows in a step.
 """
@@ -34,7 +35,7 @@ step that read it last, from 1; its moments."""
 
 
 class RowGradients:
-    """Merges the gradients of equal ids as they come in, after every micro-step, and counts the ids."""
+    """Merges the gradients of equal ids after every micro-step, and counts the ids."""
 
     def __init__(self) -> None:
         self._ids: dict[Tensor, int] = {}
@@ -44,7 +45,7 @@ class RowGradients:
         parameter.register_post_accumulate_grad_hook(self._merge)  # type: ignore[no-untyped-call]
 
     def take(self, parameter: Tensor) -> int:
-        """Return how many ids the step's gradient was made of, 0 where nothing was merged, and forget it."""
+        """Return the number of ids in the gradient before merging, 0 if nothing was merged. Forget it."""
         return self._ids.pop(parameter, 0)
 
     def forget(self) -> None:
@@ -59,7 +60,7 @@ class RowGradients:
 
 
 def sparse_rows(like: Tensor, rows: int) -> Tensor:
-    """Make a gradient of the first `rows` rows of `like` [V, D], of all at most, with any values."""
+    """Make a sparse gradient of the first `rows` rows of `like` [V, D], at most V, with arbitrary values."""
     rows = min(rows, len(like))
     ids_1n = torch.arange(rows, device=like.device).unsqueeze(0)
     values_nD = torch.empty(rows, *like.shape[1:], dtype=like.dtype, device=like.device)
@@ -67,7 +68,7 @@ def sparse_rows(like: Tensor, rows: int) -> Tensor:
 
 
 def table_layout(p: Tensor, rows: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of everything in a table of `rows` rows, of all rows of `p` at most."""
+    """Return shape and dtype of each tensor in a table of `rows` rows, at most as many as `p` has."""
     rows = min(rows, len(p))
     wide = p.dtype if p.dtype == torch.float64 else torch.float32
     layout = dict.fromkeys(TABLE[:3], ((rows,), torch.int64))
@@ -87,12 +88,12 @@ def make_table(p: Tensor, state: dict[str, Any], rows: int) -> None:
 
 
 def update_rows(group: Group, p: Tensor, state: dict[str, Any], key: int, chunk_size: int) -> None:
-    """Make one step of the rows that have a gradient.
+    """Make one step for the rows that have a gradient.
 
     Args:
         group: the param group; `steps_done` counts the steps before this one.
         p: weight [V, D] with its sparse gradient.
-        state: a table of as many rows at least as the gradient has.
+        state: the table; it has at least as many rows as the gradient.
         key: names the random numbers of stochastic rounding.
         chunk_size: elements in float32 at a time; a row may be longer.
     """
@@ -128,7 +129,7 @@ def update_rows(group: Group, p: Tensor, state: dict[str, Any], key: int, chunk_
 
 
 def _find_slots(state: dict[str, Any], ids_n: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """Give each of the step's ids its row of the table, and tell whether it was there already.
+    """Return the table row of each of the step's ids, and whether the id was in the table already.
 
     No shape depends on values, so nothing waits for the device.
     """

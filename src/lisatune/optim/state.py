@@ -1,4 +1,4 @@
-"""What AdamW keeps for a parameter: names, shapes, dtypes and places, and torch's kernel that updates it."""
+"""AdamW's state of a parameter: names, shapes, dtypes and devices; and torch's kernel that updates it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ CHUNKED = frozenset(
 
 
 def layout_of(group: Group, p: Tensor) -> dict[str, tuple[Sequence[int], torch.dtype]]:
-    """Shape and dtype of everything that a parameter's state holds; of a table of rows, at its longest."""
+    """Return shape and dtype of each tensor in a parameter's state; for rows, of the table at its longest."""
     if group["rows"]:
         return dict(table_layout(p, len(p)))
     wide = p.dtype if p.dtype == torch.float64 else torch.float32
@@ -72,7 +72,7 @@ def unprojected(group: Group) -> Group:
 
 
 def low_rank_shape(group: Group, p: Tensor) -> tuple[int, int]:
-    """Shape of a matrix's projected gradient: its smaller side becomes the group's rank."""
+    """Return the shape of a matrix's projected gradient: the group's rank replaces its smaller side."""
     m, n = p.shape
     return (m, group["rank"]) if m >= n else (group["rank"], n)
 
@@ -99,7 +99,7 @@ def check_group(group: Group) -> None:
 
 
 def _check_rows(group: Group) -> None:
-    """Rows have float32 moments beside the weight, and no remainder: it would be as large as the weight."""
+    """Refuse all but float32 moments beside the weight; a remainder would be as large as the weight."""
     options: Mapping[str, Any] = group
     for name, allowed in (("moments", "fp32"), ("state_device", None)):
         if options[name] != allowed:
@@ -116,13 +116,13 @@ def _check_rows(group: Group) -> None:
 
 @dataclass(frozen=True)
 class Home:
-    """Where a piece of state lives."""
+    """Place of one tensor of a state: its device, and whether its memory is pinned."""
 
     device: torch.device
     is_pinned: bool
 
     def take(self, value: Tensor) -> Tensor:
-        """Bring a tensor here."""
+        """Move a tensor to this place."""
         here = value.to(self.device)
         return here.pin_memory() if self.is_pinned else here
 
@@ -134,14 +134,14 @@ def is_host_state(group: Group, key: str) -> bool:
 
 
 def home_of(group: Group, p: Tensor, key: str) -> Home:
-    """Tell where a piece of a parameter's state lives: beside the weight, or in host memory."""
+    """Return the place of one tensor of a parameter's state: beside the weight, or in host memory."""
     is_host = is_host_state(group, key)
     device = torch.device("cpu") if is_host else p.device
     return Home(device, is_pinned=is_host and p.device.type == "cuda")
 
 
 def prepare(group: Group, p: Tensor, state: dict[str, Any], *, ids: int | None = None) -> None:
-    """Refuse a parameter that cannot be updated, and start state that is missing.
+    """Refuse a parameter that cannot be updated, and create its missing state.
 
     `ids`: number of token ids in the step, before equal ones were merged.
     """
@@ -171,7 +171,7 @@ def prepare(group: Group, p: Tensor, state: dict[str, Any], *, ids: int | None =
 
 
 def read_moments(chunk: dict[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return both moments of a chunk in `dtype`; where they are stored in it, the stored ones."""
+    """Return both moments of a chunk in `dtype`: the stored tensors themselves if they have that dtype."""
     if "exp_avg_codes" in chunk:
         exp_avg = codecs.dequantize(chunk["exp_avg_codes"], chunk["exp_avg_scales"], signed=True)
         exp_avg_sq = codecs.dequantize(chunk["exp_avg_sq_codes"], chunk["exp_avg_sq_scales"], signed=False)
@@ -202,7 +202,7 @@ def fused_adamw(
     exp_avg_sqs: Sequence[Tensor],
     steps: Sequence[Tensor],
 ) -> None:
-    """Run torch's kernel; all tensors of one dtype, `steps` counted up already."""
+    """Run torch's kernel. Gradient and moments have their weight's dtype; `steps` are counted up already."""
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.device.type != "cpu":
         lr = lr.to(weights[0].device, non_blocking=True)

@@ -135,7 +135,7 @@ def test_logits_that_the_config_does_not_explain_take_the_full_path_with_a_warni
 def test_a_model_without_head_takes_the_full_path_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     model = OddHead()
     monkeypatch.setattr(model, "get_output_embeddings", lambda: None)
-    with pytest.warns(UserWarning, match="names no output head"):
+    with pytest.warns(UserWarning, match="has no output head"):
         assert not CausalLMLoss(model).is_chunked
 
 

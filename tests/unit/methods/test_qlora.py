@@ -113,7 +113,9 @@ def test_device_on_which_bitsandbytes_fails_is_refused_in_one_sentence(
         raise NotImplementedError("no kernel\nlong text")
 
     monkeypatch.setattr(Linear4, "forward", fail)
-    with pytest.raises(ValueError, match=r"4-bit weights don't work on cpu .*\(no kernel\); use method lora"):
+    with pytest.raises(
+        ValueError, match=r"4-bit weights do not work on cpu .*\(no kernel\); use method lora"
+    ):
         check_nf4(torch.device("cpu"))
 
 

@@ -1,4 +1,4 @@
-"""Attention for CPUs: equal to torch's, forward and backward, and out of the way where it can't be used."""
+"""Attention for CPUs: equal to torch's, forward and backward, and not used where it does not apply."""
 
 from pathlib import Path
 from typing import Any

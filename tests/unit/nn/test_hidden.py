@@ -69,7 +69,7 @@ def test_the_start_of_a_run_proves_that_the_prompt_reaches_the_loss(
         "lisatune.nn.hidden._with_prompt",
         lambda model, config, ids_BT, positions_BT: ({"input_ids": ids_BT}, positions_BT),
     )
-    with pytest.raises(ValueError, match="virtual tokens don't work with this model"):
+    with pytest.raises(ValueError, match="virtual tokens do not work with this model"):
         loss.follow(prepared)
 
 

@@ -106,14 +106,14 @@ def test_schedules_do_not_notice() -> None:
 def test_accumulation_is_refused() -> None:
     model, _ = start(True)
     tiny.backward(model, 0)
-    with pytest.raises(RuntimeError, match="can't accumulate gradients, so call step"):
+    with pytest.raises(RuntimeError, match="cannot accumulate gradients, so call step"):
         tiny.backward(model, 1)
 
 
 def test_frozen_parameters_are_refused() -> None:
     model, optimizer = start(False)
     next(model.parameters()).requires_grad_(False)
-    with pytest.raises(ValueError, match="1 don't require grad; call it before anything is frozen"):
+    with pytest.raises(ValueError, match="1 do not require grad; call it before anything is frozen"):
         optimizer.update_in_backward()
 
 
