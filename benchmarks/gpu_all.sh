@@ -47,6 +47,7 @@ failed=0 seen=0
 record() {
   "$python" - "$results" "$work" "$device" "$@" <<'PY'
 import json, os, subprocess, sys
+from importlib.metadata import version
 from pathlib import Path
 
 path, work, device, name, *more = sys.argv[1:]
@@ -55,16 +56,13 @@ kept = json.loads(path.read_text()) if path.exists() else {"sections": {}}
 if not more:
     old = kept["sections"].get(name, {})
     sys.exit(not (old.get("status") == "complete" and old["commit"] == os.environ["COMMIT"]))
-import torch
-
-kept |= {"device": device, "torch": torch.__version__, "python": sys.version.split()[0]}
-if device == "cuda" and torch.cuda.is_available():
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+kept |= {"device": device, "torch": version("torch"), "python": sys.version.split()[0]}
+if device == "cuda":
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
-        driver = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+        kept["card"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
     except OSError:
-        driver = "unknown"
-    kept |= {"card": torch.cuda.get_device_name(), "driver": driver, "cuda": torch.version.cuda}
+        kept["card"] = "unknown"
 code, seconds, limit, *command = more
 try:
     figures = json.loads((work / "figures.json").read_text())
@@ -104,7 +102,7 @@ section() { # NAME SECONDS COMMAND…
 pytest=("$python" -m pytest -q -p no:cacheprovider -o filterwarnings=default)
 arms='LoRA r=16;LISA γ=2;LISA γ=2, ends every 5th period;LISA γ=2, frozen ends;full;BAdam'
 methods=
-if "$python" -c 'import bitsandbytes' 2>/dev/null; then
+if "$python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("bitsandbytes") is None)'; then
   arms="$arms;LISA γ=2, 8-bit;LISA γ=8, 8-bit;LISA γ=N, 8-bit, frozen ends"
 else
   methods='not qlora'

@@ -150,6 +150,7 @@ def test_float32_state_of_bf16_weights_stays_float32(tmp_path: Path) -> None:
     assert_equal({n: resumed.state[p]["exp_avg"] for n, p in other.named_parameters()}, moments)
 
 
+@pytest.mark.filterwarnings("ignore:the weights are bfloat16 and Adafactor rounds:UserWarning")
 def test_float32_state_that_lisa_keeps_on_the_host_stays_float32(tmp_path: Path) -> None:
     def start() -> tuple[nn.Module, torch.optim.Optimizer, LISA]:
         model = tiny.llama().bfloat16()
