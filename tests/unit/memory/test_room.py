@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from lisatune.cli.app import main
 from lisatune.memory import fit as searches
 from lisatune.memory.fit import Changes, Room, apply_changes, find_fit, find_room
-from lisatune.memory.plan import MemoryPlan, plan_memory
+from lisatune.memory.plan import MemoryPlan
 from lisatune.methods import METHODS
 from lisatune.optim import codecs
 from lisatune.recipe import DataConfig, ModelConfig, Recipe, RunConfig
@@ -93,7 +93,7 @@ def test_a_search_plans_nothing_twice(recipe: Recipe, monkeypatch: pytest.Monkey
 
     def plan(changed: Recipe, **options: Any) -> MemoryPlan:
         planned.append(changed)
-        return plan_memory(changed, **options)
+        return PLANS(changed, **options)
 
     monkeypatch.setattr("lisatune.memory.fit.plan_memory", plan)
     assert find_room(recipe, fit) is not None
