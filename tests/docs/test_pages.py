@@ -3,9 +3,13 @@
 import ast
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+import lisatune
+import tiny
 from lisatune.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
@@ -80,3 +84,15 @@ def test_names_of_modules_exist(page: Path) -> None:
             source = folder / f"{parts[0]}.py"
             defined = source.is_file() or re.search(rf"\b{parts[0]}\b", (folder / "__init__.py").read_text())
             assert defined, f"lisatune{name}"
+
+
+def test_the_sampler_on_the_page_of_lisa_draws_by_what_it_reads() -> None:
+    page = (ROOT / "docs" / "methods" / "lisa.md").read_text(encoding="utf-8")
+    (code,) = (each for each in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "Sampler)" in each)
+    names: dict[str, Any] = {"lisatune": lisatune, "torch": torch}
+    exec(code, names)  # noqa: S102
+    model = tiny.llama()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    lisa = lisatune.LISA(model, optimizer, sampler=names["LargestGradient"](6, 2), period=2)
+    tiny.fit(model, optimizer, 6)
+    assert lisa.visits == [1] * 6  # those that have not trained come first

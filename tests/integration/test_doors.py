@@ -12,8 +12,7 @@ import tiny_run
 import toy_members
 from lisatune.lisa.lisa import LISA
 from lisatune.memory import plan_memory
-from lisatune.methods import METHODS
-from lisatune.methods.optimizers import OPTIMIZERS
+from lisatune.methods import METHODS, OPTIMIZERS
 from lisatune.models.load import load_model
 from lisatune.train.assemble import assemble
 from lisatune.train.loop import train

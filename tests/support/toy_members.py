@@ -9,10 +9,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lisatune import LISA, LayerMap, Sampler
-from lisatune.lisa.schedule import BlockSchedule
-from lisatune.lisa.statistics import BlockStatistics
-from lisatune.methods import Method
-from lisatune.methods.step import TrainingStep
+from lisatune.lisa import BlockSchedule, BlockStatistics
+from lisatune.methods import Method, TrainingStep
 
 EVERY = 3
 

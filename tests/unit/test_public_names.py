@@ -21,6 +21,7 @@ PUBLIC = {
     "lisatune.lisa": (
         *("Cyclic", "EndsPolicy", "Independent", "LISA", "Permutation", "ProofError", "Sampler", "Uniform"),
         *("Weighted", "Window", "build_adamw", "param_groups", "scale_block_lr"),
+        *("BlockSchedule", "BlockStatistics"),
     ),
     "lisatune.files": (),
     "lisatune.data": ("read_records", "tokenize"),
@@ -28,7 +29,7 @@ PUBLIC = {
     "lisatune.runs": ("RunFolder", "load_checkpoint", "save_checkpoint"),
     "lisatune.methods": (
         *("BAdam", "Dora", "EndsOnly", "Full", "GaLore", "Ia3", "Lisa", "Lora", "METHODS", "Method"),
-        *("Prefix", "Prompt", "QLora"),
+        *("OPTIMIZERS", "Prefix", "Prompt", "QLora", "TrainingStep"),
     ),
     "lisatune.evaluate": ("generate_answers", "held_out_loss"),
     "lisatune.memory": ("find_fit", "measure", "plan_memory"),

@@ -59,6 +59,9 @@ REFUSED = {
 }
 """Fields that would change what a record teaches, and what they hold."""
 
+EMPTY: tuple[Any, ...] = (None, "", [], {}, "[]", "{}", "null")
+"""Values of a field that is there and says nothing, also as JSON in text."""
+
 REFUSED_IN_TURNS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 """Fields of a message that would change what it says."""
 
@@ -80,7 +83,7 @@ class Records:
     first_skipped: str = ""
     """Place of the first record that was left out, and what is wrong with it."""
     unused: tuple[str, ...] = ()
-    """Fields of the records that nothing reads, in the order in which they were met."""
+    """Fields that hold something and that nothing reads, in the order in which they were met."""
 
 
 def read_records(
@@ -132,7 +135,9 @@ def read_records(
             if kind == "auto":
                 kind = _recognise_kind(row)
             rows.append(_normalise(row, kind))
-            unused |= dict.fromkeys(name for name in row if name not in USED[kind])
+            unused |= dict.fromkeys(
+                name for name, value in row.items() if name not in USED[kind] and value not in EMPTY
+            )
         except BadRowError as problem:
             if on_bad_row == "error":
                 raise ValueError(f"{place}: {problem}; fix it, or set data.on_bad_row=skip") from None
@@ -219,11 +224,6 @@ def _normalise(row: Any, kind: str) -> Record:
             raise BadRowError(
                 f"the field {field!r} is missing; the fields are: {', '.join(fields) or 'none'}"
             )
-    for field, holds in REFUSED.items():
-        if fields.get(field):
-            raise BadRowError(f"{field!r} holds {holds}")
-    if fields.get("label") is False:
-        raise BadRowError("'label' is false: this is an example of a bad answer, which cannot be trained on")
     system = fields.get("system") or ""
     before = [{"role": "system", "content": _check_text(system, "system")}] if system else []
     if kind == "alpaca":
@@ -239,6 +239,8 @@ def _normalise(row: Any, kind: str) -> Record:
             raise BadRowError("'text' is empty")
         return {"text": text}
     if kind == "prompt-completion":
+        if fields.get("label") is False:  # the form of KTO's data
+            raise BadRowError("'label' is false: this is an example of a bad answer; leave it out")
         if isinstance(fields["prompt"], list) and isinstance(fields["completion"], list):
             prompt = _check_messages(fields["prompt"], "prompt")
             return {
@@ -286,7 +288,7 @@ def _check_messages(turns: Any, field: str) -> Messages:
                 f"{place} has no {content if role in turn else role!r}; it has {', '.join(turn)}"
             )
         for key in REFUSED_IN_TURNS:
-            if turn.get(key):
+            if turn.get(key) not in EMPTY:
                 raise BadRowError(
                     f"{place} has {key!r}, which cannot be trained on; write it into {content!r}"
                 )
@@ -319,6 +321,9 @@ def _require_answer(messages: Messages) -> Messages:
 def _check_fields(row: Any) -> Record:
     if not isinstance(row, dict):
         raise BadRowError(f"a record must be an object with named fields, got {_describe(row)}")
+    for field, holds in REFUSED.items():
+        if row.get(field) not in EMPTY:
+            raise BadRowError(f"{field!r} holds {holds}")
     return row
 
 

@@ -13,3 +13,5 @@ from lisatune.lisa.samplers import Sampler as Sampler
 from lisatune.lisa.samplers import Uniform as Uniform
 from lisatune.lisa.samplers import Weighted as Weighted
 from lisatune.lisa.samplers import Window as Window
+from lisatune.lisa.schedule import BlockSchedule as BlockSchedule
+from lisatune.lisa.statistics import BlockStatistics as BlockStatistics

@@ -187,35 +187,34 @@ def check_parameters(layers: LayerMap, model: nn.Module, optimizer: Optimizer) -
     """
     _refuse_adapters(model)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    wanted = dict(layers.end_parameters(model))
-    for index, block in enumerate(layers.block_parameters(model)):
-        wanted |= block
-        if not any(p.requires_grad for p in block.values()) and all(
-            p.is_floating_point() for p in block.values()
-        ):
-            raise ValueError(
-                f"nothing in block {index} requires grad, so it would never train; build the optimizer over "
-                "model.parameters() and attach LISA before anything is frozen, and detach() an earlier LISA"
-            )
-    frozen = [name for name, p in wanted.items() if not p.requires_grad and p.is_floating_point()]
-    if frozen:
-        more = f" and {len(frozen) - 3} more" if len(frozen) > 3 else ""
-        warnings.warn(
-            f"{', '.join(frozen[:3])}{more} did not require grad when LISA was attached and will never train",
-            stacklevel=4,
-        )
-    for name, parameter in wanted.items():
-        if name in frozen:
-            continue
+    blocks = layers.block_parameters(model)
+    frozen = []
+    for name, parameter in {
+        k: p for layer in (layers.end_parameters(model), *blocks) for k, p in layer.items()
+    }.items():
         if not (parameter.is_floating_point() or parameter.is_complex()):
             raise ValueError(
                 f"parameter {name!r} is {parameter.dtype} and cannot train; load unquantised weights"
             )
-        if id(parameter) not in held:
+        if not parameter.requires_grad:
+            frozen.append(name)
+        elif id(parameter) not in held:
             raise ValueError(
                 f"parameter {name!r} is not in the optimizer, so it would never train; build the optimizer "
                 "over model.parameters() before anything is frozen, and attach LISA after that"
             )
+    for index, block in enumerate(blocks):
+        if not any(p.requires_grad for p in block.values()):
+            raise ValueError(
+                f"nothing in block {index} requires grad, so it would never train; build the optimizer over "
+                "model.parameters() and attach LISA before anything is frozen, and detach() an earlier LISA"
+            )
+    if frozen:
+        more = f" and {len(frozen) - 3} more" if len(frozen) > 3 else ""
+        warnings.warn(
+            f"{', '.join(frozen[:3])}{more} did not require grad when LISA was attached and will never train",
+            stacklevel=3,
+        )
 
 
 def _refuse_adapters(model: nn.Module) -> None:
@@ -248,7 +247,7 @@ def warn_of_rounding(model: nn.Module, optimizer: Optimizer) -> None:
             f"the weights are {dtypes} and {type(optimizer).__name__} rounds each update to nearest, so at a "
             "small learning rate most weights never move; use lisatune.AdamW, whose updates are exact, or "
             "load the model with dtype=torch.float32",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 

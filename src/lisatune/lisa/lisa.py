@@ -51,8 +51,8 @@ from lisatune.lisa.samplers import (
     make_sampler,
     simulate_draws,
 )
-from lisatune.lisa.schedule import BlockSchedule, find_costliest_draws
-from lisatune.lisa.statistics import Collector
+from lisatune.lisa.schedule import BlockSchedule, find_extreme_draws
+from lisatune.lisa.statistics import PER_STEP, Collector
 from lisatune.nn.layers import LayerMap, find_layers
 from lisatune.optim.adamw import AdamW
 from lisatune.optim.meter import host_state, state_bytes, tensors_bytes
@@ -172,10 +172,11 @@ class LISA(BlockSchedule):
         self._saved: dict[str, Any] = {}
         self._saved_state: dict[int, Any] = {}
         self._collector = Collector(self._blocks, self.sampler.reads) if self.sampler.reads else None
-        if self.sampler.reads and isinstance(optimizer, AdamW) and optimizer.in_backward is not None:
+        lost = [name for name in self.sampler.reads if name in PER_STEP]
+        if lost and isinstance(optimizer, AdamW) and optimizer.in_backward is not None:
             raise ValueError(
-                f"the sampler reads {', '.join(self.sampler.reads)}, which cannot be measured with update in "
-                "backward, because gradients are gone after it; update in step()"
+                f"the sampler reads {' and '.join(lost)}, which cannot be measured with update in backward, "
+                "because gradients are gone after it; update in step()"
             )
         self._proof = None if verify == "off" else Proof(self._name_layers(), verify)
         self._flags = {
@@ -264,7 +265,7 @@ class LISA(BlockSchedule):
         """Return the draws of a run; for a sampler that reads statistics, the costliest possible ones."""
         if self.sampler.reads:
             sizes = [sum(p.numel() for p in block) for block in self._blocks]
-            return find_costliest_draws(sizes, len(self.active_blocks))
+            return find_extreme_draws(sizes, len(self.active_blocks))
         periods = min(-(-total_steps // self.period), MOST_PERIODS)
         return set(simulate_draws(self.sampler, seed=self.seed, periods=periods))
 
@@ -414,7 +415,8 @@ class LISA(BlockSchedule):
         resting, rest = self.layers.num_blocks - len(self.active_blocks), self.steps_done % self.period
         periods = f"{self.periods_proven} period{'' if self.periods_proven == 1 else 's'}"
         tail = f" and {rest} step{'' if rest == 1 else 's'}" if rest else ""
-        return f"{periods}{tail}: drawn blocks moved, {resting} others bit-identical"
+        read = "" if self.verify == "full" else " in a moving sample"
+        return f"{periods}{tail}: drawn blocks moved, {resting} others bit-identical{read}"
 
     def _warn_of_untrained_blocks(self, total_steps: int) -> None:
         chances = self.sampler.inclusion()

@@ -8,7 +8,7 @@ full fine-tuning, or adapters beside frozen weights.
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["BlockSchedule", "find_costliest_draws"]
+__all__ = ["BlockSchedule", "find_extreme_draws"]
 
 
 class BlockSchedule:
@@ -79,11 +79,11 @@ class BlockSchedule:
         return 0
 
 
-def find_costliest_draws(sizes: Sequence[int], active: int) -> set[tuple[int, ...]]:
-    """Return the draws that could have the highest peak of memory, if draws are not known beforehand.
+def find_extreme_draws(sizes: Sequence[int], active: int) -> set[tuple[int, ...]]:
+    """Return extremes among all draws of γ blocks, for a schedule that does not know its draws beforehand.
 
-    Which one has it depends on where in a step the peak falls. So the largest blocks are returned, and among
-    blocks of equal size the highest, the lowest, and block 0 with the highest.
+    They are the largest blocks, and among blocks of equal size the highest, the lowest, and block 0 with the
+    highest. One of them has the highest peak of memory; which one depends on where in a step the peak falls.
 
     Args:
         sizes: parameters of each block.

@@ -25,18 +25,18 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from lisatune.distributed.shards import full_tensor, local_part
+from lisatune.distributed.shards import full_tensor, has_values, local_part
 from lisatune.nn.layers import find_layers
 
-__all__ = ["BlockStatistics", "Collector", "Readable", "measure_movement"]
+__all__ = ["PER_STEP", "BlockStatistics", "Collector", "Readable", "measure_movement"]
 
 Readable = Literal["visits", "weight_norm", "gradient_norm", "update_norm"]
 """What a sampler may name in `reads`."""
 
 PER_STEP = ("gradient_norm", "update_norm")
-"""Numbers that are collected in every step."""
+"""Numbers that are collected in every step, from the gradients or from the update."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ class Collector:
             if "gradient_norm" in self._reads:
                 self._add("gradient_norm", block, [p.grad for p in parameters if p.grad is not None])
             if "update_norm" in self._reads:
-                self._add("update_norm", block, [p.detach() - self._before.pop(p) for p in parameters])
+                self._add("update_norm", block, [self._before.pop(p).sub_(p.detach()) for p in parameters])
         self._before = {}
 
     def end_period(self, active: Sequence[int]) -> None:
@@ -148,7 +148,7 @@ class Collector:
     def _measure_weights(self, blocks: Iterable[int]) -> None:
         for block in blocks:
             norm = _compute_squared_norm(self._blocks[block]).sqrt()
-            if _has_values(norm):  # NaN stays for a model that has only shapes
+            if has_values(norm):  # NaN stays for a model that has only shapes
                 self._norms["weight_norm"][block] = float(norm)
 
     def _add(self, name: str, block: int, tensors: Sequence[Tensor]) -> None:
@@ -171,10 +171,6 @@ def _compute_squared_norm(tensors: Sequence[Tensor]) -> Tensor:
         norm = full_tensor(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float32))
         total = total + norm.to(device, wide).square()
     return total
-
-
-def _has_values(tensor: Tensor) -> bool:
-    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def measure_movement(before: nn.Module, after: nn.Module) -> list[float]:

@@ -9,12 +9,15 @@ from lisatune.methods.galore import GaLore
 from lisatune.methods.ia3 import Ia3
 from lisatune.methods.lisa import Lisa
 from lisatune.methods.lora import Lora
+from lisatune.methods.optimizers import OPTIMIZERS
 from lisatune.methods.prefix import Prefix
 from lisatune.methods.prompt import Prompt
 from lisatune.methods.qlora import QLora
+from lisatune.methods.step import TrainingStep
 
 __all__ = [
     "METHODS",
+    "OPTIMIZERS",
     "BAdam",
     "Dora",
     "EndsOnly",
@@ -27,6 +30,7 @@ __all__ = [
     "Prefix",
     "Prompt",
     "QLora",
+    "TrainingStep",
 ]
 
 METHODS: dict[str, type[Method]] = {

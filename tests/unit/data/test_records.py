@@ -92,6 +92,7 @@ MARKED = BOT | {"train": False}
         ({"messages": [USER, BOT | {"weight": 0}, USER, BOT]}, {"messages": [USER, MARKED, USER, BOT]}),
         ({"messages": [USER, MARKED, USER, BOT | {"weight": 1}]}, {"messages": [USER, MARKED, USER, BOT]}),
         ({"prompt": "1+1=", "completion": "2", "label": True}, {"prompt": "1+1=", "completion": "2"}),
+        ({"messages": [USER, BOT | {"tool_calls": []}], "tools": "[]"}, {"messages": [USER, BOT]}),
     ],
 )
 def test_fields_that_carry_meaning_are_honoured(tmp_path: Path, row: Any, normalised: Any) -> None:
@@ -110,6 +111,7 @@ def test_fields_that_carry_meaning_are_honoured(tmp_path: Path, row: Any, normal
         ({"messages": [SYSTEM, USER, BOT], "system": "x"}, "are both a system message; keep one"),
         ({"prompt": "1+1=", "completion": "3", "label": False}, "'label' is false: this is an example of a"),
         ({"prompt": "1+1=", "completion": "2", "system": "x"}, "'system' cannot stand before plain text"),
+        ({"prompt": "1", "chosen": "2", "rejected": "3"}, "'chosen' holds a preferred answer"),
         (
             {"prompt": "1", "completion": "2", "rejected": "3"},
             "preference data; train on it",
@@ -122,6 +124,11 @@ def test_fields_that_carry_meaning_and_cannot_be_honoured_are_refused_by_name(
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(problem)):
         read_records(save(tmp_path, row))
+
+
+def test_a_label_of_plain_text_is_no_verdict_on_an_answer(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="nothing reads the field label"):
+        assert read_records(save(tmp_path, {"text": "a", "label": False})).rows == [{"text": "a"}]
 
 
 def test_fields_that_nothing_reads_are_named_once(tmp_path: Path) -> None:

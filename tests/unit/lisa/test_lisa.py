@@ -92,6 +92,7 @@ def test_1_what_is_frozen_before_stays_frozen_and_is_named_once(tiny_llama: nn.M
     lisa.check()
     assert all(torch.equal(p, was) for p, was in zip(frozen, before, strict=True))
     assert not any(p.requires_grad or p in optimizer.state for p in frozen)
+    assert not any(p is q for p in frozen for q in lisa.trainable_parameters())
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -108,8 +109,10 @@ def test_1_a_model_with_adapters_is_refused(untied_llama: nn.Module) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_1_narrow_weights_that_updates_are_rounded_into_are_warned_of(dtype: torch.dtype) -> None:
     model = tiny.llama().to(dtype)
-    with pytest.warns(UserWarning, match=r"float16 and AdamW rounds each update to nearest.*lisatune\.AdamW"):
+    says = r"float16 and AdamW rounds each update to nearest.*lisatune\.AdamW"
+    with pytest.warns(UserWarning, match=says) as caught:
         LISA(model, torch.optim.AdamW(model.parameters()))
+    assert caught[0].filename == __file__
 
 
 @pytest.mark.parametrize("rounding", ["exact", "stochastic"])

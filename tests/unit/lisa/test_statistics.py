@@ -145,6 +145,20 @@ def test_update_in_backward_is_refused_because_gradients_are_gone() -> None:
         LISA(model, optimizer, sampler=LargestGradient(6, 2))
 
 
+def test_numbers_that_need_no_gradient_can_be_read_with_update_in_backward() -> None:
+    class Weights(LargestGradient):
+        reads = ("weight_norm", "visits")
+
+        def draw(self, period: int, *, seed: int, statistics: BlockStatistics) -> tuple[int, ...]:  # type: ignore[override]
+            assert statistics.weight_norm is not None
+            return (int(statistics.weight_norm.argmax()),)
+
+    model = tiny.llama()
+    optimizer = AdamW(param_groups(model, find_layers(model)), lr=1e-2)
+    optimizer.update_in_backward()
+    LISA(model, optimizer, sampler=Weights(6, 1))
+
+
 def test_the_last_draw_is_kept_so_that_warm_up_knows_what_thawed() -> None:
     model, optimizer, lisa = build(sampler=LargestGradient(6, 2), warmup=1)
     for step in range(PERIOD):
