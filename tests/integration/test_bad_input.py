@@ -109,7 +109,7 @@ VALUES: list[tuple[list[str], tuple[str, ...]]] = [
     (["optimizer.weight_decay=inf"], ("optimizer.weight_decay must be a number >= 0, got inf",)),
     (["optimizer.max_grad_norm=nan"], ("optimizer.max_grad_norm must be > 0 or null, got nan",)),
     (["optimizer.betas=[nan,0.9]"], ("optimizer.betas must be in [0, 1)", "nan")),
-    (["data.validation_share=nan"], ("data.validation_share must be between 0 and 1, got nan",)),
+    (["data.validation_share=nan"], ("data.validation_share must be >= 0 and below 1, got nan",)),
     (["method.active=5"], ("active must be between 0 and the model's 4 blocks, got 5",)),
     (["method.active=-1"], ("active must be between 0 and the model's 4 blocks, got -1",)),
     (["method.period=0"], ("period must be a number of optimizer steps >= 1", "got 0")),
@@ -122,10 +122,9 @@ VALUES: list[tuple[list[str], tuple[str, ...]]] = [
     (["run.device=cpu:x"], ("run.device 'cpu:x' cannot be used here", "use auto")),
     (["model.attention=flash"], ("flash", "sdpa")),
     (
-        ["data.validation_share=0.001"],
-        ("share of 0.001 of 12", "leaves nothing to validate on", "change the"),
+        ["data.validation_share=0", "run.eval_every=2"],
+        ("run.eval_every=2 needs held-out data, and data.validation_share is 0",),
     ),
-    (["data.validation_share=0.999"], ("share of 0.999 of 12", "leaves nothing to train on", "change the")),
     (["data.max_length=20"], ("all answers are cut off by max_length=20", "has 30 tokens", "set max_length")),
     (["data.train=./absent.jsonl"], ("there is no file or folder ./absent.jsonl",)),
     (["data.validation=./absent.jsonl"], ("there is no file or folder ./absent.jsonl",)),
@@ -229,7 +228,7 @@ def test_a_bad_row_is_named_by_file_and_line_or_skipped_and_counted(
     [
         ("", "is empty: it has no records"),
         ("\n \n", "is empty: it has no records"),
-        (GOOD, "holding out a share of 0.25 of 1 different prompts leaves nothing to validate on; change"),
+        (GOOD, "has 1 different prompt, and holding it out leaves nothing to train on; give validation"),
         ("{oops\n" * 3, "has no usable record, all 3 were skipped; first: "),
     ],
 )

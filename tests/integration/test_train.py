@@ -170,6 +170,16 @@ def test_run_folder_holds_what_it_promises(recipe: Path) -> None:
     assert {"recipe.yaml", "environment.json", "summary.json", "model"} <= {p.name for p in folder.iterdir()}
 
 
+def test_a_run_may_hold_nothing_out(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    options = ["data.validation_share=0", "run.save_every=2"]
+    summary = run(recipe, "run", *options)
+    assert "nothing, so nothing is evaluated" in capfd.readouterr().out
+    assert not {"held_out_loss_before", "held_out_loss_after"} & summary.keys()
+    assert summary["samples"] == []
+    assert [line["step"] for line in metrics(recipe, "run")] == [1, 2, 3, 4]
+    assert run(recipe, "run", *options, "run.steps=5", resume=True)["steps"] == 5
+
+
 def test_loss_does_not_depend_on_how_a_step_is_cut_into_micro_steps(recipe: Path) -> None:
     run(recipe, "whole", "run.batch_size=4", "run.steps=1", "method.active=4")
     run(recipe, "parts", "run.batch_size=2", "run.accumulation=2", "run.steps=1", "method.active=4")

@@ -4,6 +4,7 @@ Order of set-up, always: data, model, layers, optimizer over all parameters, sch
 loop.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -93,6 +94,7 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool, after_step: Callable[[
         open_folder(output, recipe.as_dict(), resume=resume, overwrite=overwrite) as folder,
         trackers(recipe.run.report_to, output, recipe.as_dict()) as log,
         explain_interruption(folder),
+        progress.Bar(parts.data.steps, state.step) as bar,
     ):
         for path in damaged if ranks.is_rank0() else ():
             set_aside(path)
@@ -111,11 +113,12 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool, after_step: Callable[[
         )
         print_outline(outline)
         if not resume:
-            state.held_out_before = _held_out(parts)
+            state.held_out_before = _held_out(parts, bar)
             state.answers_before = _answers(parts)
-            folder.log({"step": 0, "held_out_loss": state.held_out_before})
-        _loop(parts, state, folder, log, check, after_step)
-        summary = _finish(parts, state, folder, log, check)
+            if recipe.data.holds_out:
+                folder.log({"step": 0, "held_out_loss": state.held_out_before})
+        _loop(parts, state, folder, log, check, bar, after_step)
+        summary = _finish(parts, state, folder, log, check, bar)
     progress.print_summary(summary)
     return summary
 
@@ -126,10 +129,12 @@ def _loop(
     folder: RunFolder,
     log: Log,
     check: MemoryCheck,
+    bar: progress.Bar,
     after_step: Callable[[RunState], None],
 ) -> None:
     run, last = parts.recipe.run, parts.data.steps
-    with interruptible() as asked_here, progress.Bar(last, state.step) as bar:
+    bar.start_clock()
+    with interruptible() as asked_here:
         asked_to_stop = agree_to_stop(asked_here)
 
         def note(record: dict[str, Any]) -> None:
@@ -146,7 +151,7 @@ def _loop(
             has_one = run.eval_every and state.step % run.eval_every == 0 and 0 < state.step < last
             if has_one and state.evaluated_step < state.step:
                 with suppress(_NoTimeError):
-                    held_out = _held_out(parts, asked_to_stop)
+                    held_out = _held_out(parts, bar, asked_to_stop)
                     state.evaluated_step = state.step
                     note({"step": state.step, "held_out_loss": held_out})
                     bar.print(f"step {state.step}: held-out loss {held_out:.3f}")
@@ -241,23 +246,29 @@ def _check_skip(parts: Parts, state: RunState, loss: Tensor, grad_norm: Tensor, 
         )
 
 
-def _held_out(parts: Parts, asked_to_stop: Callable[[], object] = lambda: None) -> float:
-    """Return the loss per token of the held-out rows, taken in order of length to waste little on padding.
+def _held_out(parts: Parts, bar: progress.Bar, asked_to_stop: Callable[[], object] = lambda: None) -> float:
+    """Return the loss per token of the held-out rows; NaN if nothing is held out.
+
+    The rows are taken in order of length, to waste little on padding.
 
     Raises:
         _NoTimeError: `asked_to_stop` said so between two batches.
     """
+    if not parts.recipe.data.holds_out:
+        return math.nan
     rows = sorted(parts.data.validation.rows, key=lambda row: len(row["input_ids"]))
     size = parts.recipe.run.batch_size * ranks.count()
 
-    def batches() -> Iterator[dict[str, Tensor]]:
+    def batches(advance: Callable[[], None]) -> Iterator[dict[str, Tensor]]:
         for i in range(0, len(rows), size):
             if asked_to_stop():
                 raise _NoTimeError
             yield parts.collate(my_share(rows[i : i + size]))
+            advance()
 
     step = parts.built.step
-    return held_out_loss(step.loss, batches(), device=parts.device, autocast=step.autocast).loss
+    with bar.follow("held-out loss", math.ceil(len(rows) / size)) as advance:
+        return held_out_loss(step.loss, batches(advance), device=parts.device, autocast=step.autocast).loss
 
 
 def _answers(parts: Parts) -> list[str]:
@@ -267,7 +278,9 @@ def _answers(parts: Parts) -> list[str]:
     )
 
 
-def _finish(parts: Parts, state: RunState, folder: RunFolder, log: Log, check: MemoryCheck) -> Summary:
+def _finish(
+    parts: Parts, state: RunState, folder: RunFolder, log: Log, check: MemoryCheck, bar: progress.Bar
+) -> Summary:
     """Prove the last period, write the model, evaluate, write the summary."""
     if state.skipped_steps == state.step:
         raise TrainingError(
@@ -278,9 +291,12 @@ def _finish(parts: Parts, state: RunState, folder: RunFolder, log: Log, check: M
     parts.built.schedule.check()
     write = save_model if ranks.count() == 1 else save_from_ranks
     write(parts.built.model, parts.tokenizer, folder.model)  # first, because Ctrl-C may end the rest
-    after = _held_out(parts)
-    folder.log({"step": state.step, "held_out_loss": after})
-    log({"held_out_loss": after}, state.step)
+    held_out: Summary = {}
+    if parts.recipe.data.holds_out:
+        after = _held_out(parts, bar)
+        held_out = {"held_out_loss_before": state.held_out_before, "held_out_loss_after": after}
+        folder.log({"step": state.step, "held_out_loss": after})
+        log({"held_out_loss": after}, state.step)
     # Not strict: a resumed run may ask for more samples than were answered before.
     questions = zip(parts.data.questions, state.answers_before, _answers(parts), strict=False)
     summary = Summary(
@@ -289,8 +305,6 @@ def _finish(parts: Parts, state: RunState, folder: RunFolder, log: Log, check: M
         tokens=state.num_tokens,
         train_seconds=state.train_seconds,
         tokens_per_second=state.num_tokens / state.train_seconds,
-        held_out_loss_before=state.held_out_before,
-        held_out_loss_after=after,
         peak_state_bytes=state.peak_state_bytes,
         peak_state_elements=state.peak_state_elements,
         peak_trainable=state.peak_trainable,
@@ -301,6 +315,7 @@ def _finish(parts: Parts, state: RunState, folder: RunFolder, log: Log, check: M
         is_chat=parts.data.is_chat,
         model=str(folder.model),
     )
+    summary.update(held_out)
     summary.update(check.outcome(parts.device))
     if state.failed_saves:
         summary["failed_saves"] = state.failed_saves
