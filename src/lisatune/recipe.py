@@ -223,7 +223,7 @@ class RunConfig:
     """Steps between two evaluations. Held-out loss is always measured before and after the run."""
 
     save_every: int | None = None
-    """Steps between two checkpoints. Default: a checkpoint only when interrupted."""
+    """Steps between two checkpoints; 0: only when interrupted. Default: one every ten minutes."""
 
     sharding: Literal["fsdp", "replicate"] = "fsdp"
     """Several ranks: divide weights, gradients and state among them (fsdp), or keep all on each."""
@@ -251,11 +251,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _check_choices("run", self)
-        for name in ("steps", "batch_size", "accumulation", "log_every", "eval_every", "save_every"):
+        for name in ("steps", "batch_size", "accumulation", "log_every", "eval_every"):
             _at_least(1, f"run.{name}", getattr(self, name))
         for name in ("keep_checkpoints", "sample_tokens", "max_skipped_steps"):
             _at_least(1, f"run.{name}", getattr(self, name))
         _at_least(0, "run.samples", self.samples)
+        _at_least(0, "run.save_every", self.save_every)
         if self.steps is not None:
             check_steps(self.steps, "run.steps")
         if not 0 <= self.seed < 2**63:

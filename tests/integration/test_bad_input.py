@@ -358,7 +358,7 @@ def test_an_output_folder_that_exists_is_left_alone(recipe: Path, refused: Calla
     run = recipe.parent / "run"
     trained(recipe, "run")
     refused(
-        "train", recipe, says=(f"run folder {run} exists", "--resume to continue it or --overwrite to start")
+        "train", recipe, says=(f"run folder {run} holds a finished run", "name another run.output to start")
     )
     refused("train", recipe, "--resume", "--overwrite", says=("exclude each other; use one of them",))
     (run / "environment.json").unlink()
@@ -441,12 +441,13 @@ def test_a_disk_full_at_the_start_leaves_no_half_written_file(
 
 def test_resume_refuses_what_is_not_the_same_run(recipe: Path, refused: Callable[..., str]) -> None:
     run = recipe.parent / "run"
-    refused("train", recipe, "--resume", says=(f"no run to resume in {run}; start it without --resume",))
+    refused("train", recipe, "--resume", says=(f"no run to resume in {run}; start it without --resume, or",))
     trained(recipe, "run")
-    refused("train", recipe, "--resume", says=(f"there is no complete checkpoint in {run}", "--overwrite"))
+    says: tuple[str, ...] = (f"the run in {run} is finished and has no checkpoint to continue from",)
+    refused("train", recipe, "--resume", "run.steps=9", says=(*says, f"set model.name={run / 'model'}"))
     shutil.rmtree(run)
     trained(recipe, "run", "run.save_every=2")
-    says = ("the recipe differs from", "method.active: 2 → 1; optimizer.lr: 0.001 → 0.1; undo that, or start")
+    says = ("the recipe differs from", "method.active: 2 → 1; optimizer.lr: 0.001 → 0.1; undo that, or name")
     refused("train", recipe, "--resume", "optimizer.lr=0.1", "method.active=1", says=says)
     says = ("the run has done 4 steps and the recipe asks for 3; give more run.steps",)
     refused("train", recipe, "--resume", "run.steps=3", says=says)

@@ -4,12 +4,13 @@ Order of set-up, always: data, model, layers, optimizer over all parameters, sch
 loop.
 """
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,7 +31,16 @@ from lisatune.train import progress
 from lisatune.train.assemble import Parts, assemble
 from lisatune.train.outline import make_outline, print_outline
 from lisatune.train.progress import Log, check_trackers, trackers
-from lisatune.train.resume import RunState, begin, find_checkpoint, restore, save
+from lisatune.train.resume import (
+    RunState,
+    SaveClock,
+    begin,
+    choose_start,
+    find_checkpoint,
+    read_finished,
+    restore,
+    save,
+)
 from lisatune.train.stopping import agree_to_stop, explain_interruption, interruptible, resume_hint
 
 __all__ = ["TrainingError", "train"]
@@ -47,7 +57,7 @@ class _NoTimeError(Exception):
 def train(
     recipe: Recipe,
     *,
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
     overwrite: bool = False,
     after_step: Callable[[RunState], None] | None = None,
 ) -> Summary:
@@ -55,7 +65,8 @@ def train(
 
     Args:
         recipe: what to do; `run.output` must be set.
-        resume: continue from the newest complete checkpoint in the run folder.
+        resume: continue from the newest complete checkpoint in the run folder; a finished run is left as it
+            is. `"auto"`: the same, but start the run if the folder has nothing to resume.
         overwrite: delete the run in the folder first.
         after_step: called after each optimizer step with the run's progress, before the step's evaluation
             and checkpoint. An exception that it raises ends the run.
@@ -80,12 +91,24 @@ def train(
         return _train(recipe, resume, overwrite, after_step or (lambda state: None))
 
 
-def _train(recipe: Recipe, resume: bool, overwrite: bool, after_step: Callable[[RunState], None]) -> Summary:
+def _train(
+    recipe: Recipe,
+    resume: bool | Literal["auto"],
+    overwrite: bool,
+    after_step: Callable[[RunState], None],
+) -> Summary:
     assert recipe.run.output is not None
     output = Path(recipe.run.output)
+    if resume == "auto" and not overwrite:
+        resume, overwrite = json.loads(ranks.broadcast_text(json.dumps(choose_start(output))))
+    resume = bool(resume)
     ranks.on_rank0(lambda: check_output(output, recipe.as_dict(), resume=resume, overwrite=overwrite))
     check_trackers(recipe.run.report_to)
     if resume:
+        finished = read_finished(output, recipe.as_dict())
+        if finished is not None:
+            progress.print_finished(output, finished)
+            return finished
         find_checkpoint(output)
     check = MemoryCheck(recipe)
     parts = assemble(recipe, check.before_load)
@@ -134,6 +157,7 @@ def _loop(
 ) -> None:
     run, last = parts.recipe.run, parts.data.steps
     bar.start_clock()
+    clock = SaveClock(run.save_every)
     with interruptible() as asked_here:
         asked_to_stop = agree_to_stop(asked_here)
 
@@ -167,8 +191,10 @@ def _loop(
             evaluate()
             stop = asked_to_stop()
             saved = True
-            if stop or (run.save_every and state.step % run.save_every == 0):
-                saved = save(parts, state, folder, bar.print)
+            if clock.is_due(state.step) or stop:
+                must = bool(stop) or clock.is_asked_for
+                with clock.saving():
+                    saved = save(parts, state, folder, bar.print, must=must)
             if stop:
                 what = "which is saved" if saved else "which could not be saved"
                 raise stop(f"stopped after step {state.step} of {last}, {what}; {resume_hint(folder)}")

@@ -23,7 +23,7 @@ from rich.text import Text
 from lisatune.console import byte_text, grid, plural, ranges_text, terminal
 from lisatune.runs.summary import Sample, Summary
 
-__all__ = ["Bar", "Log", "check_trackers", "print_summary", "trackers"]
+__all__ = ["Bar", "Log", "check_trackers", "print_finished", "print_summary", "trackers"]
 
 LONGEST_SAMPLE = 400
 
@@ -130,6 +130,14 @@ class Bar:
     ) -> None:
         if self._progress is not None:
             self._progress.stop()
+
+
+def print_finished(output: Path, summary: Summary, console: Console | None = None) -> None:
+    """Say that a run needs no more steps, and print its result."""
+    console = console or terminal()
+    text = f"the run in {output} is finished; for more steps give a larger run.steps or run.epochs"
+    console.print(Text(text), soft_wrap=True)
+    print_summary(summary, console)
 
 
 def print_summary(summary: Summary, console: Console | None = None) -> None:
