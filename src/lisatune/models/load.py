@@ -26,6 +26,7 @@ from lisatune.models.hf import (
     import_transformers,
     silence_transformers,
 )
+from lisatune.models.stored import find_snapshot, find_untied
 from lisatune.nn.nf4 import note_quantized, quantize_as_noted
 
 __all__ = [
@@ -185,7 +186,29 @@ def load_model(
             output_loading_info=True,
         )
     check_loaded(name, info)
+    if _says_tied(model.config) and model._tied_weights_keys and not _is_tied(model):
+        _untie(name, model.config)
     return model
+
+
+def _says_tied(config: Any) -> bool:
+    return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
+
+
+def _is_tied(model: Any) -> bool:
+    head = model.get_output_embeddings()
+    return head is None or head.weight is model.get_input_embeddings().weight
+
+
+def _untie(name: str, config: Any) -> None:
+    """Correct a config that says tied beside two different matrices, and warn."""
+    for part in (config, config.get_text_config()):
+        part.tie_word_embeddings = False
+    warnings.warn(
+        f"model {name}: its config.json ties embedding and head, but its files hold two different matrices; "
+        "both are kept, and the result's config.json says that they are not tied",
+        stacklevel=2,
+    )
 
 
 def meta_model(
@@ -212,14 +235,24 @@ def meta_model(
     config = load_config(
         name, revision=revision, trust_remote_code=trust_remote_code, needs_weights=needs_weights
     )
-    with explain_load_errors(name):
-        return model_from_config(
-            config,
-            attention=attention,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            with_buffers=with_buffers,
-        )
+
+    def build() -> Any:
+        with explain_load_errors(name):
+            return model_from_config(
+                config,
+                attention=attention,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                with_buffers=with_buffers,
+            )
+
+    model = build()
+    if _says_tied(config):
+        files = find_snapshot(locate(name, needs_weights=needs_weights), revision)
+        if files is not None and find_untied(files, model.all_tied_weights_keys):
+            _untie(name, config)
+            return build()
+    return model
 
 
 def model_from_config(

@@ -22,6 +22,7 @@ from lisatune.evaluate.held_out import generate_answers
 from lisatune.models.hf import silence_transformers
 from lisatune.models.load import load_config, load_model, load_tokenizer, meta_model, save_model, stored_dtype
 from lisatune.models.sharded import load_for_ranks
+from lisatune.nn.layers import find_layers
 
 SHAPE = {
     "vocab_size": 128,
@@ -102,6 +103,35 @@ def test_the_same_keywords_open_config_tokenizer_and_model(folder: Path, load: C
         model = opened[0] if isinstance(opened, tuple) else opened
         assert model.config._attn_implementation == "eager"
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("load", [load_model, meta_model, lambda name: load_for_ranks(name)[0]])
+def test_two_matrices_stay_two_where_the_config_says_tied(tmp_path: Path, load: Callable[[str], Any]) -> None:
+    folder = str(tmp_path / "model")
+    save_model(tiny(), tiny_tokenizer(eos_token="</s>"), folder)
+    config = Path(folder, "config.json")
+    config.write_text(
+        config.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true')
+    )
+    with pytest.warns(
+        UserWarning, match=r"config.json ties embedding and head, but .* two different matrices"
+    ):
+        model = load(folder)
+    assert not find_layers(model).is_tied
+    assert model.config.tie_word_embeddings is False
+    if load is load_model:
+        save_model(model, tiny_tokenizer(eos_token="</s>"), tmp_path / "out")
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.tie_word_embeddings is False
+
+
+def test_equal_matrices_are_tied_where_the_config_says_so(folder: Path) -> None:
+    save_model(tiny(tied=True), tiny_tokenizer(eos_token="</s>"), folder)
+    change_weights(
+        folder,
+        lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"].clone()}),
+    )
+    for model in (load_model(str(folder)), meta_model(str(folder))):
+        assert find_layers(model).is_tied
 
 
 def test_a_missing_weight_is_an_error_not_a_random_number(folder: Path) -> None:
