@@ -34,7 +34,8 @@ from lisatune.models.hf import (
     import_transformers,
     silence_transformers,
 )
-from lisatune.models.load import load_model, locate, meta_model, save_model
+from lisatune.models.load import load_model, meta_model, save_model
+from lisatune.models.locate import locate
 from lisatune.models.stored import INDEX, ONE_FILE, list_stored
 
 __all__ = ["load_for_ranks", "save_from_ranks"]
@@ -76,7 +77,7 @@ def load_for_ranks(
     if model.can_generate():
         with suppress(OSError), silence_transformers():
             model.generation_config = import_transformers().GenerationConfig.from_pretrained(
-                locate(name), revision=revision
+                locate(name, revision=revision), revision=revision
             )
     return model.eval(), lambda: _fill(name, model, places)
 
@@ -127,7 +128,7 @@ def save_from_ranks(model: Any, tokenizer: Any, folder: Path) -> None:
 
 def _find_weight_folder(name: str, revision: str | None) -> Path:
     """Find the local folder with a model's safetensors files; the files of a hub id are downloaded."""
-    place = locate(name)
+    place = locate(name, revision=revision)
     if Path(place).is_dir():
         return Path(place)
     from huggingface_hub import snapshot_download

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["INDEX", "ONE_FILE", "find_snapshot", "find_untied", "list_stored"]
+__all__ = ["INDEX", "ONE_FILE", "find_untied", "list_stored"]
 
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
@@ -62,13 +62,3 @@ def find_untied(folder: Path, tied: Mapping[str, str]) -> tuple[str, str] | None
     except (OSError, ValueError, LookupError, SafetensorError):
         return None  # loading says what is wrong
     return None
-
-
-def find_snapshot(name: str, revision: str | None) -> Path | None:
-    """Find the files of a local folder, or of a hub id that was downloaded before; None if there are none."""
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(name, "config.json", revision=revision)
-    return Path(found).parent if isinstance(found, str) else None

@@ -1,3 +1,4 @@
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -240,11 +241,43 @@ def test_a_file_is_not_a_model(folder: Path) -> None:
 
 @pytest.mark.parametrize("load", [load_config, load_tokenizer, load_model, meta_model])
 def test_a_hub_that_can_not_be_reached_is_one_sentence(load: Any) -> None:
-    with pytest.raises(
-        FileNotFoundError, match=r"could not load .*nobody/nothing: We couldn't connect to"
-    ) as caught:
+    says = r"there is no model folder nobody/nothing, and the Hugging Face hub cannot be reached, because"
+    with pytest.raises(FileNotFoundError, match=says) as caught:
         load("nobody/nothing")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("smolm2-135m", "did you mean smollm2-135m?"),
+        ("my/llama-3-8b", "did you mean llama-3.1-8b (a shape, from which `lisatune plan` plans)?"),
+        ("my/modle", "did you mean my/model?"),
+        ("./my/modle", "did you mean my/model?"),
+        ("llama-2-7b", "llama-2-7b is a shape, from which `lisatune plan` plans."),
+        ("my--model", "the name cannot be a hub id either"),
+        ("my", "model folder my has no config.json; give my/model, the model of this run"),
+    ],
+)
+def test_a_name_that_is_nothing_here_gives_the_nearest(
+    name: str, near: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=re.escape(near)):
+        load_config(name)
+
+
+def test_an_earlier_download_serves_while_the_hub_cannot_be_reached(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    repo = cache / "models--some--model"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("abc123")
+    shutil.copytree(folder, repo / "snapshots" / "abc123")
+    assert load_model("some/model").num_parameters() == load_model(str(folder)).num_parameters()
 
 
 def test_an_attention_that_does_not_exist_is_one_sentence(folder: Path) -> None:
@@ -393,7 +426,7 @@ def test_the_alias_with_another_file_is_refused(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_gguf(tmp_path / "tampered.gguf", tiny(), "smollm")
-    monkeypatch.setattr("lisatune.models.load.find_smollm2", lambda: tmp_path / "tampered.gguf")
+    monkeypatch.setattr("lisatune.models.locate.find_smollm2", lambda: tmp_path / "tampered.gguf")
     with pytest.raises(ValueError, match=r"tampered.gguf is damaged: its sha256 is not b179"):
         load_config("smollm2-135m")
     assert not cache.exists()
