@@ -228,6 +228,9 @@ class RunConfig:
     sharding: Literal["fsdp", "replicate"] = "fsdp"
     """Several ranks: divide weights, gradients and state among them (fsdp), or keep all on each."""
 
+    save_dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    """Dtype of the written weights. Default: that of the model's own files, unless training's is narrower."""
+
     keep_checkpoints: int = 2
     """Number of newest checkpoints to keep."""
 

@@ -18,11 +18,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM
 
+import lisatune.train.loop
 import tiny_run
 from lisatune.losses.causal_lm import CausalLMLoss
 from lisatune.methods import METHODS
-from lisatune.models.load import load_model
+from lisatune.models.load import load_model, load_tokenizer, save_model
 from lisatune.runs.summary import Summary
+from lisatune.train import progress
 from lisatune.train.assemble import Parts, assemble
 from lisatune.train.loop import TrainingError, train
 from lisatune.train.recipe_file import load_recipe
@@ -177,6 +179,36 @@ def test_a_run_may_hold_nothing_out(recipe: Path, capfd: pytest.CaptureFixture[s
     assert summary["samples"] == []
     assert [line["step"] for line in metrics(recipe, "run")] == [1, 2, 3, 4]
     assert run(recipe, "run", *options, "run.steps=5", resume=True)["steps"] == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ([], torch.bfloat16),
+        (["run.save_dtype=fp32"], torch.float32),
+        (["run.save_dtype=fp16"], torch.float16),
+        (["method.name=lora"], torch.float32),
+    ],
+)
+def test_the_model_is_written_in_the_dtype_of_its_source_unless_asked(
+    options: list[str], dtype: torch.dtype, recipe: Path, model: Path, tmp_path: Path
+) -> None:
+    source = load_model(str(model), dtype=torch.bfloat16)
+    save_model(source, load_tokenizer(str(model)), tmp_path / "bf16")
+    if "method.name=lora" in options:
+        use_method(recipe, "lora")
+        options = []
+    options = [*options, f"model.name={tmp_path / 'bf16'}", "data.validation=" + str(tmp_path / "rows.jsonl")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # fp32 takes more memory than the files
+        summary = run(recipe, "run", *options)
+        (file,) = (tmp_path / "run" / "model").glob("*model.safetensors")
+        assert {tensor.dtype for tensor in load_file(file).values()} == {dtype}
+        # The loss after training is that of the written model, to the bit.
+        parts = assemble(load_recipe(recipe, options))
+        parts.built.step.loss.model = load_model(str(tmp_path / "run" / "model"))
+        with progress.Bar(1) as bar:
+            assert lisatune.train.loop._held_out(parts, bar) == summary["held_out_loss_after"]
 
 
 def test_loss_does_not_depend_on_how_a_step_is_cut_into_micro_steps(recipe: Path) -> None:

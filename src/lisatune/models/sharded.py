@@ -36,6 +36,7 @@ from lisatune.models.hf import (
 )
 from lisatune.models.load import load_model, meta_model, save_model
 from lisatune.models.locate import locate
+from lisatune.models.rounding import fits_range, note_dtype, round_parameters
 from lisatune.models.stored import INDEX, ONE_FILE, list_stored
 
 __all__ = ["load_for_ranks", "save_from_ranks"]
@@ -82,13 +83,14 @@ def load_for_ranks(
     return model.eval(), lambda: _fill(name, model, places)
 
 
-def save_from_ranks(model: Any, tokenizer: Any, folder: Path) -> None:
+def save_from_ranks(model: Any, tokenizer: Any, folder: Path, *, dtype: torch.dtype | None = None) -> None:
     """Write a divided model as a plain Hugging Face folder, tensor by tensor; every rank must call it.
 
     Args:
         model: a transformers model that `distributed.shards.shard` divided.
         tokenizer: its tokenizer.
         folder: where to write; an existing folder is replaced once the new one is complete.
+        dtype: as in `save_model`.
 
     Raises:
         OSError: the folder could not be written; an existing folder is as it was.
@@ -98,6 +100,10 @@ def save_from_ranks(model: Any, tokenizer: Any, folder: Path) -> None:
     reshard(model)
     left_out = model._keys_to_ignore_on_save or ()
     tensors = {name: t for name, t in named_weights(model).items() if name not in left_out}
+    if dtype is not None and fits_range(map(local_part, tensors.values()), dtype):
+        tensors = round_parameters(model, tensors, dtype)
+    else:
+        dtype = None
     shapes = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in tensors.items()}
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=LARGEST_FILE)
     divided = describe_tensors(tensors)
@@ -111,10 +117,12 @@ def save_from_ranks(model: Any, tokenizer: Any, folder: Path) -> None:
         if is_converted:  # then save_pretrained has to convert it back
             weights = {name: t.cpu() for part in files.values() for name, t in collect(part, wholes).items()}
             save_model(model, tokenizer, folder, weights=weights)
+            note_dtype(folder, dtype)
             return
         with silence_transformers(), write_aside(folder) as aside:
             model.save_pretrained(aside, state_dict={})  # config, generation config and the model's own code
             (aside / ONE_FILE).unlink(missing_ok=True)
+            note_dtype(aside, dtype)
             for file, parts in files.items():
                 write_file(aside / file, parts, wholes, metadata={"format": "pt"})
             if split.is_sharded:

@@ -65,6 +65,8 @@ class Summary(TypedDict, total=False):
     measured_bytes: int
     measured: str
     """What measured_bytes counts: tensors in a step, or growth of resident memory."""
+    model_dtype: str
+    """Dtype of the written weights, if it is not the one that they were trained in."""
     peak_state_bytes: int
     """Most bytes of optimizer state at once."""
     peak_state_elements: int

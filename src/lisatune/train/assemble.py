@@ -20,7 +20,15 @@ from lisatune.distributed.ranks import pick_device
 from lisatune.distributed.shards import shard
 from lisatune.lisa.schedule import BlockSchedule
 from lisatune.losses.causal_lm import CausalLMLoss
-from lisatune.methods.build import Built, attach, attach_method, check_recipe, prepare, weight_dtype
+from lisatune.methods.build import (
+    Built,
+    attach,
+    attach_method,
+    check_recipe,
+    prepare,
+    save_dtype,
+    weight_dtype,
+)
 from lisatune.models.hf import announce_remote_code, check_attention
 from lisatune.models.load import load_model, load_tokenizer, meta_model, stored_dtype
 from lisatune.models.sharded import load_for_ranks
@@ -44,6 +52,8 @@ class Parts:
     built: Built
     compile_seconds: float | None = None
     """Wall time of compiling the blocks before the first step; None if nothing was compiled."""
+    save_dtype: torch.dtype | None = None
+    """Dtype in which the result is written; None: the one that the weights were trained in."""
 
     def collate(self, rows: Sequence[TokenRow]) -> dict[str, Tensor]:
         """Make a batch on the CPU: int64 [B, T], T a multiple of 32 unless that is too long for the model.
@@ -141,6 +151,7 @@ def assemble(recipe: Recipe, before_load: Callable[..., None] | None = None) -> 
         num_training_steps=data.steps,
     )
     parts = Parts(recipe, device, tokenizer, data, scheduler, built)
+    parts.save_dtype = save_dtype(recipe, built.model)
     if run.compile and built.blocks is not None:
         parts.compile_seconds = _compile(parts, built.blocks)
     return parts

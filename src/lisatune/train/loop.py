@@ -316,7 +316,8 @@ def _finish(
         )
     parts.built.schedule.check()
     write = save_model if ranks.count() == 1 else save_from_ranks
-    write(parts.built.model, parts.tokenizer, folder.model)  # first, because Ctrl-C may end the rest
+    # First, because Ctrl-C may end the rest; it also rounds the weights that are evaluated to those written.
+    write(parts.built.model, parts.tokenizer, folder.model, dtype=parts.save_dtype)
     held_out: Summary = {}
     if parts.recipe.data.holds_out:
         after = _held_out(parts, bar)
@@ -345,6 +346,8 @@ def _finish(
     summary.update(check.outcome(parts.device))
     if state.failed_saves:
         summary["failed_saves"] = state.failed_saves
+    if parts.save_dtype is not None:
+        summary["model_dtype"] = str(parts.save_dtype).removeprefix("torch.")
     if parts.compile_seconds is not None:
         summary["compile_seconds"] = parts.compile_seconds
     summary.update(parts.built.schedule.summarize())  # type: ignore[typeddict-item]

@@ -175,7 +175,8 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
     if "proof" in summary:
         rows.append(("proof", summary["proof"]))
     if "model" in summary:
-        rows.append(("model", summary["model"]))
+        dtype = f", in {summary['model_dtype']}" if "model_dtype" in summary else ""
+        rows.append(("model", summary["model"] + dtype))
     for sample in summary.get("samples", []):
         console.print(_answers(sample))
     console.print(

@@ -1,3 +1,4 @@
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -20,9 +21,11 @@ from transformers import (
 from transformers.utils import logging
 
 from lisatune.evaluate.held_out import generate_answers
+from lisatune.methods import Lora
 from lisatune.models.hf import silence_transformers
 from lisatune.models.load import load_config, load_model, load_tokenizer, meta_model, save_model, stored_dtype
-from lisatune.models.sharded import load_for_ranks
+from lisatune.models.locate import name_elsewhere
+from lisatune.models.sharded import load_for_ranks, save_from_ranks
 from lisatune.nn.layers import find_layers
 
 SHAPE = {
@@ -80,6 +83,87 @@ def test_weights_come_in_float32_unless_asked_otherwise(folder: Path) -> None:
     model = load_model(str(folder), dtype=torch.bfloat16, attention="eager")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model.config._attn_implementation == "eager"
+
+
+def save_on_ranks(model: Any, folder: Path, dtype: torch.dtype) -> None:
+    save_from_ranks(model, tiny_tokenizer(eos_token="</s>"), folder, dtype=dtype)
+
+
+def save_alone(model: Any, folder: Path, dtype: torch.dtype) -> None:
+    save_model(model, tiny_tokenizer(eos_token="</s>"), folder, dtype=dtype)
+
+
+@pytest.mark.parametrize("save", [save_alone, save_on_ranks])
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_are_written_in_the_dtype_asked_for_and_the_model_holds_what_was_written(
+    tmp_path: Path, save: Callable[..., None], tied: bool
+) -> None:
+    model, unrounded = tiny(tied=tied), tiny(tied=tied)
+    save(model, tmp_path / "out", torch.bfloat16)
+    stored = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    assert stored_dtype(str(tmp_path / "out")) == torch.bfloat16
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    for (name, p), was in zip(model.named_parameters(), unrounded.parameters(), strict=True):
+        assert torch.equal(p, stored[name].float())
+        assert torch.equal(p, was.bfloat16().float())
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+
+
+@pytest.mark.parametrize("save", [save_alone, save_on_ranks])
+def test_weights_too_large_for_the_dtype_are_written_as_they_are(
+    tmp_path: Path, save: Callable[..., None]
+) -> None:
+    model = tiny()
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = 1e5
+    with pytest.warns(
+        UserWarning, match=r"a weight is 1e\+05 and torch.float16 ends at 6.55e\+04; weights are"
+    ):
+        save(model, tmp_path / "out", torch.float16)
+    assert torch.equal(load_model(str(tmp_path / "out")).lm_head.weight, model.lm_head.weight)
+    assert stored_dtype(str(tmp_path / "out")) == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("base", "commit", "about"), [("some/model", "abc123", ""), ("smollm2-135m", None, "in the package llm-")]
+)
+def test_adapters_name_their_model_by_hub_id_and_commit_or_say_what_it_is(
+    base: str, commit: str | None, about: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny()
+    model.name_or_path = model.config.name_or_path = base
+    model.config._commit_hash = commit
+    adapted = Lora(rank=1).prepare(model)
+    save_model(adapted, tiny_tokenizer(eos_token="</s>"), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == (base, commit)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"base_model: {base}" in card
+    assert about in card
+
+    def open_base(name: str, **options: Any) -> Any:
+        assert (name, options["revision"]) == (base, commit)
+        return tiny()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lisatune.models.load.load_model", open_base)
+        loaded = load_model(str(tmp_path / "out"))
+    assert set(loaded.peft_config) == {"default"}
+
+
+def test_the_name_of_a_model_serves_from_other_folders_and_machines(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    assert load_model("model").name_or_path == str(folder)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = folder.parent / "hub" / "models--some--model" / "snapshots" / commit
+    shutil.copytree(folder, snapshot)
+    model = load_model(str(snapshot))
+    assert (model.name_or_path, model.config._commit_hash) == ("some/model", commit)
+    assert name_elsewhere("smollm2-135m") == ("smollm2-135m", None)
+    assert name_elsewhere("some/model") == ("some/model", None)
 
 
 @pytest.mark.parametrize("tied", [True, False])
