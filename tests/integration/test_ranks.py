@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 import rank_worker
 import tiny_run
+from lisatune.models.load import stored_dtype
 from lisatune.train.loop import train
 from lisatune.train.recipe_file import load_recipe
 from rank_launcher import launch
@@ -100,6 +101,7 @@ def two(runs: Runs) -> dict[str, list[Any]]:
     jobs["saved"] = runs.job(
         "saved", "run.batch_size=2", "run.steps=3", "run.save_every=3", "optimizer.schedule=constant"
     )
+    jobs["narrow"] = runs.job("narrow", HALF, "run.save_dtype=bf16")
     return dict(
         zip(jobs, map(list, zip(*launch(2, runs.folder, list(jobs.values())), strict=True)), strict=True)
     )
@@ -192,6 +194,14 @@ def test_a_run_saved_on_two_ranks_goes_on_with_one_and_with_four(runs: Runs, two
     for key, weight in runs.weights("straight").items():
         for name in ("on-one", "on-four"):
             torch.testing.assert_close(runs.weights(name)[key], weight, **CLOSE)
+
+
+def test_divided_weights_are_written_in_the_dtype_asked_for(runs: Runs, two: dict[str, Any]) -> None:
+    assert "error" not in two["narrow"][0], two["narrow"][0]
+    narrow, wide = runs.weights("narrow"), runs.weights("two-fsdp")
+    assert narrow.keys() == wide.keys()
+    assert all(torch.equal(narrow[key], weight.bfloat16()) for key, weight in wide.items())
+    assert stored_dtype(str(runs.folder / "narrow" / "model")) == torch.bfloat16
 
 
 def test_the_written_model_is_a_plain_folder(runs: Runs, two: dict[str, Any]) -> None:

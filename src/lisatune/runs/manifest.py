@@ -61,8 +61,7 @@ def verify(path: Path) -> None:
     for name, sha256 in _read_manifest(path).items():
         if sha256_of(path / name) != sha256:
             raise DamagedCheckpointError(
-                f"checkpoint {path} is damaged: {name} changed after it was written; "
-                "delete the folder to use an earlier one"
+                f"checkpoint {path} is damaged: {name} changed after it was written; load an earlier one"
             )
 
 

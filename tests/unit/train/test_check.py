@@ -125,3 +125,9 @@ def test_the_report_is_printed_outline_first_and_ends_in_a_verdict(recipe: Path)
     assert outs[0].endswith("no problems found\n")
     assert outs[1].startswith("problem: active must be between")
     assert outs[1].endswith("1 problem; nothing was written\n")
+
+
+def test_resume_auto_is_no_problem_where_there_is_no_run(recipe: Path) -> None:
+    assert not check(load_recipe(recipe), resume="auto").problems
+    (problem,) = check(load_recipe(recipe), resume=True).problems
+    assert "there is no run to resume in" in problem
