@@ -209,7 +209,9 @@ def test_longer_resume_takes_the_new_schedule_from_its_first_step(
     run(recipe, "straight", "run.steps=8")
     with pytest.raises(KeyboardInterrupt):
         run(recipe, "resumed", "run.steps=4", after_step=press_ctrl_c(2))
-    run(recipe, "resumed", "run.steps=8", resume=True)
+    # Step 2 of 4 under a cosine is at the half, step 2 of 8 at 85 %.
+    with pytest.warns(UserWarning, match=r"began with 4 steps and now has 8.* 0.000854 .* been 0.0005"):
+        run(recipe, "resumed", "run.steps=8", resume=True)
     rates = [[line["lr"] for line in metrics(recipe, name)[3:-1]] for name in ("straight", "resumed")]
     assert rates[0] == rates[1]
 
@@ -275,16 +277,9 @@ def test_what_cannot_work_fails_before_the_weights_load(
         run(recipe, "run", "method.active=5")
 
 
-@pytest.mark.parametrize(
-    ("schedule", "factors"),
-    [
-        ("constant", [0, 1 / 2, 1, 1, 1, 1]),
-        ("linear", [0, 1 / 2, 1, 3 / 4, 1 / 2, 1 / 4]),
-        ("cosine", [0, 1 / 2, *((1 + math.cos(math.pi * i / 4)) / 2 for i in range(4))]),
-    ],
-)
-def test_learning_rate_follows_warmup_and_schedule(schedule: str, factors: list[float], recipe: Path) -> None:
-    run(recipe, "run", "run.steps=6", f"optimizer.schedule={schedule}", "optimizer.warmup_steps=2")
+def test_learning_rate_follows_warmup_and_schedule(recipe: Path) -> None:
+    run(recipe, "run", "run.steps=6", "optimizer.schedule=linear", "optimizer.warmup_share=0.3")
+    factors = [0, 1 / 2, 1, 3 / 4, 1 / 2, 1 / 4]
     rates = [line["lr"] for line in metrics(recipe, "run")[1:-1]]
     assert rates == pytest.approx([1e-3 * factor for factor in factors])
 

@@ -40,7 +40,12 @@ MAY_CHANGE = frozenset(
 Other steps or epochs stretch the learning-rate schedule.
 """
 
-BEFORE_IT_EXISTED = {"optimizer.name": "adamw", "data.long": "auto"}
+BEFORE_IT_EXISTED = {
+    "optimizer.name": "adamw",
+    "data.long": "auto",
+    "optimizer.warmup_share": 0.0,
+    "optimizer.min_lr_share": 0.0,
+}
 """Keys that older versions lack, with the value that says what these did, if that is not null."""
 
 _FILES = ("recipe.yaml", "environment.json", "metrics.jsonl", "summary.json")

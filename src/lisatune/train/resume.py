@@ -15,6 +15,7 @@ from lisatune.runs.checkpoint import load_checkpoint, save_checkpoint
 from lisatune.runs.folder import RunFolder
 from lisatune.runs.manifest import DamagedCheckpointError, list_checkpoints, newest_checkpoint, prune
 from lisatune.train.assemble import Parts
+from lisatune.train.schedule import lr_factor
 
 __all__ = ["RunState", "begin", "find_checkpoint", "read_state", "restore", "save"]
 
@@ -38,6 +39,8 @@ class RunState:
     peak_trainable: int = 0
     held_out_before: float = math.nan
     answers_before: list[str] = field(default_factory=list)
+    total_steps: int = 0
+    """Steps that the learning-rate schedule is made for; 0 if an older version saved the run."""
     batch: int = 0
     """Sequences of a micro-step on all ranks together; 0 if an older version saved the run."""
     data: dict[str, str] = field(default_factory=dict)
@@ -79,7 +82,7 @@ def find_checkpoint(output: Path) -> Path:
 
 def begin(parts: Parts) -> RunState:
     """Return the state of a new run."""
-    return RunState(batch=parts.data.order.batch_size, data=parts.data.hashes)
+    return RunState(total_steps=parts.data.steps, batch=parts.data.order.batch_size, data=parts.data.hashes)
 
 
 def restore(parts: Parts, output: Path) -> tuple[RunState, list[Path]]:
@@ -113,6 +116,8 @@ def restore(parts: Parts, output: Path) -> tuple[RunState, list[Path]]:
                 f"the run has done {state.step} steps and the recipe asks for {parts.data.steps}; give more "
                 "run.steps (or run.epochs) to continue"
             )
+        _warn_of_new_schedule(parts, state)
+        state.total_steps = parts.data.steps
         parts.set_learning_rates()
         return state, damaged
     raise ValueError(f"{problem}, and no other is intact; start over with --overwrite")
@@ -162,6 +167,19 @@ def read_state(path: Path, extra: Mapping[str, Any]) -> RunState:
             reason = f"extra.{name} is {value!r:.80}"
             raise DamagedCheckpointError(f"checkpoint {path} holds what no run wrote ({reason})")
     return dataclasses.replace(RunState(), **extra)
+
+
+def _warn_of_new_schedule(parts: Parts, state: RunState) -> None:
+    """Say what another number of steps does to the learning rates."""
+    config, was, now = parts.recipe.optimizer, state.total_steps, parts.data.steps
+    old, new = (config.lr * lr_factor(config, state.step, steps) for steps in (was or now, now))
+    if was not in (0, now) and (config.schedule != "constant" or old != new):
+        warnings.warn(
+            f"the run began with {was:,} steps and now has {now:,}, so from here the learning rate follows "
+            f"optimizer.schedule={config.schedule} over {now:,} steps: {new:.3g} in the next step, where it "
+            f"would have been {old:.3g}",
+            stacklevel=3,
+        )
 
 
 def _check_same_batch(parts: Parts, state: RunState) -> None:
