@@ -70,7 +70,7 @@ class DataConfig:
     """Held-out data, in the same forms as `train`. Default: a share of `train`."""
 
     validation_share: float = 0.05
-    """Share of `train` to hold out if `validation` is not given, 0 < share < 1."""
+    """Share of `train` to hold out if `validation` is not given, at least one prompt. 0: evaluate nothing."""
 
     kind: Literal["auto", "alpaca", "prompt-completion", "messages", "sharegpt", "text"] = "auto"
     """Format of the records. auto: recognised by their keys."""
@@ -81,8 +81,8 @@ class DataConfig:
     limit: int | None = None
     """Use only the first `limit` training records."""
 
-    validation_limit: int | None = None
-    """Use only the first `validation_limit` held-out records."""
+    validation_limit: int | None = 500
+    """Hold out at most this many records, so that an evaluation takes no longer as data grow. null: all."""
 
     max_length: int = 1024
     """Longest sequence in tokens. `long` says what happens to longer records."""
@@ -101,12 +101,17 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check_choices("data", self)
-        if not 0 < self.validation_share < 1:
-            raise ValueError(f"data.validation_share must be between 0 and 1, got {self.validation_share}")
+        if not 0 <= self.validation_share < 1:
+            raise ValueError(f"data.validation_share must be >= 0 and below 1, got {self.validation_share}")
         if self.max_length < 2:
             raise ValueError(f"data.max_length must be >= 2 tokens, got {self.max_length}")
         for name in ("limit", "validation_limit"):
             _at_least(1, f"data.{name}", getattr(self, name))
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether there is data to evaluate on."""
+        return self.validation is not None or self.validation_share > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +261,7 @@ class RunConfig:
     """Steps between two evaluations. Held-out loss is always measured before and after the run."""
 
     save_every: int | None = None
-    """Steps between two checkpoints. Default: a checkpoint only when interrupted."""
+    """Steps between two checkpoints; 0: only when interrupted. Default: one every ten minutes."""
 
     sharding: Literal["fsdp", "replicate"] = "fsdp"
     """Several ranks: divide weights, gradients and state among them (fsdp), or keep all on each."""
@@ -284,11 +289,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _check_choices("run", self)
-        for name in ("steps", "batch_size", "accumulation", "log_every", "eval_every", "save_every"):
+        for name in ("steps", "batch_size", "accumulation", "log_every", "eval_every"):
             _at_least(1, f"run.{name}", getattr(self, name))
         for name in ("keep_checkpoints", "sample_tokens", "max_skipped_steps"):
             _at_least(1, f"run.{name}", getattr(self, name))
         _at_least(0, "run.samples", self.samples)
+        _at_least(0, "run.save_every", self.save_every)
         if self.steps is not None:
             check_steps(self.steps, "run.steps")
         if not 0 <= self.seed < 2**63:
@@ -312,6 +318,11 @@ class Recipe:
             raise ValueError(
                 f"optimizer.ends_lr={self.optimizer.ends_lr:g} does nothing with method {self.method.name}, "
                 "which trains no embedding, head or final norm; set it to null"
+            )
+        if self.run.eval_every is not None and not self.data.holds_out:
+            raise ValueError(
+                f"run.eval_every={self.run.eval_every} needs held-out data, and data.validation_share is 0; "
+                "hold out a share, give data.validation, or set run.eval_every to null"
             )
         if self.optimizer.in_backward and self.run.accumulation > 1:
             raise ValueError(

@@ -18,7 +18,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM
 
-import lisatune.train.loop
 import tiny_run
 from lisatune.losses.causal_lm import CausalLMLoss
 from lisatune.methods import METHODS
@@ -27,7 +26,7 @@ from lisatune.runs.summary import Summary
 from lisatune.train.assemble import Parts, assemble
 from lisatune.train.loop import TrainingError, train
 from lisatune.train.recipe_file import load_recipe
-from lisatune.train.resume import RunState
+from lisatune.train.resume import RunState, SaveClock
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +169,16 @@ def test_run_folder_holds_what_it_promises(recipe: Path) -> None:
     assert {"recipe.yaml", "environment.json", "summary.json", "model"} <= {p.name for p in folder.iterdir()}
 
 
+def test_a_run_may_hold_nothing_out(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    options = ["data.validation_share=0", "run.save_every=2"]
+    summary = run(recipe, "run", *options)
+    assert "nothing, so nothing is evaluated" in capfd.readouterr().out
+    assert not {"held_out_loss_before", "held_out_loss_after"} & summary.keys()
+    assert summary["samples"] == []
+    assert [line["step"] for line in metrics(recipe, "run")] == [1, 2, 3, 4]
+    assert run(recipe, "run", *options, "run.steps=5", resume=True)["steps"] == 5
+
+
 def test_loss_does_not_depend_on_how_a_step_is_cut_into_micro_steps(recipe: Path) -> None:
     run(recipe, "whole", "run.batch_size=4", "run.steps=1", "method.active=4")
     run(recipe, "parts", "run.batch_size=2", "run.accumulation=2", "run.steps=1", "method.active=4")
@@ -252,9 +261,8 @@ def test_an_epoch_trains_on_every_row_once(recipe: Path, monkeypatch: pytest.Mon
         return collate(self, rows)
 
     monkeypatch.setattr(Parts, "collate", note)
-    monkeypatch.setattr(lisatune.train.loop, "_held_out", lambda parts: 1.0)
-    parts = assemble(load_recipe(recipe))
-    run(recipe, "run", "run.steps=null", "run.epochs=1", "method.active=4")
+    parts = assemble(load_recipe(recipe, ["data.validation_share=0"]))
+    run(recipe, "run", "run.steps=null", "run.epochs=1", "method.active=4", "data.validation_share=0")
     assert sorted(seen) == sorted(tuple(row["input_ids"]) for row in parts.data.train.rows)
 
 
@@ -267,6 +275,75 @@ def test_steps_after_the_checkpoint_are_logged_once(recipe: Path, monkeypatch: p
     assert [line["step"] for line in metrics(recipe, "resumed")] == [0, 1, 2, 3]
     run(recipe, "resumed", "run.save_every=2", resume=True)
     assert metrics(recipe, "resumed") == metrics(recipe, "straight")
+
+
+def test_a_finished_run_is_left_as_it_is_on_resume_unless_it_is_made_longer(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summary = run(recipe, "run", "run.save_every=3")
+    folder = recipe.parent / "run"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with monkeypatch.context() as patch:
+        patch.setattr("lisatune.train.loop.assemble", pytest.fail)
+        assert run(recipe, "run", "run.log_every=2", resume=True) == summary
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert run(recipe, "run", "run.steps=5", resume=True)["steps"] == 5
+
+
+def test_resume_auto_starts_a_run_continues_it_and_leaves_it_finished(recipe: Path) -> None:
+    def wait(state: RunState) -> None:
+        raise ZeroDivisionError
+
+    for after, resumed_at in ((wait, 0), (press_ctrl_c(2), 0), (press_ctrl_c(3), 2)):
+        with pytest.raises((ZeroDivisionError, KeyboardInterrupt)):
+            run(recipe, "run", resume="auto", after_step=after)
+        assert metrics(recipe, "run")[resumed_at]["step"] == resumed_at
+    assert run(recipe, "run", resume="auto") == run(recipe, "run", resume="auto")
+    assert [line["step"] for line in metrics(recipe, "run")] == [0, 1, 2, 3, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("save_every", "seconds", "steps"),
+    [(None, 300, [2, 4]), (None, 1, []), (3, 300, [3]), (0, 300, [])],
+)
+def test_checkpoints_come_every_ten_minutes_unless_steps_are_asked_for(
+    save_every: int | None, seconds: int, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, saved = 0.0, []
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    clock = SaveClock(save_every)
+    for step in range(1, 6):
+        now += seconds
+        if clock.is_due(step):
+            saved.append(step)
+            with clock.saving():
+                now += 3
+    assert saved == steps
+
+
+def test_saving_by_the_clock_takes_at_most_a_twentieth_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, training, saving = 0.0, 0, 0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    clock = SaveClock(None)
+    for step in range(1, 1000):
+        now, training = now + 60, training + 60
+        if clock.is_due(step):
+            with clock.saving():
+                now, saving = now + 120, saving + 120
+    assert 0.045 < saving / training <= 0.051
+
+
+def test_a_checkpoint_that_nobody_asked_for_cannot_stop_a_run(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lisatune.train.resume.save_checkpoint", fail)
+    monkeypatch.setattr("lisatune.train.resume.AUTOSAVE_SECONDS", 0)
+    assert run(recipe, "run", "run.steps=4")["failed_saves"] == 4
+    with pytest.raises(OSError, match="No space left"):
+        run(recipe, "asked", "run.steps=4", "run.save_every=1")
 
 
 def test_what_cannot_work_fails_before_the_weights_load(

@@ -53,7 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _report_failure(error, debug)
 
 
-def train(recipe: Path, /, *overrides: str, resume: bool = False, overwrite: bool = False) -> int:
+def train(
+    recipe: Path, /, *overrides: str, resume: bool = False, resume_auto: bool = False, overwrite: bool = False
+) -> int:
     """Fine-tune a model with a recipe.
 
     Prints an outline of the run, trains, and saves the model in the run folder:
@@ -66,6 +68,7 @@ def train(recipe: Path, /, *overrides: str, resume: bool = False, overwrite: boo
         recipe: YAML file.
         overrides: `section.key=value` or `--section.key value`; wins over the file. A list is [a,b].
         resume: Continue from the newest checkpoint in the run folder, with the same result as without a stop.
+        resume_auto: Also written --resume=auto. As --resume, but start the run if there is none to resume.
         overwrite: Delete the run in the run folder and start over.
     """
     from lisatune.train.loop import train
@@ -73,11 +76,14 @@ def train(recipe: Path, /, *overrides: str, resume: bool = False, overwrite: boo
     from lisatune.train.stopping import terminable
 
     with terminable():
-        train(load_recipe(recipe, overrides), resume=resume, overwrite=overwrite)
+        how: bool | Literal["auto"] = "auto" if resume_auto else resume
+        train(load_recipe(recipe, overrides), resume=how, overwrite=overwrite)
     return 0
 
 
-def check(recipe: Path, /, *overrides: str, resume: bool = False, overwrite: bool = False) -> int:
+def check(
+    recipe: Path, /, *overrides: str, resume: bool = False, resume_auto: bool = False, overwrite: bool = False
+) -> int:
     """Find the problems of a run before any weights load.
 
     Reads the keys, the model's config, the tokenizer and every record, prints an outline of the run
@@ -90,12 +96,14 @@ def check(recipe: Path, /, *overrides: str, resume: bool = False, overwrite: boo
         recipe: YAML file.
         overrides: `section.key=value` or `--section.key value`; wins over the file.
         resume: Check for `train --resume`.
+        resume_auto: Check for `train --resume=auto`.
         overwrite: Check for `train --overwrite`.
     """
     from lisatune.train.check import check, print_report
     from lisatune.train.recipe_file import load_recipe
 
-    report = check(load_recipe(recipe, overrides), resume=resume, overwrite=overwrite)
+    how: bool | Literal["auto"] = "auto" if resume_auto else resume
+    report = check(load_recipe(recipe, overrides), resume=how, overwrite=overwrite)
     print_report(report)
     return 2 if report.problems else 0
 
@@ -205,6 +213,7 @@ def build_app() -> "App":
 def _run(tokens: list[str]) -> int:
     """Run one command and return its exit code."""
     _refuse_empty(tokens)
+    tokens = ["--resume-auto" if token == "--resume=auto" else token for token in tokens]
     app = build_app()
     from cyclopts import CycloptsError
 

@@ -44,7 +44,7 @@ class RunData:
     """Training rows; with packing a row holds several records."""
 
     validation: Examples
-    """Held-out rows, one record each."""
+    """Held-out rows, no more than `data.validation_limit`; none under `validation_share: 0`."""
 
     questions: tuple[Prompt, ...]
     """The first `run.samples` held-out records whose prompts fit `max_length`, as prompts and answers."""
@@ -87,7 +87,8 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> RunData:
     train, validation = read_data(recipe)
     how: dict[str, Any] = {"max_length": data.max_length, "loss_on": data.loss_on, "long": data.long}
     rows = tokenize(train, tokenizer, **how)
-    held_out = tokenize(validation, tokenizer, **how)
+    held_out = tokenize(validation, tokenizer, **how) if validation.rows else Examples([], 0, 0)
+    held_out = _take_evenly(held_out, data.validation_limit)
     if data.packing:
         rows = pack(rows, data.max_length)
     order = Order(len(rows.rows), run.batch_size * ranks.count(), run.seed)
@@ -108,13 +109,24 @@ def read_data(recipe: Recipe) -> tuple[Records, Records]:
     def read(source: str, limit: int | None) -> Records:
         return read_records(source, kind=data.kind, split=data.split, limit=limit, on_bad_row=data.on_bad_row)
 
-    held_out = data.validation
+    most, held_out = data.validation_limit, data.validation
+    train = read(data.train, data.limit)
+    if not data.holds_out:
+        return train, replace(train, rows=[], skipped=0)
     if held_out is None and data.train == "python-docs":
         held_out = "python-docs:validation"
     if held_out is not None:
-        return read(data.train, data.limit), read(held_out, data.validation_limit)
-    train, validation = split_records(read(data.train, data.limit), data.validation_share, recipe.run.seed)
-    return train, replace(validation, rows=validation.rows[: data.validation_limit], skipped=0)
+        return train, read(held_out, most)
+    train, validation = split_records(train, data.validation_share, recipe.run.seed, most=most)
+    return train, replace(validation, rows=validation.rows[:most], skipped=0)
+
+
+def _take_evenly(examples: Examples, most: int | None) -> Examples:
+    """Take at most so many rows from all over the examples: the pieces of a few long texts are many rows."""
+    num_rows = len(examples.rows)
+    if most is None or num_rows <= most:
+        return examples
+    return replace(examples, rows=[examples.rows[i * num_rows // most] for i in range(most)])
 
 
 def _cut_prompt(row: Record) -> Prompt:

@@ -156,7 +156,9 @@ def read_records(
     return Records(rows, kind, skipped, source, first_skipped, tuple(unused))
 
 
-def split_records(records: Records, share: float, seed: int) -> tuple[Records, Records]:
+def split_records(
+    records: Records, share: float, seed: int, *, most: int | None = None
+) -> tuple[Records, Records]:
     """Hold out a share of the records by their prompts, so that no question is on both sides.
 
     Records with the same prompt up to case and spacing (for text: the same text) stay together. The different
@@ -165,23 +167,26 @@ def split_records(records: Records, share: float, seed: int) -> tuple[Records, R
 
     Args:
         records: the records to split.
-        share: share of the different prompts to hold out, 0 < share < 1; their number is rounded.
+        share: share of the different prompts to hold out, 0 < share < 1; their number is rounded, but at
+            least one is held out and at least one stays.
         seed: names the split; the same seed gives the same split.
+        most: hold out at most this many prompts, >= 1; None: no limit.
 
     Returns:
         The records to train on and the held-out records, each in the order given.
 
     Raises:
-        ValueError: one side would be empty.
+        ValueError: there are fewer than two different prompts.
     """
     keys = [_hash_prompt(row, seed) for row in records.rows]
     ranked = sorted(set(keys))
-    num_held_out = round(share * len(ranked))
-    if not 0 < num_held_out < len(ranked):
+    if len(ranked) < 2:
         raise ValueError(
-            f"holding out a share of {share} of {len(ranked)} different prompts leaves nothing to "
-            f"{'validate' if num_held_out == 0 else 'train'} on; change the share or give validation data"
+            f"{records.source} has 1 different prompt, and holding it out leaves nothing to train on; give "
+            "validation data, or set data.validation_share to 0 to evaluate nothing"
         )
+    wanted = min(round(share * len(ranked)), len(ranked) if most is None else most)
+    num_held_out = min(max(wanted, 1), len(ranked) - 1)
     held_out = set(ranked[:num_held_out])
     train = [row for row, key in zip(records.rows, keys, strict=True) if key not in held_out]
     validation = [row for row, key in zip(records.rows, keys, strict=True) if key in held_out]

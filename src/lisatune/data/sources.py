@@ -16,6 +16,7 @@ from typing import IO, Any, cast
 
 from lisatune.console import first_line
 from lisatune.data import python_docs
+from lisatune.files.hub import UNREACHABLE, ask_hub
 
 __all__ = ["EXTENSIONS", "BadRowError", "read_rows"]
 
@@ -64,9 +65,8 @@ def _open_source(source: str, split: str) -> Iterator[tuple[str, Any]]:
         return _read_folder(path)
     if not path.exists():
         if suffix in (*EXTENSIONS, ".txt") or path.suffix == ".gz" or source.startswith((".", "/", "~")):
-            near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], 1, 0.5)
-            hint = f"did you mean {path.parent / near[0]}?" if near else "check the path"
-            raise FileNotFoundError(f"there is no file or folder {source}; {hint}")
+            hint = _suggest(source) or "; check the path"
+            raise FileNotFoundError(f"there is no file or folder {source}{hint}")
         return _read_hub(source, split)
     if suffix not in EXTENSIONS:
         raise ValueError(
@@ -74,6 +74,13 @@ def _open_source(source: str, split: str) -> Iterator[tuple[str, Any]]:
             f"use {', '.join(EXTENSIONS)} (also .gz) or a folder of .txt files"
         )
     return {".csv": _read_csv, ".parquet": _read_parquet}.get(suffix, _read_json)(path)
+
+
+def _suggest(source: str) -> str:
+    """Suggest the file or folder whose name is nearest; empty if none is near."""
+    path = Path(source).expanduser()
+    near = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.glob("*")], 1, 0.5)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 
 def _file_type(path: Path) -> str:
@@ -162,9 +169,18 @@ def _read_folder(folder: Path) -> Iterator[tuple[str, Any]]:
 def _read_hub(source: str, split: str) -> Iterator[tuple[str, Any]]:
     try:
         import datasets
+        from huggingface_hub import constants
     except ImportError as error:
         raise ImportError('reading from the hub needs datasets: pip install "lisatune[train]"') from error
     name, _, config = source.partition(":")
+    problem = ask_hub(name, "dataset")
+    if problem and not constants.HF_HUB_OFFLINE:  # offline, datasets looks for an earlier download
+        earlier = (
+            "; set HF_HUB_OFFLINE=1 to use an earlier download" if problem.startswith(UNREACHABLE) else ""
+        )
+        raise FileNotFoundError(
+            f"there is no file or folder {source}, and {problem}{_suggest(name)}{earlier}"
+        )
     try:
         rows = datasets.load_dataset(name, config or None, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:

@@ -16,31 +16,27 @@ from typing import Any
 import torch
 
 from lisatune.files.disk import write_aside
-from lisatune.models.gguf import SMOLLM2, SMOLLM2_SHA256, convert_once, find_smollm2
 from lisatune.models.hf import (
     check_attention,
-    check_index,
     check_loaded,
     explain_load_errors,
     import_auto_model,
     import_transformers,
     silence_transformers,
 )
+from lisatune.models.locate import ADAPTER_CONFIG, find_snapshot, is_adapter, locate
+from lisatune.models.stored import find_untied
 from lisatune.nn.nf4 import note_quantized, quantize_as_noted
 
 __all__ = [
     "load_config",
     "load_model",
     "load_tokenizer",
-    "locate",
     "meta_model",
     "model_from_config",
     "save_model",
     "stored_dtype",
 ]
-
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 def load_config(
@@ -68,12 +64,12 @@ def load_config(
             own Python code and that is not trusted, or transformers does not know its architecture.
         ImportError: transformers is not installed.
     """
-    if _is_adapter(name):
+    if is_adapter(name):
         raise ValueError(
             f"model folder {name} holds adapters, not a model; merge them into their model first "
             "(peft: PeftModel.merge_and_unload, then save_pretrained)"
         )
-    path = locate(name, needs_weights=needs_weights)
+    path = locate(name, revision=revision, needs_weights=needs_weights)
     with explain_load_errors(name):
         config = import_transformers().AutoConfig.from_pretrained(
             path, revision=revision, trust_remote_code=trust_remote_code
@@ -123,7 +119,7 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
         >>> tokenizer = load_tokenizer("smollm2-135m")
         >>> tokenizer("Hello")["input_ids"]
     """
-    path = locate(name)
+    path = locate(name, revision=revision)
     with explain_load_errors(f"the tokenizer of {name}"):
         tokenizer = import_transformers().AutoTokenizer.from_pretrained(
             path, revision=revision, trust_remote_code=trust_remote_code
@@ -168,13 +164,13 @@ def load_model(
         >>> model.num_parameters()
         134515008
     """
-    if _is_adapter(name):
+    if is_adapter(name):
         return _load_adapter(name, attention=attention, dtype=dtype, trust_remote_code=trust_remote_code)
     check_attention(attention)
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
     with explain_load_errors(name):
         model, info = import_auto_model().from_pretrained(
-            locate(name),
+            locate(name, revision=revision),
             config=config,
             revision=revision,
             trust_remote_code=trust_remote_code,
@@ -185,7 +181,29 @@ def load_model(
             output_loading_info=True,
         )
     check_loaded(name, info)
+    if _says_tied(model.config) and model._tied_weights_keys and not _is_tied(model):
+        _untie(name, model.config)
     return model
+
+
+def _says_tied(config: Any) -> bool:
+    return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
+
+
+def _is_tied(model: Any) -> bool:
+    head = model.get_output_embeddings()
+    return head is None or head.weight is model.get_input_embeddings().weight
+
+
+def _untie(name: str, config: Any) -> None:
+    """Correct a config that says tied beside two different matrices, and warn."""
+    for part in (config, config.get_text_config()):
+        part.tie_word_embeddings = False
+    warnings.warn(
+        f"model {name}: its config.json ties embedding and head, but its files hold two different matrices; "
+        "both are kept, and the result's config.json says that they are not tied",
+        stacklevel=2,
+    )
 
 
 def meta_model(
@@ -212,14 +230,25 @@ def meta_model(
     config = load_config(
         name, revision=revision, trust_remote_code=trust_remote_code, needs_weights=needs_weights
     )
-    with explain_load_errors(name):
-        return model_from_config(
-            config,
-            attention=attention,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            with_buffers=with_buffers,
-        )
+
+    def build() -> Any:
+        with explain_load_errors(name):
+            return model_from_config(
+                config,
+                attention=attention,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                with_buffers=with_buffers,
+            )
+
+    model = build()
+    if _says_tied(config):
+        place = locate(name, revision=revision, needs_weights=needs_weights)
+        files = find_snapshot(place, revision)
+        if files is not None and find_untied(files, model.all_tied_weights_keys):
+            _untie(name, config)
+            return build()
+    return model
 
 
 def model_from_config(
@@ -284,30 +313,6 @@ def save_model(model: Any, tokenizer: Any, folder: str | Path, *, weights: Any =
         tokenizer.save_pretrained(aside)
 
 
-def locate(name: str, *, needs_weights: bool = True) -> str:
-    """Find the local folder to load a model from, or return its hub id. Arguments as in `load_config`."""
-    if name == SMOLLM2:
-        return str(convert_once(find_smollm2(), sha256=SMOLLM2_SHA256))
-    path = Path(name).expanduser()
-    if path.suffix.lower() == ".gguf":
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no GGUF file {name}")
-        return str(convert_once(path))
-    if path.is_dir():
-        _check_folder(path, needs_weights=needs_weights)
-        return str(path)
-    if path.exists():
-        raise FileNotFoundError(f"model {name} is a file; give the folder that it is in, or a .gguf file")
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name or name.endswith("/"):
-        raise FileNotFoundError(f"there is no model folder {name}")
-    return name
-
-
-def _is_adapter(name: str) -> bool:
-    path = Path(name).expanduser()
-    return (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").exists()
-
-
 def _load_adapter(name: str, **options: Any) -> Any:
     """Load the model that a folder's PEFT adapters belong to, and put the adapters into it."""
     path = Path(name).expanduser()
@@ -329,22 +334,3 @@ def _load_adapter(name: str, **options: Any) -> Any:
     with explain_load_errors(name), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT still uses an old name in transformers
         return PeftModel.from_pretrained(model, str(path)).eval()
-
-
-def _check_folder(path: Path, *, needs_weights: bool) -> None:
-    if _is_adapter(str(path)):
-        return
-    if not (path / "config.json").is_file():
-        raise FileNotFoundError(
-            f"model folder {path} has no config.json; give a folder that save_pretrained wrote"
-        )
-    check_index(path / "model.safetensors.index.json")
-    if not needs_weights or any(path.glob("*.safetensors")):
-        return
-    pickled = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
-    if pickled:
-        raise ValueError(
-            f"model folder {path} has pickled weights only ({pickled[0]}), which can run code when opened; "
-            "save it as safetensors first"
-        )
-    raise FileNotFoundError(f"model folder {path} has no weights (*.safetensors)")

@@ -72,6 +72,8 @@ class Outline:
     skipped: int
     """Records left out because they cannot be used."""
     validation_rows: int
+    validation_limit: int | None
+    """The most held-out rows that the recipe allows; None: no limit."""
     validation_tokens: int
     device: str
     output: str
@@ -130,6 +132,7 @@ def make_outline(
         num_without_loss=data.train.num_without_loss,
         skipped=data.skipped,
         validation_rows=len(data.validation.rows),
+        validation_limit=recipe.data.validation_limit,
         validation_tokens=data.validation.num_tokens,
         device=f"{device}, {run.precision}",
         output=str(run.output),
@@ -187,14 +190,21 @@ def print_outline(outline: Outline, console: Console | None = None) -> None:
     rows += [
         ("lr", outline.lr),
         ("data", "; ".join([f"{plural(outline.train_rows, 'row')}, {tokens}", *left_out])),
-        (
-            "held out",
-            f"{plural(outline.validation_rows, 'row')}, {count_text(outline.validation_tokens)} tokens",
-        ),
+        ("held out", _held_out_text(outline)),
         ("device", outline.device),
         ("output", outline.output),
     ]
     console.print(Panel(grid(rows), title="run", title_align="left", border_style="cyan", box=box.ROUNDED))
+
+
+def _held_out_text(outline: Outline) -> str:
+    """Say how much is held out, and whether `data.validation_limit` is why it is no more."""
+    if not outline.validation_rows:
+        return "nothing, so nothing is evaluated (data.validation_share: 0)"
+    is_limited = outline.validation_rows == outline.validation_limit
+    limit = " (data.validation_limit)" if is_limited else ""
+    rows = plural(outline.validation_rows, "row")
+    return f"{rows}{limit}, {count_text(outline.validation_tokens)} tokens"
 
 
 def _method_text(method: Method) -> str:

@@ -6,7 +6,7 @@ is not a terminal, the live line becomes one plain line for each update, without
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,9 +23,12 @@ from rich.text import Text
 from lisatune.console import byte_text, grid, plural, ranges_text, terminal
 from lisatune.runs.summary import Sample, Summary
 
-__all__ = ["Bar", "Log", "check_trackers", "print_summary", "trackers"]
+__all__ = ["Bar", "Log", "check_trackers", "print_finished", "print_summary", "trackers"]
 
 LONGEST_SAMPLE = 400
+
+SECONDS_BETWEEN_LINES = 30
+"""Seconds between two lines on an evaluation, where the output is not a terminal."""
 
 
 class Bar:
@@ -73,6 +76,36 @@ class Bar:
         else:
             self._progress.update(self._task, completed=step, description="· " + " · ".join(facts))
 
+    @contextmanager
+    def follow(self, what: str, total: int) -> Iterator[Callable[[], None]]:
+        """Show how far something is that a step waits for, such as an evaluation.
+
+        Args:
+            what: its name.
+            total: number of its parts.
+
+        Yields:
+            A function to call after each part. If the output is not a terminal, a line is printed for the
+            parts done in each half minute, so that a short evaluation prints none.
+        """
+        said, done = time.monotonic(), 0
+        task = None if self._progress is None else self._progress.add_task(f"· {what}", total=total)
+
+        def advance() -> None:
+            nonlocal said, done
+            done += 1
+            if self._progress is not None and task is not None:
+                self._progress.advance(task)
+            elif time.monotonic() - said >= SECONDS_BETWEEN_LINES:
+                said = time.monotonic()
+                self._say(f"{what}: {done} of {total} batches")
+
+        try:
+            yield advance
+        finally:
+            if self._progress is not None and task is not None:
+                self._progress.remove_task(task)
+
     def print(self, text: str) -> None:
         """Print a line that stays, above the live one."""
         if self._progress is None:
@@ -83,8 +116,11 @@ class Bar:
     def _say(self, text: str) -> None:
         self._console.print(Text(text), soft_wrap=True)
 
-    def __enter__(self) -> Self:
+    def start_clock(self) -> None:
+        """Begin to count the time of steps, from which the time left is known."""
         self._began = time.monotonic()
+
+    def __enter__(self) -> Self:
         if self._progress is not None:
             self._progress.start()
         return self
@@ -94,6 +130,14 @@ class Bar:
     ) -> None:
         if self._progress is not None:
             self._progress.stop()
+
+
+def print_finished(output: Path, summary: Summary, console: Console | None = None) -> None:
+    """Say that a run needs no more steps, and print its result."""
+    console = console or terminal()
+    text = f"the run in {output} is finished; for more steps give a larger run.steps or run.epochs"
+    console.print(Text(text), soft_wrap=True)
+    print_summary(summary, console)
 
 
 def print_summary(summary: Summary, console: Console | None = None) -> None:

@@ -1,10 +1,13 @@
 """A run's progress: saved with each checkpoint, restored from the newest intact one."""
 
 import dataclasses
+import json
 import math
+import time
 import typing
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,12 +15,29 @@ from typing import Any
 from lisatune.distributed import ranks
 from lisatune.optim.meter import StateMeter
 from lisatune.runs.checkpoint import load_checkpoint, save_checkpoint
-from lisatune.runs.folder import RunFolder
+from lisatune.runs.folder import NEW_FOLDER, RunFolder, is_finished, is_run
 from lisatune.runs.manifest import DamagedCheckpointError, list_checkpoints, newest_checkpoint, prune
+from lisatune.runs.summary import Summary
 from lisatune.train.assemble import Parts
 from lisatune.train.schedule import lr_factor
 
-__all__ = ["RunState", "begin", "find_checkpoint", "read_state", "restore", "save"]
+__all__ = [
+    "RunState",
+    "SaveClock",
+    "begin",
+    "choose_start",
+    "find_checkpoint",
+    "read_finished",
+    "read_state",
+    "restore",
+    "save",
+]
+
+AUTOSAVE_SECONDS = 600
+"""Seconds between two checkpoints where `run.save_every` is not set."""
+
+AUTOSAVE_FACTOR = 20
+"""How many times as long as a checkpoint takes the next one waits at least."""
 
 
 @dataclass
@@ -75,9 +95,87 @@ def find_checkpoint(output: Path) -> Path:
         ValueError: there is none.
     """
     found = newest_checkpoint(output / "checkpoints")
+    if found is None and is_finished(output):
+        raise ValueError(
+            f"the run in {output} is finished and has no checkpoint to continue from; to train its model "
+            f"further, set model.name={output / 'model'} and name another run.output"
+        )
     if found is None:
-        raise ValueError(f"there is no complete checkpoint in {output}; start over with --overwrite")
+        raise ValueError(f"there is no complete checkpoint in {output}; {NEW_FOLDER}")
     return found
+
+
+def choose_start(output: Path) -> tuple[bool, bool]:
+    """Choose how `--resume=auto` starts: whether it resumes, and whether it overwrites.
+
+    A run that has neither a checkpoint nor a model begins again, because it has nothing to lose. Anything
+    else in the folder is resumed, or refused as without `auto`.
+    """
+    if not is_run(output):
+        return False, False
+    has_result = bool(list_checkpoints(output / "checkpoints")) or (output / "model").exists()
+    return has_result, not has_result
+
+
+def read_finished(output: Path, recipe: Mapping[str, Any]) -> Summary | None:
+    """Read the summary of a finished run; None if it is not finished, or if the recipe makes it longer.
+
+    Args:
+        output: the run folder.
+        recipe: `Recipe.as_dict()`; only its `run.steps` and `run.epochs` are compared.
+    """
+    if not is_finished(output):
+        return None
+    from lisatune.files import yaml
+
+    try:
+        before = yaml.load((output / "recipe.yaml").read_text(encoding="utf-8"))["run"]
+        values = json.loads((output / "summary.json").read_text(encoding="utf-8"))
+        summary: Any = {key: value for key, value in values.items() if value is not None}
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ):  # damaged, so it is resumed from its newest checkpoint
+        return None
+    is_as_long = all(before.get(key) == recipe["run"][key] for key in ("steps", "epochs"))
+    return summary if is_as_long else None
+
+
+class SaveClock:
+    """Tells when a checkpoint is due: every so many steps, or by the clock.
+
+    By the clock it is due `AUTOSAVE_SECONDS` after the last one, or later if saving took more than a
+    twentieth of that time. So a kill costs minutes, and saving costs at most 5 % of the time.
+
+    Args:
+        every: `run.save_every`.
+    """
+
+    def __init__(self, every: int | None) -> None:
+        self._every = every
+        self._since = time.monotonic()
+        self._wait: float = AUTOSAVE_SECONDS
+
+    @property
+    def is_asked_for(self) -> bool:
+        """Whether the recipe asks for these checkpoints."""
+        return self._every is not None
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint is due after `step`; the same on all ranks, which must all call it."""
+        if self._every is not None:
+            return self._every > 0 and step % self._every == 0
+        return bool(ranks.max_over_ranks(int(time.monotonic() - self._since >= self._wait)))
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Measure how long saving takes, and start the clock again."""
+        began = time.monotonic()
+        yield
+        self._since = time.monotonic()
+        self._wait = max(AUTOSAVE_SECONDS, AUTOSAVE_FACTOR * (self._since - began))
 
 
 def begin(parts: Parts) -> RunState:
@@ -120,17 +218,25 @@ def restore(parts: Parts, output: Path) -> tuple[RunState, list[Path]]:
         state.total_steps = parts.data.steps
         parts.set_learning_rates()
         return state, damaged
-    raise ValueError(f"{problem}, and no other is intact; start over with --overwrite")
+    raise ValueError(f"{problem}, and no other is intact; {NEW_FOLDER}")
 
 
-def save(parts: Parts, state: RunState, folder: RunFolder, say: Callable[[str], None]) -> bool:
+def save(
+    parts: Parts, state: RunState, folder: RunFolder, say: Callable[[str], None], *, must: bool = True
+) -> bool:
     """Save a checkpoint, then delete the oldest ones.
+
+    Args:
+        parts, state, folder: the run.
+        say: prints a line.
+        must: whether a checkpoint that cannot be saved may stop the run at all.
 
     Returns:
         Whether it was saved.
 
     Raises:
-        OSError: it could not be saved and `run.on_save_error` is `stop`; earlier ones are unchanged.
+        OSError: it could not be saved, it must be, and `run.on_save_error` is `stop`; earlier ones are
+            unchanged.
     """
     run = parts.recipe.run
     try:
@@ -145,10 +251,11 @@ def save(parts: Parts, state: RunState, folder: RunFolder, say: Callable[[str], 
         if ranks.is_rank0():
             prune(folder.checkpoints, run.keep_checkpoints)
     except OSError as error:
-        if run.on_save_error == "stop":
+        if must and run.on_save_error == "stop":
             raise
         state.failed_saves += 1
-        say(f"step {state.step}: {error}; continuing, as run.on_save_error says")
+        why = "because run.save_every is not set" if not must else "as run.on_save_error says"
+        say(f"step {state.step}: {error}; continuing, {why}")
         return False
     return True
 
@@ -188,7 +295,7 @@ def _check_same_batch(parts: Parts, state: RunState) -> None:
         raise ValueError(
             f"the run began with {state.batch} sequences in a micro-step and would continue with {now}: "
             f"run.batch_size={parts.recipe.run.batch_size} on each of {ranks.count()} ranks; choose them so "
-            "that their product stays the same, or start over with --overwrite"
+            f"that their product stays the same, or {NEW_FOLDER}"
         )
 
 
@@ -197,5 +304,5 @@ def _check_same_data(parts: Parts, state: RunState, output: Path) -> None:
         if parts.data.hashes.get(name) != was:
             raise ValueError(
                 f"{name} differs from what the run in {output} began with: its records, or the tokenizer, "
-                "have changed since; put the former ones back, or start over with --overwrite"
+                f"have changed since; put the former ones back, or {NEW_FOLDER}"
             )

@@ -155,7 +155,10 @@ def test_train_leaves_a_whole_run_folder_and_generate_answers_from_it(
     capsys.readouterr()
 
     assert main(["train", str(recipe)]) == 2
-    assert "--resume to continue it or --overwrite" in capsys.readouterr().err
+    assert "holds a finished run; name another run.output" in capsys.readouterr().err
+    for flag in ("--resume", "--resume=auto"):
+        assert main(["train", str(recipe), flag, "run.steps=3", "optimizer.lr=0.002"]) == 0
+        assert capsys.readouterr().out.startswith(f"the run in {run} is finished; for more steps give")
 
 
 def test_check_lists_problems_and_says_so_by_its_exit_code(

@@ -8,6 +8,7 @@ import datasets
 import pytest
 
 from lisatune.data.sources import BadRowError, read_rows
+from lisatune.files.hub import UNREACHABLE
 
 ROWS = [{"text": "first\nline"}, {"text": "zweite Zeile: äöü"}, {"text": '😀 third, "quoted"'}]
 
@@ -173,6 +174,7 @@ def test_a_hub_id_is_loaded_with_its_config_and_split(monkeypatch: pytest.Monkey
         return [{"text": f"{name} {config} {split}"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("lisatune.data.sources.ask_hub", lambda name, kind: "")
     assert list(read_rows("openai/gsm8k:main", split="test")) == [
         ("openai/gsm8k:main, test row 1", {"text": "openai/gsm8k main test"})
     ]
@@ -186,6 +188,20 @@ def test_a_hub_id_that_cannot_be_reached_is_one_sentence(monkeypatch: pytest.Mon
     ) as info:
         list(read_rows("no/such-data"))
     assert "\n" not in str(info.value)
+
+
+def test_a_name_that_is_nothing_here_goes_to_the_hub_once_and_gives_the_nearest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my-rows").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("lisatune.data.sources.ask_hub", lambda name, kind: UNREACHABLE)
+    monkeypatch.setattr(datasets, "load_dataset", pytest.fail)
+    with pytest.raises(
+        FileNotFoundError, match=r"no file or folder my-row, and .* did you mean my-rows\?; set"
+    ):
+        list(read_rows("my-row"))
 
 
 def test_python_docs_have_two_parts() -> None:

@@ -77,7 +77,6 @@ def test_rows_are_read_even_when_the_model_is_missing(recipe: Path, tmp_path: Pa
         ("method.warmup=2", "warmup"),
         ("model.attention=flash", "flash"),
         ("data.max_length=4", "answer"),
-        ("data.validation_share=0.01", "leaves nothing to validate on"),
         ("data.kind=messages", "messages"),
     ],
 )

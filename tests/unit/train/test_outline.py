@@ -1,5 +1,6 @@
 """The outline of a run: counted from the model itself, the same with and without weights."""
 
+import dataclasses
 import io
 from types import SimpleNamespace
 from typing import Any
@@ -102,6 +103,13 @@ def test_the_outline_reads_well_in_100_columns() -> None:
     ):
         assert part in out, out
     assert max(map(len, out.splitlines())) <= 100
+
+
+def test_the_limit_of_held_out_rows_is_named_where_it_counts() -> None:
+    outline = outline_of(Full())
+    assert "(data.validation_limit)" not in shown(outline)
+    limited = dataclasses.replace(outline, validation_limit=outline.validation_rows)
+    assert f"{outline.validation_rows:,} rows (data.validation_limit), " in shown(limited)
 
 
 def test_full_fine_tuning_has_no_periods() -> None:
