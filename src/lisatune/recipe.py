@@ -4,6 +4,8 @@ A recipe is a YAML file with the sections `model`, `data`, `method`, `optimizer`
 section is a field below, and its default is the field's default. The docstring under a field is its help
 text. The keys of `method` are the fields of the class that `method.name` picks (`lisatune.methods.METHODS`).
 `lisatune.train.load_recipe` builds a `Recipe` from a file and overrides.
+
+Longer than 400 lines: every key, its help and its checks stand together.
 """
 
 import difflib
@@ -263,6 +265,12 @@ class RunConfig:
     save_every: int | None = None
     """Steps between two checkpoints; 0: only when interrupted. Default: one every ten minutes."""
 
+    keep_best: bool = False
+    """Keep the checkpoint of lowest held-out loss and write its model at the end. Needs `eval_every`."""
+
+    stop_after: int | None = None
+    """End the run after so many evaluations without a new lowest held-out loss. Needs `eval_every`."""
+
     sharding: Literal["fsdp", "replicate"] = "fsdp"
     """Several ranks: divide weights, gradients and state among them (fsdp), or keep all on each."""
 
@@ -289,12 +297,18 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _check_choices("run", self)
-        for name in ("steps", "batch_size", "accumulation", "log_every", "eval_every"):
+        for name in ("steps", "batch_size", "accumulation", "log_every", "eval_every", "stop_after"):
             _at_least(1, f"run.{name}", getattr(self, name))
         for name in ("keep_checkpoints", "sample_tokens", "max_skipped_steps"):
             _at_least(1, f"run.{name}", getattr(self, name))
         _at_least(0, "run.samples", self.samples)
         _at_least(0, "run.save_every", self.save_every)
+        if self.eval_every is None and (self.keep_best or self.stop_after is not None):
+            key = "keep_best" if self.keep_best else "stop_after"
+            raise ValueError(
+                f"run.{key} compares held-out losses, and run.eval_every is not set; set it to the steps "
+                "between two evaluations"
+            )
         if self.steps is not None:
             check_steps(self.steps, "run.steps")
         if not 0 <= self.seed < 2**63:

@@ -16,7 +16,7 @@ from torch import nn
 from lisatune.distributed.shards import has_values
 from lisatune.methods.base import Method
 from lisatune.methods.optimizers import build_from_groups
-from lisatune.models.load import ADAPTER_CONFIG
+from lisatune.models.locate import ADAPTER_CONFIG
 from lisatune.nn.layers import LayerMap, find_layers
 from lisatune.nn.notices import silence_import_notices
 from lisatune.recipe import DataConfig, OptimizerConfig, RunConfig

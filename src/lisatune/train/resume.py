@@ -14,9 +14,15 @@ from typing import Any
 
 from lisatune.distributed import ranks
 from lisatune.optim.meter import StateMeter
-from lisatune.runs.checkpoint import load_checkpoint, save_checkpoint
+from lisatune.runs.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from lisatune.runs.folder import NEW_FOLDER, RunFolder, is_finished, is_run
-from lisatune.runs.manifest import DamagedCheckpointError, list_checkpoints, newest_checkpoint, prune
+from lisatune.runs.manifest import (
+    DamagedCheckpointError,
+    checkpoint_name,
+    list_checkpoints,
+    newest_checkpoint,
+    prune,
+)
 from lisatune.runs.summary import Summary
 from lisatune.train.assemble import Parts
 from lisatune.train.schedule import lr_factor
@@ -30,7 +36,9 @@ __all__ = [
     "read_finished",
     "read_state",
     "restore",
+    "restore_best",
     "save",
+    "save_best",
 ]
 
 AUTOSAVE_SECONDS = 600
@@ -53,6 +61,14 @@ class RunState:
     failed_saves: int = 0
     evaluated_step: int = 0
     """Step of the last evaluation."""
+    held_out: float = math.nan
+    """Held-out loss of the last evaluation."""
+    lowest_held_out: float = math.inf
+    """Lowest held-out loss of all evaluations while the run trained."""
+    evaluations_without_gain: int = 0
+    """Evaluations since that one."""
+    best: dict[str, float] = field(default_factory=dict)
+    """Held-out loss by the step, as text, of every checkpoint that was the best when it was saved."""
     train_seconds: float = 0.0
     peak_state_bytes: int = 0
     peak_state_elements: int = 0
@@ -86,6 +102,22 @@ class RunState:
         self.peak_trainable = max(self.peak_trainable, trainable)
         self.peak_state_bytes = max(self.peak_state_bytes, meter.bytes)
         self.peak_state_elements = max(self.peak_state_elements, meter.elements)
+
+    def add_evaluation(self, held_out: float) -> bool:
+        """Note this step's held-out loss; return whether it is the lowest so far."""
+        self.evaluated_step, self.held_out = self.step, held_out
+        has_gained = held_out < self.lowest_held_out
+        self.lowest_held_out = held_out if has_gained else self.lowest_held_out
+        self.evaluations_without_gain = 0 if has_gained else self.evaluations_without_gain + 1
+        return has_gained
+
+    def has_stalled(self, stop_after: int | None) -> bool:
+        """Whether `run.stop_after` ends the run now."""
+        return stop_after is not None and self.evaluations_without_gain >= stop_after
+
+    def best_steps(self) -> list[int]:
+        """Return the steps of `best`."""
+        return [int(step) for step in self.best if step.isdecimal()]
 
 
 def find_checkpoint(output: Path) -> Path:
@@ -122,7 +154,7 @@ def read_finished(output: Path, recipe: Mapping[str, Any]) -> Summary | None:
 
     Args:
         output: the run folder.
-        recipe: `Recipe.as_dict()`; only its `run.steps` and `run.epochs` are compared.
+        recipe: `Recipe.as_dict()`; only its `run.steps`, `run.epochs` and `run.stop_after` are compared.
     """
     if not is_finished(output):
         return None
@@ -139,7 +171,7 @@ def read_finished(output: Path, recipe: Mapping[str, Any]) -> Summary | None:
         AttributeError,
     ):  # damaged, so it is resumed from its newest checkpoint
         return None
-    is_as_long = all(before.get(key) == recipe["run"][key] for key in ("steps", "epochs"))
+    is_as_long = all(before.get(key) == recipe["run"][key] for key in ("steps", "epochs", "stop_after"))
     return summary if is_as_long else None
 
 
@@ -249,7 +281,7 @@ def save(
             extra=asdict(state),
         )
         if ranks.is_rank0():
-            prune(folder.checkpoints, run.keep_checkpoints)
+            prune(folder.checkpoints, run.keep_checkpoints, best=state.best_steps())
     except OSError as error:
         if must and run.on_save_error == "stop":
             raise
@@ -258,6 +290,32 @@ def save(
         say(f"step {state.step}: {error}; continuing, {why}")
         return False
     return True
+
+
+def save_best(parts: Parts, state: RunState, folder: RunFolder, say: Callable[[str], None]) -> bool:
+    """Save the checkpoint with the lowest held-out loss so far; see `save`."""
+    state.best[str(state.step)] = state.held_out
+    is_saved = save(parts, state, folder, say)
+    if not is_saved:
+        del state.best[str(state.step)]
+    return is_saved
+
+
+def restore_best(parts: Parts, state: RunState, folder: RunFolder) -> int:
+    """Load the weights of the best checkpoint, if its held-out loss is below that of the last step.
+
+    Returns:
+        The step that the weights are of.
+    """
+    best = min(state.best_steps(), key=lambda step: state.best[str(step)], default=state.step)
+    if best == state.step or state.held_out <= state.best[str(best)]:
+        return state.step
+    try:
+        load_weights(folder.checkpoints / checkpoint_name(best), model=parts.built.model)
+    except DamagedCheckpointError as error:
+        warnings.warn(f"{error}; the model is that of the last step, not of the best", stacklevel=2)
+        return state.step
+    return best
 
 
 def read_state(path: Path, extra: Mapping[str, Any]) -> RunState:
