@@ -4,6 +4,8 @@ A recipe is a YAML file with the sections `model`, `data`, `method`, `optimizer`
 section is a field below, and its default is the field's default. The docstring under a field is its help
 text. The keys of `method` are the fields of the class that `method.name` picks (`lisatune.methods.METHODS`).
 `lisatune.train.load_recipe` builds a `Recipe` from a file and overrides.
+
+Longer than 400 lines: every key, its help and its checks stand together.
 """
 
 import difflib
@@ -136,11 +138,21 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay. Norms, biases and embeddings have none."""
 
-    schedule: Literal["constant", "cosine", "linear"] = "cosine"
-    """Learning rate after warm-up: constant, or falling to 0 along a cosine or a line."""
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
+    """Learning rate after warm-up: constant; falling along a cosine or a line; or constant with a fall at the
+    end (wsd: warm-up, stable, decay)."""
 
     warmup_steps: int = 0
     """Optimizer steps over which the learning rate rises from 0 to `lr`."""
+
+    warmup_share: float = 0.0
+    """The same as a share of the run's steps, 0 <= share < 1. Give one of the two."""
+
+    min_lr_share: float = 0.0
+    """Where the learning rate falls to, as a share of `lr`, 0 <= share < 1. wsd warms up from there too."""
+
+    decay_share: float | None = None
+    """Share of the run's steps over which wsd falls, 0 < share <= 1. Default: 0.2."""
 
     max_grad_norm: float | None = 1.0
     """Clip the global norm of the gradients to this value. null: do not clip."""
@@ -177,6 +189,34 @@ class OptimizerConfig:
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(f"optimizer.max_grad_norm must be > 0 or null, got {self.max_grad_norm}")
         _at_least(0, "optimizer.warmup_steps", self.warmup_steps)
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        for name, share in (("warmup_share", self.warmup_share), ("min_lr_share", self.min_lr_share)):
+            if not 0 <= share < 1:
+                raise ValueError(f"optimizer.{name} must be >= 0 and below 1, got {share}")
+        if self.decay_share is not None and not 0 < self.decay_share <= 1:
+            raise ValueError(f"optimizer.decay_share must be above 0 and at most 1, got {self.decay_share}")
+        if self.warmup_steps and self.warmup_share:
+            raise ValueError(
+                f"optimizer.warmup_steps={self.warmup_steps} and optimizer.warmup_share="
+                f"{self.warmup_share:g} both say how long the warm-up is; give one of them"
+            )
+        if self.min_lr_share and self.schedule == "constant":
+            raise ValueError(
+                f"optimizer.min_lr_share={self.min_lr_share:g} does nothing, because the learning rate of "
+                "optimizer.schedule=constant does not fall; choose cosine, linear or wsd, or set it to 0"
+            )
+        if self.decay_share is not None and self.schedule != "wsd":
+            raise ValueError(
+                f"optimizer.decay_share={self.decay_share:g} belongs to optimizer.schedule=wsd, and the "
+                f"schedule is {self.schedule}; set it to null"
+            )
+        if self.warmup_share + (self.decay_share or 0) > 1:
+            raise ValueError(
+                f"optimizer.warmup_share={self.warmup_share:g} and optimizer.decay_share="
+                f"{self.decay_share:g} are more than the whole run together; lower one of them"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,6 +265,12 @@ class RunConfig:
     save_every: int | None = None
     """Steps between two checkpoints; 0: only when interrupted. Default: one every ten minutes."""
 
+    keep_best: bool = False
+    """Keep the checkpoint of lowest held-out loss and write its model at the end. Needs `eval_every`."""
+
+    stop_after: int | None = None
+    """End the run after so many evaluations without a new lowest held-out loss. Needs `eval_every`."""
+
     sharding: Literal["fsdp", "replicate"] = "fsdp"
     """Several ranks: divide weights, gradients and state among them (fsdp), or keep all on each."""
 
@@ -254,12 +300,18 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _check_choices("run", self)
-        for name in ("steps", "batch_size", "accumulation", "log_every", "eval_every"):
+        for name in ("steps", "batch_size", "accumulation", "log_every", "eval_every", "stop_after"):
             _at_least(1, f"run.{name}", getattr(self, name))
         for name in ("keep_checkpoints", "sample_tokens", "max_skipped_steps"):
             _at_least(1, f"run.{name}", getattr(self, name))
         _at_least(0, "run.samples", self.samples)
         _at_least(0, "run.save_every", self.save_every)
+        if self.eval_every is None and (self.keep_best or self.stop_after is not None):
+            key = "keep_best" if self.keep_best else "stop_after"
+            raise ValueError(
+                f"run.{key} compares held-out losses, and run.eval_every is not set; set it to the steps "
+                "between two evaluations"
+            )
         if self.steps is not None:
             check_steps(self.steps, "run.steps")
         if not 0 <= self.seed < 2**63:

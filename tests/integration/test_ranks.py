@@ -84,6 +84,8 @@ REFUSED = {
     ),
     "tracker": ("run.report_to=[tensorboard]", "run.report_to works on one rank only"),
 }
+BEST = ["run.steps=6", "run.eval_every=1", "run.keep_best=true", "run.stop_after=2"]
+BEST += ["optimizer.lr=0.2", "optimizer.schedule=constant"]  # falls for two steps, then rises
 HALF = "run.batch_size=1"
 FOUR = "run.batch_size=4"
 CHECKS = ("draws", "statistics", "seeds", "unsharded")
@@ -98,6 +100,7 @@ def two(runs: Runs) -> dict[str, list[Any]]:
     jobs["full"] |= {"recipe": str(full), "overrides": jobs["full"]["overrides"][:-1]}
     jobs |= {name: runs.job(f"no-{name}", key) for name, (key, _) in REFUSED.items()}
     jobs |= {name: {"check": name} for name in CHECKS}
+    jobs["best"] = runs.job("two-best", HALF, *BEST)
     jobs["saved"] = runs.job(
         "saved", "run.batch_size=2", "run.steps=3", "run.save_every=3", "optimizer.schedule=constant"
     )
@@ -132,6 +135,15 @@ def test_two_ranks_are_one_rank_on_the_same_global_batch(runs: Runs, two: dict[s
     before = load_file(runs.folder / "model" / "model.safetensors")
     assert not all(torch.equal(weight.to(got[key].dtype), got[key]) for key, weight in before.items())
     assert one["steps"] == two[name][0]["steps"]
+
+
+def test_ranks_agree_on_the_best_step_and_on_ending_early(runs: Runs, two: dict[str, Any]) -> None:
+    one = runs.alone("one-best", *BEST)
+    assert (one["best_step"], one["steps"]) == (2, 4)
+    assert [(each["best_step"], each["steps"]) for each in two["best"]] == [(2, 4)] * 2
+    expected, got = runs.weights("one-best"), runs.weights("two-best")
+    for key, weight in expected.items():
+        torch.testing.assert_close(got[key], weight, atol=1e-3, rtol=1e-2)  # of steps of 0.2
 
 
 def test_each_rank_holds_half_the_state(runs: Runs, two: dict[str, Any]) -> None:

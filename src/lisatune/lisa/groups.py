@@ -114,8 +114,13 @@ def build_adamw(
 def build_fused_adamw(
     groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> torch.optim.AdamW:
-    """Build torch's AdamW over groups of `param_groups`, fused if the device has the kernel."""
-    fused = all(p.device.type in FUSED_DEVICES for group in groups for _, p in group["params"])
+    """Build torch's AdamW over groups of `param_groups`, fused if the device has the kernel.
+
+    The kernel walks through memory as if weight, gradient and moments had one layout, so weights that are not
+    contiguous do not get it.
+    """
+    parameters = [p for group in groups for _, p in group["params"]]
+    fused = all(p.device.type in FUSED_DEVICES and p.is_contiguous() for p in parameters)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
 
 

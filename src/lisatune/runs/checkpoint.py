@@ -54,7 +54,7 @@ from lisatune.runs.named_state import (
     to_names,
 )
 
-__all__ = ["load_checkpoint", "save_checkpoint", "translate_group"]
+__all__ = ["load_checkpoint", "load_weights", "save_checkpoint", "translate_group"]
 
 OURS = frozenset(("rounding", "moments", "state_device", "rows", "seed", "steps_done"))
 """Options of a param group that `lisatune.AdamW` has and torch's AdamW lacks."""
@@ -208,6 +208,29 @@ def load_checkpoint(
         raise _damaged(path, error) from error
     finally:
         hook.remove()
+
+
+def load_weights(path: str | Path, *, model: nn.Module) -> None:
+    """Restore the weights of a checkpoint and nothing else; every rank must call it.
+
+    Args:
+        path: the checkpoint's folder, `…/step-NNNNNN`.
+        model: the model that was saved there.
+
+    Raises:
+        DamagedCheckpointError: the checkpoint is incomplete, damaged, or of another model.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    verify(path)
+    reshard(model)
+    try:
+        with safe_open(path / "weights.safetensors", framework="pt") as file, torch.no_grad():
+            for name, tensor in named_weights(model).items():
+                _copy(tensor, file, name)
+    except (*UNREADABLE, SafetensorError) as error:
+        raise _damaged(path, error) from error
 
 
 def translate_group(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:

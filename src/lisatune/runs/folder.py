@@ -33,14 +33,20 @@ MAY_CHANGE = frozenset(
     {"run.output", "run.steps", "run.epochs", "run.log_every", "run.eval_every", "run.save_every"}
     | {"run.keep_checkpoints", "run.samples", "run.sample_tokens", "run.report_to", "run.check_memory"}
     | {"run.on_save_error", "run.on_nonfinite", "run.max_skipped_steps", "run.activation_checkpointing"}
-    | {"run.sharding", "run.batch_size", "run.save_dtype"}
+    | {"run.sharding", "run.batch_size", "run.save_dtype", "run.stop_after"}
 )
 """Keys that may differ on resume: lengths, intervals, outputs, and what a stopped run may need to change.
 
 Other steps or epochs stretch the learning-rate schedule.
 """
 
-BEFORE_IT_EXISTED = {"optimizer.name": "adamw", "data.long": "auto"}
+BEFORE_IT_EXISTED = {
+    "optimizer.name": "adamw",
+    "data.long": "auto",
+    "optimizer.warmup_share": 0.0,
+    "optimizer.min_lr_share": 0.0,
+    "run.keep_best": False,
+}
 """Keys that older versions lack, with the value that says what these did, if that is not null."""
 
 NEW_FOLDER = "name another run.output to start a new run"

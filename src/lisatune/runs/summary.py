@@ -54,6 +54,13 @@ class Summary(TypedDict, total=False):
     tokens_per_second: float
     held_out_loss_before: float
     held_out_loss_after: float
+    """Of the model that was written."""
+    held_out_loss_last: float
+    """Of the last step, with run.keep_best."""
+    best_step: int
+    """Step that the model is of, with run.keep_best."""
+    planned_steps: int
+    """Steps that the run would have had, where run.stop_after ended it earlier."""
     peak_bytes: int
     """Most memory in use at once: resident memory on the CPU, else the accelerator's."""
     planned_bytes: int

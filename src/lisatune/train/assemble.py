@@ -36,6 +36,7 @@ from lisatune.nn.blocks import BlockForward, check_compiler
 from lisatune.nn.hidden import max_positions
 from lisatune.nn.layers import LayerMap, find_layers
 from lisatune.recipe import Recipe
+from lisatune.train.schedule import make_scheduler, warn_of_long_warmup
 
 __all__ = ["Parts", "assemble", "batch_length", "check_fits", "rehearse", "seed_generators"]
 
@@ -141,15 +142,8 @@ def assemble(recipe: Recipe, before_load: Callable[..., None] | None = None) -> 
     built = attach(recipe, prepared, loss, steps=data.steps, device=device)
     if recipe.data.packing and loss is None:
         built.step.loss.check_packing()
-    from transformers import get_scheduler  # only now that it is quiet
-
-    schedule = recipe.optimizer.schedule
-    scheduler = get_scheduler(
-        "constant_with_warmup" if schedule == "constant" else schedule,
-        built.step.optimizer,
-        num_warmup_steps=recipe.optimizer.warmup_steps,
-        num_training_steps=data.steps,
-    )
+    warn_of_long_warmup(recipe.optimizer, data.steps)
+    scheduler = make_scheduler(recipe.optimizer, built.step.optimizer, data.steps)
     parts = Parts(recipe, device, tokenizer, data, scheduler, built)
     parts.save_dtype = save_dtype(recipe, built.model)
     if run.compile and built.blocks is not None:
@@ -185,6 +179,7 @@ def rehearse(recipe: Recipe, steps: int) -> tuple[nn.Module, LayerMap, BlockSche
     Raises:
         ValueError, RuntimeError, OSError: what `assemble` would raise with the weights loaded.
     """
+    warn_of_long_warmup(recipe.optimizer, steps)
     model = meta_model(**recipe.model.source, dtype=weight_dtype(recipe))
     _warn_of_widened_weights(recipe, model)
     model = recipe.method.prepare(model)

@@ -39,7 +39,9 @@ from lisatune.train.resume import (
     find_checkpoint,
     read_finished,
     restore,
+    restore_best,
     save,
+    save_best,
 )
 from lisatune.train.stopping import agree_to_stop, explain_interruption, interruptible, resume_hint
 
@@ -122,7 +124,8 @@ def _train(
         for path in damaged if ranks.is_rank0() else ():
             set_aside(path)
         if resume and ranks.is_rank0():
-            prune(folder.checkpoints, recipe.run.keep_checkpoints)  # left behind by a kill
+            best = state.best_steps()
+            prune(folder.checkpoints, recipe.run.keep_checkpoints, best=best)  # left behind by a kill
             folder.drop_metrics_after(state.step, evaluated=state.evaluated_step == state.step)
         built = parts.built
         outline = make_outline(
@@ -170,28 +173,34 @@ def _loop(
                 bar.print(f"step {state.step}: {error}; continuing, as run.on_save_error says")
             log({key: value for key, value in record.items() if isinstance(value, int | float)}, state.step)
 
-        def evaluate() -> None:
-            """Take this step's held-out loss, if it has one and a run before a break has not taken it."""
+        def evaluate() -> bool:
+            """Take this step's held-out loss, if it has one and a run before a break has not taken it.
+
+            Returns whether it is the lowest so far, and its checkpoint was saved.
+            """
             has_one = run.eval_every and state.step % run.eval_every == 0 and 0 < state.step < last
             if has_one and state.evaluated_step < state.step:
                 with suppress(_NoTimeError):
                     held_out = _held_out(parts, bar, asked_to_stop)
-                    state.evaluated_step = state.step
+                    has_gained = state.add_evaluation(held_out)
                     note({"step": state.step, "held_out_loss": held_out})
                     bar.print(f"step {state.step}: held-out loss {held_out:.3f}")
+                    if run.keep_best and has_gained:
+                        with clock.saving():
+                            return save_best(parts, state, folder, bar.print)
+            return False
 
         evaluate()
-        while state.step < last:
+        while state.step < last and not state.has_stalled(run.stop_after):
             with check.step(parts.device):
                 record = _step(parts, state, folder)
             if state.step % run.log_every == 0 or state.step == last:
                 note(record)
                 bar.update(**record)
             after_step(state)
-            evaluate()
+            saved = evaluate()
             stop = asked_to_stop()
-            saved = True
-            if clock.is_due(state.step) or stop:
+            if not saved and (clock.is_due(state.step) or stop):
                 must = bool(stop) or clock.is_asked_for
                 with clock.saving():
                     saved = save(parts, state, folder, bar.print, must=must)
@@ -320,10 +329,19 @@ def _finish(
     write(parts.built.model, parts.tokenizer, folder.model, dtype=parts.save_dtype)
     held_out: Summary = {}
     if parts.recipe.data.holds_out:
-        after = _held_out(parts, bar)
-        held_out = {"held_out_loss_before": state.held_out_before, "held_out_loss_after": after}
-        folder.log({"step": state.step, "held_out_loss": after})
-        log({"held_out_loss": after}, state.step)
+        if state.evaluated_step < state.step:
+            state.held_out = _held_out(parts, bar)
+            folder.log({"step": state.step, "held_out_loss": state.held_out})
+            log({"held_out_loss": state.held_out}, state.step)
+        held_out = {"held_out_loss_before": state.held_out_before, "held_out_loss_after": state.held_out}
+    if state.step < parts.data.steps:
+        held_out["planned_steps"] = parts.data.steps
+    if parts.recipe.run.keep_best:
+        best = restore_best(parts, state, folder)
+        held_out |= {"best_step": best, "held_out_loss_last": state.held_out}
+        if best != state.step:
+            write(parts.built.model, parts.tokenizer, folder.model)
+            held_out["held_out_loss_after"] = state.best[str(best)]
     # Not strict: a resumed run may ask for more samples than were answered before.
     questions = zip(parts.data.questions, state.answers_before, _answers(parts), strict=False)
     summary = Summary(

@@ -20,6 +20,7 @@ from lisatune.lisa.schedule import BlockSchedule
 from lisatune.methods import Method
 from lisatune.nn.layers import LayerMap
 from lisatune.recipe import Recipe
+from lisatune.train.schedule import describe_schedule
 
 __all__ = ["Outline", "make_outline", "print_outline"]
 
@@ -99,11 +100,10 @@ def make_outline(
         device: where it will run.
         start_step: steps done before, if the run is resumed.
     """
-    run, optimizer = recipe.run, recipe.optimizer
+    run = recipe.run
     rows = (
         f"{run.batch_size} rows" if run.accumulation == 1 else f"{run.accumulation} × {run.batch_size} rows"
     )
-    warmup = f" after {plural(optimizer.warmup_steps, 'warm-up step')}" if optimizer.warmup_steps else ""
     return Outline(
         model=recipe.model.name,
         method=_method_text(recipe.method),
@@ -121,7 +121,7 @@ def make_outline(
         visits=schedule.planned_visits(data.steps),
         visits_are_exact=schedule.coverage_is_exact,
         batch=f"{rows} of up to {recipe.data.max_length:,} tokens",
-        lr=f"{_lr_text(recipe, layers.num_blocks)}, {optimizer.schedule}{warmup}",
+        lr=f"{_lr_text(recipe, layers.num_blocks)}, {describe_schedule(recipe.optimizer, data.steps)}",
         train_rows=len(data.train.rows),
         train_tokens=data.train.num_tokens,
         loss_tokens=data.train.num_loss_tokens,

@@ -150,6 +150,14 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
         loss = Text.assemble(f"{before:.3f} → ", (f"{after:.3f}", style), f" ({after - before:+.3f})")
         rows.append(("held-out loss", loss))
         rows.append(("perplexity", f"{_perplexity(before)} → {_perplexity(after)}"))
+    if "best_step" in summary:
+        last = f"; the last step's held-out loss is {summary['held_out_loss_last']:.3f}"
+        is_last = summary["best_step"] == summary["steps"]
+        best = f"step {summary['best_step']:,} of {summary['steps']:,}, whose model was written"
+        rows.append(("best", best + ("" if is_last else last)))
+    if "planned_steps" in summary:
+        ended = f"after step {summary['steps']:,} of {summary['planned_steps']:,}"
+        rows.append(("stopped", f"{ended}: the held-out loss no longer fell (run.stop_after)"))
     if "steps" in summary and "train_seconds" in summary:
         speed = f", {summary['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in summary else ""
         rows.append(

@@ -57,7 +57,13 @@ Sections = dict[str, dict[str, Any]]
 """The content of a recipe file: {section: {key: value}}."""
 
 
-PATHS = (("model", "name"), ("data", "train"), ("data", "validation"), ("run", "output"))
+PATHS = (
+    ("model", "name"),
+    ("data", "train"),
+    ("data", "validation"),
+    ("method", "adapter"),
+    ("run", "output"),
+)
 """Keys that may hold a path."""
 
 

@@ -14,11 +14,18 @@ from typing import Any
 
 from lisatune.distributed import ranks
 from lisatune.optim.meter import StateMeter
-from lisatune.runs.checkpoint import load_checkpoint, save_checkpoint
+from lisatune.runs.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from lisatune.runs.folder import NEW_FOLDER, RunFolder, is_finished, is_run
-from lisatune.runs.manifest import DamagedCheckpointError, list_checkpoints, newest_checkpoint, prune
+from lisatune.runs.manifest import (
+    DamagedCheckpointError,
+    checkpoint_name,
+    list_checkpoints,
+    newest_checkpoint,
+    prune,
+)
 from lisatune.runs.summary import Summary
 from lisatune.train.assemble import Parts
+from lisatune.train.schedule import lr_factor
 
 __all__ = [
     "RunState",
@@ -29,7 +36,9 @@ __all__ = [
     "read_finished",
     "read_state",
     "restore",
+    "restore_best",
     "save",
+    "save_best",
 ]
 
 AUTOSAVE_SECONDS = 600
@@ -52,12 +61,22 @@ class RunState:
     failed_saves: int = 0
     evaluated_step: int = 0
     """Step of the last evaluation."""
+    held_out: float = math.nan
+    """Held-out loss of the last evaluation."""
+    lowest_held_out: float = math.inf
+    """Lowest held-out loss of all evaluations while the run trained."""
+    evaluations_without_gain: int = 0
+    """Evaluations since that one."""
+    best: dict[str, float] = field(default_factory=dict)
+    """Held-out loss by the step, as text, of every checkpoint that was the best when it was saved."""
     train_seconds: float = 0.0
     peak_state_bytes: int = 0
     peak_state_elements: int = 0
     peak_trainable: int = 0
     held_out_before: float = math.nan
     answers_before: list[str] = field(default_factory=list)
+    total_steps: int = 0
+    """Steps that the learning-rate schedule is made for; 0 if an older version saved the run."""
     batch: int = 0
     """Sequences of a micro-step on all ranks together; 0 if an older version saved the run."""
     data: dict[str, str] = field(default_factory=dict)
@@ -83,6 +102,22 @@ class RunState:
         self.peak_trainable = max(self.peak_trainable, trainable)
         self.peak_state_bytes = max(self.peak_state_bytes, meter.bytes)
         self.peak_state_elements = max(self.peak_state_elements, meter.elements)
+
+    def add_evaluation(self, held_out: float) -> bool:
+        """Note this step's held-out loss; return whether it is the lowest so far."""
+        self.evaluated_step, self.held_out = self.step, held_out
+        has_gained = held_out < self.lowest_held_out
+        self.lowest_held_out = held_out if has_gained else self.lowest_held_out
+        self.evaluations_without_gain = 0 if has_gained else self.evaluations_without_gain + 1
+        return has_gained
+
+    def has_stalled(self, stop_after: int | None) -> bool:
+        """Whether `run.stop_after` ends the run now."""
+        return stop_after is not None and self.evaluations_without_gain >= stop_after
+
+    def best_steps(self) -> list[int]:
+        """Return the steps of `best`."""
+        return [int(step) for step in self.best if step.isdecimal()]
 
 
 def find_checkpoint(output: Path) -> Path:
@@ -119,7 +154,7 @@ def read_finished(output: Path, recipe: Mapping[str, Any]) -> Summary | None:
 
     Args:
         output: the run folder.
-        recipe: `Recipe.as_dict()`; only its `run.steps` and `run.epochs` are compared.
+        recipe: `Recipe.as_dict()`; only its `run.steps`, `run.epochs` and `run.stop_after` are compared.
     """
     if not is_finished(output):
         return None
@@ -136,7 +171,7 @@ def read_finished(output: Path, recipe: Mapping[str, Any]) -> Summary | None:
         AttributeError,
     ):  # damaged, so it is resumed from its newest checkpoint
         return None
-    is_as_long = all(before.get(key) == recipe["run"][key] for key in ("steps", "epochs"))
+    is_as_long = all(before.get(key) == recipe["run"][key] for key in ("steps", "epochs", "stop_after"))
     return summary if is_as_long else None
 
 
@@ -177,7 +212,7 @@ class SaveClock:
 
 def begin(parts: Parts) -> RunState:
     """Return the state of a new run."""
-    return RunState(batch=parts.data.order.batch_size, data=parts.data.hashes)
+    return RunState(total_steps=parts.data.steps, batch=parts.data.order.batch_size, data=parts.data.hashes)
 
 
 def restore(parts: Parts, output: Path) -> tuple[RunState, list[Path]]:
@@ -211,6 +246,8 @@ def restore(parts: Parts, output: Path) -> tuple[RunState, list[Path]]:
                 f"the run has done {state.step} steps and the recipe asks for {parts.data.steps}; give more "
                 "run.steps (or run.epochs) to continue"
             )
+        _warn_of_new_schedule(parts, state)
+        state.total_steps = parts.data.steps
         parts.set_learning_rates()
         return state, damaged
     raise ValueError(f"{problem}, and no other is intact; {NEW_FOLDER}")
@@ -244,7 +281,7 @@ def save(
             extra=asdict(state),
         )
         if ranks.is_rank0():
-            prune(folder.checkpoints, run.keep_checkpoints)
+            prune(folder.checkpoints, run.keep_checkpoints, best=state.best_steps())
     except OSError as error:
         if must and run.on_save_error == "stop":
             raise
@@ -253,6 +290,32 @@ def save(
         say(f"step {state.step}: {error}; continuing, {why}")
         return False
     return True
+
+
+def save_best(parts: Parts, state: RunState, folder: RunFolder, say: Callable[[str], None]) -> bool:
+    """Save the checkpoint with the lowest held-out loss so far; see `save`."""
+    state.best[str(state.step)] = state.held_out
+    is_saved = save(parts, state, folder, say)
+    if not is_saved:
+        del state.best[str(state.step)]
+    return is_saved
+
+
+def restore_best(parts: Parts, state: RunState, folder: RunFolder) -> int:
+    """Load the weights of the best checkpoint, if its held-out loss is below that of the last step.
+
+    Returns:
+        The step that the weights are of.
+    """
+    best = min(state.best_steps(), key=lambda step: state.best[str(step)], default=state.step)
+    if best == state.step or state.held_out <= state.best[str(best)]:
+        return state.step
+    try:
+        load_weights(folder.checkpoints / checkpoint_name(best), model=parts.built.model)
+    except DamagedCheckpointError as error:
+        warnings.warn(f"{error}; the model is that of the last step, not of the best", stacklevel=2)
+        return state.step
+    return best
 
 
 def read_state(path: Path, extra: Mapping[str, Any]) -> RunState:
@@ -269,6 +332,19 @@ def read_state(path: Path, extra: Mapping[str, Any]) -> RunState:
             reason = f"extra.{name} is {value!r:.80}"
             raise DamagedCheckpointError(f"checkpoint {path} holds what no run wrote ({reason})")
     return dataclasses.replace(RunState(), **extra)
+
+
+def _warn_of_new_schedule(parts: Parts, state: RunState) -> None:
+    """Say what another number of steps does to the learning rates."""
+    config, was, now = parts.recipe.optimizer, state.total_steps, parts.data.steps
+    old, new = (config.lr * lr_factor(config, state.step, steps) for steps in (was or now, now))
+    if was not in (0, now) and (config.schedule != "constant" or old != new):
+        warnings.warn(
+            f"the run began with {was:,} steps and now has {now:,}, so from here the learning rate follows "
+            f"optimizer.schedule={config.schedule} over {now:,} steps: {new:.3g} in the next step, where it "
+            f"would have been {old:.3g}",
+            stacklevel=3,
+        )
 
 
 def _check_same_batch(parts: Parts, state: RunState) -> None:

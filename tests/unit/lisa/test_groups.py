@@ -56,6 +56,24 @@ def test_build_adamw_is_fused_and_names_its_parameters(untied_llama: nn.Module) 
     assert optimizer.param_groups[1]["param_names"][0] == "model.layers.0.self_attn.q_proj.weight"
 
 
+def test_build_adamw_updates_strided_weights_as_contiguous_ones() -> None:
+    results = []
+    for is_strided in (True, False):
+        model = nn.Module()
+        model.embed, model.blocks = nn.Embedding(7, 4), nn.ModuleList([nn.Linear(4, 4, bias=False)])
+        values = torch.linspace(-1, 1, 16).view(4, 4)
+        strided = torch.stack([values, values], dim=-1)[..., 0]
+        model.blocks[0].weight = nn.Parameter(strided if is_strided else strided.contiguous())
+        optimizer = build_adamw(model, find_layers(model, blocks="blocks"), lr=0.1)
+        assert optimizer.defaults["fused"] is not is_strided
+        for _ in range(3):
+            model.blocks[0](torch.eye(4)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(model.blocks[0].weight.detach())
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_ends_lr_is_that_of_the_ends_alone(untied_llama: nn.Module, weight_decay: float) -> None:
     layers = find_layers(untied_llama)

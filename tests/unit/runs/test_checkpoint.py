@@ -15,8 +15,8 @@ from transformers.optimization import Adafactor
 
 import tiny
 from lisatune import LISA, AdamW
-from lisatune.runs.checkpoint import load_checkpoint, save_checkpoint
-from lisatune.runs.manifest import FILES, newest_checkpoint, prune
+from lisatune.runs.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from lisatune.runs.manifest import FILES, DamagedCheckpointError, newest_checkpoint, prune
 
 
 class Tiny(nn.Module):
@@ -326,6 +326,31 @@ def test_newest_and_prune_go_by_number_and_completeness(tmp_path: Path) -> None:
     }
     with pytest.raises(ValueError, match="keep must be >= 1, got 0"):
         prune(tmp_path, 0)
+
+
+def test_prune_keeps_the_best_step_of_every_checkpoint_that_it_keeps(tmp_path: Path) -> None:
+    run = Run().train(1)
+    for step in range(1, 8):
+        run.save(tmp_path, step)
+    prune(tmp_path, 2, best=(1, 3, 7))  # 3 is the best that step 6 knows, 7 is its own
+    assert {path.name for path in tmp_path.iterdir()} == {f"step-{step:06d}" for step in (3, 6, 7)}
+    prune(tmp_path, 1, best=(1, 3, 7))
+    assert {path.name for path in tmp_path.iterdir()} == {"step-000007"}
+
+
+def test_weights_are_restored_alone(tmp_path: Path) -> None:
+    run = Run().train(1)
+    path = run.save(tmp_path, 1)
+    before = tiny.weights(run.model)
+    run.train(1)
+    state = copy.deepcopy(run.optimizer.state_dict()["state"])
+    load_weights(path, model=run.model)
+    assert not tiny.moved(before, run.model)
+    for number, entry in run.optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, state[number][key]) for key, value in entry.items())
+    damage(path, "torn file")
+    with pytest.raises(DamagedCheckpointError, match="is damaged"):
+        load_weights(path, model=run.model)
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
