@@ -124,6 +124,7 @@ def generate(
     """
     from lisatune.evaluate.held_out import generate_answers
     from lisatune.models.load import load_model, load_tokenizer
+    from lisatune.runs.folder import first_day
 
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be >= 1, got {max_new_tokens}")
@@ -139,7 +140,9 @@ def generate(
     uses_template = bool(tokenizer.chat_template) if trained_on_chat is None else trained_on_chat
     uses_template = chat_template == "on" or (chat_template == "auto" and uses_template)
     prompts = [[{"role": "user", "content": text}] if uses_template else text for text in prompt]
-    answers = generate_answers(load_model(folder), tokenizer, prompts, max_new_tokens=max_new_tokens)
+    answers = generate_answers(
+        load_model(folder), tokenizer, prompts, max_new_tokens=max_new_tokens, date=first_day(run)
+    )
     for text, answer in zip(prompt, answers, strict=True):
         _print(f"> {text}\n{answer}\n" if len(prompt) > 1 else answer)
     return 0

@@ -134,8 +134,9 @@ def _measure_loss(recipe: Recipe, model: nn.Module, file: str, device: torch.dev
     tokenizer = load_tokenizer(**recipe.model.location)
     records = read_records(file)
     loss_on = "all" if records.kind == "text" else recipe.data.loss_on
+    data = recipe.data
     examples = tokenize(
-        records, tokenizer, max_length=recipe.data.max_length, loss_on=loss_on, long=recipe.data.long
+        records, tokenizer, max_length=data.max_length, loss_on=loss_on, long=data.long, date=data.date
     )
     rows = sorted(examples.rows, key=lambda row: len(row["input_ids"]))
     size = recipe.run.batch_size

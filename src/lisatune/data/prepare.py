@@ -85,7 +85,8 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> RunData:
     """
     data, run = recipe.data, recipe.run
     train, validation = read_data(recipe)
-    how: dict[str, Any] = {"max_length": data.max_length, "loss_on": data.loss_on, "long": data.long}
+    keys = ("max_length", "loss_on", "long", "date")
+    how: dict[str, Any] = {key: getattr(data, key) for key in keys}
     rows = tokenize(train, tokenizer, **how)
     held_out = tokenize(validation, tokenizer, **how)
     if data.packing:
@@ -95,8 +96,11 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> RunData:
     check_steps(wanted, f"run.epochs={run.epochs:g}")
     steps = max(1, math.ceil(wanted))
     prompts = (_cut_prompt(row) for row in validation.rows)
-    short = (each for each in prompts if len(encode_prompt(tokenizer, each.prompt)) < data.max_length)
-    questions = tuple(islice(short, run.samples))
+
+    def fits(each: Prompt) -> bool:
+        return len(encode_prompt(tokenizer, each.prompt, date=data.date)) < data.max_length
+
+    questions = tuple(islice(filter(fits, prompts), run.samples))
     skipped = train.skipped + validation.skipped
     return RunData(rows, held_out, questions, order, steps, skipped, is_chat(train.rows[0]))
 

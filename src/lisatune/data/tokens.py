@@ -87,6 +87,7 @@ def tokenize(
     max_length: int,
     loss_on: Literal["auto", "answers", "all"] = "auto",
     long: Literal["auto", "split", "cut", "drop"] = "auto",
+    date: str | None = None,
 ) -> Examples:
     """Turn records into token ids and labels.
 
@@ -104,6 +105,7 @@ def tokenize(
         long: what happens to a record of more tokens. `split`: it becomes several rows of at most
             `max_length` tokens, one after the other, and the first token of each carries no loss. `cut`: its
             end is cut off. `drop`: it is left out. `auto`: `split` for records of text, `cut` for all others.
+        date: the day that the chat template sees as today, YYYY-MM-DD. Default: today.
 
     Returns:
         Rows of `input_ids` and `labels` (-100 where there is no loss) in the order of the records. A row
@@ -126,7 +128,7 @@ def tokenize(
         long = "split" if records.kind == "text" else "cut"
     if loss_on == "answers" and records.kind == "text":
         raise ValueError(f"{records.source} is plain text, which has no answers; set loss_on to all or auto")
-    chat = Chat(tokenizer) if any(is_chat(record) for record in records.rows) else None
+    chat = Chat(tokenizer, date) if any(is_chat(record) for record in records.rows) else None
     rows: list[TokenRow] = []
     num_long = num_dropped = num_lost = 0
     prompt_lengths = []

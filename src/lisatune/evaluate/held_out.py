@@ -78,7 +78,12 @@ def held_out_loss(
 
 
 def generate_answers(
-    model: Any, tokenizer: Any, prompts: Sequence[str | list[dict[str, str]]], *, max_new_tokens: int
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str | list[dict[str, str]]],
+    *,
+    max_new_tokens: int,
+    date: str | None = None,
 ) -> list[str]:
     """Answer each prompt greedily, up to the end-of-sequence token or `max_new_tokens` tokens.
 
@@ -90,6 +95,7 @@ def generate_answers(
         tokenizer: its tokenizer.
         prompts: plain texts to continue, or lists of messages (`role`, `content`) for the chat template.
         max_new_tokens: length of the longest answer in tokens, >= 1.
+        date: the day that the chat template sees as today, YYYY-MM-DD. Default: today.
 
     Returns:
         The new text for each prompt, without the prompt and without special tokens.
@@ -116,7 +122,7 @@ def generate_answers(
     with torch.no_grad(), evaluation_mode(model), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Position ids are not supported")  # PEFT's, of virtual tokens
         for prompt in prompts:
-            ids = encode_prompt(tokenizer, prompt)
+            ids = encode_prompt(tokenizer, prompt, date=date)
             prompt_BT = torch.tensor([ids], device=model.device)
             out_BT = model.generate(
                 prompt_BT, attention_mask=torch.ones_like(prompt_BT), generation_config=greedy

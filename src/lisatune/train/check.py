@@ -26,6 +26,7 @@ from lisatune.runs.folder import check_output
 from lisatune.train.assemble import check_fits, rehearse
 from lisatune.train.outline import Outline, make_outline, print_outline
 from lisatune.train.progress import check_trackers
+from lisatune.train.resume import fix_date
 
 __all__ = ["CheckReport", "check", "print_report"]
 
@@ -82,6 +83,7 @@ def check(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> C
         resume, overwrite: as for `train`.
     """
     report = CheckReport()
+    recipe = fix_date(recipe, resume=resume)
     output = Path(recipe.run.output or "")
     report.attempt(check_output, output, recipe.as_dict(), resume=resume, overwrite=overwrite)
     report.attempt(check_trackers, recipe.run.report_to)

@@ -29,7 +29,7 @@ from lisatune.train import progress
 from lisatune.train.assemble import Parts, assemble
 from lisatune.train.outline import make_outline, print_outline
 from lisatune.train.progress import Log, check_trackers, trackers
-from lisatune.train.resume import RunState, begin, find_checkpoint, restore, save
+from lisatune.train.resume import RunState, begin, find_checkpoint, fix_date, restore, save
 from lisatune.train.stopping import agree_to_stop, explain_interruption, interruptible, resume_hint
 
 __all__ = ["TrainingError", "train"]
@@ -82,6 +82,7 @@ def train(
 def _train(recipe: Recipe, resume: bool, overwrite: bool, after_step: Callable[[RunState], None]) -> Summary:
     assert recipe.run.output is not None
     output = Path(recipe.run.output)
+    recipe = fix_date(recipe, resume=resume)
     ranks.on_rank0(lambda: check_output(output, recipe.as_dict(), resume=resume, overwrite=overwrite))
     check_trackers(recipe.run.report_to)
     if resume:
@@ -262,8 +263,13 @@ def _held_out(parts: Parts, asked_to_stop: Callable[[], object] = lambda: None) 
 
 def _answers(parts: Parts) -> list[str]:
     prompts = [question.prompt for question in parts.data.questions]
+    recipe = parts.recipe
     return generate_answers(
-        parts.built.model, parts.tokenizer, prompts, max_new_tokens=parts.recipe.run.sample_tokens
+        parts.built.model,
+        parts.tokenizer,
+        prompts,
+        max_new_tokens=recipe.run.sample_tokens,
+        date=recipe.data.date,
     )
 
 

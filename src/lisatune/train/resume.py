@@ -1,6 +1,7 @@
 """A run's progress: saved with each checkpoint, restored from the newest intact one."""
 
 import dataclasses
+import datetime
 import math
 import typing
 import warnings
@@ -11,12 +12,13 @@ from typing import Any
 
 from lisatune.distributed import ranks
 from lisatune.optim.meter import StateMeter
+from lisatune.recipe import Recipe
 from lisatune.runs.checkpoint import load_checkpoint, save_checkpoint
-from lisatune.runs.folder import RunFolder
+from lisatune.runs.folder import RunFolder, first_day
 from lisatune.runs.manifest import DamagedCheckpointError, list_checkpoints, newest_checkpoint, prune
 from lisatune.train.assemble import Parts
 
-__all__ = ["RunState", "begin", "find_checkpoint", "read_state", "restore", "save"]
+__all__ = ["RunState", "begin", "find_checkpoint", "fix_date", "read_state", "restore", "save"]
 
 
 @dataclass
@@ -63,6 +65,14 @@ class RunState:
         self.peak_trainable = max(self.peak_trainable, trainable)
         self.peak_state_bytes = max(self.peak_state_bytes, meter.bytes)
         self.peak_state_elements = max(self.peak_state_elements, meter.elements)
+
+
+def fix_date(recipe: Recipe, *, resume: bool) -> Recipe:
+    """Return the recipe with the day that its chat template sees: its own, the resumed run's, or today."""
+    began = first_day(Path(recipe.run.output or "")) if resume else None
+    date = recipe.data.date or began or datetime.date.today().isoformat()
+    date = ranks.broadcast_text(date)  # ranks may start on both sides of midnight
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, date=date))
 
 
 def find_checkpoint(output: Path) -> Path:
@@ -178,6 +188,6 @@ def _check_same_data(parts: Parts, state: RunState, output: Path) -> None:
     for name, was in state.data.items():
         if parts.data.hashes.get(name) != was:
             raise ValueError(
-                f"{name} differs from what the run in {output} began with: its records, or the tokenizer, "
-                "have changed since; put the former ones back, or start over with --overwrite"
+                f"{name} differs from what the run in {output} began with: its records, the tokenizer "
+                "or data.date have changed since; put the former ones back, or start over with --overwrite"
             )

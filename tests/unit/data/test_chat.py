@@ -7,7 +7,9 @@ import pytest
 import trl
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lisatune.data.chat import PLAIN_CHAT_TEMPLATE, Chat, common_length, set_chat_template
+from lisatune.data.chat import PLAIN_CHAT_TEMPLATE, Chat, common_length, encode_prompt, set_chat_template
+from lisatune.data.records import Records
+from lisatune.data.tokens import tokenize
 from tiny_text import CHATML, byte_tokenizer
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -128,6 +130,28 @@ def test_the_end_of_the_last_turn_may_be_written_differently(ending: str) -> Non
     found = answers(byte_tokenizer(template, extra=["<end>"]), messages)
     middle, last = ("<end>", "<end><eos>") if ending.startswith("<end>") else ("", "<eos>")
     assert found == [f"Hello{middle}", middle, f"Bye{last}"]
+
+
+DATED = "{{ 'Today is ' + strftime_now('%d %b %Y (%-d.%-m., %A)') + '.\n' }}" + CHATML
+
+
+def test_a_template_sees_the_day_that_it_is_told_as_today() -> None:
+    tokenizer = byte_tokenizer(DATED)
+    today = "Today is 04 Mar 2020 (4.3., Wednesday).\n<|im_start|>user\nHi"
+    assert Chat(tokenizer, "2020-03-04").render([USER]).startswith(today)
+    ids = encode_prompt(tokenizer, [USER], date="2020-03-04")
+    assert tokenizer.decode(ids).startswith(today)
+    records = Records([{"messages": [USER, BOT]}], "messages", 0, "records")
+    (row,) = tokenize(records, tokenizer, max_length=99, date="2020-03-04").rows
+    assert tokenizer.decode(row["input_ids"]).startswith(today)
+    assert tokenizer.chat_template == DATED
+    assert not Chat(tokenizer).render([USER]).startswith(today)
+
+
+def test_a_day_changes_nothing_else_of_a_template() -> None:
+    template = "\n  {% if strftime_now is defined %}a{% endif %}\n" + CHATML
+    tokenizer = byte_tokenizer(template)
+    assert Chat(tokenizer, "2020-03-04").render([USER, BOT]) == Chat(tokenizer).render([USER, BOT])
 
 
 def test_a_template_that_leaves_texts_out_is_an_error() -> None:
