@@ -167,9 +167,36 @@ class Chat:
                 # Some templates end the last turn differently from the turns before it.
                 end = same if same == len(answer) else end_of_text
                 stops = (i for i in range(end_of_text, same + 1) if answer.endswith(self._stops, 0, i))
+                end = max(stops, default=end)
+                if same < len(answer):
+                    end += self._length_of_other_stop(messages, index, full[end:])
                 is_learned = messages[index].get("train") is not False
-                found += [(question, False), (answer[: max(stops, default=end)], is_learned)]
+                found += [(question, False), (full[:end], is_learned)]
         return found if found and found[-1][0] == full else [*found, (full, False)]
+
+    def _length_of_other_stop(self, messages: Messages, index: int, rest: str) -> int:
+        """Find the stop of an earlier answer in a template that ends the last answer with another one.
+
+        A special token that follows an answer may also begin the next turn. It ends the answer if it ends
+        the turn before the answer too (gpt-oss), or if the next turn alone would not begin with it.
+
+        Args:
+            messages: the conversation.
+            index: index of the answer.
+            rest: the conversation after the text of the answer.
+
+        Returns:
+            Number of characters up to the end of the stop; 0 if there is none.
+        """
+        blank = len(rest) - len(rest.lstrip())
+        stop = max((token for token in self._stops if rest.startswith(token, blank)), key=len, default=None)
+        if stop is None:
+            return 0
+        ends_turns = self.render(messages[:index]).rstrip().endswith(stop)
+        with suppress(ValueError):  # the template may refuse a conversation of this one message
+            following = messages[index + 1]
+            ends_turns |= stop not in self.render([following]).partition(following["content"])[0]
+        return blank + len(stop) if ends_turns else 0
 
 
 def encode_prompt(tokenizer: Any, prompt: str | Messages, *, date: str | None = None) -> list[int]:
