@@ -140,7 +140,7 @@ def _measure_loss(recipe: Recipe, model: nn.Module, file: str, device: torch.dev
     )
     rows = sorted(examples.rows, key=lambda row: len(row["input_ids"]))
     size = recipe.run.batch_size
-    batches = (collate(rows[i : i + size], tokenizer.pad_token_id) for i in range(0, len(rows), size))
+    batches = (collate(rows[i : i + size]) for i in range(0, len(rows), size))
     autocast = torch.bfloat16 if recipe.run.precision == "bf16-mixed" else None
     return held_out_loss(CausalLMLoss(model), batches, device=device, autocast=autocast).loss
 

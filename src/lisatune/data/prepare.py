@@ -30,6 +30,9 @@ class Prompt:
     answer: str
     """The record's own continuation."""
 
+    ids: tuple[int, ...]
+    """The prompt's tokens."""
+
     @property
     def text(self) -> str:
         """The prompt for a reader: plain text, or the last message."""
@@ -95,12 +98,9 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> RunData:
     wanted = run.steps or run.epochs * order.batches_per_epoch / run.accumulation
     check_steps(wanted, f"run.epochs={run.epochs:g}")
     steps = max(1, math.ceil(wanted))
-    prompts = (_cut_prompt(row) for row in validation.rows)
-
-    def fits(each: Prompt) -> bool:
-        return len(encode_prompt(tokenizer, each.prompt, date=data.date)) < data.max_length
-
-    questions = tuple(islice(filter(fits, prompts), run.samples))
+    prompts = (_cut_prompt(row, tokenizer, data.date) for row in validation.rows)
+    short = (prompt for prompt in prompts if 0 < len(prompt.ids) < data.max_length)
+    questions = tuple(islice(short, run.samples))
     skipped = train.skipped + validation.skipped
     return RunData(rows, held_out, questions, order, steps, skipped, is_chat(train.rows[0]))
 
@@ -121,13 +121,16 @@ def read_data(recipe: Recipe) -> tuple[Records, Records]:
     return train, replace(validation, rows=validation.rows[: data.validation_limit], skipped=0)
 
 
-def _cut_prompt(row: Record) -> Prompt:
+def _cut_prompt(row: Record, tokenizer: Any, date: str | None) -> Prompt:
     """Cut a record where its first answer begins, or a text after its first words."""
+    prompt: str | list[dict[str, str]]
     if "text" in row:
         words = row["text"].split(" ")
-        return Prompt(" ".join(words[:TEXT_PROMPT_WORDS]), " ".join(words[TEXT_PROMPT_WORDS:]))
-    if "messages" in row:
+        prompt, answer = " ".join(words[:TEXT_PROMPT_WORDS]), " ".join(words[TEXT_PROMPT_WORDS:])
+    elif "messages" in row:
         first = next(i for i, message in enumerate(row["messages"]) if message["role"] == "assistant")
-        return Prompt(row["messages"][:first], row["messages"][first]["content"])
-    answer = row["completion"]
-    return Prompt(row["prompt"], answer if isinstance(answer, str) else answer[0]["content"])
+        prompt, answer = row["messages"][:first], row["messages"][first]["content"]
+    else:
+        prompt, answer = row["prompt"], row["completion"]
+    answer = answer if isinstance(answer, str) else answer[0]["content"]
+    return Prompt(prompt, answer, tuple(encode_prompt(tokenizer, prompt, date=date)))

@@ -257,21 +257,23 @@ def pack(examples: Examples, max_length: int) -> Examples:
     return replace(examples, rows=packed.to_list())
 
 
-def collate(rows: Sequence[TokenRow], pad_token_id: int, *, length: int | None = None) -> dict[str, Tensor]:
-    """Make a batch of rows, padded on the right.
+def collate(rows: Sequence[TokenRow], *, length: int | None = None) -> dict[str, Tensor]:
+    """Make a batch of rows, padded on the right with the first token of each row.
+
+    So a batch holds no id and no position that its rows do not hold; many tokenizers have a padding token
+    for which the model has no embedding.
 
     There is no attention mask. Causal attention never looks to the right, so padding changes no real token.
     Where positions restart, transformers keeps attention inside each document, row by row
     (`masking_utils.find_packed_sequence_indices`). In an unpacked row the positions continue through the
-    padding, so that no mask is built and the fast causal kernel runs. In a packed row the padding is a
-    document of its own.
+    padding, so that no mask is built and the fast causal kernel runs. In a packed row each padding token is
+    a document of its own.
 
     TRL's collator either gives an attention mask, with which transformers ignores the borders, or puts the
     batch into one row (`padding_free`), whose mask has (B·T)² entries.
 
     Args:
         rows: rows of `Examples`.
-        pad_token_id: any token id; padding has no loss.
         length: T, at least the length of the longest row, which is the default.
 
     Returns:
@@ -282,9 +284,9 @@ def collate(rows: Sequence[TokenRow], pad_token_id: int, *, length: int | None =
     ids, labels, positions = [], [], []
     for row in rows:
         padding = length - len(row["input_ids"])
-        ids.append(row["input_ids"] + [pad_token_id] * padding)
+        ids.append(row["input_ids"] + row["input_ids"][:1] * padding)
         labels.append(row["labels"] + [IGNORE] * padding)
-        lengths = (*row["seq_lengths"], padding) if "seq_lengths" in row else (length,)
+        lengths = (*row["seq_lengths"], *[1] * padding) if "seq_lengths" in row else (length,)
         positions.append(list(chain.from_iterable(range(part) for part in lengths)))
     return {
         "input_ids": torch.tensor(ids),

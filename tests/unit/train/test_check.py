@@ -1,14 +1,17 @@
 """`lisatune check`: all problems in one go, without weights and without a trace."""
 
 import io
+import shutil
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from transformers import AutoTokenizer
 
 import tiny_run
 from lisatune.train.check import CheckReport, check, print_report
 from lisatune.train.recipe_file import load_recipe
+from tiny_text import CHATML
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +95,20 @@ def test_probabilities_must_fit_the_model(recipe: Path, numbers: str) -> None:
     report = report_on(recipe, "method.sampler=weighted", f"method.probabilities={numbers}")
     assert len(report.problems) == 1, report.problems
     assert "probabilit" in report.problems[0]
+
+
+@pytest.mark.filterwarnings("ignore:the chat template asks for an answer with")
+def test_a_token_that_only_prompts_hold_must_have_an_embedding_too(
+    recipe: Path, model: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(model, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<far>"])
+    tokenizer.chat_template = CHATML.replace("assistant\n' }}", "assistant\n<far>' }}")
+    tokenizer.save_pretrained(folder)
+    problems = report_on(recipe, f"model.name={folder}").problems
+    assert [f"the tokenizer makes token {len(tokenizer) - 1}, " in problem for problem in problems] == [True]
+    assert report_on(recipe, f"model.name={folder}", "run.samples=0").problems == []
 
 
 def test_what_may_not_be_meant_is_a_warning(recipe: Path) -> None:
