@@ -56,6 +56,7 @@ REFUSED = {
     "functions": "functions, which cannot be trained on yet",
     "chosen": "a preferred answer, so this is preference data; train on it with TRL's DPOTrainer",
     "rejected": "a rejected answer, so this is preference data; train on it with TRL's DPOTrainer",
+    "rejected_response": "a rejected answer, so this is preference data; train on it with TRL's DPOTrainer",
 }
 """Fields that would change what a record teaches, and what they hold."""
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lisatune.files.disk import write_aside
+from lisatune.files.disk import refuse_lfs_pointer, write_aside
 from lisatune.models.gguf import SMOLLM2, SMOLLM2_SHA256, convert_once, find_smollm2
 from lisatune.models.hf import (
     check_attention,
@@ -292,6 +292,7 @@ def locate(name: str, *, needs_weights: bool = True) -> str:
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise FileNotFoundError(f"there is no GGUF file {name}")
+        refuse_lfs_pointer(path)
         return str(convert_once(path))
     if path.is_dir():
         _check_folder(path, needs_weights=needs_weights)
@@ -338,6 +339,8 @@ def _check_folder(path: Path, *, needs_weights: bool) -> None:
         raise FileNotFoundError(
             f"model folder {path} has no config.json; give a folder that save_pretrained wrote"
         )
+    for file in (*path.glob("*.json"), *path.glob("*.safetensors")):
+        refuse_lfs_pointer(file)
     check_index(path / "model.safetensors.index.json")
     if not needs_weights or any(path.glob("*.safetensors")):
         return
