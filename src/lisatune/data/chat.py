@@ -100,6 +100,11 @@ class Chat:
         with suppress(ValueError), explain_template_errors():
             template = get_training_chat_template(tokenizer)
         self.template = _fix_date(template or tokenizer.get_chat_template(), date)
+        is_plain = self.template.endswith(PLAIN_CHAT_TEMPLATE)
+        self.name = "lisatune's plain chat template" if is_plain else "the tokenizer's chat template"
+        """Which template it is, for a reader."""
+        if template is not None:
+            self.name += " in TRL's form for training"
         special = (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())
         self._stops = tuple(token for token in special if token.strip())
 

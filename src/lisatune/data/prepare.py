@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from lisatune.data.chat import encode_prompt
+from lisatune.data.chat import Chat, encode_prompt
 from lisatune.data.records import Record, Records, read_records, split_records
 from lisatune.data.tokens import Examples, Order, TokenRow, is_chat, pack, tokenize
 from lisatune.distributed import ranks
@@ -64,6 +64,9 @@ class RunData:
     is_chat: bool
     """Whether the records are conversations, which the chat template writes; else they are plain text."""
 
+    records: str
+    """The kind of the training records, the template that writes them, and what is learned, for a reader."""
+
     def batch(self, micro_step: int) -> list[TokenRow]:
         """Return the training rows of a micro-step (0 is the run's first), for all ranks together."""
         return [self.train.rows[i] for i in self.order.batch(micro_step)]
@@ -102,7 +105,11 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> RunData:
     short = (prompt for prompt in prompts if 0 < len(prompt.ids) < data.max_length)
     questions = tuple(islice(short, run.samples))
     skipped = train.skipped + validation.skipped
-    return RunData(rows, held_out, questions, order, steps, skipped, is_chat(train.rows[0]))
+    chat = Chat(tokenizer) if is_chat(train.rows[0]) else None
+    template = "without a template" if chat is None else f"written by {chat.name}"
+    learns_all = data.loss_on == "all" or train.kind == "text"
+    described = f"{train.kind}, {template}; loss on {'all tokens' if learns_all else 'the answers'}"
+    return RunData(rows, held_out, questions, order, steps, skipped, chat is not None, described)
 
 
 def read_data(recipe: Recipe) -> tuple[Records, Records]:

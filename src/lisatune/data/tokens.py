@@ -279,7 +279,12 @@ def collate(rows: Sequence[TokenRow], *, length: int | None = None) -> dict[str,
     Returns:
         `input_ids`, `labels` (-100 on padding) and `position_ids`, each int64 of shape [B, T]. Pass
         `use_cache=False` to the model with them: with a cache, transformers ignores the borders.
+
+    Raises:
+        ValueError: there are no rows.
     """
+    if not rows:
+        raise ValueError("a batch needs at least one row")
     length = length or max(len(row["input_ids"]) for row in rows)
     ids, labels, positions = [], [], []
     for row in rows:

@@ -276,6 +276,11 @@ def test_collate_pads_on_the_right_without_loss() -> None:
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
+def test_a_batch_without_rows_is_refused() -> None:
+    with pytest.raises(ValueError, match="a batch needs at least one row"):
+        collate([])
+
+
 def test_positions_of_packed_rows_restart_at_each_document_and_each_padding_token() -> None:
     rows = [
         {"input_ids": [1] * 5, "labels": [1] * 5, "seq_lengths": [3, 2]},
