@@ -8,10 +8,12 @@ text. The keys of `method` are the fields of the class that `method.name` picks 
 Longer than 400 lines: every key, its help and its checks stand together.
 """
 
+import datetime
 import difflib
 import math
 import types
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -98,6 +100,9 @@ class DataConfig:
     loss_on: Literal["auto", "answers", "all"] = "auto"
     """Tokens that carry loss. auto: the answers, or all tokens of plain text."""
 
+    date: str | None = None
+    """Day that a chat template which writes the date sees, as YYYY-MM-DD. Default: the run's first day."""
+
     on_bad_row: Literal["error", "skip"] = "error"
     """What to do with a record that cannot be used: stop, or skip and count it."""
 
@@ -109,6 +114,8 @@ class DataConfig:
             raise ValueError(f"data.max_length must be >= 2 tokens, got {self.max_length}")
         for name in ("limit", "validation_limit"):
             _at_least(1, f"data.{name}", getattr(self, name))
+        if self.date is not None and not _is_day(self.date):
+            raise ValueError(f"data.date must be a day such as 2026-01-31, got {self.date!r}")
 
     @property
     def holds_out(self) -> bool:
@@ -380,6 +387,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _is_day(text: str) -> bool:
+    with suppress(ValueError):
+        return datetime.date.fromisoformat(text).isoformat() == text
+    return False
 
 
 def _at_least(low: int, name: str, value: int | None) -> None:

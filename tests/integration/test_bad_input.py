@@ -290,6 +290,10 @@ MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda m: plant_nan(m, "model.layers.1.mlp.up_proj.weight"),
         "weights hold NaN or infinity, in model.layers.1.mlp.up_proj.weight; fetch or export the model again",
     ),
+    "Git LFS pointer": (
+        lambda m: (m / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid"),
+        "model.safetensors is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`",
+    ),
     "broken template": (
         lambda m: (m / "chat_template.jinja").write_text("{% for"),
         "record 1: the chat template refuses this conversation",

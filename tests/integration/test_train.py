@@ -466,6 +466,21 @@ def test_a_checkpoint_that_nobody_asked_for_cannot_stop_a_run(
         run(recipe, "asked", "run.steps=4", "run.save_every=1")
 
 
+def test_a_template_that_writes_the_date_resumes_on_another_day(recipe: Path, tmp_path: Path) -> None:
+    model = tiny_run.write_model(tmp_path / "dated")
+    template = model / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%Y-%m-%d') + '\\n' }}" + template.read_text())
+    recipe.write_text(recipe.read_text().replace("data: {", "data: {date: 2020-03-04, "))
+    model_key = f"model.name={model}"
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, "run", model_key, after_step=press_ctrl_c(2))
+    recipe.write_text(recipe.read_text().replace("date: 2020-03-04, ", ""))
+    run(recipe, "run", model_key, resume=True)
+    assert "date: 2020-03-04" in (tmp_path / "run" / "recipe.yaml").read_text()
+    with pytest.raises(ValueError, match=r"its records, the tokenizer or data\.date have changed since"):
+        run(recipe, "run", model_key, "data.date=2020-03-05", resume=True)
+
+
 def test_what_cannot_work_fails_before_the_weights_load(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

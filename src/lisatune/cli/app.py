@@ -4,6 +4,7 @@ Every failure prints one sentence to stderr and returns an exit code of `lisatun
 functions so that `--help` is fast and a missing package is one of those sentences.
 """
 
+import io
 import json
 import os
 import sys
@@ -44,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in tokens
     tokens = [token for token in tokens if token != "--debug"]
     warnings.formatwarning = _format_warning
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a locale such as C lacks most characters
+        sys.stdout.reconfigure(errors="replace")
     try:
         return _run(tokens)
     except BrokenPipeError:  # the reader of our output has gone, as in `lisatune layers MODEL | head`
@@ -132,6 +135,7 @@ def generate(
     """
     from lisatune.evaluate.held_out import generate_answers
     from lisatune.models.load import load_model, load_tokenizer
+    from lisatune.runs.folder import first_day
 
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be >= 1, got {max_new_tokens}")
@@ -146,8 +150,12 @@ def generate(
     trained_on_chat = _read_is_chat(run)
     uses_template = bool(tokenizer.chat_template) if trained_on_chat is None else trained_on_chat
     uses_template = chat_template == "on" or (chat_template == "auto" and uses_template)
+    # Under a locale without UTF-8 the arguments hold its bytes as escapes.
+    prompt = [text.encode(errors="surrogateescape").decode(errors="replace") for text in prompt]
     prompts = [[{"role": "user", "content": text}] if uses_template else text for text in prompt]
-    answers = generate_answers(load_model(folder), tokenizer, prompts, max_new_tokens=max_new_tokens)
+    answers = generate_answers(
+        load_model(folder), tokenizer, prompts, max_new_tokens=max_new_tokens, date=first_day(run)
+    )
     for text, answer in zip(prompt, answers, strict=True):
         _print(f"> {text}\n{answer}\n" if len(prompt) > 1 else answer)
     return 0

@@ -56,6 +56,7 @@ REFUSED = {
     "functions": "functions, which cannot be trained on yet",
     "chosen": "a preferred answer, so this is preference data; train on it with TRL's DPOTrainer",
     "rejected": "a rejected answer, so this is preference data; train on it with TRL's DPOTrainer",
+    "rejected_response": "a rejected answer, so this is preference data; train on it with TRL's DPOTrainer",
 }
 """Fields that would change what a record teaches, and what they hold."""
 
@@ -111,7 +112,8 @@ def read_records(
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        ValueError: there is nothing to read, or a record is unusable; the message names file and line.
+        ValueError: there is nothing to read, every answer is empty, or a record is unusable; the message
+            names file and line.
         ImportError: reading this source needs a package of lisatune[train] that is not installed.
 
     Example:
@@ -148,12 +150,36 @@ def read_records(
         raise ValueError(f"{source} has no usable record, all {skipped} were skipped; first: {first_skipped}")
     if not rows:
         raise ValueError(f"{source} is empty: it has no records")
+    _check_answers(rows, source)
     if unused:
         warnings.warn(
             f"{source}: nothing reads the field{'s' if len(unused) > 1 else ''} {', '.join(unused)}",
             stacklevel=2,
         )
     return Records(rows, kind, skipped, source, first_skipped, tuple(unused))
+
+
+def _check_answers(rows: list[Record], source: str) -> None:
+    """Warn of empty answers, from which a model learns to say nothing; refuse records without any other."""
+    answers = [answer for row in rows for answer in _take_answers(row)]
+    num_empty = sum(not answer.strip() for answer in answers)
+    if answers and num_empty == len(answers):
+        raise ValueError(f"{source} has no answer to learn from: all {num_empty} answers are empty")
+    if num_empty:
+        warnings.warn(
+            f"{source}: {num_empty:,} of {len(answers):,} answers are empty; the model learns to say nothing",
+            stacklevel=3,
+        )
+
+
+def _take_answers(row: Record) -> list[str]:
+    """Take the texts that carry loss; none of plain text, which is checked on its own."""
+    if "text" in row or isinstance(row.get("completion"), str):
+        return [row["completion"]] if "completion" in row else []
+    turns = row["messages"][1:] if "messages" in row else row["completion"]
+    return [
+        turn["content"] for turn in turns if turn["role"] == "assistant" and turn.get("train") is not False
+    ]
 
 
 def split_records(

@@ -4,6 +4,7 @@ import difflib
 import re
 from pathlib import Path
 
+from lisatune.files.disk import refuse_lfs_pointer
 from lisatune.files.hub import UNREACHABLE, ask_hub
 from lisatune.models.gguf import SMOLLM2, SMOLLM2_SHA256, convert_once, find_smollm2
 from lisatune.models.hf import check_index
@@ -31,6 +32,7 @@ def locate(name: str, *, revision: str | None = None, needs_weights: bool = True
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise FileNotFoundError(f"there is no GGUF file {name}")
+        refuse_lfs_pointer(path)
         return str(convert_once(path))
     if path.is_dir():
         _check_folder(path, needs_weights=needs_weights)
@@ -110,6 +112,8 @@ def _check_folder(path: Path, *, needs_weights: bool) -> None:
         inner = path / "model"  # of a run folder
         give = f"{inner}, the model of this run" if inner.is_dir() else "a folder that save_pretrained wrote"
         raise FileNotFoundError(f"model folder {path} has no config.json; give {give}")
+    for file in (*path.glob("*.json"), *path.glob("*.safetensors")):
+        refuse_lfs_pointer(file)
     check_index(path / "model.safetensors.index.json")
     if not needs_weights or any(path.glob("*.safetensors")):
         return

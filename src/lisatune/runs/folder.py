@@ -19,6 +19,7 @@ import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -27,17 +28,26 @@ from lisatune.distributed import ranks
 from lisatune.files.disk import delete, explain_write_errors, replace_file, take_lock
 from lisatune.runs.summary import describe_environment
 
-__all__ = ["NEW_FOLDER", "RunFolder", "check_output", "differences", "is_finished", "is_run", "open_folder"]
+__all__ = [
+    "NEW_FOLDER",
+    "RunFolder",
+    "check_output",
+    "differences",
+    "first_day",
+    "is_finished",
+    "is_run",
+    "open_folder",
+]
 
 MAY_CHANGE = frozenset(
     {"run.output", "run.steps", "run.epochs", "run.log_every", "run.eval_every", "run.save_every"}
     | {"run.keep_checkpoints", "run.samples", "run.sample_tokens", "run.report_to", "run.check_memory"}
     | {"run.on_save_error", "run.on_nonfinite", "run.max_skipped_steps", "run.activation_checkpointing"}
-    | {"run.sharding", "run.batch_size", "run.save_dtype", "run.stop_after"}
+    | {"run.sharding", "run.batch_size", "run.save_dtype", "run.stop_after", "data.date"}
 )
 """Keys that may differ on resume: lengths, intervals, outputs, and what a stopped run may need to change.
 
-Other steps or epochs stretch the learning-rate schedule.
+Other steps or epochs stretch the learning-rate schedule. Another date that changes the data is refused later.
 """
 
 BEFORE_IT_EXISTED = {
@@ -341,6 +351,21 @@ def differences(
         for key in sorted(flat[0] | flat[1])
         if key not in may_change and flat[0].get(key) != flat[1].get(key)
     ]
+
+
+def first_day(path: Path) -> str | None:
+    """Return the day that a run's chat template sees as today, YYYY-MM-DD; None if the folder is not a run's.
+
+    It is in the run's recipe. A run from before the key `data.date` existed rendered on the day it began.
+    """
+    from lisatune.files import yaml
+
+    with suppress(OSError, ValueError, AttributeError):
+        date = yaml.load((path / "recipe.yaml").read_text(encoding="utf-8"))["data"].get("date")
+        return (
+            date or datetime.fromisoformat(_read_json(path / "environment.json")["time"]).date().isoformat()
+        )
+    return None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

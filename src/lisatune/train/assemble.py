@@ -63,7 +63,7 @@ class Parts:
         hundreds of steps.
         """
         length = batch_length(rows, self.recipe, self.built.model)
-        return collate(rows, self.tokenizer.pad_token_id, length=length)
+        return collate(rows, length=length)
 
     def set_learning_rates(self) -> None:
         """Set the rates of the current step, after a resume with another `run.steps`."""
@@ -154,7 +154,8 @@ def assemble(recipe: Recipe, before_load: Callable[..., None] | None = None) -> 
 def _compile(parts: Parts, blocks: BlockForward) -> float:
     """Compile all graphs on a made-up batch; its odd length equals no dimension of a weight."""
     config, built = parts.recipe, parts.built
-    length = max(config.data.max_length // 2, 8) | 1
+    longest = min(config.data.max_length, max_positions(built.model) or config.data.max_length)
+    length = max(longest // 2, 8) | 1
     ids_BT = torch.zeros(config.run.batch_size, length, dtype=torch.long)
     position_ids_BT = torch.arange(length).expand_as(ids_BT)
     if config.data.packing:  # two records in each sequence
@@ -209,7 +210,8 @@ def check_fits(model: nn.Module, data: RunData) -> None:
         ValueError: the tokenizer belongs to another model, or a row is longer than the model can read.
     """
     rows = (*data.train.rows, *data.validation.rows)
-    highest = max(max(row["input_ids"]) for row in rows)
+    texts = (*(row["input_ids"] for row in rows), *(question.ids for question in data.questions))
+    highest = max(map(max, texts))
     embedding: nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]
     if highest >= embedding.weight.shape[0]:
         raise ValueError(

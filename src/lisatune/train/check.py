@@ -26,7 +26,7 @@ from lisatune.runs.folder import check_output
 from lisatune.train.assemble import check_fits, rehearse
 from lisatune.train.outline import Outline, make_outline, print_outline
 from lisatune.train.progress import check_trackers
-from lisatune.train.resume import choose_start, find_checkpoint, read_finished
+from lisatune.train.resume import choose_start, find_checkpoint, fix_date, read_finished
 
 __all__ = ["CheckReport", "check", "print_report"]
 
@@ -87,6 +87,7 @@ def check(recipe: Recipe, *, resume: bool | Literal["auto"] = False, overwrite: 
     if resume == "auto" and not overwrite:
         resume, overwrite = choose_start(output)
     resume = bool(resume)
+    recipe = fix_date(recipe, resume=resume)
     report.attempt(check_output, output, recipe.as_dict(), resume=resume, overwrite=overwrite)
     if resume and not report.problems and read_finished(output, recipe.as_dict()) is None:
         report.attempt(find_checkpoint, output)

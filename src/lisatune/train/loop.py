@@ -37,6 +37,7 @@ from lisatune.train.resume import (
     begin,
     choose_start,
     find_checkpoint,
+    fix_date,
     read_finished,
     restore,
     restore_best,
@@ -104,6 +105,7 @@ def _train(
     if resume == "auto" and not overwrite:
         resume, overwrite = json.loads(ranks.broadcast_text(json.dumps(choose_start(output))))
     resume = bool(resume)
+    recipe = fix_date(recipe, resume=resume)
     ranks.on_rank0(lambda: check_output(output, recipe.as_dict(), resume=resume, overwrite=overwrite))
     check_trackers(recipe.run.report_to)
     if resume:
@@ -308,8 +310,13 @@ def _held_out(parts: Parts, bar: progress.Bar, asked_to_stop: Callable[[], objec
 
 def _answers(parts: Parts) -> list[str]:
     prompts = [question.prompt for question in parts.data.questions]
+    recipe = parts.recipe
     return generate_answers(
-        parts.built.model, parts.tokenizer, prompts, max_new_tokens=parts.recipe.run.sample_tokens
+        parts.built.model,
+        parts.tokenizer,
+        prompts,
+        max_new_tokens=recipe.run.sample_tokens,
+        date=recipe.data.date,
     )
 
 

@@ -55,6 +55,8 @@ class Outline:
     """Whether `visits` is known; False if it is simulated, because draws depend on measured statistics."""
     batch: str
     lr: str
+    records: str
+    """The kind of the training records, the template that writes them, and what is learned."""
     train_rows: int
     train_tokens: int
     loss_tokens: int
@@ -122,6 +124,7 @@ def make_outline(
         visits_are_exact=schedule.coverage_is_exact,
         batch=f"{rows} of up to {recipe.data.max_length:,} tokens",
         lr=f"{_lr_text(recipe, layers.num_blocks)}, {describe_schedule(recipe.optimizer, data.steps)}",
+        records=data.records,
         train_rows=len(data.train.rows),
         train_tokens=data.train.num_tokens,
         loss_tokens=data.train.num_loss_tokens,
@@ -189,6 +192,7 @@ def print_outline(outline: Outline, console: Console | None = None) -> None:
     tokens = f"{count_text(outline.train_tokens)} tokens, {count_text(outline.loss_tokens)} with loss"
     rows += [
         ("lr", outline.lr),
+        ("records", outline.records),
         ("data", "; ".join([f"{plural(outline.train_rows, 'row')}, {tokens}", *left_out])),
         ("held out", _held_out_text(outline)),
         ("device", outline.device),

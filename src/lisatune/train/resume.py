@@ -1,6 +1,7 @@
 """A run's progress: saved with each checkpoint, restored from the newest intact one."""
 
 import dataclasses
+import datetime
 import json
 import math
 import time
@@ -14,8 +15,9 @@ from typing import Any
 
 from lisatune.distributed import ranks
 from lisatune.optim.meter import StateMeter
+from lisatune.recipe import Recipe
 from lisatune.runs.checkpoint import load_checkpoint, load_weights, save_checkpoint
-from lisatune.runs.folder import NEW_FOLDER, RunFolder, is_finished, is_run
+from lisatune.runs.folder import NEW_FOLDER, RunFolder, first_day, is_finished, is_run
 from lisatune.runs.manifest import (
     DamagedCheckpointError,
     checkpoint_name,
@@ -33,6 +35,7 @@ __all__ = [
     "begin",
     "choose_start",
     "find_checkpoint",
+    "fix_date",
     "read_finished",
     "read_state",
     "restore",
@@ -118,6 +121,14 @@ class RunState:
     def best_steps(self) -> list[int]:
         """Return the steps of `best`."""
         return [int(step) for step in self.best if step.isdecimal()]
+
+
+def fix_date(recipe: Recipe, *, resume: bool) -> Recipe:
+    """Return the recipe with the day that its chat template sees: its own, the resumed run's, or today."""
+    began = first_day(Path(recipe.run.output or "")) if resume else None
+    date = recipe.data.date or began or datetime.date.today().isoformat()
+    date = ranks.broadcast_text(date)  # ranks may start on both sides of midnight
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, date=date))
 
 
 def find_checkpoint(output: Path) -> Path:
@@ -361,6 +372,6 @@ def _check_same_data(parts: Parts, state: RunState, output: Path) -> None:
     for name, was in state.data.items():
         if parts.data.hashes.get(name) != was:
             raise ValueError(
-                f"{name} differs from what the run in {output} began with: its records, or the tokenizer, "
-                f"have changed since; put the former ones back, or {NEW_FOLDER}"
+                f"{name} differs from what the run in {output} began with: its records, the tokenizer "
+                f"or data.date have changed since; put the former ones back, or {NEW_FOLDER}"
             )

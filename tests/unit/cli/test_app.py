@@ -1,5 +1,6 @@
 """The command line: help that helps, one sentence for bad input, and exit codes that tell what happened."""
 
+import io
 import json
 import subprocess
 import sys
@@ -169,6 +170,14 @@ def test_check_lists_problems_and_says_so_by_its_exit_code(
     assert main(["check", str(recipe), "method.active=9", "run.device=cuba"]) == 2
     assert "2 problems" in capsys.readouterr().out
     assert not (recipe.parent / "run").exists()
+
+
+def test_a_terminal_without_utf_8_is_printed_to(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="surrogateescape")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert main(["check", str(recipe)]) == 0
+    terminal.seek(0)
+    assert "+- run --" in terminal.read()
 
 
 def test_layers_shows_blocks_and_ends_without_weights(

@@ -139,6 +139,26 @@ def test_fields_that_nothing_reads_are_named_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "answer",
+    [
+        lambda text: {"prompt": "a", "completion": text},
+        lambda text: {"instruction": "a", "output": text},
+        lambda text: {"messages": [USER, {"role": "assistant", "content": text}]},
+    ],
+)
+def test_empty_answers_are_counted_and_refused_when_there_is_no_other(tmp_path: Path, answer: Any) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps(answer(text)) for text in ("", "b", " \n")))
+    with pytest.warns(
+        UserWarning, match="rows.jsonl: 2 of 3 answers are empty; the model learns to say nothing"
+    ):
+        assert len(read_records(str(file)).rows) == 3
+    file.write_text("\n".join(json.dumps(answer(text)) for text in ("", " \n")))
+    with pytest.raises(ValueError, match=r"rows.jsonl has no answer to learn from: all 2 answers are empty"):
+        read_records(str(file))
+
+
+@pytest.mark.parametrize(
     "row", [{"instruction": "Add.", "output": "3"}, ALPACA | {"input": None}, ALPACA | {"input": ""}]
 )
 def test_alpaca_input_may_be_left_out(tmp_path: Path, row: Any) -> None:

@@ -38,7 +38,7 @@ def outline_of(method: Method, device: str = "meta", start_step: int = 0, **run:
     )
     counts = {"num_cut": 3, "num_without_loss": 1, "num_split": 0, "num_dropped": 0, "lost_share": 0.014}
     examples: Any = SimpleNamespace(rows=[0] * 1200, num_tokens=50_000, num_loss_tokens=20_000, **counts)
-    data: Any = SimpleNamespace(train=examples, validation=examples, steps=30, skipped=2)
+    data: Any = SimpleNamespace(train=examples, validation=examples, steps=30, skipped=2, records="alpaca")
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(CONFIG)
     layers = find_layers(model)
