@@ -12,6 +12,7 @@ import inspect
 import re
 import types
 import typing
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -87,8 +88,12 @@ def recipe_without_file(overrides: Sequence[str]) -> Recipe:
 
 
 def build_recipe(path: str, from_file: Sections, overrides: Sequence[str]) -> Recipe:
-    """Build a recipe from a file's content and overrides; errors as in `load_recipe`, naming `path`."""
+    """Build a recipe from a file's content and overrides; errors as in `load_recipe`, naming `path`.
+
+    If the overrides pick another method, a warning says that the file's keys of `method` are left out.
+    """
     from_overrides = _read_overrides(overrides)
+    from_file = _leave_out_other_method(path, from_file, from_overrides)
     given = {name: from_file.get(name, {}) | from_overrides.get(name, {}) for name in SECTIONS}
     for section, key in PATHS:
         if isinstance(value := given[section].get(key), str):
@@ -182,6 +187,21 @@ def _read_overrides(overrides: Iterable[str]) -> Sections:
                 raise ValueError(f"override {override!r}: a list is written [a, b]") from None
         values.setdefault(section, {})[key] = value
     return values
+
+
+def _leave_out_other_method(path: str, from_file: Sections, from_overrides: Sections) -> Sections:
+    """Return the file's sections without keys of a method that the overrides replace."""
+    own = from_file.get("method", {})
+    name, other = own.get("name", "lisa"), from_overrides.get("method", {}).get("name")
+    if other is None or other == name or other not in METHODS:
+        return from_file
+    if keys := [f"method.{key}" for key in own if key != "name"]:
+        warnings.warn(
+            f"{path}: {', '.join(keys)} left out: keys of method {name}. "
+            f"Method {other} starts from its own defaults",
+            stacklevel=4,
+        )
+    return from_file | {"method": {}}
 
 
 def _build_app(sections: Mapping[str, type], **options: Any) -> App:

@@ -52,6 +52,19 @@ def test_the_method_is_picked_by_its_name_from_file_or_override(tmp_path: Path) 
     assert load_recipe(path, ["method.name=lisa", "method.active=3"]).method == Lisa(active=3)
 
 
+def test_another_method_on_the_command_line_starts_from_its_own_defaults(tmp_path: Path) -> None:
+    path = write(tmp_path, BASE + "method: {active: 4, verify: 'off'}\n")
+    left_out = (
+        r"mine\.yaml: method\.active, method\.verify left out: keys of method lisa\. "
+        "Method ends starts from its own defaults"
+    )
+    with pytest.warns(UserWarning, match=left_out):
+        assert load_recipe(path, ["method.name=ends"]).method == METHODS["ends"]()
+    with pytest.warns(UserWarning, match="left out"):
+        assert load_recipe(path, ["method.name=lora", "method.rank=8"]).method == METHODS["lora"](rank=8)
+    assert load_recipe(path, ["method.name=lisa"]).method == Lisa(active=4, verify="off")
+
+
 @pytest.mark.parametrize("text", ["1e-4", "1E-4", "0.0001", "'1e-4'"])
 def test_every_spelling_of_a_number_is_a_number(tmp_path: Path, text: str) -> None:
     assert load_recipe(write(tmp_path, BASE + f"optimizer: {{lr: {text}}}\n")).optimizer.lr == 1e-4
