@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -235,6 +236,26 @@ def test_help_names_every_key_of_every_section_and_method() -> None:
         for field in dataclasses.fields(section):
             assert f".{field.name}" in shown, field.name
     assert "Peaklearningrate." in shown
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        (
+            r"C:\data\rows",
+            r"data.train: there is no file or folder C:\data\rows; on this machine paths begin",
+        ),
+        ("C:/data/rows", "data.train: there is no file or folder C:/data/rows; on this machine paths begin"),
+        (
+            r'"C:\new\rows.jsonl"',
+            r"data.train has a control character in it, 'C:\new\rows.jsonl'; put the path",
+        ),
+        (r'"C:\data\rows"', "found unknown escape character 'd'; put a Windows path in single quotes"),
+    ],
+)
+def test_a_windows_path_that_is_absent_is_no_hub_id(tmp_path: Path, train: str, message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
+        load_recipe(write(tmp_path, f"model: {{name: m}}\ndata:\n  train: {train}\n"))
 
 
 def test_every_path_of_a_recipe_may_begin_with_the_home_folder(
