@@ -10,7 +10,8 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -30,6 +31,7 @@ A recipe is a YAML file, here the shortest:
     model: {name: smollm2-135m}
     data:  {train: rows.jsonl}
 
+    lisatune init --data rows.jsonl
     lisatune check recipe.yaml
     lisatune train recipe.yaml run.steps=200 method.active=4
 """
@@ -57,7 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(
-    recipe: Path, /, *overrides: str, resume: bool = False, resume_auto: bool = False, overwrite: bool = False
+    recipe: Path,
+    /,
+    *overrides: str,
+    resume: bool = False,
+    resume_auto: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
 ) -> int:
     """Fine-tune a model with a recipe.
 
@@ -73,12 +81,13 @@ def train(
         resume: Continue from the newest checkpoint in the run folder, with the same result as without a stop.
         resume_auto: Also written --resume=auto. As --resume, but start the run if there is none to resume.
         overwrite: Delete the run in the run folder and start over.
+        quiet: Print warnings and errors only; metrics.jsonl and summary.json in the run folder have the rest.
     """
     from lisatune.train.loop import train
     from lisatune.train.recipe_file import load_recipe
     from lisatune.train.stopping import terminable
 
-    with terminable():
+    with terminable(), _without_output() if quiet else nullcontext():
         how: bool | Literal["auto"] = "auto" if resume_auto else resume
         train(load_recipe(recipe, overrides), resume=how, overwrite=overwrite)
     return 0
@@ -161,6 +170,13 @@ def generate(
     return 0
 
 
+@contextmanager
+def _without_output() -> Iterator[None]:
+    """Print nothing to standard output."""
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+        yield
+
+
 def _expand_paths(tokens: Sequence[str]) -> list[str]:
     """Expand ~ in arguments that a shell has left as they are: in quotes, or after `--output=`."""
     expanded = list(tokens)
@@ -192,6 +208,7 @@ def build_app() -> "App":
         raise ImportError(f'{error}; the command needs packages: pip install "lisatune[train]"') from None
 
     from lisatune.cli.compare import compare
+    from lisatune.cli.init import init
     from lisatune.cli.layers import layers
     from lisatune.cli.plan import plan
     from lisatune.cli.report import report
@@ -208,6 +225,7 @@ def build_app() -> "App":
         suppress_keyboard_interrupt=False,
     )
     usage = "Usage: lisatune {} RECIPE [section.key=value …] [OPTIONS]"
+    app.command(init)
     app.command(train, usage=usage.format("train"))
     app.command(check, usage=usage.format("check"))
     app.command(plan, usage=usage.format("plan").replace("RECIPE", "[RECIPE | --model MODEL]"))
@@ -215,6 +233,7 @@ def build_app() -> "App":
     app.command(report, usage="Usage: lisatune report RUN… [OPTIONS]")
     app.command(layers)
     app.command(generate)
+    app.register_install_completion_command(help="Install completion for your shell: bash, zsh or fish.")
     return app
 
 
@@ -222,6 +241,10 @@ def _run(tokens: list[str]) -> int:
     """Run one command and return its exit code."""
     _refuse_empty(tokens)
     tokens = ["--resume-auto" if token == "--resume=auto" else token for token in tokens]
+    asks_keys = tokens[:1] in (["train"], ["check"]) and bool({"--help", "-h"} & set(tokens))
+    if asks_keys and tokens[1] in ("--help", "-h") and len(tokens) == 3:
+        _print_keys(tokens[2])
+        return 0
     app = build_app()
     from cyclopts import CycloptsError
 
@@ -234,13 +257,24 @@ def _run(tokens: list[str]) -> int:
         )
     except CycloptsError as error:
         raise ValueError(f"{error} See `lisatune --help`.") from None
-    if tokens[:1] in (["train"], ["check"]) and {"--help", "-h"} & set(tokens):
-        from lisatune.console import terminal
-        from lisatune.train.recipe_file import print_keys
-
-        _print("Keys of a recipe, each also an override:\n")
-        print_keys(terminal())
+    if asks_keys:
+        _print_keys(None)
     return result if isinstance(result, int) else 0
+
+
+def _print_keys(only: str | None) -> None:
+    """Print the keys of one section or method with their help, or the names of all keys."""
+    from lisatune.console import terminal
+    from lisatune.train.recipe_file import print_keys, print_sections
+
+    if only is not None:
+        print_keys(terminal(), only)
+        return
+    _print("Keys of a recipe, each also an override:\n")
+    print_sections(terminal())
+    _print(
+        "\n`lisatune train --help SECTION` or `… --help METHOD` says what each key does, with its default."
+    )
 
 
 def _refuse_empty(tokens: Sequence[str]) -> None:

@@ -261,7 +261,9 @@ def _check_count(name: str, value: Any) -> int:
 def _parse_budget(budget: Any) -> dict[str, int]:
     """Read `tokens=N`, `steps=N`, or the same as a mapping."""
     if isinstance(budget, str):
-        kind, _, text = budget.partition("=")
+        kind, equals, text = budget.partition("=")
+        if not equals:
+            raise ValueError(f"budget {budget!r} has no unit; write tokens={budget} or steps={budget}")
         number = re.sub(r"[_,]", "", text)
         budget = {kind: int(number) if number.isdecimal() else text}
     if not isinstance(budget, Mapping) or len(budget) > 1 or set(budget) - {"tokens", "steps"}:

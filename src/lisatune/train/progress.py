@@ -69,12 +69,14 @@ class Bar:
         facts = [f"loss {loss:.3f}", f"lr {lr:.1e}", f"{tokens_per_second:,.0f} tok/s"]
         if active_blocks is not None:
             facts.append(f"blocks {ranges_text(active_blocks)}")
-        facts += [byte_text(resident_bytes), f"{_clock(left)} left"]
+        facts.append(byte_text(resident_bytes))
+        time_left = f"{_clock(left)} left"
         if self._progress is None:
             width = len(str(self._total))
-            self._say(f"step {step:>{width}}/{self._total}  {'  '.join(facts)}")
-        else:
-            self._progress.update(self._task, completed=step, description="· " + " · ".join(facts))
+            self._say(f"step {step:>{width}}/{self._total}  {'  '.join([*facts, time_left])}")
+        else:  # a narrow terminal cuts the end of the line off
+            text = "· " + " · ".join([time_left, *facts])
+            self._progress.update(self._task, completed=step, description=text)
 
     @contextmanager
     def follow(self, what: str, total: int) -> Iterator[Callable[[], None]]:

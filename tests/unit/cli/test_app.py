@@ -50,13 +50,42 @@ def test_help_shows_commands_and_an_example(capsys: pytest.CaptureFixture[str]) 
     assert max(map(len, out.splitlines())) <= 100
 
 
-@pytest.mark.parametrize("name", ["train", "check", "layers", "generate"])
+@pytest.mark.parametrize("name", ["init", "train", "check", "layers", "generate"])
 def test_help_of_each_command_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"]) == 0
     out = capsys.readouterr().out
     assert f"\n    lisatune {name} " in out
-    assert ("--method.period" in out) == (name in ("train", "check"))
+    assert (" batch_size," in out) == (name in ("train", "check"))
     assert max(map(len, out.splitlines())) <= 100
+    assert out.count("\n") < 60
+
+
+@pytest.mark.parametrize(
+    ("asked", "key"),
+    [("run", "--run.batch_size"), ("method", "--method.active"), ("lora", "--method.rank")],
+)
+def test_help_of_a_section_or_method_explains_its_keys(
+    asked: str, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--help", asked]) == 0
+    out = capsys.readouterr().out
+    assert key in out
+    assert "[default: " in out
+    assert "--data.train" not in out
+    assert main(["train", "--help", "rnu"]) == 2
+    assert "unknown section or method 'rnu'. Did you mean 'run'?" in capsys.readouterr().err
+
+
+def test_quiet_prints_nothing_and_trains(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(recipe), "run.steps=1", "method.active=4", "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
+    assert (recipe.parent / "run" / "model").is_dir()
+
+
+def test_a_shell_can_complete_commands_and_options() -> None:
+    script = app.build_app().generate_completion(shell="bash")
+    assert "init" in script
+    assert "--overwrite" in script
 
 
 def test_help_imports_neither_torch_nor_anything_that_trains() -> None:

@@ -119,7 +119,7 @@ def test_folders_of_arms_tell_names_apart_that_differ_in_signs_alone(tmp_path: P
         ({"methods": "full", "lr": "1e-4,0.0001"}, "has a learning rate twice"),
         ({"methods": "full:lr="}, "lr of arm 'full:lr=' is empty"),
         ({"methods": "full", "seeds": 0}, "--seeds must be a whole number >= 1, got 0"),
-        ({"methods": "full", "budget": "100"}, "budget must be tokens=N or steps=N"),
+        ({"methods": "full", "budget": "100"}, "budget '100' has no unit; write tokens=100 or steps=100"),
         ({"methods": "full", "budget": "tokens=0"}, "budget tokens must be a whole number >= 1, got 0"),
         ({"methods": "full", "budget": "hours=2"}, "budget must be tokens=N or steps=N"),
         ({"methods": "full", "reference": "fll"}, "unknown reference 'fll'. Did you mean 'full'?"),

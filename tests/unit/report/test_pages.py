@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from lisatune.cli import app
 from lisatune.compare.results import Results
 from lisatune.lisa.statistics import measure_movement
+from lisatune.memory.fit import CARD_GB
 from lisatune.report import charts
 from lisatune.report.comparison_page import make_comparison_page
 from lisatune.report.figures import Entry, find_pareto_front, make_figures, mark_best
@@ -150,7 +151,7 @@ def test_the_pareto_front_is_what_nothing_beats() -> None:
 
 @pytest.mark.parametrize(
     ("card_bytes", "words"),
-    [(None, "All fit a card of 8 GB: the dashed line."), (4 * 10**9, "Above the card of 4 GB")],
+    [(None, "All fit a card of 8 GB: the dashed line."), (4 * CARD_GB, "Above the card of 4 GB")],
 )
 def test_memory_is_held_against_a_card(card_bytes: int | None, words: str) -> None:
     entries = [
@@ -159,7 +160,7 @@ def test_memory_is_held_against_a_card(card_bytes: int | None, words: str) -> No
     ]
     (figure,) = make_figures(entries, loss="", memory="bytes", memory_note="", card_bytes=card_bytes)
     assert words in figure.alt
-    assert f"card of {(card_bytes or 8e9) / 1e9:g} GB" in figure.svg
+    assert f"card of {4 if card_bytes else 8} GB" in figure.svg
     assert "small" not in figure.note
 
 

@@ -37,8 +37,8 @@ SUMMARY: Summary = {
 }
 
 
-def console(*, terminal: bool = False) -> Console:
-    return Console(file=io.StringIO(), width=100, force_terminal=terminal, highlight=False)
+def console(*, terminal: bool = False, width: int = 100) -> Console:
+    return Console(file=io.StringIO(), width=width, force_terminal=terminal, highlight=False)
 
 
 def text_of(shown: Console) -> str:
@@ -75,7 +75,7 @@ def test_on_a_pipe_every_update_is_one_plain_line() -> None:
 def test_on_a_terminal_the_bar_moves_and_lines_stay() -> None:
     shown = console(terminal=True)
     train_a_little(Bar(120, 100, console=shown))
-    assert "120/120 · loss 1.500" in text_of(shown)
+    assert "120/120 · 0:00 left · loss 1.500" in text_of(shown)
     assert "step 101: held-out loss 1.812" in text_of(shown)
 
 
@@ -107,6 +107,21 @@ def test_an_evaluation_has_a_bar_on_a_terminal_while_it_lasts() -> None:
         shown.file = io.StringIO()
         bar._progress.refresh()
         assert "held-out loss" not in text_of(shown)
+
+
+def test_a_terminal_of_60_columns_shows_the_time_left() -> None:
+    shown = console(terminal=True, width=60)
+    bar = Bar(12_000, 100, console=shown)
+    with bar:
+        bar.update(
+            11_900,
+            loss=1.5,
+            lr=1e-5,
+            tokens_per_second=512.0,
+            active_blocks=range(0, 30, 2),
+            resident_bytes=2**30,
+        )
+    assert "11900/12000 · 0:00 left · loss 1.500" in text_of(shown)
 
 
 def test_the_summary_says_what_came_out() -> None:
