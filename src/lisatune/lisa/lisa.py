@@ -37,10 +37,17 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lisatune.distributed import ranks
-from lisatune.distributed.shards import is_sharded, reshard
+from lisatune.distributed.shards import reshard
+from lisatune.lisa.checks import (
+    check_parameters,
+    refuse_second,
+    refuse_unsharded,
+    unwrap_optimizer,
+    warn_of_rounding,
+)
 from lisatune.lisa.ends import Ends, EndsPolicy
 from lisatune.lisa.frozen_state import FrozenState, StatePolicy
-from lisatune.lisa.groups import Warmup, check_parameters, unwrap_optimizer, warn_of_rounding
+from lisatune.lisa.groups import Warmup
 from lisatune.lisa.proof import Proof, ProofError, Verify
 from lisatune.lisa.samplers import (
     Independent,
@@ -137,11 +144,10 @@ class LISA(BlockSchedule):
         policy = EndsPolicy.parse(ends)
         _check_choice("verify", verify, get_args(Verify))
         reshard(model)
-        _refuse_unsharded(model)
+        refuse_unsharded(model)
         self._model = model
         optimizer = unwrap_optimizer(model, optimizer)
-        if optimizer in _attached:
-            raise RuntimeError("a LISA is already attached to this optimizer; call its detach() first")
+        refuse_second(model, optimizer, _attached)
         self.layers = find_layers(model) if layers is None else layers
         self.sampler = make_sampler(sampler, active, self.layers.num_blocks)
         self.seed, self.state, self.warmup, self.verify = seed, state, warmup, verify
@@ -330,7 +336,7 @@ class LISA(BlockSchedule):
 
     def _set_trainable(self) -> None:
         reshard(self._model)
-        _refuse_unsharded(self._model)
+        refuse_unsharded(self._model)
         self.ends_train = self._ends.policy.trains_in(self.period_index)
         for index, parameters in enumerate(self._blocks):
             self._set(parameters, trains=index in self.active_blocks)
@@ -380,7 +386,7 @@ class LISA(BlockSchedule):
                 self.visits[block] += 1
         self.steps_done += 1
         if self.steps_done % self.period == 0:
-            _refuse_unsharded(self._model)
+            refuse_unsharded(self._model)
             if self._proof is not None:
                 self._proof.end()
             if self._collector is not None:
@@ -517,13 +523,3 @@ def _choose_period(
     if not isinstance(period, int) or period < 1:
         raise ValueError(f'period must be a number of optimizer steps >= 1 or "auto", got {period!r}')
     return period
-
-
-def _refuse_unsharded(model: nn.Module) -> None:
-    if ranks.count() > 1 and not all(is_sharded(p) or p.is_meta for p in model.parameters()):
-        raise RuntimeError(
-            "on several ranks LISA needs a model that torch's fully_shard has divided, and an optimizer "
-            "built after that. DistributedDataParallel fixes which gradients it exchanges when it wraps a "
-            "model, so blocks that thaw later would drift apart without an error; fully_shard with a mesh of "
-            "(ranks, 1) keeps all weights on each rank as DDP does"
-        )
