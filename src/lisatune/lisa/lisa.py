@@ -47,6 +47,7 @@ from lisatune.lisa.checks import (
 )
 from lisatune.lisa.ends import Ends, EndsPolicy
 from lisatune.lisa.frozen_state import FrozenState, StatePolicy
+from lisatune.lisa.group_state import GroupState
 from lisatune.lisa.groups import Warmup
 from lisatune.lisa.proof import Proof, ProofError, Verify
 from lisatune.lisa.samplers import (
@@ -174,7 +175,7 @@ class LISA(BlockSchedule):
         self._warmup = Warmup(warmup, self._blocks, self._ends.parameters, self._ends.resting)
         self._warmup.find_groups(optimizer)
 
-        self._frozen_state = FrozenState(optimizer, state)
+        self._frozen_state, self._group_state = FrozenState(optimizer, state), GroupState(optimizer, state)
         self._saved: dict[str, Any] = {}
         self._saved_state: dict[int, Any] = {}
         self._collector = Collector(self._blocks, self.sampler.reads) if self.sampler.reads else None
@@ -365,6 +366,7 @@ class LISA(BlockSchedule):
             self._proof.begin(self.period_index, self._name_moving())
         if self._collector is not None:
             self._collector.before_step(self.active_blocks)
+        self._group_state.before_step(ends_period=(self.steps_done + 1) % self.period == 0)
         self._warmup.ramp(
             self.steps_done % self.period,
             self._find_thawed_blocks(),
@@ -385,6 +387,7 @@ class LISA(BlockSchedule):
             for block in self.active_blocks:
                 self.visits[block] += 1
         self.steps_done += 1
+        self._group_state.after_step()
         if self.steps_done % self.period == 0:
             refuse_unsharded(self._model)
             if self._proof is not None:
