@@ -3,7 +3,7 @@
 import gc
 import sys
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
 from torch.optim import Optimizer
@@ -13,7 +13,14 @@ from lisatune.distributed.shards import is_sharded
 from lisatune.nn.layers import LayerMap
 from lisatune.optim.adamw import AdamW
 
-__all__ = ["check_parameters", "refuse_second", "refuse_unsharded", "unwrap_optimizer", "warn_of_rounding"]
+__all__ = [
+    "check_parameters",
+    "refuse_second",
+    "refuse_unsharded",
+    "unwrap_optimizer",
+    "warn_of_rounding",
+    "warn_of_untrained_blocks",
+]
 
 
 def unwrap_optimizer(model: nn.Module, optimizer: Optimizer) -> Optimizer:
@@ -179,4 +186,23 @@ def refuse_unsharded(model: nn.Module) -> None:
             "built after that. DistributedDataParallel fixes which gradients it exchanges when it wraps a "
             "model, so blocks that thaw later would drift apart without an error; fully_shard with a mesh of "
             "(ranks, 1) keeps all weights on each rank as DDP does"
+        )
+
+
+def warn_of_untrained_blocks(
+    chances: Sequence[float], visits: Sequence[int], total_steps: int, period: int
+) -> None:
+    """Warn of blocks that could be drawn, and will not be in a run of `total_steps`.
+
+    Args:
+        chances: of each block to train in a period.
+        visits: in how many periods of the run each block will train.
+    """
+    never = [i for i, count in enumerate(visits) if count == 0 and chances[i] > 0]
+    if never and any(visits):
+        warnings.warn(
+            f"{len(never)} of {len(visits)} blocks will never train in {total_steps} steps with "
+            f"period={period}: {', '.join(map(str, never))}; "
+            f"lower `period` (or 'auto'), raise `active`, or train longer",
+            stacklevel=3,
         )

@@ -28,10 +28,9 @@ Longer than 400 lines: the algorithm, its hooks and the state that they save bel
 """
 
 import sys
-import warnings
 import weakref
 from collections.abc import Sequence, Set
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from torch import nn
 from torch.optim import Optimizer
@@ -44,12 +43,14 @@ from lisatune.lisa.checks import (
     refuse_unsharded,
     unwrap_optimizer,
     warn_of_rounding,
+    warn_of_untrained_blocks,
 )
 from lisatune.lisa.ends import Ends, EndsPolicy
 from lisatune.lisa.frozen_state import FrozenState, StatePolicy
 from lisatune.lisa.group_state import GroupState
 from lisatune.lisa.groups import Warmup
-from lisatune.lisa.proof import Proof, ProofError, Verify
+from lisatune.lisa.other_steps import OtherSteps
+from lisatune.lisa.proof import Proof, Verify
 from lisatune.lisa.samplers import (
     Independent,
     Sampler,
@@ -201,6 +202,7 @@ class LISA(BlockSchedule):
         self.ends_train = False
         """Whether the ends (under `head`: all but the embedding) train in the current period."""
 
+        self._other_steps = OtherSteps(optimizer, self._flags)
         _attached.add(optimizer)
         self._ends.attach()
         self._hooks = [
@@ -215,7 +217,8 @@ class LISA(BlockSchedule):
             optimizer.load_state_dict = self._load_state_dict  # type: ignore[method-assign]
         self._draw()
         if total_steps is not None:
-            self._warn_of_untrained_blocks(total_steps)
+            counts = self.planned_visits(total_steps)
+            warn_of_untrained_blocks(self.sampler.inclusion(), counts, total_steps, self.period)
 
     # ---- what users read
 
@@ -294,13 +297,9 @@ class LISA(BlockSchedule):
         """Prove the steps of an incomplete period, at the end of a run.
 
         Raises:
-            ProofError: the wrong weights trained, or the optimizer has made no step at all.
+            ProofError: the wrong weights trained, or another optimizer has made the run's steps.
         """
-        if self.steps_done == 0:
-            raise ProofError(
-                "the optimizer that LISA is attached to has made no step; attach LISA to the optimizer, and "
-                "over the model, that the loop trains with (with Trainer: trainer.create_optimizer())"
-            )
+        self._other_steps.check(self.steps_done)
         if self._proof is not None and self._proof.is_open and self.steps_done % self.period:
             self._proof.end(still_open=True)
 
@@ -311,12 +310,24 @@ class LISA(BlockSchedule):
         self._hooks = []
         if type(self._optimizer).load_state_dict is not Optimizer.load_state_dict:
             vars(self._optimizer).pop("load_state_dict", None)
+        self._other_steps.detach()
         self._warmup.restore()
         self._frozen_state.detach()
         self._ends.detach()
         for parameter, flag in self._flags.items():
             parameter.requires_grad_(flag)
         _attached.discard(self._optimizer)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Check the run and detach; after an exception only detach."""
+        try:
+            if kind is None:
+                self.check()
+        finally:
+            self.detach()
 
     # ---- Algorithm 1
 
@@ -426,18 +437,6 @@ class LISA(BlockSchedule):
         tail = f" and {rest} step{'' if rest == 1 else 's'}" if rest else ""
         read = "" if self.verify == "full" else " in a moving sample"
         return f"{periods}{tail}: drawn blocks moved, {resting} others bit-identical{read}"
-
-    def _warn_of_untrained_blocks(self, total_steps: int) -> None:
-        chances = self.sampler.inclusion()
-        counts = self.planned_visits(total_steps)
-        never = [i for i, count in enumerate(counts) if count == 0 and chances[i] > 0]
-        if never and any(counts):
-            warnings.warn(
-                f"{len(never)} of {len(counts)} blocks will never train in {total_steps} steps with "
-                f"period={self.period}: {', '.join(map(str, never))}; "
-                f"lower `period` (or 'auto'), raise `active`, or train longer",
-                stacklevel=3,
-            )
 
     # ---- save and resume
 
