@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from lisatune.distributed import ranks
 from lisatune.distributed.shards import is_sharded
+from lisatune.nn.blocks import is_compiled_whole
 from lisatune.nn.layers import LayerMap
 from lisatune.optim.adamw import AdamW
 
@@ -18,6 +19,7 @@ __all__ = [
     "refuse_second",
     "refuse_unsharded",
     "unwrap_optimizer",
+    "warn_of_compiling",
     "warn_of_rounding",
     "warn_of_untrained_blocks",
 ]
@@ -206,3 +208,15 @@ def warn_of_untrained_blocks(
             f"lower `period` (or 'auto'), raise `active`, or train longer",
             stacklevel=3,
         )
+
+
+def warn_of_compiling(model: nn.Module) -> bool:
+    """Warn if torch.compile has taken the whole model, and tell whether it has."""
+    compiled = is_compiled_whole(model)
+    if compiled:
+        warnings.warn(
+            "torch.compile has compiled the whole model, so each draw of LISA compiles it again, and after a "
+            "few draws it runs uncompiled; call lisatune.compile_blocks(model) in place of torch.compile",
+            stacklevel=3,
+        )
+    return compiled

@@ -42,6 +42,7 @@ from lisatune.lisa.checks import (
     refuse_second,
     refuse_unsharded,
     unwrap_optimizer,
+    warn_of_compiling,
     warn_of_rounding,
     warn_of_untrained_blocks,
 )
@@ -62,6 +63,7 @@ from lisatune.lisa.samplers import (
 )
 from lisatune.lisa.schedule import BlockSchedule, find_extreme_draws
 from lisatune.lisa.statistics import PER_STEP, Collector
+from lisatune.nn.blocks import watch_compiling
 from lisatune.nn.layers import LayerMap, find_layers
 from lisatune.optim.adamw import AdamW
 from lisatune.optim.meter import host_state, state_bytes, tensors_bytes
@@ -205,7 +207,9 @@ class LISA(BlockSchedule):
         self._other_steps = OtherSteps(optimizer, self._flags)
         _attached.add(optimizer)
         self._ends.attach()
+        self._warned_of_compiling = False
         self._hooks = [
+            watch_compiling(model),
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
             optimizer.register_state_dict_pre_hook(self._warmup.restore),
@@ -333,6 +337,7 @@ class LISA(BlockSchedule):
 
     def _draw(self) -> None:
         """Draw this period's blocks, thaw them, and freeze all others."""
+        self._warned_of_compiling = self._warned_of_compiling or warn_of_compiling(self._model)
         statistics = None if self._collector is None else self._collector.statistics(self.visits)
         self.previous_blocks = self.active_blocks
         self.active_blocks = draw_blocks(
