@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lisatune.lisa.samplers import Independent as Independent
     from lisatune.lisa.samplers import Sampler as Sampler
     from lisatune.losses.in_forward import use_chunked_loss as use_chunked_loss
+    from lisatune.nn.blocks import compile_blocks as compile_blocks
     from lisatune.nn.layers import LayerMap as LayerMap
     from lisatune.nn.layers import find_layers as find_layers
     from lisatune.optim.adamw import AdamW as AdamW
@@ -32,6 +33,7 @@ __all__ = [
     "ProofError",
     "Sampler",
     "build_adamw",
+    "compile_blocks",
     "find_layers",
     "param_groups",
     "scale_block_lr",

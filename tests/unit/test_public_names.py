@@ -12,10 +12,10 @@ import lisatune
 PUBLIC = {
     "lisatune": (
         *("AdamW", "EndsPolicy", "Independent", "LISA", "LayerMap", "ProofError", "Sampler", "build_adamw"),
-        *("find_layers", "param_groups", "scale_block_lr", "use_chunked_loss"),
+        *("compile_blocks", "find_layers", "param_groups", "scale_block_lr", "use_chunked_loss"),
     ),
     "lisatune.distributed": (),
-    "lisatune.nn": ("BlockForward", "LayerMap", "find_layers", "use_cpu_attention"),
+    "lisatune.nn": ("BlockForward", "LayerMap", "compile_blocks", "find_layers", "use_cpu_attention"),
     "lisatune.optim": ("AdamW", "GaLoreAdamW"),
     "lisatune.losses": ("CausalLMLoss", "use_chunked_loss"),
     "lisatune.lisa": (

@@ -156,7 +156,7 @@ class HostState:
 def _select_second_moment(entry: Mapping[str, Any]) -> dict[str, Any]:
     """Return AdamW's second moment in any format, and its step count; empty for other optimizers."""
     found = {key: value for key, value in entry.items() if key.startswith("exp_avg_sq")}
-    return found | {"step": entry["step"]} if found else {}
+    return found | {"step": entry["step"]} if found and "step" in entry else {}
 
 
 def _iterate(optimizer: Optimizer) -> Iterable[nn.Parameter]:

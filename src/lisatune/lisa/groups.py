@@ -1,4 +1,4 @@
-"""The optimizer's param groups, one per layer: how they are built, their learning rates, LISA's checks.
+"""The optimizer's param groups, one per layer: how they are built, and their learning rates.
 
 A block's learning rate follows from its chance to train. A block that trains in a share π of the steps moves
 less far at the same learning rate than one that always trains. Where the noise of gradients decides how large
@@ -8,8 +8,6 @@ makes up for it. One rate, that of full fine-tuning, then serves every γ; π = 
 docs/results.md.
 """
 
-import sys
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -19,20 +17,16 @@ from torch.optim import Optimizer
 
 from lisatune.lisa.ends import ROW_OPTIONS, EndsPolicy, find_row_embedding
 from lisatune.nn.layers import LayerMap
-from lisatune.optim.adamw import AdamW
 
 __all__ = [
     "Scaling",
     "Warmup",
     "build_adamw",
     "build_fused_adamw",
-    "check_parameters",
     "compute_lr_factors",
     "find_block_groups",
     "param_groups",
     "scale_block_lr",
-    "unwrap_optimizer",
-    "warn_of_rounding",
 ]
 
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -155,105 +149,6 @@ def scale_block_lr(optimizer: Optimizer, chances: Sequence[float], scaling: Scal
 def compute_lr_factors(chances: Sequence[float], scaling: Scaling) -> tuple[float, ...]:
     """Return each block's factor, 1/√π, 1/π or 1; it is 1 for a block that never trains, π = 0."""
     return tuple(chance ** POWER[scaling] if chance > 0 else 1.0 for chance in chances)
-
-
-def unwrap_optimizer(model: nn.Module, optimizer: Optimizer) -> Optimizer:
-    """Return the torch optimizer inside Accelerate's wrapper.
-
-    Raises:
-        TypeError: it is no torch optimizer, or the model or optimizer is DeepSpeed's.
-        ValueError: the optimizer updates in backward, and a loss scaler is in use.
-    """
-    inner = getattr(optimizer, "optimizer", optimizer)
-    for each in (model, optimizer, inner):
-        if type(each).__module__.startswith("deepspeed"):
-            raise TypeError(
-                "LISA cannot work with DeepSpeed, which fixes the trained parameters when its engine starts: "
-                "later blocks would silently never train; use one device or torch's FSDP2"
-            )
-    if not isinstance(inner, Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    scaler = getattr(optimizer, "scaler", None)
-    if scaler is not None and isinstance(inner, AdamW) and inner.in_backward is not None:
-        raise ValueError(
-            f"update in backward cannot work with a loss scaler ({type(scaler).__name__}, fp16), because "
-            "gradients are still scaled then; train in bf16, or update in step()"
-        )
-    return inner
-
-
-def check_parameters(layers: LayerMap, model: nn.Module, optimizer: Optimizer) -> None:
-    """Check that everything that will ever train is in the optimizer and able to train.
-
-    A parameter that does not require grad never trains, and a warning names it.
-
-    Raises:
-        ValueError: one is not; or the model has adapters, or a block in which nothing requires grad.
-    """
-    _refuse_adapters(model)
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    blocks = layers.block_parameters(model)
-    frozen = []
-    for name, parameter in {
-        k: p for layer in (layers.end_parameters(model), *blocks) for k, p in layer.items()
-    }.items():
-        if not (parameter.is_floating_point() or parameter.is_complex()):
-            raise ValueError(
-                f"parameter {name!r} is {parameter.dtype} and cannot train; load unquantised weights"
-            )
-        if not parameter.requires_grad:
-            frozen.append(name)
-        elif id(parameter) not in held:
-            raise ValueError(
-                f"parameter {name!r} is not in the optimizer, so it would never train; build the optimizer "
-                "over model.parameters() before anything is frozen, and attach LISA after that"
-            )
-    for index, block in enumerate(blocks):
-        if not any(p.requires_grad for p in block.values()):
-            raise ValueError(
-                f"nothing in block {index} requires grad, so it would never train; build the optimizer over "
-                "model.parameters() and attach LISA before anything is frozen, and detach() an earlier LISA"
-            )
-    if frozen:
-        more = f" and {len(frozen) - 3} more" if len(frozen) > 3 else ""
-        warnings.warn(
-            f"{', '.join(frozen[:3])}{more} did not require grad when LISA was attached and will never train",
-            stacklevel=3,
-        )
-
-
-def _refuse_adapters(model: nn.Module) -> None:
-    """Refuse a model with PEFT's adapters."""
-    peft = sys.modules.get("peft")  # a model has adapters only if PEFT has been imported
-    if peft is None:
-        return
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    if isinstance(model, peft.PeftModel) or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
-        raise ValueError(
-            "the model has PEFT's adapters: LISA would train the weights beside them, and save_pretrained "
-            "saves the adapters alone; attach LISA to a model without adapters, or train the adapters alone"
-        )
-
-
-def warn_of_rounding(model: nn.Module, optimizer: Optimizer) -> None:
-    """Warn if weights of 16 bits are updated by an optimizer that rounds to nearest.
-
-    At the learning rates of fine-tuning, most updates of a bf16 weight are smaller than half of its spacing,
-    so the weight stands still (docs/optimizers.md).
-    """
-    narrow = {p.dtype for p in model.parameters() if p.requires_grad and p.element_size() == 2}
-    rounds = all(group.get("rounding", "nearest") == "nearest" for group in optimizer.param_groups)
-    keeps_rest = bool(getattr(optimizer, "lasting_state", ()))
-    is_stochastic = getattr(optimizer, "bf16_stochastic_round", False)  # torchao's
-    if narrow and rounds and not keeps_rest and not is_stochastic:
-        dtypes = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in narrow))
-        warnings.warn(
-            f"the weights are {dtypes} and {type(optimizer).__name__} rounds each update to nearest, so at a "
-            "small learning rate most weights never move; use lisatune.AdamW, whose updates are exact, or "
-            "load the model with dtype=torch.float32",
-            stacklevel=3,
-        )
 
 
 class Warmup:

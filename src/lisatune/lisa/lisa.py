@@ -28,20 +28,30 @@ Longer than 400 lines: the algorithm, its hooks and the state that they save bel
 """
 
 import sys
-import warnings
 import weakref
 from collections.abc import Sequence, Set
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from torch import nn
 from torch.optim import Optimizer
 
 from lisatune.distributed import ranks
-from lisatune.distributed.shards import is_sharded, reshard
+from lisatune.distributed.shards import reshard
+from lisatune.lisa.checks import (
+    check_parameters,
+    refuse_second,
+    refuse_unsharded,
+    unwrap_optimizer,
+    warn_of_compiling,
+    warn_of_rounding,
+    warn_of_untrained_blocks,
+)
 from lisatune.lisa.ends import Ends, EndsPolicy
 from lisatune.lisa.frozen_state import FrozenState, StatePolicy
-from lisatune.lisa.groups import Warmup, check_parameters, unwrap_optimizer, warn_of_rounding
-from lisatune.lisa.proof import Proof, ProofError, Verify
+from lisatune.lisa.group_state import GroupState
+from lisatune.lisa.groups import Warmup
+from lisatune.lisa.other_steps import OtherSteps
+from lisatune.lisa.proof import Proof, Verify
 from lisatune.lisa.samplers import (
     Independent,
     Sampler,
@@ -53,6 +63,7 @@ from lisatune.lisa.samplers import (
 )
 from lisatune.lisa.schedule import BlockSchedule, find_extreme_draws
 from lisatune.lisa.statistics import PER_STEP, Collector
+from lisatune.nn.blocks import watch_compiling
 from lisatune.nn.layers import LayerMap, find_layers
 from lisatune.optim.adamw import AdamW
 from lisatune.optim.meter import host_state, state_bytes, tensors_bytes
@@ -137,11 +148,10 @@ class LISA(BlockSchedule):
         policy = EndsPolicy.parse(ends)
         _check_choice("verify", verify, get_args(Verify))
         reshard(model)
-        _refuse_unsharded(model)
+        refuse_unsharded(model)
         self._model = model
         optimizer = unwrap_optimizer(model, optimizer)
-        if optimizer in _attached:
-            raise RuntimeError("a LISA is already attached to this optimizer; call its detach() first")
+        refuse_second(model, optimizer, _attached)
         self.layers = find_layers(model) if layers is None else layers
         self.sampler = make_sampler(sampler, active, self.layers.num_blocks)
         self.seed, self.state, self.warmup, self.verify = seed, state, warmup, verify
@@ -168,7 +178,7 @@ class LISA(BlockSchedule):
         self._warmup = Warmup(warmup, self._blocks, self._ends.parameters, self._ends.resting)
         self._warmup.find_groups(optimizer)
 
-        self._frozen_state = FrozenState(optimizer, state)
+        self._frozen_state, self._group_state = FrozenState(optimizer, state), GroupState(optimizer, state)
         self._saved: dict[str, Any] = {}
         self._saved_state: dict[int, Any] = {}
         self._collector = Collector(self._blocks, self.sampler.reads) if self.sampler.reads else None
@@ -194,9 +204,12 @@ class LISA(BlockSchedule):
         self.ends_train = False
         """Whether the ends (under `head`: all but the embedding) train in the current period."""
 
+        self._other_steps = OtherSteps(optimizer, self._flags)
         _attached.add(optimizer)
         self._ends.attach()
+        self._warned_of_compiling = False
         self._hooks = [
+            watch_compiling(model),
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
             optimizer.register_state_dict_pre_hook(self._warmup.restore),
@@ -208,7 +221,8 @@ class LISA(BlockSchedule):
             optimizer.load_state_dict = self._load_state_dict  # type: ignore[method-assign]
         self._draw()
         if total_steps is not None:
-            self._warn_of_untrained_blocks(total_steps)
+            counts = self.planned_visits(total_steps)
+            warn_of_untrained_blocks(self.sampler.inclusion(), counts, total_steps, self.period)
 
     # ---- what users read
 
@@ -287,13 +301,9 @@ class LISA(BlockSchedule):
         """Prove the steps of an incomplete period, at the end of a run.
 
         Raises:
-            ProofError: the wrong weights trained, or the optimizer has made no step at all.
+            ProofError: the wrong weights trained, or another optimizer has made the run's steps.
         """
-        if self.steps_done == 0:
-            raise ProofError(
-                "the optimizer that LISA is attached to has made no step; attach LISA to the optimizer, and "
-                "over the model, that the loop trains with (with Trainer: trainer.create_optimizer())"
-            )
+        self._other_steps.check(self.steps_done)
         if self._proof is not None and self._proof.is_open and self.steps_done % self.period:
             self._proof.end(still_open=True)
 
@@ -304,6 +314,7 @@ class LISA(BlockSchedule):
         self._hooks = []
         if type(self._optimizer).load_state_dict is not Optimizer.load_state_dict:
             vars(self._optimizer).pop("load_state_dict", None)
+        self._other_steps.detach()
         self._warmup.restore()
         self._frozen_state.detach()
         self._ends.detach()
@@ -311,10 +322,22 @@ class LISA(BlockSchedule):
             parameter.requires_grad_(flag)
         _attached.discard(self._optimizer)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Check the run and detach; after an exception only detach."""
+        try:
+            if kind is None:
+                self.check()
+        finally:
+            self.detach()
+
     # ---- Algorithm 1
 
     def _draw(self) -> None:
         """Draw this period's blocks, thaw them, and freeze all others."""
+        self._warned_of_compiling = self._warned_of_compiling or warn_of_compiling(self._model)
         statistics = None if self._collector is None else self._collector.statistics(self.visits)
         self.previous_blocks = self.active_blocks
         self.active_blocks = draw_blocks(
@@ -330,7 +353,7 @@ class LISA(BlockSchedule):
 
     def _set_trainable(self) -> None:
         reshard(self._model)
-        _refuse_unsharded(self._model)
+        refuse_unsharded(self._model)
         self.ends_train = self._ends.policy.trains_in(self.period_index)
         for index, parameters in enumerate(self._blocks):
             self._set(parameters, trains=index in self.active_blocks)
@@ -359,6 +382,7 @@ class LISA(BlockSchedule):
             self._proof.begin(self.period_index, self._name_moving())
         if self._collector is not None:
             self._collector.before_step(self.active_blocks)
+        self._group_state.before_step(ends_period=(self.steps_done + 1) % self.period == 0)
         self._warmup.ramp(
             self.steps_done % self.period,
             self._find_thawed_blocks(),
@@ -379,8 +403,9 @@ class LISA(BlockSchedule):
             for block in self.active_blocks:
                 self.visits[block] += 1
         self.steps_done += 1
+        self._group_state.after_step()
         if self.steps_done % self.period == 0:
-            _refuse_unsharded(self._model)
+            refuse_unsharded(self._model)
             if self._proof is not None:
                 self._proof.end()
             if self._collector is not None:
@@ -417,18 +442,6 @@ class LISA(BlockSchedule):
         tail = f" and {rest} step{'' if rest == 1 else 's'}" if rest else ""
         read = "" if self.verify == "full" else " in a moving sample"
         return f"{periods}{tail}: drawn blocks moved, {resting} others bit-identical{read}"
-
-    def _warn_of_untrained_blocks(self, total_steps: int) -> None:
-        chances = self.sampler.inclusion()
-        counts = self.planned_visits(total_steps)
-        never = [i for i, count in enumerate(counts) if count == 0 and chances[i] > 0]
-        if never and any(counts):
-            warnings.warn(
-                f"{len(never)} of {len(counts)} blocks will never train in {total_steps} steps with "
-                f"period={self.period}: {', '.join(map(str, never))}; "
-                f"lower `period` (or 'auto'), raise `active`, or train longer",
-                stacklevel=3,
-            )
 
     # ---- save and resume
 
@@ -517,13 +530,3 @@ def _choose_period(
     if not isinstance(period, int) or period < 1:
         raise ValueError(f'period must be a number of optimizer steps >= 1 or "auto", got {period!r}')
     return period
-
-
-def _refuse_unsharded(model: nn.Module) -> None:
-    if ranks.count() > 1 and not all(is_sharded(p) or p.is_meta for p in model.parameters()):
-        raise RuntimeError(
-            "on several ranks LISA needs a model that torch's fully_shard has divided, and an optimizer "
-            "built after that. DistributedDataParallel fixes which gradients it exchanges when it wraps a "
-            "model, so blocks that thaw later would drift apart without an error; fully_shard with a mesh of "
-            "(ranks, 1) keeps all weights on each rank as DDP does"
-        )

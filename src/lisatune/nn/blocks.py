@@ -16,6 +16,7 @@ gradients (evaluation, generation) and with a key-value cache the block runs its
 import inspect
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,10 +26,19 @@ from typing import Any, Literal, Self
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
-from lisatune.nn.layers import LayerMap
+from lisatune.nn.layers import LayerMap, find_layers
 
-__all__ = ["BlockForward", "check_compiler", "enable_activation_checkpointing", "num_graphs"]
+__all__ = [
+    "BlockForward",
+    "check_compiler",
+    "compile_blocks",
+    "enable_activation_checkpointing",
+    "is_compiled_whole",
+    "num_graphs",
+    "watch_compiling",
+]
 
 RECOMPILE_LIMIT = 64
 """Graphs of one block class: kinds of layers × (frozen, active) × (input needs a gradient, or not)."""
@@ -153,6 +163,69 @@ class BlockForward:
         return list(kinds.values())
 
 
+def compile_blocks(
+    model: nn.Module,
+    layers: LayerMap | None = None,
+    *,
+    backend: str | Callable[..., Any] = "inductor",
+    checkpointing: Literal["all", "frozen"] | None = None,
+    dynamic: bool = True,
+) -> BlockForward:
+    """Compile each block on its own, for any training loop, in place of `torch.compile(model)`.
+
+    `torch.compile(model)` compiles the whole model anew at every draw of LISA, and gives up after eight
+    times. Blocks share at most four graphs for each kind of block, which are built when they are first
+    needed; no later draw compiles. Evaluation and generation run as they are.
+
+    Args:
+        model: any model; changed in place. Parameter names stay.
+        layers: its blocks and ends, if `find_layers(model)` cannot find them.
+        backend: torch.compile's.
+        checkpointing: which blocks recompute their activations in backward: none, all, or those frozen now.
+        dynamic: True for batches of different lengths; False makes a graph for each length.
+
+    Returns:
+        What gives the blocks their own forward back: call its `undo()`.
+
+    Raises:
+        RuntimeError: the blocks are compiled or recomputed already.
+        ValueError: the blocks cannot be found, or there is no C++ compiler for "inductor" on a CPU.
+
+    Example:
+        >>> from lisatune import LISA, compile_blocks
+        >>> model = AutoModelForCausalLM.from_pretrained(name)  # doctest: +SKIP
+        >>> compile_blocks(model)  # doctest: +SKIP
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)  # doctest: +SKIP
+        >>> lisa = LISA(model, optimizer, active=2, period=10)  # doctest: +SKIP
+    """
+    layers = find_layers(model) if layers is None else layers
+    return BlockForward(model, layers, checkpointing=checkpointing, backend=backend, dynamic=dynamic)
+
+
+def watch_compiling(model: nn.Module) -> RemovableHandle:
+    """Let a model note that `torch.compile` traces it as a whole, for `is_compiled_whole`."""
+    return _unwrap_compiled(model).register_forward_pre_hook(_note_compiling)
+
+
+def is_compiled_whole(model: nn.Module) -> bool:
+    """Tell whether a model is wrapped by `torch.compile`, or was traced by it since `watch_compiling`."""
+    inner = _unwrap_compiled(model)
+    return inner is not model or inner._compiled_call_impl is not None or "_was_traced" in vars(inner)
+
+
+def _note_compiling(model: Any, args: Any) -> None:
+    if torch.compiler.is_compiling():
+        model._was_traced = True
+
+
+def _unwrap_compiled(model: nn.Module) -> nn.Module:
+    dynamo = sys.modules.get("torch._dynamo")  # nothing is compiled before it is imported
+    if dynamo is not None and isinstance(model, dynamo.OptimizedModule):
+        inner: nn.Module = model._orig_mod
+        return inner
+    return model
+
+
 def _forward(block: Any, *args: Any, **kwargs: Any) -> Any:
     """Replace a block's `forward`."""
     way: BlockForward = block._block_forward
@@ -174,8 +247,8 @@ def check_compiler() -> None:
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
     if not any(shutil.which(name) for name in names):
         raise ValueError(
-            f"run.compile needs a C++ compiler, and {' or '.join(names)} was not found; "
-            "install g++ or set run.compile: false"
+            f"compiled blocks need a C++ compiler, and {' or '.join(names)} was not found; "
+            "install g++, or do not compile (run.compile: false)"
         )
 
 

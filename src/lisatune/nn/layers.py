@@ -1,7 +1,7 @@
 """Where a model's blocks and ends are, found by structure and held as names.
 
 blocks  the N decoder layers: the outermost `nn.ModuleList` of the language model that is as long as the
-        config's number of hidden layers
+        config's number of hidden layers; without such a number, the only outermost list there is
 ends    everything that trains besides the blocks: embedding, head, final norm
 frozen  everything else, such as vision towers and projectors: never trains
 
@@ -176,6 +176,8 @@ def _find_blocks(model: nn.Module) -> tuple[str, ...]:
         wanted = f"num_hidden_layers={depth}"
     lists = _outermost_lists(model)
     fitting = {path: module for path, module in lists.items() if len(module) == depth}
+    if depth is None and len(lists) == 1 and not getattr(config, "is_encoder_decoder", False):
+        fitting = {path: module for path, module in lists.items() if len(module) > 1}
     embedding = _path_from(model, "get_input_embeddings")
     if len(fitting) > 1 and embedding is not None:
         # A vision tower can be as deep as the language model: the text embedding tells them apart.
@@ -288,7 +290,10 @@ def _path_from(model: nn.Module, getter: str) -> str | None:
     """Path of the module that a Hugging Face model's `get_…_embeddings` returns."""
     if _config(model) is None:
         return None
-    wanted = getattr(model, getter)()
+    try:
+        wanted = getattr(model, getter)()
+    except NotImplementedError:  # transformers cannot tell: speech models, models of one's own
+        return None
     return next((path for path, module in model.named_modules() if module is wanted), None)
 
 

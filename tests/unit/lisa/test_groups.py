@@ -9,7 +9,8 @@ from transformers.optimization import Adafactor
 
 import tiny
 from lisatune import LISA, build_adamw, find_layers, param_groups, scale_block_lr
-from lisatune.lisa.groups import check_parameters, find_block_groups, unwrap_optimizer
+from lisatune.lisa.checks import check_parameters, unwrap_optimizer
+from lisatune.lisa.groups import find_block_groups
 from lisatune.methods import BAdam, EndsOnly, Full, GaLore, Lisa, Method
 from lisatune.methods.optimizers import build_optimizer
 from lisatune.optim.meter import state_bytes

@@ -77,6 +77,37 @@ def test_1_flags_that_an_earlier_lisa_left_are_refused(tiny_llama: nn.Module) ->
         attach(tiny_llama)
 
 
+def test_1_an_earlier_lisa_with_another_optimizer_is_refused_until_it_is_detached(
+    tiny_llama: nn.Module,
+) -> None:
+    _, first = attach(tiny_llama)
+    with pytest.raises(RuntimeError, match=r"to this model by another optimizer \(AdamW\).*call detach\(\)"):
+        attach(tiny_llama, "sgd-momentum")
+    first.detach()
+    attach(tiny_llama, "sgd-momentum")
+
+
+@pytest.mark.parametrize("lost", ["embedding, head and norm", "the blocks"])
+def test_1_two_optimizers_for_one_model_are_refused(tiny_llama: nn.Module, lost: str) -> None:
+    ends = set(find_layers(tiny_llama).ends)
+    mine = [p for name, p in tiny_llama.named_parameters() if (name in ends) == (lost == "the blocks")]
+    with pytest.raises(ValueError, match=rf"as if a second optimizer held {lost}; .* use param groups"):
+        LISA(tiny_llama, torch.optim.AdamW(mine))
+
+
+def test_1_an_optimizer_of_matrices_needs_the_vectors_frozen(tiny_llama: nn.Module) -> None:
+    vectors = [p for p in tiny_llama.parameters() if p.ndim != 2]
+    muon = torch.optim.Muon([p for p in tiny_llama.parameters() if p.ndim == 2], lr=1e-3)
+    with pytest.raises(ValueError, match=r"norm.weight' and 12 more .*because Muon holds matrices alone"):
+        LISA(tiny_llama, muon)
+    for p in vectors:
+        p.requires_grad_(False)
+    with pytest.warns(UserWarning, match="and 10 more did not require grad"):
+        lisa = LISA(tiny_llama, muon, active=2, period=2)
+    tiny.fit(tiny_llama, muon, 4)
+    assert lisa.periods_proven == 2
+
+
 def test_1_what_is_frozen_before_stays_frozen_and_is_named_once(tiny_llama: nn.Module) -> None:
     names = ("q_proj.weight", "model.norm.weight")
     frozen = [p for name, p in tiny_llama.named_parameters() if name.endswith(names)]

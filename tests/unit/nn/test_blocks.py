@@ -2,14 +2,17 @@
 
 import copy
 import random
+import re
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig, Qwen3Config
 
+import lisatune
 import tiny
 from lisatune import LISA, build_adamw, find_layers
 from lisatune.nn.blocks import BlockForward, check_compiler, num_graphs
@@ -216,8 +219,65 @@ def test_undo_gives_the_blocks_back_and_a_second_one_is_refused() -> None:
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(ValueError, match=r"run.compile needs a C\+\+ compiler, and g\+\+ or clang\+\+"):
+    with pytest.raises(ValueError, match=r"compiled blocks need a C\+\+ compiler, and g\+\+ or clang\+\+"):
         check_compiler()
+
+
+class Stack(nn.Module):
+    """A small model that compiles fast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x).tanh()
+        return x.square().sum()
+
+
+def count_compiling(example: str) -> list[int]:
+    """Run an example that builds `optimizer` and `lisa`, and count graphs after each of four periods."""
+    model = Stack()
+    names = {"lisatune": lisatune, "torch": torch, "model": model}
+    exec(example.replace("period=10", "period=1"), names)  # noqa: S102
+    graphs: list[int] = []
+    for step in range(4):
+        names.get("compiled", model)(torch.full((2, 4), step + 1.0)).backward()
+        names["optimizer"].step()
+        names["optimizer"].zero_grad()
+        graphs.append(num_graphs())
+    assert names["lisa"].periods_proven == 4
+    return graphs
+
+
+def test_the_example_on_the_page_of_speed_compiles_no_more_than_four_graphs() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "speed.md").read_text(encoding="utf-8")
+    (example,) = (
+        each for each in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "blocks(model" in each
+    )
+    graphs = count_compiling(example.replace("blocks(model)", "blocks(model, backend='eager')"))
+    assert graphs[0] > 0
+    assert graphs[-1] <= 4  # frozen or active, with an input that needs a gradient or not
+
+
+def test_a_model_compiled_as_a_whole_is_warned_of_at_the_next_draw() -> None:
+    example = """
+compiled = torch.compile(model, backend="eager")
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+lisa = lisatune.LISA(model, optimizer, active=1, period=1)
+"""
+    with pytest.warns(UserWarning, match=r"compiles it again.*lisatune\.compile_blocks\(model\)") as caught:
+        graphs = count_compiling(example)
+    assert len([each for each in caught if "whole model" in str(each.message)]) == 1
+    assert graphs == [1, 2, 3, 4]
+
+
+def test_a_model_that_is_compiled_already_is_warned_of_at_once() -> None:
+    for compiled in (torch.compile(tiny.llama(), backend="eager"), tiny.llama()):
+        compiled.compile(backend="eager")
+        with pytest.warns(UserWarning, match="torch.compile has compiled the whole model"):
+            LISA(compiled, torch.optim.AdamW(compiled.parameters()))
 
 
 @pytest.mark.smollm2

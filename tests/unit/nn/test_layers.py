@@ -15,9 +15,11 @@ from transformers import (
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
 )
 
-from lisatune import LayerMap, find_layers
+from lisatune import LISA, LayerMap, find_layers
 
 FAMILIES = (
     "llama",
@@ -239,6 +241,40 @@ def test_module_without_config_gets_its_candidates_and_the_way_out() -> None:
     assert "stem (2 modules), trunk (3 modules)" in message
     assert "trunk.0" not in message
     assert 'find_layers(model, blocks="PATH")' in message
+
+
+def test_the_only_list_of_a_module_without_config_holds_its_blocks() -> None:
+    model = nn.Module()
+    model.body = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 3)
+    model.head = nn.Linear(8, 4)
+    layers = find_layers(model)
+    assert layers.blocks == ("body.layers.0", "body.layers.1", "body.layers.2")
+    assert layers.ends == ("head.weight", "head.bias")
+    model.body.layers = model.body.layers[:1]  # one module is no choice of blocks
+    with pytest.raises(ValueError, match=r"candidates: body\.layers \(1 modules\)"):
+        find_layers(model)
+
+
+@pytest.mark.parametrize("blocks", [None, "wav2vec2.encoder.layers"])
+def test_models_that_cannot_tell_their_embedding_have_blocks_and_train(blocks: str | None) -> None:
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 3}
+    convolutions = {"conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3)}
+    positions = {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2}
+    config = Wav2Vec2Config(vocab_size=8, mask_time_prob=0.0, **sizes, **convolutions, **positions)
+    model = Wav2Vec2ForCTC(config)
+    with pytest.raises(NotImplementedError):
+        model.get_input_embeddings()
+    layers = find_layers(model, blocks=blocks)
+    assert layers.blocks == tuple(f"wav2vec2.encoder.layers.{i}" for i in range(3))
+    assert layers.embedding is None
+    assert_partition(model, layers)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    lisa = LISA(model, optimizer, active=1, period=1, layers=layers)
+    for _ in range(3):
+        model(input_values=torch.randn(2, 400), labels=torch.tensor([[1, 2], [3, 4]])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert lisa.periods_proven == 3
 
 
 @pytest.mark.parametrize("decoder_layers", [2, 4])

@@ -1,0 +1,222 @@
+"""What LISA refuses or warns of when it is attached to a model and an optimizer."""
+
+import gc
+import sys
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lisatune.distributed import ranks
+from lisatune.distributed.shards import is_sharded
+from lisatune.nn.blocks import is_compiled_whole
+from lisatune.nn.layers import LayerMap
+from lisatune.optim.adamw import AdamW
+
+__all__ = [
+    "check_parameters",
+    "refuse_second",
+    "refuse_unsharded",
+    "unwrap_optimizer",
+    "warn_of_compiling",
+    "warn_of_rounding",
+    "warn_of_untrained_blocks",
+]
+
+
+def unwrap_optimizer(model: nn.Module, optimizer: Optimizer) -> Optimizer:
+    """Return the torch optimizer inside Accelerate's wrapper.
+
+    Raises:
+        TypeError: it is no torch optimizer, or the model or optimizer is DeepSpeed's.
+        ValueError: the optimizer updates in backward, and a loss scaler is in use.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    for each in (model, optimizer, inner):
+        if type(each).__module__.startswith("deepspeed"):
+            raise TypeError(
+                "LISA cannot work with DeepSpeed, which fixes the trained parameters when its engine starts: "
+                "later blocks would silently never train; use one device or torch's FSDP2"
+            )
+    if not isinstance(inner, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    scaler = getattr(optimizer, "scaler", None)
+    if scaler is not None and isinstance(inner, AdamW) and inner.in_backward is not None:
+        raise ValueError(
+            f"update in backward cannot work with a loss scaler ({type(scaler).__name__}, fp16), because "
+            "gradients are still scaled then; train in bf16, or update in step()"
+        )
+    return inner
+
+
+def refuse_second(model: nn.Module, optimizer: Optimizer, attached: Collection[Optimizer]) -> None:
+    """Refuse a model or an optimizer that another LISA already drives.
+
+    Args:
+        model, optimizer: what a new LISA is about to be attached to.
+        attached: the optimizers to which a LISA is attached now.
+
+    Raises:
+        RuntimeError: one of them is this optimizer, or holds parameters of this model.
+    """
+    if optimizer in attached:
+        raise RuntimeError("a LISA is already attached to this optimizer; call its detach() first")
+    mine = set(model.parameters())
+    if not _find_holder(mine, attached):
+        return
+    gc.collect()  # a LISA that nobody holds any more waits for this in a circle with its optimizer
+    if (other := _find_holder(mine, attached)) is not None:
+        raise RuntimeError(
+            f"a LISA is already attached to this model by another optimizer ({type(other).__name__}), and "
+            "two would freeze each other's blocks; call detach() of the first one before you attach a second"
+        )
+
+
+def _find_holder(parameters: set[nn.Parameter], optimizers: Collection[Optimizer]) -> Optimizer | None:
+    """Return an optimizer that holds one of the parameters."""
+    for optimizer in tuple(optimizers):
+        if any(not parameters.isdisjoint(group["params"]) for group in optimizer.param_groups):
+            return optimizer
+    return None
+
+
+def check_parameters(layers: LayerMap, model: nn.Module, optimizer: Optimizer) -> None:
+    """Check that everything that will ever train is in the optimizer and able to train.
+
+    A parameter that does not require grad never trains, and a warning names it.
+
+    Raises:
+        ValueError: one is not; or the model has adapters, or a block in which nothing requires grad.
+    """
+    _refuse_adapters(model)
+    ends, blocks = layers.end_parameters(model), layers.block_parameters(model)
+    named = {name: p for layer in (ends, *blocks) for name, p in layer.items()}
+    for name, parameter in named.items():
+        if not (parameter.is_floating_point() or parameter.is_complex()):
+            raise ValueError(
+                f"parameter {name!r} is {parameter.dtype} and cannot train; load unquantised weights"
+            )
+    frozen = [name for name, p in named.items() if not p.requires_grad]
+    trained = {name: p for name, p in named.items() if p.requires_grad}
+    _refuse_missing(ends.keys() & trained.keys(), trained, optimizer)
+    for index, block in enumerate(blocks):
+        if not any(p.requires_grad for p in block.values()):
+            raise ValueError(
+                f"nothing in block {index} requires grad, so it would never train; build the optimizer over "
+                "model.parameters() and attach LISA before anything is frozen, and detach() an earlier LISA"
+            )
+    if frozen:
+        more = f" and {len(frozen) - 3} more" if len(frozen) > 3 else ""
+        warnings.warn(
+            f"{', '.join(frozen[:3])}{more} did not require grad when LISA was attached and will never train",
+            stacklevel=3,
+        )
+
+
+def _refuse_missing(ends: set[str], trained: Mapping[str, nn.Parameter], optimizer: Optimizer) -> None:
+    """Refuse an optimizer that lacks parameters, and say what kind of optimizer it seems to be.
+
+    Args:
+        ends: names of the ends among `trained`.
+        trained: all parameters that will ever train, by name.
+    """
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    missing = {name: p for name, p in trained.items() if p not in held}
+    if not missing:
+        return
+    kind = type(optimizer).__name__
+    more = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
+    what = f"parameter {next(iter(missing))!r}{more} not in the optimizer"
+    if all(p.ndim == 2 for p in held) and all(p.ndim != 2 for p in missing.values()):
+        raise ValueError(
+            f"{what}, because {kind} holds matrices alone; LISA needs one optimizer over all that trains: "
+            "use lisatune.AdamW, which takes vectors too, or freeze them with requires_grad_(False)"
+        )
+    if missing.keys() >= ends or missing.keys() >= trained.keys() - ends:
+        lost = "embedding, head and norm" if missing.keys() >= ends else "the blocks"
+        raise ValueError(
+            f"{what}, as if a second optimizer held {lost}; "
+            "LISA needs one optimizer over the whole model: instead of two optimizers use param groups, each "
+            "with its own lr (lisatune.build_adamw has ends_lr)"
+        )
+    raise ValueError(
+        f"{what}, so it would never train; build the optimizer over model.parameters() before anything is "
+        "frozen, and attach LISA after that"
+    )
+
+
+def _refuse_adapters(model: nn.Module) -> None:
+    """Refuse a model with PEFT's adapters."""
+    peft = sys.modules.get("peft")  # a model has adapters only if PEFT has been imported
+    if peft is None:
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if isinstance(model, peft.PeftModel) or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
+        raise ValueError(
+            "the model has PEFT's adapters: LISA would train the weights beside them, and save_pretrained "
+            "saves the adapters alone; attach LISA to a model without adapters, or train the adapters alone"
+        )
+
+
+def warn_of_rounding(model: nn.Module, optimizer: Optimizer) -> None:
+    """Warn if weights of 16 bits are updated by an optimizer that rounds to nearest.
+
+    At the learning rates of fine-tuning, most updates of a bf16 weight are smaller than half of its spacing,
+    so the weight stands still (docs/optimizers.md).
+    """
+    narrow = {p.dtype for p in model.parameters() if p.requires_grad and p.element_size() == 2}
+    rounds = all(group.get("rounding", "nearest") == "nearest" for group in optimizer.param_groups)
+    keeps_rest = bool(getattr(optimizer, "lasting_state", ()))
+    is_stochastic = getattr(optimizer, "bf16_stochastic_round", False)  # torchao's
+    if narrow and rounds and not keeps_rest and not is_stochastic:
+        dtypes = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in narrow))
+        warnings.warn(
+            f"the weights are {dtypes} and {type(optimizer).__name__} rounds each update to nearest, so at a "
+            "small learning rate most weights never move; use lisatune.AdamW, whose updates are exact, or "
+            "load the model with dtype=torch.float32",
+            stacklevel=3,
+        )
+
+
+def refuse_unsharded(model: nn.Module) -> None:
+    """Raise RuntimeError if several ranks hold a model that `fully_shard` has not divided."""
+    if ranks.count() > 1 and not all(is_sharded(p) or p.is_meta for p in model.parameters()):
+        raise RuntimeError(
+            "on several ranks LISA needs a model that torch's fully_shard has divided, and an optimizer "
+            "built after that. DistributedDataParallel fixes which gradients it exchanges when it wraps a "
+            "model, so blocks that thaw later would drift apart without an error; fully_shard with a mesh of "
+            "(ranks, 1) keeps all weights on each rank as DDP does"
+        )
+
+
+def warn_of_untrained_blocks(
+    chances: Sequence[float], visits: Sequence[int], total_steps: int, period: int
+) -> None:
+    """Warn of blocks that could be drawn, and will not be in a run of `total_steps`.
+
+    Args:
+        chances: of each block to train in a period.
+        visits: in how many periods of the run each block will train.
+    """
+    never = [i for i, count in enumerate(visits) if count == 0 and chances[i] > 0]
+    if never and any(visits):
+        warnings.warn(
+            f"{len(never)} of {len(visits)} blocks will never train in {total_steps} steps with "
+            f"period={period}: {', '.join(map(str, never))}; "
+            f"lower `period` (or 'auto'), raise `active`, or train longer",
+            stacklevel=3,
+        )
+
+
+def warn_of_compiling(model: nn.Module) -> bool:
+    """Warn if torch.compile has taken the whole model, and tell whether it has."""
+    compiled = is_compiled_whole(model)
+    if compiled:
+        warnings.warn(
+            "torch.compile has compiled the whole model, so each draw of LISA compiles it again, and after a "
+            "few draws it runs uncompiled; call lisatune.compile_blocks(model) in place of torch.compile",
+            stacklevel=3,
+        )
+    return compiled
