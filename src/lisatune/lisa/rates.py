@@ -82,19 +82,20 @@ def mark_as_scaled(groups: Sequence[Group], scaling: Scaling) -> None:
 
 
 class StepRates:
-    """Gives the param groups the learning rates of a step, and takes them back after it.
+    """Gives the param groups the learning rates of a step, and puts the groups back after it.
 
     In a step a rate is multiplied by the factor of its block (not in groups with `MARK`), and by i/(warmup +
-    1) at step i of a period if its layer has just thawed. `param_groups`, the same list, holds copies of its
-    groups for so long. A group whose parameters need several rates is there in parts, in the order of their
-    first parameters. What the optimizer writes into a copy, such as a count of steps, goes to its group.
+    1) at step i of a period if its layer has just thawed. During the step `param_groups`, the same list,
+    holds copies of the groups. A group whose parameters need several rates is there in parts, in the order
+    of their first parameters. What the optimizer writes into a copy, such as a count of steps, goes to its
+    group.
 
-    A step that raises is taken back too. If updates are made in backward, the rates of a step are there from
-    the first update to the end of `step()`; if backward raises, they stay until the next step,
+    The groups are put back too if the step raises. If updates are made in backward, the rates of a step are
+    there from the first update to the end of `step()`; if backward raises, they stay until the next step,
     `state_dict()` or `load_state_dict()`.
 
     Args:
-        optimizer: its `step` is wrapped, to take back a step that raises.
+        optimizer: its `step` is wrapped, to put the groups back if it raises.
         blocks: the parameters of each block.
         sampler: its `inclusion()` is each block's chance to train.
         scaling: how the factor of a block follows from its chance.
@@ -138,7 +139,8 @@ class StepRates:
         """Return what the rate in the param group of a block is multiplied by in a step."""
         first = next(iter(self._blocks[block]), None)
         of_block = [g for g in self._optimizer.param_groups if any(p is first for p in g["params"])]
-        return 1.0 if any(MARK in group for group in of_block) else self._of_block[block]
+        is_left_alone = any(MARK in group or group["lr"] is None for group in of_block)
+        return 1.0 if is_left_alone else self._of_block[block]
 
     def _announce(self) -> None:
         """Say once, as a log message of level INFO, that rates of blocks are scaled, and how to change it."""
@@ -188,9 +190,8 @@ class StepRates:
         written: Group = {}
         for part, was in zip(parts, before, strict=True):
             for key, value in part.items():
-                if key in was and was[key] is value:
-                    continue
-                if not _is_same(written.setdefault(key, value), value):
+                is_new = key not in was or was[key] is not value
+                if is_new and not _is_same(written.setdefault(key, value), value):
                     raise RuntimeError(
                         f"{type(self._optimizer).__name__} keeps {key!r} in its param groups, and it differs "
                         "between the learning rates of ends and blocks; build the optimizer over "

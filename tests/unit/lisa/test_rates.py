@@ -113,6 +113,20 @@ def test_any_param_groups_train_as_groups_by_layer_with_scaled_rates(kind: str) 
     tiny.assert_same_weights(*trained)
 
 
+def test_parts_of_a_group_keep_the_names_of_their_parameters(untied_llama: nn.Module) -> None:
+    optimizer = torch.optim.AdamW(untied_llama.named_parameters(), lr=1e-2)
+    LISA(untied_llama, optimizer)
+    seen = []
+    optimizer.register_step_pre_hook(
+        lambda *_: seen.extend(
+            pair for g in optimizer.param_groups for pair in zip(g["param_names"], g["params"], strict=True)
+        )
+    )
+    tiny.fit(untied_llama, optimizer, 1)
+    assert len(optimizer.param_groups) == 1
+    assert dict(seen) == dict(untied_llama.named_parameters())
+
+
 SCHEDULES: dict[str, Callable[[Optimizer], lr_scheduler.LRScheduler]] = {
     "one cycle": lambda o: lr_scheduler.OneCycleLR(o, max_lr=1e-2, total_steps=8),
     "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda step: min(1.0, (step + 1) / 3)),
@@ -207,9 +221,10 @@ def test_rates_that_the_optimizer_finds_itself_are_left_to_it(untied_llama: nn.M
     optimizer = Adafactor(param_groups(untied_llama, layers))
     with pytest.raises(ValueError, match="warmup needs a learning rate to ramp, and Adafactor has lr=None"):
         LISA(untied_llama, optimizer, warmup=1)
-    LISA(untied_llama, optimizer)
+    lisa = LISA(untied_llama, optimizer)
     tiny.fit(untied_llama, optimizer, 1)
     assert {group["lr"] for group in optimizer.param_groups} == {None}
+    assert lisa.lr_factor(0) == 1.0
 
 
 # ---- a step that raises, and what happens between hook and step
