@@ -42,6 +42,7 @@ from lisatune.files.tensors import (
     read_part,
     write_file,
 )
+from lisatune.lisa.rates import MARK
 from lisatune.optim.meter import restore_dtypes
 from lisatune.runs.manifest import DamagedCheckpointError, checkpoint_name, verify, write_manifest
 from lisatune.runs.named_state import (
@@ -259,7 +260,7 @@ def _check_plain(state: dict[str, Any], optimizer: Optimizer, scheduler: LRSched
     """
     saved, now = state["optimizer"], optimizer.state_dict()
     for i, (was, group) in enumerate(zip(saved["param_groups"], now["param_groups"], strict=True)):
-        if missing := group.keys() - was.keys():
+        if missing := group.keys() - was.keys() - {MARK}:  # which older versions did not set
             raise KeyError(f"param_groups.{i}.{min(missing)}")
         check_kinds(f"param_groups.{i}", {**was, "params": []}, {**group, "params": []})
     for key in now.keys() - {"state", "param_groups"}:

@@ -75,7 +75,8 @@ class Parts:
         """Return the next step's rates: `lr`, and those of the ends and the last block if they differ."""
         lr, at = self.recipe.optimizer.lr, self.scheduler
         groups = self.built.step.optimizer.param_groups
-        own = {key: groups[i]["lr"] for key, i in (("ends_lr", 0), ("block_lr", -1)) if at.base_lrs[i] != lr}
+        kinds = (("ends_lr", 0, 1.0), ("block_lr", -1, self.built.schedule.lr_factor(-1)))
+        own = {key: groups[i]["lr"] * by for key, i, by in kinds if at.base_lrs[i] * by != lr}
         return {"lr": lr * at.lr_lambdas[0](at.last_epoch)} | own
 
     def advance_learning_rates(self) -> None:

@@ -200,11 +200,12 @@ def print_keys(console: Console, only: str | None = None) -> None:
 def print_sections(console: Console) -> None:
     """Print the names of all keys, a line or two for each section."""
     rows = []
+    default = METHODS["lisa"].name
     for name, section in SECTIONS.items():
-        of_method = f" (of {section.name})" if issubclass(section, Method) else ""
+        of_method = f" (of {default})" if name == "method" else ""
         rows.append((name, ", ".join(_list_keys(section)) + of_method))
     console.print(grid(rows))
-    others = ", ".join(name for name in METHODS if name != SECTIONS["method"].name)
+    others = ", ".join(name for name in METHODS if name != default)
     console.print(Padding(Text(f"Other methods: {others}"), (1, 0, 0, 0)))
 
 

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers.optimization import Adafactor
 
 import tiny
-from lisatune import LISA, AdamW
+from lisatune import LISA, AdamW, build_adamw, find_layers, scale_block_lr
 from lisatune.runs.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from lisatune.runs.manifest import FILES, DamagedCheckpointError, newest_checkpoint, prune
 
@@ -166,6 +166,31 @@ def test_float32_state_that_lisa_keeps_on_the_host_stays_float32(tmp_path: Path)
     tiny.fit(other, resumed, range(3, 8))
     assert_equal(resumed.state_dict()["state"], optimizer.state_dict()["state"])
     assert {entry["exp_avg"].dtype for entry in resumed.state_dict()["state"].values()} == {torch.float32}
+    tiny.assert_same_weights(other, model)
+
+
+def test_checkpoint_of_scaled_rates_that_nothing_marked_yet_goes_on_with_them(tmp_path: Path) -> None:
+    def start() -> tuple[nn.Module, torch.optim.Optimizer, LISA]:
+        model = tiny.llama()
+        optimizer = build_adamw(model, find_layers(model), lr=1e-2)
+        scale_block_lr(optimizer, [1 / 3] * 6)
+        return model, optimizer, LISA(model, optimizer, period=2)
+
+    def as_older_versions_did(_: Any, state: dict[str, Any]) -> None:
+        del state["lisa"]["settings"]["lr_scaling"]
+        for group in state["param_groups"]:
+            group.pop("lr_scaling", None)
+
+    model, optimizer, _ = start()
+    tiny.fit(model, optimizer, 3)
+    hook = optimizer.register_state_dict_post_hook(as_older_versions_did)
+    path = save_checkpoint(tmp_path, step=3, model=model, optimizer=optimizer)
+    hook.remove()
+    tiny.fit(model, optimizer, range(3, 6))
+    other, resumed, lisa = start()
+    load_checkpoint(path, model=other, optimizer=resumed)
+    assert lisa.lr_factor(-1) == 1.0
+    tiny.fit(other, resumed, range(3, 6))
     tiny.assert_same_weights(other, model)
 
 
