@@ -71,6 +71,7 @@ def watched(patch: pytest.MonkeyPatch, recipe: Path, output: Path, *overrides: s
 SETTINGS = [
     *METHODS,
     "galore, rank: 4, gap: 5",  # the default rank is above every side of the tiny model
+    "lisa, frozen_weights: int8, ends: frozen, master: disk",
     "badam, switch_every: 3",  # by default it does not switch in so few steps
 ]
 

@@ -34,6 +34,10 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
         "{active: 2, period: 2}",
         ["run.precision=bf16", "optimizer.rounding=stochastic"],
     ),
+    "lisa, codes, exact weights on disk": (
+        "{active: 2, period: 2, frozen_weights: int8, ends: frozen, master: disk}",
+        ["run.precision=bf16"],
+    ),
     "lisa, packed, evaluated": ("{active: 2, period: 4}", ["data.packing=true", "run.eval_every=3"]),
     "full": ("{name: full}", ["run.eval_every=4", "run.save_every=3"]),
     "lora": ("{name: lora}", ["run.save_every=2"]),

@@ -10,7 +10,7 @@ import pytest
 from faults import kills, runs
 
 
-@pytest.mark.parametrize("variant", ["lisa", "lisa, packed, evaluated"])
+@pytest.mark.parametrize("variant", ["lisa", "lisa, packed, evaluated", "lisa, codes, exact weights on disk"])
 def test_killed_and_resumed_runs_end_bit_equal(variant: str, tmp_path: Path) -> None:
     series = kills.Series(tmp_path, variant)
     generator, tally = random.Random(variant), kills.Tally()

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lisatune.nn.coded import exact_parameters
+
 VOCABULARY = 128
 
 
@@ -57,13 +59,13 @@ def fit(
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """Copy all parameters by name."""
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    """Copy all parameters by name; of coded ones the exact weights."""
+    return {name: parameter.detach().clone() for name, parameter in exact_parameters(model).items()}
 
 
 def moved(before: dict[str, Tensor], model: nn.Module) -> set[str]:
     """Name the parameters that are not bit-identical to what they were."""
-    return {name for name, p in model.named_parameters() if not torch.equal(p.detach(), before[name])}
+    return {name for name, p in exact_parameters(model).items() if not torch.equal(p.detach(), before[name])}
 
 
 def assert_same_weights(model: nn.Module, other: nn.Module) -> None:

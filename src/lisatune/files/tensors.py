@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lisatune.distributed import ranks
 from lisatune.distributed.shards import full_tensor, is_sharded, like_shard, whole_state
+from lisatune.nn.coded import exact_parameters
 
 __all__ = [
     "DividedTensor",
@@ -60,10 +61,10 @@ class DividedTensor:
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return the model's parameters (tied ones once) and persistent buffers by name."""
+    """Return the model's exact parameters (tied ones once) and persistent buffers by name."""
     persistent = model.state_dict(keep_vars=True).keys()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
-    return {**dict(model.named_parameters()), **buffers}
+    return {**exact_parameters(model), **buffers}
 
 
 def describe_tensors(tensors: Mapping[str, Tensor]) -> dict[str, DividedTensor]:

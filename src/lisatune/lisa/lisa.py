@@ -48,6 +48,7 @@ from lisatune.lisa.checks import (
 )
 from lisatune.lisa.ends import Ends, EndsPolicy
 from lisatune.lisa.frozen_state import FrozenState, StatePolicy
+from lisatune.lisa.frozen_weights import FrozenWeights
 from lisatune.lisa.group_state import GroupState
 from lisatune.lisa.other_steps import OtherSteps
 from lisatune.lisa.proof import Proof, Verify
@@ -64,6 +65,7 @@ from lisatune.lisa.samplers import (
 from lisatune.lisa.schedule import BlockSchedule, find_extreme_draws
 from lisatune.lisa.statistics import PER_STEP, Collector
 from lisatune.nn.blocks import watch_compiling
+from lisatune.nn.coded import Masters
 from lisatune.nn.layers import LayerMap, find_layers
 from lisatune.optim.adamw import AdamW
 from lisatune.optim.meter import host_state, state_bytes, tensors_bytes
@@ -107,6 +109,11 @@ class LISA(BlockSchedule):
             ends under every:M, ramps up: i/(warmup + 1) at step i, 0 <= warmup < period.
         lr_scaling: in a step a block's learning rate is its group's times 1/√π ("sqrt"), 1/π ("inverse") or
             1 ("none", the paper's), π its chance to train; groups keep their rates (`lisatune.lisa.rates`).
+        frozen_weights: what the device holds of a frozen block: "exact" weights, or codes of them, "int8" or
+            "nf4" (needs bitsandbytes), while `masters` keeps the exact ones. See
+            `lisatune.lisa.frozen_weights`. Frozen ends are int8.
+        masters: where exact weights of coded blocks are kept. Default: host memory. `lisatune.DiskMasters`
+            keeps them in a file.
         verify: "sample" proves from a moving window of every parameter that the drawn blocks moved and no
             other did, "full" from every element, "off" not at all. See `lisatune.lisa.proof`.
         total_steps: optimizer steps of the whole run, for period="auto" and the coverage warning.
@@ -142,6 +149,8 @@ class LISA(BlockSchedule):
         ends: str | EndsPolicy = "train",
         warmup: int = 0,
         lr_scaling: Scaling = "sqrt",
+        frozen_weights: Literal["exact", "int8", "nf4"] = "exact",
+        masters: Masters | None = None,
         verify: Verify = "sample",
         total_steps: int | None = None,
         layers: LayerMap | None = None,
@@ -183,14 +192,26 @@ class LISA(BlockSchedule):
         self._frozen_state, self._group_state = FrozenState(optimizer, state), GroupState(optimizer, state)
         self._saved: dict[str, Any] = {}
         self._saved_state: dict[int, Any] = {}
-        self._collector = Collector(self._blocks, self.sampler.reads) if self.sampler.reads else None
+        self._frozen_weights = FrozenWeights.of(model)
+        if self._frozen_weights is None and frozen_weights != "exact":
+            self._frozen_weights = FrozenWeights(model, self.layers, frozen_weights, masters=masters)
+        coded = self._frozen_weights
+        self._collector = (
+            Collector(self._blocks, self.sampler.reads, None if coded is None else coded.exact)
+            if self.sampler.reads
+            else None
+        )
         lost = [name for name in self.sampler.reads if name in PER_STEP]
         if lost and isinstance(optimizer, AdamW) and optimizer.in_backward is not None:
             raise ValueError(
                 f"the sampler reads {' and '.join(lost)}, which cannot be measured with update in backward, "
                 "because gradients are gone after it; update in step()"
             )
-        self._proof = None if verify == "off" else Proof(self._name_layers(), verify)
+        self._proof = (
+            None
+            if verify == "off"
+            else Proof(self._name_layers(), verify, None if coded is None else coded.read)
+        )
         self._flags = {
             p: p.requires_grad for p in (*self._ends.parameters, *self._others, *sum(self._blocks, ()))
         }
@@ -271,8 +292,9 @@ class LISA(BlockSchedule):
         return state_bytes(self._optimizer) - tensors_bytes(host_state(self._optimizer))
 
     def host_bytes(self) -> int:
-        """Count the bytes of optimizer state in host memory, also of frozen blocks."""
-        return self._frozen_state.nbytes() + tensors_bytes(host_state(self._optimizer))
+        """Count the bytes in host memory: optimizer state and exact weights of frozen blocks."""
+        weights = 0 if self._frozen_weights is None else self._frozen_weights.host_bytes()
+        return weights + self._frozen_state.nbytes() + tensors_bytes(host_state(self._optimizer))
 
     def planned_visits(self, total_steps: int) -> tuple[int, ...]:
         """Count in how many periods of a run of `total_steps` optimizer steps each block will train.
@@ -324,6 +346,8 @@ class LISA(BlockSchedule):
         self._other_steps.detach()
         self._rates.detach()
         self._frozen_state.detach()
+        if self._frozen_weights is not None:
+            self._frozen_weights.detach(self._model)
         self._ends.detach()
         for parameter, flag in self._flags.items():
             parameter.requires_grad_(flag)
@@ -362,21 +386,29 @@ class LISA(BlockSchedule):
         reshard(self._model)
         refuse_unsharded(self._model)
         self.ends_train = self._ends.policy.trains_in(self.period_index)
-        for index, parameters in enumerate(self._blocks):
-            self._set(parameters, trains=index in self.active_blocks)
-        self._set(self._ends.parameters, trains=self.ends_train)
-        self._set(self._others, trains=False)
+        moving = {p for block in self.active_blocks for p in self._blocks[block]}
+        moving |= set(self._ends.parameters) if self.ends_train else set()
+        # Freeze first: the other way round, the blocks of two periods would be on the device at once.
+        for parameter in self._flags:
+            if parameter not in moving:
+                self._freeze(parameter)
+        for parameter in self._flags:
+            if parameter in moving:
+                self._thaw(parameter)
 
-    def _set(self, parameters: Sequence[nn.Parameter], *, trains: bool) -> None:
-        """Freeze or thaw parameters, and release or bring back their optimizer state."""
-        for parameter in parameters:
-            parameter.requires_grad_(trains)
-            if trains:
-                self._frozen_state.thaw(parameter)
-                continue
-            # The gradient must go as well: AdamW moves every weight that has one, `requires_grad` or not.
-            parameter.grad = None
-            self._frozen_state.freeze(parameter)
+    def _freeze(self, parameter: nn.Parameter) -> None:
+        parameter.requires_grad_(False)
+        # The gradient must go as well: AdamW moves every weight that has one, `requires_grad` or not.
+        parameter.grad = None
+        self._frozen_state.freeze(parameter)
+        if self._frozen_weights is not None:
+            self._frozen_weights.freeze(parameter)
+
+    def _thaw(self, parameter: nn.Parameter) -> None:
+        if self._frozen_weights is not None:
+            self._frozen_weights.thaw(parameter)
+        parameter.requires_grad_(True)
+        self._frozen_state.thaw(parameter)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         reshard(self._model)  # else forward would read ends that an evaluation has left whole
@@ -411,6 +443,8 @@ class LISA(BlockSchedule):
             refuse_unsharded(self._model)
             if self._proof is not None:
                 self._proof.end()
+                if self._frozen_weights is not None:
+                    self._frozen_weights.prove(self.period_index - 1)
             if self._collector is not None:
                 self._collector.end_period(self.active_blocks)
             self._draw()

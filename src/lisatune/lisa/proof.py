@@ -18,7 +18,7 @@ in its window, it is read in full until it is seen to move, and refused if it do
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any, Literal
 
 import torch
@@ -62,11 +62,16 @@ class Proof:
     Args:
         layers: name of each layer and its parameters.
         verify: "sample" or "full".
+        read: the tensors that hold a parameter's numbers now. Default: the parameter.
     """
 
     def __init__(
-        self, layers: Mapping[str, Sequence[nn.Parameter]], verify: Literal["sample", "full"]
+        self,
+        layers: Mapping[str, Sequence[nn.Parameter]],
+        verify: Literal["sample", "full"],
+        read: Callable[[nn.Parameter], Sequence[Tensor]] | None = None,
     ) -> None:
+        self._read_parameter = read or (lambda parameter: (parameter,))
         self._layers = {name: tuple(parameters) for name, parameters in layers.items() if parameters}
         self._verify = verify
         self._before: Tensor | None = None
@@ -168,7 +173,10 @@ class Proof:
         """Take one int64 per layer, on the CPU."""
         with torch.no_grad():
             prints = [
-                fingerprint(parameters, sample=self._sample(name))
+                fingerprint(
+                    [tensor for p in parameters for tensor in self._read_parameter(p)],
+                    sample=self._sample(name),
+                )
                 for name, parameters in self._layers.items()
             ]
             return torch.stack([each.cpu() for each in prints])

@@ -19,7 +19,7 @@ Shapes: N blocks.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -58,17 +58,24 @@ class Collector:
     Args:
         blocks: the parameters of each block.
         reads: the numbers to collect, each a `Readable`.
+        exact: returns the numbers of a parameter that may be frozen. Default: the parameter.
 
     Raises:
         ValueError: `reads` names something that is not collected.
     """
 
-    def __init__(self, blocks: Sequence[Sequence[nn.Parameter]], reads: Sequence[str]) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[Sequence[nn.Parameter]],
+        reads: Sequence[str],
+        exact: Callable[[nn.Parameter], Tensor] | None = None,
+    ) -> None:
         for name in reads:
             if name not in get_args(Readable):
                 known = ", ".join(get_args(Readable))
                 raise ValueError(f"a sampler cannot read {name!r}; it can read {known}")
         self._blocks, self._reads = blocks, tuple(reads)
+        self._exact = exact or (lambda parameter: parameter)
         with unset_fake_temporarily():  # a sampler reads real numbers, also in a memory plan
             self._norms = {
                 name: torch.full((len(blocks),), math.nan, dtype=torch.float64)
@@ -147,7 +154,7 @@ class Collector:
 
     def _measure_weights(self, blocks: Iterable[int]) -> None:
         for block in blocks:
-            norm = _compute_squared_norm(self._blocks[block]).sqrt()
+            norm = _compute_squared_norm([self._exact(p) for p in self._blocks[block]]).sqrt()
             if has_values(norm):  # NaN stays for a model that has only shapes
                 self._norms["weight_norm"][block] = float(norm)
 

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lisatune.distributed.shards import has_values, local_part, reshard
 from lisatune.losses.cross_entropy import linear_cross_entropy
+from lisatune.nn.coded import CodedLinear, exact_parameters
 from lisatune.nn.hidden import hidden_states, logits, num_virtual_tokens
 
 __all__ = ["CausalLMLoss", "ShardedLoss", "chunked_cross_entropy", "evaluation_mode"]
@@ -75,8 +76,14 @@ def chunked_cross_entropy(
     # Waits for the device once per call: N must be known.
     hidden_ND, target_N = hidden_BTD[has_loss_BT], target_BT[has_loss_BT]
     if _is_plain(head):
+        read_rows = head.make_reader() if isinstance(head, CodedLinear) else None
         total = linear_cross_entropy(
-            hidden_ND, head.weight, target_N, chunk_size=chunk_size, transform=transform
+            hidden_ND,
+            head.weight,
+            target_N,
+            chunk_size=chunk_size,
+            transform=transform,
+            read_rows=read_rows,
         )
         return total, num_tokens
 
@@ -100,7 +107,7 @@ def chunked_cross_entropy(
 def _is_plain(head: Any) -> TypeGuard[nn.Linear]:
     """Whether calling the head is a product with its weight and nothing else."""
     return (
-        type(head) is nn.Linear
+        type(head) in (nn.Linear, CodedLinear)
         and head.bias is None
         and (_is_plain_parameter(head.weight) or not has_values(head.weight))
         and "forward" not in vars(head)
@@ -321,7 +328,7 @@ def _scale_and_cap(logits: Tensor, *, factor: float, cap: float | None) -> Tenso
 
 
 def _why_nan(model: nn.Module) -> str:
-    broken = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    broken = [name for name, p in exact_parameters(model).items() if not p.isfinite().all()]
     if not broken:
         return f"{type(model).__name__} computes NaN from finite weights; try model.attention: eager"
     more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""

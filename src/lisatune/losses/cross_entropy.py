@@ -12,7 +12,8 @@ Two orders, both exact; `linear_cross_entropy` picks by the head's dtype:
                      is summed up in one float32 buffer. For float32 heads, and for frozen heads.
     VocabularySlices a running logsumexp over slices of the vocabulary in forward; backward computes each
                      slice's logits again and its rows of ∂W in one product over all tokens. There is no sum
-                     over chunks, so bf16 needs no float32 buffer and loses no bits to rounding.
+                     over chunks, so bf16 needs no float32 buffer and loses no bits to rounding. A head of
+                     codes is decoded slice by slice.
 
 Softmax and sums are in float32 (float64 for float64). Under autocast products are in its dtype, gradients in
 that of the parameters.
@@ -22,7 +23,7 @@ Shapes: N = positions with loss, H = hidden size, V = vocabulary, C = tokens of 
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -40,6 +41,8 @@ ROWS_AT_ONCE = 8192
 
 Transform = Callable[[Tensor], Tensor]
 
+ReadRows = Callable[[slice, torch.dtype], Tensor]
+
 
 def linear_cross_entropy(
     hidden_NH: Tensor,
@@ -48,6 +51,7 @@ def linear_cross_entropy(
     *,
     chunk_size: int = 128,
     transform: Transform | None = None,
+    read_rows: ReadRows | None = None,
 ) -> Tensor:
     """Sum the cross-entropies of `hidden_NH @ weight_VH.T` with the targets.
 
@@ -57,6 +61,8 @@ def linear_cross_entropy(
         target_N: int64 [N], 0 <= target < V.
         chunk_size: C, tokens whose logits exist at once if TokenChunks is used, >= 1.
         transform: elementwise, differentiable change of the logits, keeps shape and dtype.
+        read_rows: returns a slice of the head's rows in a dtype, for a frozen head that is stored in another
+            way; of `weight_VH` only shape and dtype are then used.
 
     Returns:
         Scalar, float32 (float64 for float64). Its backward can run once.
@@ -67,13 +73,15 @@ def linear_cross_entropy(
     else:
         dtype = torch.promote_types(hidden_NH.dtype, weight_VH.dtype)
     with torch.autocast(device, enabled=False):
+        if read_rows is not None:
+            more: tuple[Any, ...] = (transform, dtype, read_rows)
+            return cast(Tensor, VocabularySlices.apply(hidden_NH, weight_VH, target_N, *more))  # type: ignore[no-untyped-call]
         if not torch.is_grad_enabled():
             return _token_chunks(hidden_NH, weight_VH, target_N, chunk_size, transform, dtype)[0]
         narrow = weight_VH.requires_grad and weight_VH.dtype.itemsize < 4
         more = (transform, dtype) if narrow else (chunk_size, transform, dtype)
         order = VocabularySlices if narrow else TokenChunks
-        total: Tensor = order.apply(hidden_NH, weight_VH, target_N, *more)  # type: ignore[no-untyped-call]
-        return total
+        return cast(Tensor, order.apply(hidden_NH, weight_VH, target_N, *more))  # type: ignore[no-untyped-call]
 
 
 class TokenChunks(torch.autograd.Function):
@@ -170,12 +178,13 @@ class VocabularySlices(torch.autograd.Function):
         target_N: Tensor,
         transform: Transform | None,
         dtype: torch.dtype,
+        read_rows: ReadRows | None = None,
     ) -> Tensor:
         hidden, wide = hidden_NH.to(dtype), _wide(dtype)
         largest_N1 = hidden.new_full((len(hidden), 1), -math.inf, dtype=wide)
         sum_N1, at_target_N1 = (hidden.new_zeros((len(hidden), 1), dtype=wide) for _ in range(2))
         for rows in _slices(hidden, weight_VH):
-            logits_NS, _ = _logits(hidden, weight_VH[rows].to(dtype), transform)
+            logits_NS, _ = _logits(hidden, _read(weight_VH, rows, dtype, read_rows), transform)
             column_N1, is_inside_N1 = _columns(target_N, rows)
             at_target_N1 += logits_NS.gather(1, column_N1) * is_inside_N1
             before_N1, largest_N1 = largest_N1, torch.maximum(largest_N1, logits_NS.amax(1, keepdim=True))
@@ -183,7 +192,7 @@ class VocabularySlices(torch.autograd.Function):
             sum_N1 += logits_NS.sub_(largest_N1).exp_().sum(dim=1, keepdim=True)
         logsumexp_N1 = sum_N1.log_() + largest_N1
         ctx.save_for_backward(hidden_NH, weight_VH, target_N, logsumexp_N1)
-        ctx.transform, ctx.dtype = transform, dtype
+        ctx.transform, ctx.dtype, ctx.read_rows = transform, dtype, read_rows
         return (logsumexp_N1 - at_target_N1).sum()
 
     @staticmethod
@@ -195,7 +204,7 @@ class VocabularySlices(torch.autograd.Function):
         weight_grad = torch.empty_like(weight_VH) if ctx.needs_input_grad[1] else None
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in _slices(hidden, weight_VH):
-                weight_SH = weight_VH[rows].to(ctx.dtype)
+                weight_SH = _read(weight_VH, rows, ctx.dtype, ctx.read_rows)
                 logits_NS, pull_back = _logits(hidden, weight_SH, ctx.transform)
                 column_N1, is_inside_N1 = _columns(target_N, rows)
                 logits_NS.sub_(logsumexp_N1).exp_()
@@ -207,7 +216,11 @@ class VocabularySlices(torch.autograd.Function):
                 if weight_grad is not None:
                     weight_grad[rows] = grad_NS.T @ hidden
         hidden_grad = None if hidden_grad is None else hidden_grad.to(hidden_NH.dtype)
-        return hidden_grad, weight_grad, None, None, None
+        return hidden_grad, weight_grad, None, None, None, None
+
+
+def _read(weight_VH: Tensor, rows: slice, dtype: torch.dtype, read_rows: ReadRows | None) -> Tensor:
+    return weight_VH[rows].to(dtype) if read_rows is None else read_rows(rows, dtype)
 
 
 def _slices(hidden_NH: Tensor, weight_VH: Tensor) -> list[slice]:

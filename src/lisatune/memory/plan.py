@@ -201,6 +201,8 @@ def _plan(
         fake_storage(prepared.model)
         if is_divided:
             shard(prepared.model, prepared.layers.blocks, device=device, how=run.sharding)
+        else:
+            recipe.method.place(prepared.model, device)
         built = attach(recipe, prepared, loss, steps=steps, device=device)
         if isinstance(built.step.optimizer, AdamW):
             built.step.optimizer.chunk_size = CHUNK.get(run.device, CHUNK_ELSEWHERE)

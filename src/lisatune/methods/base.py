@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from lisatune.lisa.schedule import BlockSchedule
 from lisatune.losses.causal_lm import CausalLMLoss
 from lisatune.methods.optimizers import build_optimizer
 from lisatune.methods.step import TrainingStep
+from lisatune.nn.coded import Masters
 from lisatune.nn.layers import LayerMap
 from lisatune.optim.adamw import AdamW
 from lisatune.recipe import DataConfig, OptimizerConfig, RunConfig
@@ -38,7 +39,7 @@ class Alternatives:
 class Method:
     """A way to fine-tune. Subclasses are frozen, keyword-only dataclasses whose fields are recipe keys.
 
-    Order of calls: `prepare`, then `build_optimizer` over the prepared model, `attach`, `build_step`.
+    Order of calls: `place`, `prepare`, `build_optimizer` over the prepared model, `attach`, `build_step`.
     """
 
     name: ClassVar[str]
@@ -66,6 +67,22 @@ class Method:
         Raises:
             ImportError, ValueError: the device does not work; the message says what to do.
         """
+
+    @property
+    def masters(self) -> Literal["auto", "ram", "disk"] | None:
+        """Where exact weights of frozen blocks are kept; None if the device holds all weights as they are."""
+        return None
+
+    def place(self, model: nn.Module, device: torch.device, masters: Masters | None = None) -> None:
+        """Move a loaded model onto the device, in place. Default: all of its weights, as they are.
+
+        Args:
+            model: on the CPU.
+            device: where it trains.
+            masters: where exact weights of frozen blocks are kept. Default: host memory.
+        """
+        if any(tensor.device != device for tensor in (*model.parameters(), *model.buffers())):
+            model.to(device)  # which fake tensors, always in place, do not support
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Change the model before the optimizer is built: add adapters, say. Default: no change."""

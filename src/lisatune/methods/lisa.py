@@ -6,15 +6,19 @@ from typing import Literal, Self, final
 import torch
 from torch import nn
 
-from lisatune.lisa.ends import EndsPolicy
+from lisatune.lisa.ends import Ends, EndsPolicy
 from lisatune.lisa.frozen_state import StatePolicy
+from lisatune.lisa.frozen_weights import FrozenWeights
 from lisatune.lisa.lisa import LISA
 from lisatune.lisa.proof import Verify
 from lisatune.lisa.rates import Scaling, compute_lr_factors
 from lisatune.lisa.samplers import Independent, SamplerName, make_sampler
 from lisatune.methods.base import Alternatives, Method, halve
 from lisatune.methods.optimizers import build_optimizer
-from lisatune.nn.layers import LayerMap
+from lisatune.nn.coded import Masters
+from lisatune.nn.codes import Scales
+from lisatune.nn.layers import LayerMap, find_layers
+from lisatune.nn.nf4 import check_nf4
 from lisatune.recipe import OptimizerConfig
 
 __all__ = ["AsLisa", "Lisa"]
@@ -55,6 +59,15 @@ class Lisa(Method):
     ends: str = "train"
     """Which ends train, when, with what state: train head frozen every:M 8bit factored cpu rows, by +."""
 
+    frozen_weights: Literal["exact", "int8", "nf4"] = "exact"
+    """What the device holds of frozen blocks and ends; int8 and nf4 are codes, exact ones are elsewhere."""
+
+    frozen_scales: Scales = "8bit"
+    """How NF4 stores its scales."""
+
+    master: Literal["auto", "ram", "disk"] = "auto"
+    """Where exact frozen weights are; auto: in RAM if they take less than 40 % of what is free."""
+
     verify: Verify = "sample"
     """How much of every block is hashed each period to prove that drawn blocks moved and no other did."""
 
@@ -73,6 +86,29 @@ class Lisa(Method):
                 f"method.probabilities does nothing with method.sampler {self.sampler}; leave it out, or use "
                 "weighted or independent"
             )
+
+    @property
+    def masters(self) -> Literal["auto", "ram", "disk"] | None:
+        """Where exact frozen weights are kept; None if the device holds them."""
+        return None if self.frozen_weights == "exact" else self.master
+
+    def check_device(self, device: torch.device) -> None:
+        """Refuse a device on which bitsandbytes cannot store NF4, and an environment without it."""
+        if self.frozen_weights == "nf4":
+            check_nf4(device, otherwise="method.frozen_weights: int8")
+
+    def place(self, model: nn.Module, device: torch.device, masters: Masters | None = None) -> None:
+        """Move a model onto the device: blocks and resting ends as codes, one weight at a time."""
+        if self.frozen_weights != "exact":
+            layers = find_layers(model)
+            frozen = FrozenWeights(
+                model, layers, self.frozen_weights, scales=self.frozen_scales, masters=masters, device=device
+            )
+            ends = Ends(EndsPolicy.parse(self.ends), model, layers)
+            resting = ends.resting if ends.policy.trains_in(0) else (*ends.resting, *ends.parameters)
+            for parameter in (*resting, *(p for b in layers.block_parameters(model) for p in b.values())):
+                frozen.freeze(parameter, device)
+        super().place(model, device)
 
     def build_optimizer(
         self, model: nn.Module, layers: LayerMap, config: OptimizerConfig

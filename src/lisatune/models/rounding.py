@@ -8,7 +8,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lisatune.distributed import ranks
 from lisatune.distributed.shards import local_part
+from lisatune.nn.coded import coded_weights, exact_parameters
 
 __all__ = ["fits_range", "held_in", "note_dtype", "round_parameters"]
 
@@ -25,16 +26,26 @@ __all__ = ["fits_range", "held_in", "note_dtype", "round_parameters"]
 def held_in(dtype: torch.dtype | None, model: Any) -> Iterator[None]:
     """Hold a model's weights, or its adapters, in another dtype meanwhile, without a second copy of them."""
     is_adapted = hasattr(model, "peft_config")
-    held = [p for p in model.parameters() if p.is_floating_point() and (p.requires_grad or not is_adapted)]
-    before = [p.dtype for p in held]
-    if dtype is not None and fits_range(held, dtype):
-        for p in held:
-            p.data = p.data.to(dtype)
-    try:
-        yield
-    finally:
-        for p, was in zip(held, before, strict=True):
-            p.data = p.data.to(was)
+    coded = coded_weights(model)
+    held = {
+        name: p
+        for name, p in exact_parameters(model).items()
+        if p.is_floating_point() and (p.requires_grad or name in coded or not is_adapted)
+    }
+    plain = [p for name, p in held.items() if name not in coded]
+    before = [p.dtype for p in plain]
+    with ExitStack() as stack:
+        if dtype is not None and fits_range(held.values(), dtype):
+            for p in plain:
+                p.data = p.data.to(dtype)
+            for name, weight in coded.items():
+                if held[name].dtype != dtype:
+                    stack.enter_context(weight.held_in(dtype))
+        try:
+            yield
+        finally:
+            for p, was in zip(plain, before, strict=True):
+                p.data = p.data.to(was)
 
 
 def fits_range(weights: Iterable[torch.Tensor], dtype: torch.dtype) -> bool:

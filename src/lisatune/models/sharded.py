@@ -39,7 +39,7 @@ from lisatune.models.locate import locate
 from lisatune.models.rounding import fits_range, note_dtype, round_parameters
 from lisatune.models.stored import INDEX, ONE_FILE, list_stored
 
-__all__ = ["load_for_ranks", "save_from_ranks"]
+__all__ = ["load_for_ranks", "load_mapped", "save_from_ranks"]
 
 LARGEST_FILE = "50GB"
 """Largest weight file that is written: the default of transformers' `save_pretrained`."""
@@ -64,10 +64,7 @@ def load_for_ranks(
     Raises:
         FileNotFoundError, ValueError, RuntimeError, ImportError: as in `load_model`.
     """
-    revision = source.get("revision")
-    with torch.random.fork_rng(devices=[]):
-        model = meta_model(name, dtype=dtype, with_buffers=True, **source)
-    places = _find_weights(_find_weight_folder(name, revision), model)
+    model, places = _open_empty(name, dtype=dtype, **source)
     if places is None:
         warnings.warn(
             f"{name} does not store its weights under the model's own names: every rank loads all of them "
@@ -75,12 +72,56 @@ def load_for_ranks(
             stacklevel=2,
         )
         return load_model(name, dtype=dtype, **source), None
-    if model.can_generate():
-        with suppress(OSError), silence_transformers():
-            model.generation_config = import_transformers().GenerationConfig.from_pretrained(
-                locate(name, revision=revision), revision=revision
-            )
-    return model.eval(), lambda: _fill(name, model, places)
+    return model, lambda: _fill(name, model, places)
+
+
+def load_mapped(
+    name: str, *, dtype: torch.dtype = torch.float32, **source: Any
+) -> tuple[Any, dict[str, Tensor]]:
+    """Open a model whose weights stay in its safetensors files, memory-mapped, until they are read.
+
+    Host memory then holds no weight that is stored in `dtype`; others are converted into it. Nobody may write
+    into the weights, or change the files while the model is in use.
+
+    Args:
+        name, dtype: as in `load_model`.
+        source: `revision`, `trust_remote_code` and `attention`, as in `load_model`.
+
+    Returns:
+        The model on the CPU, in evaluation mode, and its memory-mapped weights by name. If the files hold
+        other names than the model, the model is loaded as `load_model` does, and no weight is mapped.
+
+    Raises:
+        FileNotFoundError, ValueError, RuntimeError, ImportError: as in `load_model`.
+    """
+    from safetensors import safe_open
+
+    model, places = _open_empty(name, dtype=dtype, **source)
+    if places is None:
+        return load_model(name, dtype=dtype, **source), {}
+    mapped: dict[str, Tensor] = {}
+    with explain_load_errors(name):
+        files: dict[Path, Any] = {path: safe_open(path, framework="pt") for path, _ in places.values()}
+        for weight, parameter in list(model.named_parameters()):
+            path, key = places[weight]
+            stored = files[path].get_tensor(key)
+            if stored.dtype == dtype:
+                mapped[weight] = stored
+            _replace_parameter(model, parameter, stored.to(dtype))
+        for weight, buffer in named_weights(model).items():
+            if weight in places and not isinstance(buffer, nn.Parameter):
+                path, key = places[weight]
+                buffer.copy_(files[path].get_tensor(key))
+    return model, mapped
+
+
+def _replace_parameter(model: nn.Module, parameter: nn.Parameter, tensor: Tensor) -> None:
+    """Put a new parameter in the place of one, under all of its names."""
+    made = nn.Parameter(tensor, parameter.requires_grad)
+    for module in model.modules():
+        for name, each in module._parameters.items():
+            if each is parameter:
+                module._parameters[name] = made
 
 
 def save_from_ranks(model: Any, tokenizer: Any, folder: Path, *, dtype: torch.dtype | None = None) -> None:
@@ -132,6 +173,20 @@ def save_from_ranks(model: Any, tokenizer: Any, folder: Path, *, dtype: torch.dt
             tokenizer.save_pretrained(aside)
 
     ranks.consume_on_rank0(gather_tensors(*files.values()), write)
+
+
+def _open_empty(name: str, *, dtype: torch.dtype, **source: Any) -> tuple[Any, Places | None]:
+    """Build a model without its weights, in evaluation mode, and find where they are stored."""
+    revision = source.get("revision")
+    with torch.random.fork_rng(devices=[]):
+        model = meta_model(name, dtype=dtype, with_buffers=True, **source)
+    places = _find_weights(_find_weight_folder(name, revision), model)
+    if places is not None and model.can_generate():
+        with suppress(OSError), silence_transformers():
+            model.generation_config = import_transformers().GenerationConfig.from_pretrained(
+                locate(name, revision=revision), revision=revision
+            )
+    return model.eval(), places
 
 
 def _find_weight_folder(name: str, revision: str | None) -> Path:

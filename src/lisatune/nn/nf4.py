@@ -8,6 +8,8 @@ Why not `bitsandbytes.nn.Linear4bit`: on a CPU with avx512_bf16, after one forwa
 evaluation), its next training step gets no gradient for the input. This layer does.
 """
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,16 @@ from torch.nn.functional import linear
 from lisatune.nn.layers import find_layers
 from lisatune.nn.notices import silence_import_notices
 
-__all__ = ["Linear4", "check_nf4", "note_quantized", "quantize_as_noted", "quantize_linear_layers"]
+__all__ = [
+    "Linear4",
+    "check_nf4",
+    "decode_nf4",
+    "encode_nf4",
+    "import_bitsandbytes",
+    "note_quantized",
+    "quantize_as_noted",
+    "quantize_linear_layers",
+]
 
 NOTE = "quantized_base.json"
 
@@ -35,9 +46,7 @@ class Linear4(nn.Linear):
     def __init__(self, plain: nn.Linear) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = plain.in_features, plain.out_features
-        codes, absmax = torch.ops.bitsandbytes.quantize_4bit(
-            plain.weight.detach().contiguous(), BLOCK, "nf4", torch.uint8
-        )
+        codes, absmax = encode_nf4(plain.weight.detach())
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.register_buffer("absmax", absmax)
         self.bias = plain.bias
@@ -62,17 +71,27 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, codes: Tensor, absmax: Tensor, shape: tuple[int, int]) -> Tensor:
         ctx.save_for_backward(codes, absmax)
         ctx.shape = shape
-        return linear(x, _plain(codes, absmax, shape, x.dtype))
+        return linear(x, decode_nf4(codes, absmax, shape, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         codes, absmax = ctx.saved_tensors
-        return grads[0] @ _plain(codes, absmax, ctx.shape, grads[0].dtype), None, None, None
+        return grads[0] @ decode_nf4(codes, absmax, ctx.shape, grads[0].dtype), None, None, None
 
 
-def _plain(codes: Tensor, absmax: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit(codes, absmax, BLOCK, "nf4", shape, dtype)
-    return weight
+def encode_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Store a weight of n numbers as codes, uint8 [⌈n/2⌉, 1], and float32 scales of ⌈n/64⌉ blocks."""
+    codes, absmax = torch.ops.bitsandbytes.quantize_4bit(weight.contiguous(), BLOCK, "nf4", torch.uint8)
+    return codes, absmax
+
+
+def decode_nf4(codes: Tensor, absmax: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Make a weight of a shape and dtype out of its codes and scales."""
+    # As one row: the CPU kernel of bitsandbytes 0.50 reads wrong scales for rows of 96, 160, … numbers, which
+    # are a multiple of 32 and not of 64.
+    one_row = [math.prod(shape)]
+    weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit(codes, absmax, BLOCK, "nf4", one_row, dtype)
+    return weight.view(shape)
 
 
 def quantize_linear_layers(model: nn.Module) -> None:
@@ -82,7 +101,7 @@ def quantize_linear_layers(model: nn.Module) -> None:
         ImportError: bitsandbytes is not installed.
         ValueError: the blocks have no linear layers.
     """
-    _import()
+    import_bitsandbytes()
     blocks = tuple(f"{path}." for path in find_layers(model).blocks)
     modules = model.named_modules()
     plain = [path for path, module in modules if path.startswith(blocks) and type(module) is nn.Linear]
@@ -108,27 +127,34 @@ def quantize_as_noted(model: nn.Module, folder: Path) -> None:
         quantize_linear_layers(model)
 
 
-def check_nf4(device: torch.device) -> None:
+def check_nf4(device: torch.device, *, otherwise: str = "method lora") -> None:
     """Store a few numbers in 4 bits on the device and read them.
+
+    Args:
+        device: where they are stored.
+        otherwise: what the error advises to use instead.
 
     Raises:
         ImportError: bitsandbytes is not installed.
         ValueError: 4-bit weights do not work on the device.
     """
-    _import()
+    import_bitsandbytes(otherwise=otherwise)
     try:
         layer = Linear4(nn.Linear(BLOCK, 2, bias=False, device=device))
         layer(torch.ones(1, BLOCK, device=device))
     except (AttributeError, NotImplementedError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(
-            f"4-bit weights do not work on {device} with this bitsandbytes ({reason}); use method lora"
+            f"4-bit weights do not work on {device} with this bitsandbytes ({reason}); use {otherwise}"
         ) from error
 
 
-def _import() -> None:
+def import_bitsandbytes(*, otherwise: str = "method lora") -> None:
+    """Import bitsandbytes, or raise ImportError with the line that installs it."""
     silence_import_notices()
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
-        raise ImportError('4-bit weights need bitsandbytes: pip install "lisatune[train,qlora]"') from error
+        raise ImportError(
+            f'4-bit weights need bitsandbytes: pip install "lisatune[train,qlora]", or use {otherwise}'
+        ) from error

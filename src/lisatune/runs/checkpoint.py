@@ -43,6 +43,7 @@ from lisatune.files.tensors import (
     write_file,
 )
 from lisatune.lisa.rates import MARK
+from lisatune.nn.coded import coded_weights
 from lisatune.optim.meter import restore_dtypes
 from lisatune.runs.manifest import DamagedCheckpointError, checkpoint_name, verify, write_manifest
 from lisatune.runs.named_state import (
@@ -198,8 +199,7 @@ def load_checkpoint(
     )
     try:
         with safe_open(path / "weights.safetensors", framework="pt") as file, torch.no_grad():
-            for name, tensor in weights.items():
-                _copy(tensor, file, name)
+            _copy_weights(model, weights, file)
         optimizer.load_state_dict(optimizer_state)
         if scheduler is not None:
             scheduler.load_state_dict(state["scheduler"])
@@ -228,8 +228,7 @@ def load_weights(path: str | Path, *, model: nn.Module) -> None:
     reshard(model)
     try:
         with safe_open(path / "weights.safetensors", framework="pt") as file, torch.no_grad():
-            for name, tensor in named_weights(model).items():
-                _copy(tensor, file, name)
+            _copy_weights(model, named_weights(model), file)
     except (*UNREADABLE, SafetensorError) as error:
         raise _damaged(path, error) from error
 
@@ -277,12 +276,23 @@ def _check_plain(state: dict[str, Any], optimizer: Optimizer, scheduler: LRSched
     state["rng"]["python"], state["rng"]["torch"]
 
 
-def _copy(tensor: Tensor, file: Any, name: str) -> None:
+def _copy_weights(model: nn.Module, weights: Mapping[str, Tensor], file: Any) -> None:
+    """Copy stored tensors into the model's `named_weights`."""
+    coded = coded_weights(model)
+    for name, tensor in weights.items():
+        if name in coded:
+            coded[name].load(_read(tensor, file, name))
+        else:
+            local_part(tensor).copy_(_read(tensor, file, name))
+
+
+def _read(tensor: Tensor, file: Any, name: str) -> Tensor:
+    """Read this rank's part of a stored tensor, in the dtype and shape that `tensor` has."""
     stored = file.get_slice(name)
     part = read_part(file, name, tensor)
     if tuple(stored.get_shape()) != tuple(tensor.shape) or part.dtype != tensor.dtype:
         raise TypeError(f"{name} is {part.dtype} {stored.get_shape()}, not what state.json says")
-    local_part(tensor).copy_(part)
+    return part
 
 
 def _describe(weights: Mapping[str, Tensor]) -> dict[str, str]:

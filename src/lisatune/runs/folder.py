@@ -56,6 +56,9 @@ BEFORE_IT_EXISTED = {
     "optimizer.warmup_share": 0.0,
     "optimizer.min_lr_share": 0.0,
     "run.keep_best": False,
+    "method.frozen_weights": "exact",
+    "method.frozen_scales": "8bit",
+    "method.master": "auto",
 }
 """Keys that older versions lack, with the value that says what these did, if that is not null."""
 

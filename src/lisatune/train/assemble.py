@@ -4,22 +4,27 @@ Everything still requires grad while the optimizer is built. The schedule of blo
 """
 
 import random
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from lisatune.console import byte_text
 from lisatune.data.prepare import RunData, prepare_data
 from lisatune.data.tokens import TokenRow, collate
 from lisatune.distributed import ranks
 from lisatune.distributed.ranks import pick_device
 from lisatune.distributed.shards import shard
+from lisatune.files.masters import DiskMasters
 from lisatune.lisa.schedule import BlockSchedule
 from lisatune.losses.causal_lm import CausalLMLoss
+from lisatune.memory.process import available_bytes
 from lisatune.methods.build import (
     Built,
     attach,
@@ -31,14 +36,18 @@ from lisatune.methods.build import (
 )
 from lisatune.models.hf import announce_remote_code, check_attention
 from lisatune.models.load import load_model, load_tokenizer, meta_model, stored_dtype
-from lisatune.models.sharded import load_for_ranks
+from lisatune.models.sharded import load_for_ranks, load_mapped
 from lisatune.nn.blocks import BlockForward, check_compiler
+from lisatune.nn.coded import Masters, coded_weights
 from lisatune.nn.hidden import max_positions
 from lisatune.nn.layers import LayerMap, find_layers
 from lisatune.recipe import Recipe
 from lisatune.train.schedule import make_scheduler, warn_of_long_warmup
 
 __all__ = ["Parts", "assemble", "batch_length", "check_fits", "rehearse", "seed_generators"]
+
+MASTERS_SHARE = 0.4
+"""Share of free host memory that exact weights may take under `method.master: auto`."""
 
 
 @dataclass
@@ -130,7 +139,8 @@ def assemble(recipe: Recipe, before_load: Callable[..., None] | None = None) -> 
     dtype = weight_dtype(recipe)
     loss, fill = None, None
     if ranks.count() == 1:
-        model = load_model(**source.source, dtype=dtype).to(device)
+        model, masters = _load(recipe, device, rehearsed)
+        recipe.method.place(model, device, masters)
         loss = CausalLMLoss(model)
         if recipe.data.packing:
             loss.check_packing()
@@ -152,6 +162,48 @@ def assemble(recipe: Recipe, before_load: Callable[..., None] | None = None) -> 
     return parts
 
 
+def _load(recipe: Recipe, device: torch.device, rehearsed: nn.Module) -> tuple[Any, Masters | None]:
+    """Load the weights onto the CPU, and make a store for the exact weights of frozen blocks.
+
+    Returns:
+        The model, and the store; None if weights stay on the device or in host memory.
+
+    Raises:
+        ValueError: host memory or disk is too small for them.
+    """
+    source, dtype = recipe.model.source, weight_dtype(recipe)
+    asked = recipe.method.masters
+    if asked is None:
+        return load_model(**source, dtype=dtype), None
+    assert recipe.run.output is not None
+    folder = Path(recipe.run.output).absolute()
+    folder = next(each for each in (folder, *folder.parents) if each.is_dir())
+    needed = sum(p.nbytes for p in rehearsed.parameters())
+    where = _choose_masters(asked, needed, folder)
+    if where == "ram" and device.type == "cpu":
+        return load_model(**source, dtype=dtype), None
+    model, mapped = load_mapped(**source, dtype=dtype)
+    return model, DiskMasters(folder, mapped) if where == "disk" else None
+
+
+def _choose_masters(
+    asked: Literal["auto", "ram", "disk"], needed: int, folder: Path
+) -> Literal["ram", "disk"]:
+    """Choose where the exact weights of frozen blocks are kept, and refuse a place with too little room."""
+    free = available_bytes(torch.device("cpu"))
+    if asked == "auto":
+        asked = "ram" if free is None or needed < MASTERS_SHARE * free else "disk"
+    room = free if asked == "ram" else shutil.disk_usage(folder).free
+    if room is not None and needed > room:
+        place = "of host memory" if asked == "ram" else f"on the disk of {folder}"
+        other = "disk" if asked == "ram" else "ram, or run.output to a larger disk"
+        raise ValueError(
+            f"the exact weights of frozen blocks need {byte_text(needed)} {place} and {byte_text(room)} are "
+            f"free; set method.master to {other}"
+        )
+    return asked
+
+
 def _compile(parts: Parts, blocks: BlockForward) -> float:
     """Compile all graphs on a made-up batch; its odd length equals no dimension of a weight."""
     config, built = parts.recipe, parts.built
@@ -171,7 +223,8 @@ def _compile(parts: Parts, blocks: BlockForward) -> float:
         torch.autograd.grad(loss, parts.trainable(), allow_unused=True)
 
     ends = list(built.layers.end_parameters(built.model).values())
-    draws = built.schedule.active_blocks is not None
+    # Coded blocks cannot be made active by a flag. The blocks drawn first show every graph.
+    draws = built.schedule.active_blocks is not None and not coded_weights(built.model)
     return blocks.warm_up(run, embedding=ends, rests=built.schedule.ends_rest, draws=draws)
 
 

@@ -33,15 +33,24 @@ def test_layer_and_its_input_gradient_are_those_of_bitsandbytes(dtype: torch.dty
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     torch.manual_seed(0)
-    plain = nn.Linear(96, 40, dtype=dtype)
+    plain = nn.Linear(128, 40, dtype=dtype)
     codes, state = quantize_4bit(plain.weight.data, blocksize=64, quant_type="nf4")
     weight = dequantize_4bit(codes, state)
-    x = torch.randn(3, 96, dtype=dtype, requires_grad=True)
+    x = torch.randn(3, 128, dtype=dtype, requires_grad=True)
     out = Linear4(plain)(x)
     torch.testing.assert_close(out, linear(x, weight, plain.bias))
     (grad,) = torch.autograd.grad(out.sum(), x)
     torch.testing.assert_close(grad, torch.ones_like(out) @ weight)
     assert float((weight - plain.weight).detach().abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("columns", [64, 96, 100, 160, 192])
+def test_every_width_of_a_weight_is_read_as_it_was_stored(columns: int) -> None:
+    torch.manual_seed(0)
+    plain = nn.Linear(columns, 40, bias=False)
+    stored = Linear4(plain)(torch.eye(columns)).T
+    error = float((stored - plain.weight).norm() / plain.weight.norm())
+    assert error < 0.15, "0.25 where a kernel reads wrong scales"
 
 
 def test_linear_layers_of_blocks_alone_are_stored_in_4_bits() -> None:

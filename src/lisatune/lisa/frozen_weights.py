@@ -1,0 +1,261 @@
+r"""QLISA: frozen blocks are codes on the device, exact weights are outside it.
+
+A frozen block needs no exact weight on the device, only something to compute with. Its linear layers hold
+codes (`lisatune.nn.codes`), and a store of masters holds the exact weights: `RamMasters` in host memory, or a
+file. At a draw
+
+    1. every block that freezes gives its exact weights to the store and gets codes of them;
+    2. every block that thaws gets its exact weights back.
+
+Weights never train through codes, and codes are never made of codes: both would lose most of an update. The
+model that is saved is the exact one; blocks that never trained are bit-identical in it.
+
+With N blocks of P_b numbers, γ of them active, c bytes for a coded number (int8 rows 1 + 4/columns, NF4
+0.516) and w bytes for an exact one, the weights take on the device
+
+    (N - γ) · P_b · c  +  γ · P_b · w  +  ends,
+
+and in the store (N - γ) · P_b · w. Frozen ends are stored as int8 rows, whatever format the blocks have:
+embedding and head lose more by NF4. Norms and biases stay exact.
+"""
+
+import weakref
+from collections.abc import Iterable, Mapping
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lisatune.distributed import ranks
+from lisatune.distributed.shards import has_values
+from lisatune.lisa.proof import ProofError
+from lisatune.nn.coded import CodedWeight, Masters, can_be_coded
+from lisatune.nn.codes import Int8Rows, Scales, make_format
+from lisatune.nn.layers import LayerMap
+
+__all__ = ["FrozenWeights", "RamMasters"]
+
+LEAST_SHARE = 0.5
+"""Share of a model's block parameters that codes must be able to replace."""
+
+
+class RamMasters:
+    """Exact weights in host memory.
+
+    Args:
+        pinned: weights by name that will be stored, for page-locked memory, from which a CUDA device copies
+            faster. Default: plain memory.
+    """
+
+    def __init__(self, pinned: Mapping[str, Tensor] | None = None) -> None:
+        self._kept: dict[str, Tensor] = {}
+        self._is_pinned = pinned is not None
+        if pinned:
+            self._kept = _allocate_pinned(pinned)
+
+    def keep(self, name: str, weight: Tensor) -> None:
+        """Hold a weight that is in host memory; copy one from another device, or into pinned memory."""
+        if self._is_pinned:
+            self._kept[name].copy_(weight)
+        else:
+            self._kept[name] = weight.cpu()
+
+    def get(self, name: str) -> Tensor:
+        """Return the stored weight itself."""
+        return self._kept[name]
+
+    def take(self, name: str, device: torch.device) -> Tensor:
+        """Return the weight on a device; plain memory on the CPU is handed back without a copy."""
+        if self._is_pinned:
+            return self._kept[name].to(device, copy=True, non_blocking=True)
+        return self._kept.pop(name).to(device)
+
+    def host_bytes(self) -> int:
+        """Count the bytes of the stored weights."""
+        return sum(weight.nbytes for weight in self._kept.values())
+
+
+class ShapeMasters:
+    """Stands for a store where weights have only shapes, as in a memory plan: it holds nothing."""
+
+    def __init__(self) -> None:
+        self._shapes: dict[str, tuple[torch.Size, torch.dtype, torch.device]] = {}
+
+    def keep(self, name: str, weight: Tensor) -> None:
+        """Note the weight's shape."""
+        self._shapes[name] = weight.shape, weight.dtype, weight.device
+
+    def get(self, name: str) -> Tensor:
+        """Return a new tensor of the noted shape."""
+        shape, dtype, device = self._shapes[name]
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def take(self, name: str, device: torch.device) -> Tensor:
+        """Return a new tensor of the noted shape, and forget the shape."""
+        weight = self.get(name).to(device)
+        del self._shapes[name]
+        return weight
+
+    def host_bytes(self) -> int:
+        """Count the bytes that a real store would hold."""
+        return sum(shape.numel() * dtype.itemsize for shape, dtype, _ in self._shapes.values())
+
+
+class FrozenWeights:
+    """The weights of a model that become codes while they are frozen. All are exact at first.
+
+    Args:
+        model: has its exact weights, on any device.
+        layers: its blocks and ends.
+        name: format of the blocks' codes, `int8` or `nf4`.
+        scales: how NF4 stores its scales.
+        masters: where exact weights go. Default: `RamMasters`.
+        device: where the model will train. Default: where it is.
+
+    Raises:
+        ValueError: the model cannot be trained so; the message says why.
+        ImportError: NF4 needs bitsandbytes, which is not installed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: LayerMap,
+        name: str,
+        *,
+        scales: Scales = "8bit",
+        masters: Masters | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        if ranks.count() > 1:
+            raise ValueError(
+                f"frozen_weights {name!r} works in one process only, because codes are not divided among "
+                "ranks; use frozen_weights exact"
+            )
+        blocks = {p for block in layers.block_parameters(model) for p in block.values()}
+        ends = set(layers.end_parameters(model).values())
+        layer_format, end_format = make_format(name, scales=scales), Int8Rows()
+        owners = _find_owners(model)
+        formats = {
+            weight: layer_format if weight in blocks else end_format
+            for weight, layers_of in owners.items()
+            if weight in ends or (weight in blocks and all(type(each) is nn.Linear for each in layers_of))
+        }
+        _check_share(model, blocks, formats.keys())
+        named = {path: p for path, p in model.named_parameters() if p in formats}
+        self.masters: Any = masters
+        if not all(has_values(p) for p in named.values()):
+            self.masters = ShapeMasters()
+        elif masters is None:
+            devices = {device} if device else {p.device for p in named.values()}
+            on_cuda = any(each.type == "cuda" for each in devices)
+            self.masters = RamMasters(named if on_cuda else None)
+        self._weights = {
+            p: CodedWeight(path, owners[p], formats[p], self.masters) for path, p in named.items()
+        }
+        model._frozen_weights = self  # type: ignore[assignment]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "FrozenWeights | None":
+        """Return the object that looks after a model's frozen weights; None if there is none."""
+        return vars(model).get("_frozen_weights")
+
+    def freeze(self, parameter: nn.Parameter, device: torch.device | None = None) -> None:
+        """Replace a weight by codes on a device, by default its own; does nothing to other parameters."""
+        if parameter in self._weights:
+            self._weights[parameter].freeze(device)
+
+    def thaw(self, parameter: nn.Parameter) -> None:
+        """Put a weight's exact numbers back onto the device; does nothing to other parameters."""
+        if parameter in self._weights:
+            self._weights[parameter].thaw()
+
+    def read(self, parameter: nn.Parameter) -> tuple[Tensor, ...]:
+        """Return what a fingerprint of a parameter reads: its codes and exact numbers if it is coded."""
+        weight = self._weights.get(parameter)
+        if weight is None or not weight.is_frozen:
+            return (parameter,)
+        return (*weight.codes.values(), weight.exact())
+
+    def exact(self, parameter: nn.Parameter) -> Tensor:
+        """Return a parameter's exact numbers, in host memory if it is coded."""
+        weight = self._weights.get(parameter)
+        return parameter.detach() if weight is None else weight.exact()
+
+    def prove(self, period: int) -> None:
+        """Prove that the codes of one frozen weight, another one in each period, are those of its numbers.
+
+        Raises:
+            ProofError: they are not.
+        """
+        frozen = [weight for weight in self._weights.values() if weight.is_frozen]
+        if frozen and not (chosen := frozen[period % len(frozen)]).codes_fit():
+            raise ProofError(
+                f"period {period}: the codes of the frozen weight {chosen.name} are not those of its exact "
+                "numbers; something besides LISA changed one of them"
+            )
+
+    def host_bytes(self) -> int:
+        """Count the bytes of exact weights that are in host memory because blocks are frozen."""
+        return int(self.masters.host_bytes())
+
+    def detach(self, model: nn.Module) -> None:
+        """Put every exact weight back onto the device."""
+        for parameter in self._weights:
+            self.thaw(parameter)
+        if self.of(model) is self:
+            del model._frozen_weights
+
+
+def _find_owners(model: nn.Module) -> dict[nn.Parameter, list[nn.Module]]:
+    """Return the layers that own each weight, for weights whose every owner can be coded."""
+    owners: dict[nn.Parameter, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(parameter, []).append(module)
+    return {
+        parameter: modules
+        for parameter, modules in owners.items()
+        if all(can_be_coded(module) and module.weight is parameter for module in modules)
+    }
+
+
+def _check_share(model: nn.Module, blocks: set[nn.Parameter], coded: Iterable[nn.Parameter]) -> None:
+    """Refuse a model whose blocks are mostly something other than linear layers.
+
+    Raises:
+        ValueError: names the largest weight that stays exact.
+    """
+    rest = blocks - set(coded)
+    share = 1 - sum(p.numel() for p in rest) / max(sum(p.numel() for p in blocks), 1)
+    if share >= LEAST_SHARE:
+        return
+    named = {name: p for name, p in model.named_parameters() if p in rest}
+    name, largest = max(named.items(), key=lambda item: item[1].numel())
+    owner = model.get_submodule(name.rpartition(".")[0])
+    raise ValueError(
+        f"only {share:.0%} of the numbers in the blocks of {type(model).__name__} are in torch.nn.Linear, "
+        f"which is what codes can replace; {name} is {list(largest.shape)} in {type(owner).__name__}; use "
+        "frozen_weights exact"
+    )
+
+
+def _allocate_pinned(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Allocate one page-locked area for all weights. torch's own would be rounded up to a power of two.
+
+    Each tensor has a storage of its own, because tensors that share one cannot be saved without a copy.
+    """
+    ends = list(accumulate(-(-weight.nbytes // 64) * 64 for weight in weights.values()))
+    area = torch.empty(ends[-1], dtype=torch.uint8, device="cpu")
+    cuda: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    torch.cuda.check_error(cuda.cudaHostRegister(area.data_ptr(), area.nbytes, 0))
+    weakref.finalize(area.untyped_storage(), cuda.cudaHostUnregister, area.data_ptr())
+    memory = area.numpy().data
+    return {
+        name: torch.frombuffer(memory[start : start + weight.nbytes], dtype=torch.uint8)
+        .view(weight.dtype)
+        .view(weight.shape)
+        for (name, weight), start in zip(weights.items(), [0, *ends], strict=False)
+    }
