@@ -163,7 +163,9 @@ def test_run_folder_holds_what_it_promises(recipe: Path) -> None:
     assert [line["state_bytes"] for line in steps] == [8 * trainable + 4 * tensors] * 4
     assert summary["peak_state_elements"] == 2 * summary["peak_trainable"] == 2 * trainable
     assert json.loads((folder / "summary.json").read_text()) == summary
-    assert summary["proof"] == "2 periods: drawn blocks moved, 2 others bit-identical in a moving sample"
+    share = f"{100 * summary['moved_share']:.3g} % of their numbers"
+    moved = f"2 periods: drawn blocks moved ({share}), 2 others"
+    assert summary["proof"] == f"{moved} bit-identical in a moving sample"
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000004"]
     assert list((folder / "trackers").rglob("events.out.tfevents.*"))
     pickles = [p for p in folder.rglob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from lisatune.distributed import ranks
 from lisatune.distributed.shards import is_sharded
+from lisatune.lisa.moved_share import rounds_to_nearest
 from lisatune.nn.blocks import is_compiled_whole
 from lisatune.nn.layers import LayerMap
 from lisatune.optim.adamw import AdamW
@@ -167,10 +168,7 @@ def warn_of_rounding(model: nn.Module, optimizer: Optimizer) -> None:
     so the weight stands still (docs/optimizers.md).
     """
     narrow = {p.dtype for p in model.parameters() if p.requires_grad and p.element_size() == 2}
-    rounds = all(group.get("rounding", "nearest") == "nearest" for group in optimizer.param_groups)
-    keeps_rest = bool(getattr(optimizer, "lasting_state", ()))
-    is_stochastic = getattr(optimizer, "bf16_stochastic_round", False)  # torchao's
-    if narrow and rounds and not keeps_rest and not is_stochastic:
+    if narrow and rounds_to_nearest(optimizer):
         dtypes = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in narrow))
         warnings.warn(
             f"the weights are {dtypes} and {type(optimizer).__name__} rounds each update to nearest, so at a "

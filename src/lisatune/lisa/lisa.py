@@ -50,8 +50,9 @@ from lisatune.lisa.ends import Ends, EndsPolicy
 from lisatune.lisa.frozen_state import FrozenState, StatePolicy
 from lisatune.lisa.frozen_weights import FrozenWeights
 from lisatune.lisa.group_state import GroupState
+from lisatune.lisa.moved_share import MovedShare
 from lisatune.lisa.other_steps import OtherSteps
-from lisatune.lisa.proof import Proof, Verify
+from lisatune.lisa.proof import Proof, Verify, describe_proof
 from lisatune.lisa.rates import Scaling, StepRates, mark_as_scaled
 from lisatune.lisa.samplers import (
     Independent,
@@ -207,11 +208,9 @@ class LISA(BlockSchedule):
                 f"the sampler reads {' and '.join(lost)}, which cannot be measured with update in backward, "
                 "because gradients are gone after it; update in step()"
             )
-        self._proof = (
-            None
-            if verify == "off"
-            else Proof(self._name_layers(), verify, None if coded is None else coded.read)
-        )
+        self._moved = MovedShare(optimizer)
+        read = None if coded is None else coded.read
+        self._proof = None if verify == "off" else Proof(self._name_layers(), verify, self._moved, read)
         self._flags = {
             p: p.requires_grad for p in (*self._ends.parameters, *self._others, *sum(self._blocks, ()))
         }
@@ -261,6 +260,11 @@ class LISA(BlockSchedule):
         return 0 if self._proof is None else self._proof.periods
 
     @property
+    def moved_share(self) -> float | None:
+        """Mean share of the drawn blocks' numbers that a whole period changed, estimated from a sample."""
+        return self._moved.share
+
+    @property
     def ends_rest(self) -> bool:
         """Whether there are periods in which nothing before the blocks trains."""
         return self._ends.policy.trains != "all" or self._ends.policy.every > 1
@@ -275,8 +279,10 @@ class LISA(BlockSchedule):
         return {"period": self.period_index, "active_blocks": self.active_blocks}
 
     def summarize(self) -> dict[str, Any]:
-        """Return each block's visits, and how far the run is proven, in words."""
-        return {"visits": self.visits, "proof": self._describe_proof()}
+        """Return each block's visits, how far the run is proven, in words, and the share that moved."""
+        share = {} if self.moved_share is None else {"moved_share": round(self.moved_share, 4)}
+        resting, rest = self.layers.num_blocks - len(self.active_blocks), self.steps_done % self.period
+        return {"visits": self.visits, "proof": describe_proof(self._proof, resting, rest), **share}
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that train in this period: the ends and the active blocks."""
@@ -472,15 +478,6 @@ class LISA(BlockSchedule):
             return self._optimizer.in_backward.updated
         return frozenset()
 
-    def _describe_proof(self) -> str:
-        if self._proof is None:
-            return "none taken: method.verify is off"
-        resting, rest = self.layers.num_blocks - len(self.active_blocks), self.steps_done % self.period
-        periods = f"{self.periods_proven} period{'' if self.periods_proven == 1 else 's'}"
-        tail = f" and {rest} step{'' if rest == 1 else 's'}" if rest else ""
-        read = "" if self.verify == "full" else " in a moving sample"
-        return f"{periods}{tail}: drawn blocks moved, {resting} others bit-identical{read}"
-
     # ---- save and resume
 
     def _collect_settings(self) -> dict[str, Any]:
@@ -502,6 +499,7 @@ class LISA(BlockSchedule):
             "previous_blocks": list(self.previous_blocks),
             "visits": list(self.visits),
             "periods_proven": self.periods_proven,
+            "moved": [self._moved.total, self._moved.periods],
             "settings": self._collect_settings(),
         }
         if self._collector is not None:
@@ -549,6 +547,7 @@ class LISA(BlockSchedule):
         if self._proof is not None:
             self._proof.forget()
             self._proof.periods = self._saved["periods_proven"]
+        self._moved.total, self._moved.periods = self._saved.get("moved", (0.0, 0))
         self._param_groups = optimizer.param_groups  # load_state_dict has replaced them
         if "lr_scaling" not in self._saved["settings"]:  # an older version: the rates are those of a step
             mark_as_scaled(optimizer.param_groups, "none")

@@ -26,11 +26,13 @@ from torch import Tensor, nn
 
 from lisatune.distributed import ranks
 from lisatune.distributed.shards import local_part
+from lisatune.lisa.moved_share import MovedShare
 
 __all__ = [
     "Proof",
     "ProofError",
     "Verify",
+    "describe_proof",
     "fingerprint",
     "has_reason_to_move",
     "may_hide",
@@ -62,6 +64,7 @@ class Proof:
     Args:
         layers: name of each layer and its parameters.
         verify: "sample" or "full".
+        moved: counts how many numbers of the drawn blocks move; None does not count.
         read: the tensors that hold a parameter's numbers now. Default: the parameter.
     """
 
@@ -69,11 +72,12 @@ class Proof:
         self,
         layers: Mapping[str, Sequence[nn.Parameter]],
         verify: Literal["sample", "full"],
+        moved: MovedShare | None = None,
         read: Callable[[nn.Parameter], Sequence[Tensor]] | None = None,
     ) -> None:
         self._read_parameter = read or (lambda parameter: (parameter,))
         self._layers = {name: tuple(parameters) for name, parameters in layers.items() if parameters}
-        self._verify = verify
+        self.verify, self.moved = verify, moved
         self._before: Tensor | None = None
         self._period = 0
         self._drawn: set[str] = set()
@@ -99,6 +103,9 @@ class Proof:
         self._drawn = set(drawn) & self._layers.keys()
         self._idle, self._coarse = set(self._drawn), set()
         self._before = self._fingerprints()
+        if self.moved is not None:
+            blocks = self._drawn - {"ends"}
+            self.moved.begin(period, {name: self._layers[name] for name in sorted(blocks)})
 
     def saw_step(
         self, groups: Iterable[Mapping[str, Any]], updated_before: Set[nn.Parameter] = frozenset()
@@ -128,6 +135,8 @@ class Proof:
     def forget(self) -> None:
         """Drop the period's fingerprints, because weights are about to be replaced from outside."""
         self._before = None
+        if self.moved is not None:
+            self.moved.forget()
 
     def end(self, *, still_open: bool = False) -> None:
         """Check the period that `begin` opened.
@@ -164,10 +173,12 @@ class Proof:
             self._doubted = (self._doubted - moved) | doubted
             self.periods += not doubted
             self._before = None
+            if self.moved is not None:
+                self.moved.end((self._drawn - self._idle) | moved)
 
     def _sample(self, name: str) -> int | None:
         """Return the number that places a layer's windows in this period; None if every element is read."""
-        return self._period if self._verify == "sample" and name not in self._doubted else None
+        return self._period if self.verify == "sample" and name not in self._doubted else None
 
     def _fingerprints(self) -> Tensor:
         """Take one int64 per layer, on the CPU."""
@@ -180,6 +191,18 @@ class Proof:
                 for name, parameters in self._layers.items()
             ]
             return torch.stack([each.cpu() for each in prints])
+
+
+def describe_proof(proof: Proof | None, resting: int, rest: int) -> str:
+    """Say how far a run is proven; `resting` blocks were frozen, `rest` steps came after the last period."""
+    if proof is None:
+        return "none taken: method.verify is off"
+    periods = f"{proof.periods} period{'' if proof.periods == 1 else 's'}"
+    tail = f" and {rest} step{'' if rest == 1 else 's'}" if rest else ""
+    share = proof.moved.share if proof.moved is not None else None
+    moved = "" if share is None else f" ({100 * share:.3g} % of their numbers)"
+    read = "" if proof.verify == "full" else " in a moving sample"
+    return f"{periods}{tail}: drawn blocks moved{moved}, {resting} others bit-identical{read}"
 
 
 def fingerprint(parameters: Sequence[Tensor], *, sample: int | None = None) -> Tensor:

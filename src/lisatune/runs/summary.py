@@ -82,6 +82,8 @@ class Summary(TypedDict, total=False):
     visits: list[int]
     """Number of periods in which each block trained."""
     proof: str
+    moved_share: float
+    """Mean share of the drawn blocks' numbers that a period changed, 0 to 1; absent before a whole period."""
     samples: list[Sample]
     is_chat: bool
     """Whether the run trained on conversations; else on plain text or plain prompts, without a template."""
