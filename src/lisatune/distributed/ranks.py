@@ -259,7 +259,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError, NotImplementedError) as error:
-        if name.startswith("cuda") and not torch.backends.cuda.is_built():
+        if name.startswith("cuda") and not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
             raise ValueError(
                 f"run.device {name!r}: this torch ({torch.__version__}) is built for CPUs alone; install one "
                 "with CUDA (https://pytorch.org/get-started), or use auto"

@@ -198,7 +198,7 @@ def print_sections(console: Console) -> None:
         of_method = f" (of {section.name})" if issubclass(section, Method) else ""
         rows.append((name, ", ".join(_list_keys(section)) + of_method))
     console.print(grid(rows))
-    others = ", ".join(name for name in METHODS if name != SECTIONS["method"].name)
+    others = ", ".join(name for name in METHODS if METHODS[name] is not SECTIONS["method"])
     console.print(Padding(Text(f"Other methods: {others}"), (1, 0, 0, 0)))
 
 
