@@ -29,6 +29,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lisatune.optim.chunks import cut
+
 __all__ = ["linear_cross_entropy"]
 
 SLICE_ELEMENTS = 2**22
@@ -131,8 +133,7 @@ def _token_chunks(
     total = torch.zeros((), dtype=_wide(dtype), device=hidden.device)
     hidden_grad = torch.empty_like(hidden) if needs_hidden else None
     weight_grad = torch.zeros_like(weight_VH, dtype=_wide(weight_VH.dtype)) if needs_weight else None
-    for start in range(0, len(hidden), chunk_size):
-        rows = slice(start, start + chunk_size)
+    for rows in cut(len(hidden), chunk_size, like=hidden):
         chunk_CH = hidden[rows].to(dtype)
         logits_CV, pull_back = _logits(chunk_CH, weight, transform)
         total += _softmax_minus_target_(logits_CV, target_N[rows])
@@ -226,7 +227,7 @@ def _read(weight_VH: Tensor, rows: slice, dtype: torch.dtype, read_rows: ReadRow
 def _slices(hidden_NH: Tensor, weight_VH: Tensor) -> list[slice]:
     """Cut the vocabulary so that N × S stays small, into equal slices; only the last may be smaller."""
     step = max(SLICE_ELEMENTS // max(len(hidden_NH), 1), 256)
-    return [slice(start, min(start + step, len(weight_VH))) for start in range(0, len(weight_VH), step)]
+    return cut(len(weight_VH), step, like=hidden_NH)
 
 
 def _columns(target_N: Tensor, rows: slice) -> tuple[Tensor, Tensor]:

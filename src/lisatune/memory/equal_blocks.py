@@ -5,7 +5,7 @@ one before added. So of a run of them four are traced, two at each end, and the 
 With d bytes that one block adds to a pass, and k blocks that were left out, every count after them is k × d
 bytes higher. The count is exact if the second and the last but one of the run do the same, event by event,
 because the highest point of k blocks in a row is then in the first or the last of them, which both run. This
-is checked in every step, forward and backward.
+is checked in every step, forward and backward. `set_aside` leaves out updates of equal parameters.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lisatune.memory.tracker import CATEGORIES, StepMemory, StorageTracker, runs_backward
+from lisatune.optim.adamw import AdamW
 
-__all__ = ["TRACED", "FewerBlocks"]
+__all__ = ["TRACED", "FewerBlocks", "set_aside"]
 
 TRACED = 4
 """Blocks of a run that are traced: two at each end."""
@@ -172,6 +173,28 @@ class FewerBlocks(StorageTracker):
         """Return the counts between two moments, from the first one's."""
         notes = self._notes[start.note : end.note]
         return [(phase, total - start.total) for phase, _, total in notes]
+
+
+def set_aside(optimizer: Optimizer) -> list[Tensor]:
+    """Take the gradients of parameters whose update takes the memory of one before them, and return them.
+
+    `AdamW` updates one parameter after another, and holds nothing of one while it updates the next.
+    """
+    aside: list[Tensor] = []
+    seen = set()
+    for group in optimizer.param_groups if type(optimizer) is AdamW else ():
+        options = [
+            (key, value) for key, value in group.items() if key in ("moments", "rounding", "state_device")
+        ]
+        for p in group["params"]:
+            if p.grad is None or group["rows"]:
+                continue
+            kind = (p.shape, p.stride(), p.dtype, p.grad.stride(), *options)
+            if kind in seen:
+                aside.append(p.grad)
+                p.grad = None
+            seen.add(kind)
+    return aside
 
 
 def _find_runs(blocks: Sequence[nn.Module]) -> list[list[Any]]:

@@ -20,7 +20,7 @@ from lisatune.console import first_line
 from lisatune.distributed.ranks import fake_ranks, pick_device, ranks_are_fake
 from lisatune.distributed.shards import part_to_update, shard
 from lisatune.losses.causal_lm import CausalLMLoss
-from lisatune.memory.equal_blocks import FewerBlocks
+from lisatune.memory.equal_blocks import FewerBlocks, set_aside
 from lisatune.memory.estimate import divide_among_ranks, estimate_step, explain_untraced
 from lisatune.memory.fake import fake_storage, fake_tensors
 from lisatune.memory.tracker import StepMemory
@@ -314,33 +314,11 @@ def _trace(
     with FewerBlocks(built.model, built.step.optimizer, blocks) as tracker:
         built.step.backward(batches)
         built.step.clip()
-        aside = _set_aside(built.step.optimizer) if blocks else []
+        aside = set_aside(built.step.optimizer) if blocks else []
         built.step.update()
         aside.clear()
         memory = tracker.end_step()
     return memory if tracker.is_exact else _trace(built, batches, micro_steps, leaves_out=False)
-
-
-def _set_aside(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Take the gradients of parameters whose update takes the memory of one before them, and return them.
-
-    `AdamW` updates one parameter after another, and holds nothing of one while it updates the next.
-    """
-    aside: list[Tensor] = []
-    seen = set()
-    for group in optimizer.param_groups if type(optimizer) is AdamW else ():
-        options = [
-            (key, value) for key, value in group.items() if key in ("moments", "rounding", "state_device")
-        ]
-        for p in group["params"]:
-            if p.grad is None or group["rows"]:
-                continue
-            kind = (p.shape, p.stride(), p.dtype, p.grad.stride(), *options)
-            if kind in seen:
-                aside.append(p.grad)
-                p.grad = None
-            seen.add(kind)
-    return aside
 
 
 def _find_row_parameters(built: Built) -> list[nn.Parameter]:

@@ -41,7 +41,7 @@ def plan_in_full(recipe: Recipe, config: Any, monkeypatch: pytest.MonkeyPatch, *
     """Plan with every block and every update traced."""
     with monkeypatch.context() as patch:
         patch.setattr(equal_blocks, "TRACED", 99)
-        patch.setattr(plan, "_set_aside", lambda optimizer: [])
+        patch.setattr(plan, "set_aside", lambda optimizer: [])
         return plan_memory(recipe, config=config, **options)
 
 

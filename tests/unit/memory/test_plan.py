@@ -183,6 +183,18 @@ def test_a_few_chunks_stand_for_all(moments: str, monkeypatch: pytest.MonkeyPatc
     assert few.at_peak == every.at_peak
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])  # chunks of tokens, slices of the vocabulary
+def test_a_few_chunks_of_the_loss_stand_for_all(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lisatune.losses.cross_entropy.SLICE_ELEMENTS", 1)
+    recipe = make_recipe(precision=precision, batch_size=5)
+    few = plan_memory(recipe, config=LARGE_VOCABULARY, blocks=(1, 2))
+    monkeypatch.setattr("lisatune.optim.chunks.has_values", lambda tensor: True)
+    every = plan_memory(recipe, config=LARGE_VOCABULARY, blocks=(1, 2))
+    assert few.kind == every.kind == "traced"
+    assert few.by_phase == every.by_phase
+    assert few.at_peak == every.at_peak
+
+
 def test_chunks_of_the_update_are_those_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lisatune.memory.plan, "CHUNK", {"cpu": 1024})
     steps = {
