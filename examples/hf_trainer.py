@@ -40,7 +40,7 @@ config = TrainingArguments(
     args.output,
     bf16=True,
     use_cpu=not torch.accelerator.is_available(),
-    learning_rate=1e-5,
+    learning_rate=1e-5,  # that of full fine-tuning; LISA gives blocks a larger one in each step
     num_train_epochs=1,
     save_steps=50,
 )
@@ -57,4 +57,5 @@ lisa = LISA(trainer.model, trainer.create_optimizer(), active=2, period=10)
 trainer.train(resume_from_checkpoint=args.resume)
 
 lisa.check()
+print(f"blocks trained at {lisa.lr_factor(0):.3g} x learning_rate")
 trainer.save_model()

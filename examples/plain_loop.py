@@ -36,6 +36,7 @@ data = load_dataset(args.data, split=args.split)
 data = data.map(tokenize, remove_columns=data.column_names)
 loader = DataLoader(data, batch_size=8, shuffle=True, collate_fn=DataCollatorForSeq2Seq(tokenizer))
 
+# The learning rate of full fine-tuning; LISA gives blocks a larger one in each step.
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
 lisa = LISA(model, optimizer, active=2, period=10)
 

@@ -4,12 +4,16 @@ A recipe is a YAML file with the sections `model`, `data`, `method`, `optimizer`
 section is a field below, and its default is the field's default. The docstring under a field is its help
 text. The keys of `method` are the fields of the class that `method.name` picks (`lisatune.methods.METHODS`).
 `lisatune.train.load_recipe` builds a `Recipe` from a file and overrides.
+
+Longer than 400 lines: every key, its help and its checks stand together.
 """
 
+import datetime
 import difflib
 import math
 import types
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -70,7 +74,7 @@ class DataConfig:
     """Held-out data, in the same forms as `train`. Default: a share of `train`."""
 
     validation_share: float = 0.05
-    """Share of `train` to hold out if `validation` is not given, 0 < share < 1."""
+    """Share of `train` to hold out if `validation` is not given, at least one prompt. 0: evaluate nothing."""
 
     kind: Literal["auto", "alpaca", "prompt-completion", "messages", "sharegpt", "text"] = "auto"
     """Format of the records. auto: recognised by their keys."""
@@ -81,8 +85,8 @@ class DataConfig:
     limit: int | None = None
     """Use only the first `limit` training records."""
 
-    validation_limit: int | None = None
-    """Use only the first `validation_limit` held-out records."""
+    validation_limit: int | None = 500
+    """Hold out at most this many records, so that an evaluation takes no longer as data grow. null: all."""
 
     max_length: int = 1024
     """Longest sequence in tokens. `long` says what happens to longer records."""
@@ -96,17 +100,27 @@ class DataConfig:
     loss_on: Literal["auto", "answers", "all"] = "auto"
     """Tokens that carry loss. auto: the answers, or all tokens of plain text."""
 
+    date: str | None = None
+    """Day that a chat template which writes the date sees, as YYYY-MM-DD. Default: the run's first day."""
+
     on_bad_row: Literal["error", "skip"] = "error"
     """What to do with a record that cannot be used: stop, or skip and count it."""
 
     def __post_init__(self) -> None:
         _check_choices("data", self)
-        if not 0 < self.validation_share < 1:
-            raise ValueError(f"data.validation_share must be between 0 and 1, got {self.validation_share}")
+        if not 0 <= self.validation_share < 1:
+            raise ValueError(f"data.validation_share must be >= 0 and below 1, got {self.validation_share}")
         if self.max_length < 2:
             raise ValueError(f"data.max_length must be >= 2 tokens, got {self.max_length}")
         for name in ("limit", "validation_limit"):
             _at_least(1, f"data.{name}", getattr(self, name))
+        if self.date is not None and not _is_day(self.date):
+            raise ValueError(f"data.date must be a day such as 2026-01-31, got {self.date!r}")
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether there is data to evaluate on."""
+        return self.validation is not None or self.validation_share > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,11 +145,21 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay. Norms, biases and embeddings have none."""
 
-    schedule: Literal["constant", "cosine", "linear"] = "cosine"
-    """Learning rate after warm-up: constant, or falling to 0 along a cosine or a line."""
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
+    """Learning rate after warm-up: constant; falling along a cosine or a line; or constant with a fall at the
+    end (wsd: warm-up, stable, decay)."""
 
     warmup_steps: int = 0
     """Optimizer steps over which the learning rate rises from 0 to `lr`."""
+
+    warmup_share: float = 0.0
+    """The same as a share of the run's steps, 0 <= share < 1. Give one of the two."""
+
+    min_lr_share: float = 0.0
+    """Where the learning rate falls to, as a share of `lr`, 0 <= share < 1. wsd warms up from there too."""
+
+    decay_share: float | None = None
+    """Share of the run's steps over which wsd falls, 0 < share <= 1. Default: 0.2."""
 
     max_grad_norm: float | None = 1.0
     """Clip the global norm of the gradients to this value. null: do not clip."""
@@ -172,6 +196,34 @@ class OptimizerConfig:
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(f"optimizer.max_grad_norm must be > 0 or null, got {self.max_grad_norm}")
         _at_least(0, "optimizer.warmup_steps", self.warmup_steps)
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        for name, share in (("warmup_share", self.warmup_share), ("min_lr_share", self.min_lr_share)):
+            if not 0 <= share < 1:
+                raise ValueError(f"optimizer.{name} must be >= 0 and below 1, got {share}")
+        if self.decay_share is not None and not 0 < self.decay_share <= 1:
+            raise ValueError(f"optimizer.decay_share must be above 0 and at most 1, got {self.decay_share}")
+        if self.warmup_steps and self.warmup_share:
+            raise ValueError(
+                f"optimizer.warmup_steps={self.warmup_steps} and optimizer.warmup_share="
+                f"{self.warmup_share:g} both say how long the warm-up is; give one of them"
+            )
+        if self.min_lr_share and self.schedule == "constant":
+            raise ValueError(
+                f"optimizer.min_lr_share={self.min_lr_share:g} does nothing, because the learning rate of "
+                "optimizer.schedule=constant does not fall; choose cosine, linear or wsd, or set it to 0"
+            )
+        if self.decay_share is not None and self.schedule != "wsd":
+            raise ValueError(
+                f"optimizer.decay_share={self.decay_share:g} belongs to optimizer.schedule=wsd, and the "
+                f"schedule is {self.schedule}; set it to null"
+            )
+        if self.warmup_share + (self.decay_share or 0) > 1:
+            raise ValueError(
+                f"optimizer.warmup_share={self.warmup_share:g} and optimizer.decay_share="
+                f"{self.decay_share:g} are more than the whole run together; lower one of them"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,10 +270,19 @@ class RunConfig:
     """Steps between two evaluations. Held-out loss is always measured before and after the run."""
 
     save_every: int | None = None
-    """Steps between two checkpoints. Default: a checkpoint only when interrupted."""
+    """Steps between two checkpoints; 0: only when interrupted. Default: one every ten minutes."""
+
+    keep_best: bool = False
+    """Keep the checkpoint of lowest held-out loss and write its model at the end. Needs `eval_every`."""
+
+    stop_after: int | None = None
+    """End the run after so many evaluations without a new lowest held-out loss. Needs `eval_every`."""
 
     sharding: Literal["fsdp", "replicate"] = "fsdp"
     """Several ranks: divide weights, gradients and state among them (fsdp), or keep all on each."""
+
+    save_dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    """Dtype of the written weights. Default: that of the model's own files, unless training's is narrower."""
 
     keep_checkpoints: int = 2
     """Number of newest checkpoints to keep."""
@@ -246,11 +307,18 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _check_choices("run", self)
-        for name in ("steps", "batch_size", "accumulation", "log_every", "eval_every", "save_every"):
+        for name in ("steps", "batch_size", "accumulation", "log_every", "eval_every", "stop_after"):
             _at_least(1, f"run.{name}", getattr(self, name))
         for name in ("keep_checkpoints", "sample_tokens", "max_skipped_steps"):
             _at_least(1, f"run.{name}", getattr(self, name))
         _at_least(0, "run.samples", self.samples)
+        _at_least(0, "run.save_every", self.save_every)
+        if self.eval_every is None and (self.keep_best or self.stop_after is not None):
+            key = "keep_best" if self.keep_best else "stop_after"
+            raise ValueError(
+                f"run.{key} compares held-out losses, and run.eval_every is not set; set it to the steps "
+                "between two evaluations"
+            )
         if self.steps is not None:
             check_steps(self.steps, "run.steps")
         if not 0 <= self.seed < 2**63:
@@ -274,6 +342,11 @@ class Recipe:
             raise ValueError(
                 f"optimizer.ends_lr={self.optimizer.ends_lr:g} does nothing with method {self.method.name}, "
                 "which trains no embedding, head or final norm; set it to null"
+            )
+        if self.run.eval_every is not None and not self.data.holds_out:
+            raise ValueError(
+                f"run.eval_every={self.run.eval_every} needs held-out data, and data.validation_share is 0; "
+                "hold out a share, give data.validation, or set run.eval_every to null"
             )
         if self.optimizer.in_backward and self.run.accumulation > 1:
             raise ValueError(
@@ -314,6 +387,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _is_day(text: str) -> bool:
+    with suppress(ValueError):
+        return datetime.date.fromisoformat(text).isoformat() == text
+    return False
 
 
 def _at_least(low: int, name: str, value: int | None) -> None:

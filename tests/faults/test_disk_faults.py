@@ -161,6 +161,7 @@ def test_when_every_checkpoint_is_damaged_nothing_is_touched(
     series: kills.Series, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = shutil.copytree(series.folder / "straight", tmp_path / "run")
+    (run / "summary.json").unlink()  # as if it had been killed before its end
     for checkpoint in (run / "checkpoints").iterdir():
         flip(checkpoint / "weights.safetensors")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -168,5 +169,5 @@ def test_when_every_checkpoint_is_damaged_nothing_is_touched(
     assert train(series.recipe, run, "--resume") == 2
     error = capfd.readouterr().err
     assert "is damaged: weights.safetensors changed after it was written" in error
-    assert "no other is intact; start over with --overwrite" in error
+    assert "no other is intact; name another run.output to start a new run" in error
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

@@ -151,7 +151,9 @@ def test_a_checkpoint_can_neither_lead_out_of_its_folder_nor_be_a_link(tmp_path:
     kept = {path: path.read_bytes() for path in outside.iterdir()}
     assert runs.ended(runs.attempt(recipe, run, "--resume")) == 2  # only these two were kept
     log = (tmp_path / "run.log").read_text().splitlines()[-1]
-    assert log.endswith(f"there is no complete checkpoint in {run}; start over with --overwrite")
+    assert log.endswith(
+        f"there is no complete checkpoint in {run}; name another run.output to start a new run"
+    )
     set_aside(newest)
     assert runs.ended(runs.attempt(recipe, run, "--overwrite")) == 0
     assert {path: path.read_bytes() for path in outside.iterdir()} == kept

@@ -222,6 +222,7 @@ def test_data_that_changed_under_a_run_is_noticed(
 ) -> None:
     run, rows = tmp_path / "run", series.folder / "rows.jsonl"
     shutil.copytree(series.folder / "straight", run)
+    (run / "summary.json").unlink()  # as if it had been killed before its end
     before, lines = files(run), rows.read_text().splitlines(keepends=True)
     changed = json.loads(lines[row])
     changed["output"] = changed["output"].replace("1", "2")

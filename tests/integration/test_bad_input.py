@@ -109,7 +109,7 @@ VALUES: list[tuple[list[str], tuple[str, ...]]] = [
     (["optimizer.weight_decay=inf"], ("optimizer.weight_decay must be a number >= 0, got inf",)),
     (["optimizer.max_grad_norm=nan"], ("optimizer.max_grad_norm must be > 0 or null, got nan",)),
     (["optimizer.betas=[nan,0.9]"], ("optimizer.betas must be in [0, 1)", "nan")),
-    (["data.validation_share=nan"], ("data.validation_share must be between 0 and 1, got nan",)),
+    (["data.validation_share=nan"], ("data.validation_share must be >= 0 and below 1, got nan",)),
     (["method.active=5"], ("active must be between 0 and the model's 4 blocks, got 5",)),
     (["method.active=-1"], ("active must be between 0 and the model's 4 blocks, got -1",)),
     (["method.period=0"], ("period must be a number of optimizer steps >= 1", "got 0")),
@@ -122,10 +122,9 @@ VALUES: list[tuple[list[str], tuple[str, ...]]] = [
     (["run.device=cpu:x"], ("run.device 'cpu:x' cannot be used here", "use auto")),
     (["model.attention=flash"], ("flash", "sdpa")),
     (
-        ["data.validation_share=0.001"],
-        ("share of 0.001 of 12", "leaves nothing to validate on", "change the"),
+        ["data.validation_share=0", "run.eval_every=2"],
+        ("run.eval_every=2 needs held-out data, and data.validation_share is 0",),
     ),
-    (["data.validation_share=0.999"], ("share of 0.999 of 12", "leaves nothing to train on", "change the")),
     (["data.max_length=20"], ("all answers are cut off by max_length=20", "has 30 tokens", "set max_length")),
     (["data.train=./absent.jsonl"], ("there is no file or folder ./absent.jsonl",)),
     (["data.validation=./absent.jsonl"], ("there is no file or folder ./absent.jsonl",)),
@@ -229,7 +228,7 @@ def test_a_bad_row_is_named_by_file_and_line_or_skipped_and_counted(
     [
         ("", "is empty: it has no records"),
         ("\n \n", "is empty: it has no records"),
-        (GOOD, "holding out a share of 0.25 of 1 different prompts leaves nothing to validate on; change"),
+        (GOOD, "has 1 different prompt, and holding it out leaves nothing to train on; give validation"),
         ("{oops\n" * 3, "has no usable record, all 3 were skipped; first: "),
     ],
 )
@@ -290,6 +289,10 @@ MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "weights with NaN": (
         lambda m: plant_nan(m, "model.layers.1.mlp.up_proj.weight"),
         "weights hold NaN or infinity, in model.layers.1.mlp.up_proj.weight; fetch or export the model again",
+    ),
+    "Git LFS pointer": (
+        lambda m: (m / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid"),
+        "model.safetensors is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`",
     ),
     "broken template": (
         lambda m: (m / "chat_template.jinja").write_text("{% for"),
@@ -359,7 +362,7 @@ def test_an_output_folder_that_exists_is_left_alone(recipe: Path, refused: Calla
     run = recipe.parent / "run"
     trained(recipe, "run")
     refused(
-        "train", recipe, says=(f"run folder {run} exists", "--resume to continue it or --overwrite to start")
+        "train", recipe, says=(f"run folder {run} holds a finished run", "name another run.output to start")
     )
     refused("train", recipe, "--resume", "--overwrite", says=("exclude each other; use one of them",))
     (run / "environment.json").unlink()
@@ -442,12 +445,13 @@ def test_a_disk_full_at_the_start_leaves_no_half_written_file(
 
 def test_resume_refuses_what_is_not_the_same_run(recipe: Path, refused: Callable[..., str]) -> None:
     run = recipe.parent / "run"
-    refused("train", recipe, "--resume", says=(f"no run to resume in {run}; start it without --resume",))
+    refused("train", recipe, "--resume", says=(f"no run to resume in {run}; start it without --resume, or",))
     trained(recipe, "run")
-    refused("train", recipe, "--resume", says=(f"there is no complete checkpoint in {run}", "--overwrite"))
+    says: tuple[str, ...] = (f"the run in {run} is finished and has no checkpoint to continue from",)
+    refused("train", recipe, "--resume", "run.steps=9", says=(*says, f"set model.name={run / 'model'}"))
     shutil.rmtree(run)
     trained(recipe, "run", "run.save_every=2")
-    says = ("the recipe differs from", "method.active: 2 → 1; optimizer.lr: 0.001 → 0.1; undo that, or start")
+    says = ("the recipe differs from", "method.active: 2 → 1; optimizer.lr: 0.001 → 0.1; undo that, or name")
     refused("train", recipe, "--resume", "optimizer.lr=0.1", "method.active=1", says=says)
     says = ("the run has done 4 steps and the recipe asks for 3; give more run.steps",)
     refused("train", recipe, "--resume", "run.steps=3", says=says)

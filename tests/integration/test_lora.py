@@ -68,6 +68,15 @@ def test_the_optimizer_keys_hold_for_adapters_too(recipe: Path) -> None:
     assert 2 * (compact["peak_state_bytes"] - 4 * matrices) == wide["peak_state_bytes"] - 4 * matrices
 
 
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_a_second_run_continues_where_the_first_ended(name: str, recipe: Path, tmp_path: Path) -> None:
+    first = train(load_recipe(recipe, [f"method.name={name}", "method.rank=4"]))
+    more = [f"method.adapter={tmp_path / 'run' / 'model'}", f"run.output={tmp_path / 'more'}"]
+    second = train(load_recipe(recipe, [f"method.name={name}", "method.rank=4", *more]))
+    assert second["held_out_loss_before"] == first["held_out_loss_after"]
+    assert second["held_out_loss_after"] < first["held_out_loss_after"]
+
+
 def test_resume_is_exact(recipe: Path, tmp_path: Path) -> None:
     overrides = [f"run.output={tmp_path / 'again'}", "run.save_every=2", "optimizer.schedule=constant"]
     train(load_recipe(recipe, ["optimizer.schedule=constant"]), overwrite=True)

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 import rank_worker
 import tiny_run
+from lisatune.models.load import stored_dtype
 from lisatune.train.loop import train
 from lisatune.train.recipe_file import load_recipe
 from rank_launcher import launch
@@ -83,6 +84,8 @@ REFUSED = {
     ),
     "tracker": ("run.report_to=[tensorboard]", "run.report_to works on one rank only"),
 }
+BEST = ["run.steps=6", "run.eval_every=1", "run.keep_best=true", "run.stop_after=2"]
+BEST += ["optimizer.lr=0.2", "optimizer.schedule=constant"]  # falls for two steps, then rises
 HALF = "run.batch_size=1"
 FOUR = "run.batch_size=4"
 CHECKS = ("draws", "statistics", "seeds", "unsharded")
@@ -97,9 +100,11 @@ def two(runs: Runs) -> dict[str, list[Any]]:
     jobs["full"] |= {"recipe": str(full), "overrides": jobs["full"]["overrides"][:-1]}
     jobs |= {name: runs.job(f"no-{name}", key) for name, (key, _) in REFUSED.items()}
     jobs |= {name: {"check": name} for name in CHECKS}
+    jobs["best"] = runs.job("two-best", HALF, *BEST)
     jobs["saved"] = runs.job(
         "saved", "run.batch_size=2", "run.steps=3", "run.save_every=3", "optimizer.schedule=constant"
     )
+    jobs["narrow"] = runs.job("narrow", HALF, "run.save_dtype=bf16")
     return dict(
         zip(jobs, map(list, zip(*launch(2, runs.folder, list(jobs.values())), strict=True)), strict=True)
     )
@@ -130,6 +135,15 @@ def test_two_ranks_are_one_rank_on_the_same_global_batch(runs: Runs, two: dict[s
     before = load_file(runs.folder / "model" / "model.safetensors")
     assert not all(torch.equal(weight.to(got[key].dtype), got[key]) for key, weight in before.items())
     assert one["steps"] == two[name][0]["steps"]
+
+
+def test_ranks_agree_on_the_best_step_and_on_ending_early(runs: Runs, two: dict[str, Any]) -> None:
+    one = runs.alone("one-best", *BEST)
+    assert (one["best_step"], one["steps"]) == (2, 4)
+    assert [(each["best_step"], each["steps"]) for each in two["best"]] == [(2, 4)] * 2
+    expected, got = runs.weights("one-best"), runs.weights("two-best")
+    for key, weight in expected.items():
+        torch.testing.assert_close(got[key], weight, atol=1e-3, rtol=1e-2)  # of steps of 0.2
 
 
 def test_each_rank_holds_half_the_state(runs: Runs, two: dict[str, Any]) -> None:
@@ -192,6 +206,14 @@ def test_a_run_saved_on_two_ranks_goes_on_with_one_and_with_four(runs: Runs, two
     for key, weight in runs.weights("straight").items():
         for name in ("on-one", "on-four"):
             torch.testing.assert_close(runs.weights(name)[key], weight, **CLOSE)
+
+
+def test_divided_weights_are_written_in_the_dtype_asked_for(runs: Runs, two: dict[str, Any]) -> None:
+    assert "error" not in two["narrow"][0], two["narrow"][0]
+    narrow, wide = runs.weights("narrow"), runs.weights("two-fsdp")
+    assert narrow.keys() == wide.keys()
+    assert all(torch.equal(narrow[key], weight.bfloat16()) for key, weight in wide.items())
+    assert stored_dtype(str(runs.folder / "narrow" / "model")) == torch.bfloat16
 
 
 def test_the_written_model_is_a_plain_folder(runs: Runs, two: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,7 @@ def test_commands_exist(capsys: pytest.CaptureFixture[str]) -> None:
     texts = [*blocks("sh"), *re.findall(r"```sh\n(.*?)```", start, flags=re.DOTALL)]
     commands = [shlex.split(line, comments=True) for text in texts for line in text.splitlines()]
     names = {words[1] for words in commands if words[0] == "lisatune"}
-    assert names == {"check", "compare", "train", "generate", "layers", "plan", "report"}
+    assert names == {"check", "compare", "train", "generate", "init", "layers", "plan", "report"}
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in names)
@@ -66,3 +67,15 @@ def test_linked_files_exist() -> None:
     for page in pages:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_page_on_pypi_has_no_link_to_a_file() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    page = README
+    for each in project["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]:
+        page = re.sub(each["pattern"], each["replacement"], page)
+    targets = re.findall(r"\]\(([^)]+)\)", page)
+    assert targets
+    assert [target for target in targets if not target.startswith("http")] == []
+    assert "Start · Tutorials · Concepts" in page
+    assert "badges" not in page

@@ -16,7 +16,7 @@ def test_a_run_with_lisa_has_every_chart_it_can_have(
 ) -> None:
     model, rows = write_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", 24)
     recipe = write_recipe(tmp_path, model, rows, plans=True)
-    assert app.main(["train", str(recipe), "run.eval_every=1", "run.log_every=1"]) == 0
+    assert app.main(["train", str(recipe)]) == 0
     capsys.readouterr()
     assert app.main(["report", str(tmp_path / "run")]) == 0
     said = capsys.readouterr()
@@ -26,6 +26,9 @@ def test_a_run_with_lisa_has_every_chart_it_can_have(
     page = make_runs_page([tmp_path / "run"])
     figures = {figure.title: figure for figure in page.figures}
     assert list(figures) == [
+        "Training loss",
+        "Learning rates",
+        "Gradient norm",
         "Held-out loss against tokens",
         "Held-out loss against wall time",
         "Memory by category",

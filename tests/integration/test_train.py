@@ -22,12 +22,13 @@ import lisatune.train.loop
 import tiny_run
 from lisatune.losses.causal_lm import CausalLMLoss
 from lisatune.methods import METHODS
-from lisatune.models.load import load_model
+from lisatune.models.load import load_model, load_tokenizer, save_model
 from lisatune.runs.summary import Summary
+from lisatune.train import progress
 from lisatune.train.assemble import Parts, assemble
 from lisatune.train.loop import TrainingError, train
 from lisatune.train.recipe_file import load_recipe
-from lisatune.train.resume import RunState
+from lisatune.train.resume import RunState, SaveClock
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +173,46 @@ def test_run_folder_holds_what_it_promises(recipe: Path) -> None:
     assert {"recipe.yaml", "environment.json", "summary.json", "model"} <= {p.name for p in folder.iterdir()}
 
 
+def test_a_run_may_hold_nothing_out(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    options = ["data.validation_share=0", "run.save_every=2", "optimizer.schedule=constant"]
+    summary = run(recipe, "run", *options)
+    assert "nothing, so nothing is evaluated" in capfd.readouterr().out
+    assert not {"held_out_loss_before", "held_out_loss_after"} & summary.keys()
+    assert summary["samples"] == []
+    assert [line["step"] for line in metrics(recipe, "run")] == [1, 2, 3, 4]
+    assert run(recipe, "run", *options, "run.steps=5", resume=True)["steps"] == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ([], torch.bfloat16),
+        (["run.save_dtype=fp32"], torch.float32),
+        (["run.save_dtype=fp16"], torch.float16),
+        (["method.name=lora"], torch.float32),
+    ],
+)
+def test_the_model_is_written_in_the_dtype_of_its_source_unless_asked(
+    options: list[str], dtype: torch.dtype, recipe: Path, model: Path, tmp_path: Path
+) -> None:
+    source = load_model(str(model), dtype=torch.bfloat16)
+    save_model(source, load_tokenizer(str(model)), tmp_path / "bf16")
+    if "method.name=lora" in options:
+        use_method(recipe, "lora")
+        options = []
+    options = [*options, f"model.name={tmp_path / 'bf16'}", "data.validation=" + str(tmp_path / "rows.jsonl")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # fp32 takes more memory than the files
+        summary = run(recipe, "run", *options)
+        (file,) = (tmp_path / "run" / "model").glob("*model.safetensors")
+        assert {tensor.dtype for tensor in load_file(file).values()} == {dtype}
+        # The loss after training is that of the written model, to the bit.
+        parts = assemble(load_recipe(recipe, options))
+        parts.built.step.loss.model = load_model(str(tmp_path / "run" / "model"))
+        with progress.Bar(1) as bar:
+            assert lisatune.train.loop._held_out(parts, bar) == summary["held_out_loss_after"]
+
+
 def test_loss_does_not_depend_on_how_a_step_is_cut_into_micro_steps(recipe: Path) -> None:
     run(recipe, "whole", "run.batch_size=4", "run.steps=1", "method.active=4")
     run(recipe, "parts", "run.batch_size=2", "run.accumulation=2", "run.steps=1", "method.active=4")
@@ -211,9 +252,98 @@ def test_longer_resume_takes_the_new_schedule_from_its_first_step(
     run(recipe, "straight", "run.steps=8")
     with pytest.raises(KeyboardInterrupt):
         run(recipe, "resumed", "run.steps=4", after_step=press_ctrl_c(2))
-    run(recipe, "resumed", "run.steps=8", resume=True)
+    # Step 2 of 4 under a cosine is at the half, step 2 of 8 at 85 %.
+    with pytest.warns(UserWarning, match=r"began with 4 steps and now has 8.* 0.000854 .* been 0.0005"):
+        run(recipe, "resumed", "run.steps=8", resume=True)
     rates = [[line["lr"] for line in metrics(recipe, name)[3:-1]] for name in ("straight", "resumed")]
     assert rates[0] == rates[1]
+
+
+LOSSES = [5.0, 4.0, 3.0, 4.5, 4.4, 4.3, 4.2]
+"""Held-out losses of steps 0 to 6: the best is step 2's."""
+
+
+def set_held_out_losses(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
+    def look_up(parts: Parts, *_: Any) -> float:
+        return losses[parts.scheduler.last_epoch]
+
+    monkeypatch.setattr("lisatune.train.loop._held_out", look_up)
+
+
+BEST = ["run.steps=6", "optimizer.schedule=constant", "run.eval_every=1", "run.keep_best=true"]
+
+
+@pytest.mark.filterwarnings("ignore:.*blocks will never train")
+@pytest.mark.parametrize("name", ["lisa", "lora"])
+def test_the_best_model_is_kept_and_written(
+    name: str, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use_method(recipe, name)
+    run(recipe, "two", "run.steps=2", "optimizer.schedule=constant")
+    set_held_out_losses(monkeypatch, LOSSES)
+    capsys.readouterr()
+    summary = run(recipe, "best", *BEST, "run.save_every=1", "run.keep_checkpoints=1")
+    assert (summary["best_step"], summary["held_out_loss_after"], summary["held_out_loss_last"]) == (
+        2,
+        3,
+        4.2,
+    )
+    assert (
+        "step 2 of 6, whose model was written; the last step's held-out loss is 4.200"
+        in capsys.readouterr().out
+    )
+    assert_same_model(recipe, "two", "best")
+    kept = {path.name for path in (recipe.parent / "best" / "checkpoints").iterdir()}
+    assert kept == {"step-000002", "step-000006"}
+
+
+def test_the_last_step_is_written_if_it_is_the_best(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(recipe, "plain", *BEST[:2])
+    set_held_out_losses(monkeypatch, [*LOSSES[:6], 2.0])
+    summary = run(recipe, "best", *BEST)
+    assert (summary["best_step"], summary["held_out_loss_after"]) == (6, 2)
+    assert_same_model(recipe, "plain", "best")
+
+
+def test_a_damaged_best_checkpoint_leaves_the_last_model(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(recipe, "plain", *BEST[:2])
+    set_held_out_losses(monkeypatch, LOSSES)
+
+    def damage(state: RunState) -> None:
+        if state.step == 6:
+            (recipe.parent / "best" / "checkpoints" / "step-000002" / "weights.safetensors").write_text("x")
+
+    with pytest.warns(UserWarning, match="damaged.*the model is that of the last step, not of the best"):
+        summary = run(recipe, "best", *BEST, after_step=damage)
+    assert (summary["best_step"], summary["held_out_loss_after"]) == (6, 4.2)
+    assert_same_model(recipe, "plain", "best")
+
+
+@pytest.mark.parametrize("after", [1, 3, 4])
+def test_a_run_without_gain_ends_early_and_resumes_exactly(
+    after: int, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    set_held_out_losses(monkeypatch, LOSSES)
+    options = [*BEST, "run.stop_after=2"]
+    straight = run(recipe, "straight", *options)
+    assert (straight["steps"], straight["planned_steps"], straight["best_step"]) == (4, 6, 2)
+    assert "after step 4 of 6: the held-out loss no longer fell" in capsys.readouterr().out
+    assert [line["step"] for line in metrics(recipe, "straight") if "held_out_loss" in line] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, "resumed", *options, after_step=press_ctrl_c(after))
+    resumed = run(recipe, "resumed", *options, resume=True)
+    same = ("steps", "best_step", "held_out_loss_after", "held_out_loss_last")
+    assert [resumed[key] for key in same] == [straight[key] for key in same]  # type: ignore[literal-required]
+    assert_same_model(recipe, "straight", "resumed")
+    assert metrics(recipe, "straight") == metrics(recipe, "resumed")
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> None:
@@ -252,9 +382,8 @@ def test_an_epoch_trains_on_every_row_once(recipe: Path, monkeypatch: pytest.Mon
         return collate(self, rows)
 
     monkeypatch.setattr(Parts, "collate", note)
-    monkeypatch.setattr(lisatune.train.loop, "_held_out", lambda parts: 1.0)
-    parts = assemble(load_recipe(recipe))
-    run(recipe, "run", "run.steps=null", "run.epochs=1", "method.active=4")
+    parts = assemble(load_recipe(recipe, ["data.validation_share=0"]))
+    run(recipe, "run", "run.steps=null", "run.epochs=1", "method.active=4", "data.validation_share=0")
     assert sorted(seen) == sorted(tuple(row["input_ids"]) for row in parts.data.train.rows)
 
 
@@ -269,6 +398,91 @@ def test_steps_after_the_checkpoint_are_logged_once(recipe: Path, monkeypatch: p
     assert metrics(recipe, "resumed") == metrics(recipe, "straight")
 
 
+def test_a_finished_run_is_left_as_it_is_on_resume_unless_it_is_made_longer(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summary = run(recipe, "run", "run.save_every=3")
+    folder = recipe.parent / "run"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with monkeypatch.context() as patch:
+        patch.setattr("lisatune.train.loop.assemble", pytest.fail)
+        assert run(recipe, "run", "run.log_every=2", resume=True) == summary
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    with pytest.warns(UserWarning, match="the run began with 4 steps and now has 5"):
+        assert run(recipe, "run", "run.steps=5", resume=True)["steps"] == 5
+
+
+def test_resume_auto_starts_a_run_continues_it_and_leaves_it_finished(recipe: Path) -> None:
+    def wait(state: RunState) -> None:
+        raise ZeroDivisionError
+
+    for after, resumed_at in ((wait, 0), (press_ctrl_c(2), 0), (press_ctrl_c(3), 2)):
+        with pytest.raises((ZeroDivisionError, KeyboardInterrupt)):
+            run(recipe, "run", resume="auto", after_step=after)
+        assert metrics(recipe, "run")[resumed_at]["step"] == resumed_at
+    assert run(recipe, "run", resume="auto") == run(recipe, "run", resume="auto")
+    assert [line["step"] for line in metrics(recipe, "run")] == [0, 1, 2, 3, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("save_every", "seconds", "steps"),
+    [(None, 300, [2, 4]), (None, 1, []), (3, 300, [3]), (0, 300, [])],
+)
+def test_checkpoints_come_every_ten_minutes_unless_steps_are_asked_for(
+    save_every: int | None, seconds: int, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, saved = 0.0, []
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    clock = SaveClock(save_every)
+    for step in range(1, 6):
+        now += seconds
+        if clock.is_due(step):
+            saved.append(step)
+            with clock.saving():
+                now += 3
+    assert saved == steps
+
+
+def test_saving_by_the_clock_takes_at_most_a_twentieth_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, training, saving = 0.0, 0, 0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    clock = SaveClock(None)
+    for step in range(1, 1000):
+        now, training = now + 60, training + 60
+        if clock.is_due(step):
+            with clock.saving():
+                now, saving = now + 120, saving + 120
+    assert 0.045 < saving / training <= 0.051
+
+
+def test_a_checkpoint_that_nobody_asked_for_cannot_stop_a_run(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lisatune.train.resume.save_checkpoint", fail)
+    monkeypatch.setattr("lisatune.train.resume.AUTOSAVE_SECONDS", 0)
+    assert run(recipe, "run", "run.steps=4")["failed_saves"] == 4
+    with pytest.raises(OSError, match="No space left"):
+        run(recipe, "asked", "run.steps=4", "run.save_every=1")
+
+
+def test_a_template_that_writes_the_date_resumes_on_another_day(recipe: Path, tmp_path: Path) -> None:
+    model = tiny_run.write_model(tmp_path / "dated")
+    template = model / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%Y-%m-%d') + '\\n' }}" + template.read_text())
+    recipe.write_text(recipe.read_text().replace("data: {", "data: {date: 2020-03-04, "))
+    model_key = f"model.name={model}"
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, "run", model_key, after_step=press_ctrl_c(2))
+    recipe.write_text(recipe.read_text().replace("date: 2020-03-04, ", ""))
+    run(recipe, "run", model_key, resume=True)
+    assert "date: 2020-03-04" in (tmp_path / "run" / "recipe.yaml").read_text()
+    with pytest.raises(ValueError, match=r"its records, the tokenizer or data\.date have changed since"):
+        run(recipe, "run", model_key, "data.date=2020-03-05", resume=True)
+
+
 def test_what_cannot_work_fails_before_the_weights_load(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,16 +491,9 @@ def test_what_cannot_work_fails_before_the_weights_load(
         run(recipe, "run", "method.active=5")
 
 
-@pytest.mark.parametrize(
-    ("schedule", "factors"),
-    [
-        ("constant", [0, 1 / 2, 1, 1, 1, 1]),
-        ("linear", [0, 1 / 2, 1, 3 / 4, 1 / 2, 1 / 4]),
-        ("cosine", [0, 1 / 2, *((1 + math.cos(math.pi * i / 4)) / 2 for i in range(4))]),
-    ],
-)
-def test_learning_rate_follows_warmup_and_schedule(schedule: str, factors: list[float], recipe: Path) -> None:
-    run(recipe, "run", "run.steps=6", f"optimizer.schedule={schedule}", "optimizer.warmup_steps=2")
+def test_learning_rate_follows_warmup_and_schedule(recipe: Path) -> None:
+    run(recipe, "run", "run.steps=6", "optimizer.schedule=linear", "optimizer.warmup_share=0.3")
+    factors = [0, 1 / 2, 1, 3 / 4, 1 / 2, 1 / 4]
     rates = [line["lr"] for line in metrics(recipe, "run")[1:-1]]
     assert rates == pytest.approx([1e-3 * factor for factor in factors])
 
@@ -312,18 +519,15 @@ def test_ends_have_a_rate_of_their_own_that_follows_the_schedule(method: str, re
     assert [(line["lr"], line["ends_lr"]) for line in metrics(recipe, "run")[1:-1]] == used
 
 
-def test_blocks_take_the_rate_by_their_chance_to_train(recipe: Path) -> None:
+def test_blocks_take_the_rate_by_their_chance_to_train(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
 
-    def note(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def note(optimizer: torch.optim.Optimizer) -> None:
         rates = {group["layer"] == "ends": group["lr"] for group in optimizer.param_groups}
         used.append((rates[True], rates[False]))
 
-    hook = register_optimizer_step_pre_hook(note)
-    try:
-        run(recipe, "run", "run.steps=3", "optimizer.warmup_steps=1", "run.check_memory=false")
-    finally:
-        hook.remove()
+    monkeypatch.setattr(torch.optim.Optimizer, "_optimizer_step_code", note)  # called inside a step
+    run(recipe, "run", "run.steps=3", "optimizer.warmup_steps=1", "run.check_memory=false")
     chance = 2 / 4
     assert used == [pytest.approx((1e-3 * f, 1e-3 * f / math.sqrt(chance))) for f in (0, 1, 0.5)]
     assert [(line["lr"], line["block_lr"]) for line in metrics(recipe, "run")[1:-1]] == used

@@ -1,4 +1,5 @@
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ def test_lisa_is_a_fresh_adamw_per_period_bit_for_bit(
 ) -> None:
     twin = copy.deepcopy(tiny_llama)
     optimizer = torch.optim.AdamW(tiny_llama.parameters(), lr=1e-2, weight_decay=0.1)
-    LISA(tiny_llama, optimizer, active=active, period=PERIOD, sampler=sampler, seed=3, state="reset")
+    options: dict[str, Any] = {"seed": 3, "state": "reset", "lr_scaling": "none"}
+    LISA(tiny_llama, optimizer, active=active, period=PERIOD, sampler=sampler, **options)
     tiny.fit(tiny_llama, optimizer, STEPS)
 
     draws = make_sampler(sampler, active, 6)

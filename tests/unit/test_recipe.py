@@ -32,6 +32,17 @@ from lisatune.recipe import (
         ),
         (OptimizerConfig, {"state_device": "disk"}, "optimizer.state_device must be one of cpu, got 'disk'"),
         (RunConfig, {"precision": "fp16"}, "run.precision must be one of fp32, bf16-mixed, bf16, got 'fp16'"),
+        (
+            RunConfig,
+            {"keep_best": True},
+            "run.keep_best compares held-out losses, and run.eval_every is not set",
+        ),
+        (
+            RunConfig,
+            {"stop_after": 2},
+            "run.stop_after compares held-out losses, and run.eval_every is not set",
+        ),
+        (RunConfig, {"stop_after": 0, "eval_every": 1}, "run.stop_after must be >= 1, got 0"),
         (RunConfig, {"sharding": "ddp"}, "run.sharding must be one of fsdp, replicate, got 'ddp'"),
         (
             RunConfig,

@@ -4,12 +4,14 @@ Every failure prints one sentence to stderr and returns an exit code of `lisatun
 functions so that `--help` is fast and a missing package is one of those sentences.
 """
 
+import io
 import json
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -29,6 +31,7 @@ A recipe is a YAML file, here the shortest:
     model: {name: smollm2-135m}
     data:  {train: rows.jsonl}
 
+    lisatune init --data rows.jsonl
     lisatune check recipe.yaml
     lisatune train recipe.yaml run.steps=200 method.active=4
 """
@@ -44,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in tokens
     tokens = [token for token in tokens if token != "--debug"]
     warnings.formatwarning = _format_warning
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a locale such as C lacks most characters
+        sys.stdout.reconfigure(errors="replace")
     try:
         return _run(tokens)
     except BrokenPipeError:  # the reader of our output has gone, as in `lisatune layers MODEL | head`
@@ -53,7 +58,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _report_failure(error, debug)
 
 
-def train(recipe: Path, /, *overrides: str, resume: bool = False, overwrite: bool = False) -> int:
+def train(
+    recipe: Path,
+    /,
+    *overrides: str,
+    resume: bool = False,
+    resume_auto: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> int:
     """Fine-tune a model with a recipe.
 
     Prints an outline of the run, trains, and saves the model in the run folder:
@@ -66,18 +79,23 @@ def train(recipe: Path, /, *overrides: str, resume: bool = False, overwrite: boo
         recipe: YAML file.
         overrides: `section.key=value` or `--section.key value`; wins over the file. A list is [a,b].
         resume: Continue from the newest checkpoint in the run folder, with the same result as without a stop.
+        resume_auto: Also written --resume=auto. As --resume, but start the run if there is none to resume.
         overwrite: Delete the run in the run folder and start over.
+        quiet: Print warnings and errors only; metrics.jsonl and summary.json in the run folder have the rest.
     """
     from lisatune.train.loop import train
     from lisatune.train.recipe_file import load_recipe
     from lisatune.train.stopping import terminable
 
-    with terminable():
-        train(load_recipe(recipe, overrides), resume=resume, overwrite=overwrite)
+    with terminable(), _without_output() if quiet else nullcontext():
+        how: bool | Literal["auto"] = "auto" if resume_auto else resume
+        train(load_recipe(recipe, overrides), resume=how, overwrite=overwrite)
     return 0
 
 
-def check(recipe: Path, /, *overrides: str, resume: bool = False, overwrite: bool = False) -> int:
+def check(
+    recipe: Path, /, *overrides: str, resume: bool = False, resume_auto: bool = False, overwrite: bool = False
+) -> int:
     """Find the problems of a run before any weights load.
 
     Reads the keys, the model's config, the tokenizer and every record, prints an outline of the run
@@ -90,12 +108,14 @@ def check(recipe: Path, /, *overrides: str, resume: bool = False, overwrite: boo
         recipe: YAML file.
         overrides: `section.key=value` or `--section.key value`; wins over the file.
         resume: Check for `train --resume`.
+        resume_auto: Check for `train --resume=auto`.
         overwrite: Check for `train --overwrite`.
     """
     from lisatune.train.check import check, print_report
     from lisatune.train.recipe_file import load_recipe
 
-    report = check(load_recipe(recipe, overrides), resume=resume, overwrite=overwrite)
+    how: bool | Literal["auto"] = "auto" if resume_auto else resume
+    report = check(load_recipe(recipe, overrides), resume=how, overwrite=overwrite)
     print_report(report)
     return 2 if report.problems else 0
 
@@ -124,6 +144,7 @@ def generate(
     """
     from lisatune.evaluate.held_out import generate_answers
     from lisatune.models.load import load_model, load_tokenizer
+    from lisatune.runs.folder import first_day
 
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be >= 1, got {max_new_tokens}")
@@ -138,11 +159,22 @@ def generate(
     trained_on_chat = _read_is_chat(run)
     uses_template = bool(tokenizer.chat_template) if trained_on_chat is None else trained_on_chat
     uses_template = chat_template == "on" or (chat_template == "auto" and uses_template)
+    # Under a locale without UTF-8 the arguments hold its bytes as escapes.
+    prompt = [text.encode(errors="surrogateescape").decode(errors="replace") for text in prompt]
     prompts = [[{"role": "user", "content": text}] if uses_template else text for text in prompt]
-    answers = generate_answers(load_model(folder), tokenizer, prompts, max_new_tokens=max_new_tokens)
+    answers = generate_answers(
+        load_model(folder), tokenizer, prompts, max_new_tokens=max_new_tokens, date=first_day(run)
+    )
     for text, answer in zip(prompt, answers, strict=True):
         _print(f"> {text}\n{answer}\n" if len(prompt) > 1 else answer)
     return 0
+
+
+@contextmanager
+def _without_output() -> Iterator[None]:
+    """Print nothing to standard output."""
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+        yield
 
 
 def _expand_paths(tokens: Sequence[str]) -> list[str]:
@@ -176,6 +208,7 @@ def build_app() -> "App":
         raise ImportError(f'{error}; the command needs packages: pip install "lisatune[train]"') from None
 
     from lisatune.cli.compare import compare
+    from lisatune.cli.init import init
     from lisatune.cli.layers import layers
     from lisatune.cli.plan import plan
     from lisatune.cli.report import report
@@ -192,6 +225,7 @@ def build_app() -> "App":
         suppress_keyboard_interrupt=False,
     )
     usage = "Usage: lisatune {} RECIPE [section.key=value …] [OPTIONS]"
+    app.command(init)
     app.command(train, usage=usage.format("train"))
     app.command(check, usage=usage.format("check"))
     app.command(plan, usage=usage.format("plan").replace("RECIPE", "[RECIPE | --model MODEL]"))
@@ -199,12 +233,18 @@ def build_app() -> "App":
     app.command(report, usage="Usage: lisatune report RUN… [OPTIONS]")
     app.command(layers)
     app.command(generate)
+    app.register_install_completion_command(help="Install completion for your shell: bash, zsh or fish.")
     return app
 
 
 def _run(tokens: list[str]) -> int:
     """Run one command and return its exit code."""
     _refuse_empty(tokens)
+    tokens = ["--resume-auto" if token == "--resume=auto" else token for token in tokens]
+    asks_keys = tokens[:1] in (["train"], ["check"]) and bool({"--help", "-h"} & set(tokens))
+    if asks_keys and tokens[1] in ("--help", "-h") and len(tokens) == 3:
+        _print_keys(tokens[2])
+        return 0
     app = build_app()
     from cyclopts import CycloptsError
 
@@ -217,13 +257,24 @@ def _run(tokens: list[str]) -> int:
         )
     except CycloptsError as error:
         raise ValueError(f"{error} See `lisatune --help`.") from None
-    if tokens[:1] in (["train"], ["check"]) and {"--help", "-h"} & set(tokens):
-        from lisatune.console import terminal
-        from lisatune.train.recipe_file import print_keys
-
-        _print("Keys of a recipe, each also an override:\n")
-        print_keys(terminal())
+    if asks_keys:
+        _print_keys(None)
     return result if isinstance(result, int) else 0
+
+
+def _print_keys(only: str | None) -> None:
+    """Print the keys of one section or method with their help, or the names of all keys."""
+    from lisatune.console import terminal
+    from lisatune.train.recipe_file import print_keys, print_sections
+
+    if only is not None:
+        print_keys(terminal(), only)
+        return
+    _print("Keys of a recipe, each also an override:\n")
+    print_sections(terminal())
+    _print(
+        "\n`lisatune train --help SECTION` or `… --help METHOD` says what each key does, with its default."
+    )
 
 
 def _refuse_empty(tokens: Sequence[str]) -> None:

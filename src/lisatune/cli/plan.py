@@ -45,7 +45,7 @@ def plan(
         batch: `run.batch_size`; 1 without a recipe.
         length: `data.max_length`.
         precision: `run.precision`.
-        gpu: Memory of the device, such as 24GB, 24GiB or 24 (GB).
+        gpu: Memory of the device: 24GB or 24 (a card's name), 22.1GiB or 23034MiB (what its driver says).
         ranks: Number of devices that share weights, gradients and optimizer state.
         json: Print one JSON object.
     """
@@ -111,6 +111,8 @@ def _print_table(recipe: "Recipe", plan: "MemoryPlan", fit: "Fit | None", room: 
         rows.append(("note", plan.note))
     if fit is not None:
         rows.append(("device", Text(describe_fit(fit), style="green" if fit.fits else "bold red")))
+        if fit.missing is not None:
+            rows.append(("not tried", fit.missing))
         rows += [("because", f"{key}: {why}") for key, why in zip(fit.changes, fit.reasons, strict=True)]
     if room is not None:
         active, needed = len(room.plan.active_blocks or ()), byte_text(room.plan.needed_bytes)

@@ -5,11 +5,13 @@ settings that all runs share may not change: a folder of another comparison is r
 """
 
 import dataclasses
+import datetime
 import hashlib
 import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ __all__ = [
     "Comparison",
     "check_folder",
     "claim_folder",
+    "fix_date",
     "read_comparison",
     "shift_seed",
 ]
@@ -258,7 +261,9 @@ def _check_count(name: str, value: Any) -> int:
 def _parse_budget(budget: Any) -> dict[str, int]:
     """Read `tokens=N`, `steps=N`, or the same as a mapping."""
     if isinstance(budget, str):
-        kind, _, text = budget.partition("=")
+        kind, equals, text = budget.partition("=")
+        if not equals:
+            raise ValueError(f"budget {budget!r} has no unit; write tokens={budget} or steps={budget}")
         number = re.sub(r"[_,]", "", text)
         budget = {kind: int(number) if number.isdecimal() else text}
     if not isinstance(budget, Mapping) or len(budget) > 1 or set(budget) - {"tokens", "steps"}:
@@ -270,6 +275,24 @@ def shift_seed(method: Any, shift: int) -> Any:
     """Return the method with `shift` added to its own seed, or unchanged if it has no seed."""
     names = {field.name for field in dataclasses.fields(method)}
     return dataclasses.replace(method, seed=method.seed + shift) if "seed" in names else method
+
+
+def fix_date(comparison: Comparison, output: Path) -> Comparison:
+    """Return the comparison with the day that its chat template sees: its own, the folder's, or today.
+
+    A comparison from before the key `data.date` existed goes on without one.
+    """
+    data = comparison.recipe.data
+    if data.date is not None:
+        return comparison
+    date: str | None = datetime.date.today().isoformat()
+    if (output / "compare.json").is_file():
+        date = None
+        with suppress(ValueError, KeyError, TypeError, AttributeError):  # `check_folder` says what is wrong
+            before = json.loads((output / "compare.json").read_text(encoding="utf-8"))
+            date = before["asked"]["shared"]["data"].get("date")
+    data = dataclasses.replace(data, date=date)
+    return dataclasses.replace(comparison, recipe=dataclasses.replace(comparison.recipe, data=data))
 
 
 def check_folder(output: Path, comparison: Comparison) -> None:

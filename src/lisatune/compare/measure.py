@@ -134,12 +134,13 @@ def _measure_loss(recipe: Recipe, model: nn.Module, file: str, device: torch.dev
     tokenizer = load_tokenizer(**recipe.model.location)
     records = read_records(file)
     loss_on = "all" if records.kind == "text" else recipe.data.loss_on
+    data = recipe.data
     examples = tokenize(
-        records, tokenizer, max_length=recipe.data.max_length, loss_on=loss_on, long=recipe.data.long
+        records, tokenizer, max_length=data.max_length, loss_on=loss_on, long=data.long, date=data.date
     )
     rows = sorted(examples.rows, key=lambda row: len(row["input_ids"]))
     size = recipe.run.batch_size
-    batches = (collate(rows[i : i + size], tokenizer.pad_token_id) for i in range(0, len(rows), size))
+    batches = (collate(rows[i : i + size]) for i in range(0, len(rows), size))
     autocast = torch.bfloat16 if recipe.run.precision == "bf16-mixed" else None
     return held_out_loss(CausalLMLoss(model), batches, device=device, autocast=autocast).loss
 

@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lisatune.compare.arms import Comparison, check_folder, claim_folder
+from lisatune.compare.arms import Comparison, check_folder, claim_folder, fix_date
 from lisatune.compare.board import Board
 from lisatune.compare.measure import Measured
 from lisatune.compare.outcome import build_results, choose_lr, list_runs
@@ -52,6 +52,7 @@ def compare(
         KeyboardInterrupt: Ctrl-C, after the run in progress has saved a checkpoint.
     """
     output = Path(output).absolute()  # so that it may continue from another working directory
+    comparison = fix_date(comparison, output)
     check_folder(output, comparison)
     check_attention(comparison.recipe.model.attention)
     output.mkdir(parents=True, exist_ok=True)

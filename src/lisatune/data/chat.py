@@ -1,5 +1,6 @@
 """Chat templates for training: where answers begin and end in a conversation, and prompts as token ids."""
 
+import datetime
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -81,19 +82,29 @@ class Chat:
 
     Some templates write a turn differently once others follow: Qwen 3 and others drop the thoughts of earlier
     turns. Where TRL knows a variant that does not do this, that variant is used for training.
+
+    Args:
+        tokenizer: the tokenizer of the model.
+        date: the day that the template sees as today, YYYY-MM-DD. Default: today.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", date: str | None = None) -> None:
         try:
             from trl.chat_template_utils import get_training_chat_template
         except ImportError as error:
             raise ImportError('chat templates need trl: pip install "lisatune[train]"') from error
         set_chat_template(tokenizer)
         self.tokenizer = tokenizer
-        self.template: str | None = None
+        template: str | None = None
         # If TRL does not know the template, it stays, and `render_prefixes` checks it on every conversation.
         with suppress(ValueError), explain_template_errors():
-            self.template = get_training_chat_template(tokenizer)
+            template = get_training_chat_template(tokenizer)
+        self.template = _fix_date(template or tokenizer.get_chat_template(), date)
+        is_plain = self.template.endswith(PLAIN_CHAT_TEMPLATE)
+        self.name = "lisatune's plain chat template" if is_plain else "the tokenizer's chat template"
+        """Which template it is, for a reader."""
+        if template is not None:
+            self.name += " in TRL's form for training"
         special = (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())
         self._stops = tuple(token for token in special if token.strip())
 
@@ -161,19 +172,50 @@ class Chat:
                 # Some templates end the last turn differently from the turns before it.
                 end = same if same == len(answer) else end_of_text
                 stops = (i for i in range(end_of_text, same + 1) if answer.endswith(self._stops, 0, i))
+                end = max(stops, default=end)
+                if same < len(answer):
+                    end += self._length_of_other_stop(messages, index, full[end:])
                 is_learned = messages[index].get("train") is not False
-                found += [(question, False), (answer[: max(stops, default=end)], is_learned)]
+                found += [(question, False), (full[:end], is_learned)]
         return found if found and found[-1][0] == full else [*found, (full, False)]
 
+    def _length_of_other_stop(self, messages: Messages, index: int, rest: str) -> int:
+        """Find the stop of an earlier answer in a template that ends the last answer with another one.
 
-def encode_prompt(tokenizer: Any, prompt: str | Messages) -> list[int]:
-    """Turn a prompt into token ids: plain text as it is, messages through the chat template."""
+        A special token that follows an answer may also begin the next turn. It ends the answer if it ends
+        the turn before the answer too (gpt-oss), or if the next turn alone would not begin with it.
+
+        Args:
+            messages: the conversation.
+            index: index of the answer.
+            rest: the conversation after the text of the answer.
+
+        Returns:
+            Number of characters up to the end of the stop; 0 if there is none.
+        """
+        blank = len(rest) - len(rest.lstrip())
+        stop = max((token for token in self._stops if rest.startswith(token, blank)), key=len, default=None)
+        if stop is None:
+            return 0
+        ends_turns = self.render(messages[:index]).rstrip().endswith(stop)
+        with suppress(ValueError):  # the template may refuse a conversation of this one message
+            following = messages[index + 1]
+            ends_turns |= stop not in self.render([following]).partition(following["content"])[0]
+        return blank + len(stop) if ends_turns else 0
+
+
+def encode_prompt(tokenizer: Any, prompt: str | Messages, *, date: str | None = None) -> list[int]:
+    """Turn a prompt into token ids: plain text as it is, messages through the chat template.
+
+    `date` is the day that the template sees as today, YYYY-MM-DD. Default: today.
+    """
     if isinstance(prompt, str):
         ids: list[int] = drop_second_bos(tokenizer(prompt, verbose=False)["input_ids"], tokenizer)
     else:
         with explain_template_errors():
             ids = tokenizer.apply_chat_template(
                 _without_marks(prompt),
+                chat_template=_fix_date(tokenizer.get_chat_template(), date),
                 add_generation_prompt=True,
                 return_dict=True,
                 tokenizer_kwargs={"verbose": False},
@@ -195,6 +237,21 @@ def common_length(first: Sequence[object], second: Sequence[object]) -> int:
 def _without_marks(messages: Messages) -> Messages:
     """Leave the messages as a template knows them."""
     return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def _fix_date(template: str, date: str | None) -> str:
+    """Let a template see `date` as today, at midnight.
+
+    transformers gives templates a `strftime_now` that reads the clock, and takes no other one. A macro of
+    that name in the template wins over it. The line break after the macro is dropped by jinja's trim_blocks,
+    so the template still begins on a line of its own.
+    """
+    if date is None or "strftime_now" not in template:
+        return template
+    day = datetime.datetime.fromisoformat(date)
+    known = [f"%{flag}{code}" for code in "aAbBcdHIjmMpSUVwWxXyYZ" for flag in ("", "-")]
+    values = "".join(f" | replace('{code}', '{day.strftime(code)}')" for code in known)
+    return f"{{%- macro strftime_now(format) -%}}{{{{ format{values} }}}}{{%- endmacro %}}\n{template}"
 
 
 def _last_word(message: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from lisatune.data.chat import encode_prompt
+from lisatune.data.chat import Chat, encode_prompt
 from lisatune.data.records import Record, Records, read_records, split_records
 from lisatune.data.tokens import Examples, Order, TokenRow, is_chat, pack, tokenize
 from lisatune.distributed import ranks
@@ -30,6 +30,9 @@ class Prompt:
     answer: str
     """The record's own continuation."""
 
+    ids: tuple[int, ...]
+    """The prompt's tokens."""
+
     @property
     def text(self) -> str:
         """The prompt for a reader: plain text, or the last message."""
@@ -44,7 +47,7 @@ class RunData:
     """Training rows; with packing a row holds several records."""
 
     validation: Examples
-    """Held-out rows, one record each."""
+    """Held-out rows, no more than `data.validation_limit`; none under `validation_share: 0`."""
 
     questions: tuple[Prompt, ...]
     """The first `run.samples` held-out records whose prompts fit `max_length`, as prompts and answers."""
@@ -60,6 +63,9 @@ class RunData:
 
     is_chat: bool
     """Whether the records are conversations, which the chat template writes; else they are plain text."""
+
+    records: str
+    """The kind of the training records, the template that writes them, and what is learned, for a reader."""
 
     def batch(self, micro_step: int) -> list[TokenRow]:
         """Return the training rows of a micro-step (0 is the run's first), for all ranks together."""
@@ -85,20 +91,26 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> RunData:
     """
     data, run = recipe.data, recipe.run
     train, validation = read_data(recipe)
-    how: dict[str, Any] = {"max_length": data.max_length, "loss_on": data.loss_on, "long": data.long}
+    keys = ("max_length", "loss_on", "long", "date")
+    how: dict[str, Any] = {key: getattr(data, key) for key in keys}
     rows = tokenize(train, tokenizer, **how)
-    held_out = tokenize(validation, tokenizer, **how)
+    held_out = tokenize(validation, tokenizer, **how) if validation.rows else Examples([], 0, 0)
+    held_out = _take_evenly(held_out, data.validation_limit)
     if data.packing:
         rows = pack(rows, data.max_length)
     order = Order(len(rows.rows), run.batch_size * ranks.count(), run.seed)
     wanted = run.steps or run.epochs * order.batches_per_epoch / run.accumulation
     check_steps(wanted, f"run.epochs={run.epochs:g}")
     steps = max(1, math.ceil(wanted))
-    prompts = (_cut_prompt(row) for row in validation.rows)
-    short = (each for each in prompts if len(encode_prompt(tokenizer, each.prompt)) < data.max_length)
+    prompts = (_cut_prompt(row, tokenizer, data.date) for row in validation.rows)
+    short = (prompt for prompt in prompts if 0 < len(prompt.ids) < data.max_length)
     questions = tuple(islice(short, run.samples))
     skipped = train.skipped + validation.skipped
-    return RunData(rows, held_out, questions, order, steps, skipped, is_chat(train.rows[0]))
+    chat = Chat(tokenizer) if is_chat(train.rows[0]) else None
+    template = "without a template" if chat is None else f"written by {chat.name}"
+    learns_all = data.loss_on == "all" or train.kind == "text"
+    described = f"{train.kind}, {template}; loss on {'all tokens' if learns_all else 'the answers'}"
+    return RunData(rows, held_out, questions, order, steps, skipped, chat is not None, described)
 
 
 def read_data(recipe: Recipe) -> tuple[Records, Records]:
@@ -108,22 +120,36 @@ def read_data(recipe: Recipe) -> tuple[Records, Records]:
     def read(source: str, limit: int | None) -> Records:
         return read_records(source, kind=data.kind, split=data.split, limit=limit, on_bad_row=data.on_bad_row)
 
-    held_out = data.validation
+    most, held_out = data.validation_limit, data.validation
+    train = read(data.train, data.limit)
+    if not data.holds_out:
+        return train, replace(train, rows=[], skipped=0)
     if held_out is None and data.train == "python-docs":
         held_out = "python-docs:validation"
     if held_out is not None:
-        return read(data.train, data.limit), read(held_out, data.validation_limit)
-    train, validation = split_records(read(data.train, data.limit), data.validation_share, recipe.run.seed)
-    return train, replace(validation, rows=validation.rows[: data.validation_limit], skipped=0)
+        return train, read(held_out, most)
+    train, validation = split_records(train, data.validation_share, recipe.run.seed, most=most)
+    return train, replace(validation, rows=validation.rows[:most], skipped=0)
 
 
-def _cut_prompt(row: Record) -> Prompt:
+def _take_evenly(examples: Examples, most: int | None) -> Examples:
+    """Take at most so many rows from all over the examples: the pieces of a few long texts are many rows."""
+    num_rows = len(examples.rows)
+    if most is None or num_rows <= most:
+        return examples
+    return replace(examples, rows=[examples.rows[i * num_rows // most] for i in range(most)])
+
+
+def _cut_prompt(row: Record, tokenizer: Any, date: str | None) -> Prompt:
     """Cut a record where its first answer begins, or a text after its first words."""
+    prompt: str | list[dict[str, str]]
     if "text" in row:
         words = row["text"].split(" ")
-        return Prompt(" ".join(words[:TEXT_PROMPT_WORDS]), " ".join(words[TEXT_PROMPT_WORDS:]))
-    if "messages" in row:
+        prompt, answer = " ".join(words[:TEXT_PROMPT_WORDS]), " ".join(words[TEXT_PROMPT_WORDS:])
+    elif "messages" in row:
         first = next(i for i, message in enumerate(row["messages"]) if message["role"] == "assistant")
-        return Prompt(row["messages"][:first], row["messages"][first]["content"])
-    answer = row["completion"]
-    return Prompt(row["prompt"], answer if isinstance(answer, str) else answer[0]["content"])
+        prompt, answer = row["messages"][:first], row["messages"][first]["content"]
+    else:
+        prompt, answer = row["prompt"], row["completion"]
+    answer = answer if isinstance(answer, str) else answer[0]["content"]
+    return Prompt(prompt, answer, tuple(encode_prompt(tokenizer, prompt, date=date)))

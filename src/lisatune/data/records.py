@@ -56,6 +56,7 @@ REFUSED = {
     "functions": "functions, which cannot be trained on yet",
     "chosen": "a preferred answer, so this is preference data; train on it with TRL's DPOTrainer",
     "rejected": "a rejected answer, so this is preference data; train on it with TRL's DPOTrainer",
+    "rejected_response": "a rejected answer, so this is preference data; train on it with TRL's DPOTrainer",
 }
 """Fields that would change what a record teaches, and what they hold."""
 
@@ -111,7 +112,8 @@ def read_records(
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        ValueError: there is nothing to read, or a record is unusable; the message names file and line.
+        ValueError: there is nothing to read, every answer is empty, or a record is unusable; the message
+            names file and line.
         ImportError: reading this source needs a package of lisatune[train] that is not installed.
 
     Example:
@@ -148,6 +150,7 @@ def read_records(
         raise ValueError(f"{source} has no usable record, all {skipped} were skipped; first: {first_skipped}")
     if not rows:
         raise ValueError(f"{source} is empty: it has no records")
+    _check_answers(rows, source)
     if unused:
         warnings.warn(
             f"{source}: nothing reads the field{'s' if len(unused) > 1 else ''} {', '.join(unused)}",
@@ -156,7 +159,32 @@ def read_records(
     return Records(rows, kind, skipped, source, first_skipped, tuple(unused))
 
 
-def split_records(records: Records, share: float, seed: int) -> tuple[Records, Records]:
+def _check_answers(rows: list[Record], source: str) -> None:
+    """Warn of empty answers, from which a model learns to say nothing; refuse records without any other."""
+    answers = [answer for row in rows for answer in _take_answers(row)]
+    num_empty = sum(not answer.strip() for answer in answers)
+    if answers and num_empty == len(answers):
+        raise ValueError(f"{source} has no answer to learn from: all {num_empty} answers are empty")
+    if num_empty:
+        warnings.warn(
+            f"{source}: {num_empty:,} of {len(answers):,} answers are empty; the model learns to say nothing",
+            stacklevel=3,
+        )
+
+
+def _take_answers(row: Record) -> list[str]:
+    """Take the texts that carry loss; none of plain text, which is checked on its own."""
+    if "text" in row or isinstance(row.get("completion"), str):
+        return [row["completion"]] if "completion" in row else []
+    turns = row["messages"][1:] if "messages" in row else row["completion"]
+    return [
+        turn["content"] for turn in turns if turn["role"] == "assistant" and turn.get("train") is not False
+    ]
+
+
+def split_records(
+    records: Records, share: float, seed: int, *, most: int | None = None
+) -> tuple[Records, Records]:
     """Hold out a share of the records by their prompts, so that no question is on both sides.
 
     Records with the same prompt up to case and spacing (for text: the same text) stay together. The different
@@ -165,23 +193,26 @@ def split_records(records: Records, share: float, seed: int) -> tuple[Records, R
 
     Args:
         records: the records to split.
-        share: share of the different prompts to hold out, 0 < share < 1; their number is rounded.
+        share: share of the different prompts to hold out, 0 < share < 1; their number is rounded, but at
+            least one is held out and at least one stays.
         seed: names the split; the same seed gives the same split.
+        most: hold out at most this many prompts, >= 1; None: no limit.
 
     Returns:
         The records to train on and the held-out records, each in the order given.
 
     Raises:
-        ValueError: one side would be empty.
+        ValueError: there are fewer than two different prompts.
     """
     keys = [_hash_prompt(row, seed) for row in records.rows]
     ranked = sorted(set(keys))
-    num_held_out = round(share * len(ranked))
-    if not 0 < num_held_out < len(ranked):
+    if len(ranked) < 2:
         raise ValueError(
-            f"holding out a share of {share} of {len(ranked)} different prompts leaves nothing to "
-            f"{'validate' if num_held_out == 0 else 'train'} on; change the share or give validation data"
+            f"{records.source} has 1 different prompt, and holding it out leaves nothing to train on; give "
+            "validation data, or set data.validation_share to 0 to evaluate nothing"
         )
+    wanted = min(round(share * len(ranked)), len(ranked) if most is None else most)
+    num_held_out = min(max(wanted, 1), len(ranked) - 1)
     held_out = set(ranked[:num_held_out])
     train = [row for row, key in zip(records.rows, keys, strict=True) if key not in held_out]
     validation = [row for row, key in zip(records.rows, keys, strict=True) if key in held_out]

@@ -9,6 +9,7 @@ import difflib
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import IO, Any, cast
 
 from lisatune.console import first_line
 from lisatune.data import python_docs
+from lisatune.files.disk import refuse_lfs_pointer
+from lisatune.files.hub import UNREACHABLE, ask_hub
 
 __all__ = ["EXTENSIONS", "BadRowError", "read_rows"]
 
@@ -63,17 +66,29 @@ def _open_source(source: str, split: str) -> Iterator[tuple[str, Any]]:
     if path.is_dir():
         return _read_folder(path)
     if not path.exists():
-        if suffix in (*EXTENSIONS, ".txt") or path.suffix == ".gz" or source.startswith((".", "/", "~")):
-            near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], 1, 0.5)
-            hint = f"did you mean {path.parent / near[0]}?" if near else "check the path"
-            raise FileNotFoundError(f"there is no file or folder {source}; {hint}")
-        return _read_hub(source, split)
+        is_windows_path = "\\" in source or re.match("[A-Za-z]:/", source)
+        is_path = (
+            suffix in (*EXTENSIONS, ".txt") or path.suffix == ".gz" or source.startswith((".", "/", "~"))
+        )
+        if not is_path and not is_windows_path:
+            return _read_hub(source, split)
+        hint = _suggest(source) or "; check the path"
+        hint = "; give the path by which this machine knows it" if is_windows_path else hint
+        raise FileNotFoundError(f"there is no file or folder {source}{hint}")
     if suffix not in EXTENSIONS:
         raise ValueError(
             f"cannot read {source}: unknown file type {suffix or '(none)'}; "
             f"use {', '.join(EXTENSIONS)} (also .gz) or a folder of .txt files"
         )
+    refuse_lfs_pointer(path)
     return {".csv": _read_csv, ".parquet": _read_parquet}.get(suffix, _read_json)(path)
+
+
+def _suggest(source: str) -> str:
+    """Suggest the file or folder whose name is nearest; empty if none is near."""
+    path = Path(source).expanduser()
+    near = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.glob("*")], 1, 0.5)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 
 def _file_type(path: Path) -> str:
@@ -109,7 +124,12 @@ def _parse(text: bytes, path: Path, start_line: int) -> tuple[str, Any]:
         problem = f"not UTF-8 (byte 0x{text[error.start]:02x}); save it as UTF-8"
     except json.JSONDecodeError as error:
         line += error.lineno - 1
-        problem = f"not JSON ({error.msg} at column {error.colno}); one record is one JSON object on one line"
+        before, after = error.doc[: error.pos].rstrip(), error.doc[error.pos :].strip()
+        if (before.endswith(",") or after.startswith(",")) and after.lstrip(", \n")[:1] in ("", "]", "}"):
+            problem = f"not JSON (a comma with nothing after it, near column {error.colno}); delete the comma"
+        else:
+            hint = "" if text.startswith(b"[") else "; one record is one JSON object on one line"
+            problem = f"not JSON ({error.msg} at column {error.colno}){hint}"
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
         problem = f"not JSON that can be read ({error})"
     return f"{path}, line {line}", BadRowError(problem)
@@ -119,7 +139,10 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
     limit = csv.field_size_limit(2**31 - 1)  # csv's own 128 KiB is less than a long document
     try:
         with io.TextIOWrapper(_open(path), "utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
+            header = file.readline()
+            delimiter = next((sign for sign in ",;\t" if sign in header), ",")
+            file.seek(0)
+            reader = csv.DictReader(file, strict=True, delimiter=delimiter)
             for row in reader:
                 problem = BadRowError(f"more fields than the header's {len(reader.fieldnames or ())}")
                 yield f"{path}, line {reader.line_num}", problem if None in row else row
@@ -153,8 +176,14 @@ def _read_folder(folder: Path) -> Iterator[tuple[str, Any]]:
     paths = sorted(folder.rglob("*.txt"))
     if not paths:
         names = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
-        raise ValueError(f"folder {folder} has no .txt file, it holds {names}; name a file or another folder")
+        hint = "name a file or another folder"
+        if any(folder.rglob("*.arrow")):
+            hint = "write the data set with its method to_parquet"
+        elif files := sorted(path for path in folder.rglob("*") if _file_type(path) in EXTENSIONS):
+            hint = f"name one file, such as {files[0]}"
+        raise ValueError(f"folder {folder} has no .txt file in it or below, it holds {names}; {hint}")
     for path in paths:
+        refuse_lfs_pointer(path)
         text = path.read_bytes().removeprefix(BOM)
         yield str(path), {"text": text.decode(errors="surrogateescape")}
 
@@ -162,9 +191,18 @@ def _read_folder(folder: Path) -> Iterator[tuple[str, Any]]:
 def _read_hub(source: str, split: str) -> Iterator[tuple[str, Any]]:
     try:
         import datasets
+        from huggingface_hub import constants
     except ImportError as error:
         raise ImportError('reading from the hub needs datasets: pip install "lisatune[train]"') from error
     name, _, config = source.partition(":")
+    problem = ask_hub(name, "dataset")
+    if problem and not constants.HF_HUB_OFFLINE:  # offline, datasets looks for an earlier download
+        earlier = (
+            "; set HF_HUB_OFFLINE=1 to use an earlier download" if problem.startswith(UNREACHABLE) else ""
+        )
+        raise FileNotFoundError(
+            f"there is no file or folder {source}, and {problem}{_suggest(name)}{earlier}"
+        )
     try:
         rows = datasets.load_dataset(name, config or None, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:

@@ -87,6 +87,7 @@ def tokenize(
     max_length: int,
     loss_on: Literal["auto", "answers", "all"] = "auto",
     long: Literal["auto", "split", "cut", "drop"] = "auto",
+    date: str | None = None,
 ) -> Examples:
     """Turn records into token ids and labels.
 
@@ -104,6 +105,7 @@ def tokenize(
         long: what happens to a record of more tokens. `split`: it becomes several rows of at most
             `max_length` tokens, one after the other, and the first token of each carries no loss. `cut`: its
             end is cut off. `drop`: it is left out. `auto`: `split` for records of text, `cut` for all others.
+        date: the day that the chat template sees as today, YYYY-MM-DD. Default: today.
 
     Returns:
         Rows of `input_ids` and `labels` (-100 where there is no loss) in the order of the records. A row
@@ -126,7 +128,7 @@ def tokenize(
         long = "split" if records.kind == "text" else "cut"
     if loss_on == "answers" and records.kind == "text":
         raise ValueError(f"{records.source} is plain text, which has no answers; set loss_on to all or auto")
-    chat = Chat(tokenizer) if any(is_chat(record) for record in records.rows) else None
+    chat = Chat(tokenizer, date) if any(is_chat(record) for record in records.rows) else None
     rows: list[TokenRow] = []
     num_long = num_dropped = num_lost = 0
     prompt_lengths = []
@@ -255,34 +257,41 @@ def pack(examples: Examples, max_length: int) -> Examples:
     return replace(examples, rows=packed.to_list())
 
 
-def collate(rows: Sequence[TokenRow], pad_token_id: int, *, length: int | None = None) -> dict[str, Tensor]:
-    """Make a batch of rows, padded on the right.
+def collate(rows: Sequence[TokenRow], *, length: int | None = None) -> dict[str, Tensor]:
+    """Make a batch of rows, padded on the right with the first token of each row.
+
+    So a batch holds no id and no position that its rows do not hold; many tokenizers have a padding token
+    for which the model has no embedding.
 
     There is no attention mask. Causal attention never looks to the right, so padding changes no real token.
     Where positions restart, transformers keeps attention inside each document, row by row
     (`masking_utils.find_packed_sequence_indices`). In an unpacked row the positions continue through the
-    padding, so that no mask is built and the fast causal kernel runs. In a packed row the padding is a
-    document of its own.
+    padding, so that no mask is built and the fast causal kernel runs. In a packed row each padding token is
+    a document of its own.
 
     TRL's collator either gives an attention mask, with which transformers ignores the borders, or puts the
     batch into one row (`padding_free`), whose mask has (B·T)² entries.
 
     Args:
         rows: rows of `Examples`.
-        pad_token_id: any token id; padding has no loss.
         length: T, at least the length of the longest row, which is the default.
 
     Returns:
         `input_ids`, `labels` (-100 on padding) and `position_ids`, each int64 of shape [B, T]. Pass
         `use_cache=False` to the model with them: with a cache, transformers ignores the borders.
+
+    Raises:
+        ValueError: there are no rows.
     """
+    if not rows:
+        raise ValueError("a batch needs at least one row")
     length = length or max(len(row["input_ids"]) for row in rows)
     ids, labels, positions = [], [], []
     for row in rows:
         padding = length - len(row["input_ids"])
-        ids.append(row["input_ids"] + [pad_token_id] * padding)
+        ids.append(row["input_ids"] + row["input_ids"][:1] * padding)
         labels.append(row["labels"] + [IGNORE] * padding)
-        lengths = (*row["seq_lengths"], padding) if "seq_lengths" in row else (length,)
+        lengths = (*row["seq_lengths"], *[1] * padding) if "seq_lengths" in row else (length,)
         positions.append(list(chain.from_iterable(range(part) for part in lengths)))
     return {
         "input_ids": torch.tensor(ids),

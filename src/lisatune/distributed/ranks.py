@@ -259,8 +259,11 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError, NotImplementedError) as error:
+        if name.startswith("cuda") and not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
+            raise ValueError(
+                f"run.device {name!r}: this torch ({torch.__version__}) is built for CPUs alone; install one "
+                "with CUDA (https://pytorch.org/get-started), or use auto"
+            ) from error
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(
-            f"run.device {name!r} cannot be used here ({reason}); use auto, cpu or cuda"
-        ) from error
+        raise ValueError(f"run.device {name!r} cannot be used here ({reason}); use auto or cpu") from error
     return device

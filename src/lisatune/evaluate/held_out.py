@@ -12,6 +12,7 @@ from lisatune.data.chat import encode_prompt
 from lisatune.distributed import ranks
 from lisatune.distributed.shards import reshard
 from lisatune.losses.causal_lm import CausalLMLoss, evaluation_mode
+from lisatune.nn.hidden import max_positions
 
 __all__ = ["HeldOut", "generate_answers", "held_out_loss"]
 
@@ -53,7 +54,7 @@ def held_out_loss(
         ValueError: no token in `batches` carries loss.
 
     Example:
-        >>> result = held_out_loss(CausalLMLoss(model), [collate(rows, pad_token_id=0)], device="cpu")
+        >>> result = held_out_loss(CausalLMLoss(model), [collate(rows)], device="cpu")
         >>> result.loss, result.num_tokens
     """
     total, num_tokens = 0.0, 0
@@ -78,7 +79,12 @@ def held_out_loss(
 
 
 def generate_answers(
-    model: Any, tokenizer: Any, prompts: Sequence[str | list[dict[str, str]]], *, max_new_tokens: int
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str | list[dict[str, str]]],
+    *,
+    max_new_tokens: int,
+    date: str | None = None,
 ) -> list[str]:
     """Answer each prompt greedily, up to the end-of-sequence token or `max_new_tokens` tokens.
 
@@ -89,13 +95,15 @@ def generate_answers(
         model: a transformers causal language model, on any device.
         tokenizer: its tokenizer.
         prompts: plain texts to continue, or lists of messages (`role`, `content`) for the chat template.
-        max_new_tokens: length of the longest answer in tokens, >= 1.
+        max_new_tokens: length of the longest answer in tokens, >= 1. An answer also ends where the model can
+            read no more.
+        date: the day that the chat template sees as today, YYYY-MM-DD. Default: today.
 
     Returns:
         The new text for each prompt, without the prompt and without special tokens.
 
     Raises:
-        ValueError: the chat template refuses a prompt.
+        ValueError: the chat template refuses a prompt, or a prompt is longer than the model reads.
 
     Example:
         >>> question = [{"role": "user", "content": "What is the capital of France?"}]
@@ -112,11 +120,15 @@ def generate_answers(
         eos_token_id=sorted(ends) or None,
         pad_token_id=tokenizer.pad_token_id,
     )
-    answers = []
+    answers, limit = [], max_positions(model)
     with torch.no_grad(), evaluation_mode(model), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Position ids are not supported")  # PEFT's, of virtual tokens
         for prompt in prompts:
-            ids = encode_prompt(tokenizer, prompt)
+            ids = encode_prompt(tokenizer, prompt, date=date)
+            if limit is not None:
+                if len(ids) >= limit:
+                    raise ValueError(f"a prompt has {len(ids)} tokens and the model reads at most {limit}")
+                greedy.max_new_tokens = min(max_new_tokens, limit - len(ids))
             prompt_BT = torch.tensor([ids], device=model.device)
             out_BT = model.generate(
                 prompt_BT, attention_mask=torch.ones_like(prompt_BT), generation_config=greedy

@@ -9,7 +9,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["delete", "explain_write_errors", "replace_file", "sha256_of", "take_lock", "write_aside"]
+__all__ = [
+    "delete",
+    "explain_write_errors",
+    "refuse_lfs_pointer",
+    "replace_file",
+    "sha256_of",
+    "take_lock",
+    "write_aside",
+]
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""Beginning of the text that Git leaves in place of a large file that it has not fetched."""
 
 
 @contextmanager
@@ -49,6 +60,19 @@ def write_aside(target: Path, *, replace: bool = True) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def refuse_lfs_pointer(file: Path) -> None:
+    """Refuse a file that Git LFS has not fetched.
+
+    Raises:
+        ValueError: it is one.
+    """
+    with file.open("rb") as opened:
+        if opened.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(
+                f"{file} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"
+            )
 
 
 def replace_file(path: Path, text: str) -> None:

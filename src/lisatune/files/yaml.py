@@ -34,7 +34,9 @@ def load(text: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f"line {mark.line + 1}: " if mark else ""
-        raise ValueError(f"{line}not valid YAML: {error.problem}") from None
+        is_path = "escape character" in (error.problem or "")
+        hint = "; put a Windows path in single quotes" if is_path else ""
+        raise ValueError(f"{line}not valid YAML: {error.problem}{hint}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"not valid YAML: {first_line(error)}") from None
 

@@ -20,8 +20,8 @@ Algorithm 1, with K the period and T the number of optimizer steps:
 A frozen block has no gradient and no optimizer state, and backward keeps no activations for its weights, so
 peak memory is that of the ends and γ blocks. Hooks on the optimizer do the work:
 
-    step pre-hook           take the fingerprints at the start of a period; ramp the learning rate (`warmup`)
-    step post-hook          count; at the end of a period prove, draw, freeze, thaw, release state
+    step pre-hook           take the fingerprints at the start of a period; set the learning rates of the step
+    step post-hook          put them back; count; after a period prove, draw, freeze, thaw, release state
     state-dict hooks        save the position inside the period, so that resume is exact
 
 Longer than 400 lines: the algorithm, its hooks and the state that they save belong together.
@@ -49,10 +49,10 @@ from lisatune.lisa.checks import (
 from lisatune.lisa.ends import Ends, EndsPolicy
 from lisatune.lisa.frozen_state import FrozenState, StatePolicy
 from lisatune.lisa.group_state import GroupState
-from lisatune.lisa.groups import Warmup
 from lisatune.lisa.moved_share import MovedShare
 from lisatune.lisa.other_steps import OtherSteps
 from lisatune.lisa.proof import Proof, Verify, describe_proof
+from lisatune.lisa.rates import Scaling, StepRates, mark_as_scaled
 from lisatune.lisa.samplers import (
     Independent,
     Sampler,
@@ -105,8 +105,9 @@ class LISA(BlockSchedule):
             `lisatune.lisa.ends`. The optimizer's groups must have the same state formats (8bit, factored,
             cpu, rows).
         warmup: steps at the start of a period over which the learning rate of newly thawed blocks, and of
-            ends under every:M, ramps up: i/(warmup + 1) at step i, 0 <= warmup < period. Needs param groups
-            that do not mix layers (`param_groups`).
+            ends under every:M, ramps up: i/(warmup + 1) at step i, 0 <= warmup < period.
+        lr_scaling: in a step a block's learning rate is its group's times 1/√π ("sqrt"), 1/π ("inverse") or
+            1 ("none", the paper's), π its chance to train; groups keep their rates (`lisatune.lisa.rates`).
         verify: "sample" proves from a moving window of every parameter that the drawn blocks moved and no
             other did, "full" from every element, "off" not at all. See `lisatune.lisa.proof`.
         total_steps: optimizer steps of the whole run, for period="auto" and the coverage warning.
@@ -141,6 +142,7 @@ class LISA(BlockSchedule):
         state: StatePolicy = "drop",
         ends: str | EndsPolicy = "train",
         warmup: int = 0,
+        lr_scaling: Scaling = "sqrt",
         verify: Verify = "sample",
         total_steps: int | None = None,
         layers: LayerMap | None = None,
@@ -148,6 +150,7 @@ class LISA(BlockSchedule):
         _check_choice("state", state, get_args(StatePolicy))
         policy = EndsPolicy.parse(ends)
         _check_choice("verify", verify, get_args(Verify))
+        _check_choice("lr_scaling", lr_scaling, get_args(Scaling))
         reshard(model)
         refuse_unsharded(model)
         self._model = model
@@ -155,7 +158,8 @@ class LISA(BlockSchedule):
         refuse_second(model, optimizer, _attached)
         self.layers = find_layers(model) if layers is None else layers
         self.sampler = make_sampler(sampler, active, self.layers.num_blocks)
-        self.seed, self.state, self.warmup, self.verify = seed, state, warmup, verify
+        self.seed, self.state, self.verify = seed, state, verify
+        self.warmup, self.lr_scaling = warmup, lr_scaling
         self.period: int = _choose_period(period, self.sampler, seed, total_steps)
         if not 0 <= warmup < self.period:
             raise ValueError(f"warmup must be >= 0 and below period={self.period}, got {warmup}")
@@ -176,8 +180,6 @@ class LISA(BlockSchedule):
         self._others = (*self._ends.resting, *frozen, *self.layers.frozen_parameters(model).values())
         self._ends.check_state(optimizer)
         self._param_groups = optimizer.param_groups
-        self._warmup = Warmup(warmup, self._blocks, self._ends.parameters, self._ends.resting)
-        self._warmup.find_groups(optimizer)
 
         self._frozen_state, self._group_state = FrozenState(optimizer, state), GroupState(optimizer, state)
         self._saved: dict[str, Any] = {}
@@ -195,6 +197,7 @@ class LISA(BlockSchedule):
             p: p.requires_grad for p in (*self._ends.parameters, *self._others, *sum(self._blocks, ()))
         }
 
+        self._rates = StepRates(optimizer, self._blocks, self.sampler, lr_scaling, warmup)
         self.steps_done = 0
         """Optimizer steps that were made."""
         self.visits = [0] * self.layers.num_blocks
@@ -214,7 +217,7 @@ class LISA(BlockSchedule):
             watch_compiling(model),
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
-            optimizer.register_state_dict_pre_hook(self._warmup.restore),
+            optimizer.register_state_dict_pre_hook(self._rates.restore),
             optimizer.register_state_dict_post_hook(self._add_to_state_dict),
             optimizer.register_load_state_dict_pre_hook(self._check_saved),
             optimizer.register_load_state_dict_post_hook(self._take_saved),
@@ -267,6 +270,10 @@ class LISA(BlockSchedule):
         """Return the parameters that train in this period: the ends and the active blocks."""
         active = [p for block in self.active_blocks for p in self._blocks[block]]
         return [*self._ends.parameters, *active] if self.ends_train else active
+
+    def lr_factor(self, block: int) -> float:
+        """Return what the learning rate of a block's param group is multiplied by in a step."""
+        return self._rates.factor(block)
 
     def state_bytes(self) -> int:
         """Count the bytes of optimizer state on the training device; see `host_bytes` for the rest."""
@@ -324,7 +331,7 @@ class LISA(BlockSchedule):
         if type(self._optimizer).load_state_dict is not Optimizer.load_state_dict:
             vars(self._optimizer).pop("load_state_dict", None)
         self._other_steps.detach()
-        self._warmup.restore()
+        self._rates.detach()
         self._frozen_state.detach()
         self._ends.detach()
         for parameter, flag in self._flags.items():
@@ -392,14 +399,10 @@ class LISA(BlockSchedule):
         if self._collector is not None:
             self._collector.before_step(self.active_blocks)
         self._group_state.before_step(ends_period=(self.steps_done + 1) % self.period == 0)
-        self._warmup.ramp(
-            self.steps_done % self.period,
-            self._find_thawed_blocks(),
-            with_ends=self.ends_train and self._ends.policy.every > 1,
-        )
+        self._rates.apply(self.steps_done % self.period, self._find_thawed())
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._warmup.restore()
+        self._rates.restore()
         # A loss scaler also calls fused optimizers for steps that it skips, and sets `found_inf` to say so.
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):
@@ -421,11 +424,12 @@ class LISA(BlockSchedule):
                 self._collector.end_period(self.active_blocks)
             self._draw()
 
-    def _find_thawed_blocks(self) -> set[int]:
-        """Return active blocks that were frozen in the period before, or lost their state at the draw."""
-        if self.period_index == 0 or self.state == "reset":
-            return set(self.active_blocks)
-        return set(self.active_blocks) - set(self.previous_blocks)
+    def _find_thawed(self) -> list[nn.Parameter]:
+        """Return parameters of blocks that were frozen or lost their state, and of ends that may rest."""
+        stayed = () if self.period_index == 0 or self.state == "reset" else self.previous_blocks
+        thawed = [p for block in self.active_blocks if block not in stayed for p in self._blocks[block]]
+        ends_thaw = self.ends_train and self._ends.policy.every > 1
+        return [*thawed, *self._ends.parameters] if ends_thaw else thawed
 
     # ---- proof
 
@@ -454,6 +458,7 @@ class LISA(BlockSchedule):
             "state": self.state,
             "ends": str(self._ends.policy),
             "warmup": self.warmup,
+            "lr_scaling": self.lr_scaling,
         }
 
     def _add_to_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
@@ -476,11 +481,13 @@ class LISA(BlockSchedule):
                 "this optimizer state was saved without LISA, so which blocks were training is unknown; "
                 "load it before attaching LISA to start LISA from it"
             )
+        self._rates.restore()
         saved = state_dict["lisa"]
+        settings = {"lr_scaling": self.lr_scaling, **saved["settings"]}  # older versions did not scale
         differing = [
-            f"{key}: saved {saved['settings'].get(key)}, now {value}"
+            f"{key}: saved {settings.get(key)}, now {value}"
             for key, value in self._collect_settings().items()
-            if saved["settings"].get(key) != value
+            if settings.get(key) != value
         ]
         if differing:
             raise ValueError(
@@ -511,7 +518,8 @@ class LISA(BlockSchedule):
             self._proof.periods = self._saved["periods_proven"]
         self._moved.total, self._moved.periods = self._saved.get("moved", (0.0, 0))
         self._param_groups = optimizer.param_groups  # load_state_dict has replaced them
-        self._warmup.find_groups(optimizer)
+        if "lr_scaling" not in self._saved["settings"]:  # an older version: the rates are those of a step
+            mark_as_scaled(optimizer.param_groups, "none")
         self._frozen_state.load(self._saved_state)
         self._saved_state = {}
         self._set_trainable()

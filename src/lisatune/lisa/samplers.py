@@ -214,22 +214,7 @@ class Weighted(Sampler):
         Other clocks have rung with chance q_j = 1 - v^(p_j/p_l), independently: a Poisson-binomial count.
         Midpoint rule in v, error below 1e-3.
         """
-        points = 4096
-        v = (torch.arange(points, dtype=torch.float64) + 0.5) / points
-        result = []
-        for i, p_i in enumerate(self.probabilities):
-            if p_i == 0 or self.active == 0:
-                result.append(0.0)
-                continue
-            # chance_c: chance that exactly c other clocks have rung, c < γ.
-            chance = [torch.ones_like(v)] + [torch.zeros_like(v) for _ in range(self.active - 1)]
-            for j, p_j in enumerate(self.probabilities):
-                if j == i:
-                    continue
-                q = 1 - v ** (p_j / p_i)
-                chance = [c * (1 - q) + (chance[n - 1] * q if n else 0) for n, c in enumerate(chance)]
-            result.append(float(sum(chance, torch.zeros_like(v)).mean()))
-        return tuple(result)
+        return _integrate_inclusion(self.probabilities, self.active)
 
 
 @dataclass(frozen=True)
@@ -354,6 +339,27 @@ def _make_even_statistics(sampler: Sampler, counts: Mapping[int, int]) -> BlockS
             numbers = [counts.get(block, 0) for block in range(sampler.num_blocks)]
             read["visits"] = torch.tensor(numbers, dtype=torch.float64)
     return BlockStatistics(**read)
+
+
+@lru_cache(maxsize=8)
+def _integrate_inclusion(probabilities: tuple[float, ...], active: int) -> tuple[float, ...]:
+    """Cached, because it takes a second with 80 blocks, and each plan asks for it."""
+    points = 4096
+    v = (torch.arange(points, dtype=torch.float64) + 0.5) / points
+    result = []
+    for i, p_i in enumerate(probabilities):
+        if p_i == 0 or active == 0:
+            result.append(0.0)
+            continue
+        # chance_c: chance that exactly c other clocks have rung, c < γ.
+        chance = [torch.ones_like(v)] + [torch.zeros_like(v) for _ in range(active - 1)]
+        for j, p_j in enumerate(probabilities):
+            if j == i:
+                continue
+            q = 1 - v ** (p_j / p_i)
+            chance = [c * (1 - q) + (chance[n - 1] * q if n else 0) for n, c in enumerate(chance)]
+        result.append(float(sum(chance, torch.zeros_like(v)).mean()))
+    return tuple(result)
 
 
 def _check_active(active: int, num_blocks: int) -> None:

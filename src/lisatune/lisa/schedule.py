@@ -30,6 +30,10 @@ class BlockSchedule:
         """Whether nothing before the blocks trains in some steps, so that backward can stop at a block."""
         return False
 
+    def lr_factor(self, block: int) -> float:
+        """Return what the learning rate of a block's param group is multiplied by in a step."""
+        return 1.0
+
     def describe(self) -> dict[str, Any]:
         """Return what `metrics.jsonl` records before each step, as JSON values, such as the active blocks."""
         return {}

@@ -37,6 +37,10 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torc
 """Largest difference, relative to the largest logit, that rounding explains. A missing scale is far above."""
 
 
+PROBE = 16
+"""Tokens of a document that is packed to see whether documents see each other."""
+
+
 SCALE_KEYS = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier")
 """Config keys that scale logits. Some models multiply, others divide: the comparison tells which."""
 
@@ -190,18 +194,29 @@ class CausalLMLoss:
         )
 
     def check_packing(self) -> None:
-        """Prove on a few tokens that documents packed into one sequence do not see each other.
+        """Prove on some tokens that documents packed into one sequence do not see each other.
+
+        Of three documents a, b, c, the logits of c must be the same after a, after b and alone. What rounding
+        may change is measured on c before a, before b and alone: no token sees what follows it.
 
         Raises:
             ValueError: the documents see each other, as in models without position ids, with recurrent
                 state, or in flash attention with more than one sequence per batch.
         """
-        ids_BT, _ = self._probe()
-        restart_BT = torch.cat([torch.arange(4), torch.arange(4)]).expand(2, -1).to(ids_BT.device)
-        other_BT = torch.cat([ids_BT[:, :4].flip(1), ids_BT[:, 4:]], dim=1)
+        embedding = self.model.get_input_embeddings().weight
+        rng = torch.Generator().manual_seed(0)
+        a, b, c = torch.randint(embedding.shape[0], (3, PROBE), generator=rng).to(embedding.device)
+        rows_BT = torch.stack([torch.cat(pair) for pair in ((a, c), (b, c), (c, a), (c, b))])
+        once_BT = torch.arange(PROBE, device=embedding.device)[None]
         with torch.no_grad(), evaluation_mode(self.model):
-            second, same = (logits(self.model, ids, restart_BT)[:, 4:] for ids in (ids_BT, other_BT))
-        if not _agree(second, same):
+            packed_BTV = logits(self.model, rows_BT, once_BT.repeat(4, 2))
+            alone_TV = logits(self.model, c[None], once_BT)[0]
+        after_a, after_b = packed_BTV[:2, PROBE:]
+        before_a, before_b = packed_BTV[2:, :PROBE]
+        unit = torch.finfo(alone_TV.dtype).eps
+        rounding = min(max(4 * _distance(before_a, before_b), unit / 4), TOLERANCE[alone_TV.dtype])
+        rounding_alone = 4 * max(_distance(before_a, alone_TV), unit)  # other shapes round otherwise
+        if not (_distance(after_a, after_b) <= rounding and _distance(after_a, alone_TV) <= rounding_alone):
             raise ValueError(
                 f"data.packing does not work with {type(self.model).__name__} and attention "
                 f"{self.model.config._attn_implementation}: packed records would see each other; "
@@ -314,10 +329,13 @@ def _why_nan(model: nn.Module) -> str:
 
 
 def _agree(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape:
-        return False
-    difference = (a.double() - b.double()).abs().max()  # NaN compares as False
-    return bool(difference <= TOLERANCE[b.dtype] * b.double().abs().max())
+    return a.shape == b.shape and _distance(a, b) <= TOLERANCE[b.dtype]  # NaN compares as False
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """Largest difference of two tensors, relative to the largest number in the second."""
+    a, b = a.double(), b.double()
+    return float((a - b).abs().max() / b.abs().max().clamp_min(torch.finfo(b.dtype).tiny))
 
 
 def _identity(x: Tensor) -> Tensor:

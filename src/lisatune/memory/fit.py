@@ -4,6 +4,7 @@
 loss is not among them, because it never builds all its logits at once.
 
     8-bit moments              a quarter of the bytes, and the same losses (docs/results.md)
+    bf16 weights               half of the bytes, with updates that are as exact
     smaller micro-batches      the same step in more parts
     stochastic rounding        two bytes less for a bf16 weight, and nearly the same losses
     cheaper ends               no slower; the ends' moments are coarser, or fewer ends train
@@ -21,7 +22,7 @@ from collections.abc import Iterator, KeysView
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lisatune.console import byte_text
+from lisatune.console import byte_text, first_line
 from lisatune.memory.plan import MemoryPlan, plan_memory
 from lisatune.recipe import Recipe
 
@@ -45,6 +46,8 @@ Change = tuple[Changes, str]
 
 EIGHT_BIT: Change = ({"optimizer.moments": "8bit"}, "moments take a quarter of the memory")
 
+BF16: Change = ({"run.precision": "bf16"}, "weights take half of the memory, and updates stay as exact")
+
 STOCHASTIC: Change = (
     {"optimizer.rounding": "stochastic"},
     "weights are right on average, and rounding errors are not stored",
@@ -56,10 +59,18 @@ SHORTEST = 256
 WORTHWHILE = 0.995
 """A change is kept if the run then needs less than this share of what it needed before."""
 
+CARD_GB = round(0.98 * 2**30)
+"""Bytes for each GB in the name of a card.
+
+In public out-of-memory messages torch's total capacity of a card is 23.53 GiB (A30), 23.64 (RTX 4090), 39.45
+(A100 40GB) and 79.25 (A100 80GB): 0.98 GiB for each GB, or a little more. T4, A10G, L4 and L40S have 1/16
+less, because they keep error-correcting codes there.
+"""
+
 UNITS = {
-    "": 10**9,
-    "g": 10**9,
-    "gb": 10**9,
+    "": CARD_GB,
+    "g": CARD_GB,
+    "gb": CARD_GB,
     "gib": 2**30,
     "mb": 10**6,
     "mib": 2**20,
@@ -88,6 +99,9 @@ class Fit:
     plan: MemoryPlan
     """Memory with the changes. If nothing fits, this is the smallest plan that was found."""
 
+    missing: str | None = None
+    """What could not be tried because a package is not installed, and how to install it."""
+
     @property
     def overrides(self) -> str:
         """The changes as they are written on the command line."""
@@ -100,6 +114,7 @@ class Fit:
             "fits": self.fits,
             "overrides": self.overrides,
             "reasons": list(self.reasons),
+            "missing": self.missing,
             "plan": self.plan.as_dict(),
         }
 
@@ -175,8 +190,9 @@ def find_fit(
                     made = plans.make(fewer, below=size_bytes + 1)
                     if made is not None:
                         best, planned = fewer, made
-                return Fit(size_bytes, True, best, tuple(reasons[key] for key in best), planned)
-    return Fit(size_bytes, False, best, tuple(reasons[key] for key in best), planned)
+                why = tuple(reasons[key] for key in best)
+                return Fit(size_bytes, True, best, why, planned, plans.missing)
+    return Fit(size_bytes, False, best, tuple(reasons[key] for key in best), planned, plans.missing)
 
 
 def find_room(recipe: Recipe, fit: Fit, *, ranks: int = 1) -> Room | None:
@@ -189,7 +205,7 @@ def find_room(recipe: Recipe, fit: Fit, *, ranks: int = 1) -> Room | None:
 
     Returns:
         None if the method cannot train more weights, if no more of them fit, or if the recipe fits only with
-        changes other than those of optimizer state.
+        changes other than those of optimizer state and weights' dtype.
     """
     coarser = [changes for changes, _ in _list_coarser_state(recipe, ranks)]
     steps = [_name_keys(each) for each in recipe.method.alternatives(fit.plan.num_blocks).more_weights]
@@ -236,6 +252,8 @@ class _Plans:
     def __init__(self, recipe: Recipe, changes: Changes, plan: MemoryPlan, *, ranks: int) -> None:
         self._recipe, self._length, self._ranks = recipe, plan.length, ranks
         self._made: dict[frozenset[tuple[str, Any]], MemoryPlan | None] = {frozenset(changes.items()): plan}
+        self.missing: str | None = None
+        """What the first change that needs a missing package says about it."""
 
     def make(self, changes: Changes, *, below: float = math.inf) -> MemoryPlan | None:
         """Plan the recipe with these changes.
@@ -258,8 +276,11 @@ class _Plans:
         try:
             recipe = apply_changes(self._recipe, changes)
             return plan_memory(recipe, ranks=self._ranks, length=length, too_many_bytes=below)
-        except (ValueError, ImportError):
-            return None
+        except ImportError as error:
+            self.missing = self.missing or first_line(error)
+        except ValueError:
+            pass
+        return None
 
 
 def _list_stages(recipe: Recipe, length: int, ranks: int, num_blocks: int) -> Iterator[list[Change]]:
@@ -267,6 +288,7 @@ def _list_stages(recipe: Recipe, length: int, ranks: int, num_blocks: int) -> It
     run, others = recipe.run, recipe.method.alternatives(num_blocks)
     coarser = _list_coarser_state(recipe, ranks)
     yield [each for each in coarser if each is EIGHT_BIT]
+    yield [each for each in coarser if each is BF16]
     halves = (2**power for power in range(1, run.batch_size.bit_length()))
     yield [
         (
@@ -291,12 +313,14 @@ def _list_stages(recipe: Recipe, length: int, ranks: int, num_blocks: int) -> It
 
 
 def _list_coarser_state(recipe: Recipe, ranks: int) -> list[Change]:
-    """List optimizer state that takes less memory and learns as well, or nearly; the finest first."""
+    """List state and weights that take less memory and learn as well, or nearly; the finest first."""
     optimizer = recipe.optimizer
-    changes = [EIGHT_BIT] if optimizer.moments == "fp32" else []
-    if optimizer.rounding == "exact" and recipe.run.precision == "bf16":
+    changes = [EIGHT_BIT] if optimizer.moments == "fp32" and ranks == 1 else []
+    if recipe.run.precision != "bf16":
+        changes.append(BF16)
+    if optimizer.rounding == "exact" and ranks == 1:
         changes.append(STOCHASTIC)
-    return changes if ranks == 1 else []
+    return changes
 
 
 def _name_keys(change: Changes) -> Changes:
@@ -324,6 +348,8 @@ def assume_accelerator(recipe: Recipe) -> Recipe:
 def parse_memory_size(text: str) -> int:
     """Read an amount of memory such as `24GB`, `24GiB`, `81559MiB` or `24` (GB) as bytes.
 
+    GB are those in a card's name: `CARD_GB`. All other units are what they say.
+
     Raises:
         ValueError: the text is no amount of memory, or not above 0.
     """
@@ -340,8 +366,8 @@ def describe_fit(fit: Fit) -> str:
     if not fit.fits:
         smallest = f"with {fit.overrides} the run" if fit.changes else "the run"
         return (
-            f"nothing fits {size}: {smallest} still needs {needed}; use run.precision: bf16, a smaller "
-            "model, a larger device, or more of them (--ranks)"
+            f"nothing fits {size}: {smallest} still needs {needed}; use a smaller model, a larger device, "
+            "or more of them (--ranks)"
         )
     if not fit.changes:
         return f"fits {size}: needs {needed}"

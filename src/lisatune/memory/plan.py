@@ -20,9 +20,10 @@ from lisatune.console import first_line
 from lisatune.distributed.ranks import fake_ranks, pick_device, ranks_are_fake
 from lisatune.distributed.shards import part_to_update, shard
 from lisatune.losses.causal_lm import CausalLMLoss
+from lisatune.memory.equal_blocks import FewerBlocks
 from lisatune.memory.estimate import divide_among_ranks, estimate_step, explain_untraced
 from lisatune.memory.fake import fake_storage, fake_tensors
-from lisatune.memory.tracker import StepMemory, StorageTracker
+from lisatune.memory.tracker import StepMemory
 from lisatune.methods.build import Built, attach, check_recipe, prepare, weight_dtype
 from lisatune.models.load import meta_model, model_from_config
 from lisatune.models.shapes import shape_config
@@ -295,17 +296,49 @@ def _trace_costliest(
     return traced[costliest]
 
 
-def _trace(built: Built, batches: list[dict[str, Tensor]], micro_steps: int) -> StepMemory:
-    """Trace a step. Of more micro-steps than batches, the last ones are traced."""
+def _trace(
+    built: Built, batches: list[dict[str, Tensor]], micro_steps: int, *, leaves_out: bool = True
+) -> StepMemory:
+    """Trace a step. Of more micro-steps than batches, the last ones are traced.
+
+    `leaves_out`: trace a few blocks of each run of equal frozen ones, if that is exact.
+    """
     ids = batches[0]["input_ids"].numel()
     _make_state(built, ids * micro_steps)
     for p in _find_row_parameters(built) if micro_steps > len(batches) else ():
         p.grad = sparse_rows(p, ids * (micro_steps - len(batches)))  # of the micro-steps before
-    with StorageTracker(built.model, built.step.optimizer) as tracker:
+    paths = built.layers.blocks if leaves_out and not ranks_are_fake() else ()
+    blocks = [built.model.get_submodule(path) for path in paths]
+    with FewerBlocks(built.model, built.step.optimizer, blocks) as tracker:
         built.step.backward(batches)
         built.step.clip()
+        aside = _set_aside(built.step.optimizer) if blocks else []
         built.step.update()
-        return tracker.end_step()
+        aside.clear()
+        memory = tracker.end_step()
+    return memory if tracker.is_exact else _trace(built, batches, micro_steps, leaves_out=False)
+
+
+def _set_aside(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Take the gradients of parameters whose update takes the memory of one before them, and return them.
+
+    `AdamW` updates one parameter after another, and holds nothing of one while it updates the next.
+    """
+    aside: list[Tensor] = []
+    seen = set()
+    for group in optimizer.param_groups if type(optimizer) is AdamW else ():
+        options = [
+            (key, value) for key, value in group.items() if key in ("moments", "rounding", "state_device")
+        ]
+        for p in group["params"]:
+            if p.grad is None or group["rows"]:
+                continue
+            kind = (p.shape, p.stride(), p.dtype, p.grad.stride(), *options)
+            if kind in seen:
+                aside.append(p.grad)
+                p.grad = None
+            seen.add(kind)
+    return aside
 
 
 def _find_row_parameters(built: Built) -> list[nn.Parameter]:

@@ -53,7 +53,7 @@ IN_PLACE = (
 active."""
 
 
-def _runs_backward() -> bool:
+def runs_backward() -> bool:
     """Return whether autograd's backward pass runs, a checkpointed forward pass inside it included."""
     return torch._C._current_graph_task_id() != -1
 
@@ -218,14 +218,10 @@ class StorageTracker(TorchDispatchMode):
         self._mark_state()
         self._peaks.setdefault(self._phase, (self._total, self._event))
         phase, (peak, moment) = max(self._peaks.items(), key=lambda item: item[1][0])
-        at_peak = dict.fromkeys(CATEGORIES, 0)
-        for storage in self._storages:
-            if storage.born <= moment and (storage.died is None or storage.died > moment):
-                at_peak[storage.category or "workspace"] += storage.size
         memory = StepMemory(
             peak_bytes=peak,
             phase=phase,
-            at_peak=at_peak,
+            at_peak=self._count(moment),
             by_phase={name: self._peaks[name][0] for name in PHASES if name in self._peaks},
             static_bytes=self._total,
             host_bytes=tensors_bytes(host_state(self._optimizer)),
@@ -235,6 +231,14 @@ class StorageTracker(TorchDispatchMode):
         return memory
 
     # ---- the count
+
+    def _count(self, moment: int) -> dict[str, int]:
+        """Count the bytes of each category that were alive after an event of this step."""
+        counts = dict.fromkeys(CATEGORIES, 0)
+        for storage in self._storages:
+            if storage.born <= moment and (storage.died is None or storage.died > moment):
+                counts[storage.category or "workspace"] += storage.size
+        return counts
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -313,7 +317,7 @@ class StorageTracker(TorchDispatchMode):
     def _find_phase(self) -> None:
         if self._phase == "optimizer step":
             return
-        if not _runs_backward():
+        if not runs_backward():
             if self._phase == "backward":
                 self._enter("clip")
             return
@@ -340,11 +344,11 @@ class StorageTracker(TorchDispatchMode):
                 storage.category = "activations"
 
     def _before_decoder(self, decoder: nn.Module, args: Any) -> None:
-        if not _runs_backward():
+        if not runs_backward():
             self._enter("forward")
 
     def _after_decoder(self, decoder: nn.Module, args: Any, out: Any) -> None:
-        if _runs_backward():
+        if runs_backward():
             return
         self._keep_activations(since=0)
         self._enter("loss")
@@ -372,13 +376,13 @@ class StorageTracker(TorchDispatchMode):
 
     def _after_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.mark("optimizer state", _list_state(optimizer))  # before a draw releases any
-        if _runs_backward():  # an update inside backward
+        if runs_backward():  # an update inside backward
             self._enter("backward")
 
 
 def _computes_gradients() -> bool:
     """Return whether autograd computes gradients now, as opposed to a checkpointed forward pass."""
-    return _runs_backward() and not torch.is_grad_enabled()
+    return runs_backward() and not torch.is_grad_enabled()
 
 
 def _find_decoder(model: nn.Module) -> nn.Module:

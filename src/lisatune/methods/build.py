@@ -14,6 +14,7 @@ from lisatune.distributed import ranks
 from lisatune.lisa.schedule import BlockSchedule
 from lisatune.losses.causal_lm import CausalLMLoss, ShardedLoss
 from lisatune.methods.step import TrainingStep
+from lisatune.models.load import stored_dtype
 from lisatune.nn.blocks import BlockForward, enable_activation_checkpointing
 from lisatune.nn.layers import LayerMap, find_layers
 from lisatune.optim.meter import StateMeter
@@ -122,6 +123,23 @@ def attach_method(
 def weight_dtype(recipe: Recipe) -> torch.dtype:
     """Return the dtype in which the recipe's weights are loaded."""
     return torch.bfloat16 if recipe.run.precision == "bf16" else torch.float32
+
+
+def save_dtype(recipe: Recipe, model: nn.Module) -> torch.dtype | None:
+    """Return the dtype in which the result is written; None: the one that the weights were trained in.
+
+    Args:
+        recipe: the recipe.
+        model: the prepared model.
+
+    Errors are those of `lisatune.models.load.load_config`.
+    """
+    asked = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, None: None}
+    if recipe.run.save_dtype is not None or hasattr(model, "peft_config"):  # adapters are small
+        return asked[recipe.run.save_dtype]
+    own = stored_dtype(**recipe.model.location)
+    is_narrower = own in asked.values() and own is not None and own.itemsize < weight_dtype(recipe).itemsize
+    return own if is_narrower else None
 
 
 def check_optimizer(optimizer: Optimizer) -> None:

@@ -34,6 +34,9 @@ class Ia3(Method):
     feedforward: tuple[str, ...] = ()
     """Those among `targets` whose input is scaled, not their output. Default: PEFT's choice."""
 
+    adapter: str | None = None
+    """Folder of PEFT's vectors to begin with, such as RUN/model. Default: new ones."""
+
     def __post_init__(self) -> None:
         if self.targets and not set(self.feedforward) <= set(self.targets):
             other = sorted(set(self.feedforward) - set(self.targets))
@@ -43,7 +46,7 @@ class Ia3(Method):
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Add the vectors; see `add_adapters`."""
-        return add_adapters(self.name, model, self._make_config)
+        return add_adapters(self.name, model, self._make_config, adapter=self.adapter)
 
     def build_optimizer(
         self, model: nn.Module, layers: LayerMap, config: OptimizerConfig

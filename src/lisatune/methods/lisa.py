@@ -1,7 +1,6 @@
 """LISA as a method of a recipe. The algorithm is in `lisatune.lisa`."""
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Literal, Self, final
 
 import torch
@@ -9,10 +8,10 @@ from torch import nn
 
 from lisatune.lisa.ends import EndsPolicy
 from lisatune.lisa.frozen_state import StatePolicy
-from lisatune.lisa.groups import Scaling, compute_lr_factors, scale_block_lr
 from lisatune.lisa.lisa import LISA
 from lisatune.lisa.proof import Verify
-from lisatune.lisa.samplers import Independent, Sampler, SamplerName, make_sampler
+from lisatune.lisa.rates import Scaling, compute_lr_factors
+from lisatune.lisa.samplers import Independent, SamplerName, make_sampler
 from lisatune.methods.base import Alternatives, Method, halve
 from lisatune.methods.optimizers import build_optimizer
 from lisatune.nn.layers import LayerMap
@@ -78,10 +77,8 @@ class Lisa(Method):
     def build_optimizer(
         self, model: nn.Module, layers: LayerMap, config: OptimizerConfig
     ) -> torch.optim.Optimizer:
-        """Build the recipe's optimizer: `ends` decides the ends' state, `lr_scaling` the blocks' rates."""
-        optimizer = build_optimizer(model, layers, config, ends=self.ends)
-        scale_block_lr(optimizer, self._chances(layers.num_blocks), self.lr_scaling)
-        return optimizer
+        """Build the recipe's optimizer: `ends` decides the ends' state."""
+        return build_optimizer(model, layers, config, ends=self.ends)
 
     def attach(
         self,
@@ -102,6 +99,7 @@ class Lisa(Method):
             state=self.state,
             ends=self.ends,
             warmup=self.warmup,
+            lr_scaling=self.lr_scaling,
             verify=self.verify,
             total_steps=total_steps,
             layers=layers,
@@ -109,7 +107,8 @@ class Lisa(Method):
 
     def block_lr_factors(self, num_blocks: int) -> tuple[float, ...]:
         """Return what `lr_scaling` makes of each block's chance to train."""
-        return compute_lr_factors(self._chances(num_blocks), self.lr_scaling)
+        sampler = make_sampler(self._sampler(), self.active, num_blocks)
+        return compute_lr_factors(sampler.inclusion(), self.lr_scaling)
 
     def without_proof(self) -> Self:
         """Return LISA without fingerprints."""
@@ -133,20 +132,11 @@ class Lisa(Method):
             ),
         )
 
-    def _chances(self, num_blocks: int) -> tuple[float, ...]:
-        return _inclusion(make_sampler(self._sampler(), self.active, num_blocks))
-
     def _sampler(self) -> str | tuple[float, ...] | Independent:
         if self.sampler == "independent":
             assert self.probabilities is not None
             return Independent(self.probabilities)
         return self.probabilities if self.probabilities is not None else self.sampler
-
-
-@lru_cache(maxsize=8)
-def _inclusion(sampler: Sampler) -> tuple[float, ...]:
-    """Cached, because it takes a second for `Weighted` with 80 blocks, and each plan asks for it."""
-    return sampler.inclusion()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,6 +48,9 @@ class LowRank(Method):
     adapter_dtype: AdapterDtype = "fp32"
     """Dtype of the adapters: float32 (PEFT's default), or that of the weights, half as large beside bf16."""
 
+    adapter: str | None = None
+    """Folder of PEFT adapters to begin with, such as RUN/model. Default: new ones."""
+
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"method.rank must be >= 1, got {self.rank}")
@@ -60,7 +63,13 @@ class LowRank(Method):
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Add the adapters; see `add_adapters`."""
-        return add_adapters(self.name, model, self._make_config, keep_fp32=self.adapter_dtype == "fp32")
+        return add_adapters(
+            self.name,
+            model,
+            self._make_config,
+            keep_fp32=self.adapter_dtype == "fp32",
+            adapter=self.adapter,
+        )
 
     def build_optimizer(
         self, model: nn.Module, layers: LayerMap, config: OptimizerConfig

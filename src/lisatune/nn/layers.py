@@ -11,6 +11,7 @@ parameter that several blocks share is an end, because it belongs to every one o
 A `LayerMap` holds module paths and parameter names, never parameters: sharding replaces those.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -125,7 +126,7 @@ def find_layers(
     end_names = [own[0] for own in names if own[0] in {*trained, *shared}]
     canonical = {alias: own[0] for own in names for alias in own}
     _refuse_empty_blocks(paths, {_owner(own[0], where) for own in names if own[0] not in shared})
-    return LayerMap(
+    layers = LayerMap(
         blocks=paths,
         ends=tuple(end_names),
         frozen=tuple(name for name in outside if name not in set(trained)),
@@ -133,6 +134,34 @@ def find_layers(
         head=canonical.get(f"{_path_from(model, 'get_output_embeddings')}.weight"),
         tied=tuple((alias, own[0]) for own in names for alias in own[1:]),
     )
+    if blocks is not None:
+        _warn_of_lists_in_ends(model, layers)
+    return layers
+
+
+def _warn_of_lists_in_ends(model: nn.Module, layers: LayerMap) -> None:
+    """Warn of module lists without a block that hold two thirds of what the blocks do, such as a decoder."""
+    lists = _outermost_lists(model)
+    others = [
+        path for path in lists if not any(f"{block}.".startswith(f"{path}.") for block in layers.blocks)
+    ]
+    ends = {name: p.numel() for name, p in layers.end_parameters(model).items()}
+    of_others = sum(size for name, size in ends.items() if name.startswith(tuple(f"{p}." for p in others)))
+    of_blocks = sum(p.numel() for block in layers.block_parameters(model) for p in block.values())
+    if 3 * of_others > 2 * of_blocks:
+        share = of_others / (of_blocks + sum(ends.values()))
+        warnings.warn(
+            f"{share:.0%} of what trains is in {' and '.join(others)}, "
+            f"which are ends here and train in every step; for fewer, {_advise_blocks(lists)}",
+            stacklevel=3,
+        )
+
+
+def _advise_blocks(lists: dict[str, nn.ModuleList]) -> str:
+    """Say how the children of several module lists become blocks."""
+    paths = list(lists)
+    names = f'"{paths[0]}.0", …, "{paths[-1]}.{len(lists[paths[-1]]) - 1}"'
+    return f"take the children of all: find_layers(model, blocks=[{names}])"
 
 
 def _find_blocks(model: nn.Module) -> tuple[str, ...]:
@@ -156,10 +185,11 @@ def _find_blocks(model: nn.Module) -> tuple[str, ...]:
         fitting = {path: fitting[path] for path in fitting if near[path] == max(near.values())}
     if len(fitting) != 1:
         known = ", ".join(f"{path} ({len(module)} modules)" for path, module in lists.items()) or "none"
+        several = f"; or {_advise_blocks(lists)}" if depth is None and len(lists) > 1 else ""
         raise ValueError(
             f"cannot tell which module list holds the blocks of {type(model).__name__} ({wanted}, "
             f"{len(fitting)} fit); candidates: {known}. "
-            f'Name one: find_layers(model, blocks="PATH") and pass the result as LISA(..., layers=...)'
+            f'Name one: find_layers(model, blocks="PATH"){several}; pass the result as LISA(..., layers=...)'
         )
     ((path, module),) = fitting.items()
     return tuple(f"{path}.{child}" for child, _ in module.named_children())

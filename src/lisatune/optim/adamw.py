@@ -32,7 +32,7 @@ rougher, which the clipping at RMS 1 bounds. Parameters of one dimension keep a 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +94,8 @@ class AdamW(Optimizer):
 
     Raises:
         ValueError: an argument is out of range; at the first step, a weight of another dtype than bf16,
-            float32 and float64, or a gradient that is sparse without `rows`, or dense with it.
+            float32 and float64, or a gradient that is sparse without `rows`, or dense with it; a param group
+            or a loaded state has torch's `amsgrad` or `maximize`.
 
     Example:
         >>> weight = nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
@@ -159,7 +160,10 @@ class AdamW(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
-        for p in self.param_groups[-1]["params"] if self.param_groups[-1]["rows"] else ():
+        self._watch_rows(self.param_groups[-1])
+
+    def _watch_rows(self, group: Group) -> None:
+        for p in group["params"] if group["rows"] else ():
             self._row_gradients.watch(p)
 
     @torch.no_grad()
@@ -219,20 +223,48 @@ class AdamW(Optimizer):
         finally:
             self._incoming = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what `copy.deepcopy` and pickle keep; hooks of LISA and others are left out, as by torch."""
+        copied = {"chunk_size": self.chunk_size, "updates_in_backward": self.in_backward is not None}
+        return {**super().__getstate__(), **copied}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take up state; torch calls this in `load_state_dict`, before hooks such as LISA's look at it."""
+        updates_in_backward = state.pop("updates_in_backward", None)
+        defaults = state.get("defaults") or self.defaults
+        for options in state["param_groups"]:
+            for key, value in defaults.items():
+                if key in Group.__required_keys__:
+                    options.setdefault(key, value)  # a state saved by another AdamW
+            check_group(options)
         super().__setstate__(state)
-        for options in cast(list[dict[str, Any]], self.param_groups):
-            for key, value in self.defaults.items():
-                options.setdefault(key, value)  # a state saved by another AdamW
-        if self._incoming is None:
-            return
+        if updates_in_backward is not None:
+            self._restore_hooks(updates_in_backward)
+        if self._incoming is not None:
+            self._take_incoming(self._incoming)
+
+    def _restore_hooks(self, updates_in_backward: bool) -> None:
+        """Give a copy hooks of its own on its parameters; frozen ones need them too, for when they thaw."""
+        self.in_backward, self._row_gradients = None, RowGradients()
+        frozen = [p for group in self.param_groups for p in group["params"] if not p.requires_grad]
+        for p in frozen:
+            p.requires_grad_(True)
+        for group in self.param_groups:
+            self._watch_rows(group)
+        if updates_in_backward:
+            self.update_in_backward()
+        for p in frozen:
+            p.requires_grad_(False)
+
+    def _take_incoming(self, states: dict[int, Any]) -> None:
+        """Store loaded state as its layout asks for, where torch has cast it to its weight's dtype."""
         numbered = [(group, p) for group in self.param_groups for p in group["params"]]
         for number, (group, p) in enumerate(numbered):
             layout = layout_of(group, p)
-            for key, saved in self._incoming.get(number, {}).items():
-                if isinstance(saved, Tensor) and key in layout:
-                    self.state[p][key] = home_of(group, p, key).take(saved.to(dtype=layout[key][1]))
+            for key, saved in states.get(number, {}).items():
+                if key in layout and isinstance(saved, Tensor | int | float):  # `step` may be a number
+                    value = torch.as_tensor(saved).to(dtype=layout[key][1]).contiguous()
+                    self.state[p][key] = home_of(group, p, key).take(value)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, after every transfer to host memory has ended."""
@@ -273,7 +305,7 @@ class AdamW(Optimizer):
     def _update_in_chunks(self, group: Group, p: Tensor, state: dict[str, Any], key: int) -> None:
         assert p.grad is not None
         state["step"].add_(1)
-        gradient = p.grad.reshape(-1)
+        gradient = p.grad.contiguous().view(-1)
         is_one_kernel, chunk_size = can_update(group, p), self._chunk(p)
         if is_one_kernel and group["state_device"] is None:
             chunk_size = self.chunk_size or CHUNK_OF_KERNEL

@@ -19,10 +19,14 @@ __all__ = ["cut", "flatten", "on_device", "strip_zero_rows"]
 
 @contextmanager
 def flatten(p: Tensor) -> Iterator[Tensor]:
-    """Yield the elements of a parameter as one row [N], to be changed in place even if `p` is strided."""
-    row = p.detach().reshape(-1)
+    """Yield the elements of a parameter as one contiguous row [N], to be changed in place.
+
+    The row of a weight that is not contiguous is a copy, and is copied back. `reshape(-1)` would return a
+    view of evenly strided weights, such as `x[..., 0]`, in which kernels update the wrong numbers.
+    """
+    row = p.detach().contiguous().view(-1)
     yield row
-    if not p.is_contiguous():  # `row` is a copy
+    if not p.is_contiguous():
         p.copy_(row.view(p.shape))
 
 

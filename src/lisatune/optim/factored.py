@@ -33,7 +33,7 @@ def update_factored(group: Group, p: Tensor, state: dict[str, Any], key: int, ch
     if not p.numel():
         return
     wide = p.dtype if p.dtype == torch.float64 else torch.float32
-    gradient_RC = p.grad.reshape(rows, columns)
+    gradient_RC = p.grad.contiguous().view(rows, columns)
     step = state["step"].add_(1)
     correction = (1 - beta2**step).to(wide)
     chunks = cut(rows, max(1, chunk_size // columns), like=p)

@@ -11,6 +11,7 @@ it is seen.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +37,7 @@ class UpdateInBackward:
 
     def __init__(self, optimizer: Optimizer, update: Callable[[int, nn.Parameter], None]) -> None:
         self._optimizer, self._update = optimizer, update
-        self._places = {
-            p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])
-        }
+        self._places = self._find_places()
         frozen = sum(not p.requires_grad for p in self._places)
         if frozen:
             raise ValueError(
@@ -93,3 +92,8 @@ class UpdateInBackward:
     def _begin(self) -> None:
         for hook in self._optimizer._optimizer_step_pre_hooks.values():
             hook(self._optimizer, (), {})
+        self._places = self._find_places()  # a hook may have divided a group, as LISA's does
+
+    def _find_places(self) -> dict[Any, int]:
+        held = (p for group in self._optimizer.param_groups for p in group["params"])
+        return {p: place for place, p in enumerate(held)}

@@ -87,9 +87,15 @@ def check_group(group: Group) -> None:
     ):
         if options[name] not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {options[name]!r}")
+    for name in ("amsgrad", "maximize"):
+        if options.get(name):
+            raise ValueError(f"lisatune.AdamW has no {name}; leave it out, or use torch.optim.AdamW")
     for name in ("lr", "eps", "weight_decay"):
-        if not isinstance(options[name], Tensor) and not options[name] >= 0:
-            raise ValueError(f"{name} must be >= 0, got {options[name]}")
+        value = options[name]
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"{name} must be a number or a tensor of one element, got {list(value.shape)}")
+        if not isinstance(value, Tensor) and not value >= 0:
+            raise ValueError(f"{name} must be >= 0, got {value}")
     if not all(0 <= beta < 1 for beta in group["betas"]):
         raise ValueError(f"betas must be in [0, 1), got {group['betas']}")
     if group["moments"] == "8bit":

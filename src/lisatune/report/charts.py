@@ -48,8 +48,10 @@ Line = tuple[str, Sequence[Sequence[tuple[float, float]]]]
 """A name and its curves of (x, y), for example one for each seed."""
 
 
-def draw_lines(named: Sequence[Line], *, x: str, y: str, from_zero: bool = False) -> str:
-    """Draw curves, in one colour for each name."""
+def draw_lines(
+    named: Sequence[Line], *, x: str, y: str, from_zero: bool = False, markers: bool = True
+) -> str:
+    """Draw curves, in one colour for each name, with or without a marker at each point."""
 
     def draw(figure: Any) -> None:
         axes = _add_axes(figure, x, y)
@@ -57,7 +59,7 @@ def draw_lines(named: Sequence[Line], *, x: str, y: str, from_zero: bool = False
         for index, (_, curves) in enumerate(named):
             look = {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index // 8 % len(DASHES)]}
             for curve in curves:
-                marker = MARKERS[index % len(MARKERS)]
+                marker = MARKERS[index % len(MARKERS)] if markers else ""
                 (handle,) = axes.plot(*zip(*curve, strict=True), marker=marker, markersize=3, lw=1.4, **look)
             handles.append(handle)
         if from_zero:

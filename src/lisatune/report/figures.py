@@ -12,6 +12,7 @@ from typing import Any
 
 from lisatune.compare.results import Point
 from lisatune.console import byte_text, plural, ranges_text
+from lisatune.memory.fit import CARD_GB
 from lisatune.report import charts
 
 __all__ = [
@@ -204,9 +205,9 @@ def _show_memory(entries: Sequence[Entry], memory: str, note: str, card_bytes: i
     if not shown:
         return None
     most = max(sum(parts.values()) for _, parts in shown)
-    card = card_bytes or next((size * GB for size in CARDS if size * GB >= most), None)
+    card = card_bytes or next((size * CARD_GB for size in CARDS if size * CARD_GB >= most), None)
     fits = [entry.name for entry, parts in shown if card is None or sum(parts.values()) <= card]
-    name = "" if card is None else f"card of {card / GB:g} GB"
+    name = "" if card is None else f"card of {round(card / CARD_GB, 1):g} GB"
     is_drawn = card is not None and (card_bytes is not None or card < 8 * most)
     unit, divisor = ("GB", GB) if (card if is_drawn and card else most) >= GB else ("MB", 10**6)
     bars = {

@@ -12,6 +12,7 @@ from lisatune.console import byte_text, count_text, first_line, plural
 from lisatune.files import yaml
 from lisatune.report.figures import Entry, Table, extract_block_history, make_figures, mark_best, read_metrics
 from lisatune.report.page import Page, group_samples
+from lisatune.report.training import make_training_figures
 
 __all__ = ["make_runs_page"]
 
@@ -76,15 +77,18 @@ def make_runs_page(folders: Sequence[Path], *, card_bytes: int | None = None, we
         )
         + "peak memory: on a CPU of the process, loading included; else as allocated on the device.",
         tables=[],
-        figures=make_figures(
-            entries,
-            loss="held-out loss",
-            memory="tensors in a step",
-            memory_note="As planned before the run. `lisatune compare` measures them."
-            if any(entry.memory for entry in entries)
-            else "Peak memory of the whole run, undivided: its summary has no plan.",
-            card_bytes=card_bytes,
-        ),
+        figures=[
+            *make_training_figures([(run.name, run.metrics) for run in found]),
+            *make_figures(
+                entries,
+                loss="held-out loss",
+                memory="tensors in a step",
+                memory_note="As planned before the run. `lisatune compare` measures them."
+                if any(entry.memory for entry in entries)
+                else "Peak memory of the whole run, undivided: its summary has no plan.",
+                card_bytes=card_bytes,
+            ),
+        ],
         samples=group_samples(entries),
         texts=[text for run in found for text in _list_texts(run)],
     )

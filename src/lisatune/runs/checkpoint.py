@@ -42,6 +42,7 @@ from lisatune.files.tensors import (
     read_part,
     write_file,
 )
+from lisatune.lisa.rates import MARK
 from lisatune.optim.meter import restore_dtypes
 from lisatune.runs.manifest import DamagedCheckpointError, checkpoint_name, verify, write_manifest
 from lisatune.runs.named_state import (
@@ -54,7 +55,7 @@ from lisatune.runs.named_state import (
     to_names,
 )
 
-__all__ = ["load_checkpoint", "save_checkpoint", "translate_group"]
+__all__ = ["load_checkpoint", "load_weights", "save_checkpoint", "translate_group"]
 
 OURS = frozenset(("rounding", "moments", "state_device", "rows", "seed", "steps_done"))
 """Options of a param group that `lisatune.AdamW` has and torch's AdamW lacks."""
@@ -210,6 +211,29 @@ def load_checkpoint(
         hook.remove()
 
 
+def load_weights(path: str | Path, *, model: nn.Module) -> None:
+    """Restore the weights of a checkpoint and nothing else; every rank must call it.
+
+    Args:
+        path: the checkpoint's folder, `…/step-NNNNNN`.
+        model: the model that was saved there.
+
+    Raises:
+        DamagedCheckpointError: the checkpoint is incomplete, damaged, or of another model.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    verify(path)
+    reshard(model)
+    try:
+        with safe_open(path / "weights.safetensors", framework="pt") as file, torch.no_grad():
+            for name, tensor in named_weights(model).items():
+                _copy(tensor, file, name)
+    except (*UNREADABLE, SafetensorError) as error:
+        raise _damaged(path, error) from error
+
+
 def translate_group(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """Turn a param group that torch's AdamW saved into one of `lisatune.AdamW`, or the reverse.
 
@@ -236,7 +260,7 @@ def _check_plain(state: dict[str, Any], optimizer: Optimizer, scheduler: LRSched
     """
     saved, now = state["optimizer"], optimizer.state_dict()
     for i, (was, group) in enumerate(zip(saved["param_groups"], now["param_groups"], strict=True)):
-        if missing := group.keys() - was.keys():
+        if missing := group.keys() - was.keys() - {MARK}:  # which older versions did not set
             raise KeyError(f"param_groups.{i}.{min(missing)}")
         check_kinds(f"param_groups.{i}", {**was, "params": []}, {**group, "params": []})
     for key in now.keys() - {"state", "param_groups"}:

@@ -19,6 +19,7 @@ import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -27,21 +28,39 @@ from lisatune.distributed import ranks
 from lisatune.files.disk import delete, explain_write_errors, replace_file, take_lock
 from lisatune.runs.summary import describe_environment
 
-__all__ = ["RunFolder", "check_output", "differences", "open_folder"]
+__all__ = [
+    "NEW_FOLDER",
+    "RunFolder",
+    "check_output",
+    "differences",
+    "first_day",
+    "is_finished",
+    "is_run",
+    "open_folder",
+]
 
 MAY_CHANGE = frozenset(
     {"run.output", "run.steps", "run.epochs", "run.log_every", "run.eval_every", "run.save_every"}
     | {"run.keep_checkpoints", "run.samples", "run.sample_tokens", "run.report_to", "run.check_memory"}
     | {"run.on_save_error", "run.on_nonfinite", "run.max_skipped_steps", "run.activation_checkpointing"}
-    | {"run.sharding", "run.batch_size"}
+    | {"run.sharding", "run.batch_size", "run.save_dtype", "run.stop_after", "data.date"}
 )
 """Keys that may differ on resume: lengths, intervals, outputs, and what a stopped run may need to change.
 
-Other steps or epochs stretch the learning-rate schedule.
+Other steps or epochs stretch the learning-rate schedule. Another date that changes the data is refused later.
 """
 
-BEFORE_IT_EXISTED = {"optimizer.name": "adamw", "data.long": "auto"}
+BEFORE_IT_EXISTED = {
+    "optimizer.name": "adamw",
+    "data.long": "auto",
+    "optimizer.warmup_share": 0.0,
+    "optimizer.min_lr_share": 0.0,
+    "run.keep_best": False,
+}
 """Keys that older versions lack, with the value that says what these did, if that is not null."""
+
+NEW_FOLDER = "name another run.output to start a new run"
+"""What to do where a run cannot be resumed. No message advises to delete one."""
 
 _FILES = ("recipe.yaml", "environment.json", "metrics.jsonl", "summary.json")
 _FOLDERS = ("checkpoints", "model", "trackers")
@@ -110,6 +129,7 @@ class RunFolder:
                         delete(entry)
             now = describe_environment()
             if resume:
+                delete(path / "summary.json")  # of a finished run that is made longer
                 before = _read_json(path / "environment.json")
                 now = before | {"resumed": [*before.get("resumed", []), now]}
             else:
@@ -256,22 +276,35 @@ def check_output(
         raise OSError(f"cannot write to {existing}; name another run.output")
     if (path / _LOCK).is_file() and os.access(path / _LOCK, os.W_OK):
         os.close(take_lock(path / _LOCK, sign=False))
-    is_run = (path / "recipe.yaml").is_file() and (path / "environment.json").is_file()
     if resume:
-        if not is_run:
-            raise ValueError(f"there is no run to resume in {path}; start it without --resume")
+        if not is_run(path):
+            raise ValueError(
+                f"there is no run to resume in {path}; start it without --resume, or with --resume=auto"
+            )
         _check_same_recipe(path / "recipe.yaml", recipe)
     elif path.exists() and not _was_killed_at_once(path):
         if not overwrite:
             raise ValueError(
-                f"run folder {path} exists; use --resume to continue it or --overwrite to start over, "
-                "or name another run.output"
+                f"run folder {path} holds a finished run; {NEW_FOLDER} (--overwrite would delete it)"
+                if is_finished(path)
+                else f"run folder {path} exists; use --resume to continue it, or name another run.output "
+                "(--overwrite would delete it and start over)"
             )
-        if not is_run:
+        if not is_run(path):
             raise ValueError(
                 f"{path} does not look like a run folder (it lacks recipe.yaml or environment.json), so "
                 "nothing in it is overwritten; name another run.output"
             )
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder holds a run, finished or not."""
+    return (path / "recipe.yaml").is_file() and (path / "environment.json").is_file()
+
+
+def is_finished(path: Path) -> bool:
+    """Whether a folder holds a run that has written its model and, as its last file, its summary."""
+    return is_run(path) and (path / "summary.json").is_file() and (path / "model").is_dir()
 
 
 def _was_killed_at_once(path: Path) -> bool:
@@ -290,12 +323,12 @@ def _check_same_recipe(stored: Path, recipe: Mapping[str, Any]) -> None:
     except ValueError as error:
         raise ValueError(f"{stored}: {error}") from None
     if not isinstance(before, dict) or not all(isinstance(section, dict) for section in before.values()):
-        raise ValueError(f"{stored} is damaged; start over with --overwrite")
+        raise ValueError(f"{stored} is damaged; {NEW_FOLDER}")
     changed = differences(before, recipe)
     if changed:
         raise ValueError(
             f"the recipe differs from the run in {stored.parent}: {'; '.join(changed)}; "
-            "undo that, or start over with --overwrite"
+            f"undo that, or {NEW_FOLDER}"
         )
 
 
@@ -320,12 +353,27 @@ def differences(
     ]
 
 
+def first_day(path: Path) -> str | None:
+    """Return the day that a run's chat template sees as today, YYYY-MM-DD; None if the folder is not a run's.
+
+    It is in the run's recipe. A run from before the key `data.date` existed rendered on the day it began.
+    """
+    from lisatune.files import yaml
+
+    with suppress(OSError, ValueError, AttributeError):
+        date = yaml.load((path / "recipe.yaml").read_text(encoding="utf-8"))["data"].get("date")
+        return (
+            date or datetime.fromisoformat(_read_json(path / "environment.json")["time"]).date().isoformat()
+        )
+    return None
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     value: Any = None
     with suppress(json.JSONDecodeError):
         value = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged; start over with --overwrite")
+        raise ValueError(f"{path} is damaged; {NEW_FOLDER}")
     return value
 
 

@@ -7,6 +7,7 @@ links, so nothing in a manifest can lead out of its folder.
 import json
 import re
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 from lisatune.files.disk import delete, sha256_of
@@ -61,8 +62,7 @@ def verify(path: Path) -> None:
     for name, sha256 in _read_manifest(path).items():
         if sha256_of(path / name) != sha256:
             raise DamagedCheckpointError(
-                f"checkpoint {path} is damaged: {name} changed after it was written; "
-                "delete the folder to use an earlier one"
+                f"checkpoint {path} is damaged: {name} changed after it was written; load an earlier one"
             )
 
 
@@ -92,10 +92,11 @@ def set_aside(path: Path) -> None:
     path.rename(aside)
 
 
-def prune(folder: str | Path, keep: int) -> None:
+def prune(folder: str | Path, keep: int, *, best: Iterable[int] = ()) -> None:
     """Delete all but the `keep` newest complete checkpoints, and folders that kills and damage left behind.
 
-    Nothing is deleted if no checkpoint is complete.
+    Nothing is deleted if no checkpoint is complete. Of the steps in `best`, each the best one up to then, the
+    last one up to each kept checkpoint is kept too, so that a run can be resumed from any of them.
 
     Raises:
         ValueError: keep < 1.
@@ -106,8 +107,9 @@ def prune(folder: str | Path, keep: int) -> None:
     by_step = list_checkpoints(folder)
     complete = [path for path in by_step if _is_complete(path)]
     if complete:
-        newest = by_step.index(complete[0])
-        older = [path for path in by_step[newest:] if path not in complete[:keep]]
+        newest, kept = by_step.index(complete[0]), complete[:keep]
+        spared = {max((step for step in best if step <= _step(path)), default=None) for path in kept}
+        older = [path for path in by_step[newest:] if path not in kept and _step(path) not in spared]
         killed = Path(folder).glob(".step-*.tmp-*")
         damaged = [path for path in Path(folder).glob("step-*.damaged") if _step(path) <= _step(complete[0])]
         for path in (*older, *killed, *damaged):

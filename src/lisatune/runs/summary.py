@@ -54,6 +54,13 @@ class Summary(TypedDict, total=False):
     tokens_per_second: float
     held_out_loss_before: float
     held_out_loss_after: float
+    """Of the model that was written."""
+    held_out_loss_last: float
+    """Of the last step, with run.keep_best."""
+    best_step: int
+    """Step that the model is of, with run.keep_best."""
+    planned_steps: int
+    """Steps that the run would have had, where run.stop_after ended it earlier."""
     peak_bytes: int
     """Most memory in use at once: resident memory on the CPU, else the accelerator's."""
     planned_bytes: int
@@ -65,6 +72,8 @@ class Summary(TypedDict, total=False):
     measured_bytes: int
     measured: str
     """What measured_bytes counts: tensors in a step, or growth of resident memory."""
+    model_dtype: str
+    """Dtype of the written weights, if it is not the one that they were trained in."""
     peak_state_bytes: int
     """Most bytes of optimizer state at once."""
     peak_state_elements: int

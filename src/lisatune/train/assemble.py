@@ -20,7 +20,15 @@ from lisatune.distributed.ranks import pick_device
 from lisatune.distributed.shards import shard
 from lisatune.lisa.schedule import BlockSchedule
 from lisatune.losses.causal_lm import CausalLMLoss
-from lisatune.methods.build import Built, attach, attach_method, check_recipe, prepare, weight_dtype
+from lisatune.methods.build import (
+    Built,
+    attach,
+    attach_method,
+    check_recipe,
+    prepare,
+    save_dtype,
+    weight_dtype,
+)
 from lisatune.models.hf import announce_remote_code, check_attention
 from lisatune.models.load import load_model, load_tokenizer, meta_model, stored_dtype
 from lisatune.models.sharded import load_for_ranks
@@ -28,6 +36,7 @@ from lisatune.nn.blocks import BlockForward, check_compiler
 from lisatune.nn.hidden import max_positions
 from lisatune.nn.layers import LayerMap, find_layers
 from lisatune.recipe import Recipe
+from lisatune.train.schedule import make_scheduler, warn_of_long_warmup
 
 __all__ = ["Parts", "assemble", "batch_length", "check_fits", "rehearse", "seed_generators"]
 
@@ -44,6 +53,8 @@ class Parts:
     built: Built
     compile_seconds: float | None = None
     """Wall time of compiling the blocks before the first step; None if nothing was compiled."""
+    save_dtype: torch.dtype | None = None
+    """Dtype in which the result is written; None: the one that the weights were trained in."""
 
     def collate(self, rows: Sequence[TokenRow]) -> dict[str, Tensor]:
         """Make a batch on the CPU: int64 [B, T], T a multiple of 32 unless that is too long for the model.
@@ -52,7 +63,7 @@ class Parts:
         hundreds of steps.
         """
         length = batch_length(rows, self.recipe, self.built.model)
-        return collate(rows, self.tokenizer.pad_token_id, length=length)
+        return collate(rows, length=length)
 
     def set_learning_rates(self) -> None:
         """Set the rates of the current step, after a resume with another `run.steps`."""
@@ -64,7 +75,8 @@ class Parts:
         """Return the next step's rates: `lr`, and those of the ends and the last block if they differ."""
         lr, at = self.recipe.optimizer.lr, self.scheduler
         groups = self.built.step.optimizer.param_groups
-        own = {key: groups[i]["lr"] for key, i in (("ends_lr", 0), ("block_lr", -1)) if at.base_lrs[i] != lr}
+        kinds = (("ends_lr", 0, 1.0), ("block_lr", -1, self.built.schedule.lr_factor(-1)))
+        own = {key: groups[i]["lr"] * by for key, i, by in kinds if at.base_lrs[i] * by != lr}
         return {"lr": lr * at.lr_lambdas[0](at.last_epoch)} | own
 
     def advance_learning_rates(self) -> None:
@@ -131,16 +143,10 @@ def assemble(recipe: Recipe, before_load: Callable[..., None] | None = None) -> 
     built = attach(recipe, prepared, loss, steps=data.steps, device=device)
     if recipe.data.packing and loss is None:
         built.step.loss.check_packing()
-    from transformers import get_scheduler  # only now that it is quiet
-
-    schedule = recipe.optimizer.schedule
-    scheduler = get_scheduler(
-        "constant_with_warmup" if schedule == "constant" else schedule,
-        built.step.optimizer,
-        num_warmup_steps=recipe.optimizer.warmup_steps,
-        num_training_steps=data.steps,
-    )
+    warn_of_long_warmup(recipe.optimizer, data.steps)
+    scheduler = make_scheduler(recipe.optimizer, built.step.optimizer, data.steps)
     parts = Parts(recipe, device, tokenizer, data, scheduler, built)
+    parts.save_dtype = save_dtype(recipe, built.model)
     if run.compile and built.blocks is not None:
         parts.compile_seconds = _compile(parts, built.blocks)
     return parts
@@ -149,7 +155,8 @@ def assemble(recipe: Recipe, before_load: Callable[..., None] | None = None) -> 
 def _compile(parts: Parts, blocks: BlockForward) -> float:
     """Compile all graphs on a made-up batch; its odd length equals no dimension of a weight."""
     config, built = parts.recipe, parts.built
-    length = max(config.data.max_length // 2, 8) | 1
+    longest = min(config.data.max_length, max_positions(built.model) or config.data.max_length)
+    length = max(longest // 2, 8) | 1
     ids_BT = torch.zeros(config.run.batch_size, length, dtype=torch.long)
     position_ids_BT = torch.arange(length).expand_as(ids_BT)
     if config.data.packing:  # two records in each sequence
@@ -174,6 +181,7 @@ def rehearse(recipe: Recipe, steps: int) -> tuple[nn.Module, LayerMap, BlockSche
     Raises:
         ValueError, RuntimeError, OSError: what `assemble` would raise with the weights loaded.
     """
+    warn_of_long_warmup(recipe.optimizer, steps)
     model = meta_model(**recipe.model.source, dtype=weight_dtype(recipe))
     _warn_of_widened_weights(recipe, model)
     model = recipe.method.prepare(model)
@@ -203,7 +211,8 @@ def check_fits(model: nn.Module, data: RunData) -> None:
         ValueError: the tokenizer belongs to another model, or a row is longer than the model can read.
     """
     rows = (*data.train.rows, *data.validation.rows)
-    highest = max(max(row["input_ids"]) for row in rows)
+    texts = (*(row["input_ids"] for row in rows), *(question.ids for question in data.questions))
+    highest = max(map(max, texts))
     embedding: nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]
     if highest >= embedding.weight.shape[0]:
         raise ValueError(

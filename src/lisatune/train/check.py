@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Literal, ParamSpec, TypeVar
 
 from rich.console import Console
 from rich.text import Text
@@ -26,6 +26,7 @@ from lisatune.runs.folder import check_output
 from lisatune.train.assemble import check_fits, rehearse
 from lisatune.train.outline import Outline, make_outline, print_outline
 from lisatune.train.progress import check_trackers
+from lisatune.train.resume import choose_start, find_checkpoint, fix_date, read_finished
 
 __all__ = ["CheckReport", "check", "print_report"]
 
@@ -72,7 +73,7 @@ class CheckReport:
             notes.append(text)
 
 
-def check(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> CheckReport:
+def check(recipe: Recipe, *, resume: bool | Literal["auto"] = False, overwrite: bool = False) -> CheckReport:
     """Look for everything that would stop a run, and outline the run.
 
     It reads the model's config and tokenizer and every record, and writes nothing.
@@ -83,7 +84,13 @@ def check(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> C
     """
     report = CheckReport()
     output = Path(recipe.run.output or "")
+    if resume == "auto" and not overwrite:
+        resume, overwrite = choose_start(output)
+    resume = bool(resume)
+    recipe = fix_date(recipe, resume=resume)
     report.attempt(check_output, output, recipe.as_dict(), resume=resume, overwrite=overwrite)
+    if resume and not report.problems and read_finished(output, recipe.as_dict()) is None:
+        report.attempt(find_checkpoint, output)
     report.attempt(check_trackers, recipe.run.report_to)
     report.attempt(announce_remote_code, recipe.model.name, recipe.model.trust_remote_code)
     device = report.attempt(pick_device, recipe.run.device)

@@ -4,11 +4,13 @@ Order of set-up, always: data, model, layers, optimizer over all parameters, sch
 loop.
 """
 
+import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,7 +31,19 @@ from lisatune.train import progress
 from lisatune.train.assemble import Parts, assemble
 from lisatune.train.outline import make_outline, print_outline
 from lisatune.train.progress import Log, check_trackers, trackers
-from lisatune.train.resume import RunState, begin, find_checkpoint, restore, save
+from lisatune.train.resume import (
+    RunState,
+    SaveClock,
+    begin,
+    choose_start,
+    find_checkpoint,
+    fix_date,
+    read_finished,
+    restore,
+    restore_best,
+    save,
+    save_best,
+)
 from lisatune.train.stopping import agree_to_stop, explain_interruption, interruptible, resume_hint
 
 __all__ = ["TrainingError", "train"]
@@ -46,7 +60,7 @@ class _NoTimeError(Exception):
 def train(
     recipe: Recipe,
     *,
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
     overwrite: bool = False,
     after_step: Callable[[RunState], None] | None = None,
 ) -> Summary:
@@ -54,7 +68,8 @@ def train(
 
     Args:
         recipe: what to do; `run.output` must be set.
-        resume: continue from the newest complete checkpoint in the run folder.
+        resume: continue from the newest complete checkpoint in the run folder; a finished run is left as it
+            is. `"auto"`: the same, but start the run if the folder has nothing to resume.
         overwrite: delete the run in the folder first.
         after_step: called after each optimizer step with the run's progress, before the step's evaluation
             and checkpoint. An exception that it raises ends the run.
@@ -79,12 +94,25 @@ def train(
         return _train(recipe, resume, overwrite, after_step or (lambda state: None))
 
 
-def _train(recipe: Recipe, resume: bool, overwrite: bool, after_step: Callable[[RunState], None]) -> Summary:
+def _train(
+    recipe: Recipe,
+    resume: bool | Literal["auto"],
+    overwrite: bool,
+    after_step: Callable[[RunState], None],
+) -> Summary:
     assert recipe.run.output is not None
     output = Path(recipe.run.output)
+    if resume == "auto" and not overwrite:
+        resume, overwrite = json.loads(ranks.broadcast_text(json.dumps(choose_start(output))))
+    resume = bool(resume)
+    recipe = fix_date(recipe, resume=resume)
     ranks.on_rank0(lambda: check_output(output, recipe.as_dict(), resume=resume, overwrite=overwrite))
     check_trackers(recipe.run.report_to)
     if resume:
+        finished = read_finished(output, recipe.as_dict())
+        if finished is not None:
+            progress.print_finished(output, finished)
+            return finished
         find_checkpoint(output)
     check = MemoryCheck(recipe)
     parts = assemble(recipe, check.before_load)
@@ -93,11 +121,13 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool, after_step: Callable[[
         open_folder(output, recipe.as_dict(), resume=resume, overwrite=overwrite) as folder,
         trackers(recipe.run.report_to, output, recipe.as_dict()) as log,
         explain_interruption(folder),
+        progress.Bar(parts.data.steps, state.step) as bar,
     ):
         for path in damaged if ranks.is_rank0() else ():
             set_aside(path)
         if resume and ranks.is_rank0():
-            prune(folder.checkpoints, recipe.run.keep_checkpoints)  # left behind by a kill
+            best = state.best_steps()
+            prune(folder.checkpoints, recipe.run.keep_checkpoints, best=best)  # left behind by a kill
             folder.drop_metrics_after(state.step, evaluated=state.evaluated_step == state.step)
         built = parts.built
         outline = make_outline(
@@ -111,11 +141,12 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool, after_step: Callable[[
         )
         print_outline(outline)
         if not resume:
-            state.held_out_before = _held_out(parts)
+            state.held_out_before = _held_out(parts, bar)
             state.answers_before = _answers(parts)
-            folder.log({"step": 0, "held_out_loss": state.held_out_before})
-        _loop(parts, state, folder, log, check, after_step)
-        summary = _finish(parts, state, folder, log, check)
+            if recipe.data.holds_out:
+                folder.log({"step": 0, "held_out_loss": state.held_out_before})
+        _loop(parts, state, folder, log, check, bar, after_step)
+        summary = _finish(parts, state, folder, log, check, bar)
     progress.print_summary(summary)
     return summary
 
@@ -126,10 +157,13 @@ def _loop(
     folder: RunFolder,
     log: Log,
     check: MemoryCheck,
+    bar: progress.Bar,
     after_step: Callable[[RunState], None],
 ) -> None:
     run, last = parts.recipe.run, parts.data.steps
-    with interruptible() as asked_here, progress.Bar(last, state.step) as bar:
+    bar.start_clock()
+    clock = SaveClock(run.save_every)
+    with interruptible() as asked_here:
         asked_to_stop = agree_to_stop(asked_here)
 
         def note(record: dict[str, Any]) -> None:
@@ -141,29 +175,37 @@ def _loop(
                 bar.print(f"step {state.step}: {error}; continuing, as run.on_save_error says")
             log({key: value for key, value in record.items() if isinstance(value, int | float)}, state.step)
 
-        def evaluate() -> None:
-            """Take this step's held-out loss, if it has one and a run before a break has not taken it."""
+        def evaluate() -> bool:
+            """Take this step's held-out loss, if it has one and a run before a break has not taken it.
+
+            Returns whether it is the lowest so far, and its checkpoint was saved.
+            """
             has_one = run.eval_every and state.step % run.eval_every == 0 and 0 < state.step < last
             if has_one and state.evaluated_step < state.step:
                 with suppress(_NoTimeError):
-                    held_out = _held_out(parts, asked_to_stop)
-                    state.evaluated_step = state.step
+                    held_out = _held_out(parts, bar, asked_to_stop)
+                    has_gained = state.add_evaluation(held_out)
                     note({"step": state.step, "held_out_loss": held_out})
                     bar.print(f"step {state.step}: held-out loss {held_out:.3f}")
+                    if run.keep_best and has_gained:
+                        with clock.saving():
+                            return save_best(parts, state, folder, bar.print)
+            return False
 
         evaluate()
-        while state.step < last:
+        while state.step < last and not state.has_stalled(run.stop_after):
             with check.step(parts.device):
                 record = _step(parts, state, folder)
             if state.step % run.log_every == 0 or state.step == last:
                 note(record)
                 bar.update(**record)
             after_step(state)
-            evaluate()
+            saved = evaluate()
             stop = asked_to_stop()
-            saved = True
-            if stop or (run.save_every and state.step % run.save_every == 0):
-                saved = save(parts, state, folder, bar.print)
+            if not saved and (clock.is_due(state.step) or stop):
+                must = bool(stop) or clock.is_asked_for
+                with clock.saving():
+                    saved = save(parts, state, folder, bar.print, must=must)
             if stop:
                 what = "which is saved" if saved else "which could not be saved"
                 raise stop(f"stopped after step {state.step} of {last}, {what}; {resume_hint(folder)}")
@@ -241,33 +283,46 @@ def _check_skip(parts: Parts, state: RunState, loss: Tensor, grad_norm: Tensor, 
         )
 
 
-def _held_out(parts: Parts, asked_to_stop: Callable[[], object] = lambda: None) -> float:
-    """Return the loss per token of the held-out rows, taken in order of length to waste little on padding.
+def _held_out(parts: Parts, bar: progress.Bar, asked_to_stop: Callable[[], object] = lambda: None) -> float:
+    """Return the loss per token of the held-out rows; NaN if nothing is held out.
+
+    The rows are taken in order of length, to waste little on padding.
 
     Raises:
         _NoTimeError: `asked_to_stop` said so between two batches.
     """
+    if not parts.recipe.data.holds_out:
+        return math.nan
     rows = sorted(parts.data.validation.rows, key=lambda row: len(row["input_ids"]))
     size = parts.recipe.run.batch_size * ranks.count()
 
-    def batches() -> Iterator[dict[str, Tensor]]:
+    def batches(advance: Callable[[], None]) -> Iterator[dict[str, Tensor]]:
         for i in range(0, len(rows), size):
             if asked_to_stop():
                 raise _NoTimeError
             yield parts.collate(my_share(rows[i : i + size]))
+            advance()
 
     step = parts.built.step
-    return held_out_loss(step.loss, batches(), device=parts.device, autocast=step.autocast).loss
+    with bar.follow("held-out loss", math.ceil(len(rows) / size)) as advance:
+        return held_out_loss(step.loss, batches(advance), device=parts.device, autocast=step.autocast).loss
 
 
 def _answers(parts: Parts) -> list[str]:
     prompts = [question.prompt for question in parts.data.questions]
+    recipe = parts.recipe
     return generate_answers(
-        parts.built.model, parts.tokenizer, prompts, max_new_tokens=parts.recipe.run.sample_tokens
+        parts.built.model,
+        parts.tokenizer,
+        prompts,
+        max_new_tokens=recipe.run.sample_tokens,
+        date=recipe.data.date,
     )
 
 
-def _finish(parts: Parts, state: RunState, folder: RunFolder, log: Log, check: MemoryCheck) -> Summary:
+def _finish(
+    parts: Parts, state: RunState, folder: RunFolder, log: Log, check: MemoryCheck, bar: progress.Bar
+) -> Summary:
     """Prove the last period, write the model, evaluate, write the summary."""
     if state.skipped_steps == state.step:
         raise TrainingError(
@@ -277,10 +332,23 @@ def _finish(parts: Parts, state: RunState, folder: RunFolder, log: Log, check: M
         )
     parts.built.schedule.check()
     write = save_model if ranks.count() == 1 else save_from_ranks
-    write(parts.built.model, parts.tokenizer, folder.model)  # first, because Ctrl-C may end the rest
-    after = _held_out(parts)
-    folder.log({"step": state.step, "held_out_loss": after})
-    log({"held_out_loss": after}, state.step)
+    # First, because Ctrl-C may end the rest; it also rounds the weights that are evaluated to those written.
+    write(parts.built.model, parts.tokenizer, folder.model, dtype=parts.save_dtype)
+    held_out: Summary = {}
+    if parts.recipe.data.holds_out:
+        if state.evaluated_step < state.step:
+            state.held_out = _held_out(parts, bar)
+            folder.log({"step": state.step, "held_out_loss": state.held_out})
+            log({"held_out_loss": state.held_out}, state.step)
+        held_out = {"held_out_loss_before": state.held_out_before, "held_out_loss_after": state.held_out}
+    if state.step < parts.data.steps:
+        held_out["planned_steps"] = parts.data.steps
+    if parts.recipe.run.keep_best:
+        best = restore_best(parts, state, folder)
+        held_out |= {"best_step": best, "held_out_loss_last": state.held_out}
+        if best != state.step:
+            write(parts.built.model, parts.tokenizer, folder.model)
+            held_out["held_out_loss_after"] = state.best[str(best)]
     # Not strict: a resumed run may ask for more samples than were answered before.
     questions = zip(parts.data.questions, state.answers_before, _answers(parts), strict=False)
     summary = Summary(
@@ -289,8 +357,6 @@ def _finish(parts: Parts, state: RunState, folder: RunFolder, log: Log, check: M
         tokens=state.num_tokens,
         train_seconds=state.train_seconds,
         tokens_per_second=state.num_tokens / state.train_seconds,
-        held_out_loss_before=state.held_out_before,
-        held_out_loss_after=after,
         peak_state_bytes=state.peak_state_bytes,
         peak_state_elements=state.peak_state_elements,
         peak_trainable=state.peak_trainable,
@@ -301,9 +367,12 @@ def _finish(parts: Parts, state: RunState, folder: RunFolder, log: Log, check: M
         is_chat=parts.data.is_chat,
         model=str(folder.model),
     )
+    summary.update(held_out)
     summary.update(check.outcome(parts.device))
     if state.failed_saves:
         summary["failed_saves"] = state.failed_saves
+    if parts.save_dtype is not None:
+        summary["model_dtype"] = str(parts.save_dtype).removeprefix("torch.")
     if parts.compile_seconds is not None:
         summary["compile_seconds"] = parts.compile_seconds
     summary.update(parts.built.schedule.summarize())  # type: ignore[typeddict-item]

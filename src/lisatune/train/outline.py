@@ -20,6 +20,7 @@ from lisatune.lisa.schedule import BlockSchedule
 from lisatune.methods import Method
 from lisatune.nn.layers import LayerMap
 from lisatune.recipe import Recipe
+from lisatune.train.schedule import describe_schedule
 
 __all__ = ["Outline", "make_outline", "print_outline"]
 
@@ -54,6 +55,8 @@ class Outline:
     """Whether `visits` is known; False if it is simulated, because draws depend on measured statistics."""
     batch: str
     lr: str
+    records: str
+    """The kind of the training records, the template that writes them, and what is learned."""
     train_rows: int
     train_tokens: int
     loss_tokens: int
@@ -71,6 +74,8 @@ class Outline:
     skipped: int
     """Records left out because they cannot be used."""
     validation_rows: int
+    validation_limit: int | None
+    """The most held-out rows that the recipe allows; None: no limit."""
     validation_tokens: int
     device: str
     output: str
@@ -97,11 +102,10 @@ def make_outline(
         device: where it will run.
         start_step: steps done before, if the run is resumed.
     """
-    run, optimizer = recipe.run, recipe.optimizer
+    run = recipe.run
     rows = (
         f"{run.batch_size} rows" if run.accumulation == 1 else f"{run.accumulation} × {run.batch_size} rows"
     )
-    warmup = f" after {plural(optimizer.warmup_steps, 'warm-up step')}" if optimizer.warmup_steps else ""
     return Outline(
         model=recipe.model.name,
         method=_method_text(recipe.method),
@@ -119,7 +123,8 @@ def make_outline(
         visits=schedule.planned_visits(data.steps),
         visits_are_exact=schedule.coverage_is_exact,
         batch=f"{rows} of up to {recipe.data.max_length:,} tokens",
-        lr=f"{_lr_text(recipe, layers.num_blocks)}, {optimizer.schedule}{warmup}",
+        lr=f"{_lr_text(recipe, layers.num_blocks)}, {describe_schedule(recipe.optimizer, data.steps)}",
+        records=data.records,
         train_rows=len(data.train.rows),
         train_tokens=data.train.num_tokens,
         loss_tokens=data.train.num_loss_tokens,
@@ -130,6 +135,7 @@ def make_outline(
         num_without_loss=data.train.num_without_loss,
         skipped=data.skipped,
         validation_rows=len(data.validation.rows),
+        validation_limit=recipe.data.validation_limit,
         validation_tokens=data.validation.num_tokens,
         device=f"{device}, {run.precision}",
         output=str(run.output),
@@ -186,15 +192,23 @@ def print_outline(outline: Outline, console: Console | None = None) -> None:
     tokens = f"{count_text(outline.train_tokens)} tokens, {count_text(outline.loss_tokens)} with loss"
     rows += [
         ("lr", outline.lr),
+        ("records", outline.records),
         ("data", "; ".join([f"{plural(outline.train_rows, 'row')}, {tokens}", *left_out])),
-        (
-            "held out",
-            f"{plural(outline.validation_rows, 'row')}, {count_text(outline.validation_tokens)} tokens",
-        ),
+        ("held out", _held_out_text(outline)),
         ("device", outline.device),
         ("output", outline.output),
     ]
     console.print(Panel(grid(rows), title="run", title_align="left", border_style="cyan", box=box.ROUNDED))
+
+
+def _held_out_text(outline: Outline) -> str:
+    """Say how much is held out, and whether `data.validation_limit` is why it is no more."""
+    if not outline.validation_rows:
+        return "nothing, so nothing is evaluated (data.validation_share: 0)"
+    is_limited = outline.validation_rows == outline.validation_limit
+    limit = " (data.validation_limit)" if is_limited else ""
+    rows = plural(outline.validation_rows, "row")
+    return f"{rows}{limit}, {count_text(outline.validation_tokens)} tokens"
 
 
 def _method_text(method: Method) -> str:

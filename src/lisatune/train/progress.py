@@ -6,7 +6,7 @@ is not a terminal, the live line becomes one plain line for each update, without
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,9 +23,12 @@ from rich.text import Text
 from lisatune.console import byte_text, grid, plural, ranges_text, terminal
 from lisatune.runs.summary import Sample, Summary
 
-__all__ = ["Bar", "Log", "check_trackers", "print_summary", "trackers"]
+__all__ = ["Bar", "Log", "check_trackers", "print_finished", "print_summary", "trackers"]
 
 LONGEST_SAMPLE = 400
+
+SECONDS_BETWEEN_LINES = 30
+"""Seconds between two lines on an evaluation, where the output is not a terminal."""
 
 
 class Bar:
@@ -66,12 +69,44 @@ class Bar:
         facts = [f"loss {loss:.3f}", f"lr {lr:.1e}", f"{tokens_per_second:,.0f} tok/s"]
         if active_blocks is not None:
             facts.append(f"blocks {ranges_text(active_blocks)}")
-        facts += [byte_text(resident_bytes), f"{_clock(left)} left"]
+        facts.append(byte_text(resident_bytes))
+        time_left = f"{_clock(left)} left"
         if self._progress is None:
             width = len(str(self._total))
-            self._say(f"step {step:>{width}}/{self._total}  {'  '.join(facts)}")
-        else:
-            self._progress.update(self._task, completed=step, description="· " + " · ".join(facts))
+            self._say(f"step {step:>{width}}/{self._total}  {'  '.join([*facts, time_left])}")
+        else:  # a narrow terminal cuts the end of the line off
+            text = "· " + " · ".join([time_left, *facts])
+            self._progress.update(self._task, completed=step, description=text)
+
+    @contextmanager
+    def follow(self, what: str, total: int) -> Iterator[Callable[[], None]]:
+        """Show how far something is that a step waits for, such as an evaluation.
+
+        Args:
+            what: its name.
+            total: number of its parts.
+
+        Yields:
+            A function to call after each part. If the output is not a terminal, a line is printed for the
+            parts done in each half minute, so that a short evaluation prints none.
+        """
+        said, done = time.monotonic(), 0
+        task = None if self._progress is None else self._progress.add_task(f"· {what}", total=total)
+
+        def advance() -> None:
+            nonlocal said, done
+            done += 1
+            if self._progress is not None and task is not None:
+                self._progress.advance(task)
+            elif time.monotonic() - said >= SECONDS_BETWEEN_LINES:
+                said = time.monotonic()
+                self._say(f"{what}: {done} of {total} batches")
+
+        try:
+            yield advance
+        finally:
+            if self._progress is not None and task is not None:
+                self._progress.remove_task(task)
 
     def print(self, text: str) -> None:
         """Print a line that stays, above the live one."""
@@ -83,8 +118,11 @@ class Bar:
     def _say(self, text: str) -> None:
         self._console.print(Text(text), soft_wrap=True)
 
-    def __enter__(self) -> Self:
+    def start_clock(self) -> None:
+        """Begin to count the time of steps, from which the time left is known."""
         self._began = time.monotonic()
+
+    def __enter__(self) -> Self:
         if self._progress is not None:
             self._progress.start()
         return self
@@ -94,6 +132,14 @@ class Bar:
     ) -> None:
         if self._progress is not None:
             self._progress.stop()
+
+
+def print_finished(output: Path, summary: Summary, console: Console | None = None) -> None:
+    """Say that a run needs no more steps, and print its result."""
+    console = console or terminal()
+    text = f"the run in {output} is finished; for more steps give a larger run.steps or run.epochs"
+    console.print(Text(text), soft_wrap=True)
+    print_summary(summary, console)
 
 
 def print_summary(summary: Summary, console: Console | None = None) -> None:
@@ -106,6 +152,14 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
         loss = Text.assemble(f"{before:.3f} → ", (f"{after:.3f}", style), f" ({after - before:+.3f})")
         rows.append(("held-out loss", loss))
         rows.append(("perplexity", f"{_perplexity(before)} → {_perplexity(after)}"))
+    if "best_step" in summary:
+        last = f"; the last step's held-out loss is {summary['held_out_loss_last']:.3f}"
+        is_last = summary["best_step"] == summary["steps"]
+        best = f"step {summary['best_step']:,} of {summary['steps']:,}, whose model was written"
+        rows.append(("best", best + ("" if is_last else last)))
+    if "planned_steps" in summary:
+        ended = f"after step {summary['steps']:,} of {summary['planned_steps']:,}"
+        rows.append(("stopped", f"{ended}: the held-out loss no longer fell (run.stop_after)"))
     if "steps" in summary and "train_seconds" in summary:
         speed = f", {summary['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in summary else ""
         rows.append(
@@ -131,7 +185,8 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
     if "proof" in summary:
         rows.append(("proof", summary["proof"]))
     if "model" in summary:
-        rows.append(("model", summary["model"]))
+        dtype = f", in {summary['model_dtype']}" if "model_dtype" in summary else ""
+        rows.append(("model", summary["model"] + dtype))
     for sample in summary.get("samples", []):
         console.print(_answers(sample))
     console.print(

@@ -9,9 +9,11 @@ rounds it), and a bare number for a text (YAML reads `revision: 1.10` as 1.1).
 import dataclasses
 import difflib
 import inspect
+import os
 import re
 import types
 import typing
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -21,8 +23,10 @@ from cyclopts import App, Group, Parameter
 from cyclopts.config import Dict
 from cyclopts.exceptions import CoercionError, CycloptsError, MissingArgumentError
 from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
 
-from lisatune.console import expand_home, split_override
+from lisatune.console import expand_home, grid, split_override
 from lisatune.files import yaml
 from lisatune.methods import METHODS, Method
 from lisatune.methods.optimizers import OPTIMIZERS
@@ -40,6 +44,7 @@ __all__ = [
     "build_recipe",
     "load_recipe",
     "print_keys",
+    "print_sections",
     "read_sections",
     "recipe_without_file",
 ]
@@ -57,7 +62,13 @@ Sections = dict[str, dict[str, Any]]
 """The content of a recipe file: {section: {key: value}}."""
 
 
-PATHS = (("model", "name"), ("data", "train"), ("data", "validation"), ("run", "output"))
+PATHS = (
+    ("model", "name"),
+    ("data", "train"),
+    ("data", "validation"),
+    ("method", "adapter"),
+    ("run", "output"),
+)
 """Keys that may hold a path."""
 
 
@@ -87,12 +98,17 @@ def recipe_without_file(overrides: Sequence[str]) -> Recipe:
 
 
 def build_recipe(path: str, from_file: Sections, overrides: Sequence[str]) -> Recipe:
-    """Build a recipe from a file's content and overrides; errors as in `load_recipe`, naming `path`."""
+    """Build a recipe from a file's content and overrides; errors as in `load_recipe`, naming `path`.
+
+    If the overrides pick another method, a warning says that the file's keys of `method` are left out.
+    """
     from_overrides = _read_overrides(overrides)
+    from_file = _leave_out_other_method(path, from_file, from_overrides)
     given = {name: from_file.get(name, {}) | from_overrides.get(name, {}) for name in SECTIONS}
     for section, key in PATHS:
         if isinstance(value := given[section].get(key), str):
             given[section][key] = expand_home(value)
+            _check_path(f"{section}.{key}", value)
 
     def where(section: str, key: str) -> str:
         return "command line" if key in from_overrides.get(section, {}) else path
@@ -157,13 +173,40 @@ def read_sections(path: Path, *, also: Sequence[str] = ()) -> Sections:
     return {section: values or {} for section, values in root.items()}
 
 
-def print_keys(console: Console) -> None:
-    """Print every key with its help text, in one panel per section and per method."""
+def print_keys(console: Console, only: str | None = None) -> None:
+    """Print keys with their help texts, in one panel per section and per method.
+
+    Args:
+        console: where to print.
+        only: a section, or a method, alone. Default: all.
+
+    Raises:
+        ValueError: `only` is neither.
+    """
     panels: dict[str, type] = {}
     for name, section in SECTIONS.items():
         methods = {f"method ({method})": kind for method, kind in METHODS.items()}
         panels |= methods if name == "method" else {name: section}
+    if only == "method":
+        only = "lisa"
+    if only is not None:
+        title = f"method ({only})" if only in METHODS else only
+        if title not in panels:
+            raise ValueError(unknown("section or method", only, (*SECTIONS, *METHODS)))
+        panels = {title: panels[title]}
     _build_app(panels).help_print([], console=console)
+
+
+def print_sections(console: Console) -> None:
+    """Print the names of all keys, a line or two for each section."""
+    rows = []
+    default = METHODS["lisa"].name
+    for name, section in SECTIONS.items():
+        of_method = f" (of {default})" if name == "method" else ""
+        rows.append((name, ", ".join(_list_keys(section)) + of_method))
+    console.print(grid(rows))
+    others = ", ".join(name for name in METHODS if name != default)
+    console.print(Padding(Text(f"Other methods: {others}"), (1, 0, 0, 0)))
 
 
 def _read_overrides(overrides: Iterable[str]) -> Sections:
@@ -182,6 +225,33 @@ def _read_overrides(overrides: Iterable[str]) -> Sections:
                 raise ValueError(f"override {override!r}: a list is written [a, b]") from None
         values.setdefault(section, {})[key] = value
     return values
+
+
+def _check_path(key: str, value: str) -> None:
+    """Refuse a Windows path that YAML has changed, or that is not there. Any other name may be of the hub."""
+    if re.search(r"[\0-\x1f]", value):
+        raise ValueError(
+            f"{key} has a control character in it, {value!r}; put the path in single quotes, because YAML "
+            r"reads \n and \t in double quotes as line break and tab"
+        )
+    if re.match(r"[A-Za-z]:[\\/]", value) and key != "run.output" and not Path(value).exists():
+        here = "" if os.name == "nt" else "; on this machine paths begin with /"
+        raise FileNotFoundError(f"{key}: there is no file or folder {value}{here}")
+
+
+def _leave_out_other_method(path: str, from_file: Sections, from_overrides: Sections) -> Sections:
+    """Return the file's sections without keys of a method that the overrides replace."""
+    own = from_file.get("method", {})
+    name, other = own.get("name", "lisa"), from_overrides.get("method", {}).get("name")
+    if other is None or other == name or other not in METHODS:
+        return from_file
+    if keys := [f"method.{key}" for key in own if key != "name"]:
+        warnings.warn(
+            f"{path}: {', '.join(keys)} left out: keys of method {name}. "
+            f"Method {other} starts from its own defaults",
+            stacklevel=4,
+        )
+    return from_file | {"method": {}}
 
 
 def _build_app(sections: Mapping[str, type], **options: Any) -> App:

@@ -1,22 +1,54 @@
 """A run's progress: saved with each checkpoint, restored from the newest intact one."""
 
 import dataclasses
+import datetime
+import json
 import math
+import time
 import typing
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lisatune.distributed import ranks
 from lisatune.optim.meter import StateMeter
-from lisatune.runs.checkpoint import load_checkpoint, save_checkpoint
-from lisatune.runs.folder import RunFolder
-from lisatune.runs.manifest import DamagedCheckpointError, list_checkpoints, newest_checkpoint, prune
+from lisatune.recipe import Recipe
+from lisatune.runs.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from lisatune.runs.folder import NEW_FOLDER, RunFolder, first_day, is_finished, is_run
+from lisatune.runs.manifest import (
+    DamagedCheckpointError,
+    checkpoint_name,
+    list_checkpoints,
+    newest_checkpoint,
+    prune,
+)
+from lisatune.runs.summary import Summary
 from lisatune.train.assemble import Parts
+from lisatune.train.schedule import lr_factor
 
-__all__ = ["RunState", "begin", "find_checkpoint", "read_state", "restore", "save"]
+__all__ = [
+    "RunState",
+    "SaveClock",
+    "begin",
+    "choose_start",
+    "find_checkpoint",
+    "fix_date",
+    "read_finished",
+    "read_state",
+    "restore",
+    "restore_best",
+    "save",
+    "save_best",
+]
+
+AUTOSAVE_SECONDS = 600
+"""Seconds between two checkpoints where `run.save_every` is not set."""
+
+AUTOSAVE_FACTOR = 20
+"""How many times as long as a checkpoint takes the next one waits at least."""
 
 
 @dataclass
@@ -32,12 +64,22 @@ class RunState:
     failed_saves: int = 0
     evaluated_step: int = 0
     """Step of the last evaluation."""
+    held_out: float = math.nan
+    """Held-out loss of the last evaluation."""
+    lowest_held_out: float = math.inf
+    """Lowest held-out loss of all evaluations while the run trained."""
+    evaluations_without_gain: int = 0
+    """Evaluations since that one."""
+    best: dict[str, float] = field(default_factory=dict)
+    """Held-out loss by the step, as text, of every checkpoint that was the best when it was saved."""
     train_seconds: float = 0.0
     peak_state_bytes: int = 0
     peak_state_elements: int = 0
     peak_trainable: int = 0
     held_out_before: float = math.nan
     answers_before: list[str] = field(default_factory=list)
+    total_steps: int = 0
+    """Steps that the learning-rate schedule is made for; 0 if an older version saved the run."""
     batch: int = 0
     """Sequences of a micro-step on all ranks together; 0 if an older version saved the run."""
     data: dict[str, str] = field(default_factory=dict)
@@ -64,6 +106,30 @@ class RunState:
         self.peak_state_bytes = max(self.peak_state_bytes, meter.bytes)
         self.peak_state_elements = max(self.peak_state_elements, meter.elements)
 
+    def add_evaluation(self, held_out: float) -> bool:
+        """Note this step's held-out loss; return whether it is the lowest so far."""
+        self.evaluated_step, self.held_out = self.step, held_out
+        has_gained = held_out < self.lowest_held_out
+        self.lowest_held_out = held_out if has_gained else self.lowest_held_out
+        self.evaluations_without_gain = 0 if has_gained else self.evaluations_without_gain + 1
+        return has_gained
+
+    def has_stalled(self, stop_after: int | None) -> bool:
+        """Whether `run.stop_after` ends the run now."""
+        return stop_after is not None and self.evaluations_without_gain >= stop_after
+
+    def best_steps(self) -> list[int]:
+        """Return the steps of `best`."""
+        return [int(step) for step in self.best if step.isdecimal()]
+
+
+def fix_date(recipe: Recipe, *, resume: bool) -> Recipe:
+    """Return the recipe with the day that its chat template sees: its own, the resumed run's, or today."""
+    began = first_day(Path(recipe.run.output or "")) if resume else None
+    date = recipe.data.date or began or datetime.date.today().isoformat()
+    date = ranks.broadcast_text(date)  # ranks may start on both sides of midnight
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, date=date))
+
 
 def find_checkpoint(output: Path) -> Path:
     """Find the newest checkpoint of a run whose files all have the sizes that were written.
@@ -72,14 +138,92 @@ def find_checkpoint(output: Path) -> Path:
         ValueError: there is none.
     """
     found = newest_checkpoint(output / "checkpoints")
+    if found is None and is_finished(output):
+        raise ValueError(
+            f"the run in {output} is finished and has no checkpoint to continue from; to train its model "
+            f"further, set model.name={output / 'model'} and name another run.output"
+        )
     if found is None:
-        raise ValueError(f"there is no complete checkpoint in {output}; start over with --overwrite")
+        raise ValueError(f"there is no complete checkpoint in {output}; {NEW_FOLDER}")
     return found
+
+
+def choose_start(output: Path) -> tuple[bool, bool]:
+    """Choose how `--resume=auto` starts: whether it resumes, and whether it overwrites.
+
+    A run that has neither a checkpoint nor a model begins again, because it has nothing to lose. Anything
+    else in the folder is resumed, or refused as without `auto`.
+    """
+    if not is_run(output):
+        return False, False
+    has_result = bool(list_checkpoints(output / "checkpoints")) or (output / "model").exists()
+    return has_result, not has_result
+
+
+def read_finished(output: Path, recipe: Mapping[str, Any]) -> Summary | None:
+    """Read the summary of a finished run; None if it is not finished, or if the recipe makes it longer.
+
+    Args:
+        output: the run folder.
+        recipe: `Recipe.as_dict()`; only its `run.steps`, `run.epochs` and `run.stop_after` are compared.
+    """
+    if not is_finished(output):
+        return None
+    from lisatune.files import yaml
+
+    try:
+        before = yaml.load((output / "recipe.yaml").read_text(encoding="utf-8"))["run"]
+        values = json.loads((output / "summary.json").read_text(encoding="utf-8"))
+        summary: Any = {key: value for key, value in values.items() if value is not None}
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ):  # damaged, so it is resumed from its newest checkpoint
+        return None
+    is_as_long = all(before.get(key) == recipe["run"][key] for key in ("steps", "epochs", "stop_after"))
+    return summary if is_as_long else None
+
+
+class SaveClock:
+    """Tells when a checkpoint is due: every so many steps, or by the clock.
+
+    By the clock it is due `AUTOSAVE_SECONDS` after the last one, or later if saving took more than a
+    twentieth of that time. So a kill costs minutes, and saving costs at most 5 % of the time.
+
+    Args:
+        every: `run.save_every`.
+    """
+
+    def __init__(self, every: int | None) -> None:
+        self._every = every
+        self._since = time.monotonic()
+        self._wait: float = AUTOSAVE_SECONDS
+
+    @property
+    def is_asked_for(self) -> bool:
+        """Whether the recipe asks for these checkpoints."""
+        return self._every is not None
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint is due after `step`; the same on all ranks, which must all call it."""
+        if self._every is not None:
+            return self._every > 0 and step % self._every == 0
+        return bool(ranks.max_over_ranks(int(time.monotonic() - self._since >= self._wait)))
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Measure how long saving takes, and start the clock again."""
+        began = time.monotonic()
+        yield
+        self._since = time.monotonic()
+        self._wait = max(AUTOSAVE_SECONDS, AUTOSAVE_FACTOR * (self._since - began))
 
 
 def begin(parts: Parts) -> RunState:
     """Return the state of a new run."""
-    return RunState(batch=parts.data.order.batch_size, data=parts.data.hashes)
+    return RunState(total_steps=parts.data.steps, batch=parts.data.order.batch_size, data=parts.data.hashes)
 
 
 def restore(parts: Parts, output: Path) -> tuple[RunState, list[Path]]:
@@ -113,19 +257,29 @@ def restore(parts: Parts, output: Path) -> tuple[RunState, list[Path]]:
                 f"the run has done {state.step} steps and the recipe asks for {parts.data.steps}; give more "
                 "run.steps (or run.epochs) to continue"
             )
+        _warn_of_new_schedule(parts, state)
+        state.total_steps = parts.data.steps
         parts.set_learning_rates()
         return state, damaged
-    raise ValueError(f"{problem}, and no other is intact; start over with --overwrite")
+    raise ValueError(f"{problem}, and no other is intact; {NEW_FOLDER}")
 
 
-def save(parts: Parts, state: RunState, folder: RunFolder, say: Callable[[str], None]) -> bool:
+def save(
+    parts: Parts, state: RunState, folder: RunFolder, say: Callable[[str], None], *, must: bool = True
+) -> bool:
     """Save a checkpoint, then delete the oldest ones.
+
+    Args:
+        parts, state, folder: the run.
+        say: prints a line.
+        must: whether a checkpoint that cannot be saved may stop the run at all.
 
     Returns:
         Whether it was saved.
 
     Raises:
-        OSError: it could not be saved and `run.on_save_error` is `stop`; earlier ones are unchanged.
+        OSError: it could not be saved, it must be, and `run.on_save_error` is `stop`; earlier ones are
+            unchanged.
     """
     run = parts.recipe.run
     try:
@@ -138,14 +292,41 @@ def save(parts: Parts, state: RunState, folder: RunFolder, say: Callable[[str], 
             extra=asdict(state),
         )
         if ranks.is_rank0():
-            prune(folder.checkpoints, run.keep_checkpoints)
+            prune(folder.checkpoints, run.keep_checkpoints, best=state.best_steps())
     except OSError as error:
-        if run.on_save_error == "stop":
+        if must and run.on_save_error == "stop":
             raise
         state.failed_saves += 1
-        say(f"step {state.step}: {error}; continuing, as run.on_save_error says")
+        why = "because run.save_every is not set" if not must else "as run.on_save_error says"
+        say(f"step {state.step}: {error}; continuing, {why}")
         return False
     return True
+
+
+def save_best(parts: Parts, state: RunState, folder: RunFolder, say: Callable[[str], None]) -> bool:
+    """Save the checkpoint with the lowest held-out loss so far; see `save`."""
+    state.best[str(state.step)] = state.held_out
+    is_saved = save(parts, state, folder, say)
+    if not is_saved:
+        del state.best[str(state.step)]
+    return is_saved
+
+
+def restore_best(parts: Parts, state: RunState, folder: RunFolder) -> int:
+    """Load the weights of the best checkpoint, if its held-out loss is below that of the last step.
+
+    Returns:
+        The step that the weights are of.
+    """
+    best = min(state.best_steps(), key=lambda step: state.best[str(step)], default=state.step)
+    if best == state.step or state.held_out <= state.best[str(best)]:
+        return state.step
+    try:
+        load_weights(folder.checkpoints / checkpoint_name(best), model=parts.built.model)
+    except DamagedCheckpointError as error:
+        warnings.warn(f"{error}; the model is that of the last step, not of the best", stacklevel=2)
+        return state.step
+    return best
 
 
 def read_state(path: Path, extra: Mapping[str, Any]) -> RunState:
@@ -164,13 +345,26 @@ def read_state(path: Path, extra: Mapping[str, Any]) -> RunState:
     return dataclasses.replace(RunState(), **extra)
 
 
+def _warn_of_new_schedule(parts: Parts, state: RunState) -> None:
+    """Say what another number of steps does to the learning rates."""
+    config, was, now = parts.recipe.optimizer, state.total_steps, parts.data.steps
+    old, new = (config.lr * lr_factor(config, state.step, steps) for steps in (was or now, now))
+    if was not in (0, now) and (config.schedule != "constant" or old != new):
+        warnings.warn(
+            f"the run began with {was:,} steps and now has {now:,}, so from here the learning rate follows "
+            f"optimizer.schedule={config.schedule} over {now:,} steps: {new:.3g} in the next step, where it "
+            f"would have been {old:.3g}",
+            stacklevel=3,
+        )
+
+
 def _check_same_batch(parts: Parts, state: RunState) -> None:
     now = parts.data.order.batch_size
     if state.batch not in (0, now):
         raise ValueError(
             f"the run began with {state.batch} sequences in a micro-step and would continue with {now}: "
             f"run.batch_size={parts.recipe.run.batch_size} on each of {ranks.count()} ranks; choose them so "
-            "that their product stays the same, or start over with --overwrite"
+            f"that their product stays the same, or {NEW_FOLDER}"
         )
 
 
@@ -178,6 +372,6 @@ def _check_same_data(parts: Parts, state: RunState, output: Path) -> None:
     for name, was in state.data.items():
         if parts.data.hashes.get(name) != was:
             raise ValueError(
-                f"{name} differs from what the run in {output} began with: its records, or the tokenizer, "
-                "have changed since; put the former ones back, or start over with --overwrite"
+                f"{name} differs from what the run in {output} began with: its records, the tokenizer "
+                f"or data.date have changed since; put the former ones back, or {NEW_FOLDER}"
             )

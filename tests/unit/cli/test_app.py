@@ -1,5 +1,6 @@
 """The command line: help that helps, one sentence for bad input, and exit codes that tell what happened."""
 
+import io
 import json
 import subprocess
 import sys
@@ -49,13 +50,42 @@ def test_help_shows_commands_and_an_example(capsys: pytest.CaptureFixture[str]) 
     assert max(map(len, out.splitlines())) <= 100
 
 
-@pytest.mark.parametrize("name", ["train", "check", "layers", "generate"])
+@pytest.mark.parametrize("name", ["init", "train", "check", "layers", "generate"])
 def test_help_of_each_command_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"]) == 0
     out = capsys.readouterr().out
     assert f"\n    lisatune {name} " in out
-    assert ("--method.period" in out) == (name in ("train", "check"))
+    assert (" batch_size," in out) == (name in ("train", "check"))
     assert max(map(len, out.splitlines())) <= 100
+    assert out.count("\n") < 60
+
+
+@pytest.mark.parametrize(
+    ("asked", "key"),
+    [("run", "--run.batch_size"), ("method", "--method.active"), ("lora", "--method.rank")],
+)
+def test_help_of_a_section_or_method_explains_its_keys(
+    asked: str, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--help", asked]) == 0
+    out = capsys.readouterr().out
+    assert key in out
+    assert "[default: " in out
+    assert "--data.train" not in out
+    assert main(["train", "--help", "rnu"]) == 2
+    assert "unknown section or method 'rnu'. Did you mean 'run'?" in capsys.readouterr().err
+
+
+def test_quiet_prints_nothing_and_trains(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(recipe), "run.steps=1", "method.active=4", "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
+    assert (recipe.parent / "run" / "model").is_dir()
+
+
+def test_a_shell_can_complete_commands_and_options() -> None:
+    script = app.build_app().generate_completion(shell="bash")
+    assert "init" in script
+    assert "--overwrite" in script
 
 
 def test_help_imports_neither_torch_nor_anything_that_trains() -> None:
@@ -155,7 +185,10 @@ def test_train_leaves_a_whole_run_folder_and_generate_answers_from_it(
     capsys.readouterr()
 
     assert main(["train", str(recipe)]) == 2
-    assert "--resume to continue it or --overwrite" in capsys.readouterr().err
+    assert "holds a finished run; name another run.output" in capsys.readouterr().err
+    for flag in ("--resume", "--resume=auto"):
+        assert main(["train", str(recipe), flag, "run.steps=3", "optimizer.lr=0.002"]) == 0
+        assert capsys.readouterr().out.startswith(f"the run in {run} is finished; for more steps give")
 
 
 def test_check_lists_problems_and_says_so_by_its_exit_code(
@@ -166,6 +199,14 @@ def test_check_lists_problems_and_says_so_by_its_exit_code(
     assert main(["check", str(recipe), "method.active=9", "run.device=cuba"]) == 2
     assert "2 problems" in capsys.readouterr().out
     assert not (recipe.parent / "run").exists()
+
+
+def test_a_terminal_without_utf_8_is_printed_to(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="surrogateescape")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert main(["check", str(recipe)]) == 0
+    terminal.seek(0)
+    assert "+- run --" in terminal.read()
 
 
 def test_layers_shows_blocks_and_ends_without_weights(

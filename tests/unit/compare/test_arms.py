@@ -1,5 +1,7 @@
 """What a comparison is of: arms from text and files, learning rates, seeds, budget."""
 
+import datetime
+import json
 import re
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import pytest
 import yaml
 
 from lisatune.cli.app import main
-from lisatune.compare.arms import read_comparison
+from lisatune.compare.arms import fix_date, read_comparison
 from lisatune.train.recipe_file import load_recipe
 
 RECIPE = {
@@ -73,6 +75,20 @@ def test_an_arm_may_have_a_rate_of_its_own_for_the_ends(tmp_path: Path) -> None:
     assert [arm.recipe.optimizer.ends_lr for arm in arms] == [5e-5, 1e-4, None]
 
 
+def test_a_comparison_that_continues_keeps_the_day_that_its_templates_see(tmp_path: Path) -> None:
+    comparison = read_comparison(write(tmp_path), methods="full")
+    days = [datetime.date.today().isoformat()]
+    began = fix_date(comparison, tmp_path / "out").recipe.data.date
+    assert began in [*days, datetime.date.today().isoformat()]
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for saved, expected in (({"date": "2020-03-04"}, "2020-03-04"), ({}, None)):  # None: an older version
+        (folder / "compare.json").write_text(json.dumps({"asked": {"shared": {"data": saved}}}))
+        assert fix_date(comparison, folder).recipe.data.date == expected
+    own = read_comparison(write(tmp_path), ["data.date=2021-01-01"], methods="full")
+    assert fix_date(own, folder).recipe.data.date == "2021-01-01"
+
+
 def test_folders_of_arms_tell_names_apart_that_differ_in_signs_alone(tmp_path: Path) -> None:
     arms = {"LISA γ": "lisa", "LISA K": "lisa", "LISA κ": "lisa"}
     folders = [arm.folder for arm in read_comparison(write(tmp_path, arms=arms)).arms]
@@ -103,7 +119,7 @@ def test_folders_of_arms_tell_names_apart_that_differ_in_signs_alone(tmp_path: P
         ({"methods": "full", "lr": "1e-4,0.0001"}, "has a learning rate twice"),
         ({"methods": "full:lr="}, "lr of arm 'full:lr=' is empty"),
         ({"methods": "full", "seeds": 0}, "--seeds must be a whole number >= 1, got 0"),
-        ({"methods": "full", "budget": "100"}, "budget must be tokens=N or steps=N"),
+        ({"methods": "full", "budget": "100"}, "budget '100' has no unit; write tokens=100 or steps=100"),
         ({"methods": "full", "budget": "tokens=0"}, "budget tokens must be a whole number >= 1, got 0"),
         ({"methods": "full", "budget": "hours=2"}, "budget must be tokens=N or steps=N"),
         ({"methods": "full", "reference": "fll"}, "unknown reference 'fll'. Did you mean 'full'?"),

@@ -1,3 +1,4 @@
+import itertools
 import re
 import sys
 from collections.abc import Callable
@@ -6,8 +7,11 @@ from pathlib import Path
 import pytest
 import trl
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from trl.chat_template_utils import get_training_chat_template
 
-from lisatune.data.chat import PLAIN_CHAT_TEMPLATE, Chat, common_length, set_chat_template
+from lisatune.data.chat import PLAIN_CHAT_TEMPLATE, Chat, common_length, encode_prompt, set_chat_template
+from lisatune.data.records import Records
+from lisatune.data.tokens import IGNORE, tokenize
 from tiny_text import CHATML, byte_tokenizer
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -100,6 +104,48 @@ def test_templates_of_well_known_models_give_the_answers_and_nothing_of_the_ques
     assert "Goodbye" in goodbye
     assert "Question" not in hello + goodbye
     assert Chat(tokenizer).ends_turn(goodbye)
+    assert Chat(tokenizer).ends_turn(hello)
+
+
+def is_trained_by_trl(family: str) -> bool:
+    tokenizer = byte_tokenizer((TEMPLATES / f"{family}.jinja").read_text("utf-8"))
+    try:
+        return family not in VISION and bool(get_training_chat_template(tokenizer))
+    except ValueError:
+        return False
+
+
+@pytest.mark.filterwarnings("ignore:the chat template asks for an answer with")
+@pytest.mark.parametrize("family", [family for family in FAMILIES if is_trained_by_trl(family)])
+def test_tokens_with_loss_are_those_of_trls_training_templates(family: str) -> None:
+    """TRL also counts what asks for the answer, and the line break after its stop: no model writes these."""
+    template = (TEMPLATES / f"{family}.jinja").read_text("utf-8")
+    special = set(re.findall(r"<[|｜_a-z][^<>'\"\n{}]*>", template)) - {"<bos>", "<eos>"}
+    tokenizer = byte_tokenizer(template, extra=sorted(special))
+    messages = [USER, BOT, USER, BOT | {"content": ""}, USER, BOT | {"content": "Goodbye"}]
+    theirs = tokenizer.apply_chat_template(
+        messages,
+        chat_template=get_training_chat_template(tokenizer),
+        return_assistant_tokens_mask=True,
+        return_dict=True,
+    )
+    records = Records([{"messages": messages}], "messages", 0, "records")
+    (ours,) = tokenize(records, tokenizer, max_length=9999).rows
+    assert ours["input_ids"] == theirs["input_ids"]
+    asks = Chat(tokenizer).render([USER], ask=True)
+    is_counted = [bool(mask) for mask in theirs["assistant_masks"]]
+    answers = spans(tokenizer, ours["input_ids"], [label != IGNORE for label in ours["labels"]])
+    wider = spans(tokenizer, ours["input_ids"], is_counted)
+    assert len(answers) == len(wider) == 3
+    for answer, all_of_it in zip(answers, wider, strict=True):
+        assert all_of_it.rstrip().endswith(answer)
+        assert all_of_it.rstrip().removesuffix(answer) in asks
+
+
+def spans(tokenizer: PreTrainedTokenizerFast, ids: list[int], mask: list[bool]) -> list[str]:
+    """Return the texts whose tokens are marked."""
+    marked = itertools.groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1])
+    return [tokenizer.decode([i for i, _ in group]) for is_marked, group in marked if is_marked]
 
 
 def test_a_template_that_rewrites_earlier_turns_is_used_in_trls_training_variant() -> None:
@@ -126,8 +172,37 @@ def test_the_end_of_the_last_turn_may_be_written_differently(ending: str) -> Non
     template = CHATML.replace("message['content'] + eos_token + '\n' }}", "message['content'] }}" + ending)
     messages = [USER, BOT, USER, BOT | {"content": ""}, USER, BOT | {"content": "Bye"}]
     found = answers(byte_tokenizer(template, extra=["<end>"]), messages)
-    middle, last = ("<end>", "<end><eos>") if ending.startswith("<end>") else ("", "<eos>")
-    assert found == [f"Hello{middle}", middle, f"Bye{last}"]
+    last = "<end><eos>" if ending.startswith("<end>") else "<eos>"
+    assert found == ["Hello<end>", "<end>", f"Bye{last}"]
+
+
+def test_what_begins_the_next_turn_is_not_learned_as_the_end_of_an_answer() -> None:
+    template = "{% for m in messages %}{{ '<turn>' + m['role'] + ':' + m['content'] }}{% endfor %}"
+    template += "{{ '<turn>assistant:' if add_generation_prompt else '<eos>' }}"
+    found = answers(byte_tokenizer(template, extra=["<turn>"]), [USER, BOT, USER, BOT])
+    assert found == ["Hello", "Hello<eos>"]
+
+
+DATED = "{{ 'Today is ' + strftime_now('%d %b %Y (%-d.%-m., %A)') + '.\n' }}" + CHATML
+
+
+def test_a_template_sees_the_day_that_it_is_told_as_today() -> None:
+    tokenizer = byte_tokenizer(DATED)
+    today = "Today is 04 Mar 2020 (4.3., Wednesday).\n<|im_start|>user\nHi"
+    assert Chat(tokenizer, "2020-03-04").render([USER]).startswith(today)
+    ids = encode_prompt(tokenizer, [USER], date="2020-03-04")
+    assert tokenizer.decode(ids).startswith(today)
+    records = Records([{"messages": [USER, BOT]}], "messages", 0, "records")
+    (row,) = tokenize(records, tokenizer, max_length=99, date="2020-03-04").rows
+    assert tokenizer.decode(row["input_ids"]).startswith(today)
+    assert tokenizer.chat_template == DATED
+    assert not Chat(tokenizer).render([USER]).startswith(today)
+
+
+def test_a_day_changes_nothing_else_of_a_template() -> None:
+    template = "\n  {% if strftime_now is defined %}a{% endif %}\n" + CHATML
+    tokenizer = byte_tokenizer(template)
+    assert Chat(tokenizer, "2020-03-04").render([USER, BOT]) == Chat(tokenizer).render([USER, BOT])
 
 
 def test_a_template_that_leaves_texts_out_is_an_error() -> None:

@@ -139,6 +139,26 @@ def test_fields_that_nothing_reads_are_named_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "answer",
+    [
+        lambda text: {"prompt": "a", "completion": text},
+        lambda text: {"instruction": "a", "output": text},
+        lambda text: {"messages": [USER, {"role": "assistant", "content": text}]},
+    ],
+)
+def test_empty_answers_are_counted_and_refused_when_there_is_no_other(tmp_path: Path, answer: Any) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps(answer(text)) for text in ("", "b", " \n")))
+    with pytest.warns(
+        UserWarning, match="rows.jsonl: 2 of 3 answers are empty; the model learns to say nothing"
+    ):
+        assert len(read_records(str(file)).rows) == 3
+    file.write_text("\n".join(json.dumps(answer(text)) for text in ("", " \n")))
+    with pytest.raises(ValueError, match=r"rows.jsonl has no answer to learn from: all 2 answers are empty"):
+        read_records(str(file))
+
+
+@pytest.mark.parametrize(
     "row", [{"instruction": "Add.", "output": "3"}, ALPACA | {"input": None}, ALPACA | {"input": ""}]
 )
 def test_alpaca_input_may_be_left_out(tmp_path: Path, row: Any) -> None:
@@ -301,17 +321,30 @@ def texts(*values: str) -> Records:
 @given(st.lists(st.text(min_size=1), min_size=2), st.floats(0.01, 0.99), st.integers(0, 2**32))
 def test_a_split_keeps_all_records_and_parts_all_prompts(values: list[str], share: float, seed: int) -> None:
     records = texts(*values)
-    try:
-        train, validation = split_records(records, share, seed)
-    except ValueError:
-        different = len({" ".join(value.split()).casefold() for value in values})
-        assert round(share * different) in (0, different)
+    different = len({" ".join(value.split()).casefold() for value in values})
+    if different == 1:
+        with pytest.raises(ValueError, match="has 1 different prompt, and holding it out leaves nothing"):
+            split_records(records, share, seed)
         return
+    train, validation = split_records(records, share, seed)
+    assert train.rows
+    assert validation.rows
     assert sorted(row["text"] for row in train.rows + validation.rows) == sorted(values)
     assert {row["text"] for row in train.rows}.isdisjoint(row["text"] for row in validation.rows)
     shuffled = random.Random(seed).sample(values, len(values))
     held_out = {row["text"] for row in split_records(texts(*shuffled), share, seed)[1].rows}
     assert held_out == {row["text"] for row in validation.rows}
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "most", "held_out"),
+    [(3, 0.05, None, 1), (3, 0.99, None, 2), (100, 0.2, None, 20), (100, 0.2, 5, 5), (2, 0.5, 9, 1)],
+)
+def test_a_split_holds_out_at_least_one_prompt_and_at_most_so_many(
+    count: int, share: float, most: int | None, held_out: int
+) -> None:
+    train, validation = split_records(texts(*map(str, range(count))), share, 0, most=most)
+    assert (len(train.rows), len(validation.rows)) == (count - held_out, held_out)
 
 
 def test_another_seed_holds_out_other_records() -> None:
@@ -334,13 +367,3 @@ def test_records_with_the_same_question_stay_on_one_side(rows: list[Any]) -> Non
     for seed in range(20):
         _, held_out = split_records(Records(rows + others, "", 0, ""), 0.5, seed)
         assert sum(row in rows for row in held_out.rows) in (0, 2)
-
-
-@pytest.mark.parametrize(
-    ("count", "share", "side"), [(1, 0.5, "validate"), (5, 0.05, "validate"), (3, 0.9, "train")]
-)
-def test_a_share_that_leaves_nothing_is_an_error(count: int, share: float, side: str) -> None:
-    with pytest.raises(
-        ValueError, match=f"share of {share} of {count} different prompts leaves nothing to {side} on"
-    ):
-        split_records(texts(*"abcdef"[:count]), share, 0)

@@ -8,6 +8,9 @@ import datasets
 import pytest
 
 from lisatune.data.sources import BadRowError, read_rows
+from lisatune.files.hub import UNREACHABLE
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 99\n"
 
 ROWS = [{"text": "first\nline"}, {"text": "zweite Zeile: äöü"}, {"text": '😀 third, "quoted"'}]
 
@@ -38,6 +41,13 @@ def test_every_file_type_gives_the_same_rows(tmp_path: Path, extension: str, pac
     path = write(tmp_path, f"data.{extension.lower()}{packed}", ROWS)
     path = path.rename(tmp_path / f"data.{extension}{packed}")
     assert [row for _, row in read_rows(str(path))] == ROWS
+
+
+@pytest.mark.parametrize("sign", [";", "\t"])
+def test_a_csv_file_may_be_divided_by_other_signs(tmp_path: Path, sign: str) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text(f'\ufeffprompt{sign}completion\n"a{sign} b"{sign}c, d\n', "utf-8")
+    assert [row for _, row in read_rows(str(path))] == [{"prompt": f"a{sign} b", "completion": "c, d"}]
 
 
 def test_a_json_file_may_hold_one_object_per_line(tmp_path: Path) -> None:
@@ -83,6 +93,8 @@ def test_a_long_csv_field_is_read_and_the_limit_put_back(tmp_path: Path) -> None
         (b"hello\n", "not JSON (Expecting value at column 1); one record is one JSON object on one line"),
         (b'{"text": "a"} {"text": "b"}\n', "not JSON (Extra data at column 15)"),
         (b'{"text": "\xe4"}\n', "not UTF-8 (byte 0xe4); save it as UTF-8"),
+        (b'{"text": "a"},', "not JSON (a comma with nothing after it, near column 14); delete the comma"),
+        (b'{"text": "a",}', "not JSON (a comma with nothing after it, near column 14); delete the comma"),
         (b"[" * 100_000, "not JSON that can be read (maximum recursion depth"),
         (b"1" * 5000, "not JSON that can be read (Exceeds the limit"),
     ],
@@ -105,8 +117,15 @@ def test_a_line_that_cannot_be_read_is_told_and_the_next_one_read(
         (
             "a.json",
             b'[{"text": "a"},\n {"text": }]',
-            r"a\.json, line 2: not JSON \(Expecting value at column 11\)",
+            r"a\.json, line 2: not JSON \(Expecting value at column 11\)$",
         ),
+        (
+            "a.json",
+            b'[{"text": "a"},\n {"text": "b"},\n]',
+            r"a\.json, line 3: not JSON \(a comma with nothing after it, near column 1\); delete the comma",
+        ),
+        ("a.csv", LFS, r"a\.csv is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"),
+        ("a.parquet", LFS, r"a\.parquet is a Git LFS pointer"),
         ("a.json", b'[{"text": "a"},\n {"text": "\xff"}]', r"a\.json, line 2: not UTF-8 \(byte 0xff\)"),
         (
             "a.csv",
@@ -155,16 +174,27 @@ def test_a_missing_file_names_the_nearest_one_there(tmp_path: Path) -> None:
         list(read_rows(str(tmp_path / "no" / "folder")))
 
 
-@pytest.mark.parametrize("source", ["a.jsonl", "b.csv.gz", "./name", "~/no-such-folder-here", "x/y.txt"])
+@pytest.mark.parametrize("source", ["a.jsonl", "b.csv.gz", "./name", "~/no-such", "x/y.txt", r"C:\a", "D:/a"])
 def test_what_looks_like_a_path_never_goes_to_the_hub(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: pytest.fail("asked the hub"))
-    with pytest.raises(FileNotFoundError, match="there is no file or folder"):
+    with pytest.raises(FileNotFoundError, match="there is no file or folder") as caught:
         list(read_rows(source))
+    assert ("; give the path by which this machine knows it" in str(caught.value)) == (":" in source)
 
 
 def test_a_folder_without_text_files_says_what_it_holds(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("{}")
-    with pytest.raises(ValueError, match=r"has no \.txt file, it holds train\.jsonl; name a file"):
+    with pytest.raises(
+        ValueError, match=r"no \.txt file in it or below, it holds train\.jsonl; name one file, .*\.jsonl"
+    ):
+        list(read_rows(str(tmp_path)))
+    (tmp_path / "train.jsonl").rename(tmp_path / "data.arrow")
+    with pytest.raises(
+        ValueError, match=r"it holds data\.arrow; write the data set with its method to_parquet"
+    ):
+        list(read_rows(str(tmp_path)))
+    (tmp_path / "data.arrow").rename(tmp_path / "data.txt").write_bytes(LFS)
+    with pytest.raises(ValueError, match=r"data\.txt is a Git LFS pointer"):
         list(read_rows(str(tmp_path)))
 
 
@@ -173,6 +203,7 @@ def test_a_hub_id_is_loaded_with_its_config_and_split(monkeypatch: pytest.Monkey
         return [{"text": f"{name} {config} {split}"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("lisatune.data.sources.ask_hub", lambda name, kind: "")
     assert list(read_rows("openai/gsm8k:main", split="test")) == [
         ("openai/gsm8k:main, test row 1", {"text": "openai/gsm8k main test"})
     ]
@@ -186,6 +217,20 @@ def test_a_hub_id_that_cannot_be_reached_is_one_sentence(monkeypatch: pytest.Mon
     ) as info:
         list(read_rows("no/such-data"))
     assert "\n" not in str(info.value)
+
+
+def test_a_name_that_is_nothing_here_goes_to_the_hub_once_and_gives_the_nearest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my-rows").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("lisatune.data.sources.ask_hub", lambda name, kind: UNREACHABLE)
+    monkeypatch.setattr(datasets, "load_dataset", pytest.fail)
+    with pytest.raises(
+        FileNotFoundError, match=r"no file or folder my-row, and .* did you mean my-rows\?; set"
+    ):
+        list(read_rows("my-row"))
 
 
 def test_python_docs_have_two_parts() -> None:

@@ -67,7 +67,7 @@ def test_the_model_learns_to_stop(form: str, loss_on: Any, template: str | None)
     tokenizer = byte_tokenizer(template)
     examples = tokenize(records(FORMS[form]), tokenizer, max_length=1000, loss_on=loss_on)
     assert learned(examples.rows[0], tokenizer).rstrip().endswith("<eos>")
-    batch = collate([*examples.rows, {"input_ids": [1] * 99, "labels": [1] * 99}], tokenizer.pad_token_id)
+    batch = collate([*examples.rows, {"input_ids": [1] * 99, "labels": [1] * 99}])
     stops = examples.rows[0]["labels"].count(tokenizer.eos_token_id)
     assert (batch["labels"][0] == tokenizer.eos_token_id).sum() == stops > 0
 
@@ -268,20 +268,25 @@ def test_packing_too_long_a_sequence_is_an_error() -> None:
 
 def test_collate_pads_on_the_right_without_loss() -> None:
     rows = [{"input_ids": [5, 6], "labels": [-100, 6]}, {"input_ids": [7, 8, 9], "labels": [-100, 8, 9]}]
-    batch = collate(rows, pad_token_id=6)
+    batch = collate(rows)
     assert batch.keys() == {"input_ids", "labels", "position_ids"}
-    assert batch["input_ids"].tolist() == [[5, 6, 6], [7, 8, 9]]
+    assert batch["input_ids"].tolist() == [[5, 6, 5], [7, 8, 9]]
     assert batch["labels"].tolist() == [[-100, 6, -100], [-100, 8, 9]]
     assert batch["position_ids"].tolist() == [[0, 1, 2], [0, 1, 2]]
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
-def test_positions_of_packed_rows_restart_at_each_document_and_at_the_padding() -> None:
+def test_a_batch_without_rows_is_refused() -> None:
+    with pytest.raises(ValueError, match="a batch needs at least one row"):
+        collate([])
+
+
+def test_positions_of_packed_rows_restart_at_each_document_and_each_padding_token() -> None:
     rows = [
         {"input_ids": [1] * 5, "labels": [1] * 5, "seq_lengths": [3, 2]},
         {"input_ids": [1] * 7, "labels": [1] * 7, "seq_lengths": [7]},
     ]
-    assert collate(rows, 0)["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1], [0, 1, 2, 3, 4, 5, 6]]
+    assert collate(rows)["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 0], [0, 1, 2, 3, 4, 5, 6]]
 
 
 def loss_and_gradients(
@@ -323,9 +328,9 @@ def test_packed_documents_do_not_see_each_other(model: LlamaForCausalLM, padded:
     examples = made_up([9, 7, 12, 5, 3, 6, 8] if padded else [9, 7, 10, 6])
     packed = pack(examples, 16)
     assert len({len(row["input_ids"]) for row in packed.rows}) == (4 if padded else 1)
-    logits, loss, gradients = loss_and_gradients(model, collate(packed.rows, 0))
+    logits, loss, gradients = loss_and_gradients(model, collate(packed.rows))
 
-    alone = {tuple(row["input_ids"]): loss_and_gradients(model, collate([row], 0)) for row in examples.rows}
+    alone = {tuple(row["input_ids"]): loss_and_gradients(model, collate([row])) for row in examples.rows}
     torch.testing.assert_close(loss, sum(result[1] for result in alone.values()), **EXACT)
     for index, gradient in enumerate(gradients):
         torch.testing.assert_close(gradient, sum(result[2][index] for result in alone.values()), **EXACT)
@@ -339,8 +344,8 @@ def test_packed_documents_do_not_see_each_other(model: LlamaForCausalLM, padded:
 
 def test_padding_changes_nothing(model: LlamaForCausalLM) -> None:
     examples = made_up([9, 16, 3])
-    logits, loss, gradients = loss_and_gradients(model, collate(examples.rows, 0))
-    alone = [loss_and_gradients(model, collate([row], 0)) for row in examples.rows]
+    logits, loss, gradients = loss_and_gradients(model, collate(examples.rows))
+    alone = [loss_and_gradients(model, collate([row])) for row in examples.rows]
     torch.testing.assert_close(loss, sum(result[1] for result in alone), **EXACT)
     for index, gradient in enumerate(gradients):
         torch.testing.assert_close(gradient, sum(result[2][index] for result in alone), **EXACT)

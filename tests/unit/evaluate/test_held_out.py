@@ -2,7 +2,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lisatune.evaluate.held_out import generate_answers, held_out_loss
 from lisatune.losses.causal_lm import CausalLMLoss
@@ -111,3 +111,13 @@ def test_answers_stop_at_the_end_token(model: LlamaForCausalLM, tokenizer: PreTr
     assert generate_answers(model, tokenizer, ["a"], max_new_tokens=8) == [""]
     bias[5] = 2.0
     assert generate_answers(model, tokenizer, ["a"], max_new_tokens=3) == ["b b b"]
+
+
+def test_answers_end_where_the_model_reads_no_more(tokenizer: PreTrainedTokenizerFast) -> None:
+    config = GPT2Config(vocab_size=8, n_embd=16, n_layer=1, n_head=2, n_positions=6, eos_token_id=None)
+    model = GPT2LMHeadModel(config)
+    tokenizer.eos_token = None  # no answer ends by itself
+    (answer,) = generate_answers(model, tokenizer, ["a b c"], max_new_tokens=64)
+    assert len(tokenizer.tokenize(answer)) <= 3
+    with pytest.raises(ValueError, match="a prompt has 6 tokens and the model reads at most 6"):
+        generate_answers(model, tokenizer, ["a b c d a b"], max_new_tokens=1)

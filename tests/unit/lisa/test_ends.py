@@ -220,8 +220,8 @@ def test_detach_takes_every_hook_off_the_model(tied: bool) -> None:
 
 
 def test_refused_lisa_leaves_no_hook_behind(tied_llama: nn.Module) -> None:
-    with pytest.raises(ValueError, match="warmup needs param groups"):
-        attach(tied_llama, "head", warmup=1)
+    with pytest.raises(ValueError, match=r"must store the ends' state as ends 'head.8bit' says"):
+        attach(tied_llama, "head+8bit")
     assert not tied_llama.model.embed_tokens._forward_hooks
 
 

@@ -1,21 +1,17 @@
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers.optimization import Adafactor
 
 import tiny
-from lisatune import LISA, build_adamw, find_layers, param_groups, scale_block_lr
+from lisatune import LISA, build_adamw, find_layers, param_groups
 from lisatune.lisa.checks import check_parameters, unwrap_optimizer
-from lisatune.lisa.groups import find_block_groups
-from lisatune.methods import BAdam, EndsOnly, Full, GaLore, Lisa, Method
+from lisatune.methods import Full, GaLore, Lisa
 from lisatune.methods.optimizers import build_optimizer
 from lisatune.optim.meter import state_bytes
 from lisatune.recipe import OptimizerConfig
-from lisatune.train.recipe_file import load_recipe
 
 
 def test_one_group_per_layer_ends_first(tiny_llama: nn.Module) -> None:
@@ -57,6 +53,24 @@ def test_build_adamw_is_fused_and_names_its_parameters(untied_llama: nn.Module) 
     assert optimizer.param_groups[1]["param_names"][0] == "model.layers.0.self_attn.q_proj.weight"
 
 
+def test_build_adamw_updates_strided_weights_as_contiguous_ones() -> None:
+    results = []
+    for is_strided in (True, False):
+        model = nn.Module()
+        model.embed, model.blocks = nn.Embedding(7, 4), nn.ModuleList([nn.Linear(4, 4, bias=False)])
+        values = torch.linspace(-1, 1, 16).view(4, 4)
+        strided = torch.stack([values, values], dim=-1)[..., 0]
+        model.blocks[0].weight = nn.Parameter(strided if is_strided else strided.contiguous())
+        optimizer = build_adamw(model, find_layers(model, blocks="blocks"), lr=0.1)
+        assert optimizer.defaults["fused"] is not is_strided
+        for _ in range(3):
+            model.blocks[0](torch.eye(4)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(model.blocks[0].weight.detach())
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_ends_lr_is_that_of_the_ends_alone(untied_llama: nn.Module, weight_decay: float) -> None:
     layers = find_layers(untied_llama)
@@ -87,74 +101,6 @@ def test_ends_lr_equal_to_lr_changes_no_bit(moments: Literal["fp32", "8bit"]) ->
         trained.append(model)
     tiny.assert_same_weights(trained[0], trained[1])
     assert tiny.moved(tiny.weights(trained[0]), trained[2]) >= {"lm_head.weight"}
-
-
-@pytest.mark.parametrize(("how", "power"), [("inverse", -1), ("sqrt", -0.5), ("none", 0)])
-def test_rates_of_blocks_are_scaled_by_their_chance_to_train(
-    untied_llama: nn.Module, how: Literal["inverse", "sqrt", "none"], power: float
-) -> None:
-    layers, config = find_layers(untied_llama), OptimizerConfig(lr=1e-3, ends_lr=1e-4)
-    chances = (1.0, 0.5, 0.0, 0.25, 0.125, 1.0)
-    for method, expected in (
-        (Lisa(active=2, lr_scaling=how), (1 / 3,) * 6),
-        (Lisa(active=0, lr_scaling=how), (1.0,) * 6),
-        (Lisa(active=4, sampler="window", lr_scaling=how), (0.5, 0.5, 1, 1, 0.5, 0.5)),
-        (Lisa(sampler="independent", probabilities=chances, lr_scaling=how), (1, 0.5, 1, 0.25, 0.125, 1)),
-    ):
-        ends, *blocks = method.build_optimizer(untied_llama, layers, config).param_groups
-        assert ends["lr"] == 1e-4
-        assert [group["lr"] for group in blocks] == pytest.approx([1e-3 * p**power for p in expected])
-
-
-@pytest.mark.parametrize("method", [BAdam(), EndsOnly()], ids=["badam", "ends"])
-def test_rates_of_other_methods_are_the_recipes(method: Method, untied_llama: nn.Module) -> None:
-    optimizer = method.build_optimizer(untied_llama, find_layers(untied_llama), OptimizerConfig(lr=1e-3))
-    assert {group["lr"] for group in optimizer.param_groups} == {1e-3}
-
-
-def test_the_papers_recipe_has_one_rate_for_all() -> None:
-    method = load_recipe(Path(__file__).parents[3] / "recipes" / "lisa-paper.yaml", []).method
-    assert isinstance(method, Lisa)
-    assert (method.sampler, method.state, method.lr_scaling) == ("uniform", "reset", "none")
-
-
-def test_scaled_rates_of_a_loop_of_ones_own(untied_llama: nn.Module) -> None:
-    layers = find_layers(untied_llama)
-    shared = torch.tensor(1e-2)
-    optimizer = torch.optim.AdamW(param_groups(untied_llama, layers, weight_decay=0.1), lr=shared)
-    scale_block_lr(optimizer, [0.25] * 5 + [1.0])
-    rates = {group["layer"]: float(group["lr"]) for group in optimizer.param_groups}
-    doubled = dict.fromkeys((f"block {i}" for i in range(5)), 2e-2)
-    assert rates == pytest.approx({"ends": 1e-2, **doubled, "block 5": 1e-2})
-    assert float(shared) == pytest.approx(1e-2)
-
-
-@pytest.mark.parametrize("groups", ["layers", "model"])
-def test_rates_are_not_scaled_of_groups_that_mix_or_miss_blocks(untied_llama: nn.Module, groups: str) -> None:
-    layers = find_layers(untied_llama)
-    of = param_groups(untied_llama, layers) if groups == "layers" else untied_llama.parameters()
-    optimizer = torch.optim.AdamW(of, lr=1e-2)
-    found = 6 if groups == "layers" else 0
-    with pytest.raises(ValueError, match=f"got 3 chances for {found} blocks.*param_groups"):
-        scale_block_lr(optimizer, [0.5] * 3)
-    assert {group["lr"] for group in optimizer.param_groups} == {1e-2}
-
-
-def test_warmup_of_a_period_ramps_each_rate_from_its_own(untied_llama: nn.Module) -> None:
-    layers = find_layers(untied_llama)
-    optimizer = build_adamw(untied_llama, layers, lr=1e-2, ends_lr=1e-3)
-    lisa = LISA(untied_llama, optimizer, period=2, warmup=1, ends="every:2", layers=layers)
-    seen: list[tuple[float, float]] = []
-    block = f"block {lisa.active_blocks[0]}"
-
-    def note(*_: object) -> None:
-        rates = {group["layer"]: group["lr"] for group in optimizer.param_groups}
-        seen.append((rates["ends"], rates[block]))
-
-    optimizer.register_step_pre_hook(note)  # runs after LISA's
-    tiny.fit(untied_llama, optimizer, 2)
-    assert seen == [(5e-4, 5e-3), (1e-3, 1e-2)]
-    assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"]) == (1e-3, 1e-2)
 
 
 def test_state_bytes_counts_every_tensor(untied_llama: nn.Module) -> None:
@@ -211,23 +157,3 @@ def test_quantised_parameter_is_named(untied_llama: nn.Module) -> None:
     optimizer = torch.optim.SGD(untied_llama.parameters())
     with pytest.raises(ValueError, match=r"'lm_head.weight' is torch.int8 and cannot train"):
         check_parameters(find_layers(untied_llama), untied_llama, optimizer)
-
-
-def test_groups_by_block_finds_both_groups_of_a_block(untied_llama: nn.Module) -> None:
-    layers = find_layers(untied_llama)
-    optimizer = build_adamw(untied_llama, layers, lr=1e-3, weight_decay=0.1)
-    blocks = [tuple(block.values()) for block in layers.block_parameters(untied_llama)]
-    ends = tuple(layers.end_parameters(untied_llama).values())
-    found = find_block_groups(optimizer, blocks, ends)
-    assert [[group["layer"] for group in groups] for groups in found] == [
-        [f"block {i}"] * 2 for i in range(6)
-    ]
-    with pytest.raises(ValueError, match="warmup needs param groups that do not mix layers"):
-        find_block_groups(torch.optim.SGD(untied_llama.parameters()), blocks, ends)
-
-
-def test_warmup_needs_a_learning_rate_to_ramp(untied_llama: nn.Module) -> None:
-    layers = find_layers(untied_llama)
-    optimizer = Adafactor(param_groups(untied_llama, layers))
-    with pytest.raises(ValueError, match="warmup needs a learning rate to ramp, and Adafactor has lr=None"):
-        LISA(untied_llama, optimizer, warmup=1)

@@ -10,6 +10,7 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     GraniteConfig,
+    Lfm2Config,
     LlamaConfig,
     MixtralConfig,
     OPTConfig,
@@ -266,6 +267,33 @@ def test_packing_is_refused_where_documents_see_each_other(family: str) -> None:
     loss_fn = CausalLMLoss(build(CONFIGS[family]))
     with pytest.raises(ValueError, match=r"data.packing does not work with \w+ForCausalLM"):
         loss_fn.check_packing()
+
+
+def test_packing_is_refused_where_a_state_sums_over_tokens() -> None:
+    """The sum does not depend on the order of the tokens in the document before."""
+    model = build(CONFIGS["llama tied"])
+    model.get_input_embeddings().register_forward_hook(lambda module, ids, out: out + out.cumsum(1))
+    with pytest.raises(ValueError, match=r"data.packing does not work with LlamaForCausalLM"):
+        CausalLMLoss(model).check_packing()
+
+
+def test_packing_is_refused_where_documents_see_little_of_each_other() -> None:
+    """A short convolution between small weights: 2e-5 of the largest logit, a hundred units of rounding."""
+    model = build(Lfm2Config(**SHAPE | {"layer_types": ["conv", "full_attention", "conv"]}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.7 if parameter.ndim > 1 else 1.0)
+    with pytest.raises(ValueError, match=r"data.packing does not work with Lfm2ForCausalLM"):
+        CausalLMLoss(model).check_packing()
+
+
+def test_packing_is_refused_where_the_positions_run_on() -> None:
+    """Then a document is not what it is alone, whatever stands before it."""
+    model = build(CONFIGS["gpt2"])
+    forward = model.transformer.wpe.forward
+    model.transformer.wpe.forward = lambda ids: forward(torch.arange(ids.shape[1]).expand_as(ids))
+    with pytest.raises(ValueError, match=r"data.packing does not work with GPT2LMHeadModel"):
+        CausalLMLoss(model).check_packing()
 
 
 @pytest.mark.smollm2

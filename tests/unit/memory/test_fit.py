@@ -7,7 +7,7 @@ from transformers import LlamaConfig
 
 from lisatune.cli.app import main
 from lisatune.memory import fit as searches
-from lisatune.memory.fit import apply_changes, find_fit, parse_memory_size
+from lisatune.memory.fit import BF16, CARD_GB, apply_changes, find_fit, parse_memory_size
 from lisatune.memory.plan import RESERVE_BYTES, plan_memory
 from lisatune.methods import METHODS
 from lisatune.optim import codecs
@@ -51,7 +51,7 @@ def make_recipe(folder: Path) -> Recipe:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("24GB", 24 * 10**9), ("24GiB", 24 * 2**30), ("24", 24 * 10**9), (" 81559 MiB", 81559 * 2**20)],
+    [("24GB", 24 * CARD_GB), ("24GiB", 24 * 2**30), ("24", 24 * CARD_GB), (" 81559 MiB", 81559 * 2**20)],
 )
 def test_memory_sizes_are_read(text: str, size: int) -> None:
     assert parse_memory_size(text) == size
@@ -94,7 +94,7 @@ def test_moments_of_8_bits_are_the_first_change(folder: Path, planned: PlansOnce
 def test_where_cheaper_ends_would_do_too_a_step_has_fewer_rows_at_a_time(
     folder: Path, planned: PlansOnce
 ) -> None:
-    recipe, eight = make_recipe(folder), {"optimizer.moments": "8bit"}
+    recipe, eight = apply_changes(make_recipe(folder), BF16[0]), {"optimizer.moments": "8bit"}
     fewer_rows = eight | {"run.batch_size": 1, "run.accumulation": 2}
     frozen = eight | {"method.ends": "frozen"}
     size = max(planned(apply_changes(recipe, each)).needed_bytes for each in (fewer_rows, frozen))
@@ -115,13 +115,28 @@ def test_without_bitsandbytes_something_else_is_changed(
     fit = find_fit(recipe, int(0.98 * whole.needed_bytes), first=whole)
     assert fit.fits
     assert "8bit" not in fit.overrides
+    assert fit.missing == fit.as_dict()["missing"] == "no bitsandbytes"
+
+
+@pytest.mark.parametrize(("gb", "gib"), [(24, 23.53), (24, 23.61), (40, 39.45), (80, 79.25)])
+def test_a_card_has_the_memory_of_its_name(gb: int, gib: float) -> None:
+    """A30, RTX 4090 and both A100, as torch reports them: what fits the name fits the card."""
+    assert 0.98 * gib * 2**30 < parse_memory_size(f"{gb}GB") <= gib * 2**30
+
+
+def test_weights_in_bf16_are_tried(folder: Path, planned: PlansOnce) -> None:
+    recipe = make_recipe(folder)
+    changes = {"optimizer.moments": "8bit", "run.precision": "bf16"}
+    both = planned(apply_changes(recipe, changes)).needed_bytes
+    assert both < planned(apply_changes(recipe, {"optimizer.moments": "8bit"})).needed_bytes
+    assert find_fit(recipe, both).changes.items() <= changes.items()
 
 
 def test_where_nothing_fits_the_smallest_is_shown(folder: Path, planned: PlansOnce) -> None:
     recipe = make_recipe(folder)
     fit = find_fit(recipe, RESERVE_BYTES + 10**6)
     assert not fit.fits
-    assert fit.plan.length < 512
+    assert fit.plan.batch_size == 1
     assert fit.plan.needed_bytes < planned(recipe).needed_bytes
 
 

@@ -1,8 +1,13 @@
 """DoRA and IA3: what PEFT is asked to add to a model, and what is refused."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 from transformers import PhiConfig, PhiForCausalLM
 
 import tiny
@@ -77,3 +82,79 @@ def test_bad_input_is_one_sentence(
     recipe = tiny_run.write_recipe(tmp_path, model, rows, "method: {}\n")
     assert main(["train", str(recipe), *overrides]) == 2
     assert message in capsys.readouterr().err
+
+
+def save_adapter(method: Method, folder: Path) -> dict[str, torch.Tensor]:
+    """Save a method's adapters with values of their own, and return these by name."""
+    model: Any = method.prepare(tiny.llama(blocks=2))
+    for number, p in enumerate(model.parameters()):
+        if p.requires_grad:
+            nn.init.normal_(p, generator=torch.Generator().manual_seed(number))
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+CONTINUED = {"lora": Lora, "dora": Dora, "ia3": Ia3}
+
+
+@pytest.mark.parametrize("name", CONTINUED)
+def test_an_adapter_is_continued_from_its_folder(name: str, tmp_path: Path) -> None:
+    saved = save_adapter(CONTINUED[name](), tmp_path)
+    model = CONTINUED[name](adapter=str(tmp_path)).prepare(tiny.llama(blocks=2))
+    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert found.keys() == saved.keys()
+    assert all(torch.equal(found[name], saved[name]) for name in saved)
+    with torch.device("meta"):  # the rehearsal, which compares names and shapes
+        CONTINUED[name](adapter=str(tmp_path)).prepare(tiny.llama(blocks=2))
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (Lora(rank=8), "has r=16, and the recipe makes r=8; set method.rank to what it was trained with"),
+        (Lora(alpha=16), "has lora_alpha=32, and the recipe makes lora_alpha=16; set method.alpha"),
+        (Dora(), "has use_dora=None, and the recipe makes use_dora=True; set method.name"),
+        (Ia3(), "has peft_type=LORA, and the recipe makes peft_type=IA3; set method.name"),
+        (Lora(targets=("q_proj",)), "does not fit: the recipe makes no .*lora_A.weight; give the model"),
+        (Lora(ends=True), r"does not fit: it has no .*lm_head.lora_A.weight"),
+    ],
+    ids=lambda value: value[:20] if isinstance(value, str) else value.name,
+)
+def test_an_adapter_that_the_recipe_would_not_make_is_refused(
+    method: Any, message: str, tmp_path: Path
+) -> None:
+    save_adapter(Lora(), tmp_path)
+    with pytest.raises(ValueError, match=message):
+        replace(method, adapter=str(tmp_path)).prepare(tiny.llama(blocks=2))
+
+
+def test_an_adapter_of_another_model_is_refused_by_shape_and_named_by_name(tmp_path: Path) -> None:
+    save_adapter(Lora(), tmp_path)
+    with torch.device("meta"), pytest.raises(ValueError, match=r"its .* is \[16, 48\], and the model takes"):
+        Lora(adapter=str(tmp_path)).prepare(tiny.llama(blocks=2, hidden=64))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": "some/other"})
+    )
+    with pytest.warns(UserWarning, match="was trained on some/other, and model.name is"):
+        Lora(adapter=str(tmp_path)).prepare(tiny.llama(blocks=2))
+
+
+def test_a_folder_without_adapters_is_refused(tmp_path: Path) -> None:
+    lora = Lora(adapter=str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=f"method.adapter {tmp_path} has no adapter_config.json"):
+        lora.prepare(tiny.llama(blocks=1))
+    save_adapter(Lora(), tmp_path)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (tmp_path / name).write_text("[1]")
+        with pytest.raises(ValueError, match=f"method.adapter: {tmp_path / name} is damaged"):
+            lora.prepare(tiny.llama(blocks=2))
+
+
+def test_methods_without_adapters_of_their_own_refuse_the_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tiny_run.write_rows(tmp_path / "rows.jsonl")
+    recipe = tiny_run.write_recipe(tmp_path, tmp_path, rows, "method: {name: full, adapter: x}\n")
+    assert main(["train", str(recipe)]) == 2
+    assert "unknown key 'method.adapter' of method full" in capsys.readouterr().err

@@ -1,3 +1,5 @@
+import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +21,12 @@ from transformers import (
 from transformers.utils import logging
 
 from lisatune.evaluate.held_out import generate_answers
+from lisatune.methods import Lora
 from lisatune.models.hf import silence_transformers
 from lisatune.models.load import load_config, load_model, load_tokenizer, meta_model, save_model, stored_dtype
-from lisatune.models.sharded import load_for_ranks
+from lisatune.models.locate import name_elsewhere
+from lisatune.models.sharded import load_for_ranks, save_from_ranks
+from lisatune.nn.layers import find_layers
 
 SHAPE = {
     "vocab_size": 128,
@@ -80,6 +85,87 @@ def test_weights_come_in_float32_unless_asked_otherwise(folder: Path) -> None:
     assert model.config._attn_implementation == "eager"
 
 
+def save_on_ranks(model: Any, folder: Path, dtype: torch.dtype) -> None:
+    save_from_ranks(model, tiny_tokenizer(eos_token="</s>"), folder, dtype=dtype)
+
+
+def save_alone(model: Any, folder: Path, dtype: torch.dtype) -> None:
+    save_model(model, tiny_tokenizer(eos_token="</s>"), folder, dtype=dtype)
+
+
+@pytest.mark.parametrize("save", [save_alone, save_on_ranks])
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_are_written_in_the_dtype_asked_for_and_the_model_holds_what_was_written(
+    tmp_path: Path, save: Callable[..., None], tied: bool
+) -> None:
+    model, unrounded = tiny(tied=tied), tiny(tied=tied)
+    save(model, tmp_path / "out", torch.bfloat16)
+    stored = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    assert stored_dtype(str(tmp_path / "out")) == torch.bfloat16
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    for (name, p), was in zip(model.named_parameters(), unrounded.parameters(), strict=True):
+        assert torch.equal(p, stored[name].float())
+        assert torch.equal(p, was.bfloat16().float())
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+
+
+@pytest.mark.parametrize("save", [save_alone, save_on_ranks])
+def test_weights_too_large_for_the_dtype_are_written_as_they_are(
+    tmp_path: Path, save: Callable[..., None]
+) -> None:
+    model = tiny()
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = 1e5
+    with pytest.warns(
+        UserWarning, match=r"a weight is 1e\+05 and torch.float16 ends at 6.55e\+04; weights are"
+    ):
+        save(model, tmp_path / "out", torch.float16)
+    assert torch.equal(load_model(str(tmp_path / "out")).lm_head.weight, model.lm_head.weight)
+    assert stored_dtype(str(tmp_path / "out")) == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("base", "commit", "about"), [("some/model", "abc123", ""), ("smollm2-135m", None, "in the package llm-")]
+)
+def test_adapters_name_their_model_by_hub_id_and_commit_or_say_what_it_is(
+    base: str, commit: str | None, about: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny()
+    model.name_or_path = model.config.name_or_path = base
+    model.config._commit_hash = commit
+    adapted = Lora(rank=1).prepare(model)
+    save_model(adapted, tiny_tokenizer(eos_token="</s>"), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == (base, commit)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"base_model: {base}" in card
+    assert about in card
+
+    def open_base(name: str, **options: Any) -> Any:
+        assert (name, options["revision"]) == (base, commit)
+        return tiny()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lisatune.models.load.load_model", open_base)
+        loaded = load_model(str(tmp_path / "out"))
+    assert set(loaded.peft_config) == {"default"}
+
+
+def test_the_name_of_a_model_serves_from_other_folders_and_machines(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    assert load_model("model").name_or_path == str(folder)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = folder.parent / "hub" / "models--some--model" / "snapshots" / commit
+    shutil.copytree(folder, snapshot)
+    model = load_model(str(snapshot))
+    assert (model.name_or_path, model.config._commit_hash) == ("some/model", commit)
+    assert name_elsewhere("smollm2-135m") == ("smollm2-135m", None)
+    assert name_elsewhere("some/model") == ("some/model", None)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_meta_model_has_the_same_parameters_without_weights(tmp_path: Path, tied: bool) -> None:
     save_model(tiny(tied=tied), tiny_tokenizer(eos_token="</s>"), tmp_path / "model")
@@ -102,6 +188,35 @@ def test_the_same_keywords_open_config_tokenizer_and_model(folder: Path, load: C
         model = opened[0] if isinstance(opened, tuple) else opened
         assert model.config._attn_implementation == "eager"
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("load", [load_model, meta_model, lambda name: load_for_ranks(name)[0]])
+def test_two_matrices_stay_two_where_the_config_says_tied(tmp_path: Path, load: Callable[[str], Any]) -> None:
+    folder = str(tmp_path / "model")
+    save_model(tiny(), tiny_tokenizer(eos_token="</s>"), folder)
+    config = Path(folder, "config.json")
+    config.write_text(
+        config.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true')
+    )
+    with pytest.warns(
+        UserWarning, match=r"config.json ties embedding and head, but .* two different matrices"
+    ):
+        model = load(folder)
+    assert not find_layers(model).is_tied
+    assert model.config.tie_word_embeddings is False
+    if load is load_model:
+        save_model(model, tiny_tokenizer(eos_token="</s>"), tmp_path / "out")
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.tie_word_embeddings is False
+
+
+def test_equal_matrices_are_tied_where_the_config_says_so(folder: Path) -> None:
+    save_model(tiny(tied=True), tiny_tokenizer(eos_token="</s>"), folder)
+    change_weights(
+        folder,
+        lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"].clone()}),
+    )
+    for model in (load_model(str(folder)), meta_model(str(folder))):
+        assert find_layers(model).is_tied
 
 
 def test_a_missing_weight_is_an_error_not_a_random_number(folder: Path) -> None:
@@ -210,11 +325,43 @@ def test_a_file_is_not_a_model(folder: Path) -> None:
 
 @pytest.mark.parametrize("load", [load_config, load_tokenizer, load_model, meta_model])
 def test_a_hub_that_can_not_be_reached_is_one_sentence(load: Any) -> None:
-    with pytest.raises(
-        FileNotFoundError, match=r"could not load .*nobody/nothing: We couldn't connect to"
-    ) as caught:
+    says = r"there is no model folder nobody/nothing, and the Hugging Face hub cannot be reached, because"
+    with pytest.raises(FileNotFoundError, match=says) as caught:
         load("nobody/nothing")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("smolm2-135m", "did you mean smollm2-135m?"),
+        ("my/llama-3-8b", "did you mean llama-3.1-8b (a shape, from which `lisatune plan` plans)?"),
+        ("my/modle", "did you mean my/model?"),
+        ("./my/modle", "did you mean my/model?"),
+        ("llama-2-7b", "llama-2-7b is a shape, from which `lisatune plan` plans."),
+        ("my--model", "the name cannot be a hub id either"),
+        ("my", "model folder my has no config.json; give my/model, the model of this run"),
+    ],
+)
+def test_a_name_that_is_nothing_here_gives_the_nearest(
+    name: str, near: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=re.escape(near)):
+        load_config(name)
+
+
+def test_an_earlier_download_serves_while_the_hub_cannot_be_reached(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    repo = cache / "models--some--model"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("abc123")
+    shutil.copytree(folder, repo / "snapshots" / "abc123")
+    assert load_model("some/model").num_parameters() == load_model(str(folder)).num_parameters()
 
 
 def test_an_attention_that_does_not_exist_is_one_sentence(folder: Path) -> None:
@@ -363,7 +510,7 @@ def test_the_alias_with_another_file_is_refused(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_gguf(tmp_path / "tampered.gguf", tiny(), "smollm")
-    monkeypatch.setattr("lisatune.models.load.find_smollm2", lambda: tmp_path / "tampered.gguf")
+    monkeypatch.setattr("lisatune.models.locate.find_smollm2", lambda: tmp_path / "tampered.gguf")
     with pytest.raises(ValueError, match=r"tampered.gguf is damaged: its sha256 is not b179"):
         load_config("smollm2-135m")
     assert not cache.exists()

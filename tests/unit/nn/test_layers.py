@@ -304,6 +304,20 @@ def test_encoder_decoder_with_named_blocks_works() -> None:
     assert_partition(model, layers)
 
 
+def test_an_encoder_decoder_is_told_how_both_lists_train_and_warned_where_one_is_an_end() -> None:
+    with torch.device("meta"):
+        model = T5ForConditionalGeneration(T5Config(num_layers=2))
+    advice = r'children of all: find_layers\(model, blocks=\["encoder\.block\.0", …, "decoder\.block\.1"\]\)'
+    with pytest.raises(ValueError, match=advice):
+        find_layers(model)
+    for side, other in (("encoder", "decoder"), ("decoder", "encoder")):
+        what = (
+            rf"of what trains is in {other}\.block, which are ends here and train in every step; .*{advice}"
+        )
+        with pytest.warns(UserWarning, match=what):
+            find_layers(model, blocks=f"{side}.block")
+
+
 def test_unknown_path_gets_the_known_lists(untied_llama: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match=r"no module 'model\.layer'; its module lists: model\.layers"):
         find_layers(untied_llama, blocks="model.layer")

@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+import pickle
 from typing import Any
 
 import pytest
@@ -270,16 +271,111 @@ def trace_a_step(device: str, rounding: Any, moments: Any) -> None:
     assert optimizer.state[weight]["step"].shape == ()
 
 
-def test_strided_weights_and_gradients_are_updated() -> None:
-    results = []
-    for is_strided in (True, False):
-        values = torch.arange(12.0).view(3, 4).to(torch.bfloat16)
-        weight = nn.Parameter(values.t() if is_strided else values.t().contiguous())
-        weight.grad = torch.ones(4, 3, dtype=torch.bfloat16).cumsum(0).to(torch.bfloat16)
-        AdamW([weight], lr=0.1).step()
-        results.append(weight.detach().contiguous())
-    assert torch.equal(*results)
-    assert not torch.equal(results[0], values.t())
+STRIDED: dict[str, Any] = {
+    "every second number": lambda values: torch.stack([values, values], dim=-1)[..., 0],
+    "transposed": lambda values: values.t().contiguous().t(),
+    "rows with gaps": lambda values: torch.cat([values, values], dim=1)[:, : values.shape[1]],
+    "one dimension": lambda values: torch.stack([values.flatten()] * 2, dim=-1)[:, 0],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rounding", "moments"), KINDS)
+@pytest.mark.parametrize("layout", STRIDED)
+def test_strided_weights_and_gradients_are_updated_as_contiguous_ones(
+    layout: str, rounding: Any, moments: Any, dtype: torch.dtype
+) -> None:
+    stride = STRIDED[layout]
+    values = torch.linspace(-1, 1, 70 * 60).view(70, 60).to(dtype)
+    base = stride(values)
+    weight, twin = nn.Parameter(base), nn.Parameter(base.contiguous())
+    assert not weight.is_contiguous()
+    assert twin.is_contiguous()
+    ways = [AdamW([p], lr=0.1, rounding=rounding, moments=moments) for p in (weight, twin)]
+    for step in range(3):
+        twin.grad = gradients(tuple(twin.shape), step, dtype)
+        weight.grad = stride(twin.grad) if step == 1 and layout != "one dimension" else twin.grad.clone()
+        for optimizer in ways:
+            optimizer.step()
+    assert torch.equal(weight, twin)
+    assert not torch.equal(weight, stride(values))
+
+
+def test_numbers_between_those_of_a_strided_weight_stay() -> None:
+    values = torch.ones(6, 4, 2)
+    weight = nn.Parameter(values[..., 0])
+    steps_on(AdamW([weight], lr=0.1), weight, range(2))
+    assert torch.equal(values[..., 1], torch.ones(6, 4))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])  # noqa: S301
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_copied_optimizer_continues_on_its_own(copied: Any, in_backward: bool) -> None:
+    model = nn.Sequential(nn.Embedding(6, 4, sparse=True), nn.Linear(4, 3, dtype=torch.float32))
+    groups = [{"params": [model[0].weight], "rows": True}, {"params": list(model[1].parameters())}]
+    optimizer = AdamW(groups, lr=0.1, chunk_size=256)
+    if in_backward:
+        optimizer.update_in_backward()
+
+    def step(model: nn.Module, optimizer: AdamW) -> None:
+        model(torch.tensor([1, 1, 2])).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(model, optimizer)
+    model[0].weight.requires_grad_(False)  # frozen when it is copied
+    other, its_optimizer = copied((model, optimizer))
+    assert its_optimizer.chunk_size == 256
+    assert its_optimizer.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+    before = tiny.weights(model)
+    for each in (other, model):
+        each[0].weight.requires_grad_(True)
+    step(other, its_optimizer)
+    assert not tiny.moved(before, model)
+    step(model, optimizer)
+    assert tiny.moved(before, model) == set(before)
+    tiny.assert_same_weights(other, model)
+    assert len(its_optimizer.state[other[0].weight]["row_ids"]) == 3  # ids of a step, counted before merging
+
+
+def test_a_loaded_state_has_the_keys_of_a_saved_one() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    optimizer, loaded = AdamW([weight]), AdamW([weight])
+    for _ in range(2):
+        loaded.load_state_dict(optimizer.state_dict())
+    assert loaded.state_dict() == optimizer.state_dict()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_states_of_torch_are_taken_with_steps_as_numbers_and_with_strides(transposed: bool) -> None:
+    start = torch.linspace(-1, 1, 12).view(3, 4)
+    start = start.t() if transposed else start
+    theirs, ours = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    their_optimizer, optimizer = torch.optim.AdamW([theirs], lr=0.1), AdamW([ours], lr=0.1)
+    steps_on(their_optimizer, theirs, range(2))
+    saved = copy.deepcopy(their_optimizer.state_dict())
+    saved["state"][0]["step"] = int(saved["state"][0]["step"])  # as torch < 1.12 saved it
+    with torch.no_grad():
+        ours.copy_(theirs)
+    optimizer.load_state_dict(saved)
+    for p, each in ((theirs, their_optimizer), (ours, optimizer)):
+        steps_on(each, p, range(2, 4))
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)  # the kernel rounds in another order
+
+
+@pytest.mark.parametrize("option", ["amsgrad", "maximize"])
+def test_options_of_torch_that_would_change_the_update_are_refused(option: str) -> None:
+    weight = nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match=f"lisatune.AdamW has no {option}"):
+        AdamW([{"params": [weight], option: True}])
+    state = torch.optim.AdamW([weight], **{option: True}).state_dict()
+    with pytest.raises(ValueError, match=f"lisatune.AdamW has no {option}"):
+        AdamW([weight]).load_state_dict(state)
+
+
+def test_a_learning_rate_of_two_numbers_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"lr must be a number or a tensor of one element, got \[2\]"):
+        AdamW([nn.Parameter(torch.ones(3))], lr=torch.tensor([1e-3, 1e-3]))
 
 
 def test_frozen_weights_are_left_alone() -> None:

@@ -55,6 +55,16 @@ def reference(weight: Tensor, *, decay: float) -> list[Tensor]:
     return weights
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_strided_weights_are_projected_as_contiguous_ones(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    start = torch.stack([gradient(shape, 100)] * 2, dim=-1).to(dtype)[..., 0]
+    strided, twin = nn.Parameter(start), nn.Parameter(start.contiguous())
+    assert not strided.is_contiguous()
+    for one, other in zip(*(train(optimizer_of(p), p) for p in (strided, twin)), strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_every_step_is_algorithm_1(shape: tuple[int, int], decay: float) -> None:

@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 from lisatune.cli import app
 from lisatune.compare.results import Results
 from lisatune.lisa.statistics import measure_movement
+from lisatune.memory.fit import CARD_GB
 from lisatune.report import charts
 from lisatune.report.comparison_page import make_comparison_page
 from lisatune.report.figures import Entry, find_pareto_front, make_figures, mark_best
 from lisatune.report.page import group_samples, render
 from lisatune.report.run_page import make_runs_page
+from lisatune.report.training import make_training_figures
 from tiny import llama
 from tiny_report import HOSTILE, results, write_run
 
@@ -149,7 +151,7 @@ def test_the_pareto_front_is_what_nothing_beats() -> None:
 
 @pytest.mark.parametrize(
     ("card_bytes", "words"),
-    [(None, "All fit a card of 8 GB: the dashed line."), (4 * 10**9, "Above the card of 4 GB")],
+    [(None, "All fit a card of 8 GB: the dashed line."), (4 * CARD_GB, "Above the card of 4 GB")],
 )
 def test_memory_is_held_against_a_card(card_bytes: int | None, words: str) -> None:
     entries = [
@@ -158,7 +160,7 @@ def test_memory_is_held_against_a_card(card_bytes: int | None, words: str) -> No
     ]
     (figure,) = make_figures(entries, loss="", memory="bytes", memory_note="", card_bytes=card_bytes)
     assert words in figure.alt
-    assert f"card of {(card_bytes or 8e9) / 1e9:g} GB" in figure.svg
+    assert f"card of {4 if card_bytes else 8} GB" in figure.svg
     assert "small" not in figure.note
 
 
@@ -178,6 +180,25 @@ def test_periods_that_were_not_logged_are_told(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", periods=(0, 3))
     (figure,) = [each for each in make_runs_page([folder]).figures if each.title.startswith("Active")]
     assert "2 periods without a logged step" in figure.note
+
+
+def test_training_is_drawn_from_the_steps_of_each_run_that_have_numbers() -> None:
+    lisa = [
+        {"step": step, "loss": 3 - step / 1000, "grad_norm": None, "lr": 1e-4, "block_lr": 3e-4}
+        for step in range(1, 1001)
+    ]
+    full = [{"step": 0, "held_out_loss": 3.0}, {"step": 1, "loss": 2.5, "lr": 1e-5, "grad_norm": 1.0}]
+    full += [{"step": 2, "loss": 2.25, "lr": 0.0, "grad_norm": 2.0}, {"step": 3, "loss": None}]
+    figures = {each.title: each for each in make_training_figures([("lisa", lisa), ("full", full)])}
+    assert [row[0] for row in figures["Learning rates"].table.rows] == ["lisa", "lisa, blocks", "full"]
+    assert figures["Training loss"].table.rows == [
+        ["lisa", "2.999", "2", "2.999", "2"],
+        ["full", "2.5", "2.25", "2.5", "2.25"],
+    ]
+    assert [row[0] for row in figures["Gradient norm"].table.rows] == ["full"]
+    assert "averaged to at most 200 points" in figures["Training loss"].note
+    assert "averaged" not in figures["Gradient norm"].note
+    assert make_training_figures([("half", full[:2])]) == []
 
 
 def test_movement_is_the_relative_norm_of_the_difference() -> None:

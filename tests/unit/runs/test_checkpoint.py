@@ -14,9 +14,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers.optimization import Adafactor
 
 import tiny
-from lisatune import LISA, AdamW
-from lisatune.runs.checkpoint import load_checkpoint, save_checkpoint
-from lisatune.runs.manifest import FILES, newest_checkpoint, prune
+from lisatune import LISA, AdamW, build_adamw, find_layers, scale_block_lr
+from lisatune.runs.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from lisatune.runs.manifest import FILES, DamagedCheckpointError, newest_checkpoint, prune
 
 
 class Tiny(nn.Module):
@@ -166,6 +166,31 @@ def test_float32_state_that_lisa_keeps_on_the_host_stays_float32(tmp_path: Path)
     tiny.fit(other, resumed, range(3, 8))
     assert_equal(resumed.state_dict()["state"], optimizer.state_dict()["state"])
     assert {entry["exp_avg"].dtype for entry in resumed.state_dict()["state"].values()} == {torch.float32}
+    tiny.assert_same_weights(other, model)
+
+
+def test_checkpoint_of_scaled_rates_that_nothing_marked_yet_goes_on_with_them(tmp_path: Path) -> None:
+    def start() -> tuple[nn.Module, torch.optim.Optimizer, LISA]:
+        model = tiny.llama()
+        optimizer = build_adamw(model, find_layers(model), lr=1e-2)
+        scale_block_lr(optimizer, [1 / 3] * 6)
+        return model, optimizer, LISA(model, optimizer, period=2)
+
+    def as_older_versions_did(_: Any, state: dict[str, Any]) -> None:
+        del state["lisa"]["settings"]["lr_scaling"]
+        for group in state["param_groups"]:
+            group.pop("lr_scaling", None)
+
+    model, optimizer, _ = start()
+    tiny.fit(model, optimizer, 3)
+    hook = optimizer.register_state_dict_post_hook(as_older_versions_did)
+    path = save_checkpoint(tmp_path, step=3, model=model, optimizer=optimizer)
+    hook.remove()
+    tiny.fit(model, optimizer, range(3, 6))
+    other, resumed, lisa = start()
+    load_checkpoint(path, model=other, optimizer=resumed)
+    assert lisa.lr_factor(-1) == 1.0
+    tiny.fit(other, resumed, range(3, 6))
     tiny.assert_same_weights(other, model)
 
 
@@ -326,6 +351,31 @@ def test_newest_and_prune_go_by_number_and_completeness(tmp_path: Path) -> None:
     }
     with pytest.raises(ValueError, match="keep must be >= 1, got 0"):
         prune(tmp_path, 0)
+
+
+def test_prune_keeps_the_best_step_of_every_checkpoint_that_it_keeps(tmp_path: Path) -> None:
+    run = Run().train(1)
+    for step in range(1, 8):
+        run.save(tmp_path, step)
+    prune(tmp_path, 2, best=(1, 3, 7))  # 3 is the best that step 6 knows, 7 is its own
+    assert {path.name for path in tmp_path.iterdir()} == {f"step-{step:06d}" for step in (3, 6, 7)}
+    prune(tmp_path, 1, best=(1, 3, 7))
+    assert {path.name for path in tmp_path.iterdir()} == {"step-000007"}
+
+
+def test_weights_are_restored_alone(tmp_path: Path) -> None:
+    run = Run().train(1)
+    path = run.save(tmp_path, 1)
+    before = tiny.weights(run.model)
+    run.train(1)
+    state = copy.deepcopy(run.optimizer.state_dict()["state"])
+    load_weights(path, model=run.model)
+    assert not tiny.moved(before, run.model)
+    for number, entry in run.optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, state[number][key]) for key, value in entry.items())
+    damage(path, "torn file")
+    with pytest.raises(DamagedCheckpointError, match="is damaged"):
+        load_weights(path, model=run.model)
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lisatune.files import yaml
-from lisatune.runs.folder import RunFolder, check_output, differences
+from lisatune.runs.folder import RunFolder, check_output, differences, is_finished
 from lisatune.runs.summary import describe_environment, mask_secrets
 
 RECIPE: dict[str, Any] = {
@@ -43,9 +43,18 @@ def test_a_new_run_holds_recipe_and_environment_at_once(tmp_path: Path) -> None:
 def test_an_existing_run_is_left_alone_without_a_flag(tmp_path: Path) -> None:
     with RunFolder.open(tmp_path, RECIPE) as run:
         run.log({"step": 1})
-    with pytest.raises(ValueError, match=r"exists; use --resume to continue it or --overwrite to start over"):
+    with pytest.raises(ValueError, match=r"exists; use --resume to continue it, or name another"):
         RunFolder.open(tmp_path, RECIPE)
     assert run.metrics.read_text() == '{"step": 1}\n'
+
+
+def test_a_finished_run_that_is_made_longer_is_not_finished_any_more(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path, RECIPE) as run:
+        run.model.mkdir()
+        run.write_summary({"steps": 4})
+    assert is_finished(tmp_path)
+    RunFolder.open(tmp_path, RECIPE, resume=True).close()
+    assert not is_finished(tmp_path)
 
 
 def test_overwrite_deletes_what_the_run_wrote_and_nothing_else(tmp_path: Path) -> None:

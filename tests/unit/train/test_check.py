@@ -1,14 +1,21 @@
 """`lisatune check`: all problems in one go, without weights and without a trace."""
 
 import io
+import json
+import shutil
 from pathlib import Path
 
 import pytest
+import trl
 from rich.console import Console
+from transformers import AutoTokenizer
 
 import tiny_run
 from lisatune.train.check import CheckReport, check, print_report
 from lisatune.train.recipe_file import load_recipe
+from tiny_text import CHATML
+
+QWEN3 = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text("utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +41,46 @@ def test_a_good_recipe_has_an_outline_and_no_problem(recipe: Path, monkeypatch: 
     assert (report.outline.num_blocks, report.outline.steps, report.outline.visits) == (4, 4, (1, 1, 1, 1))
     assert report.outline.train_rows + report.outline.validation_rows == 12
     assert sorted(recipe.parent.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("row", "template", "says"),
+    [
+        (
+            {"prompt": "{}", "completion": "b"},
+            CHATML,
+            "prompt-completion, without a template; loss on the answers",
+        ),
+        ({"text": "{} b"}, CHATML, "text, without a template; loss on all tokens"),
+        (
+            {"instruction": "{}", "output": "b"},
+            CHATML,
+            "alpaca, written by the tokenizer's chat template; loss on",
+        ),
+        (
+            {"instruction": "{}", "output": "b"},
+            None,
+            "alpaca, written by lisatune's plain chat template; loss on",
+        ),
+        (
+            {"instruction": "{}", "output": "b"},
+            QWEN3,
+            "the tokenizer's chat template in TRL's form for training;",
+        ),
+    ],
+)
+def test_the_outline_says_what_the_records_are_and_how_they_are_written(
+    row: dict[str, str], template: str | None, says: str, recipe: Path, model: Path, tmp_path: Path
+) -> None:
+    rows = [{key: value.format(i) for key, value in row.items()} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    folder = shutil.copytree(model, tmp_path / "model")
+    (folder / "chat_template.jinja").unlink()
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    outline = report_on(recipe, f"model.name={folder}").outline
+    assert outline is not None
+    assert says in outline.records
 
 
 def test_all_problems_are_found_in_one_go(recipe: Path, tmp_path: Path) -> None:
@@ -77,7 +124,6 @@ def test_rows_are_read_even_when_the_model_is_missing(recipe: Path, tmp_path: Pa
         ("method.warmup=2", "warmup"),
         ("model.attention=flash", "flash"),
         ("data.max_length=4", "answer"),
-        ("data.validation_share=0.01", "leaves nothing to validate on"),
         ("data.kind=messages", "messages"),
     ],
 )
@@ -92,6 +138,20 @@ def test_probabilities_must_fit_the_model(recipe: Path, numbers: str) -> None:
     report = report_on(recipe, "method.sampler=weighted", f"method.probabilities={numbers}")
     assert len(report.problems) == 1, report.problems
     assert "probabilit" in report.problems[0]
+
+
+@pytest.mark.filterwarnings("ignore:the chat template asks for an answer with")
+def test_a_token_that_only_prompts_hold_must_have_an_embedding_too(
+    recipe: Path, model: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(model, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<far>"])
+    tokenizer.chat_template = CHATML.replace("assistant\n' }}", "assistant\n<far>' }}")
+    tokenizer.save_pretrained(folder)
+    problems = report_on(recipe, f"model.name={folder}").problems
+    assert [f"the tokenizer makes token {len(tokenizer) - 1}, " in problem for problem in problems] == [True]
+    assert report_on(recipe, f"model.name={folder}", "run.samples=0").problems == []
 
 
 def test_what_may_not_be_meant_is_a_warning(recipe: Path) -> None:
@@ -126,3 +186,9 @@ def test_the_report_is_printed_outline_first_and_ends_in_a_verdict(recipe: Path)
     assert outs[0].endswith("no problems found\n")
     assert outs[1].startswith("problem: active must be between")
     assert outs[1].endswith("1 problem; nothing was written\n")
+
+
+def test_resume_auto_is_no_problem_where_there_is_no_run(recipe: Path) -> None:
+    assert not check(load_recipe(recipe), resume="auto").problems
+    (problem,) = check(load_recipe(recipe), resume=True).problems
+    assert "there is no run to resume in" in problem

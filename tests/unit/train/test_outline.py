@@ -1,5 +1,6 @@
 """The outline of a run: counted from the model itself, the same with and without weights."""
 
+import dataclasses
 import io
 from types import SimpleNamespace
 from typing import Any
@@ -37,7 +38,7 @@ def outline_of(method: Method, device: str = "meta", start_step: int = 0, **run:
     )
     counts = {"num_cut": 3, "num_without_loss": 1, "num_split": 0, "num_dropped": 0, "lost_share": 0.014}
     examples: Any = SimpleNamespace(rows=[0] * 1200, num_tokens=50_000, num_loss_tokens=20_000, **counts)
-    data: Any = SimpleNamespace(train=examples, validation=examples, steps=30, skipped=2)
+    data: Any = SimpleNamespace(train=examples, validation=examples, steps=30, skipped=2, records="alpaca")
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(CONFIG)
     layers = find_layers(model)
@@ -102,6 +103,13 @@ def test_the_outline_reads_well_in_100_columns() -> None:
     ):
         assert part in out, out
     assert max(map(len, out.splitlines())) <= 100
+
+
+def test_the_limit_of_held_out_rows_is_named_where_it_counts() -> None:
+    outline = outline_of(Full())
+    assert "(data.validation_limit)" not in shown(outline)
+    limited = dataclasses.replace(outline, validation_limit=outline.validation_rows)
+    assert f"{outline.validation_rows:,} rows (data.validation_limit), " in shown(limited)
 
 
 def test_full_fine_tuning_has_no_periods() -> None:

@@ -5,7 +5,9 @@
 
 import io
 
+import pytest
 from rich.console import Console
+from rich.text import Text
 
 from lisatune.console import byte_text, count_text, ranges_text
 from lisatune.runs.summary import Summary
@@ -35,8 +37,8 @@ SUMMARY: Summary = {
 }
 
 
-def console(*, terminal: bool = False) -> Console:
-    return Console(file=io.StringIO(), width=100, force_terminal=terminal, highlight=False)
+def console(*, terminal: bool = False, width: int = 100) -> Console:
+    return Console(file=io.StringIO(), width=width, force_terminal=terminal, highlight=False)
 
 
 def text_of(shown: Console) -> str:
@@ -73,8 +75,53 @@ def test_on_a_pipe_every_update_is_one_plain_line() -> None:
 def test_on_a_terminal_the_bar_moves_and_lines_stay() -> None:
     shown = console(terminal=True)
     train_a_little(Bar(120, 100, console=shown))
-    assert "120/120 · loss 1.500" in text_of(shown)
+    assert "120/120 · 0:00 left · loss 1.500" in text_of(shown)
     assert "step 101: held-out loss 1.812" in text_of(shown)
+
+
+@pytest.mark.parametrize("seconds", [1, 40])
+def test_a_long_evaluation_says_on_a_pipe_how_far_it_is(
+    seconds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 1000, seconds))
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    shown = console()
+    with Bar(120, console=shown) as bar, bar.follow("held-out loss", 3) as advance:
+        for _ in range(3):
+            advance()
+    lines = [
+        "held-out loss: 1 of 3 batches",
+        "held-out loss: 2 of 3 batches",
+        "held-out loss: 3 of 3 batches",
+    ]
+    assert text_of(shown).splitlines() == (lines if seconds == 40 else [])
+
+
+def test_an_evaluation_has_a_bar_on_a_terminal_while_it_lasts() -> None:
+    shown = console(terminal=True)
+    with Bar(120, console=shown) as bar:
+        with bar.follow("held-out loss", 3) as advance:
+            advance()
+            bar._progress.refresh()
+            assert "1/3 · held-out loss" in Text.from_ansi(text_of(shown)).plain
+        shown.file = io.StringIO()
+        bar._progress.refresh()
+        assert "held-out loss" not in text_of(shown)
+
+
+def test_a_terminal_of_60_columns_shows_the_time_left() -> None:
+    shown = console(terminal=True, width=60)
+    bar = Bar(12_000, 100, console=shown)
+    with bar:
+        bar.update(
+            11_900,
+            loss=1.5,
+            lr=1e-5,
+            tokens_per_second=512.0,
+            active_blocks=range(0, 30, 2),
+            resident_bytes=2**30,
+        )
+    assert "11900/12000 · 0:00 left · loss 1.500" in text_of(shown)
 
 
 def test_the_summary_says_what_came_out() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,19 @@ def test_the_method_is_picked_by_its_name_from_file_or_override(tmp_path: Path) 
     path = write(tmp_path, BASE + "method: {name: full}\n")
     assert load_recipe(path).method == Full()
     assert load_recipe(path, ["method.name=lisa", "method.active=3"]).method == Lisa(active=3)
+
+
+def test_another_method_on_the_command_line_starts_from_its_own_defaults(tmp_path: Path) -> None:
+    path = write(tmp_path, BASE + "method: {active: 4, verify: 'off'}\n")
+    left_out = (
+        r"mine\.yaml: method\.active, method\.verify left out: keys of method lisa\. "
+        "Method ends starts from its own defaults"
+    )
+    with pytest.warns(UserWarning, match=left_out):
+        assert load_recipe(path, ["method.name=ends"]).method == METHODS["ends"]()
+    with pytest.warns(UserWarning, match="left out"):
+        assert load_recipe(path, ["method.name=lora", "method.rank=8"]).method == METHODS["lora"](rank=8)
+    assert load_recipe(path, ["method.name=lisa"]).method == Lisa(active=4, verify="off")
 
 
 @pytest.mark.parametrize("text", ["1e-4", "1E-4", "0.0001", "'1e-4'"])
@@ -222,6 +236,26 @@ def test_help_names_every_key_of_every_section_and_method() -> None:
         for field in dataclasses.fields(section):
             assert f".{field.name}" in shown, field.name
     assert "Peaklearningrate." in shown
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        (
+            r"C:\data\rows",
+            r"data.train: there is no file or folder C:\data\rows; on this machine paths begin",
+        ),
+        ("C:/data/rows", "data.train: there is no file or folder C:/data/rows; on this machine paths begin"),
+        (
+            r'"C:\new\rows.jsonl"',
+            r"data.train has a control character in it, 'C:\new\rows.jsonl'; put the path",
+        ),
+        (r'"C:\data\rows"', "found unknown escape character 'd'; put a Windows path in single quotes"),
+    ],
+)
+def test_a_windows_path_that_is_absent_is_no_hub_id(tmp_path: Path, train: str, message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
+        load_recipe(write(tmp_path, f"model: {{name: m}}\ndata:\n  train: {train}\n"))
 
 
 def test_every_path_of_a_recipe_may_begin_with_the_home_folder(

