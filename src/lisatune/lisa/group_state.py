@@ -120,7 +120,8 @@ def _compare_first_updates(
         The update's norm in this group divided by that in a new one; None if the two updates are equal, NaN
         if the optimizer cannot make them.
     """
-    late = {**group, **{key: _fill(group[key], LATE) for key, change in changed.items() if change == 1}}
+    counts = [key for key, change in changed.items() if change >= 1 and change == int(change)]
+    late = {**group, **{key: _fill(group[key], LATE) for key in counts}}
     rest = {key: value for key, value in group.items() if key not in changed}
     known = {key: optimizer.defaults[key] for key in changed if key in optimizer.defaults}
     zeros = {key: _fill(group[key], 0) for key in changed}
