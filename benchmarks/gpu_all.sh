@@ -101,22 +101,25 @@ section() { # NAME SECONDS COMMAND…
 # A warning of another torch than that of constraints.txt is no failure.
 pytest=("$python" -m pytest -q -p no:cacheprovider -o filterwarnings=default)
 arms='LoRA r=16;LISA γ=2;LISA γ=2, ends every 5th period;LISA γ=2, frozen ends;full;BAdam'
-methods=
+methods= qlisa=
 if "$python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("bitsandbytes") is None)'; then
+  qlisa='QLoRA r=16;QLISA int8 γ=8, frozen ends;QLISA NF4 γ=2, frozen ends;QLISA NF4 γ=8, frozen ends'
   arms="$arms;LISA γ=2, 8-bit;LISA γ=8, 8-bit;LISA γ=N, 8-bit, frozen ends"
 else
   methods='not qlora'
 fi
 shape=llama-3.1-8b length=2048 steps=20
 if [ -n "$tiny" ]; then
-  arms='LISA γ=2' methods='bit_equal and ends' shape=smollm2-135m length=16 steps=1
+  arms='LISA γ=2' qlisa=${qlisa:+QLISA NF4 γ=2, frozen ends} methods='bit_equal and ends' shape=smollm2-135m length=16 steps=1
 fi
 
 section gpu-tests 75 "${pytest[@]}" tests/gpu tests/unit/optim/test_adamw_triton.py
 section conformance 150 "${pytest[@]}" tests/conformance -k "$methods"
 section plans 60 "$python" benchmarks/gpu.py --device "$device" --shape smollm2-135m --length "$((length / 4))" \
   --steps 1 --arms "$arms" --output @JSON
-section steps-8b 240 "$python" benchmarks/gpu.py --device "$device" --shape "$shape" --length "$length" \
+[ -z "$qlisa" ] || section qlisa-8b 90 "$python" benchmarks/gpu.py --device "$device" --shape "$shape" \
+  --length "$length" --steps "$steps" --checkpointing all --arms "$qlisa" --output @JSON
+section steps-8b 150 "$python" benchmarks/gpu.py --device "$device" --shape "$shape" --length "$length" \
   --steps "$steps" --arms "$arms" --output @JSON
 
 [ "$seen" -gt 0 ] || { echo "gpu_all.sh: no section $only" >&2; exit 2; }

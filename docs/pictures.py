@@ -34,6 +34,31 @@ def draws() -> str:
     return charts.active_blocks(active, visits)
 
 
+def qlisa() -> str:
+    """Draw what frozen weights as codes save of a step of Llama-3.1-8B: 1 × 2048 tokens, frozen ends."""
+    bars = {}
+    for name, active, frozen_weights in (
+        ("exact, γ=2", 2, "exact"),
+        ("int8, γ=2", 2, "int8"),
+        ("NF4, γ=2", 2, "nf4"),
+        ("exact, γ=8", 8, "exact"),
+        ("NF4, γ=8", 8, "nf4"),
+    ):
+        recipe = Recipe(
+            model=ModelConfig(name="llama-3.1-8b"),
+            data=DataConfig(train="unused", max_length=2048),
+            method=METHODS["lisa"](active=active, ends="frozen", frozen_weights=frozen_weights),
+            optimizer=OptimizerConfig(
+                moments="8bit", rounding="stochastic", in_backward=True, max_grad_norm=None
+            ),
+            run=RunConfig(precision="bf16", batch_size=1, device="cuda", activation_checkpointing=True),
+        )
+        plan = plan_memory(recipe)
+        bars[name] = {part: size / 2**30 for part, size in plan.at_peak.items()}
+        sys.stdout.write(f"{name}: {plan.peak_bytes / 2**30:.2f} GiB\n")
+    return charts.stacked_bars(bars, x="GiB of tensors at a step's peak", limit=None, limit_name="")
+
+
 def memory() -> str:
     """Draw what `lisatune plan` says of a step of Llama-3.1-8B: 1 × 2048 tokens in bf16, by category."""
     compact = OptimizerConfig(moments="8bit", rounding="stochastic")
@@ -151,7 +176,13 @@ def badge(label: str, text: str) -> str:
     )
 
 
-DRAWN: dict[str, Callable[[], str]] = {"draws": draws, "memory": memory, "rounding": rounding, "proof": proof}
+DRAWN: dict[str, Callable[[], str]] = {
+    "draws": draws,
+    "memory": memory,
+    "qlisa": qlisa,
+    "rounding": rounding,
+    "proof": proof,
+}
 
 
 def main() -> None:

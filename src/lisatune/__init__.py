@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lisatune.files.masters import DiskMasters as DiskMasters
     from lisatune.lisa.ends import EndsPolicy as EndsPolicy
     from lisatune.lisa.groups import build_adamw as build_adamw
     from lisatune.lisa.groups import param_groups as param_groups
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LISA",
     "AdamW",
+    "DiskMasters",
     "EndsPolicy",
     "Independent",
     "LayerMap",
@@ -50,6 +52,8 @@ if not TYPE_CHECKING:  # a type checker would take any name for a public one
         """Import a public name, or one of the packages, on first use."""
         if name in _PACKAGES:
             return import_module(f"lisatune.{name}")
+        if name == "DiskMasters":
+            return import_module("lisatune.files.masters").DiskMasters
         if name in __all__:
             packages = [import_module(f"lisatune.{package}") for package in _PACKAGES]
             return next(vars(package)[name] for package in packages if name in vars(package))

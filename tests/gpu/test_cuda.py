@@ -5,6 +5,7 @@ import torch
 
 import tiny
 from lisatune import LISA, build_adamw, find_layers
+from lisatune.nn.coded import coded_weights
 
 pytestmark = [
     pytest.mark.gpu,
@@ -50,3 +51,15 @@ def test_host_state_trains_like_kept_state() -> None:
 
 def test_draws_are_those_of_the_cpu() -> None:
     assert fit_on("cuda", 8)[1].active_blocks == fit_on("cpu", 8)[1].active_blocks
+
+
+@pytest.mark.parametrize("bits", ["int8", "nf4"])
+def test_frozen_weights_leave_the_device_and_come_back_from_pinned_memory(bits: str) -> None:
+    model, lisa = fit_on("cuda", 8, frozen_weights=bits)
+    assert lisa.periods_proven == 2
+    coded = coded_weights(model)
+    assert len(coded) == 4 * 7
+    assert all(weight.exact().is_pinned() for weight in coded.values())
+    assert all(tensor.is_cuda for weight in coded.values() for tensor in weight.codes.values())
+    lisa.detach()
+    tiny.assert_same_weights(model, fit_on("cuda", 8, frozen_weights=bits)[0])

@@ -51,6 +51,7 @@ esac
         "gpu-tests": "failed",
         "conformance": "failed",
         "plans": "complete",
+        "qlisa-8b": "complete",
         "steps-8b": "complete",
     }
     assert sections["gpu-tests"]["log"] == ["broken"]

@@ -104,7 +104,9 @@ def _print_table(recipe: "Recipe", plan: "MemoryPlan", fit: "Fit | None", room: 
     rows.append(("peak", Text(f"{byte_text(plan.peak_bytes)} in {plan.phase}", style="bold")))
     rows.append(("between steps", byte_text(plan.static_bytes)))
     if plan.host_bytes:
-        rows.append(("host memory", f"{byte_text(plan.host_bytes)} of optimizer state"))
+        kept = "optimizer state" if recipe.method.masters is None else "exact weights and optimizer state"
+        disk = ", or disk for the weights" if recipe.method.masters in ("auto", "disk") else ""
+        rows.append(("host memory", f"{byte_text(plan.host_bytes)} of {kept}{disk}"))
     rows.append(("device needs", f"{byte_text(plan.needed_bytes)} with context, fragmentation and kernels"))
     rows.append(("plan", f"{plan.kind} in {plan.seconds:.1f} s"))
     if plan.note:

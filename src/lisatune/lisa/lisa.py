@@ -427,6 +427,7 @@ class LISA(BlockSchedule):
             self._proof.begin(self.period_index, self._name_moving())
         if self._collector is not None:
             self._collector.before_step(self.active_blocks)
+        self._rates.restore()  # a step that raised has left its rates behind
         self._group_state.before_step(ends_period=(self.steps_done + 1) % self.period == 0)
         self._rates.apply(self.steps_done % self.period, self._find_thawed())
 

@@ -8,6 +8,7 @@ loss is not among them, because it never builds all its logits at once.
     smaller micro-batches      the same step in more parts
     stochastic rounding        two bytes less for a bf16 weight, and nearly the same losses
     cheaper ends               no slower; the ends' moments are coarser, or fewer ends train
+    codes of frozen weights    int8 with the same losses, then NF4; exact weights move to host memory
     activation checkpointing   frozen blocks, then all: up to a third more computing
     fewer weights at once      smaller γ, or a smaller rank
     shorter sequences          longer records are cut
@@ -52,6 +53,9 @@ STOCHASTIC: Change = (
     {"optimizer.rounding": "stochastic"},
     "weights are right on average, and rounding errors are not stored",
 )
+
+LOSSLESS = ({"frozen_weights": "int8"},)
+"""Codes of frozen weights with which a method learns as well as without."""
 
 SHORTEST = 256
 """Fewest tokens that the search cuts records to."""
@@ -207,8 +211,10 @@ def find_room(recipe: Recipe, fit: Fit, *, ranks: int = 1) -> Room | None:
         None if the method cannot train more weights, if no more of them fit, or if the recipe fits only with
         changes other than those of optimizer state and weights' dtype.
     """
+    others = recipe.method.alternatives(fit.plan.num_blocks)
     coarser = [changes for changes, _ in _list_coarser_state(recipe, ranks)]
-    steps = [_name_keys(each) for each in recipe.method.alternatives(fit.plan.num_blocks).more_weights]
+    coarser += [_name_keys(each) for each in others.coarser_weights if each in LOSSLESS and ranks == 1]
+    steps = [_name_keys(each) for each in others.more_weights]
     if not steps or not fit.fits or not fit.changes.keys() <= {key for each in coarser for key in each}:
         return None
 
@@ -300,6 +306,8 @@ def _list_stages(recipe: Recipe, length: int, ranks: int, num_blocks: int) -> It
     ]
     yield [each for each in coarser if each is STOCHASTIC]
     yield [(_name_keys(change), "the ends cost less, at the same speed") for change in others.cheaper_ends]
+    codes = "frozen weights are codes, and exact in host memory"
+    yield [(_name_keys(change), codes) for change in others.coarser_weights if ranks == 1]
     if run.activation_checkpointing is not True:
         kinds: list[Any] = [True] if run.activation_checkpointing else ["frozen", True]
         what = {

@@ -29,6 +29,9 @@ class Alternatives:
     cheaper_ends: tuple[Keys, ...] = ()
     """The ends take less memory."""
 
+    coarser_weights: tuple[Keys, ...] = ()
+    """Frozen weights take fewer bits on the device."""
+
     fewer_weights: tuple[Keys, ...] = ()
     """Fewer weights train at once, or they have fewer moments."""
 

@@ -159,9 +159,12 @@ class Lisa(Method):
         """
         order = ("train", "8bit", "factored", "head+factored", "frozen")
         later = order[order.index(self.ends) + 1 :] if self.ends in order else ("frozen",)
+        formats = ("exact", "int8", "nf4")
+        coarser = formats[formats.index(self.frozen_weights) + 1 :]
         is_free = self.sampler != "independent"
         return Alternatives(
             cheaper_ends=tuple({"ends": ends} for ends in later),
+            coarser_weights=tuple({"frozen_weights": name} for name in coarser),
             fewer_weights=tuple({"active": active} for active in halve(self.active) if is_free),
             more_weights=tuple(
                 {"active": active} for active in range(self.active + 1, num_blocks + 1) if is_free

@@ -21,6 +21,7 @@ from lisatune import LISA, AdamW, ProofError, Sampler, find_layers, param_groups
 from lisatune.files.masters import DiskMasters
 from lisatune.lisa.frozen_weights import FrozenWeights
 from lisatune.lisa.statistics import BlockStatistics
+from lisatune.nn.blocks import BlockForward, num_graphs
 from lisatune.nn.coded import coded_weights, exact_parameters
 from lisatune.nn.layers import LayerMap
 
@@ -30,11 +31,18 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*blocks will never train:UserWa
 
 
 def attach(
-    model: nn.Module, *, ends: str = "train", adamw: dict[str, Any] | None = None, **options: Any
+    model: nn.Module,
+    *,
+    ends: str = "train",
+    adamw: dict[str, Any] | None = None,
+    in_backward: bool = False,
+    **options: Any,
 ) -> tuple[AdamW, LISA]:
     """Attach QLISA with γ = 2, K = 3, int8 and the full proof."""
     layers = find_layers(model)
     optimizer = AdamW(param_groups(model, layers, ends=ends), lr=1e-2, **(adamw or {}))
+    if in_backward:
+        optimizer.update_in_backward()
     chosen = {"period": 3, "verify": "full", "frozen_weights": "int8", "ends": ends, **options}
     return optimizer, LISA(model, optimizer, **chosen)
 
@@ -312,3 +320,27 @@ def test_a_layer_with_code_of_its_own_stays_exact() -> None:
         model(torch.ones(2, 8)).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def test_update_in_backward_gives_the_same_weights() -> None:
+    one, other = bf16(), bf16()
+    adamw = {"rounding": "stochastic"}
+    tiny.fit(one, attach(one, adamw=adamw)[0], 7)
+    optimizer, _ = attach(other, adamw=adamw, in_backward=True)
+    tiny.fit(other, optimizer, 7)
+    tiny.assert_same_weights(one, other)
+
+
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be inst:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled_blocks_give_the_same_weights_and_few_graphs() -> None:
+    torch._dynamo.reset()
+    plain, model = tiny.llama(), tiny.llama()
+    tiny.fit(plain.train(), attach(plain)[0], 9)
+    optimizer, lisa = attach(model)
+    before = num_graphs()
+    with BlockForward(model, lisa.layers, backend="eager"):
+        tiny.fit(model.train(), optimizer, 9)
+    for name, exact in exact_parameters(model).items():
+        torch.testing.assert_close(exact, exact_parameters(plain)[name], msg=name)
+    assert num_graphs() - before <= 4
