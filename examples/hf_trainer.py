@@ -55,7 +55,6 @@ use_chunked_loss(model)  # the same loss, without holding the logits of all toke
 # Trainer uses the optimizer created here. Its checkpoints save LISA's position inside the period.
 lisa = LISA(trainer.model, trainer.create_optimizer(), active=2, period=10)
 trainer.train(resume_from_checkpoint=args.resume)
-
 lisa.check()
 print(f"blocks trained at {lisa.lr_factor(0):.3g} x learning_rate")
 trainer.save_model()

@@ -102,9 +102,9 @@ def test_loops_train_every_layer_and_save_a_model(name: str, place: Path) -> Non
     if name != "plain-loop":
         assert names["lisa"].periods_proven >= 1
         assert names["lisa"].steps_done > 10
-    else:  # the page ends with a second optimizer, whose blocks take a rate of their own: γ = 2 of N = 4
+    else:  # the page ends with a second optimizer, whose ends have a rate of their own
         rates = {group["lr"] for group in names["optimizer"].param_groups}
-        assert sorted(rates) == pytest.approx([1e-5, 1e-5 * 2**0.5])
+        assert sorted(rates) == pytest.approx([5e-6, 1e-5])
 
 
 def test_own_data_becomes_a_model_that_answers(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

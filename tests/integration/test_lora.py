@@ -69,6 +69,7 @@ def test_the_optimizer_keys_hold_for_adapters_too(recipe: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["lora", "dora"])
+@pytest.mark.filterwarnings("ignore:.*keys of method lora:UserWarning")
 def test_a_second_run_continues_where_the_first_ended(name: str, recipe: Path, tmp_path: Path) -> None:
     first = train(load_recipe(recipe, [f"method.name={name}", "method.rank=4"]))
     more = [f"method.adapter={tmp_path / 'run' / 'model'}", f"run.output={tmp_path / 'more'}"]

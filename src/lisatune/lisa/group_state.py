@@ -22,7 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lisatune.distributed.shards import has_values
 from lisatune.lisa.frozen_state import StatePolicy
+from lisatune.optim.adamw import AdamW
 
 __all__ = ["GroupState"]
 
@@ -47,7 +49,9 @@ class GroupState:
     def __init__(self, optimizer: Optimizer, policy: StatePolicy) -> None:
         self._optimizer, self._policy = optimizer, policy
         self._before: list[dict[str, Any]] | None = None
-        self._steps_seen, self._is_known = 0, False
+        # Ours counts steps in a group too, to seed its rounding. In a memory plan nothing can be tried.
+        has_shapes_only = not all(has_values(p) for group in optimizer.param_groups for p in group["params"])
+        self._steps_seen, self._is_known = 0, isinstance(optimizer, AdamW) or has_shapes_only
 
     def before_step(self, *, ends_period: bool) -> None:
         """Note what the param groups hold, before the first step and before the last one of each period."""

@@ -243,7 +243,7 @@ def _leave_out_other_method(path: str, from_file: Sections, from_overrides: Sect
     """Return the file's sections without keys of a method that the overrides replace."""
     own = from_file.get("method", {})
     name, other = own.get("name", "lisa"), from_overrides.get("method", {}).get("name")
-    if other is None or other == name or other not in METHODS:
+    if other == name or not isinstance(other, str) or other not in METHODS:
         return from_file
     if keys := [f"method.{key}" for key in own if key != "name"]:
         warnings.warn(

@@ -25,7 +25,7 @@ def test_smoke_shortens_the_runs_and_keeps_the_rest() -> None:
     assert given[:3] == ["compare", str(EXPERIMENTS / "draws.yaml"), "data.train=rows.jsonl"]
     assert given[-4:] == ["--lr", "1e-4", "--output", "runs/draws-smoke"]
     assert make_arguments(["draws"]) == ["compare", str(EXPERIMENTS / "draws.yaml")]
-    with pytest.raises(SystemExit, match="name one of draws, epoch, gap, table2, table6, table7"):
+    with pytest.raises(SystemExit, match="name one of draws, epoch, gap, qlisa, table2, table6, table7"):
         make_arguments(["table9"])
 
 
