@@ -43,7 +43,7 @@ def make_recipe(method: str, optimizer: dict | None = None, packing: bool = Fals
 
 
 def measure(recipe: Recipe, kind: str, blocks: tuple[int, ...] | None) -> tuple[StepMemory, int]:
-    """Train two real steps without a proof; return the second's memory, and the profiler's peak of a third."""
+    """Train two unproven steps; return the second's memory, and the profiler's peak of a third."""
     recipe = replace(recipe, method=recipe.method.without_proof())
     model = model_from_config(CONFIGS[kind], dtype=torch.float32)
     dtype = torch.bfloat16 if recipe.run.precision == "bf16" else torch.float32
