@@ -25,7 +25,7 @@ from lisatune.methods import Lora
 from lisatune.models.hf import silence_transformers
 from lisatune.models.load import load_config, load_model, load_tokenizer, meta_model, save_model, stored_dtype
 from lisatune.models.locate import name_elsewhere
-from lisatune.models.sharded import load_for_ranks, save_from_ranks
+from lisatune.models.sharded import load_for_ranks, load_mapped, save_from_ranks
 from lisatune.nn.layers import find_layers
 
 SHAPE = {
@@ -536,3 +536,23 @@ def test_smollm2_from_its_package_saves_loads_and_splits_digits(tmp_path: Path) 
     assert ids[0].tolist() == tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]
     with torch.no_grad():
         assert torch.equal(plain(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mapped_weights_are_those_that_load_and_stay_in_the_file(
+    tied: bool, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    folder = str(tmp_path / "model")
+    save_model(tiny(tied=tied).to(torch.bfloat16), tiny_tokenizer(eos_token="</s>"), folder)
+    model, mapped = load_mapped(folder, dtype=dtype)
+    want = load_model(folder, dtype=dtype)
+    named = dict(model.named_parameters())
+    assert named.keys() == dict(want.named_parameters()).keys()
+    assert all(torch.equal(p, want.get_parameter(name)) for name, p in named.items())
+    assert mapped.keys() == (named.keys() if dtype == torch.bfloat16 else set())
+    assert all(tensor.data_ptr() == named[name].data_ptr() for name, tensor in mapped.items())
+    assert find_layers(model).is_tied == tied
+    ids_BT = torch.arange(8)[None]
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids_BT).logits, want(input_ids=ids_BT).logits)
