@@ -40,7 +40,7 @@ def test_a_weight_that_is_in_a_file_already_is_not_written(tmp_path: Path) -> No
         masters = DiskMasters(tmp_path / "missing", {"a": file.get_tensor("a")})
     masters.keep("a", torch.ones(4, 4))  # a folder that is missing shows that nothing is written
     assert torch.equal(masters.get("a"), torch.ones(4, 4))
-    with pytest.raises(OSError, match="cannot write .*missing"):
+    with pytest.raises(OSError, match=r"cannot write .*missing"):
         masters.keep("a", torch.zeros(4, 4))
     assert torch.equal(masters.get("a"), torch.ones(4, 4))
 
