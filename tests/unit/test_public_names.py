@@ -11,7 +11,17 @@ import lisatune
 
 PUBLIC = {
     "lisatune": (
-        *("AdamW", "EndsPolicy", "Independent", "LISA", "LayerMap", "ProofError", "Sampler", "build_adamw"),
+        *(
+            "AdamW",
+            "DiskMasters",
+            "EndsPolicy",
+            "Independent",
+            "LISA",
+            "LayerMap",
+            "ProofError",
+            "Sampler",
+            "build_adamw",
+        ),
         *("compile_blocks", "find_layers", "param_groups", "scale_block_lr", "use_chunked_loss"),
     ),
     "lisatune.distributed": (),

@@ -46,11 +46,13 @@ def test_layer_and_its_input_gradient_are_those_of_bitsandbytes(dtype: torch.dty
 
 @pytest.mark.parametrize("columns", [64, 96, 100, 160, 192])
 def test_every_width_of_a_weight_is_read_as_it_was_stored(columns: int) -> None:
+    check_nf4(torch.device("cpu"))
     torch.manual_seed(0)
     plain = nn.Linear(columns, 40, bias=False)
+    nn.init.normal_(plain.weight)
     stored = Linear4(plain)(torch.eye(columns)).T
-    error = float((stored - plain.weight).norm() / plain.weight.norm())
-    assert error < 0.15, "0.25 where a kernel reads wrong scales"
+    error = float(((stored - plain.weight).norm() / plain.weight.norm()).detach())
+    assert error < 0.12, "0.25 where a kernel reads wrong scales"
 
 
 def test_linear_layers_of_blocks_alone_are_stored_in_4_bits() -> None:
