@@ -31,7 +31,7 @@ def draws() -> str:
     sampler = Permutation(num_blocks=16, active=2)
     active = {period: sampler.draw(period, seed=0) for period in range(24)}
     visits = [sum(block in blocks for blocks in active.values()) for block in range(16)]
-    return charts.active_blocks(active, visits)
+    return charts.draw_active_blocks(active, visits)
 
 
 def qlisa() -> str:
@@ -56,7 +56,7 @@ def qlisa() -> str:
         plan = plan_memory(recipe)
         bars[name] = {part: size / 2**30 for part, size in plan.at_peak.items()}
         sys.stdout.write(f"{name}: {plan.peak_bytes / 2**30:.2f} GiB\n")
-    return charts.stacked_bars(bars, x="GiB of tensors at a step's peak", limit=None, limit_name="")
+    return charts.draw_stacked_bars(bars, x="GiB of tensors at a step's peak", limit=None, limit_name="")
 
 
 def memory() -> str:
@@ -81,7 +81,7 @@ def memory() -> str:
         plan = plan_memory(recipe)
         bars[name] = {part: size / 2**30 for part, size in plan.at_peak.items()}
         sys.stdout.write(f"{name}: {plan.peak_bytes / 2**30:.2f} GiB\n")
-    return charts.stacked_bars(bars, x="GiB of tensors at a step's peak", limit=None, limit_name="")
+    return charts.draw_stacked_bars(bars, x="GiB of tensors at a step's peak", limit=None, limit_name="")
 
 
 def rounding() -> str:
@@ -98,7 +98,7 @@ def rounding() -> str:
                 points.append((step, 1e3 * (start - weight.detach().float().mean().item())))
         return points
 
-    return charts.lines(
+    return charts.draw_lines(
         [
             ("float32 weights", [walk(torch.float32, "exact")]),
             ("bf16, exact", [walk(torch.bfloat16, "exact")]),
@@ -129,7 +129,7 @@ def proof() -> str:
             curve.append((step, (now - start).norm().item()))
     lisa.check()
     named = [(f"block {index}", [curve]) for index, curve in enumerate(curves)]
-    return charts.lines(named, x="optimizer steps", y="‖weights − their start‖")
+    return charts.draw_lines(named, x="optimizer steps", y="‖weights − their start‖")
 
 
 class Tiny(nn.Module):

@@ -11,6 +11,7 @@ import torch
 import lisatune
 import tiny
 from lisatune.methods import METHODS
+from lisatune.report import charts
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -96,3 +97,9 @@ def test_the_sampler_on_the_page_of_lisa_draws_by_what_it_reads() -> None:
     lisa = lisatune.LISA(model, optimizer, sampler=names["LargestGradient"](6, 2), period=2)
     tiny.fit(model, optimizer, 6)
     assert lisa.visits == [1] * 6  # those that have not trained come first
+
+
+def test_pictures_are_drawn_by_functions_that_exist() -> None:
+    names = set(re.findall(r"\bcharts\.(\w+)", (ROOT / "docs" / "pictures.py").read_text(encoding="utf-8")))
+    assert names
+    assert {name for name in names if not hasattr(charts, name)} == set()
