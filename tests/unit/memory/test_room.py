@@ -20,6 +20,7 @@ from plans import PlansOnce
 BLOCKS = 5
 EIGHT_BIT: Changes = {"optimizer.moments": "8bit"}
 STOCHASTIC: Changes = {"optimizer.rounding": "stochastic"}
+INT8: Changes = {"method.frozen_weights": "int8"}
 
 
 PLANS = PlansOnce()
@@ -70,7 +71,7 @@ def test_all_blocks_train_where_there_is_room_for_them(recipe: Recipe) -> None:
 
 @pytest.mark.parametrize("is_just_short_of_more", [False, True])
 def test_one_block_more_than_is_found_does_not_fit(recipe: Recipe, is_just_short_of_more: bool) -> None:
-    lean = EIGHT_BIT | STOCHASTIC
+    lean = EIGHT_BIT | STOCHASTIC | INT8
     three, four = (needed(recipe, lean | {"method.active": active}) for active in (3, 4))
     room = room_in(recipe, four - 1 if is_just_short_of_more else three)
     assert room is not None
@@ -110,7 +111,7 @@ def test_without_bitsandbytes_moments_stay_as_they_are(
         raise ImportError("no bitsandbytes")
 
     monkeypatch.setattr(codecs, "_bitsandbytes", missing)
-    most = STOCHASTIC | {"method.active": 3}
+    most = STOCHASTIC | INT8 | {"method.active": 3}
     room = room_in(recipe, needed(recipe, most))
     assert room is not None
     assert room.changes == most
