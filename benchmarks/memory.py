@@ -24,6 +24,9 @@ METHOD_ROWS: dict[str, Method] = {
     "LoRA r=16": METHODS["lora"](),
     "LISA γ=2": METHODS["lisa"](),
     "LISA γ=8": METHODS["lisa"](active=8),  # type: ignore[call-arg]
+    "QLISA int8 γ=2": METHODS["lisa"](frozen_weights="int8"),  # type: ignore[call-arg]
+    "QLISA NF4 γ=2, frozen ends": METHODS["lisa"](frozen_weights="nf4", ends="frozen"),  # type: ignore[call-arg]
+    "QLISA NF4 γ=8": METHODS["lisa"](active=8, frozen_weights="nf4"),  # type: ignore[call-arg]
 }
 
 
@@ -52,6 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", default="smollm2-135m")
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--methods", default="", help="only rows whose name has this text")
     options = parser.parse_args()
     warnings.simplefilter("ignore", UserWarning)
     print("| method | precision | checkpointing | planned MiB | measured MiB | difference |")
@@ -59,6 +63,8 @@ def main() -> None:
     for (name, method), precision, checkpointing in itertools.product(
         METHOD_ROWS.items(), ("fp32", "bf16"), (False, True)
     ):
+        if options.methods not in name:
+            continue
         run = RunConfig(batch_size=1, precision=precision, activation_checkpointing=checkpointing, steps=100)  # type: ignore[arg-type]
         recipe = Recipe(
             model=ModelConfig(name=options.shape),

@@ -280,7 +280,7 @@ def shift_seed(method: Any, shift: int) -> Any:
 def fix_date(comparison: Comparison, output: Path) -> Comparison:
     """Return the comparison with the day that its chat template sees: its own, the folder's, or today.
 
-    A comparison from before the key `data.date` existed goes on without one.
+    A comparison from before the key `data.date` existed continues without one.
     """
     data = comparison.recipe.data
     if data.date is not None:

@@ -34,7 +34,7 @@ from lisatune.nn.coded import CodedWeight, Masters, can_be_coded
 from lisatune.nn.codes import Int8Rows, Scales, make_format
 from lisatune.nn.layers import LayerMap
 
-__all__ = ["FrozenWeights", "RamMasters"]
+__all__ = ["FrozenWeights", "RamMasters", "ShapeMasters"]
 
 LEAST_SHARE = 0.5
 """Share of a model's block parameters that codes must be able to replace."""
@@ -77,9 +77,14 @@ class RamMasters:
 
 
 class ShapeMasters:
-    """Stands for a store where weights have only shapes, as in a memory plan: it holds nothing."""
+    """Stands for a store where weights have only shapes, as in a memory plan: it holds nothing.
 
-    def __init__(self) -> None:
+    Args:
+        is_pinned: count what a pinned store takes, which keeps the place of weights that train.
+    """
+
+    def __init__(self, *, is_pinned: bool = False) -> None:
+        self._is_pinned = is_pinned
         self._shapes: dict[str, tuple[torch.Size, torch.dtype, torch.device]] = {}
 
     def keep(self, name: str, weight: Tensor) -> None:
@@ -92,9 +97,10 @@ class ShapeMasters:
         return torch.empty(shape, dtype=dtype, device=device)
 
     def take(self, name: str, device: torch.device) -> Tensor:
-        """Return a new tensor of the noted shape, and forget the shape."""
+        """Return a new tensor of the noted shape."""
         weight = self.get(name).to(device)
-        del self._shapes[name]
+        if not self._is_pinned:
+            del self._shapes[name]
         return weight
 
     def host_bytes(self) -> int:
@@ -146,7 +152,7 @@ class FrozenWeights:
         named = {path: p for path, p in model.named_parameters() if p in formats}
         self.masters: Any = masters
         if not all(has_values(p) for p in named.values()):
-            self.masters = ShapeMasters()
+            self.masters = masters if isinstance(masters, ShapeMasters) else ShapeMasters()
         elif masters is None:
             devices = {device} if device else {p.device for p in named.values()}
             on_cuda = any(each.type == "cuda" for each in devices)

@@ -8,7 +8,7 @@ loss is not among them, because it never builds all its logits at once.
     smaller micro-batches      the same step in more parts
     stochastic rounding        two bytes less for a bf16 weight, and nearly the same losses
     cheaper ends               no slower; the ends' moments are coarser, or fewer ends train
-    codes of frozen weights    int8 with the same losses, then NF4; exact weights move to host memory
+    codes of frozen weights    int8 rows, then NF4; exact weights move to host memory
     activation checkpointing   frozen blocks, then all: up to a third more computing
     fewer weights at once      smaller γ, or a smaller rank
     shorter sequences          longer records are cut
@@ -54,8 +54,8 @@ STOCHASTIC: Change = (
     "weights are right on average, and rounding errors are not stored",
 )
 
-LOSSLESS = ({"frozen_weights": "int8"},)
-"""Codes of frozen weights with which a method learns as well as without."""
+FINEST_CODES = ({"frozen_weights": "int8"},)
+"""Codes of frozen weights that the search for more blocks may use; NF4 is further from the exact weights."""
 
 SHORTEST = 256
 """Fewest tokens that the search cuts records to."""
@@ -213,7 +213,7 @@ def find_room(recipe: Recipe, fit: Fit, *, ranks: int = 1) -> Room | None:
     """
     others = recipe.method.alternatives(fit.plan.num_blocks)
     coarser = [changes for changes, _ in _list_coarser_state(recipe, ranks)]
-    coarser += [_name_keys(each) for each in others.coarser_weights if each in LOSSLESS and ranks == 1]
+    coarser += [_name_keys(each) for each in others.coarser_weights if each in FINEST_CODES and ranks == 1]
     steps = [_name_keys(each) for each in others.more_weights]
     if not steps or not fit.fits or not fit.changes.keys() <= {key for each in coarser for key in each}:
         return None

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lisatune.console import first_line
 from lisatune.distributed.ranks import fake_ranks, pick_device, ranks_are_fake
 from lisatune.distributed.shards import part_to_update, shard
+from lisatune.lisa.frozen_weights import ShapeMasters
 from lisatune.losses.causal_lm import CausalLMLoss
 from lisatune.memory.equal_blocks import FewerBlocks, set_aside
 from lisatune.memory.estimate import divide_among_ranks, estimate_step, explain_untraced
@@ -202,7 +203,7 @@ def _plan(
         if is_divided:
             shard(prepared.model, prepared.layers.blocks, device=device, how=run.sharding)
         else:
-            recipe.method.place(prepared.model, device)
+            recipe.method.place(prepared.model, device, ShapeMasters(is_pinned=run.device == "cuda"))
         built = attach(recipe, prepared, loss, steps=steps, device=device)
         if isinstance(built.step.optimizer, AdamW):
             built.step.optimizer.chunk_size = CHUNK.get(run.device, CHUNK_ELSEWHERE)

@@ -14,6 +14,8 @@ of a step:
 
 The same tracker runs over real tensors (`lisatune.memory.measure`) and over fake ones (`plan_memory`). It
 does not see memory that a kernel allocates inside.
+
+Longer than 400 lines: one count goes through all events of a step, and its parts mean nothing alone.
 """
 
 import weakref
@@ -29,6 +31,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from lisatune.distributed.shards import has_values
+from lisatune.nn.coded import coded_weights
 from lisatune.optim.meter import host_state, plain_tensors, tensors_bytes
 
 __all__ = ["CATEGORIES", "PHASES", "StepMemory", "StorageTracker", "measure"]
@@ -170,7 +174,8 @@ class StorageTracker(TorchDispatchMode):
         self._in_place = False
         self._recomputing_since: int | None = None
         self._peaks: dict[str, tuple[int, int]] = {}
-        self.mark("weights", [*model.parameters(), *model.buffers()])
+        self._masters: set[int] = set()
+        self._mark_weights()
         self._mark_state()
         self.mark("gradients", [p.grad for p in model.parameters() if p.grad is not None])
         self._peaks.clear()  # state in host memory was counted for a moment
@@ -216,6 +221,7 @@ class StorageTracker(TorchDispatchMode):
             Bytes of the step that has just ended.
         """
         self._mark_state()
+        self._mark_weights()
         self._peaks.setdefault(self._phase, (self._total, self._event))
         phase, (peak, moment) = max(self._peaks.items(), key=lambda item: item[1][0])
         memory = StepMemory(
@@ -255,7 +261,8 @@ class StorageTracker(TorchDispatchMode):
         for each in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(each, Tensor):
                 for plain in plain_tensors(each):
-                    self._note(plain)
+                    if _identify(plain.untyped_storage()) not in self._masters:
+                        self._note(plain)
         return out
 
     def _note(self, tensor: Tensor) -> _Storage:
@@ -297,7 +304,8 @@ class StorageTracker(TorchDispatchMode):
             self._peaks[self._phase] = self._total, self._event
 
     def _free(self, key: int) -> None:
-        self._leave(self._live.pop(key))
+        if key in self._live:
+            self._leave(self._live.pop(key))
 
     def _leave(self, storage: _Storage) -> None:
         """Stop counting a storage."""
@@ -305,6 +313,14 @@ class StorageTracker(TorchDispatchMode):
             self._event += 1
             storage.died = self._event
             self._total -= storage.size
+
+    def _mark_weights(self) -> None:
+        """Mark the weights. Exact weights of coded layers are outside the device and are not counted."""
+        coded = [w for w in coded_weights(self._model).values() if has_values(w.parameter)]
+        self._masters = {_identify(weight.exact().untyped_storage()) for weight in coded}
+        for key in self._masters & self._live.keys():
+            self._leave(self._live.pop(key))
+        self.mark("weights", [*self._model.parameters(), *self._model.buffers()])
 
     def _mark_state(self) -> None:
         """Mark the optimizer's state. The part that lives in host memory is no longer counted."""

@@ -62,13 +62,14 @@ class Prepared:
 
 
 def build(recipe: Recipe, model: nn.Module, loss: CausalLMLoss, *, steps: int, device: torch.device) -> Built:
-    """Prepare a loaded model and attach everything that trains it.
+    """Place a loaded model, prepare it, and attach everything that trains it.
 
     Args:
         recipe: the recipe.
         model: the loaded model, on `device`.
         loss, steps, device: as for `attach`.
     """
+    recipe.method.place(model, device)
     return attach(recipe, prepare(recipe, model), loss, steps=steps, device=device)
 
 

@@ -17,6 +17,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lisatune.distributed.shards import has_values
 from lisatune.nn.nf4 import decode_nf4, encode_nf4, import_bitsandbytes
 
 __all__ = ["Codes", "Format", "Int8Rows", "Nf4", "Scales", "make_format"]
@@ -57,7 +58,7 @@ class Int8Rows(Format):
         """Turn a weight [R, C] into `codes`, int8 [R, C], and `scales`, float32 [R]."""
         codes = torch.empty_like(weight, dtype=torch.int8, memory_format=torch.contiguous_format)
         scales = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
-        rows = max(AT_ONCE // max(weight.shape[1], 1), 1)
+        rows = max(AT_ONCE // max(weight.shape[1], 1), 1) if has_values(weight) else max(len(weight), 1)
         for start in range(0, len(weight), rows):
             part = slice(start, start + rows)
             wide = weight[part].float()

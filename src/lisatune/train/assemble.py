@@ -237,6 +237,8 @@ def rehearse(recipe: Recipe, steps: int) -> tuple[nn.Module, LayerMap, BlockSche
     warn_of_long_warmup(recipe.optimizer, steps)
     model = meta_model(**recipe.model.source, dtype=weight_dtype(recipe))
     _warn_of_widened_weights(recipe, model)
+    if ranks.count() == 1:
+        recipe.method.place(model, torch.device("meta"))
     model = recipe.method.prepare(model)
     layers = find_layers(model)
     _, _, schedule = attach_method(recipe, model, layers, steps)

@@ -15,6 +15,7 @@ import tiny
 from lisatune import LISA, build_adamw
 from lisatune.losses.causal_lm import CausalLMLoss
 from lisatune.memory.plan import _batch, find_costly_draws, plan_memory
+from lisatune.memory.tracker import measure
 from lisatune.methods import METHODS
 from lisatune.methods.build import build
 from lisatune.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe, RunConfig
@@ -217,3 +218,41 @@ def test_the_command_says_nothing_but_the_plan() -> None:
     command = [sys.executable, "-m", "lisatune", "plan", "--model", "gpt2", "--length", "8"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("ends", ["train", "frozen"])
+@pytest.mark.parametrize("bits", ["int8", "nf4"])
+def test_codes_and_the_switch_between_two_draws_are_planned_as_in_a_run(bits: str, ends: str) -> None:
+    options = {"ends": ends, "period": 1, "precision": "bf16", "verify": "off"}
+    recipe = make_recipe({"rounding": "stochastic"}, frozen_weights=bits, **options)
+    plan = plan_memory(recipe, config=CONFIG)
+    exact = plan_memory(make_recipe({"rounding": "stochastic"}, **options), config=CONFIG)
+    model = LlamaForCausalLM(CONFIG).to(torch.bfloat16)
+    built = build(recipe, model, CausalLMLoss(model), steps=400, device=torch.device("cpu"))
+    steps = []
+    with measure(built.model, built.step.optimizer) as tracker:
+        for step in range(6):
+            if step == 4:  # until here each step ends with a draw
+                assert plan.active_blocks is not None
+                built.schedule.hold(plan.active_blocks)
+            built.step.backward([_batch(recipe, model, 96)])
+            built.step.clip()
+            built.step.update()
+            steps.append(tracker.end_step().peak_bytes)
+    assert steps[-1] == pytest.approx(plan.peak_bytes, rel=0.03)
+    assert max(steps[1:4]) <= plan.peak_bytes * 1.03
+    assert plan.at_peak["weights"] < exact.at_peak["weights"]
+    assert plan.host_bytes == built.schedule.host_bytes()
+
+
+def test_a_plan_for_cuda_counts_the_whole_pinned_area() -> None:
+    cpu, cuda = (
+        plan_memory(
+            make_recipe({"rounding": "stochastic"}, frozen_weights="int8", precision="bf16", device=device),
+            config=CONFIG,
+        )
+        for device in ("cpu", "cuda")
+    )
+    linear = sum(p.numel() for p in LlamaForCausalLM(CONFIG).model.layers[0].parameters() if p.ndim == 2)
+    assert cpu.host_bytes == 2 * (BLOCKS - 2) * linear
+    assert cuda.host_bytes == 2 * BLOCKS * linear
