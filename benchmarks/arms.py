@@ -8,6 +8,7 @@
     lisa-plain              ours without compiling
     lisa-every5, lisa-8bit, lisa-factored, lisa-head, lisa-frozen
                             ours, with that policy of the ends (`method.ends`)
+    lisa-int8, lisa-nf4     ours, with codes for frozen blocks (`method.frozen_weights`)
     lisa-sdpa               ours with torch's attention instead of `model.attention: lisatune_cpu`
     …+tricks                a peer with our loss, attention and compiled blocks
     …+checkpointing         recomputed activations: transformers' way in peers, `frozen` in ours
@@ -53,8 +54,10 @@ CYCLE = 10
 
 PEERS = ("full", "lora128", "lora16")
 ENDS = {"every5": "every:5", "8bit": "8bit", "factored": "factored", "head": "head", "frozen": "frozen"}
+CODES: tuple[Any, ...] = ("int8", "nf4")
 ARMS = (
     *("gemm", *PEERS, "toggle", "lisa", "lisa-plain", "lisa-sdpa", *(f"lisa-{ends}" for ends in ENDS)),
+    *(f"lisa-{codes}" for codes in CODES),
     *("full+tricks", "lora128+tricks", "full+checkpointing", "lora128+checkpointing"),
     *("lisa+checkpointing", "lisa-every5+checkpointing", "lisa-8bit+checkpointing"),
 )
@@ -182,6 +185,7 @@ def run_lisa(args: argparse.Namespace, arm: str) -> dict[str, Any]:
     batches = sequences(model, args, steps_of(arm, 2 if args.memory else args.steps))
     layers, facts, ours = find_layers(model), {}, name != "toggle"
     ends = ENDS.get(name.removeprefix("lisa-"), "train")
+    codes: Any = next((each for each in CODES if name == f"lisa-{each}"), "exact")
     blocks = None
     if ours:
         use_chunked_loss(model)
@@ -194,7 +198,7 @@ def run_lisa(args: argparse.Namespace, arm: str) -> dict[str, Any]:
     gc.collect()
     if ours:
         optimizer = build_optimizer(model, layers, OptimizerConfig(lr=1e-5), ends=ends)
-        lisa = LISA(model, optimizer, active=args.active, period=2, ends=ends)
+        lisa = LISA(model, optimizer, active=args.active, period=2, ends=ends, frozen_weights=codes)
     else:
         optimizer = build_adamw(model, layers, lr=1e-5)
         lisa = LISA(model, optimizer, active=args.active, period=2, state="keep", verify="off")

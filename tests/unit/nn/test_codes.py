@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lisatune.lisa.frozen_weights import RamMasters
 from lisatune.nn.coded import CodedEmbedding, CodedLinear, CodedWeight, coded_weights, exact_parameters
@@ -54,6 +56,25 @@ def test_encoding_a_strided_weight_gives_the_codes_of_its_numbers(made: tuple[Fo
     weight = torch.randn(96, 64).T
     again = format.encode(weight.contiguous())
     assert all(torch.equal(tensor, again[name]) for name, tensor in format.encode(weight).items())
+
+
+def test_what_compiled_code_expects_of_an_operator_is_what_it_returns(
+    made: tuple[Format, float, float],
+) -> None:
+    """Compiled code lays out memory by an operator's shapes for fake tensors, and stops at any other."""
+    format, weight = made[0], torch.randn(64, 96)
+    codes = format.encode(weight)
+
+    class Shapes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if func.namespace == "bitsandbytes":
+                with FakeTensorMode(allow_non_fake_inputs=True):
+                    assert func(*args, **(kwargs or {})).shape == out.shape
+            return out
+
+    with Shapes():
+        format.decode(codes, weight.shape, torch.float32)
 
 
 def test_zeros_stay_zeros(made: tuple[Format, float, float]) -> None:
