@@ -121,7 +121,7 @@ def load(args: argparse.Namespace) -> Any:
 
     from lisatune.models.shapes import shape_config
 
-    config = shape_config(args.model)
+    config: Any = shape_config(args.model)
     if args.blocks is not None:
         config.num_hidden_layers = args.blocks
     return AutoModelForCausalLM.from_config(config, dtype=dtype).train()

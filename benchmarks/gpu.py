@@ -62,8 +62,8 @@ def make_recipe(options: argparse.Namespace, keys: str) -> Recipe:
         f"run.batch_size={options.batch} run.steps=1000 run.device={options.device} "
         f"run.activation_checkpointing={checkpointing}"
     )
-    blocks = shape_config(options.shape).num_hidden_layers
-    return recipe_without_file(f"{common} {keys.replace('ALL', str(blocks))}".split())
+    shape: Any = shape_config(options.shape)
+    return recipe_without_file(f"{common} {keys.replace('ALL', str(shape.num_hidden_layers))}".split())
 
 
 def make_plan(recipe: Recipe) -> MemoryPlan:

@@ -15,6 +15,7 @@ torch's allocation log in a separate run. It includes both gradients.
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import torch
@@ -101,7 +102,7 @@ def main() -> None:
     first = median(seconds["full"][1:])
     for name, way in ways.items():
         hidden.grad = weight.grad = None
-        peak = peak_bytes(lambda way=way: run(way))
+        peak = peak_bytes(partial(run, way))
         each = median(seconds[name][1:])
         print(f"| {name} | {each:.3f} | {each / first:.2f} | {peak / 2**20:.0f} |")
 

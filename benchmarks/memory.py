@@ -7,6 +7,7 @@ python benchmarks/memory.py --shape gpt2 --length 512
 import argparse
 import itertools
 import warnings
+from typing import Any
 
 import torch
 
@@ -34,7 +35,7 @@ def measured(recipe: Recipe, blocks: tuple[int, ...] | None) -> StepMemory:
     """Make two real steps, and return the memory of the second."""
     from transformers import AutoModelForCausalLM
 
-    config = shape_config(recipe.model.name)
+    config: Any = shape_config(recipe.model.name)
     model = AutoModelForCausalLM.from_config(config, dtype=weight_dtype(recipe))
     built = build(recipe, model, CausalLMLoss(model), steps=10, device=torch.device("cpu"))
     if blocks is not None:

@@ -78,7 +78,7 @@ def prepare() -> Task:
 
     def batches(rows: Any, limit: int) -> list[dict[str, Tensor]]:
         chosen = sorted(random.Random(0).sample(list(rows), limit), key=lambda row: len(row["input_ids"]))
-        return [collate(chosen[i : i + ROWS], tokenizer.pad_token_id) for i in range(0, limit, ROWS)]
+        return [collate(chosen[i : i + ROWS]) for i in range(0, limit, ROWS)]
 
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     held_out = batches(data.validation.rows, 64)

@@ -107,7 +107,7 @@ def run(recipe: Recipe, folder: Path) -> dict[str, Any]:
     output = folder / key
     figures = output / "figures.json"
     if not figures.exists():
-        summary = train(replace(recipe, run=replace(recipe.run, output=str(output))), overwrite=True)
+        summary: Any = train(replace(recipe, run=replace(recipe.run, output=str(output))), overwrite=True)
         shutil.rmtree(summary["model"])
         kept = ("held_out_loss_before", "held_out_loss_after", "tokens", "peak_state_bytes", "train_seconds")
         figures.write_text(json.dumps({name: summary[name] for name in kept}), encoding="utf-8")

@@ -59,7 +59,7 @@ class Scheduled(Sampler):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScheduledLisa(Lisa):
+class ScheduledLisa(Lisa):  # type: ignore[misc]  # the experiment alone adds a key to it
     """LISA with a γ for every period."""
 
     schedule: tuple[int, ...]
