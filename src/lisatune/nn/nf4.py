@@ -88,7 +88,7 @@ def encode_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
 def decode_nf4(codes: Tensor, absmax: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Make a weight of a shape and dtype out of its codes and scales."""
     # As one row: the CPU kernel of bitsandbytes 0.50 reads wrong scales for rows of 96, 160, … numbers, which
-    # are a multiple of 32 and not of 64. With a shape of one dimension it returns two, which compiled code refuses.
+    # are a multiple of 32 and not of 64. Asked for one dimension it returns two, which compiled code refuses.
     one_row = [1, math.prod(shape)]
     weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit(codes, absmax, BLOCK, "nf4", one_row, dtype)
     return weight.view(shape)
