@@ -1,5 +1,6 @@
 """`lisatune compare` accepts the comparisons in experiments/; schedules differ only in when blocks train."""
 
+import json
 import runpy
 from pathlib import Path
 
@@ -25,7 +26,9 @@ def test_smoke_shortens_the_runs_and_keeps_the_rest() -> None:
     assert given[:3] == ["compare", str(EXPERIMENTS / "draws.yaml"), "data.train=rows.jsonl"]
     assert given[-4:] == ["--lr", "1e-4", "--output", "runs/draws-smoke"]
     assert make_arguments(["draws"]) == ["compare", str(EXPERIMENTS / "draws.yaml")]
-    with pytest.raises(SystemExit, match="name one of draws, epoch, gap, qlisa, table2, table6, table7"):
+    with pytest.raises(
+        SystemExit, match="name one of draws, epoch, gap, ground, qlisa, table2, table6, table7"
+    ):
         make_arguments(["table9"])
 
 
@@ -40,3 +43,23 @@ def test_schedules_train_as_many_blocks_on_average_as_the_constant_one() -> None
         sampler = script["Scheduled"](30, active)
         assert [len(set(sampler.draw(period, seed=0))) for period in range(40)] == list(active)
         assert sum(sampler.inclusion()) == pytest.approx(sum(active) / 40)
+
+
+def test_source_code_is_held_out_by_its_path_and_tests_stay_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [f"package/module{i}.py" for i in range(60)]
+    for path in (*paths, "test/test_it.py", "package/tests/case.py", "site-packages/other.py"):
+        (tmp_path / "lib" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "lib" / path).write_text(f"# {path}\n")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path / "lib"))
+    monkeypatch.setattr("sys.argv", ["code_data.py", str(tmp_path / "data")])
+    runpy.run_path(str(EXPERIMENTS / "code_data.py"), run_name="__main__")
+    train, held_out = (
+        {json.loads(line)["path"] for line in (tmp_path / "data" / name).read_text().splitlines()}
+        for name in ("code.jsonl", "code-val.jsonl")
+    )
+    assert train | held_out == set(paths)
+    assert not train & held_out
+    assert 0 < len(held_out) < 10
+    assert "Python 3" in capsys.readouterr().out
