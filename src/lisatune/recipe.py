@@ -128,7 +128,10 @@ class OptimizerConfig:
     """The optimizer and its learning-rate schedule."""
 
     name: str = "adamw"
-    """Which optimizer: adamw."""
+    """Which optimizer: adamw, adafactor, lamb, lars, lion, muon, sgd, sophia, or a class: module.Class."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    """More arguments of its class, such as {momentum: 0.9}; for all but adamw."""
 
     lr: float = 1e-5
     """Peak learning rate."""
@@ -137,7 +140,7 @@ class OptimizerConfig:
     """Peak learning rate of the ends, which are embedding, head and final norm. Default: `lr`."""
 
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of the first and second moment, each in [0, 1)."""
+    """Decay rates of the first and second moment, each in [0, 1). Of adamw, lamb and muon's AdamW."""
 
     eps: float = 1e-8
     """Added to the denominator of the update."""
@@ -196,7 +199,19 @@ class OptimizerConfig:
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(f"optimizer.max_grad_norm must be > 0 or null, got {self.max_grad_norm}")
         _at_least(0, "optimizer.warmup_steps", self.warmup_steps)
+        self._check_options()
         self._check_schedule()
+
+    def _check_options(self) -> None:
+        if not (isinstance(self.options, dict) and all(isinstance(key, str) for key in self.options)):
+            raise ValueError(f"optimizer.options must be keys and values, got {self.options!r}")
+        if self.options and self.name == "adamw":
+            raise ValueError(
+                f"optimizer.options {self.options} does nothing with optimizer.name adamw, whose settings "
+                "are keys of their own"
+            )
+        if clash := {"lr", "weight_decay", "params"} & self.options.keys():
+            raise ValueError(f"optimizer.options may not have {clash.pop()}; it is a key of optimizer itself")
 
     def _check_schedule(self) -> None:
         for name, share in (("warmup_share", self.warmup_share), ("min_lr_share", self.min_lr_share)):

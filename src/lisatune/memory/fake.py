@@ -7,6 +7,7 @@ tokens that carry loss, or to find where a packed record begins.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
@@ -17,9 +18,11 @@ from torch.utils._pytree import arg_tree_leaves
 
 from lisatune.optim.meter import plain_tensors
 
-__all__ = ["fake_storage", "fake_tensors"]
+__all__ = ["fake_storage", "fake_tensors", "norms_are_one"]
 
 aten = torch.ops.aten
+
+_norms_are_one: ContextVar[bool] = ContextVar("norms_are_one", default=False)
 
 INDEXING = (
     aten.index.Tensor,
@@ -45,6 +48,16 @@ def fake_tensors() -> Iterator[None]:
     """
     with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True), _RealIds():  # type: ignore[no-untyped-call]
         yield
+
+
+@contextmanager
+def norms_are_one() -> Iterator[None]:
+    """Let an optimizer read numbers, such as norms by which it scales a step; all are 1. A model must not."""
+    token = _norms_are_one.set(True)
+    try:
+        yield
+    finally:
+        _norms_are_one.reset(token)
 
 
 def fake_storage(model: nn.Module) -> None:
@@ -77,6 +90,8 @@ class _RealIds(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return function(*args, **kwargs)
         if function is aten._local_scalar_dense.default and tensors[0].dtype == torch.bool:
             return True  # asks whether values are finite: yes; other questions are rare
+        if function is aten._local_scalar_dense.default and _norms_are_one.get():
+            return 1.0
         if function in SPARSE and args[0].layout == torch.sparse_coo:
             return _compute_sparse(function, args)
         if function in INDEXING:

@@ -23,7 +23,7 @@ from lisatune.lisa.frozen_weights import ShapeMasters
 from lisatune.losses.causal_lm import CausalLMLoss
 from lisatune.memory.equal_blocks import FewerBlocks, set_aside
 from lisatune.memory.estimate import divide_among_ranks, estimate_step, explain_untraced
-from lisatune.memory.fake import fake_storage, fake_tensors
+from lisatune.memory.fake import fake_storage, fake_tensors, norms_are_one
 from lisatune.memory.tracker import StepMemory
 from lisatune.methods.build import Built, attach, check_recipe, prepare, weight_dtype
 from lisatune.models.load import meta_model, model_from_config
@@ -204,7 +204,8 @@ def _plan(
             shard(prepared.model, prepared.layers.blocks, device=device, how=run.sharding)
         else:
             recipe.method.place(prepared.model, device, ShapeMasters(is_pinned=run.device == "cuda"))
-        built = attach(recipe, prepared, loss, steps=steps, device=device)
+        with norms_are_one():  # bitsandbytes reads the values of its codes
+            built = attach(recipe, prepared, loss, steps=steps, device=device)
         if isinstance(built.step.optimizer, AdamW):
             built.step.optimizer.chunk_size = CHUNK.get(run.device, CHUNK_ELSEWHERE)
 
@@ -316,7 +317,8 @@ def _trace(
         built.step.backward(batches)
         built.step.clip()
         aside = set_aside(built.step.optimizer) if blocks else []
-        built.step.update()
+        with norms_are_one():
+            built.step.update()
         aside.clear()
         memory = tracker.end_step()
     return memory if tracker.is_exact else _trace(built, batches, micro_steps, leaves_out=False)
@@ -343,7 +345,8 @@ def _make_state(built: Built, ids: int) -> None:
                 if isinstance(optimizer, AdamW):
                     prepare_state(cast(Group, group), part_to_update(p), optimizer.state[p])
     if not isinstance(optimizer, AdamW):
-        optimizer.step()
+        with norms_are_one():
+            optimizer.step()
     built.step.skip()
 
 

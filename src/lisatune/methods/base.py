@@ -10,10 +10,12 @@ from torch import nn
 from lisatune.lisa.schedule import BlockSchedule
 from lisatune.losses.causal_lm import CausalLMLoss
 from lisatune.methods.optimizers import build_optimizer
+from lisatune.methods.sampled_labels import SophiaStep
 from lisatune.methods.step import TrainingStep
 from lisatune.nn.coded import Masters
 from lisatune.nn.layers import LayerMap
 from lisatune.optim.adamw import AdamW
+from lisatune.optim.sophia import SophiaG
 from lisatune.recipe import DataConfig, OptimizerConfig, RunConfig
 
 __all__ = ["Alternatives", "Keys", "Method", "halve"]
@@ -147,7 +149,8 @@ class Method:
             autocast: dtype of matrix products; None computes in the weights' dtype.
             max_grad_norm: largest global norm of the gradients; None leaves them as they are.
         """
-        return TrainingStep(
+        kind = SophiaStep if isinstance(optimizer, SophiaG) else TrainingStep
+        return kind(
             model=model,
             loss=loss,
             optimizer=optimizer,

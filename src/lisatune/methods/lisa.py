@@ -14,7 +14,7 @@ from lisatune.lisa.proof import Verify
 from lisatune.lisa.rates import Scaling, compute_lr_factors
 from lisatune.lisa.samplers import Independent, SamplerName, make_sampler
 from lisatune.methods.base import Alternatives, Method, halve
-from lisatune.methods.optimizers import build_optimizer
+from lisatune.methods.optimizers import build_optimizer, check_thaw
 from lisatune.nn.coded import Masters
 from lisatune.nn.codes import Scales
 from lisatune.nn.layers import LayerMap, find_layers
@@ -113,7 +113,12 @@ class Lisa(Method):
     def build_optimizer(
         self, model: nn.Module, layers: LayerMap, config: OptimizerConfig
     ) -> torch.optim.Optimizer:
-        """Build the recipe's optimizer: `ends` decides the ends' state."""
+        """Build the recipe's optimizer: `ends` decides the ends' state.
+
+        Raises:
+            ValueError: the optimizer would give blocks that thaw a wrong first step.
+        """
+        check_thaw(config, self.state)
         return build_optimizer(model, layers, config, ends=self.ends)
 
     def attach(

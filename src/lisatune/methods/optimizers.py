@@ -1,24 +1,35 @@
 """The optimizers of recipes, by `optimizer.name`.
 
-To add one: its file in `lisatune/optim`, a function here that builds it from a recipe's section, and its line
-in `OPTIMIZERS`.
+To add one: its file in `lisatune/optim` if it is our own, a function here that builds it from a recipe's
+section, and its line in `OPTIMIZERS`. A name with a dot, such as `lion_pytorch.Lion`, is imported.
+
+An optimizer must give a block that thaws a right first step. Those that count steps per param group do not
+(`lisatune.lisa.group_state`), so each is tried on two small parameters before any weights load.
 """
 
+import importlib
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lisatune.distributed.shards import is_sharded
+from lisatune.distributed import ranks
+from lisatune.distributed.shards import has_values, is_sharded
 from lisatune.lisa.ends import EndsPolicy
+from lisatune.lisa.frozen_state import StatePolicy
+from lisatune.lisa.group_state import GroupState
 from lisatune.lisa.groups import build_fused_adamw, param_groups
 from lisatune.nn.layers import LayerMap
+from lisatune.nn.notices import silence_import_notices
 from lisatune.optim.adamw import AdamW
+from lisatune.optim.muon import MuonWithAdamW
+from lisatune.optim.sophia import SophiaG
 from lisatune.recipe import OptimizerConfig, unknown
 
-__all__ = ["OPTIMIZERS", "build_from_groups", "build_optimizer"]
+__all__ = ["OPTIMIZERS", "build_from_groups", "build_optimizer", "check_name", "check_thaw"]
 
 Groups = list[dict[str, Any]]
 """Param groups whose `params` are (name, parameter) pairs, as `lisatune.param_groups` returns them."""
@@ -43,10 +54,74 @@ def build_optimizer(
 
 
 def build_from_groups(groups: Groups, config: OptimizerConfig) -> Optimizer:
-    """Build the recipe's optimizer over param groups; see `build_optimizer`."""
-    if config.name not in OPTIMIZERS:
-        raise ValueError(f"optimizer.name: {unknown('optimizer', config.name, OPTIMIZERS)}")
-    return OPTIMIZERS[config.name](groups, config)
+    """Build the recipe's optimizer over param groups; see `build_optimizer`.
+
+    Raises:
+        ValueError: there is no such optimizer, an option is not one of its own or out of range, or it cannot
+            update weights of this dtype, or on several ranks.
+        ImportError: its package is not installed.
+    """
+    check_name(config.name)
+    if config.name == "adamw":
+        return build_adamw(groups, config)
+    narrow = {str(p.dtype).removeprefix("torch.") for g in groups for _, p in g["params"] if p.itemsize < 4}
+    if narrow:
+        raise ValueError(
+            f"optimizer.name {config.name} would round its updates of {' and '.join(sorted(narrow))} weights "
+            "to nearest, which loses most of them; use run.precision bf16-mixed or fp32, or optimizer.name "
+            "adamw"
+        )
+    if ranks.count() > 1:
+        raise ValueError(f"optimizer.name {config.name} runs in one process only; use adamw")
+    _refuse_keys_of_adamw(groups, config)
+    try:
+        return OPTIMIZERS.get(config.name, build_imported)(groups, config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"optimizer.name {config.name} cannot be built: {error}") from error
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that is neither in `OPTIMIZERS` nor a module and a class.
+
+    Raises:
+        ValueError: names the nearest one.
+    """
+    if name not in OPTIMIZERS and "." not in name:
+        raise ValueError(
+            f"optimizer.name: {unknown('optimizer', name, OPTIMIZERS)}, or a class such as torch.optim.NAdam"
+        )
+
+
+def check_thaw(config: OptimizerConfig, state: StatePolicy) -> None:
+    """Try whether a block that thaws late gets a right first step, on two small parameters.
+
+    Args:
+        config: the recipe's section.
+        state: what is done with the state of a block that freezes.
+
+    Raises:
+        ValueError: its first step would be wrong, because the optimizer counts steps per param group; or the
+            optimizer cannot make a step; or what `build_from_groups` raises.
+    """
+    if config.name == "adamw":
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        named = [("matrix", nn.Parameter(torch.randn(8, 4))), ("vector", nn.Parameter(torch.randn(4)))]
+        if not has_values(named[0][1]):  # inside a memory plan, where nothing can be tried
+            return
+        optimizer = build_from_groups([{"params": named, "layer": "block 0"}], config)
+        for _, p in named:
+            p.grad = torch.randn_like(p)
+    watch = GroupState(optimizer, state)
+    watch.before_step(ends_period=False)
+    try:
+        optimizer.step()
+    except Exception as error:
+        raise ValueError(
+            f"optimizer.name {config.name} cannot make a step from gradients: {error}"
+        ) from error
+    watch.after_step()
 
 
 def build_adamw(groups: Groups, config: OptimizerConfig, kind: type[AdamW] = AdamW) -> Optimizer:
@@ -82,4 +157,142 @@ def build_adamw(groups: Groups, config: OptimizerConfig, kind: type[AdamW] = Ada
     return optimizer
 
 
-OPTIMIZERS: dict[str, Callable[[Groups, OptimizerConfig], Optimizer]] = {"adamw": build_adamw}
+def build_sgd(groups: Groups, config: OptimizerConfig) -> Optimizer:
+    """Build `torch.optim.SGD`, without momentum unless `optimizer.options` has it."""
+    _refuse(config, "betas", "eps", "moments")
+    return torch.optim.SGD(groups, config.lr, **config.options)
+
+
+def build_adafactor(groups: Groups, config: OptimizerConfig) -> Optimizer:
+    """Build `torch.optim.Adafactor`: the second moment as means of rows and columns, no first moment."""
+    _refuse(config, "betas", "eps", "moments")
+    return torch.optim.Adafactor(groups, config.lr, **config.options)
+
+
+def build_muon(groups: Groups, config: OptimizerConfig) -> Optimizer:
+    """Build Muon for the matrices of blocks and adapters, and AdamW for embedding, head, norms and biases."""
+    _refuse(config, "moments")
+    divided: Groups = []
+    for group in groups:
+        of_ends = group.get("layer") == "ends"
+        matrices = [pair for pair in group["params"] if pair[1].ndim == 2 and not of_ends]
+        others = [pair for pair in group["params"] if pair[1].ndim != 2 or of_ends]
+        divided += [group | {"params": matrices, "matrices": True}] if matrices else []
+        divided += [group | {"params": others}] if others else []
+    return MuonWithAdamW(
+        divided,
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        **config.options,
+    )
+
+
+def build_sophia(groups: Groups, config: OptimizerConfig) -> Optimizer:
+    """Build SophiaG; `optimizer.options` takes betas, rho and every."""
+    _refuse(config, "betas", "eps", "moments")
+    return SophiaG(groups, config.lr, **config.options)
+
+
+def build_lion(groups: Groups, config: OptimizerConfig) -> Optimizer:
+    """Build bitsandbytes' Lion (Chen et al., arXiv 2302.06675)."""
+    _refuse(config, "betas", "eps")
+    return _build_bitsandbytes("Lion", groups, config)
+
+
+def build_lamb(groups: Groups, config: OptimizerConfig) -> Optimizer:
+    """Build bitsandbytes' LAMB (You et al., arXiv 1904.00962)."""
+    return _build_bitsandbytes("LAMB", groups, config, betas=config.betas, eps=config.eps)
+
+
+def build_lars(groups: Groups, config: OptimizerConfig) -> Optimizer:
+    """Build bitsandbytes' LARS (You et al., arXiv 1708.03888), with momentum 0.9."""
+    _refuse(config, "betas", "eps")
+    return _build_bitsandbytes("LARS", groups, config, momentum=0.9)
+
+
+def build_imported(groups: Groups, config: OptimizerConfig) -> Optimizer:
+    """Import a class by its full name, and build it with the learning rate and `optimizer.options`.
+
+    Raises:
+        ImportError: there is no such module.
+        ValueError: the module has no such class, or it is no optimizer of torch.
+    """
+    module_name, _, class_name = config.name.rpartition(".")
+    silence_import_notices()
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ImportError(
+            f"optimizer.name {config.name} needs the module {module_name}, which cannot be imported "
+            f"({error}); install its package"
+        ) from error
+    kind = getattr(module, class_name, None)
+    if not (inspect.isclass(kind) and issubclass(kind, Optimizer)):
+        raise ValueError(f"{module_name} has no torch.optim.Optimizer of the name {class_name}")
+    _refuse(config, "betas", "eps", "moments")
+    build: Callable[..., Optimizer] = kind
+    return build(groups, lr=config.lr, **config.options)
+
+
+def _build_bitsandbytes(name: str, groups: Groups, config: OptimizerConfig, **own: Any) -> Optimizer:
+    if config.moments not in ("fp32", "8bit"):
+        raise ValueError(f"optimizer.moments {config.moments} belongs to adamw; use fp32 or 8bit")
+    silence_import_notices()
+    try:
+        from bitsandbytes import optim
+    except ImportError as error:
+        raise ImportError(
+            f'optimizer.name {config.name} needs bitsandbytes: pip install "lisatune[train,8bit]"'
+        ) from error
+    kind = getattr(optim, f"{name}8bit" if config.moments == "8bit" else name)
+    has_shapes_only = not all(has_values(p) for group in groups for _, p in group["params"])
+    built: Any = kind(groups, lr=config.lr, **own | config.options)
+    if has_shapes_only:
+        built.args.max_unorm = 0.0  # a plan's weights have no norm, whose place in the state is one number
+    return cast(Optimizer, built)
+
+
+def _refuse_keys_of_adamw(groups: Groups, config: OptimizerConfig) -> None:
+    """Refuse what only `lisatune.AdamW` can do."""
+    for word in {
+        str(group[key]) for group in groups for key in ("moments", "state_device") if group.get(key)
+    }:
+        raise ValueError(
+            f"method.ends {word} belongs to adamw, and optimizer.name is {config.name}; leave it out"
+        )
+    for key, plain in (("state_device", None), ("in_backward", False)):
+        if getattr(config, key) != plain:
+            raise ValueError(
+                f"optimizer.{key} {getattr(config, key)!r} belongs to adamw, and optimizer.name is "
+                f"{config.name}; set it to {'null' if plain is None else 'false'}"
+            )
+    if config.rounding != "exact":
+        raise ValueError(
+            f"optimizer.rounding {config.rounding} belongs to adamw, and optimizer.name is {config.name}; "
+            "leave it out"
+        )
+
+
+def _refuse(config: OptimizerConfig, *keys: str) -> None:
+    """Refuse keys that an optimizer does not read, if they are not at their defaults."""
+    for key in keys:
+        default = getattr(OptimizerConfig, key)
+        if getattr(config, key) != default:
+            raise ValueError(
+                f"{config.name} does not read optimizer.{key}; leave it out, or give the optimizer's own "
+                "arguments in optimizer.options"
+            )
+
+
+OPTIMIZERS: dict[str, Callable[[Groups, OptimizerConfig], Optimizer]] = {
+    "adamw": build_adamw,
+    "adafactor": build_adafactor,
+    "lamb": build_lamb,
+    "lars": build_lars,
+    "lion": build_lion,
+    "muon": build_muon,
+    "sgd": build_sgd,
+    "sophia": build_sophia,
+}

@@ -52,6 +52,7 @@ Other steps or epochs stretch the learning-rate schedule. Another date that chan
 
 BEFORE_IT_EXISTED = {
     "optimizer.name": "adamw",
+    "optimizer.options": {},
     "data.long": "auto",
     "optimizer.warmup_share": 0.0,
     "optimizer.min_lr_share": 0.0,

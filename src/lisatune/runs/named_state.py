@@ -40,7 +40,8 @@ def to_names(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], di
     state_dict = optimizer.state_dict()
     plain: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Tensor] = {}
-    for index, entry in state_dict["state"].items():
+    for index, nested in state_dict["state"].items():
+        entry = _flatten(nested)
         plain[flat[index]] = {key: value for key, value in entry.items() if not isinstance(value, Tensor)}
         tensors |= {
             f"{flat[index]}//{key}": value for key, value in entry.items() if isinstance(value, Tensor)
@@ -64,15 +65,37 @@ def from_names(
     }
     check_same("the optimizer's parameters", saved_where, where)
     index = {name: i for i, name in enumerate(where)}
-    state = {index[name]: dict(entry) for name, entry in saved["state"].items()}
+    flat = {index[name]: dict(entry) for name, entry in saved["state"].items()}
     for key, tensor in tensors.items():
         name, _, part = key.rpartition("//")
-        state[index[name]][part] = tensor
+        flat[index[name]][part] = tensor
+    state = {number: _nest(entry) for number, entry in flat.items()}
     groups = [
         {**group, "params": [index[name] for name in names[i]]}
         for i, group in enumerate(saved["param_groups"])
     ]
     return {**saved, "state": state, "param_groups": groups}
+
+
+def _flatten(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn dicts inside a parameter's state, which bitsandbytes has, into keys "OUTER/INNER"."""
+    flat: dict[str, Any] = {}
+    for key, value in entry.items():
+        inside = value.items() if isinstance(value, Mapping) else ()
+        flat |= {f"{key}/{inner}": item for inner, item in inside} if inside else {key: value}
+    return flat
+
+
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo `_flatten`."""
+    entry: dict[str, Any] = {}
+    for key, value in flat.items():
+        outer, has_inner, inner = key.partition("/")
+        if has_inner:
+            entry.setdefault(outer, {})[inner] = value
+        else:
+            entry[key] = value
+    return entry
 
 
 def check_same(what: str, saved: Mapping[str, str], now: Mapping[str, str]) -> None:

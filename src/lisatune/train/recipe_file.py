@@ -29,7 +29,7 @@ from rich.text import Text
 from lisatune.console import expand_home, grid, split_override
 from lisatune.files import yaml
 from lisatune.methods import METHODS, Method
-from lisatune.methods.optimizers import OPTIMIZERS
+from lisatune.methods.optimizers import check_name
 from lisatune.recipe import (
     DataConfig,
     ModelConfig,
@@ -121,10 +121,12 @@ def build_recipe(path: str, from_file: Sections, overrides: Sequence[str]) -> Re
         for key, value in values.items():
             if key not in _list_keys(sections[section]):
                 raise ValueError(f"{where(section, key)}: {_explain_unknown_key(section, key, sections)}")
-            if isinstance(value, dict):
+            if isinstance(value, dict) != (key == "options"):
                 _refuse(where(section, key), sections, section, key, value)
     try:
-        recipe = _parse(sections, given)
+        options = given["optimizer"].get("options", {})  # of any type, which cyclopts cannot know
+        recipe = _parse(sections, given | {"optimizer": given["optimizer"] | {"options": {}}})
+        recipe = dataclasses.replace(recipe, optimizer=dataclasses.replace(recipe.optimizer, options=options))
     except MissingArgumentError as error:
         raise ValueError(f"{path}: {_name_key(error)} is missing; add it") from None
     except CoercionError as error:
@@ -133,9 +135,10 @@ def build_recipe(path: str, from_file: Sections, overrides: Sequence[str]) -> Re
     except ValueError as error:  # out of range, from a section's __post_init__
         named = re.search(rf"\b({'|'.join(SECTIONS)})\.(\w+)", str(error))
         raise ValueError(f"{where(*named.groups()) if named else path}: {error}") from None
-    if recipe.optimizer.name not in OPTIMIZERS:
-        known = unknown("optimizer", recipe.optimizer.name, OPTIMIZERS)
-        raise ValueError(f"{where('optimizer', 'name')}: optimizer.name: {known}")
+    try:
+        check_name(recipe.optimizer.name)
+    except ValueError as error:
+        raise ValueError(f"{where('optimizer', 'name')}: {error}") from None
     for section, values in given.items():
         for key, value in values.items():
             if not _is_faithful(value, getattr(getattr(recipe, section), key)):
@@ -218,11 +221,12 @@ def _read_overrides(overrides: Iterable[str]) -> Sections:
         if section not in SECTIONS:
             raise ValueError(f"command line: {unknown('section', section, SECTIONS)}")
         value: Any = text
-        if text.startswith("[") or text in ("null", "~"):
+        if text.startswith(("[", "{")) or text in ("null", "~"):
             try:
                 value = yaml.load(text)
             except ValueError:
-                raise ValueError(f"override {override!r}: a list is written [a, b]") from None
+                how = "a list is written [a, b]" if text.startswith("[") else "keys are written {key: value}"
+                raise ValueError(f"override {override!r}: {how}") from None
         values.setdefault(section, {})[key] = value
     return values
 
@@ -350,6 +354,8 @@ def _describe(hint: Any) -> str:
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) is Literal:
         return " or ".join(arguments) if len(arguments) < 3 else f"one of {', '.join(arguments)}"
+    if typing.get_origin(hint) is dict:
+        return "keys and values, such as {momentum: 0.9}"
     if typing.get_origin(hint) is tuple:
         length = "" if Ellipsis in arguments else f" of {len(arguments)}"
         return f"a list{length} (each {_describe(arguments[0])})"
