@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lisatune.files.masters import DiskMasters as DiskMasters
+    from lisatune.lisa.correction import Correction as Correction
     from lisatune.lisa.ends import EndsPolicy as EndsPolicy
     from lisatune.lisa.groups import build_adamw as build_adamw
     from lisatune.lisa.groups import param_groups as param_groups
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LISA",
     "AdamW",
+    "Correction",
     "DiskMasters",
     "EndsPolicy",
     "Independent",

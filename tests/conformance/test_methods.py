@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import lisatune.train.loop
 import tiny
 import tiny_run
+from lisatune.lisa.low_rank import find_correction
 from lisatune.methods import METHODS
 from lisatune.models.load import load_model
 from lisatune.runs.summary import Summary
@@ -43,6 +44,8 @@ class Run:
     """Names of what requires grad, at each step."""
     with_state: list[set[str]]
     """Names of what has optimizer state, at the beginning of each step."""
+    beside: list[int]
+    """How many numbers train beside the model's own, in adapters of a correction, at each step."""
 
 
 def watched(patch: pytest.MonkeyPatch, recipe: Path, output: Path, *overrides: str, **flags: Any) -> Run:
@@ -50,6 +53,7 @@ def watched(patch: pytest.MonkeyPatch, recipe: Path, output: Path, *overrides: s
     seen: dict[str, Any] = {}
     trainable: list[set[str]] = []
     with_state: list[set[str]] = []
+    beside: list[int] = []
 
     def watch(*args: Any) -> Parts:
         parts = assemble(*args)
@@ -59,19 +63,23 @@ def watched(patch: pytest.MonkeyPatch, recipe: Path, output: Path, *overrides: s
         def note(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             trainable.append({name for p, name in names.items() if p.requires_grad})
             with_state.append({names[p] for p in optimizer.state})
+            correction = find_correction(parts.built.model)
+            beside.append(0 if correction is None else sum(p.numel() for p in correction.parameters()))
 
         parts.built.step.optimizer.register_step_pre_hook(note)
         return parts
 
     patch.setattr(lisatune.train.loop, "assemble", watch)
     summary = train(load_recipe(recipe, [f"run.output={output}", *overrides]), **flags)
-    return Run(recipe, output, summary, seen["model"], seen["before"], trainable, with_state)
+    return Run(recipe, output, summary, seen["model"], seen["before"], trainable, with_state, beside)
 
 
 SETTINGS = [
     *METHODS,
     "galore, rank: 4, gap: 5",  # the default rank is above every side of the tiny model
     "lisa, frozen_weights: int8, ends: frozen, master: disk",
+    "lisa, correction: lora",
+    "lisa, correction: lora, correction_blocks: above, ends: frozen, lr_scaling: none",
     "badam, switch_every: 3",  # by default it does not switch in so few steps
 ]
 
@@ -140,7 +148,10 @@ def test_only_what_trains_has_gradients_and_state(run: Run) -> None:
 
 def test_summary_counts_what_trained_and_its_two_moments(run: Run) -> None:
     sizes = {name: weight.numel() for name, weight in run.before.items()}
-    most = max(sum(sizes[name] for name in names) for names in run.trainable)
+    most = max(
+        sum(sizes[name] for name in names) + more
+        for names, more in zip(run.trainable, run.beside, strict=True)
+    )
     assert run.summary["peak_trainable"] == most
     projected = "rank: 4" in run.recipe.read_text()  # moments of a lower rank than what trains
     elements = run.summary["peak_state_elements"]

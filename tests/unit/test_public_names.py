@@ -13,6 +13,7 @@ PUBLIC = {
     "lisatune": (
         *(
             "AdamW",
+            "Correction",
             "DiskMasters",
             "EndsPolicy",
             "Independent",
@@ -31,7 +32,7 @@ PUBLIC = {
     "lisatune.lisa": (
         *("Cyclic", "EndsPolicy", "Independent", "LISA", "Permutation", "ProofError", "Sampler", "Uniform"),
         *("Weighted", "Window", "build_adamw", "param_groups", "scale_block_lr"),
-        *("BlockSchedule", "BlockStatistics"),
+        *("BlockSchedule", "BlockStatistics", "Correction"),
     ),
     "lisatune.files": (),
     "lisatune.data": ("read_records", "tokenize"),

@@ -62,8 +62,12 @@ class DividedTensor:
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
     """Return the model's exact parameters (tied ones once) and persistent buffers by name."""
-    persistent = model.state_dict(keep_vars=True).keys()
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+    passing = {
+        f"{path}.{name}".lstrip(".")
+        for path, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name not in passing}
     return {**exact_parameters(model), **buffers}
 
 

@@ -1,5 +1,6 @@
 """LISA, the algorithm: which layers train when, and the proof that they did."""
 
+from lisatune.lisa.correction import Correction as Correction
 from lisatune.lisa.ends import EndsPolicy as EndsPolicy
 from lisatune.lisa.groups import build_adamw as build_adamw
 from lisatune.lisa.groups import param_groups as param_groups

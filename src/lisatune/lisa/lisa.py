@@ -46,10 +46,12 @@ from lisatune.lisa.checks import (
     warn_of_rounding,
     warn_of_untrained_blocks,
 )
+from lisatune.lisa.correction import Correction
 from lisatune.lisa.ends import Ends, EndsPolicy
 from lisatune.lisa.frozen_state import FrozenState, StatePolicy
 from lisatune.lisa.frozen_weights import FrozenWeights
 from lisatune.lisa.group_state import GroupState
+from lisatune.lisa.low_rank import attach_correction
 from lisatune.lisa.moved_share import MovedShare
 from lisatune.lisa.other_steps import OtherSteps
 from lisatune.lisa.proof import Proof, Verify, describe_proof
@@ -115,6 +117,9 @@ class LISA(BlockSchedule):
             `lisatune.lisa.frozen_weights`. Frozen ends are int8.
         masters: where exact weights of coded blocks are kept. Default: host memory. `lisatune.DiskMasters`
             keeps them in a file.
+        correction: "none", "lora" or a `lisatune.Correction`: adapters with which frozen blocks learn a
+            little in every step. They are not parameters of the model, and are trained here, in the
+            optimizer's hooks; `model.state_dict()` gives merged weights. See `lisatune.lisa.correction`.
         verify: "sample" proves from a moving window of every parameter that the drawn blocks moved and no
             other did, "full" from every element, "off" not at all. See `lisatune.lisa.proof`.
         total_steps: optimizer steps of the whole run, for period="auto" and the coverage warning.
@@ -152,12 +157,14 @@ class LISA(BlockSchedule):
         lr_scaling: Scaling = "sqrt",
         frozen_weights: Literal["exact", "int8", "nf4"] = "exact",
         masters: Masters | None = None,
+        correction: str | Correction = "none",
         verify: Verify = "sample",
         total_steps: int | None = None,
         layers: LayerMap | None = None,
     ) -> None:
         _check_choice("state", state, get_args(StatePolicy))
         policy = EndsPolicy.parse(ends)
+        corrects = Correction.parse(correction)
         _check_choice("verify", verify, get_args(Verify))
         _check_choice("lr_scaling", lr_scaling, get_args(Scaling))
         reshard(model)
@@ -196,6 +203,7 @@ class LISA(BlockSchedule):
         self._frozen_weights = FrozenWeights.of(model)
         if self._frozen_weights is None and frozen_weights != "exact":
             self._frozen_weights = FrozenWeights(model, self.layers, frozen_weights, masters=masters)
+        self._correction = attach_correction(model, self.layers, optimizer, corrects, self.sampler, seed)
         coded = self._frozen_weights
         self._collector = (
             Collector(self._blocks, self.sampler.reads, None if coded is None else coded.exact)
@@ -295,7 +303,8 @@ class LISA(BlockSchedule):
 
     def state_bytes(self) -> int:
         """Count the bytes of optimizer state on the training device; see `host_bytes` for the rest."""
-        return state_bytes(self._optimizer) - tensors_bytes(host_state(self._optimizer))
+        own = 0 if self._correction is None else state_bytes(self._correction.optimizer)
+        return own + state_bytes(self._optimizer) - tensors_bytes(host_state(self._optimizer))
 
     def host_bytes(self) -> int:
         """Count the bytes in host memory: optimizer state and exact weights of frozen blocks."""
@@ -342,8 +351,16 @@ class LISA(BlockSchedule):
         if self._proof is not None and self._proof.is_open and self.steps_done % self.period:
             self._proof.end(still_open=True)
 
+    def settle(self) -> None:
+        """Merge the adapters of a correction into the weights, once: they are zero from now on."""
+        if self._correction is not None:
+            self._correction.merge()
+
     def detach(self) -> None:
-        """Remove every hook, and give every parameter the `requires_grad` that it had before."""
+        """Remove every hook, and give every parameter the `requires_grad` that it had before.
+
+        Adapters of a correction are merged into the weights, once, and removed.
+        """
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -354,6 +371,8 @@ class LISA(BlockSchedule):
         self._frozen_state.detach()
         if self._frozen_weights is not None:
             self._frozen_weights.detach(self._model)
+        if self._correction is not None:
+            self._correction.detach(self._model)
         self._ends.detach()
         for parameter, flag in self._flags.items():
             parameter.requires_grad_(flag)
@@ -401,6 +420,8 @@ class LISA(BlockSchedule):
         for parameter in self._flags:
             if parameter in moving:
                 self._thaw(parameter)
+        if self._correction is not None:
+            self._correction.train(self.active_blocks)
 
     def _freeze(self, parameter: nn.Parameter) -> None:
         parameter.requires_grad_(False)
@@ -433,12 +454,17 @@ class LISA(BlockSchedule):
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._rates.restore()
+        if self._correction is not None:
+            self._correction.set_rates()
         # A loss scaler also calls fused optimizers for steps that it skips, and sets `found_inf` to say so.
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):
             return
         if self._proof is not None:
-            self._proof.saw_step(optimizer.param_groups, self._find_updated())
+            own = [] if self._correction is None else self._correction.optimizer.param_groups
+            self._proof.saw_step([*optimizer.param_groups, *own], self._find_updated())
+        if self._correction is not None:
+            self._correction.step()
         if self._collector is not None:
             self._collector.after_step(self.active_blocks)
         if self.steps_done % self.period == 0:
@@ -467,11 +493,13 @@ class LISA(BlockSchedule):
 
     def _name_layers(self) -> dict[str, Sequence[nn.Parameter]]:
         blocks = {f"block {i}": block for i, block in enumerate(self._blocks)}
-        return {**blocks, "ends": self._ends.parameters, "frozen part": self._others}
+        adapters = {} if self._correction is None else self._correction.layers()
+        return {**blocks, "ends": self._ends.parameters, "frozen part": self._others, **adapters}
 
     def _name_moving(self) -> set[str]:
         """Return the names of the layers that train in this period."""
-        return {f"block {i}" for i in self.active_blocks} | ({"ends"} if self.ends_train else set())
+        moving = {f"block {i}" for i in self.active_blocks} | ({"ends"} if self.ends_train else set())
+        return moving if self._correction is None else moving | self._correction.moving(self.active_blocks)
 
     def _find_updated(self) -> Set[nn.Parameter]:
         """Return the parameters that backward has updated; their gradients are gone."""
@@ -491,6 +519,7 @@ class LISA(BlockSchedule):
             "ends": str(self._ends.policy),
             "warmup": self.warmup,
             "lr_scaling": self.lr_scaling,
+            "correction": "none" if self._correction is None else repr(self._correction.correction),
         }
 
     def _add_to_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
@@ -505,6 +534,8 @@ class LISA(BlockSchedule):
         }
         if self._collector is not None:
             state_dict["lisa"]["statistics"] = self._collector.state_dict()
+        if self._correction is not None:
+            state_dict["lisa"]["correction"] = self._correction.state_dict()
         self._frozen_state.add_to(state_dict["state"])
 
     def _check_saved(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
@@ -515,7 +546,8 @@ class LISA(BlockSchedule):
             )
         self._rates.restore()
         saved = state_dict["lisa"]
-        settings = {"lr_scaling": self.lr_scaling, **saved["settings"]}  # older versions did not scale
+        # Older versions did not scale, and did not correct.
+        settings = {"lr_scaling": self.lr_scaling, "correction": "none", **saved["settings"]}
         differing = [
             f"{key}: saved {settings.get(key)}, now {value}"
             for key, value in self._collect_settings().items()
@@ -525,6 +557,8 @@ class LISA(BlockSchedule):
             raise ValueError(
                 f"LISA was saved with other settings; construct it with these ({'; '.join(differing)})"
             )
+        if self._correction is not None:
+            self._correction.check_saved(saved["correction"])
         self._saved, self._saved_state = saved, state_dict["state"]
 
     def _load_state_dict(self, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -544,6 +578,8 @@ class LISA(BlockSchedule):
         self.previous_blocks = tuple(before or ())
         if self._collector is not None:
             self._collector.load_state_dict(self._saved["statistics"])
+        if self._correction is not None:
+            self._correction.load_state_dict(self._saved["correction"])
         self.visits = list(self._saved["visits"])
         if self._proof is not None:
             self._proof.forget()

@@ -78,6 +78,9 @@ class BlockSchedule:
             f"{type(self).__name__} names possible draws, so it must be able to hold one"
         )
 
+    def settle(self) -> None:
+        """Bring the model's weights into the form in which they are written, at the end of a run."""
+
     def host_bytes(self) -> int:
         """Count the bytes that are in host memory because blocks are frozen."""
         return 0

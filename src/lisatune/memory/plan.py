@@ -20,6 +20,7 @@ from lisatune.console import first_line
 from lisatune.distributed.ranks import fake_ranks, pick_device, ranks_are_fake
 from lisatune.distributed.shards import part_to_update, shard
 from lisatune.lisa.frozen_weights import ShapeMasters
+from lisatune.lisa.low_rank import count_trainable, find_correction
 from lisatune.losses.causal_lm import CausalLMLoss
 from lisatune.memory.equal_blocks import FewerBlocks, set_aside
 from lisatune.memory.estimate import divide_among_ranks, estimate_step, explain_untraced
@@ -234,7 +235,7 @@ def _plan(
             ranks=ranks,
             active_blocks=built.schedule.active_blocks,
             num_blocks=built.layers.num_blocks,
-            trainable=sum(p.numel() for p in built.model.parameters() if p.requires_grad),
+            trainable=count_trainable(built.model),
             loaded_bytes=loaded_bytes,
             seconds=0.0,
             note=note,
@@ -347,6 +348,8 @@ def _make_state(built: Built, ids: int) -> None:
     if not isinstance(optimizer, AdamW):
         with norms_are_one():
             optimizer.step()
+    if (correction := find_correction(built.model)) is not None:
+        correction.make_state()
     built.step.skip()
 
 

@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from lisatune.distributed.shards import has_values
+from lisatune.lisa.low_rank import find_correction
 from lisatune.nn.coded import coded_weights
 from lisatune.optim.meter import host_state, plain_tensors, tensors_bytes
 
@@ -164,6 +165,7 @@ class StorageTracker(TorchDispatchMode):
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._model, self._optimizer = model, optimizer
+        self._correction = find_correction(model)
         self._live: dict[int, _Storage] = {}
         self._storages: list[_Storage] = []
         self._handles: list[RemovableHandle] = []
@@ -177,7 +179,7 @@ class StorageTracker(TorchDispatchMode):
         self._masters: set[int] = set()
         self._mark_weights()
         self._mark_state()
-        self.mark("gradients", [p.grad for p in model.parameters() if p.grad is not None])
+        self._mark_gradients()
         self._peaks.clear()  # state in host memory was counted for a moment
 
     # ---- what the caller does
@@ -191,7 +193,7 @@ class StorageTracker(TorchDispatchMode):
             self._optimizer.register_step_post_hook(self._after_update),
             *(
                 p.register_post_accumulate_grad_hook(self._after_gradient)  # type: ignore[no-untyped-call]
-                for p in self._model.parameters()
+                for p in self._all_parameters()
                 if p.requires_grad
             ),
         ]
@@ -320,11 +322,21 @@ class StorageTracker(TorchDispatchMode):
         self._masters = {_identify(weight.exact().untyped_storage()) for weight in coded}
         for key in self._masters & self._live.keys():
             self._leave(self._live.pop(key))
-        self.mark("weights", [*self._model.parameters(), *self._model.buffers()])
+        self.mark("weights", [*self._all_parameters(), *self._model.buffers()])
+
+    def _mark_gradients(self) -> None:
+        self.mark("gradients", [p.grad for p in self._all_parameters() if p.grad is not None])
+
+    def _all_parameters(self) -> list[nn.Parameter]:
+        """Return the model's parameters and those of a correction's adapters."""
+        own = [] if self._correction is None else self._correction.all_parameters()
+        return [*self._model.parameters(), *own]
 
     def _mark_state(self) -> None:
         """Mark the optimizer's state. The part that lives in host memory is no longer counted."""
         self.mark("optimizer state", _list_state(self._optimizer))
+        if self._correction is not None:
+            self.mark("optimizer state", _list_state(self._correction.optimizer))
         for plain in (each for value in host_state(self._optimizer) for each in plain_tensors(value)):
             self._leave(self._note(plain))
 
@@ -387,7 +399,7 @@ class StorageTracker(TorchDispatchMode):
     def _before_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._in_loss = False
         # FSDP2 sets the gradient of a sharded parameter without calling the parameter's hook.
-        self.mark("gradients", [p.grad for p in self._model.parameters() if p.grad is not None])
+        self._mark_gradients()
         self._enter("optimizer step")
 
     def _after_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

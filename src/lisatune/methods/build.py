@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lisatune.distributed import ranks
+from lisatune.lisa.low_rank import find_correction
 from lisatune.lisa.schedule import BlockSchedule
 from lisatune.losses.causal_lm import CausalLMLoss, ShardedLoss
 from lisatune.methods.step import TrainingStep
@@ -118,7 +119,10 @@ def attach_method(
     if ranks.count() > 1:
         check_optimizer(optimizer)
     state = StateMeter(optimizer)  # before the schedule, whose hook may release state
-    return optimizer, state, recipe.method.attach(model, optimizer, layers, total_steps=steps)
+    schedule = recipe.method.attach(model, optimizer, layers, total_steps=steps)
+    if (correction := find_correction(model)) is not None:
+        state.beside = (correction.optimizer,)
+    return optimizer, state, schedule
 
 
 def weight_dtype(recipe: Recipe) -> torch.dtype:

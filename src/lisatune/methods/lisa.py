@@ -6,6 +6,7 @@ from typing import Literal, Self, final
 import torch
 from torch import nn
 
+from lisatune.lisa.correction import Corrected, Correction
 from lisatune.lisa.ends import Ends, EndsPolicy
 from lisatune.lisa.frozen_state import StatePolicy
 from lisatune.lisa.frozen_weights import FrozenWeights
@@ -68,12 +69,34 @@ class Lisa(Method):
     master: Literal["auto", "ram", "disk"] = "auto"
     """Where exact frozen weights are; auto: in RAM if they take less than 40 % of what is free."""
 
+    correction: Literal["none", "lora"] = "none"
+    """How frozen blocks learn a little in every step: lora, low-rank adapters that are merged at the end."""
+
+    correction_rank: int = 8
+    """Rank of the adapters."""
+
+    correction_lr: float = 1e-3
+    """Learning rate of the adapters; it follows `optimizer.schedule`."""
+
+    correction_lr_ratio: float = 1.0
+    """Learning rate of an adapter's matrix B, as a multiple of A's (LoRA+)."""
+
+    correction_blocks: Corrected = "all"
+    """`above`: only adapters of the lowest active block and above it train, so that backward ends there."""
+
+    correction_matrices: tuple[str, ...] = ()
+    """Names of the linear layers that get adapters, such as o_proj. Default: all of the blocks."""
+
     verify: Verify = "sample"
     """How much of every block is hashed each period to prove that drawn blocks moved and no other did."""
 
     def __post_init__(self) -> None:
         try:
             EndsPolicy.parse(self.ends)
+        except ValueError as error:
+            raise ValueError(f"method.{error}") from error
+        try:
+            self._correction()
         except ValueError as error:
             raise ValueError(f"method.{error}") from error
         reads_probabilities = self.sampler in ("weighted", "independent")
@@ -141,6 +164,7 @@ class Lisa(Method):
             ends=self.ends,
             warmup=self.warmup,
             lr_scaling=self.lr_scaling,
+            correction=self._correction() or "none",
             verify=self.verify,
             total_steps=total_steps,
             layers=layers,
@@ -174,6 +198,18 @@ class Lisa(Method):
             more_weights=tuple(
                 {"active": active} for active in range(self.active + 1, num_blocks + 1) if is_free
             ),
+        )
+
+    def _correction(self) -> Correction | None:
+        if self.correction == "none":
+            return None
+        return Correction(
+            kind=self.correction,
+            rank=self.correction_rank,
+            lr=self.correction_lr,
+            lr_ratio=self.correction_lr_ratio,
+            blocks=self.correction_blocks,
+            matrices=self.correction_matrices,
         )
 
     def _sampler(self) -> str | tuple[float, ...] | Independent:

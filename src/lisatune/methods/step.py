@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lisatune.distributed import ranks
 from lisatune.distributed.shards import full_tensor
+from lisatune.lisa.low_rank import find_correction
 from lisatune.losses.causal_lm import CausalLMLoss
 from lisatune.optim.chunks import strip_zero_rows
 from lisatune.optim.in_backward import UpdateInBackward
@@ -73,6 +74,8 @@ class TrainingStep:
         if self.in_backward is not None:
             return self.in_backward.grad_norm().to(self.device)
         trainable = [_as_dense(p) for p in self.model.parameters() if p.requires_grad]
+        if (correction := find_correction(self.model)) is not None:
+            trainable += correction.parameters()
         return full_tensor(nn.utils.clip_grad_norm_(trainable, self.max_grad_norm or math.inf))
 
     def update(self) -> None:

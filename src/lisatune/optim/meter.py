@@ -58,10 +58,13 @@ class StateMeter:
     def __init__(self, optimizer: Optimizer) -> None:
         self.bytes = 0
         self.elements = 0
+        self.beside: tuple[Optimizer, ...] = ()
+        """Optimizers of what is added to the model, whose state counts too."""
         optimizer.register_step_post_hook(self._measure)
 
     def _measure(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self.bytes, self.elements = state_bytes(optimizer), state_elements(optimizer)
+        all_of_them = (optimizer, *self.beside)
+        self.bytes, self.elements = (sum(map(count, all_of_them)) for count in (state_bytes, state_elements))
 
 
 def host_state(optimizer: Optimizer) -> list[torch.Tensor]:

@@ -42,6 +42,7 @@ from lisatune.files.tensors import (
     read_part,
     write_file,
 )
+from lisatune.lisa.low_rank import find_correction
 from lisatune.lisa.rates import MARK
 from lisatune.nn.coded import coded_weights
 from lisatune.optim.meter import restore_dtypes
@@ -212,7 +213,7 @@ def load_checkpoint(
 
 
 def load_weights(path: str | Path, *, model: nn.Module) -> None:
-    """Restore the weights of a checkpoint and nothing else; every rank must call it.
+    """Restore the weights of a checkpoint, adapters of a correction included; every rank must call it.
 
     Args:
         path: the checkpoint's folder, `…/step-NNNNNN`.
@@ -229,6 +230,11 @@ def load_weights(path: str | Path, *, model: nn.Module) -> None:
     try:
         with safe_open(path / "weights.safetensors", framework="pt") as file, torch.no_grad():
             _copy_weights(model, named_weights(model), file)
+        if (correction := find_correction(model)) is not None:
+            optimizer = json.loads((path / "state.json").read_text())["optimizer"]
+            with safe_open(path / "other.safetensors", framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+            correction.load_adapters(from_json(optimizer["lisa"]["correction"], tensors))
     except (*UNREADABLE, SafetensorError) as error:
         raise _damaged(path, error) from error
 

@@ -60,6 +60,12 @@ BEFORE_IT_EXISTED = {
     "method.frozen_weights": "exact",
     "method.frozen_scales": "8bit",
     "method.master": "auto",
+    "method.correction": "none",
+    "method.correction_rank": 8,
+    "method.correction_lr": 1e-3,
+    "method.correction_lr_ratio": 1.0,
+    "method.correction_blocks": "all",
+    "method.correction_matrices": (),
 }
 """Keys that older versions lack, with the value that says what these did, if that is not null."""
 

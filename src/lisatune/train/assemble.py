@@ -22,6 +22,7 @@ from lisatune.distributed import ranks
 from lisatune.distributed.ranks import pick_device
 from lisatune.distributed.shards import shard
 from lisatune.files.masters import DiskMasters
+from lisatune.lisa.low_rank import find_correction
 from lisatune.lisa.schedule import BlockSchedule
 from lisatune.losses.causal_lm import CausalLMLoss
 from lisatune.memory.process import available_bytes
@@ -96,8 +97,10 @@ class Parts:
             self.scheduler.step()
 
     def trainable(self) -> list[nn.Parameter]:
-        """Return the parameters that train now."""
-        return [p for p in self.built.model.parameters() if p.requires_grad]
+        """Return the parameters that train now, adapters of a correction included."""
+        correction = find_correction(self.built.model)
+        own = [p for p in self.built.model.parameters() if p.requires_grad]
+        return own if correction is None else own + correction.parameters()
 
 
 def batch_length(rows: Sequence[TokenRow], recipe: Recipe, model: nn.Module) -> int:

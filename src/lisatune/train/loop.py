@@ -331,6 +331,7 @@ def _finish(
             "for NaN in the model's weights, else lower optimizer.lr"
         )
     parts.built.schedule.check()
+    parts.built.schedule.settle()
     write = save_model if ranks.count() == 1 else save_from_ranks
     # First, because Ctrl-C may end the rest; it also rounds the weights that are evaluated to those written.
     write(parts.built.model, parts.tokenizer, folder.model, dtype=parts.save_dtype)
@@ -347,6 +348,7 @@ def _finish(
         best = restore_best(parts, state, folder)
         held_out |= {"best_step": best, "held_out_loss_last": state.held_out}
         if best != state.step:
+            parts.built.schedule.settle()
             write(parts.built.model, parts.tokenizer, folder.model)
             held_out["held_out_loss_after"] = state.best[str(best)]
     # Not strict: a resumed run may ask for more samples than were answered before.

@@ -16,6 +16,7 @@ from torch import nn
 
 from lisatune.console import count_text, grid, plural, ranges_text, terminal
 from lisatune.data.prepare import RunData
+from lisatune.lisa.low_rank import count_trainable
 from lisatune.lisa.schedule import BlockSchedule
 from lisatune.methods import Method
 from lisatune.nn.layers import LayerMap
@@ -115,7 +116,7 @@ def make_outline(
         block_parameters=sum(p.numel() for block in layers.block_parameters(model) for p in block.values()),
         frozen_parameters=sum(p.numel() for p in layers.frozen_parameters(model).values()),
         is_tied=layers.is_tied,
-        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        trainable=count_trainable(model),
         active_blocks=schedule.active_blocks,
         steps=data.steps,
         start_step=start_step,

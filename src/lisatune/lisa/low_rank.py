@@ -1,0 +1,372 @@
+"""Adapters beside the linear layers of all blocks, and what trains, saves and merges them.
+
+`lisatune.lisa.correction` says what they are for, `lisatune.nn.adapter` how one of them computes. LISA calls
+`train` at each draw and `step` after each step of the optimizer, with the learning rates of `set_rates`.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lisatune.distributed import ranks
+from lisatune.lisa.correction import Correction
+from lisatune.lisa.proof import INTEGERS, fingerprint
+from lisatune.lisa.samplers import Sampler
+from lisatune.nn.adapter import Adapter
+from lisatune.nn.coded import CodedLinear
+from lisatune.nn.layers import LayerMap
+from lisatune.optim.adamw import AdamW
+from lisatune.optim.group import Moments
+from lisatune.optim.state import prepare
+
+__all__ = ["LowRankCorrection", "attach_correction", "count_trainable", "find_correction"]
+
+SCALE = 2.0
+"""s. A rank that is twice as large needs no other learning rate, because s does not depend on it."""
+
+
+class LowRankCorrection:
+    """Adapters on the linear layers of all blocks, and the AdamW that trains them.
+
+    The moments of the adapters have the format that `lisatune.AdamW` uses for the blocks: 8-bit beside 8-bit
+    ones; float32 beside another optimizer.
+
+    Args:
+        model: has its weights on the training device.
+        layers: its blocks.
+        optimizer: trains the model; its learning rates say where in the schedule a step is.
+        correction: rank, rates and places.
+        seed: names the random numbers of A.
+
+    Raises:
+        ValueError: a rank is too large, a name is unknown, there is nothing to correct, or there are several
+            ranks.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: LayerMap, optimizer: Optimizer, correction: Correction, *, seed: int
+    ) -> None:
+        if ranks.count() > 1:
+            raise ValueError(
+                "correction lora works in one process only, because the gradients of adapters are not "
+                "exchanged among ranks; use correction none"
+            )
+        self.correction = correction
+        linear = _find_linear(model, layers)
+        chosen = _select(linear, correction.matrices)
+        self.names: dict[Adapter, str] = {}
+        self.blocks: list[list[Adapter]] = [[] for _ in layers.blocks]
+        for name in chosen:
+            layer, block = linear[name]
+            _check_rank(name, layer, correction.rank)
+        for name in chosen:
+            layer, block = linear[name]
+            key = hashlib.blake2b(f"{seed}/correction/{name}".encode(), digest_size=7).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(key, "big"))
+            adapter = Adapter(layer, rank=correction.rank, scale=SCALE, generator=generator)
+            self.names[adapter] = name
+            self.blocks[block].append(adapter)
+        self.optimizer = _build_optimizer(self.adapters, correction, optimizer)
+        self._follows = optimizer
+        self._full_lr = _full_rate(optimizer)
+        optimizer.zero_grad = self._zero_grad  # type: ignore[method-assign]
+        model._correction = self  # type: ignore[assignment]
+
+    @property
+    def adapters(self) -> list[Adapter]:
+        """All adapters, in the order of the blocks."""
+        return list(self.names)
+
+    def all_parameters(self) -> list[nn.Parameter]:
+        """Return A and B of all adapters."""
+        return [p for adapter in self.adapters for p in (adapter.A, adapter.B)]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return A and B of the adapters that train now."""
+        return [p for p in self.all_parameters() if p.requires_grad]
+
+    def layers(self) -> dict[str, list[nn.Parameter]]:
+        """Return the parameters of each block's adapters, for a proof."""
+        return {
+            f"adapters of block {i}": [p for adapter in block for p in (adapter.A, adapter.B)]
+            for i, block in enumerate(self.blocks)
+        }
+
+    def moving(self, active: Sequence[int]) -> set[str]:
+        """Return the names of the `layers` that train while these blocks do."""
+        return {name for i, name in enumerate(self.layers()) if self.trains(i, active)}
+
+    def train(self, active: Sequence[int]) -> None:
+        """Let the right adapters train, now that these blocks do."""
+        for i, block in enumerate(self.blocks):
+            for adapter in block:
+                adapter.A.requires_grad_(self.trains(i, active))
+                adapter.B.requires_grad_(self.trains(i, active))
+                if not self.trains(i, active):
+                    adapter.A.grad = adapter.B.grad = None
+
+    def trains(self, block: int, active: Sequence[int]) -> bool:
+        """Tell whether a block's adapters train while the blocks `active` do."""
+        return self.correction.blocks == "all" or (bool(active) and block >= min(active))
+
+    def set_rates(self) -> None:
+        """Give the adapters the learning rates of this step, by where the optimizer's own rates are."""
+        for group, ratio in zip(self.optimizer.param_groups, (1.0, self.correction.lr_ratio), strict=True):
+            group["lr"] = self.correction.lr * ratio * self._share()
+
+    def step(self) -> None:
+        """Update the adapters from their gradients, and release these."""
+        for adapter in self.adapters:
+            if adapter.is_new:
+                for p in (adapter.A, adapter.B):
+                    self.optimizer.state.pop(p, None)
+                adapter.is_new = False
+        self.optimizer.step()
+        self.drop_gradients()
+
+    def make_state(self) -> None:
+        """Make the moments of all adapters, as their first steps will."""
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = torch.empty_like(p)
+                prepare(group, p, self.optimizer.state[p])
+        self.drop_gradients()
+
+    def _zero_grad(self, set_to_none: bool = True) -> None:
+        """Replace the optimizer's `zero_grad`: a step that is left out must not leave gradients behind."""
+        self.drop_gradients()
+        type(self._follows).zero_grad(self._follows, set_to_none)
+
+    def drop_gradients(self) -> None:
+        """Release the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def detach(self, model: nn.Module, *, merges: bool = True) -> None:
+        """Merge the adapters into the weights, once, and remove them."""
+        for adapter in self.adapters:
+            if merges:
+                adapter.merge()
+            adapter.remove()
+        vars(self._follows).pop("zero_grad", None)
+        if find_correction(model) is self:
+            del model._correction
+
+    def merge(self) -> None:
+        """Put what the adapters add into the weights, once. They are zero afterwards."""
+        for adapter in self.adapters:
+            adapter.merge()
+
+    def _share(self) -> float:
+        """Return at which share of its full learning rate the optimizer is, such as 0.5 in a warm-up."""
+        rate = self._follows.param_groups[-1]["lr"]
+        full = _full_rate(self._follows, self._full_lr)
+        return 1.0 if rate is None or not full else float(rate) / full
+
+    # ---- save and resume
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return A, B, their moments, and what tells merged weights from unmerged ones.
+
+        `base` and `merged` are fingerprints of W and of round(W + s·BA), and taking s·BA away from the
+        merged weight gives W but for the elements at `places`, which were `values`. So weights that were
+        saved merged are brought back bit for bit.
+        """
+        return {
+            "full_lr": self._full_lr,
+            "adapters": {name: self._describe(adapter) for adapter, name in self.names.items()},
+        }
+
+    def _describe(self, adapter: Adapter) -> dict[str, Any]:
+        weight = adapter.weight
+        merged = adapter.add_to(weight)
+        places = _find_differing(adapter.add_to(merged, times=-1), weight)
+        return {
+            "A": adapter.A.detach(),
+            "B": adapter.B.detach(),
+            "A_state": dict(self.optimizer.state.get(adapter.A, {})),
+            "B_state": dict(self.optimizer.state.get(adapter.B, {})),
+            "base": _print_of(weight),
+            "merged": _print_of(merged),
+            "places": places.to(torch.int32),
+            "values": weight.reshape(-1)[places],
+        }
+
+    def check_saved(self, saved: Mapping[str, Any]) -> None:
+        """Compare what `state_dict` returned with this model, and with the weights that are loaded already.
+
+        Raises:
+            ValueError: it belongs to another model, or the weights are neither those that it was saved beside
+                nor these merged with the adapters.
+        """
+        adapters = saved["adapters"]
+        for adapter, name in self.names.items():
+            shapes = [tuple(adapters[name][key].shape) if name in adapters else None for key in ("A", "B")]
+            if shapes != [tuple(adapter.A.shape), tuple(adapter.B.shape)]:
+                raise ValueError(f"the saved adapters are those of another model: {name} has {shapes}")
+        self._find_loaded(adapters)
+
+    def _find_loaded(self, saved: Mapping[str, Any]) -> Literal["base", "merged"]:
+        """Find out which weights are loaded: those that were trained, or those with the adapters in them."""
+        prints = {name: _print_of(adapter.weight) for adapter, name in self.names.items()}
+        kinds: tuple[Literal["base", "merged"], ...] = ("base", "merged")
+        for kind in kinds:
+            if all(prints[name] == saved[name][kind] for name in prints):
+                return kind
+        wrong = next(
+            name for name in prints if prints[name] not in (saved[name]["base"], saved[name]["merged"])
+        )
+        raise ValueError(
+            f"the weight of {wrong} is not the one that this optimizer state was saved beside; load the "
+            "model's weights of the same checkpoint first, and then the optimizer's state"
+        )
+
+    @torch.no_grad()
+    def load_adapters(self, saved: Mapping[str, Any]) -> None:
+        """Take A and B out of what `state_dict` returned, and nothing else."""
+        for adapter, name in self.names.items():
+            adapter.A.copy_(saved["adapters"][name]["A"])
+            adapter.B.copy_(saved["adapters"][name]["B"])
+            adapter.is_new = False
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Continue with saved adapters. From merged weights what the adapters had added is taken away.
+
+        Warns if this machine computes that with other last bits than the one that saved it.
+        """
+        adapters, self._full_lr = saved["adapters"], saved["full_lr"]
+        is_merged = self._find_loaded(adapters) == "merged"
+        self.load_adapters(saved)
+        inexact = False
+        for adapter, name in self.names.items():
+            entry = adapters[name]
+            for p, key in ((adapter.A, "A_state"), (adapter.B, "B_state")):
+                self.optimizer.state[p] = {k: _clone(value, p) for k, value in entry[key].items()}
+                if not entry[key]:
+                    del self.optimizer.state[p]
+            if is_merged:
+                weight = adapter.add_to(adapter.weight, times=-1)
+                places = entry["places"].to(weight.device, torch.int64)
+                weight.view(-1)[places] = entry["values"].to(weight)
+                inexact |= _print_of(weight) != entry["base"]
+                adapter.weight = weight
+        if inexact:
+            warnings.warn(
+                "the saved weights have the adapters merged into them, and this device takes them out with "
+                "other last bits than the one that saved them: training continues, and not bit for bit",
+                stacklevel=2,
+            )
+
+
+def attach_correction(
+    model: nn.Module,
+    layers: LayerMap,
+    optimizer: Optimizer,
+    correction: Correction | None,
+    sampler: Sampler,
+    seed: int,
+) -> LowRankCorrection | None:
+    """Add what corrects the frozen blocks of a model to it; None if nothing does.
+
+    Raises:
+        ValueError: no block is ever frozen, no block ever trains under `above`, or `LowRankCorrection` cannot
+            be made.
+    """
+    if correction is None:
+        return None
+    chances = sampler.inclusion()
+    if min(chances) >= 1:
+        raise ValueError(
+            f"correction {correction.kind} corrects frozen blocks, and all {layers.num_blocks} blocks train "
+            "in every step; lower active, or use correction none"
+        )
+    if correction.blocks == "above" and max(chances) <= 0:
+        raise ValueError("correction_blocks above needs blocks that train, and none does; use all")
+    return LowRankCorrection(model, layers, optimizer, correction, seed=seed)
+
+
+def find_correction(model: nn.Module) -> LowRankCorrection | None:
+    """Return the adapters beside a model's frozen blocks; None if there are none."""
+    return vars(model).get("_correction")
+
+
+def count_trainable(model: nn.Module) -> int:
+    """Count the numbers that train now, those of adapters beside frozen blocks included."""
+    correction = find_correction(model)
+    own = [p for p in model.parameters() if p.requires_grad]
+    return sum(p.numel() for p in (own if correction is None else own + correction.parameters()))
+
+
+def _find_linear(model: nn.Module, layers: LayerMap) -> dict[str, tuple[nn.Linear, int]]:
+    """Return the plain linear layers of the blocks that can train, by path, each with its block's number."""
+    blocks: dict[Tensor, int] = {
+        p: i for i, block in enumerate(layers.block_parameters(model)) for p in block.values()
+    }
+    found: dict[str, tuple[nn.Linear, int]] = {}
+    for name, module in model.named_modules():
+        if type(module) in (nn.Linear, CodedLinear) and module.weight in blocks:
+            assert isinstance(module, nn.Linear)
+            found[name] = module, blocks[module.weight]
+    if not found:
+        raise ValueError(
+            f"correction lora needs blocks with torch.nn.Linear layers, and those of {type(model).__name__} "
+            "have none; use correction none"
+        )
+    return found
+
+
+def _select(names: Iterable[str], wanted: Sequence[str]) -> list[str]:
+    """Return the layers whose paths end in one of the wanted names; all if none is named."""
+    names = list(names)
+    for each in wanted:
+        if not any(f".{name}".endswith(f".{each}") for name in names):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+            raise ValueError(f"correction_matrices names {each!r}, but the blocks' linear layers are {known}")
+    return [name for name in names if not wanted or any(f".{name}".endswith(f".{each}") for each in wanted)]
+
+
+def _check_rank(name: str, layer: nn.Linear, rank: int) -> None:
+    if rank > min(layer.weight.shape):
+        raise ValueError(
+            f"correction_rank {rank} is above the smaller side of {name} {list(layer.weight.shape)}; use at "
+            f"most {min(layer.weight.shape)}, or name other layers in correction_matrices"
+        )
+    if layer.weight.dtype == torch.float16:
+        raise ValueError("correction lora cannot train beside float16 weights; load the model in bfloat16")
+
+
+def _build_optimizer(adapters: Sequence[Adapter], correction: Correction, beside: Optimizer) -> AdamW:
+    given: Moments = beside.defaults["moments"] if isinstance(beside, AdamW) else "fp32"
+    moments: Moments = "fp32" if given == "factored" else given
+    groups = [
+        {"params": [adapter.A for adapter in adapters]},
+        {"params": [adapter.B for adapter in adapters]},
+    ]
+    return AdamW(groups, lr=correction.lr, weight_decay=0.0, moments=moments)
+
+
+def _full_rate(optimizer: Optimizer, at_attach: float | None = None) -> float | None:
+    """Return the rate that schedules multiply: their highest one if they say so, or that at the start."""
+    group = optimizer.param_groups[-1]
+    for key in ("max_lr", "initial_lr"):  # of OneCycleLR; of every scheduler
+        if group.get(key) is not None:
+            return float(group[key])
+    return at_attach if at_attach is not None or group["lr"] is None else float(group["lr"])
+
+
+def _print_of(weight: Tensor) -> int:
+    return int(fingerprint([weight]))
+
+
+def _find_differing(one: Tensor, other: Tensor) -> Tensor:
+    """Return the places, int64, at which the bits of two tensors differ."""
+    kind = INTEGERS[one.element_size()]
+    return (one.reshape(-1).view(kind) != other.reshape(-1).view(kind)).nonzero()[:, 0]
+
+
+def _clone(value: Tensor, like: Tensor) -> Tensor:
+    return value.detach().to(like.device, copy=True)
