@@ -30,7 +30,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 import tiny
-from lisatune import LISA, ProofError, build_adamw, find_layers
+from lisatune import LISA, Correction, ProofError, build_adamw, find_layers
 
 STEPS, ACCUMULATION, BATCH, LENGTH = 12, 2, 2, 16
 LR, LR_WARMUP = 1e-2, 2  # the first step has a learning rate of 0, as in most schedules
@@ -280,6 +280,46 @@ def test_trainer_checkpoint_holds_state_of_ends_and_active_blocks_only(checkpoin
     assert saved["lisa"]["steps_done"] == 7
     active = [blocks[i] for i in saved["lisa"]["active_blocks"]]
     assert len(saved["state"]) == len(layers.ends) + sum(map(len, active))
+
+
+def test_trainer_saves_corrected_blocks_merged_and_resumes_from_that_bit_equal(
+    data: Dataset, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"correction": Correction(lr=1e-2)}
+    folder, step = tmp_path / "whole", f"checkpoint-{STEPS - 3}"
+    whole = make_trainer(data, folder, save_strategy="steps", save_steps=STEPS - 3)
+    run = train(whole, **options)
+    resumed = make_trainer(data, tmp_path / "resumed", seed=1)
+    assert_same(train(resumed, resume=folder / step, **options), run)
+
+    ids_BT = tiny.tokens(0)
+    whole.save_model(str(folder / "model"))
+    saved = LlamaForCausalLM.from_pretrained(folder / "model", attn_implementation="eager")
+    with torch.no_grad():
+        want = whole.model.eval()(input_ids=ids_BT).logits
+        base = tiny.llama()
+        base.load_state_dict({name: p.detach() for name, p in whole.model.named_parameters()}, strict=False)
+        assert float((base.eval()(input_ids=ids_BT).logits - want).abs().max()) > 1e-3
+        torch.testing.assert_close(saved(input_ids=ids_BT).logits, want, rtol=0, atol=1e-5)
+
+
+def test_the_best_model_of_trainer_has_no_adapter_added_twice(data: Dataset, tmp_path: Path) -> None:
+    every = {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
+    best_is_first = {
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "greater_is_better": True,
+    }
+    arguments = make_arguments(TrainingArguments, tmp_path, **every, **best_is_first)
+    trainer = Trainer(tiny.llama(), arguments, train_dataset=data, eval_dataset=data, data_collator=collate)
+    attach(trainer.model, trainer.create_optimizer(), correction=Correction(lr=1e-2), verify="off")
+    trainer.train()
+    assert trainer.state.best_global_step < STEPS
+    best = LlamaForCausalLM.from_pretrained(trainer.state.best_model_checkpoint, attn_implementation="eager")
+    ids_BT = tiny.tokens(0)
+    with torch.no_grad():
+        want, got = (each.eval()(input_ids=ids_BT).logits for each in (best, trainer.model))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

@@ -29,9 +29,10 @@ METHOD_OF: dict[str, Method] = {
     "lora": METHODS["lora"](),
     "lisa 2": METHODS["lisa"](active=2),
     "lisa 8": METHODS["lisa"](active=8),
+    "lisa 2 + lora": METHODS["lisa"](active=2, correction="lora"),
 }
 
-BLOCKS_OF = {"lisa 2": (0, 29), "lisa 8": (0, 4, 8, 12, 16, 20, 24, 28)}
+BLOCKS_OF = {"lisa 2": (0, 29), "lisa 2 + lora": (0, 29), "lisa 8": (0, 4, 8, 12, 16, 20, 24, 28)}
 
 
 @pytest.fixture(scope="module")

@@ -290,7 +290,7 @@ class LISA(BlockSchedule):
         """Return each block's visits, how far the run is proven, in words, and the share that moved."""
         share = {} if self.moved_share is None else {"moved_share": round(self.moved_share, 4)}
         resting, rest = self.layers.num_blocks - len(self.active_blocks), self.steps_done % self.period
-        return {"visits": self.visits, "proof": describe_proof(self._proof, resting, rest), **share}
+        return {"visits": self.visits, "proof": self._describe_proof(resting, rest), **share}
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that train in this period: the ends and the active blocks."""
@@ -500,6 +500,12 @@ class LISA(BlockSchedule):
         """Return the names of the layers that train in this period."""
         moving = {f"block {i}" for i in self.active_blocks} | ({"ends"} if self.ends_train else set())
         return moving if self._correction is None else moving | self._correction.moving(self.active_blocks)
+
+    def _describe_proof(self, resting: int, rest: int) -> str:
+        proof = describe_proof(self._proof, resting, rest)
+        return (
+            proof if self._proof is None or self._correction is None else f"{proof}; {self._correction.says}"
+        )
 
     def _find_updated(self) -> Set[nn.Parameter]:
         """Return the parameters that backward has updated; their gradients are gone."""

@@ -101,6 +101,12 @@ class LowRankCorrection:
         """Return the names of the `layers` that train while these blocks do."""
         return {name for i, name in enumerate(self.layers()) if self.trains(i, active)}
 
+    @property
+    def says(self) -> str:
+        """What a proof of these adapters says, in words."""
+        which = "all blocks" if self.correction.blocks == "all" else "active blocks and those above them"
+        return f"adapters of {which} moved"
+
     def train(self, active: Sequence[int]) -> None:
         """Let the right adapters train, now that these blocks do."""
         for i, block in enumerate(self.blocks):
