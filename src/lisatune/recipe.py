@@ -369,6 +369,7 @@ class Recipe:
                 f"run.accumulation={self.run.accumulation} is impossible; set it to 1"
             )
         self.method.check_mix(self.data, self.run)
+        self.method.check_optimizer(self.optimizer)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the recipe with every default filled in, as plain dicts, lists, numbers and strings."""

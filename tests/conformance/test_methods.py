@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import lisatune.train.loop
 import tiny
 import tiny_run
-from lisatune.lisa.low_rank import find_correction
+from lisatune.lisa.correction import find_correction
 from lisatune.methods import METHODS
 from lisatune.models.load import load_model
 from lisatune.runs.summary import Summary
@@ -46,6 +46,8 @@ class Run:
     """Names of what has optimizer state, at the beginning of each step."""
     beside: list[int]
     """How many numbers train beside the model's own, in adapters of a correction, at each step."""
+    stateless: list[int]
+    """How many of the model's own train without state, because a correction moves them, at each step."""
 
 
 def watched(patch: pytest.MonkeyPatch, recipe: Path, output: Path, *overrides: str, **flags: Any) -> Run:
@@ -54,6 +56,7 @@ def watched(patch: pytest.MonkeyPatch, recipe: Path, output: Path, *overrides: s
     trainable: list[set[str]] = []
     with_state: list[set[str]] = []
     beside: list[int] = []
+    stateless: list[int] = []
 
     def watch(*args: Any) -> Parts:
         parts = assemble(*args)
@@ -64,14 +67,18 @@ def watched(patch: pytest.MonkeyPatch, recipe: Path, output: Path, *overrides: s
             trainable.append({name for p, name in names.items() if p.requires_grad})
             with_state.append({names[p] for p in optimizer.state})
             correction = find_correction(parts.built.model)
-            beside.append(0 if correction is None else sum(p.numel() for p in correction.parameters()))
+            own = [] if correction is None else correction.parameters()
+            beside.append(sum(p.numel() for p in own))
+            stateless.append(sum(p.numel() for p in names if correction and correction.is_stateless(p)))
 
         parts.built.step.optimizer.register_step_pre_hook(note)
         return parts
 
     patch.setattr(lisatune.train.loop, "assemble", watch)
     summary = train(load_recipe(recipe, [f"run.output={output}", *overrides]), **flags)
-    return Run(recipe, output, summary, seen["model"], seen["before"], trainable, with_state, beside)
+    return Run(
+        recipe, output, summary, seen["model"], seen["before"], trainable, with_state, beside, stateless
+    )
 
 
 SETTINGS = [
@@ -80,6 +87,7 @@ SETTINGS = [
     "lisa, frozen_weights: int8, ends: frozen, master: disk",
     "lisa, correction: lora",
     "lisa, correction: lora, correction_blocks: above, ends: frozen, lr_scaling: none",
+    "lisa, correction: sign | max_grad_norm: null",
     "badam, switch_every: 3",  # by default it does not switch in so few steps
 ]
 
@@ -88,18 +96,22 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*blocks will never train:UserWa
 
 @pytest.fixture(scope="module", params=SETTINGS)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """A run with the method's own defaults, or with settings that bring out what it does."""
+    """A run with the method's own defaults, or with settings that bring out what it does.
+
+    What comes after a bar are settings of the optimizer.
+    """
+    method, _, optimizer = request.param.partition(" | ")
     folder = tmp_path_factory.mktemp(request.param.partition(",")[0])
     recipe = tiny_run.write_recipe(
         folder,
         tiny_run.write_model(folder / "tiny"),
         tiny_run.write_rows(folder / "rows.jsonl", 14),
-        f"method: {{name: {request.param}}}\n",
+        f"method: {{name: {method}}}\n",
         plans=True,
     )
     lr = 1e-2 * METHODS[request.param.partition(",")[0]].lr_scale
     text = recipe.read_text().replace("steps: 4", f"steps: {STEPS}")
-    recipe.write_text(text.replace("lr: 1e-3", f"lr: {lr}"))
+    recipe.write_text(text.replace("lr: 1e-3", f"lr: {lr}" + f", {optimizer}" * bool(optimizer)))
     with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
         yield watched(patch, recipe, folder / "run", *OPTIONS)
 
@@ -154,8 +166,8 @@ def test_summary_counts_what_trained_and_its_two_moments(run: Run) -> None:
     )
     assert run.summary["peak_trainable"] == most
     projected = "rank: 4" in run.recipe.read_text()  # moments of a lower rank than what trains
-    elements = run.summary["peak_state_elements"]
-    assert 0 < elements < 2 * most if projected else elements == 2 * most
+    elements, with_moments = run.summary["peak_state_elements"], most - max(run.stateless)
+    assert 0 < elements < 2 * most if projected else elements == 2 * with_moments
 
 
 def test_resume_is_bit_equal(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,18 +6,30 @@ https://openreview.net/forum?id=DBybUx7ARy) lets frozen blocks follow at little 
 weight of a linear layer,
 
     lora    y = W_l x + s·B_l(A_l x)          A_l [r, in], B_l [out, r], trained by AdamW in every step
+    sign    W_l ← W_l - lr·c·sign(dL/dW_l)    in backward, as soon as the gradient is there
 
-A and B live for the whole run with their moments, in float32. B is zero at first, so training begins from the
-model as it is. A block that thaws keeps its adapters: they stay added and go on training beside its weights.
-Nothing is merged before the end, so codes of frozen weights (QLISA) stay valid, and a block's weights change
-only while it is drawn. The model's `state_dict` gives merged weights, round(W + s·BA), so everything that
-saves the model saves a plain one.
+`lora`: A and B live for the whole run with their moments, in float32. B is zero at first, so training begins
+from the model as it is. A block that thaws keeps its adapters: they stay added and go on training beside its
+weights. Nothing is merged before the end, so codes of frozen weights (QLISA) stay valid, and a block's
+weights change only while it is drawn. The model's `state_dict` gives merged weights, round(W + s·BA), so
+everything that saves the model saves a plain one.
+
+`sign` is what FRUGAL (Zmushko et al., arXiv 2411.07837) does with all that its optimizer holds no state of.
+It stores nothing: the gradient of a frozen weight is freed once it has moved it. A frozen block then moves
+too, so a proof can say nothing of it.
 """
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-__all__ = ["Corrected", "Correction"]
+from torch import nn
+from torch.optim import Optimizer
+
+__all__ = ["Corrected", "Correction", "FrozenCorrection", "Kind", "count_trainable", "find_correction"]
+
+Kind = Literal["lora", "sign"]
+"""Ways to correct frozen blocks."""
 
 Corrected = Literal["all", "above"]
 """Blocks whose adapters train in a step."""
@@ -29,11 +41,11 @@ class Correction:
 
     Example:
         >>> Correction(rank=16, blocks="above")
-        Correction(kind='lora', rank=16, lr=0.001, lr_ratio=1.0, blocks='above', matrices=())
+        Correction(kind='lora', rank=16, lr=0.001, lr_ratio=1.0, blocks='above', matrices=(), share=0.1)
     """
 
-    kind: Literal["lora"] = "lora"
-    """`lora`: low-rank adapters."""
+    kind: Kind = "lora"
+    """`lora`: low-rank adapters. `sign`: small steps of equal size; it reads `share` alone."""
 
     rank: int = 8
     """Rank r of the adapters, at most the smaller side of every corrected matrix."""
@@ -50,12 +62,15 @@ class Correction:
     matrices: tuple[str, ...] = ()
     """Names of the linear layers that get adapters, such as o_proj. Default: all of the blocks."""
 
+    share: float = 0.1
+    """c of `sign`: a frozen number moves by this share of the optimizer's learning rate, > 0."""
+
     def __post_init__(self) -> None:
-        if self.kind != "lora":
-            raise ValueError(f"correction must be none or lora, got {self.kind!r}")
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"correction must be none, lora or sign, got {self.kind!r}")
         if not isinstance(self.rank, int) or self.rank < 1:
             raise ValueError(f"correction_rank must be a whole number >= 1, got {self.rank!r}")
-        for name in ("lr", "lr_ratio"):
+        for name in ("lr", "lr_ratio", "share"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"correction_{name} must be > 0, got {getattr(self, name)}")
         if self.blocks not in get_args(Corrected):
@@ -64,7 +79,110 @@ class Correction:
 
     @classmethod
     def parse(cls, text: "str | Correction") -> "Correction | None":
-        """Read `none`, `lora`, or a correction that is made already."""
+        """Read `none`, `lora`, `sign`, or a correction that is made already."""
         if isinstance(text, Correction):
             return text
         return None if text == "none" else cls(kind=text)  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        """Say what a checkpoint compares: the kind, and the settings that it reads."""
+        read = ("share",) if self.kind == "sign" else ("rank", "lr", "lr_ratio", "blocks", "matrices")
+        return ", ".join([self.kind, *(f"{name} {getattr(self, name)}" for name in read)])
+
+
+class FrozenCorrection:
+    """What corrects the frozen blocks of a model: the contract that LISA calls. The base corrects nothing.
+
+    LISA calls `train` after each draw and `step` after each step of the optimizer, and saves `state_dict`
+    with its own position.
+    """
+
+    says = ""
+    """What a proof says of the correction, in words."""
+
+    optimizer: Optimizer | None = None
+    """Trains what was added to the model; None if nothing was."""
+
+    def __init__(self, model: nn.Module, follows: Optimizer, correction: Correction) -> None:
+        self.correction, self._follows = correction, follows
+        follows.zero_grad = self._zero_grad  # type: ignore[method-assign]
+        model._correction = self  # type: ignore[assignment]
+
+    def all_parameters(self) -> list[nn.Parameter]:
+        """Return what was added to the model."""
+        return []
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return what was added to the model and trains now."""
+        return [p for p in self.all_parameters() if p.requires_grad]
+
+    def layers(self) -> dict[str, list[nn.Parameter]]:
+        """Return what was added, in parts that a proof names."""
+        return {}
+
+    def moving(self, active: Sequence[int]) -> set[str]:
+        """Return the names of the `layers` that must move while these blocks train."""
+        return set()
+
+    def may_move(self, active: Sequence[int]) -> set[str]:
+        """Return the names of frozen layers that move too while these blocks train, as in `block 3`."""
+        return set()
+
+    def train(self, active: Sequence[int]) -> None:
+        """Correct the other blocks from now on, now that these train."""
+
+    def is_stateless(self, parameter: nn.Parameter) -> bool:
+        """Whether a parameter of the model has gradients now, and the optimizer must not train it."""
+        return False
+
+    def groups(self) -> Iterable[Any]:
+        """Return the param groups of what was added, with the learning rates of this step."""
+        return ()
+
+    def step(self) -> None:
+        """End a step: the optimizer has made its own."""
+
+    def make_state(self) -> None:
+        """Make the state that the steps to come have."""
+
+    def drop_gradients(self) -> None:
+        """Release the gradients of a step that is left out."""
+
+    def merge(self) -> None:
+        """Put what was added into the weights, once."""
+
+    def detach(self, model: nn.Module) -> None:
+        """Put what was added into the weights, once, and leave the model as it is."""
+        vars(self._follows).pop("zero_grad", None)
+        if find_correction(model) is self:
+            del model._correction
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs."""
+        return {}
+
+    def check_saved(self, saved: Mapping[str, Any]) -> None:
+        """Raise ValueError if what `state_dict` returned does not belong to this model."""
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned."""
+
+    def load_weights(self, saved: Mapping[str, Any]) -> None:
+        """Take what was added to the model out of what `state_dict` returned, and nothing else."""
+
+    def _zero_grad(self, set_to_none: bool = True) -> None:
+        """Replace the optimizer's `zero_grad`: a step that is left out must not leave gradients behind."""
+        self.drop_gradients()
+        type(self._follows).zero_grad(self._follows, set_to_none)
+
+
+def find_correction(model: nn.Module) -> FrozenCorrection | None:
+    """Return what corrects a model's frozen blocks; None if nothing does."""
+    return vars(model).get("_correction")
+
+
+def count_trainable(model: nn.Module) -> int:
+    """Count the numbers that train now, those of adapters beside frozen blocks included."""
+    correction = find_correction(model)
+    own = [p for p in model.parameters() if p.requires_grad]
+    return sum(p.numel() for p in (own if correction is None else own + correction.parameters()))

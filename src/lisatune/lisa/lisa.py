@@ -46,12 +46,12 @@ from lisatune.lisa.checks import (
     warn_of_rounding,
     warn_of_untrained_blocks,
 )
-from lisatune.lisa.correction import Correction
+from lisatune.lisa.correction import Correction, FrozenCorrection
 from lisatune.lisa.ends import Ends, EndsPolicy
 from lisatune.lisa.frozen_state import FrozenState, StatePolicy
 from lisatune.lisa.frozen_weights import FrozenWeights
 from lisatune.lisa.group_state import GroupState
-from lisatune.lisa.low_rank import attach_correction
+from lisatune.lisa.low_rank import LowRankCorrection
 from lisatune.lisa.moved_share import MovedShare
 from lisatune.lisa.other_steps import OtherSteps
 from lisatune.lisa.proof import Proof, Verify, describe_proof
@@ -66,6 +66,7 @@ from lisatune.lisa.samplers import (
     simulate_draws,
 )
 from lisatune.lisa.schedule import BlockSchedule, find_extreme_draws
+from lisatune.lisa.sign import SignCorrection
 from lisatune.lisa.statistics import PER_STEP, Collector
 from lisatune.nn.blocks import watch_compiling
 from lisatune.nn.coded import Masters
@@ -117,8 +118,8 @@ class LISA(BlockSchedule):
             `lisatune.lisa.frozen_weights`. Frozen ends are int8.
         masters: where exact weights of coded blocks are kept. Default: host memory. `lisatune.DiskMasters`
             keeps them in a file.
-        correction: "none", "lora" or a `lisatune.Correction`: adapters with which frozen blocks learn a
-            little in every step. They are not parameters of the model, and are trained here, in the
+        correction: "none", "lora", "sign" or a `lisatune.Correction`: how frozen blocks learn a little in
+            every step. The adapters of "lora" are not parameters of the model, and are trained here, in the
             optimizer's hooks; `model.state_dict()` gives merged weights. See `lisatune.lisa.correction`.
         verify: "sample" proves from a moving window of every parameter that the drawn blocks moved and no
             other did, "full" from every element, "off" not at all. See `lisatune.lisa.proof`.
@@ -203,7 +204,7 @@ class LISA(BlockSchedule):
         self._frozen_weights = FrozenWeights.of(model)
         if self._frozen_weights is None and frozen_weights != "exact":
             self._frozen_weights = FrozenWeights(model, self.layers, frozen_weights, masters=masters)
-        self._correction = attach_correction(model, self.layers, optimizer, corrects, self.sampler, seed)
+        self._correction = self._correct(corrects)
         coded = self._frozen_weights
         self._collector = (
             Collector(self._blocks, self.sampler.reads, None if coded is None else coded.exact)
@@ -303,7 +304,8 @@ class LISA(BlockSchedule):
 
     def state_bytes(self) -> int:
         """Count the bytes of optimizer state on the training device; see `host_bytes` for the rest."""
-        own = 0 if self._correction is None else state_bytes(self._correction.optimizer)
+        beside = None if self._correction is None else self._correction.optimizer
+        own = 0 if beside is None else state_bytes(beside)
         return own + state_bytes(self._optimizer) - tensors_bytes(host_state(self._optimizer))
 
     def host_bytes(self) -> int:
@@ -389,6 +391,22 @@ class LISA(BlockSchedule):
         finally:
             self.detach()
 
+    def _correct(self, correction: Correction | None) -> FrozenCorrection | None:
+        """Add what corrects the frozen blocks to the model; ValueError if there are none."""
+        if correction is None:
+            return None
+        chances = self.sampler.inclusion()
+        if min(chances) >= 1:
+            raise ValueError(
+                f"correction {correction.kind} corrects frozen blocks, and all {len(chances)} blocks train "
+                "in every step; lower active, or use correction none"
+            )
+        if correction.kind == "sign":
+            return SignCorrection(self._model, self._blocks, self._optimizer, correction, seed=self.seed)
+        if correction.blocks == "above" and max(chances) <= 0:
+            raise ValueError("correction_blocks above needs blocks that train, and none does; use all")
+        return LowRankCorrection(self._model, self.layers, self._optimizer, correction, seed=self.seed)
+
     # ---- Algorithm 1
 
     def _draw(self) -> None:
@@ -445,7 +463,8 @@ class LISA(BlockSchedule):
                 "load_state_dict, so LISA does not know its position; load states with load_state_dict"
             )
         if self._proof is not None and not self._proof.is_open:
-            self._proof.begin(self.period_index, self._name_moving())
+            free = set() if self._correction is None else self._correction.may_move(self.active_blocks)
+            self._proof.begin(self.period_index, self._name_moving(), free)
         if self._collector is not None:
             self._collector.before_step(self.active_blocks)
         self._rates.restore()  # a step that raised has left its rates behind
@@ -454,14 +473,12 @@ class LISA(BlockSchedule):
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._rates.restore()
-        if self._correction is not None:
-            self._correction.set_rates()
         # A loss scaler also calls fused optimizers for steps that it skips, and sets `found_inf` to say so.
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):
             return
         if self._proof is not None:
-            own = [] if self._correction is None else self._correction.optimizer.param_groups
+            own = () if self._correction is None else self._correction.groups()
             self._proof.saw_step([*optimizer.param_groups, *own], self._find_updated())
         if self._correction is not None:
             self._correction.step()
@@ -502,10 +519,8 @@ class LISA(BlockSchedule):
         return moving if self._correction is None else moving | self._correction.moving(self.active_blocks)
 
     def _describe_proof(self, resting: int, rest: int) -> str:
-        proof = describe_proof(self._proof, resting, rest)
-        return (
-            proof if self._proof is None or self._correction is None else f"{proof}; {self._correction.says}"
-        )
+        says = "" if self._correction is None else self._correction.says
+        return describe_proof(self._proof, resting, rest, says)
 
     def _find_updated(self) -> Set[nn.Parameter]:
         """Return the parameters that backward has updated; their gradients are gone."""
@@ -525,7 +540,7 @@ class LISA(BlockSchedule):
             "ends": str(self._ends.policy),
             "warmup": self.warmup,
             "lr_scaling": self.lr_scaling,
-            "correction": "none" if self._correction is None else repr(self._correction.correction),
+            "correction": "none" if self._correction is None else str(self._correction.correction),
         }
 
     def _add_to_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:

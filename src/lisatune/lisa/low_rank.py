@@ -1,7 +1,7 @@
 """Adapters beside the linear layers of all blocks, and what trains, saves and merges them.
 
 `lisatune.lisa.correction` says what they are for, `lisatune.nn.adapter` how one of them computes. LISA calls
-`train` at each draw and `step` after each step of the optimizer, with the learning rates of `set_rates`.
+`train` at each draw and `step` after each step of the optimizer.
 """
 
 import hashlib
@@ -14,23 +14,22 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lisatune.distributed import ranks
-from lisatune.lisa.correction import Correction
+from lisatune.lisa.correction import Correction, FrozenCorrection
 from lisatune.lisa.proof import INTEGERS, fingerprint
-from lisatune.lisa.samplers import Sampler
 from lisatune.nn.adapter import Adapter
 from lisatune.nn.coded import CodedLinear
 from lisatune.nn.layers import LayerMap
 from lisatune.optim.adamw import AdamW
-from lisatune.optim.group import Moments
+from lisatune.optim.group import Group, Moments
 from lisatune.optim.state import prepare
 
-__all__ = ["LowRankCorrection", "attach_correction", "count_trainable", "find_correction"]
+__all__ = ["LowRankCorrection"]
 
 SCALE = 2.0
 """s. A rank that is twice as large needs no other learning rate, because s does not depend on it."""
 
 
-class LowRankCorrection:
+class LowRankCorrection(FrozenCorrection):
     """Adapters on the linear layers of all blocks, and the AdamW that trains them.
 
     The moments of the adapters have the format that `lisatune.AdamW` uses for the blocks: 8-bit beside 8-bit
@@ -56,10 +55,10 @@ class LowRankCorrection:
                 "correction lora works in one process only, because the gradients of adapters are not "
                 "exchanged among ranks; use correction none"
             )
-        self.correction = correction
         linear = _find_linear(model, layers)
         chosen = _select(linear, correction.matrices)
         self.names: dict[Adapter, str] = {}
+        self.optimizer: AdamW
         self.blocks: list[list[Adapter]] = [[] for _ in layers.blocks]
         for name in chosen:
             layer, block = linear[name]
@@ -72,10 +71,10 @@ class LowRankCorrection:
             self.names[adapter] = name
             self.blocks[block].append(adapter)
         self.optimizer = _build_optimizer(self.adapters, correction, optimizer)
-        self._follows = optimizer
         self._full_lr = _full_rate(optimizer)
-        optimizer.zero_grad = self._zero_grad  # type: ignore[method-assign]
-        model._correction = self  # type: ignore[assignment]
+        which = "all blocks" if correction.blocks == "all" else "active blocks and those above them"
+        self.says = f"adapters of {which} moved"
+        super().__init__(model, optimizer, correction)
 
     @property
     def adapters(self) -> list[Adapter]:
@@ -85,10 +84,6 @@ class LowRankCorrection:
     def all_parameters(self) -> list[nn.Parameter]:
         """Return A and B of all adapters."""
         return [p for adapter in self.adapters for p in (adapter.A, adapter.B)]
-
-    def parameters(self) -> list[nn.Parameter]:
-        """Return A and B of the adapters that train now."""
-        return [p for p in self.all_parameters() if p.requires_grad]
 
     def layers(self) -> dict[str, list[nn.Parameter]]:
         """Return the parameters of each block's adapters, for a proof."""
@@ -100,12 +95,6 @@ class LowRankCorrection:
     def moving(self, active: Sequence[int]) -> set[str]:
         """Return the names of the `layers` that train while these blocks do."""
         return {name for i, name in enumerate(self.layers()) if self.trains(i, active)}
-
-    @property
-    def says(self) -> str:
-        """What a proof of these adapters says, in words."""
-        which = "all blocks" if self.correction.blocks == "all" else "active blocks and those above them"
-        return f"adapters of {which} moved"
 
     def train(self, active: Sequence[int]) -> None:
         """Let the right adapters train, now that these blocks do."""
@@ -120,10 +109,11 @@ class LowRankCorrection:
         """Tell whether a block's adapters train while the blocks `active` do."""
         return self.correction.blocks == "all" or (bool(active) and block >= min(active))
 
-    def set_rates(self) -> None:
-        """Give the adapters the learning rates of this step, by where the optimizer's own rates are."""
+    def groups(self) -> list[Group]:
+        """Return A's and B's param group, with rates that are where in the schedule the optimizer's are."""
         for group, ratio in zip(self.optimizer.param_groups, (1.0, self.correction.lr_ratio), strict=True):
             group["lr"] = self.correction.lr * ratio * self._share()
+        return self.optimizer.param_groups
 
     def step(self) -> None:
         """Update the adapters from their gradients, and release these."""
@@ -132,6 +122,7 @@ class LowRankCorrection:
                 for p in (adapter.A, adapter.B):
                     self.optimizer.state.pop(p, None)
                 adapter.is_new = False
+        self.groups()
         self.optimizer.step()
         self.drop_gradients()
 
@@ -143,24 +134,16 @@ class LowRankCorrection:
                 prepare(group, p, self.optimizer.state[p])
         self.drop_gradients()
 
-    def _zero_grad(self, set_to_none: bool = True) -> None:
-        """Replace the optimizer's `zero_grad`: a step that is left out must not leave gradients behind."""
-        self.drop_gradients()
-        type(self._follows).zero_grad(self._follows, set_to_none)
-
     def drop_gradients(self) -> None:
         """Release the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
 
-    def detach(self, model: nn.Module, *, merges: bool = True) -> None:
+    def detach(self, model: nn.Module) -> None:
         """Merge the adapters into the weights, once, and remove them."""
         for adapter in self.adapters:
-            if merges:
-                adapter.merge()
+            adapter.merge()
             adapter.remove()
-        vars(self._follows).pop("zero_grad", None)
-        if find_correction(model) is self:
-            del model._correction
+        super().detach(model)
 
     def merge(self) -> None:
         """Put what the adapters add into the weights, once. They are zero afterwards."""
@@ -232,7 +215,7 @@ class LowRankCorrection:
         )
 
     @torch.no_grad()
-    def load_adapters(self, saved: Mapping[str, Any]) -> None:
+    def load_weights(self, saved: Mapping[str, Any]) -> None:
         """Take A and B out of what `state_dict` returned, and nothing else."""
         for adapter, name in self.names.items():
             adapter.A.copy_(saved["adapters"][name]["A"])
@@ -246,7 +229,7 @@ class LowRankCorrection:
         """
         adapters, self._full_lr = saved["adapters"], saved["full_lr"]
         is_merged = self._find_loaded(adapters) == "merged"
-        self.load_adapters(saved)
+        self.load_weights(saved)
         inexact = False
         for adapter, name in self.names.items():
             entry = adapters[name]
@@ -266,45 +249,6 @@ class LowRankCorrection:
                 "other last bits than the one that saved them: training continues, and not bit for bit",
                 stacklevel=2,
             )
-
-
-def attach_correction(
-    model: nn.Module,
-    layers: LayerMap,
-    optimizer: Optimizer,
-    correction: Correction | None,
-    sampler: Sampler,
-    seed: int,
-) -> LowRankCorrection | None:
-    """Add what corrects the frozen blocks of a model to it; None if nothing does.
-
-    Raises:
-        ValueError: no block is ever frozen, no block ever trains under `above`, or `LowRankCorrection` cannot
-            be made.
-    """
-    if correction is None:
-        return None
-    chances = sampler.inclusion()
-    if min(chances) >= 1:
-        raise ValueError(
-            f"correction {correction.kind} corrects frozen blocks, and all {layers.num_blocks} blocks train "
-            "in every step; lower active, or use correction none"
-        )
-    if correction.blocks == "above" and max(chances) <= 0:
-        raise ValueError("correction_blocks above needs blocks that train, and none does; use all")
-    return LowRankCorrection(model, layers, optimizer, correction, seed=seed)
-
-
-def find_correction(model: nn.Module) -> LowRankCorrection | None:
-    """Return the adapters beside a model's frozen blocks; None if there are none."""
-    return vars(model).get("_correction")
-
-
-def count_trainable(model: nn.Module) -> int:
-    """Count the numbers that train now, those of adapters beside frozen blocks included."""
-    correction = find_correction(model)
-    own = [p for p in model.parameters() if p.requires_grad]
-    return sum(p.numel() for p in (own if correction is None else own + correction.parameters()))
 
 
 def _find_linear(model: nn.Module, layers: LayerMap) -> dict[str, tuple[nn.Linear, int]]:

@@ -81,6 +81,7 @@ class Proof:
         self._before: Tensor | None = None
         self._period = 0
         self._drawn: set[str] = set()
+        self._free: set[str] = set()
         self._idle: set[str] = set()  # drawn layers that no step has given a reason to move
         self._coarse: set[str] = set()  # layers whose movement a window can miss
         self._doubted: set[str] = set()  # layers read in full until they are seen to move
@@ -92,15 +93,16 @@ class Proof:
         """Whether a period has begun and has not been checked yet."""
         return self._before is not None
 
-    def begin(self, period: int, drawn: Set[str]) -> None:
+    def begin(self, period: int, drawn: Set[str], free: Set[str] = frozenset()) -> None:
         """Take the fingerprints that the end of the period is compared with.
 
         Args:
             period: its number, from 0.
             drawn: names of the layers that train in it.
+            free: names of layers that may move or not.
         """
         self._period = period
-        self._drawn = set(drawn) & self._layers.keys()
+        self._drawn, self._free = set(drawn) & self._layers.keys(), set(free)
         self._idle, self._coarse = set(self._drawn), set()
         self._before = self._fingerprints()
         if self.moved is not None:
@@ -156,7 +158,7 @@ class Proof:
         # Each rank reads its part of a layer that is divided among ranks.
         moved_R = [ranks.max_over_ranks(each) for each in (self._fingerprints() != self._before).tolist()]
         moved = {name for name, has_moved in zip(self._layers, moved_R, strict=True) if has_moved}
-        strangers = sorted(moved - self._drawn)
+        strangers = sorted(moved - self._drawn - self._free)
         resting = self._drawn - moved - self._idle
         doubted = resting & {name for name in self._coarse if self._sample(name) is not None}
         if strangers:
@@ -193,8 +195,15 @@ class Proof:
             return torch.stack([each.cpu() for each in prints])
 
 
-def describe_proof(proof: Proof | None, resting: int, rest: int) -> str:
-    """Say how far a run is proven; `resting` blocks were frozen, `rest` steps came after the last period."""
+def describe_proof(proof: Proof | None, resting: int, rest: int, correction: str = "") -> str:
+    """Say how far a run is proven.
+
+    Args:
+        proof: what was taken; None if nothing was.
+        resting: blocks that were frozen.
+        rest: steps that came after the last complete period.
+        correction: what is said of corrected blocks.
+    """
     if proof is None:
         return "none taken: method.verify is off"
     periods = f"{proof.periods} period{'' if proof.periods == 1 else 's'}"
@@ -202,7 +211,9 @@ def describe_proof(proof: Proof | None, resting: int, rest: int) -> str:
     share = proof.moved.share if proof.moved is not None else None
     moved = "" if share is None else f" ({100 * share:.3g} % of their numbers)"
     read = "" if proof.verify == "full" else " in a moving sample"
-    return f"{periods}{tail}: drawn blocks moved{moved}, {resting} others bit-identical{read}"
+    others = correction if correction.startswith("others") else f"{resting} others bit-identical{read}"
+    besides = f"; {correction}" if correction and others != correction else ""
+    return f"{periods}{tail}: drawn blocks moved{moved}, {others}{besides}"
 
 
 def fingerprint(parameters: Sequence[Tensor], *, sample: int | None = None) -> Tensor:

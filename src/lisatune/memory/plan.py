@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from lisatune.console import first_line
 from lisatune.distributed.ranks import fake_ranks, pick_device, ranks_are_fake
 from lisatune.distributed.shards import part_to_update, shard
+from lisatune.lisa.correction import count_trainable, find_correction
 from lisatune.lisa.frozen_weights import ShapeMasters
-from lisatune.lisa.low_rank import count_trainable, find_correction
 from lisatune.losses.causal_lm import CausalLMLoss
 from lisatune.memory.equal_blocks import FewerBlocks, set_aside
 from lisatune.memory.estimate import divide_among_ranks, estimate_step, explain_untraced
@@ -338,17 +338,17 @@ def _make_state(built: Built, ids: int) -> None:
         built: the model and its optimizer.
         ids: number of token ids in a step; all count as different.
     """
-    optimizer = built.step.optimizer
+    optimizer, correction = built.step.optimizer, find_correction(built.model)
     for group in optimizer.param_groups:
         for p in group["params"]:
-            if p.requires_grad:
+            if p.requires_grad and not (correction is not None and correction.is_stateless(p)):
                 p.grad = sparse_rows(p, ids) if group.get("rows") else torch.empty_like(p)
                 if isinstance(optimizer, AdamW):
                     prepare_state(cast(Group, group), part_to_update(p), optimizer.state[p])
     if not isinstance(optimizer, AdamW):
         with norms_are_one():
             optimizer.step()
-    if (correction := find_correction(built.model)) is not None:
+    if correction is not None:
         correction.make_state()
     built.step.skip()
 

@@ -66,6 +66,13 @@ class Method:
             ValueError: a setting cannot work; the message names its key and what to do.
         """
 
+    def check_optimizer(self, optimizer: OptimizerConfig) -> None:
+        """Refuse an optimizer that cannot work with this method. Default: all work.
+
+        Raises:
+            ValueError: a setting cannot work; the message names its key and what to do.
+        """
+
     def check_device(self, device: torch.device) -> None:
         """Refuse a device that the method cannot run on, before anything loads. Default: all work.
 

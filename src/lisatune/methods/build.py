@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lisatune.distributed import ranks
-from lisatune.lisa.low_rank import find_correction
+from lisatune.lisa.correction import find_correction
 from lisatune.lisa.schedule import BlockSchedule
 from lisatune.losses.causal_lm import CausalLMLoss, ShardedLoss
 from lisatune.methods.step import TrainingStep
@@ -120,7 +120,8 @@ def attach_method(
         check_optimizer(optimizer)
     state = StateMeter(optimizer)  # before the schedule, whose hook may release state
     schedule = recipe.method.attach(model, optimizer, layers, total_steps=steps)
-    if (correction := find_correction(model)) is not None:
+    correction = find_correction(model)
+    if correction is not None and correction.optimizer is not None:
         state.beside = (correction.optimizer,)
     return optimizer, state, schedule
 

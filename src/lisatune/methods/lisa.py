@@ -20,7 +20,7 @@ from lisatune.nn.coded import Masters
 from lisatune.nn.codes import Scales
 from lisatune.nn.layers import LayerMap, find_layers
 from lisatune.nn.nf4 import check_nf4
-from lisatune.recipe import OptimizerConfig
+from lisatune.recipe import DataConfig, OptimizerConfig, RunConfig
 
 __all__ = ["AsLisa", "Lisa"]
 
@@ -69,8 +69,8 @@ class Lisa(Method):
     master: Literal["auto", "ram", "disk"] = "auto"
     """Where exact frozen weights are; auto: in RAM if they take less than 40 % of what is free."""
 
-    correction: Literal["none", "lora"] = "none"
-    """How frozen blocks learn a little in every step: lora, low-rank adapters that are merged at the end."""
+    correction: Literal["none", "lora", "sign"] = "none"
+    """How frozen blocks learn in every step: lora, adapters that are merged at the end; sign, signSGD."""
 
     correction_rank: int = 8
     """Rank of the adapters."""
@@ -87,6 +87,9 @@ class Lisa(Method):
     correction_matrices: tuple[str, ...] = ()
     """Names of the linear layers that get adapters, such as o_proj. Default: all of the blocks."""
 
+    correction_share: float = 0.1
+    """Under sign: a frozen number moves by this share of the learning rate."""
+
     verify: Verify = "sample"
     """How much of every block is hashed each period to prove that drawn blocks moved and no other did."""
 
@@ -99,6 +102,11 @@ class Lisa(Method):
             self._correction()
         except ValueError as error:
             raise ValueError(f"method.{error}") from error
+        if self.correction == "sign" and self.frozen_weights != "exact":
+            raise ValueError(
+                "method.correction sign moves frozen weights by less than the spacing of codes; set "
+                "method.frozen_weights: exact, or method.correction: lora"
+            )
         reads_probabilities = self.sampler in ("weighted", "independent")
         if reads_probabilities and self.probabilities is None:
             raise ValueError(
@@ -108,6 +116,27 @@ class Lisa(Method):
             raise ValueError(
                 f"method.probabilities does nothing with method.sampler {self.sampler}; leave it out, or use "
                 "weighted or independent"
+            )
+
+    def check_mix(self, data: DataConfig, run: RunConfig) -> None:
+        """Refuse micro-steps beside the correction `sign`."""
+        if self.correction == "sign" and run.accumulation > 1:
+            raise ValueError(
+                "method.correction sign moves frozen weights in backward, before the next micro-step could "
+                f"add to their gradients, so run.accumulation={run.accumulation} is impossible; set it to 1"
+            )
+
+    def check_optimizer(self, optimizer: OptimizerConfig) -> None:
+        """Refuse clipping, and updates in backward, beside the correction `sign`."""
+        if self.correction == "sign" and optimizer.max_grad_norm is not None:
+            raise ValueError(
+                "method.correction sign moves frozen weights before all gradients are known, so their global "
+                f"norm cannot be clipped to optimizer.max_grad_norm={optimizer.max_grad_norm}; set it to null"
+            )
+        if self.correction == "sign" and optimizer.in_backward:
+            raise ValueError(
+                "method.correction sign and optimizer.in_backward would both use the gradients of frozen "
+                "blocks; set optimizer.in_backward: false"
             )
 
     @property
@@ -210,6 +239,7 @@ class Lisa(Method):
             lr_ratio=self.correction_lr_ratio,
             blocks=self.correction_blocks,
             matrices=self.correction_matrices,
+            share=self.correction_share,
         )
 
     def _sampler(self) -> str | tuple[float, ...] | Independent:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lisatune.distributed import ranks
 from lisatune.distributed.shards import full_tensor
-from lisatune.lisa.low_rank import find_correction
+from lisatune.lisa.correction import find_correction
 from lisatune.losses.causal_lm import CausalLMLoss
 from lisatune.optim.chunks import strip_zero_rows
 from lisatune.optim.in_backward import UpdateInBackward

@@ -42,7 +42,7 @@ from lisatune.files.tensors import (
     read_part,
     write_file,
 )
-from lisatune.lisa.low_rank import find_correction
+from lisatune.lisa.correction import find_correction
 from lisatune.lisa.rates import MARK
 from lisatune.nn.coded import coded_weights
 from lisatune.optim.meter import restore_dtypes
@@ -234,7 +234,7 @@ def load_weights(path: str | Path, *, model: nn.Module) -> None:
             optimizer = json.loads((path / "state.json").read_text())["optimizer"]
             with safe_open(path / "other.safetensors", framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-            correction.load_adapters(from_json(optimizer["lisa"]["correction"], tensors))
+            correction.load_weights(from_json(optimizer["lisa"]["correction"], tensors))
     except (*UNREADABLE, SafetensorError) as error:
         raise _damaged(path, error) from error
 

@@ -66,6 +66,7 @@ BEFORE_IT_EXISTED = {
     "method.correction_lr_ratio": 1.0,
     "method.correction_blocks": "all",
     "method.correction_matrices": (),
+    "method.correction_share": 0.1,
 }
 """Keys that older versions lack, with the value that says what these did, if that is not null."""
 

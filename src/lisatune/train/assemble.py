@@ -22,7 +22,7 @@ from lisatune.distributed import ranks
 from lisatune.distributed.ranks import pick_device
 from lisatune.distributed.shards import shard
 from lisatune.files.masters import DiskMasters
-from lisatune.lisa.low_rank import find_correction
+from lisatune.lisa.correction import find_correction
 from lisatune.lisa.schedule import BlockSchedule
 from lisatune.losses.causal_lm import CausalLMLoss
 from lisatune.memory.process import available_bytes

@@ -16,7 +16,7 @@ from torch import nn
 
 from lisatune.console import count_text, grid, plural, ranges_text, terminal
 from lisatune.data.prepare import RunData
-from lisatune.lisa.low_rank import count_trainable
+from lisatune.lisa.correction import count_trainable
 from lisatune.lisa.schedule import BlockSchedule
 from lisatune.methods import Method
 from lisatune.nn.layers import LayerMap

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 import tiny
 from lisatune import LISA, AdamW, Correction, ProofError, find_layers, param_groups
 from lisatune.distributed import ranks
-from lisatune.lisa.low_rank import LowRankCorrection, find_correction
+from lisatune.lisa.correction import find_correction
+from lisatune.lisa.low_rank import LowRankCorrection
 from lisatune.nn.blocks import BlockForward, num_graphs
 from lisatune.runs.checkpoint import load_checkpoint, load_weights, save_checkpoint
 
@@ -394,7 +395,7 @@ def test_proof_sees_a_resting_adapter_that_moves() -> None:
         ),
         ("lora", {"active": 6}, "all 6 blocks train in every step; lower active"),
         (Correction(blocks="above"), {"active": 0}, "above needs blocks that train"),
-        ("lore", {}, "correction must be none or lora, got 'lore'"),
+        ("lore", {}, "correction must be none, lora or sign, got 'lore'"),
     ],
 )
 def test_what_cannot_be_corrected_is_refused(
