@@ -19,6 +19,7 @@ It stores nothing: the gradient of a frozen weight is freed once it has moved it
 too, so a proof can say nothing of it.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -26,10 +27,24 @@ from typing import Any, Literal, get_args
 from torch import nn
 from torch.optim import Optimizer
 
-__all__ = ["Corrected", "Correction", "FrozenCorrection", "Kind", "count_trainable", "find_correction"]
+__all__ = [
+    "READ",
+    "Corrected",
+    "Correction",
+    "FrozenCorrection",
+    "Kind",
+    "count_trainable",
+    "find_correction",
+]
 
 Kind = Literal["lora", "sign"]
 """Ways to correct frozen blocks."""
+
+READ: dict[Kind, tuple[str, ...]] = {
+    "lora": ("rank", "lr", "lr_ratio", "blocks", "matrices"),
+    "sign": ("share",),
+}
+"""Settings that each kind reads."""
 
 Corrected = Literal["all", "above"]
 """Blocks whose adapters train in a step."""
@@ -71,8 +86,8 @@ class Correction:
         if not isinstance(self.rank, int) or self.rank < 1:
             raise ValueError(f"correction_rank must be a whole number >= 1, got {self.rank!r}")
         for name in ("lr", "lr_ratio", "share"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"correction_{name} must be > 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"correction_{name} must be > 0 and finite, got {getattr(self, name)}")
         if self.blocks not in get_args(Corrected):
             raise ValueError(f"correction_blocks must be all or above, got {self.blocks!r}")
         object.__setattr__(self, "matrices", tuple(self.matrices))
@@ -86,8 +101,7 @@ class Correction:
 
     def __str__(self) -> str:
         """Say what a checkpoint compares: the kind, and the settings that it reads."""
-        read = ("share",) if self.kind == "sign" else ("rank", "lr", "lr_ratio", "blocks", "matrices")
-        return ", ".join([self.kind, *(f"{name} {getattr(self, name)}" for name in read)])
+        return ", ".join([self.kind, *(f"{name} {getattr(self, name)}" for name in READ[self.kind])])
 
 
 class FrozenCorrection:

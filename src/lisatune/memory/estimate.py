@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lisatune.console import first_line
+from lisatune.lisa.correction import find_correction
 from lisatune.memory.tracker import StepMemory
 from lisatune.methods.build import Built
 from lisatune.nn.layers import LayerMap
@@ -23,8 +24,10 @@ def estimate_step(built: Built, recipe: Recipe, length: int) -> StepMemory:
     its input, and one block keeps everything. Loss: the logits of 128 tokens, three times in float32.
     Optimizer state: two moments.
     """
-    trained = [p for p in built.model.parameters() if p.requires_grad]
-    weights = tensors_bytes([*built.model.parameters(), *built.model.buffers()])
+    correction = find_correction(built.model)
+    added = [] if correction is None else correction.all_parameters()
+    trained = [p for p in (*built.model.parameters(), *added) if p.requires_grad]
+    weights = tensors_bytes([*built.model.parameters(), *built.model.buffers(), *added])
     gradients = tensors_bytes(trained)
     config: Any = built.model.config
     text, tokens = config.get_text_config(), recipe.run.batch_size * length

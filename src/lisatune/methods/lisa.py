@@ -1,12 +1,12 @@
 """LISA as a method of a recipe. The algorithm is in `lisatune.lisa`."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal, Self, final
 
 import torch
 from torch import nn
 
-from lisatune.lisa.correction import Corrected, Correction
+from lisatune.lisa.correction import READ, Corrected, Correction
 from lisatune.lisa.ends import Ends, EndsPolicy
 from lisatune.lisa.frozen_state import StatePolicy
 from lisatune.lisa.frozen_weights import FrozenWeights
@@ -98,10 +98,7 @@ class Lisa(Method):
             EndsPolicy.parse(self.ends)
         except ValueError as error:
             raise ValueError(f"method.{error}") from error
-        try:
-            self._correction()
-        except ValueError as error:
-            raise ValueError(f"method.{error}") from error
+        self._check_correction()
         if self.correction == "sign" and self.frozen_weights != "exact":
             raise ValueError(
                 "method.correction sign moves frozen weights by less than the spacing of codes; set "
@@ -117,6 +114,21 @@ class Lisa(Method):
                 f"method.probabilities does nothing with method.sampler {self.sampler}; leave it out, or use "
                 "weighted or independent"
             )
+
+    def _check_correction(self) -> None:
+        try:
+            self._correction()
+        except ValueError as error:
+            raise ValueError(f"method.{error}") from error
+        read = () if self.correction == "none" else READ[self.correction]
+        for field in fields(self):
+            name = field.name.removeprefix("correction_")
+            if name != field.name and name not in read and getattr(self, field.name) != field.default:
+                others = " or ".join(kind for kind, names in READ.items() if name in names)
+                raise ValueError(
+                    f"method.{field.name} does nothing with method.correction {self.correction}; leave it "
+                    f"out, or set method.correction: {others}"
+                )
 
     def check_mix(self, data: DataConfig, run: RunConfig) -> None:
         """Refuse micro-steps beside the correction `sign`."""

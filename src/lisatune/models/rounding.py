@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lisatune.distributed import ranks
 from lisatune.distributed.shards import local_part
+from lisatune.lisa.correction import find_correction
 from lisatune.nn.coded import coded_weights, exact_parameters
 
 __all__ = ["fits_range", "held_in", "note_dtype", "round_parameters"]
@@ -24,7 +25,12 @@ __all__ = ["fits_range", "held_in", "note_dtype", "round_parameters"]
 
 @contextmanager
 def held_in(dtype: torch.dtype | None, model: Any) -> Iterator[None]:
-    """Hold a model's weights, or its adapters, in another dtype meanwhile, without a second copy of them."""
+    """Hold a model's weights, or its adapters, in another dtype meanwhile, without a second copy of them.
+
+    What corrects frozen blocks is merged into the weights before, for good, or they would be rounded twice.
+    """
+    if dtype is not None and (correction := find_correction(model)) is not None:
+        correction.merge()
     is_adapted = hasattr(model, "peft_config")
     coded = coded_weights(model)
     held = {

@@ -157,7 +157,8 @@ def test_float16_and_several_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) 
         ({}, {"max_grad_norm": 1.0}, {}, r"optimizer\.max_grad_norm=1\.0; set it to null"),
         ({}, {"in_backward": True}, {}, r"set optimizer\.in_backward: false"),
         ({"frozen_weights": "int8"}, {}, {}, r"set method\.frozen_weights: exact, or"),
-        ({"correction_share": 0}, {}, {}, r"method\.correction_share must be > 0, got 0"),
+        ({"correction_share": 0}, {}, {}, r"method\.correction_share must be > 0 and finite, got 0"),
+        ({"correction_rank": 4}, {}, {}, r"method\.correction_rank does nothing with .* sign; .* lora$"),
     ],
 )
 def test_recipes_that_cannot_work_are_refused_as_they_are_read(
