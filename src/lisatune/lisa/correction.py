@@ -114,6 +114,9 @@ class FrozenCorrection:
     says = ""
     """What a proof says of the correction, in words."""
 
+    moves_frozen = False
+    """Whether the weights of frozen blocks move, so that a proof can say nothing of them."""
+
     optimizer: Optimizer | None = None
     """Trains what was added to the model; None if nothing was."""
 
@@ -136,10 +139,6 @@ class FrozenCorrection:
 
     def moving(self, active: Sequence[int]) -> set[str]:
         """Return the names of the `layers` that must move while these blocks train."""
-        return set()
-
-    def may_move(self, active: Sequence[int]) -> set[str]:
-        """Return the names of frozen layers that move too while these blocks train, as in `block 3`."""
         return set()
 
     def train(self, active: Sequence[int]) -> None:

@@ -204,7 +204,6 @@ class LISA(BlockSchedule):
         self._frozen_weights = FrozenWeights.of(model)
         if self._frozen_weights is None and frozen_weights != "exact":
             self._frozen_weights = FrozenWeights(model, self.layers, frozen_weights, masters=masters)
-        self._correction = self._correct(corrects)
         coded = self._frozen_weights
         self._collector = (
             Collector(self._blocks, self.sampler.reads, None if coded is None else coded.exact)
@@ -217,6 +216,7 @@ class LISA(BlockSchedule):
                 f"the sampler reads {' and '.join(lost)}, which cannot be measured with update in backward, "
                 "because gradients are gone after it; update in step()"
             )
+        self._correction = self._correct(corrects)
         self._moved = MovedShare(optimizer)
         read = None if coded is None else coded.read
         self._proof = None if verify == "off" else Proof(self._name_layers(), verify, self._moved, read)
@@ -463,8 +463,7 @@ class LISA(BlockSchedule):
                 "load_state_dict, so LISA does not know its position; load states with load_state_dict"
             )
         if self._proof is not None and not self._proof.is_open:
-            free = set() if self._correction is None else self._correction.may_move(self.active_blocks)
-            self._proof.begin(self.period_index, self._name_moving(), free)
+            self._proof.begin(self.period_index, self._name_moving(), self._name_unproven())
         if self._collector is not None:
             self._collector.before_step(self.active_blocks)
         self._rates.restore()  # a step that raised has left its rates behind
@@ -517,6 +516,12 @@ class LISA(BlockSchedule):
         """Return the names of the layers that train in this period."""
         moving = {f"block {i}" for i in self.active_blocks} | ({"ends"} if self.ends_train else set())
         return moving if self._correction is None else moving | self._correction.moving(self.active_blocks)
+
+    def _name_unproven(self) -> set[str]:
+        """Return the names of the layers that may move or not."""
+        if self._correction is None or not self._correction.moves_frozen:
+            return set()
+        return {f"block {i}" for i in range(len(self._blocks)) if i not in self.active_blocks}
 
     def _describe_proof(self, resting: int, rest: int) -> str:
         says = "" if self._correction is None else self._correction.says

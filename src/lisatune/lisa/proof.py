@@ -106,7 +106,7 @@ class Proof:
         self._idle, self._coarse = set(self._drawn), set()
         self._before = self._fingerprints()
         if self.moved is not None:
-            blocks = {name for name in self._drawn if name.startswith("block ")}
+            blocks = {name for name in self._drawn - {"ends"} if not name.startswith("adapters of ")}
             self.moved.begin(period, {name: self._layers[name] for name in sorted(blocks)})
 
     def saw_step(

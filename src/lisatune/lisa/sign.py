@@ -48,6 +48,7 @@ class SignCorrection(FrozenCorrection):
             are several ranks.
     """
 
+    moves_frozen = True
     says = "others took steps of equal size (correction sign), which are not proven"
 
     def __init__(
@@ -85,10 +86,6 @@ class SignCorrection(FrozenCorrection):
         every: list[Any] = list(self._places)
         self._hooks = [p.register_post_accumulate_grad_hook(self._take) for p in every]
         super().__init__(model, optimizer, correction)
-
-    def may_move(self, active: Sequence[int]) -> set[str]:
-        """Return the names of all other blocks."""
-        return {f"block {i}" for i in range(len(self.blocks)) if i not in active}
 
     def train(self, active: Sequence[int]) -> None:
         """Correct all blocks but these from now on."""
