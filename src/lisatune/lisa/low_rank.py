@@ -7,7 +7,7 @@
 import hashlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -197,22 +197,21 @@ class LowRankCorrection(FrozenCorrection):
             shapes = [tuple(adapters[name][key].shape) if name in adapters else None for key in ("A", "B")]
             if shapes != [tuple(adapter.A.shape), tuple(adapter.B.shape)]:
                 raise ValueError(f"the saved adapters are those of another model: {name} has {shapes}")
-        self._find_loaded(adapters)
+        self._find_merged(adapters)
 
-    def _find_loaded(self, saved: Mapping[str, Any]) -> Literal["base", "merged"]:
-        """Find out which weights are loaded: those that were trained, or those with the adapters in them."""
-        prints = {name: _print_of(adapter.weight) for adapter, name in self.names.items()}
-        kinds: tuple[Literal["base", "merged"], ...] = ("base", "merged")
-        for kind in kinds:
-            if all(prints[name] == saved[name][kind] for name in prints):
-                return kind
-        wrong = next(
-            name for name in prints if prints[name] not in (saved[name]["base"], saved[name]["merged"])
-        )
-        raise ValueError(
-            f"the weight of {wrong} is not the one that this optimizer state was saved beside; load the "
-            "model's weights of the same checkpoint first, and then the optimizer's state"
-        )
+    def _find_merged(self, saved: Mapping[str, Any]) -> set[Adapter]:
+        """Find the adapters whose layers hold the merged weight; the others hold the one that was trained."""
+        merged = set()
+        for adapter, name in self.names.items():
+            found = _print_of(adapter.weight)
+            if found not in (saved[name]["base"], saved[name]["merged"]):
+                raise ValueError(
+                    f"the weight of {name} is not the one that this optimizer state was saved beside; load "
+                    "the model's weights of the same checkpoint first, and then the optimizer's state"
+                )
+            if found != saved[name]["base"]:
+                merged.add(adapter)
+        return merged
 
     @torch.no_grad()
     def load_weights(self, saved: Mapping[str, Any]) -> None:
@@ -228,16 +227,18 @@ class LowRankCorrection(FrozenCorrection):
         Warns if this machine computes that with other last bits than the one that saved it.
         """
         adapters, self._full_lr = saved["adapters"], saved["full_lr"]
-        is_merged = self._find_loaded(adapters) == "merged"
+        merged = self._find_merged(adapters)
         self.load_weights(saved)
         inexact = False
         for adapter, name in self.names.items():
             entry = adapters[name]
             for p, key in ((adapter.A, "A_state"), (adapter.B, "B_state")):
-                self.optimizer.state[p] = {k: _clone(value, p) for k, value in entry[key].items()}
-                if not entry[key]:
-                    del self.optimizer.state[p]
-            if is_merged:
+                self.optimizer.state.pop(p, None)
+                if entry[key]:
+                    self.optimizer.state[p] = {
+                        k: value.detach().to(p.device, copy=True) for k, value in entry[key].items()
+                    }
+            if adapter in merged:
                 weight = adapter.add_to(adapter.weight, times=-1)
                 places = entry["places"].to(weight.device, torch.int64)
                 weight.view(-1)[places] = entry["values"].to(weight)
@@ -316,7 +317,3 @@ def _find_differing(one: Tensor, other: Tensor) -> Tensor:
     """Return the places, int64, at which the bits of two tensors differ."""
     kind = INTEGERS[one.element_size()]
     return (one.reshape(-1).view(kind) != other.reshape(-1).view(kind)).nonzero()[:, 0]
-
-
-def _clone(value: Tensor, like: Tensor) -> Tensor:
-    return value.detach().to(like.device, copy=True)
