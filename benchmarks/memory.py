@@ -25,6 +25,7 @@ METHOD_ROWS: dict[str, Method] = {
     "LoRA r=16": METHODS["lora"](),
     "LISA γ=2": METHODS["lisa"](),
     "LISA γ=8": METHODS["lisa"](active=8),  # type: ignore[call-arg]
+    "LISA γ=2, correction lora": METHODS["lisa"](correction="lora"),  # type: ignore[call-arg]
     "QLISA int8 γ=2": METHODS["lisa"](frozen_weights="int8"),  # type: ignore[call-arg]
     "QLISA NF4 γ=2, frozen ends": METHODS["lisa"](frozen_weights="nf4", ends="frozen"),  # type: ignore[call-arg]
     "QLISA NF4 γ=8": METHODS["lisa"](active=8, frozen_weights="nf4"),  # type: ignore[call-arg]

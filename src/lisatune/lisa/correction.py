@@ -125,6 +125,9 @@ class FrozenCorrection:
         follows.zero_grad = self._zero_grad  # type: ignore[method-assign]
         model._correction = self  # type: ignore[assignment]
 
+    def __deepcopy__(self, memo: Any) -> None:
+        """Leave a copy of the model without this: it has copies of what was added, and nobody trains them."""
+
     def all_parameters(self) -> list[nn.Parameter]:
         """Return what was added to the model."""
         return []

@@ -23,14 +23,11 @@ from torch.optim import Optimizer
 from lisatune.distributed import ranks
 from lisatune.lisa.correction import Correction, FrozenCorrection
 from lisatune.lisa.frozen_weights import FrozenWeights
-from lisatune.optim.adamw import AdamW
+from lisatune.optim.adamw import CHUNK, CHUNK_ELSEWHERE, AdamW
 from lisatune.optim.chunks import flatten
 from lisatune.optim.codecs import in_float32, key_of
 
 __all__ = ["SignCorrection"]
-
-AT_ONCE = 1 << 22
-"""Elements that are moved at once, because bf16 ones are brought to float32."""
 
 
 class SignCorrection(FrozenCorrection):
@@ -136,12 +133,13 @@ class SignCorrection(FrozenCorrection):
             )
         self._moved.add(parameter)
         assert parameter.grad is not None
-        signs, parameter.grad = parameter.grad.sign_().nan_to_num_(nan=0.0).contiguous().view(-1), None
+        gradient, parameter.grad = parameter.grad.contiguous().view(-1), None
         rate = self._follows.param_groups[self._group_of[parameter]]["lr"]
         step = float(rate or 0.0) * self.correction.share
         key = key_of(self.seed, self.steps_done, self._places[parameter])
         with flatten(parameter) as flat:
-            for number, start in enumerate(range(0, flat.numel(), AT_ONCE) if step else ()):
-                part = slice(start, start + AT_ONCE)
+            at_once = CHUNK.get(flat.device.type, CHUNK_ELSEWHERE)
+            for number, start in enumerate(range(0, flat.numel(), at_once) if step else ()):
+                part = slice(start, start + at_once)
                 with in_float32(flat[part], None, "stochastic", key_of(key, number)) as exact:
-                    exact.sub_(signs[part].to(exact.dtype), alpha=step)
+                    exact.sub_(gradient[part].to(exact.dtype).sign_().nan_to_num_(nan=0.0), alpha=step)

@@ -274,6 +274,18 @@ def test_weights_of_16_bits_are_rounded_once() -> None:
         assert torch.equal(model.get_submodule(name).weight, merged)
 
 
+def test_a_copy_of_the_model_computes_and_saves_the_same_and_trains_nothing_here() -> None:
+    model, optimizer, _ = trained(3)
+    copied = copy.deepcopy(model)
+    want = logits(model)
+    assert find_correction(copied) is None
+    tiny.fit(model, optimizer, range(3, 5))
+    assert torch.equal(logits(copied), want)
+    other = tiny.llama()
+    other.load_state_dict(copied.state_dict())
+    torch.testing.assert_close(logits(other), want, rtol=0, atol=1e-5)
+
+
 def test_other_weights_take_the_place_of_the_sum() -> None:
     model, _, _ = trained(2, verify="off")
     best = {name: weight.clone() for name, weight in model.state_dict().items()}
