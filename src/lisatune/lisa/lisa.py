@@ -294,8 +294,9 @@ class LISA(BlockSchedule):
         return {"visits": self.visits, "proof": self._describe_proof(resting, rest), **share}
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that train in this period: the ends and the active blocks."""
+        """Return what trains in this period: the ends, the active blocks, and adapters of a correction."""
         active = [p for block in self.active_blocks for p in self._blocks[block]]
+        active += [] if self._correction is None else self._correction.parameters()
         return [*self._ends.parameters, *active] if self.ends_train else active
 
     def lr_factor(self, block: int) -> float:

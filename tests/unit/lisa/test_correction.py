@@ -149,6 +149,16 @@ def test_a_step_that_is_left_out_leaves_no_gradient_behind() -> None:
     assert_same(model, twin)
 
 
+def test_a_loop_can_clip_adapters_and_weights_together() -> None:
+    model = tiny.llama()
+    _, lisa = attach(model)
+    tiny.backward(model, 0)
+    assert set(of(model).parameters()) < set(lisa.trainable_parameters())
+    nn.utils.clip_grad_norm_(lisa.trainable_parameters(), 1e-3)
+    norms = [float(p.grad.norm()) for p in lisa.trainable_parameters() if p.grad is not None]
+    assert sum(norm**2 for norm in norms) ** 0.5 == pytest.approx(1e-3, rel=0.01)
+
+
 def test_the_rate_follows_the_schedule_and_b_has_its_ratio() -> None:
     model = tiny.llama()
     optimizer, _ = attach(model, correction=Correction(lr=1e-3, lr_ratio=16))
