@@ -50,7 +50,7 @@ MAY_CHANGE = frozenset(
 Other steps or epochs stretch the learning-rate schedule. Another date that changes the data is refused later.
 """
 
-BEFORE_IT_EXISTED = {
+BEFORE_IT_EXISTED: dict[str, Any] = {
     "optimizer.name": "adamw",
     "optimizer.options": {},
     "data.long": "auto",
@@ -61,12 +61,11 @@ BEFORE_IT_EXISTED = {
     "method.frozen_scales": "8bit",
     "method.master": "auto",
     "method.correction": "none",
-    "method.correction_rank": 8,
-    "method.correction_lr": 1e-3,
-    "method.correction_lr_ratio": 1.0,
-    "method.correction_blocks": "all",
-    "method.correction_matrices": (),
-    "method.correction_share": 0.1,
+} | {
+    f"method.correction_{key}": value
+    for key, value in zip(
+        ("rank", "lr", "lr_ratio", "blocks", "matrices", "share"), (8, 1e-3, 1.0, "all", [], 0.1), strict=True
+    )
 }
 """Keys that older versions lack, with the value that says what these did, if that is not null."""
 

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from lisatune.files import yaml
+from lisatune.methods import METHODS
+from lisatune.recipe import DataConfig, ModelConfig, Recipe
 from lisatune.runs.folder import RunFolder, check_output, differences, is_finished
 from lisatune.runs.summary import describe_environment, mask_secrets
 
@@ -110,6 +112,14 @@ def test_a_run_from_before_there_were_other_optimizers_resumes_with_adamw_alone(
     assert differences(before, {"optimizer": {"lr": 0.1, "name": "adamw"}}) == []
     now = {"optimizer": {"lr": 0.1, "name": "sgd"}}
     assert differences(before, now) == ["optimizer.name: adamw → sgd"]
+
+
+def test_a_run_from_before_there_were_corrections_resumes_without_one() -> None:
+    now = Recipe(model=ModelConfig(name="m"), data=DataConfig(train="d"), method=METHODS["lisa"]()).as_dict()
+    older = {key: value for key, value in now["method"].items() if not key.startswith("correction")}
+    assert differences({**now, "method": older}, now) == []
+    corrected = {**now, "method": {**now["method"], "correction": "lora"}}
+    assert differences({**now, "method": older}, corrected) == ["method.correction: none → lora"]
 
 
 @pytest.mark.parametrize("name", ["recipe.yaml", "environment.json"])
