@@ -5,6 +5,7 @@ line that looks like a key is masked.
 """
 
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -13,11 +14,12 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
 
-__all__ = ["Sample", "Summary", "describe_environment", "mask_secrets"]
+__all__ = ["Sample", "Summary", "describe_environment", "mask_secrets", "model_of", "trained_on_chat"]
 
 PACKAGES = (
     *("lisatune", "torch", "transformers", "tokenizers", "trl", "accelerate"),
@@ -89,6 +91,32 @@ class Summary(TypedDict, total=False):
     """Whether the run trained on conversations; else on plain text or plain prompts, without a template."""
     model: str
     """Folder of the fine-tuned model."""
+
+
+def model_of(name: str) -> tuple[str, Path | None]:
+    """Find the model that a name stands for: a run folder's, or the name itself.
+
+    Returns:
+        The model's name, and the run folder; None if the name is not a run's.
+
+    Raises:
+        FileNotFoundError: the run has no model yet.
+    """
+    run = Path(name)
+    if not (run / "recipe.yaml").is_file():
+        return name, None
+    if not (run / "model").is_dir():
+        raise FileNotFoundError(f"the run in {name} has no model yet; finish it with `train --resume`")
+    return str(run / "model"), run
+
+
+def trained_on_chat(run: Path) -> bool | None:
+    """Return whether a run trained on conversations; None if the folder is not a finished run's."""
+    try:
+        is_chat = json.loads((run / "summary.json").read_text(encoding="utf-8")).get("is_chat")
+    except (OSError, ValueError):
+        return None
+    return is_chat if isinstance(is_chat, bool) else None
 
 
 def describe_environment() -> dict[str, Any]:

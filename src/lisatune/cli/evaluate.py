@@ -1,0 +1,253 @@
+"""The command `lisatune evaluate`: benchmark tasks and MT-Bench, for a model or for a run."""
+
+import json as json_text
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lisatune.console import byte_text, terminal
+
+if TYPE_CHECKING:
+    import torch
+
+    from lisatune.evaluate.tasks import OpenTask
+
+__all__ = ["evaluate"]
+
+MOST = {"cpu": 16}
+"""Largest batch that `--batch auto` takes on a kind of device; 64 on all others."""
+
+
+def evaluate(
+    model: str,
+    /,
+    *,
+    tasks: str | None = None,
+    shots: int | None = None,
+    limit: int | None = None,
+    against: str | None = None,
+    data: Path | None = None,
+    batch: str = "auto",
+    chat_template: Literal["auto", "on", "off"] = "auto",
+    output: Path | None = None,
+    device: str = "auto",
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+    json: bool = False,
+) -> int:
+    """Evaluate a model or a run on benchmark tasks, with EleutherAI's lm-evaluation-harness.
+
+    Tasks that are done stay in the output folder; the same command goes on with the others:
+
+        lisatune evaluate runs/demo --tasks arc_easy,winogrande --limit 200 --against smollm2-135m
+        lisatune evaluate runs/demo --tasks mmlu,agieval,gsm8k,pubmedqa --data FOLDER
+
+    Args:
+        model: Run folder, or any model that `train` takes, or a folder of adapters.
+        tasks: mmlu, agieval, winogrande, gsm8k, pubmedqa, arc_easy with the paper's settings, any other task
+            of the harness, or lm:NAME for its own settings; separated by commas.
+        shots: Examples before each question. Default: the preset's, or the task's own.
+        limit: Ask only the first questions of each task, in mmlu of each subject.
+        against: Base model: evaluate it too, with the same settings, and show the differences.
+        data: Folder with a folder of questions for each task. Nothing is downloaded then.
+        batch: Sequences in a batch; auto: as many as fit into half of the free memory.
+        chat_template: Ask through the tokenizer's chat template. auto: only where the model writes an answer,
+            and the run trained on conversations.
+        output: Folder of the scores. Default: evaluation in the run folder, or runs/NAME-evaluation.
+        device: cpu, cuda, …; auto: an accelerator if there is one.
+        dtype: Dtype of the weights. auto: as the model is stored.
+        attention: Attention implementation, as model.attention.
+        trust_remote_code: Run Python code that comes with the model.
+        json: Print one JSON object.
+    """
+    from lisatune.evaluate.printing import print_scores
+    from lisatune.evaluate.scores import differences, without_items, write_evaluation
+    from lisatune.evaluate.tasks import PRESETS, open_tasks, split_tasks
+    from lisatune.runs.summary import model_of
+
+    if tasks is None:
+        raise ValueError(
+            f"give --tasks, such as --tasks arc_easy,winogrande; known: {', '.join(PRESETS)}, lm:NAME"
+        )
+    sequences = _parse_batch(batch)
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit must be >= 1, got {limit}")
+    names = split_tasks(tasks)
+    name, run = model_of(model)
+    options = _Options(device, dtype, attention, trust_remote_code)
+    output = output or (run / "evaluation" if run else Path("runs") / f"{Path(model).name}-evaluation")
+    subjects = [(name, output)]
+    if against is not None:
+        subjects.append((model_of(against)[0], output / "against"))
+    for each, _ in subjects:
+        options.check(each)
+    with open_tasks(names, shots=shots, data=data) as opened:
+        uses_template = _choose_template(chat_template, run)
+        found = [
+            _evaluate(each, opened, folder, limit, sequences, uses_template, options, quiet=json)
+            for each, folder in subjects
+        ]
+    evaluation = found[0]
+    if against is not None:
+        evaluation["against"] = found[1]["model"]
+        evaluation["differences"] = differences(evaluation["tasks"], found[1]["tasks"])
+    evaluation["tasks"] = {key: without_items(score) for key, score in evaluation["tasks"].items()}
+    write_evaluation(output, evaluation)
+    if json:
+        sys.stdout.write(json_text.dumps(evaluation) + "\n")
+    else:
+        print_scores(evaluation)
+        terminal().print(f"{output}/evaluation.json", soft_wrap=True)
+    return 0
+
+
+def _parse_batch(text: str) -> int | None:
+    """Read --batch; None for auto."""
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"--batch must be auto or a number >= 1, got {text!r}")
+    return int(text)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """How models are loaded: the options of the command, for the model and for the one it is compared to."""
+
+    device: str
+    dtype: str
+    attention: str | None
+    trust_remote_code: bool
+
+    def check(self, name: str) -> None:
+        """Refuse a model that is not there or does not fit, before any weights load.
+
+        Raises:
+            FileNotFoundError: there is no such model, or adapters lack theirs.
+            ValueError: it needs more memory than is free.
+        """
+        from lisatune.memory.estimate import estimate_answering
+        from lisatune.memory.plan import RESERVE_BYTES, RESERVE_SHARE
+        from lisatune.memory.process import available_bytes
+        from lisatune.models.load import adapter_base, meta_model
+        from lisatune.nn.hidden import max_positions
+
+        base, revision = adapter_base(name) or (name, None)
+        try:
+            shape = meta_model(base, revision=revision, **self._kinds(base, revision))
+        except FileNotFoundError as error:
+            if base == name:
+                raise
+            raise FileNotFoundError(f"the adapters in {name} belong to {base}: {error}") from error
+        weights = sum(p.nbytes for p in shape.parameters())
+        asked = min(max_positions(shape) or LENGTH, LENGTH)
+        needed = round((weights + estimate_answering(shape, asked)) * (1 + RESERVE_SHARE))
+        device = self.pick()
+        needed += 0 if device.type == "cpu" else RESERVE_BYTES
+        free = available_bytes(device)
+        if free is not None and needed > free:
+            raise ValueError(
+                f"evaluating {name} needs {byte_text(needed)} by its plan (weights {byte_text(weights)}, one "
+                f"question of {asked:,} tokens) and {byte_text(free)} are free on {device}; give --dtype "
+                "bf16, take a larger device, or free some memory"
+            )
+
+    def load(self, name: str) -> tuple[Any, Any]:
+        """Load a model and its tokenizer."""
+        from lisatune.models.hf import announce_remote_code
+        from lisatune.models.load import adapter_base, load_model, load_tokenizer
+
+        announce_remote_code(name, self.trust_remote_code)
+        base, revision = adapter_base(name) or (name, None)
+        tokenizer = load_tokenizer(name, trust_remote_code=self.trust_remote_code)
+        return load_model(name, **self._kinds(base, revision)).to(self.pick()), tokenizer
+
+    def pick(self) -> "torch.device":
+        """Return the device."""
+        from lisatune.distributed.ranks import pick_device
+
+        try:
+            return pick_device(self.device)
+        except ValueError as error:
+            raise ValueError(str(error).replace("run.device", "--device")) from None
+
+    def _kinds(self, base: str, revision: str | None) -> dict[str, Any]:
+        import torch
+
+        from lisatune.models.load import stored_dtype
+
+        dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        trust = {"trust_remote_code": self.trust_remote_code}
+        stored = None if self.dtype != "auto" else stored_dtype(base, revision=revision, **trust)
+        dtype = dtypes.get(self.dtype) or stored or torch.float32
+        return {"attention": self.attention, "dtype": dtype, **trust}
+
+
+LENGTH = 2048
+"""Tokens of the question that the plan assumes, where the model reads as many."""
+
+
+def _choose_template(asked: str, run: Path | None) -> Callable[[Any], bool]:
+    """Say for each task of the harness whether it is asked through the chat template."""
+    from lisatune.runs.summary import trained_on_chat
+
+    if asked != "auto":
+        return lambda task: asked == "on"
+    chats = run is not None and bool(trained_on_chat(run))
+    return lambda task: chats and task.OUTPUT_TYPE == "generate_until"
+
+
+def _evaluate(
+    name: str,
+    tasks: "Sequence[OpenTask]",
+    output: Path,
+    limit: int | None,
+    batch: int | None,
+    uses_template: Callable[[Any], bool],
+    options: _Options,
+    *,
+    quiet: bool,
+) -> dict[str, Any]:
+    """Evaluate one model on open tasks, and write its scores."""
+    from importlib.metadata import version
+
+    from lisatune.evaluate.benchmark import Progress, score_tasks
+    from lisatune.evaluate.printing import ScoreLines
+    from lisatune.evaluate.scores import ScoreFolder, identify
+    from lisatune.memory.estimate import largest_batch
+    from lisatune.memory.process import available_bytes
+
+    folder = ScoreFolder(output, name=name, identity=identify(name))
+    model, tokenizer = options.load(name)
+    if not tokenizer.chat_template and any(
+        uses_template(leaf) for task in tasks for leaf in task.leaves.values()
+    ):
+        raise ValueError(f"the tokenizer in {name} has no chat template; leave out --chat-template")
+    device = options.pick()
+
+    def rule(length: int) -> int:
+        if batch is not None:
+            return batch
+        return largest_batch(model, length, available_bytes(device), most=MOST.get(device.type, 64))
+
+    progress = Progress() if quiet else ScoreLines(name, len(tasks))
+    scores = score_tasks(
+        model,
+        tokenizer,
+        tasks,
+        limit=limit,
+        batch=rule,
+        chat_template=uses_template,
+        folder=folder,
+        progress=progress,
+    )
+    return {
+        "model": folder.model | {"device": str(device), "dtype": str(model.dtype).removeprefix("torch.")},
+        "harness": f"lm-evaluation-harness {version('lm_eval')}",
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "tasks": scores,
+    }
