@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from lisatune.evaluate.tasks import OpenTask
 
-__all__ = ["evaluate"]
+__all__ = ["LoadOptions", "evaluate"]
 
 MOST = {"cpu": 16}
 """Largest batch that `--batch auto` takes on a kind of device; 64 on all others."""
@@ -38,13 +38,20 @@ def evaluate(
     attention: str | None = None,
     trust_remote_code: bool = False,
     json: bool = False,
+    mt_bench: Literal["answers", "judge"] | None = None,
+    max_new_tokens: int = 1024,
+    judge_url: str | None = None,
+    judge_model: str | None = None,
+    judge_price: str | None = None,
 ) -> int:
-    """Evaluate a model or a run on benchmark tasks, with EleutherAI's lm-evaluation-harness.
+    """Evaluate a model or a run on benchmark tasks, or on MT-Bench.
 
     Tasks that are done stay in the output folder; the same command goes on with the others:
 
         lisatune evaluate runs/demo --tasks arc_easy,winogrande --limit 200 --against smollm2-135m
         lisatune evaluate runs/demo --tasks mmlu,agieval,gsm8k,pubmedqa --data FOLDER
+        lisatune evaluate runs/demo --mt-bench answers
+        lisatune evaluate runs/demo --mt-bench judge --judge-url http://127.0.0.1:8080/v1 --judge-model NAME
 
     Args:
         model: Run folder, or any model that `train` takes, or a folder of adapters.
@@ -63,23 +70,38 @@ def evaluate(
         attention: Attention implementation, as model.attention.
         trust_remote_code: Run Python code that comes with the model.
         json: Print one JSON object.
+        mt_bench: Write answers to MT-Bench's 80 questions, or let another model judge them. --limit asks only
+            the first questions.
+        max_new_tokens: Tokens of the longest MT-Bench answer; the protocol's is 1024.
+        judge_url: OpenAI-compatible server. Its key is in the environment: LISATUNE_JUDGE_KEY, or
+            OPENAI_API_KEY for api.openai.com.
+        judge_model: Name of the judge on the server.
+        judge_price: Price of a million tokens read and written, IN,OUT; the cost is estimated before it starts.
     """
     from lisatune.evaluate.printing import print_scores
     from lisatune.evaluate.scores import differences, without_items, write_evaluation
     from lisatune.evaluate.tasks import PRESETS, open_tasks, split_tasks
     from lisatune.runs.summary import model_of
 
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit must be >= 1, got {limit}")
+    name, run = model_of(model)
+    options = LoadOptions(device, dtype, attention, trust_remote_code)
+    output = output or (run / "evaluation" if run else Path("runs") / f"{Path(model).name}-evaluation")
+    if mt_bench is not None:
+        from lisatune.cli.mt_bench import answer, judge
+
+        if tasks is not None:
+            raise ValueError("--tasks and --mt-bench are two evaluations; give one command for each")
+        if mt_bench == "answers":
+            return answer(name, run, output, options, limit=limit, max_new_tokens=max_new_tokens)
+        return judge(output, judge_url, judge_model, price=judge_price, limit=limit, json=json)
     if tasks is None:
         raise ValueError(
             f"give --tasks, such as --tasks arc_easy,winogrande; known: {', '.join(PRESETS)}, lm:NAME"
         )
     sequences = _parse_batch(batch)
-    if limit is not None and limit < 1:
-        raise ValueError(f"--limit must be >= 1, got {limit}")
     names = split_tasks(tasks)
-    name, run = model_of(model)
-    options = _Options(device, dtype, attention, trust_remote_code)
-    output = output or (run / "evaluation" if run else Path("runs") / f"{Path(model).name}-evaluation")
     subjects = [(name, output)]
     if against is not None:
         subjects.append((model_of(against)[0], output / "against"))
@@ -115,7 +137,7 @@ def _parse_batch(text: str) -> int | None:
 
 
 @dataclass(frozen=True)
-class _Options:
+class LoadOptions:
     """How models are loaded: the options of the command, for the model and for the one it is compared to."""
 
     device: str
@@ -208,7 +230,7 @@ def _evaluate(
     limit: int | None,
     batch: int | None,
     uses_template: Callable[[Any], bool],
-    options: _Options,
+    options: LoadOptions,
     *,
     quiet: bool,
 ) -> dict[str, Any]:
