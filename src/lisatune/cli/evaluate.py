@@ -3,19 +3,17 @@
 import json as json_text
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lisatune.console import byte_text, terminal
+from lisatune.cli.loading import LoadOptions
+from lisatune.console import terminal
 
 if TYPE_CHECKING:
-    import torch
-
     from lisatune.evaluate.tasks import OpenTask
 
-__all__ = ["LoadOptions", "evaluate"]
+__all__ = ["evaluate"]
 
 MOST = {"cpu": 16}
 """Largest batch that `--batch auto` takes on a kind of device; 64 on all others."""
@@ -76,7 +74,7 @@ def evaluate(
         judge_url: OpenAI-compatible server. Its key is in the environment: LISATUNE_JUDGE_KEY, or
             OPENAI_API_KEY for api.openai.com.
         judge_model: Name of the judge on the server.
-        judge_price: Price of a million tokens read and written, IN,OUT; the cost is estimated before it starts.
+        judge_price: Price of a million tokens read and written, IN,OUT, for the estimate before it starts.
     """
     from lisatune.evaluate.printing import print_scores
     from lisatune.evaluate.scores import differences, without_items, write_evaluation
@@ -134,83 +132,6 @@ def _parse_batch(text: str) -> int | None:
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"--batch must be auto or a number >= 1, got {text!r}")
     return int(text)
-
-
-@dataclass(frozen=True)
-class LoadOptions:
-    """How models are loaded: the options of the command, for the model and for the one it is compared to."""
-
-    device: str
-    dtype: str
-    attention: str | None
-    trust_remote_code: bool
-
-    def check(self, name: str) -> None:
-        """Refuse a model that is not there or does not fit, before any weights load.
-
-        Raises:
-            FileNotFoundError: there is no such model, or adapters lack theirs.
-            ValueError: it needs more memory than is free.
-        """
-        from lisatune.memory.estimate import estimate_answering
-        from lisatune.memory.plan import RESERVE_BYTES, RESERVE_SHARE
-        from lisatune.memory.process import available_bytes
-        from lisatune.models.load import adapter_base, meta_model
-        from lisatune.nn.hidden import max_positions
-
-        base, revision = adapter_base(name) or (name, None)
-        try:
-            shape = meta_model(base, revision=revision, **self._kinds(base, revision))
-        except FileNotFoundError as error:
-            if base == name:
-                raise
-            raise FileNotFoundError(f"the adapters in {name} belong to {base}: {error}") from error
-        weights = sum(p.nbytes for p in shape.parameters())
-        asked = min(max_positions(shape) or LENGTH, LENGTH)
-        needed = round((weights + estimate_answering(shape, asked)) * (1 + RESERVE_SHARE))
-        device = self.pick()
-        needed += 0 if device.type == "cpu" else RESERVE_BYTES
-        free = available_bytes(device)
-        if free is not None and needed > free:
-            raise ValueError(
-                f"evaluating {name} needs {byte_text(needed)} by its plan (weights {byte_text(weights)}, one "
-                f"question of {asked:,} tokens) and {byte_text(free)} are free on {device}; give --dtype "
-                "bf16, take a larger device, or free some memory"
-            )
-
-    def load(self, name: str) -> tuple[Any, Any]:
-        """Load a model and its tokenizer."""
-        from lisatune.models.hf import announce_remote_code
-        from lisatune.models.load import adapter_base, load_model, load_tokenizer
-
-        announce_remote_code(name, self.trust_remote_code)
-        base, revision = adapter_base(name) or (name, None)
-        tokenizer = load_tokenizer(name, trust_remote_code=self.trust_remote_code)
-        return load_model(name, **self._kinds(base, revision)).to(self.pick()), tokenizer
-
-    def pick(self) -> "torch.device":
-        """Return the device."""
-        from lisatune.distributed.ranks import pick_device
-
-        try:
-            return pick_device(self.device)
-        except ValueError as error:
-            raise ValueError(str(error).replace("run.device", "--device")) from None
-
-    def _kinds(self, base: str, revision: str | None) -> dict[str, Any]:
-        import torch
-
-        from lisatune.models.load import stored_dtype
-
-        dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-        trust = {"trust_remote_code": self.trust_remote_code}
-        stored = None if self.dtype != "auto" else stored_dtype(base, revision=revision, **trust)
-        dtype = dtypes.get(self.dtype) or stored or torch.float32
-        return {"attention": self.attention, "dtype": dtype, **trust}
-
-
-LENGTH = 2048
-"""Tokens of the question that the plan assumes, where the model reads as many."""
 
 
 def _choose_template(asked: str, run: Path | None) -> Callable[[Any], bool]:

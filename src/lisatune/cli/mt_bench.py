@@ -4,12 +4,10 @@ import json as json_text
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lisatune.cli.loading import LoadOptions
 from lisatune.console import grid, plural, terminal
-
-if TYPE_CHECKING:
-    from lisatune.cli.evaluate import LoadOptions
 
 __all__ = ["answer", "judge"]
 
@@ -21,7 +19,7 @@ def answer(
     name: str,
     run: Path | None,
     output: Path,
-    options: "LoadOptions",
+    options: LoadOptions,
     *,
     limit: int | None,
     max_new_tokens: int,

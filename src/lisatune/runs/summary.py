@@ -19,7 +19,16 @@ from typing import Any, TypedDict
 
 import torch
 
-__all__ = ["Sample", "Summary", "describe_environment", "mask_secrets", "model_of", "trained_on_chat"]
+__all__ = [
+    "Sample",
+    "Score",
+    "Summary",
+    "describe_environment",
+    "mask_secrets",
+    "model_of",
+    "score_text",
+    "trained_on_chat",
+]
 
 PACKAGES = (
     *("lisatune", "torch", "transformers", "tokenizers", "trl", "accelerate"),
@@ -39,6 +48,17 @@ class Sample(TypedDict):
     """The answer in the held-out record."""
     before: str
     after: str
+
+
+class Score(TypedDict):
+    """The score of a benchmark task."""
+
+    metric: str
+    value: float
+    stderr: float | None
+    """Standard error over the questions."""
+    items: int
+    """Questions asked."""
 
 
 class Summary(TypedDict, total=False):
@@ -87,10 +107,18 @@ class Summary(TypedDict, total=False):
     moved_share: float
     """Mean share of the drawn blocks' numbers that a period changed, 0 to 1; absent before a whole period."""
     samples: list[Sample]
+    scores: dict[str, Score]
+    """Of the written model, by task, with run.evaluate."""
     is_chat: bool
     """Whether the run trained on conversations; else on plain text or plain prompts, without a template."""
     model: str
     """Folder of the fine-tuned model."""
+
+
+def score_text(score: Score) -> str:
+    """Write a score in percent with its standard error: 51.0 ± 3.5 %."""
+    error = "" if score["stderr"] is None else f" ± {100 * score['stderr']:.1f}"
+    return f"{100 * score['value']:.1f}{error} %"
 
 
 def model_of(name: str) -> tuple[str, Path | None]:

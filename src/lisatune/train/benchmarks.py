@@ -1,0 +1,120 @@
+"""Benchmark tasks after training: `run.evaluate`, and `lisatune compare --evaluate`."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lisatune.evaluate.benchmark import Progress, score_tasks
+from lisatune.evaluate.scores import ScoreFolder, TaskScore, write_evaluation
+from lisatune.evaluate.tasks import open_tasks, split_tasks
+from lisatune.memory.estimate import largest_batch
+from lisatune.memory.process import available_bytes
+from lisatune.runs.summary import Score
+from lisatune.train.assemble import Parts
+
+__all__ = ["check_tasks", "evaluate_model", "evaluate_run", "main_metric", "main_scores"]
+
+MOST_ON_CPU, MOST = 16, 64
+"""Largest batch on a CPU and elsewhere."""
+
+
+def parse_tasks(text: str) -> tuple[list[str], int | None]:
+    """Read `arc_easy,winogrande:limit=200`: names of tasks, and the questions to ask of each.
+
+    Raises:
+        ValueError: there is no name, one twice, or the limit is below 1.
+    """
+    match = re.fullmatch(r"(.*?)(?::limit=(.*))?", text, flags=re.DOTALL)
+    assert match is not None
+    names, limit = match.groups()
+    if limit is not None and (not limit.isdecimal() or int(limit) < 1):
+        raise ValueError(f"limit must be a number >= 1 in evaluate={text!r}; write TASKS:limit=200")
+    return split_tasks(names), None if limit is None else int(limit)
+
+
+def check_tasks(text: str, data: str | None) -> None:
+    """Open the tasks and read their questions, so that what is missing is said before a run begins.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError: as in `open_tasks`.
+    """
+    names, _ = parse_tasks(text)
+    with open_tasks(names, data=data):
+        pass
+
+
+def evaluate_model(
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    *,
+    data: str | None,
+    device: torch.device,
+    is_chat: bool,
+    output: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, TaskScore]:
+    """Evaluate a model on tasks.
+
+    Args:
+        model, tokenizer: the model, on `device`.
+        text: as `run.evaluate`.
+        data: folder of local questions; None: the hub's.
+        device: where the model is.
+        is_chat: whether it trained on conversations: then tasks in which it writes go through the template.
+        output: folder for the scores; None writes none.
+        progress: is told how far it is.
+    """
+    names, limit = parse_tasks(text)
+    most = MOST_ON_CPU if device.type == "cpu" else MOST
+    with open_tasks(names, data=data) as tasks:
+        scores = score_tasks(
+            model,
+            tokenizer,
+            tasks,
+            limit=limit,
+            batch=lambda length: largest_batch(model, length, available_bytes(device), most=most),
+            chat_template=lambda task: is_chat and task.OUTPUT_TYPE == "generate_until",
+            folder=None if output is None else ScoreFolder(output, name="the run's model"),
+            progress=progress,
+        )
+    if output is not None:
+        write_evaluation(output, {"tasks": scores})
+    return scores
+
+
+def evaluate_run(parts: Parts, output: Path) -> dict[str, Score]:
+    """Ask the tasks of `run.evaluate` of a run's model; the whole scores go to `output`."""
+    run = parts.recipe.run
+    assert run.evaluate is not None
+    scores = evaluate_model(
+        parts.built.model,
+        parts.tokenizer,
+        run.evaluate,
+        data=run.evaluate_data,
+        device=parts.device,
+        is_chat=parts.data.is_chat,
+        output=output,
+    )
+    return main_scores(scores)
+
+
+def main_metric(score: TaskScore) -> str:
+    """Return the metric that stands for a task in a table: accuracy, or the exact match that reads best."""
+    known = ("acc", "exact_match,flexible-extract", "exact_match")
+    return next((name for name in known if name in score["metrics"]), next(iter(score["metrics"]), ""))
+
+
+def main_scores(scores: dict[str, TaskScore]) -> dict[str, Score]:
+    """Return one figure for each task, for a summary and for tables."""
+    found: dict[str, Score] = {}
+    for name, score in scores.items():
+        metric = main_metric(score)
+        if metric:
+            figure = score["metrics"][metric]
+            found[name] = Score(
+                metric=metric, value=figure["value"], stderr=figure["stderr"], items=score["items"]
+            )
+    return found
