@@ -54,7 +54,7 @@ def evaluate(
     Args:
         model: Run folder, or any model that `train` takes, or a folder of adapters.
         tasks: mmlu, agieval, winogrande, gsm8k, pubmedqa, arc_easy with the paper's settings, any other task
-            of the harness, or lm:NAME for its own settings; separated by commas.
+            of the harness, or lm:NAME for its own settings; separated by commas. NAME:limit=N limits one.
         shots: Examples before each question. Default: the preset's, or the task's own.
         limit: Ask only the first questions of each task, in mmlu of each subject.
         against: Base model: evaluate it too, with the same settings, and show the differences.

@@ -63,7 +63,8 @@ def evaluate_tasks(
     Args:
         model: a transformers or PEFT causal language model, on any device.
         tokenizer: its tokenizer.
-        tasks: names of `PRESETS`, of tasks of the harness, or `lm:NAME`; in one string separated by commas.
+        tasks: names of `PRESETS`, of tasks of the harness, or `lm:NAME`; in one string separated by commas,
+            where a name may have its own limit: `mmlu:limit=5,arc_easy:limit=200`.
         shots: examples before each question. Default: the preset's, or the task's own.
         limit: ask only the first questions of each task (of each subject in a group such as MMLU), >= 1.
         data: folder with local questions. Default: the hub's.
@@ -134,6 +135,7 @@ def _score(
     progress: Progress,
 ) -> TaskScore:
     """Score the leaves of a task one after another, except those on disk, and average over a group."""
+    limit = limit if task.limit is None else task.limit
     scores: dict[str, TaskScore] = {}
     waiting = []
     for name, leaf in task.leaves.items():

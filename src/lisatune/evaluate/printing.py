@@ -37,11 +37,10 @@ class ScoreLines(Progress):
         now = time.monotonic()
         if now - self._said >= SECONDS_BETWEEN_LINES:
             self._said = now
-            left = (now - self._began) / (self._done - self._kept) * (self._questions - self._done)
-            clock = f"{left // 60:.0f}:{left % 60:02.0f}"
-            self._console.print(
-                f"    {self._done:,.0f} of {self._questions:,}, about {clock} left of this task"
-            )
+            new = self._done - self._kept
+            left = (now - self._began) / new * (self._questions - self._done)
+            clock = f", about {left // 60:.0f}:{left % 60:02.0f} left of this task" if new >= 1 else ""
+            self._console.print(f"    {self._done:,.0f} of {self._questions:,}{clock}")
 
 
 def print_scores(evaluation: Mapping[str, Any]) -> None:

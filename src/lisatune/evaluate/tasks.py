@@ -7,8 +7,9 @@ The tasks are those of EleutherAI's lm-evaluation-harness (`lisatune[eval]`), wh
 import difflib
 import logging
 import random
+import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -79,6 +80,9 @@ class OpenTask:
 
     about: str = ""
 
+    limit: int | None = None
+    """Ask only the first questions, of each task of a group; None: all of them."""
+
     notes: list[str] = field(default_factory=list)
     """What makes this task differ from the stock one, such as few-shot examples from another split."""
 
@@ -99,30 +103,44 @@ def import_harness() -> Any:
     return lm_eval
 
 
-def split_tasks(text: str) -> list[str]:
-    """Split `mmlu,lm:hellaswag` at the commas.
+def split_tasks(text: str) -> dict[str, int | None]:
+    """Read `mmlu:limit=5,arc_easy,winogrande:limit=200`: names of tasks, and how many questions to ask.
+
+    A limit at the end counts for all names that have none of their own.
 
     Raises:
-        ValueError: there is no name, or one twice.
+        ValueError: there is no name, one twice, or a limit is below 1.
     """
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise ValueError(f"--tasks names no task, got {text!r}; known: {', '.join(PRESETS)}, lm:NAME")
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
-        raise ValueError(f"--tasks names {', '.join(sorted(twice))} twice; leave one out")
-    return names
+    tasks: dict[str, int | None] = {}
+    last = None
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        match = re.fullmatch(r"(.+?)(?::limit=(.*))?", part)
+        assert match is not None
+        name, limit = match.groups()
+        if limit is not None and (not limit.isdecimal() or int(limit) < 1):
+            raise ValueError(f"the limit of {part!r} must be a number >= 1; write {name}:limit=200")
+        if name in tasks:
+            raise ValueError(f"the tasks name {name} twice; leave one out")
+        last = None if limit is None else int(limit)
+        tasks[name] = last
+    if not tasks:
+        raise ValueError(f"{text!r} names no task; known: {', '.join(PRESETS)}, lm:NAME")
+    return {name: last if limit is None else limit for name, limit in tasks.items()}
 
 
 @contextmanager
 def open_tasks(
-    names: str | Sequence[str], *, shots: int | None = None, data: str | Path | None = None
+    names: str | Sequence[str] | Mapping[str, int | None],
+    *,
+    shots: int | None = None,
+    data: str | Path | None = None,
 ) -> Iterator[list[OpenTask]]:
     """Open tasks and read their questions, before any model loads.
 
     Args:
-        names: `PRESETS`, or tasks, groups or tags of the harness; `lm:NAME` takes the harness's own number of
-            examples also where there is a preset of that name.
+        names: `PRESETS`, or tasks, groups or tags of the harness; `lm:NAME` takes the harness's own
+            number of examples also where there is a preset of that name. A string, or a mapping, may have a
+            limit for each (`split_tasks`).
         shots: examples before each question, in place of a task's own number. A task that is defined without
             examples stays so.
         data: folder with a folder for each task; None takes the questions from the hub.
@@ -137,8 +155,9 @@ def open_tasks(
         ImportError: the harness is not installed.
     """
     import_harness()
-    if isinstance(names, str):
-        names = split_tasks(names)
+    limits = split_tasks(names) if isinstance(names, str) else names
+    if not isinstance(limits, Mapping):
+        limits = dict.fromkeys(limits)
     if shots is not None and shots < 0:
         raise ValueError(f"--shots must be >= 0, got {shots}")
     with ExitStack() as stack:
@@ -149,7 +168,9 @@ def open_tasks(
                 raise FileNotFoundError(f"there is no folder {data}; --data needs one with a folder per task")
         where = Path(stack.enter_context(TemporaryDirectory(prefix="lisatune-tasks-")))
         with no_trace():
-            opened = [_open_task(name, shots, folder, where / f"{i}") for i, name in enumerate(names)]
+            opened = [_open_task(name, shots, folder, where / f"{i}") for i, name in enumerate(limits)]
+            for task in opened:
+                task.limit = limits[task.name]
         yield opened
 
 

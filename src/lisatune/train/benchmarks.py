@@ -1,6 +1,5 @@
 """Benchmark tasks after training: `run.evaluate`, and `lisatune compare --evaluate`."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 
 from lisatune.evaluate.benchmark import Progress, score_tasks
 from lisatune.evaluate.scores import ScoreFolder, TaskScore, write_evaluation
-from lisatune.evaluate.tasks import open_tasks, split_tasks
+from lisatune.evaluate.tasks import open_tasks
 from lisatune.memory.estimate import largest_batch
 from lisatune.memory.process import available_bytes
 from lisatune.runs.summary import Score
@@ -20,28 +19,13 @@ MOST_ON_CPU, MOST = 16, 64
 """Largest batch on a CPU and elsewhere."""
 
 
-def parse_tasks(text: str) -> tuple[list[str], int | None]:
-    """Read `arc_easy,winogrande:limit=200`: names of tasks, and the questions to ask of each.
-
-    Raises:
-        ValueError: there is no name, one twice, or the limit is below 1.
-    """
-    match = re.fullmatch(r"(.*?)(?::limit=(.*))?", text, flags=re.DOTALL)
-    assert match is not None
-    names, limit = match.groups()
-    if limit is not None and (not limit.isdecimal() or int(limit) < 1):
-        raise ValueError(f"limit must be a number >= 1 in evaluate={text!r}; write TASKS:limit=200")
-    return split_tasks(names), None if limit is None else int(limit)
-
-
 def check_tasks(text: str, data: str | None) -> None:
     """Open the tasks and read their questions, so that what is missing is said before a run begins.
 
     Raises:
         ValueError, FileNotFoundError, ImportError: as in `open_tasks`.
     """
-    names, _ = parse_tasks(text)
-    with open_tasks(names, data=data):
+    with open_tasks(text, data=data):
         pass
 
 
@@ -67,14 +51,12 @@ def evaluate_model(
         output: folder for the scores; None writes none.
         progress: is told how far it is.
     """
-    names, limit = parse_tasks(text)
     most = MOST_ON_CPU if device.type == "cpu" else MOST
-    with open_tasks(names, data=data) as tasks:
+    with open_tasks(text, data=data) as tasks:
         scores = score_tasks(
             model,
             tokenizer,
             tasks,
-            limit=limit,
             batch=lambda length: largest_batch(model, length, available_bytes(device), most=most),
             chat_template=lambda task: is_chat and task.OUTPUT_TYPE == "generate_until",
             folder=None if output is None else ScoreFolder(output, name="the run's model"),

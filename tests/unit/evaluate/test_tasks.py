@@ -140,9 +140,13 @@ def test_without_data_and_without_hub_the_task_is_named() -> None:
         open_tasks(["arc_easy"]).__enter__()
 
 
-def test_names_are_split_and_none_comes_twice() -> None:
-    assert split_tasks(" mmlu, lm:mmlu,") == ["mmlu", "lm:mmlu"]
+def test_names_are_split_and_a_limit_at_the_end_counts_for_all_without_their_own() -> None:
+    assert split_tasks(" mmlu, lm:mmlu,") == {"mmlu": None, "lm:mmlu": None}
+    assert split_tasks("arc_easy,winogrande:limit=200") == {"arc_easy": 200, "winogrande": 200}
+    assert split_tasks("mmlu:limit=5,arc_easy") == {"mmlu": 5, "arc_easy": None}
     with pytest.raises(ValueError, match="names no task"):
         split_tasks(" ,")
-    with pytest.raises(ValueError, match="names mmlu twice"):
+    with pytest.raises(ValueError, match="name mmlu twice"):
         split_tasks("mmlu,mmlu")
+    with pytest.raises(ValueError, match=r"limit of 'mmlu:limit=0.5' must be a number >= 1"):
+        split_tasks("mmlu:limit=0.5")

@@ -11,7 +11,6 @@ import tiny_tasks
 from lisatune.compare.gains import gain_text, gains, mean_gains
 from lisatune.compare.measure import Job, Measured, measure_model
 from lisatune.train import load_recipe, train
-from lisatune.train.benchmarks import parse_tasks
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -66,13 +65,6 @@ def test_tasks_that_cannot_be_asked_are_refused_before_anything_is_written(
 def test_questions_without_a_task_are_refused(recipe: Path) -> None:
     with pytest.raises(ValueError, match=r"run.evaluate names no task"):
         load_recipe(recipe, ["run.evaluate_data=questions"])
-
-
-def test_the_limit_stands_behind_the_tasks() -> None:
-    assert parse_tasks("arc_easy,lm:mmlu:limit=20") == (["arc_easy", "lm:mmlu"], 20)
-    assert parse_tasks("lm:mmlu") == (["lm:mmlu"], None)
-    with pytest.raises(ValueError, match="limit must be a number >= 1"):
-        parse_tasks("mmlu:limit=0.5")
 
 
 def test_errors_are_averaged_over_seeds_because_all_answer_the_same_questions() -> None:
