@@ -41,6 +41,7 @@ def evaluate(
     judge_url: str | None = None,
     judge_model: str | None = None,
     judge_price: str | None = None,
+    judge_timeout: float = 300.0,
 ) -> int:
     """Evaluate a model or a run on benchmark tasks, or on MT-Bench.
 
@@ -74,6 +75,7 @@ def evaluate(
         judge_url: OpenAI-compatible server. Its key is in the environment: LISATUNE_JUDGE_KEY, or
             OPENAI_API_KEY for api.openai.com.
         judge_model: Name of the judge on the server.
+        judge_timeout: Seconds to wait for a judgement, which a slow machine may need more of.
         judge_price: Price of a million tokens read and written, IN,OUT, for the estimate before it starts.
     """
     from lisatune.evaluate.printing import print_scores
@@ -93,7 +95,15 @@ def evaluate(
             raise ValueError("--tasks and --mt-bench are two evaluations; give one command for each")
         if mt_bench == "answers":
             return answer(name, run, output, options, limit=limit, max_new_tokens=max_new_tokens)
-        return judge(output, judge_url, judge_model, price=judge_price, limit=limit, json=json)
+        return judge(
+            output,
+            judge_url,
+            judge_model,
+            price=judge_price,
+            timeout=judge_timeout,
+            limit=limit,
+            json=json,
+        )
     if tasks is None:
         raise ValueError(
             f"give --tasks, such as --tasks arc_easy,winogrande; known: {', '.join(PRESETS)}, lm:NAME"

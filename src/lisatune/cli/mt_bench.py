@@ -49,7 +49,14 @@ def answer(
 
 
 def judge(
-    output: Path, url: str | None, model: str | None, *, price: str | None, limit: int | None, json: bool
+    output: Path,
+    url: str | None,
+    model: str | None,
+    *,
+    price: str | None,
+    timeout: float,
+    limit: int | None,
+    json: bool,
 ) -> int:
     """Let another model judge the answers in a folder, and print the scores."""
     from lisatune.evaluate.judge import Estimate, Judge, find_key, judge_answers
@@ -58,7 +65,7 @@ def judge(
     if not url or not model:
         raise ValueError("--mt-bench judge asks a server; give --judge-url and --judge-model")
     prices = _parse_price(price)
-    judge = Judge(url, model, find_key(url))
+    judge = Judge(url, model, find_key(url), timeout=timeout)
 
     def begin(estimate: Estimate) -> None:
         if json or not estimate.requests:

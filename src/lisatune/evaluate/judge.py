@@ -110,7 +110,7 @@ class Judge:
         sleep: waits for some seconds; tests replace it.
 
     Raises:
-        ValueError: the URL is none.
+        ValueError: the URL is none, or the timeout is not above 0.
     """
 
     url: str
@@ -121,6 +121,8 @@ class Judge:
     sleep: Callable[[float], None] = time.sleep
 
     def __post_init__(self) -> None:
+        if not self.timeout > 0:
+            raise ValueError(f"--judge-timeout must be seconds > 0, got {self.timeout:g}")
         if urlsplit(self.url).scheme not in ("http", "https") or not urlsplit(self.url).hostname:
             raise ValueError(
                 f"--judge-url must be a server's address, such as http://127.0.0.1:8080/v1, got {self.url!r}"
