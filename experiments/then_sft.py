@@ -35,9 +35,9 @@ def main(arguments: list[str]) -> int:
         "before": (results["recipe"]["model"]["name"], results["base"]["test_loss"])
     }
     for run in results["runs"]:
-        model = Path(folder) / run["folder"] / "model"
-        if run["chosen"] and run["seed"] == results["seeds"][0] and model.is_dir():
-            models[run["arm"]] = (str(model), run["test_loss"])
+        kept = Path(folder) / run["folder"] / "model"
+        if run["chosen"] and run["seed"] == results["seeds"][0] and kept.is_dir():
+            models[run["arm"]] = (str(kept), run["test_loss"])
     found: list[dict[str, Any]] = []
     for arm, (model, loss) in models.items():
         name = "".join(letter if letter.isalnum() else "-" for letter in arm)

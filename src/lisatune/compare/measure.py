@@ -12,7 +12,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -49,9 +49,9 @@ class Job(TypedDict):
     """Model folder that the run wrote. None: the model before training."""
     slices: dict[str, str]
     """Files to measure the loss on: `test`, and `general` if there is such text."""
-    evaluate: str | None
+    evaluate: NotRequired[str | None]
     """Benchmark tasks, as `run.evaluate`; None asks none."""
-    evaluate_data: str | None
+    evaluate_data: NotRequired[str | None]
     with_memory: bool
     """Whether to measure the memory of a step too, which costs loading and two steps."""
     output: str
@@ -102,14 +102,14 @@ def measure_model(job: Job) -> Measured:
     measured["test_loss"] = losses["test"]
     if "general" in losses:
         measured["general_loss"] = losses["general"]
-    if job["evaluate"] is not None:
+    if tasks := job.get("evaluate"):
         tokenizer = load_tokenizer(**recipe.model.location)
         is_chat = any(map(is_conversation, read_records(job["slices"]["test"]).rows))
         found = evaluate_model(
             model,
             tokenizer,
-            job["evaluate"],
-            data=job["evaluate_data"],
+            tasks,
+            data=job.get("evaluate_data"),
             device=device,
             is_chat=is_chat,
         )
