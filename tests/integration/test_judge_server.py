@@ -17,7 +17,7 @@ def test_a_server_of_llama_cpp_judges_two_turns(tmp_path: Path, capfd: pytest.Ca
 
     params = xllamacpp.CommonParams()
     params.model.path = str(find_smollm2())
-    params.n_ctx, params.n_parallel, params.port, params.n_predict = 2048, 1, 0, 24
+    params.n_ctx, params.n_parallel, params.port, params.n_predict = 768, 1, 0, 24
     params.cpuparams.n_threads = 1
     server = xllamacpp.Server(params)
     question = load_questions(1)[0]["question_id"]

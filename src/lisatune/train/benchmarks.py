@@ -6,8 +6,9 @@ from typing import Any
 import torch
 
 from lisatune.evaluate.benchmark import Progress, score_tasks
-from lisatune.evaluate.scores import ScoreFolder, TaskScore, write_evaluation
+from lisatune.evaluate.scores import ScoreFolder, TaskScore, identify, write_evaluation
 from lisatune.evaluate.tasks import open_tasks
+from lisatune.files.disk import delete
 from lisatune.memory.estimate import largest_batch
 from lisatune.memory.process import available_bytes
 from lisatune.runs.summary import Score
@@ -38,6 +39,7 @@ def evaluate_model(
     device: torch.device,
     is_chat: bool,
     output: Path | None = None,
+    written: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, TaskScore]:
     """Evaluate a model on tasks.
@@ -49,6 +51,7 @@ def evaluate_model(
         device: where the model is.
         is_chat: whether it trained on conversations: then tasks in which it writes go through the template.
         output: folder for the scores; None writes none.
+        written: the model's folder, by whose hash its scores are known again.
         progress: is told how far it is.
     """
     most = MOST_ON_CPU if device.type == "cpu" else MOST
@@ -59,7 +62,7 @@ def evaluate_model(
             tasks,
             batch=lambda length: largest_batch(model, length, available_bytes(device), most=most),
             chat_template=lambda task: is_chat and task.OUTPUT_TYPE == "generate_until",
-            folder=None if output is None else ScoreFolder(output, name="the run's model"),
+            folder=_score_folder(output, written),
             progress=progress,
         )
     if output is not None:
@@ -67,8 +70,20 @@ def evaluate_model(
     return scores
 
 
-def evaluate_run(parts: Parts, output: Path) -> dict[str, Score]:
-    """Ask the tasks of `run.evaluate` of a run's model; the whole scores go to `output`."""
+def _score_folder(output: Path | None, written: Path | None) -> ScoreFolder | None:
+    if output is None or written is None:
+        return None
+    name = str(written)
+    return ScoreFolder(output, name=name, identity=identify(name))
+
+
+def evaluate_run(parts: Parts, output: Path, written: Path) -> dict[str, Score]:
+    """Ask the tasks of `run.evaluate` of a run's model, which it has written to a folder.
+
+    The whole scores go to `output`. Scores of an earlier model of this run there are deleted.
+    """
+    for name in ("model.json", "evaluation.json", "tasks"):
+        delete(output / name)
     run = parts.recipe.run
     assert run.evaluate is not None
     scores = evaluate_model(
@@ -79,6 +94,7 @@ def evaluate_run(parts: Parts, output: Path) -> dict[str, Score]:
         device=parts.device,
         is_chat=parts.data.is_chat,
         output=output,
+        written=written,
     )
     return main_scores(scores)
 

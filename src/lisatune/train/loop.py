@@ -382,6 +382,6 @@ def _finish(
     folder.write_summary(summary)
     if parts.recipe.run.evaluate is not None:
         bar.print(f"asking {parts.recipe.run.evaluate}")
-        summary["scores"] = evaluate_run(parts, folder.path / "evaluation")
+        summary["scores"] = evaluate_run(parts, folder.path / "evaluation", folder.model)
         folder.write_summary(summary)
     return summary

@@ -8,6 +8,7 @@ import pytest
 
 import tiny_run
 import tiny_tasks
+from lisatune.cli.app import main
 from lisatune.compare.gains import gain_text, gains, mean_gains
 from lisatune.compare.measure import Job, Measured, measure_model
 from lisatune.train import load_recipe, train
@@ -36,6 +37,11 @@ def test_a_run_asks_the_model_that_it_has_written(
     assert (score["metric"], score["items"]) == ("acc", 4)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["scores"]["arc_easy"] == score
     assert "arc_easy" in capsys.readouterr().out
+    line = ["evaluate", str(tmp_path / "run"), "--tasks", "arc_easy", "--limit", "4", "--data", str(data)]
+    assert main(line) == 0, "the command goes on in the same folder"
+    train(load_recipe(recipe, [*overrides, "run.steps=5"]), overwrite=True)
+    assert main(line) == 0, "another model of the run has taken the place of its scores"
+    train(load_recipe(recipe, overrides), overwrite=True)
     job = Job(
         recipe=str(recipe),
         model=str(tmp_path / "run" / "model"),
