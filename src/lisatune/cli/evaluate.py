@@ -1,5 +1,6 @@
 """The command `lisatune evaluate`: benchmark tasks and MT-Bench, for a model or for a run."""
 
+import gc
 import json as json_text
 import sys
 from collections.abc import Callable, Sequence
@@ -131,7 +132,7 @@ def evaluate(
         sys.stdout.write(json_text.dumps(evaluation) + "\n")
     else:
         print_scores(evaluation)
-        terminal().print(f"{output}/evaluation.json", soft_wrap=True)
+        terminal().print(f"{output}/evaluation.json", soft_wrap=True, markup=False)
     return 0
 
 
@@ -175,6 +176,7 @@ def _evaluate(
     from lisatune.memory.process import available_bytes
 
     folder = ScoreFolder(output, name=name, identity=identify(name))
+    gc.collect()  # the model before this one
     model, tokenizer = options.load(name)
     if not tokenizer.chat_template and any(
         uses_template(leaf) for task in tasks for leaf in task.leaves.values()

@@ -30,6 +30,8 @@ class LoadOptions:
             FileNotFoundError: there is no such model, or adapters lack theirs.
             ValueError: it needs more memory than is free.
         """
+        import torch
+
         from lisatune.memory.estimate import estimate_answering
         from lisatune.memory.plan import RESERVE_BYTES, RESERVE_SHARE
         from lisatune.memory.process import available_bytes
@@ -54,6 +56,12 @@ class LoadOptions:
                 f"evaluating {name} needs {byte_text(needed)} by its plan (weights {byte_text(weights)}, one "
                 f"question of {asked:,} tokens) and {byte_text(free)} are free on {device}; give --dtype "
                 "bf16, take a larger device, or free some memory"
+            )
+        host = available_bytes(torch.device("cpu"))
+        if host is not None and weights > host:
+            raise ValueError(
+                f"{name} loads {byte_text(weights)} of weights into host memory first and {byte_text(host)} "
+                "are free; give --dtype bf16, or free some memory"
             )
 
     def load(self, name: str) -> tuple[Any, Any]:

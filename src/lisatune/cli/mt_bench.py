@@ -44,7 +44,9 @@ def answer(
         date=None if run is None else first_day(run),
         advance=_Lines("questions"),
     )
-    terminal().print(f"{plural(len(answers), 'question')} answered: {output / FOLDER}", soft_wrap=True)
+    terminal().print(
+        f"{plural(len(answers), 'question')} answered: {output / FOLDER}", soft_wrap=True, markup=False
+    )
     return 0
 
 
@@ -75,6 +77,7 @@ def judge(
             f"{model} at {judge.host} will judge {plural(estimate.requests, 'answer')}: about "
             f"{estimate.read_tokens:,} tokens to read, at most {estimate.written_tokens:,} to write{cost}",
             soft_wrap=True,
+            markup=False,
         )
 
     advance = (lambda done, of: None) if json else _Lines("judgements")

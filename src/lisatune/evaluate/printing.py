@@ -20,7 +20,7 @@ class ScoreLines(Progress):
 
     def __init__(self, model: str, num_tasks: int) -> None:
         self._console, self._of, self._task = terminal(), num_tasks, 0
-        self._console.print(f"evaluating {model}", soft_wrap=True)
+        self._console.print(f"evaluating {model}", soft_wrap=True, markup=False)
 
     def begin(self, task: OpenTask, *, done: int, questions: int) -> None:
         self._task += 1
