@@ -40,6 +40,12 @@ def test_shots_stand_before_the_question_and_shots_0_needs_no_examples(data: Pat
         assert prompt(task.leaves["arc_easy"]).count("Answer:") == 3
 
 
+def test_a_question_is_never_its_own_example(data: Path) -> None:
+    (data / "arc_easy" / "train.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"arc_easy needs train\*, .*--shots 0"):
+        open_tasks(["arc_easy"], data=data, shots=2).__enter__()
+
+
 def test_winogrande_without_train_takes_examples_from_other_questions_and_says_so(data: Path) -> None:
     with open_tasks(["winogrande"], data=data) as (task,):
         leaf = task.leaves["winogrande"]
