@@ -50,7 +50,7 @@ $(VENV)/docs.stamp: $(VENV)/train.stamp
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/train.stamp
-	$(INSTALL) -e ".[train,report,dev]"
+	$(INSTALL) -e ".[train,report,eval,dev]"
 	$(INSTALL) --no-deps $(REFERENCES)
 	@touch $@
 

@@ -308,6 +308,12 @@ class RunConfig:
     sample_tokens: int = 64
     """Longest sample answer in tokens."""
 
+    evaluate: str | None = None
+    """Benchmark tasks to ask after training, as in `lisatune evaluate --tasks`: `arc_easy:limit=200`."""
+
+    evaluate_data: str | None = None
+    """Folder with local questions for `evaluate`. Default: the hub's."""
+
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What to do if loss or gradients are NaN or infinite: stop, or skip the step and count it."""
 
@@ -328,6 +334,11 @@ class RunConfig:
             _at_least(1, f"run.{name}", getattr(self, name))
         _at_least(0, "run.samples", self.samples)
         _at_least(0, "run.save_every", self.save_every)
+        if self.evaluate_data is not None and self.evaluate is None:
+            raise ValueError(
+                f"run.evaluate_data={self.evaluate_data} holds questions and run.evaluate names no task; set "
+                "it, such as run.evaluate=arc_easy, or set run.evaluate_data to null"
+            )
         if self.eval_every is None and (self.keep_best or self.stop_after is not None):
             key = "keep_best" if self.keep_best else "stop_after"
             raise ValueError(

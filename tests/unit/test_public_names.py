@@ -42,7 +42,7 @@ PUBLIC = {
         *("BAdam", "Dora", "EndsOnly", "Full", "GaLore", "Ia3", "Lisa", "Lora", "METHODS", "Method"),
         *("OPTIMIZERS", "Prefix", "Prompt", "QLora", "TrainingStep"),
     ),
-    "lisatune.evaluate": ("generate_answers", "held_out_loss"),
+    "lisatune.evaluate": ("PRESETS", "evaluate_tasks", "generate_answers", "held_out_loss"),
     "lisatune.memory": ("find_fit", "measure", "plan_memory"),
     "lisatune.train": ("load_recipe", "train"),
     "lisatune.compare": ("read_results",),

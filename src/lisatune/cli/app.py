@@ -5,7 +5,6 @@ functions so that `--help` is fast and a missing package is one of those sentenc
 """
 
 import io
-import json
 import os
 import sys
 import traceback
@@ -145,19 +144,17 @@ def generate(
     from lisatune.evaluate.held_out import generate_answers
     from lisatune.models.load import load_model, load_tokenizer
     from lisatune.runs.folder import first_day
+    from lisatune.runs.summary import model_of, trained_on_chat
 
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be >= 1, got {max_new_tokens}")
     run = Path(folder)
-    if (run / "recipe.yaml").is_file():
-        if not (run / "model").is_dir():
-            raise FileNotFoundError(f"the run in {folder} has no model yet; finish it with `train --resume`")
-        folder = str(run / "model")
+    folder, _ = model_of(folder)
     tokenizer = load_tokenizer(folder)
     if chat_template == "on" and not tokenizer.chat_template:
         raise ValueError(f"the tokenizer in {folder} has no chat template; leave out --chat-template")
-    trained_on_chat = _read_is_chat(run)
-    uses_template = bool(tokenizer.chat_template) if trained_on_chat is None else trained_on_chat
+    is_chat = trained_on_chat(run)
+    uses_template = bool(tokenizer.chat_template) if is_chat is None else is_chat
     uses_template = chat_template == "on" or (chat_template == "auto" and uses_template)
     # Under a locale without UTF-8 the arguments hold its bytes as escapes.
     prompt = [text.encode(errors="surrogateescape").decode(errors="replace") for text in prompt]
@@ -187,15 +184,6 @@ def _expand_paths(tokens: Sequence[str]) -> list[str]:
     return expanded
 
 
-def _read_is_chat(run: Path) -> bool | None:
-    """Return whether a run trained on conversations; None if the folder is not a finished run's."""
-    try:
-        is_chat = json.loads((run / "summary.json").read_text(encoding="utf-8")).get("is_chat")
-    except (OSError, ValueError):
-        return None
-    return is_chat if isinstance(is_chat, bool) else None
-
-
 def build_app() -> "App":
     """Build the command line as a cyclopts app, with all commands.
 
@@ -208,6 +196,7 @@ def build_app() -> "App":
         raise ImportError(f'{error}; the command needs packages: pip install "lisatune[train]"') from None
 
     from lisatune.cli.compare import compare
+    from lisatune.cli.evaluate import evaluate
     from lisatune.cli.init import init
     from lisatune.cli.layers import layers
     from lisatune.cli.plan import plan
@@ -230,6 +219,7 @@ def build_app() -> "App":
     app.command(check, usage=usage.format("check"))
     app.command(plan, usage=usage.format("plan").replace("RECIPE", "[RECIPE | --model MODEL]"))
     app.command(compare, usage=usage.format("compare").replace("RECIPE", "[RECIPE | FOLDER]"))
+    app.command(evaluate)
     app.command(report, usage="Usage: lisatune report RUN… [OPTIONS]")
     app.command(layers)
     app.command(generate)

@@ -14,6 +14,8 @@ def compare(
     seeds: int | None = None,
     budget: str | None = None,
     general: str | None = None,
+    evaluate: str | None = None,
+    evaluate_data: str | None = None,
     reference: str | None = None,
     output: Path | None = None,
     keep_models: bool = False,
@@ -36,6 +38,9 @@ def compare(
         seeds: Number of runs of each arm at its chosen learning rate, with seeds run.seed, run.seed + 1, …
         budget: Length of every run, tokens=N or steps=N. Default: the recipe's.
         general: Text to measure forgetting on, in the forms of data.train.
+        evaluate: Benchmark tasks for the base and each chosen run, TASKS or TASKS:limit=N, as in `lisatune
+            evaluate --tasks`.
+        evaluate_data: Folder with their questions. Default: the hub's.
         reference: Arm to compare the others to. Default: the first arm of method full.
         output: Folder. Default: runs/NAME-compare.
         keep_models: Keep the models of chosen runs.
@@ -57,6 +62,8 @@ def compare(
         seeds=seeds,
         budget=budget,
         general=general,
+        evaluate=evaluate,
+        evaluate_data=evaluate_data,
         reference=reference,
     )
     output = output or Path("runs") / f"{comparison.name}-compare"

@@ -38,7 +38,10 @@ __all__ = [
 RUN_KEYS = ("accumulation", "activation_checkpointing", "batch_size", "compile", "precision")
 """Keys of `run` that an arm may set for itself: they change neither the records nor the length of a run."""
 
-KEYS = ("arms", "budget", "evaluations", "general", "general_limit", "lr", "reference", "seeds")
+KEYS = (
+    *("arms", "budget", "evaluate", "evaluate_data", "evaluations", "general", "general_limit"),
+    *("lr", "reference", "seeds"),
+)
 """Keys of the section `compare`."""
 
 NEUTRAL_KEYS = frozenset(
@@ -91,6 +94,12 @@ class Comparison:
     general_limit: int = 64
     """Use only the first `general_limit` records of that text."""
 
+    evaluate: str | None = None
+    """Benchmark tasks for the base and each chosen run, as `run.evaluate`."""
+
+    evaluate_data: str | None = None
+    """Folder with their questions; None: the hub's."""
+
     evaluations: int = 8
     """Number of validation losses during a run, the final one included."""
 
@@ -107,6 +116,8 @@ def read_comparison(
     seeds: int | None = None,
     budget: str | None = None,
     general: str | None = None,
+    evaluate: str | None = None,
+    evaluate_data: str | None = None,
     reference: str | None = None,
 ) -> Comparison:
     """Read a recipe file with its section `compare`. The other arguments win over that section.
@@ -119,6 +130,8 @@ def read_comparison(
         seeds: number of seeds.
         budget: `tokens=N` or `steps=N`.
         general: text to measure forgetting on.
+        evaluate: benchmark tasks, as `run.evaluate`, which is the default.
+        evaluate_data: folder with their questions.
         reference: name of an arm.
 
     Raises:
@@ -155,8 +168,11 @@ def read_comparison(
         else _check_count("--seeds", seeds)
     )
     text = general if general is not None else asked.get("general")
-    if text is not None and not isinstance(text, str):
-        raise ValueError(f"{path}: compare.general must be text, got {text!r}; put it in quotes")
+    evaluate = evaluate or asked.get("evaluate", recipe.run.evaluate)
+    evaluate_data = evaluate_data or asked.get("evaluate_data", recipe.run.evaluate_data)
+    for key, value in (("general", text), ("evaluate", evaluate), ("evaluate_data", evaluate_data)):
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{path}: compare.{key} must be text, got {value!r}; put it in quotes")
     reference = reference if reference is not None else asked.get("reference")
     if reference is not None and reference not in given:
         raise ValueError(unknown("reference", reference, given))
@@ -167,6 +183,8 @@ def read_comparison(
         seeds=tuple(range(recipe.run.seed, recipe.run.seed + count)),
         budget=_parse_budget(asked.get("budget", {}) if budget is None else budget),
         general=None if text is None else expand_home(text),
+        evaluate=evaluate,
+        evaluate_data=None if evaluate_data is None else expand_home(evaluate_data),
         general_limit=_check_count("compare.general_limit", asked.get("general_limit", 64)),
         evaluations=_check_count("compare.evaluations", asked.get("evaluations", 8)),
         reference=reference,
@@ -357,6 +375,7 @@ def _identify(comparison: Comparison) -> dict[str, Any]:
         "budget": ", ".join(f"{kind}={count}" for kind, count in comparison.budget.items()) or "the recipe's",
         "general": comparison.general,
         "general_limit": comparison.general_limit,
+        "evaluate": comparison.evaluate,
         "evaluations": comparison.evaluations,
     }
     return {"shared": shared, "arms": arms}

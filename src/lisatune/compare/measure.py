@@ -12,7 +12,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from lisatune.compare.results import MemoryResult
 from lisatune.console import first_line, ranges_text
 from lisatune.data.records import read_records
 from lisatune.data.tokens import IGNORE, TokenRow, collate, tokenize
+from lisatune.data.tokens import is_chat as is_conversation
 from lisatune.distributed.ranks import pick_device
 from lisatune.evaluate.held_out import held_out_loss
 from lisatune.files.disk import replace_file
@@ -31,7 +32,9 @@ from lisatune.memory.tracker import measure as measure_memory
 from lisatune.methods.build import weight_dtype
 from lisatune.models.load import load_model, load_tokenizer
 from lisatune.recipe import Recipe
+from lisatune.runs.summary import Score
 from lisatune.train.assemble import Parts, assemble
+from lisatune.train.benchmarks import evaluate_model, main_metric, main_scores
 from lisatune.train.recipe_file import load_recipe
 
 __all__ = ["Job", "Measured", "main", "measure_model"]
@@ -46,6 +49,9 @@ class Job(TypedDict):
     """Model folder that the run wrote. None: the model before training."""
     slices: dict[str, str]
     """Files to measure the loss on: `test`, and `general` if there is such text."""
+    evaluate: NotRequired[str | None]
+    """Benchmark tasks, as `run.evaluate`; None asks none."""
+    evaluate_data: NotRequired[str | None]
     with_memory: bool
     """Whether to measure the memory of a step too, which costs loading and two steps."""
     output: str
@@ -61,6 +67,10 @@ class Measured(TypedDict, total=False):
     export_bytes: int
     delta_bytes: int
     movement: list[float]
+    scores: dict[str, Score]
+    """By benchmark task."""
+    per_item: dict[str, list[float]]
+    """The result of each question by task, from which gains over the base are computed."""
     memory: MemoryResult | None
     memory_reason: str | None
 
@@ -92,6 +102,21 @@ def measure_model(job: Job) -> Measured:
     measured["test_loss"] = losses["test"]
     if "general" in losses:
         measured["general_loss"] = losses["general"]
+    if tasks := job.get("evaluate"):
+        tokenizer = load_tokenizer(**recipe.model.location)
+        is_chat = any(map(is_conversation, read_records(job["slices"]["test"]).rows))
+        found = evaluate_model(
+            model,
+            tokenizer,
+            tasks,
+            data=job.get("evaluate_data"),
+            device=device,
+            is_chat=is_chat,
+        )
+        measured["scores"] = main_scores(found)
+        measured["per_item"] = {
+            name: score["per_item"].get(main_metric(score), []) for name, score in found.items()
+        }
     if job["with_memory"]:
         del model
         gc.collect()

@@ -8,6 +8,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from lisatune.compare.arms import Arm, Comparison
+from lisatune.compare.gains import gains, mean_gains
 from lisatune.compare.measure import Measured
 from lisatune.compare.processes import CONTINUE_HINT, Run
 from lisatune.compare.results import (
@@ -64,11 +65,13 @@ def build_results(comparison: Comparison, runs: Path, slices: Slices, base: Meas
     seeds = comparison.seeds
     all_runs: list[RunResult] = []
     arms: list[ArmResult] = []
-    base_result = BaseResult(test_loss=base.get("test_loss"), general_loss=base.get("general_loss"))
+    base_result = BaseResult(
+        test_loss=base.get("test_loss"), general_loss=base.get("general_loss"), scores=gains(base, Measured())
+    )
     for arm in comparison.arms:
         chosen = choose_lr(arm, seeds[0], runs)
         mine = [
-            _build_run(Run(arm, lr, seed, runs), lr == chosen)
+            _build_run(Run(arm, lr, seed, runs), lr == chosen, base)
             for lr in arm.lrs
             for seed in (seeds if lr == chosen else seeds[:1])
         ]
@@ -161,7 +164,7 @@ def _counts(run: RunResult) -> bool:
     return run["chosen"] and run["status"] == "done" and len(run["held_out"]) > 1
 
 
-def _build_run(run: Run, chosen: bool) -> RunResult:
+def _build_run(run: Run, chosen: bool, base: Measured) -> RunResult:
     summary: dict[str, Any] = run.read_summary() or {}
     failed = run.read_failure()
     status: Any = "failed" if failed is not None else "done" if summary else "missing"
@@ -184,6 +187,7 @@ def _build_run(run: Run, chosen: bool) -> RunResult:
         validation_loss=summary.get("held_out_loss_after"),
         test_loss=measured.get("test_loss"),
         general_loss=measured.get("general_loss"),
+        scores=gains(measured, base),
         peak_bytes=summary.get("peak_bytes"),
         peak_state_bytes=summary.get("peak_state_bytes"),
         trainable=summary.get("peak_trainable"),
@@ -259,6 +263,7 @@ def _build_arm(
         test_loss=over_seeds(lambda run: run["test_loss"]),
         validation_loss=over_seeds(lambda run: run["validation_loss"]),
         general_loss=over_seeds(lambda run: run["general_loss"]),
+        scores=mean_gains([run["scores"] for run in mine]),
         forgetting=over_seeds(forgotten),
         train_seconds=over_seeds(lambda run: run["train_seconds"]),
         tokens_per_second=over_seeds(lambda run: run["tokens_per_second"]),

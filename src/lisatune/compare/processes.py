@@ -44,6 +44,9 @@ CONTINUE_HINT = "give the same command to continue"
 
 POLL_SECONDS = 0.5
 
+Tasks = tuple[str | None, str | None]
+"""Benchmark tasks, as `run.evaluate`, and the folder of their questions."""
+
 TAIL_BYTES = 2**16
 """Read this much of the end of metrics.jsonl to find its last line."""
 
@@ -135,6 +138,8 @@ class Run:
             steps=steps,
             eval_every=recipe.run.eval_every or max(1, -(-steps // evaluations)),
             log_every=1,
+            evaluate=None,  # chosen runs are asked when they are measured
+            evaluate_data=None,
         )
         recipe = dataclasses.replace(
             recipe,
@@ -175,24 +180,43 @@ def train_run(run: Run, recipe: Path, poll: Callable[[], None], lock: int) -> No
 
 
 def measure_run(
-    run: Run, recipe: Path, slices: dict[str, str], poll: Callable[[], None], lock: int, *, with_memory: bool
+    run: Run,
+    recipe: Path,
+    slices: dict[str, str],
+    tasks: Tasks,
+    poll: Callable[[], None],
+    lock: int,
+    *,
+    with_memory: bool,
 ) -> None:
     """Measure the model that a run wrote; errors as in `train_run`."""
     job = Job(
         recipe=str(recipe),
         model=str(run.folder / "model"),
         slices=slices,
+        evaluate=tasks[0],
+        evaluate_data=tasks[1],
         with_memory=with_memory,
         output=str(run.beside(".measured.json")),
     )
     _measure(job, run.beside(""), poll, lock)
 
 
-def measure_base(recipe: Path, slices: dict[str, str], poll: Callable[[], None], lock: int) -> Measured:
+def measure_base(
+    recipe: Path, slices: dict[str, str], tasks: Tasks, poll: Callable[[], None], lock: int
+) -> Measured:
     """Measure the model before training; errors as in `train_run`."""
     output = recipe.with_name("base.measured.json")
     if not output.exists():
-        job = Job(recipe=str(recipe), model=None, slices=slices, with_memory=False, output=str(output))
+        job = Job(
+            recipe=str(recipe),
+            model=None,
+            slices=slices,
+            evaluate=tasks[0],
+            evaluate_data=tasks[1],
+            with_memory=False,
+            output=str(output),
+        )
         _measure(job, recipe.with_name("base"), poll, lock)
     values: Measured = json.loads(output.read_text(encoding="utf-8"))
     return values

@@ -74,6 +74,20 @@ class MemoryResult(TypedDict):
     host_bytes: int
 
 
+class TaskGain(TypedDict):
+    """The score of a benchmark task, and how much better it is than the base model's."""
+
+    metric: str
+    value: float
+    stderr: float | None
+    """Standard error over the questions. For an arm the mean of its runs': they ask the same questions."""
+    items: int
+    gain: float | None
+    """Score less the base's; None for the base itself."""
+    gain_stderr: float | None
+    """Of the differences question by question. For an arm the mean of its runs'."""
+
+
 class RunResult(TypedDict):
     """One run: an arm, a learning rate, a seed. Figures that do not exist yet are None or empty."""
 
@@ -102,6 +116,8 @@ class RunResult(TypedDict):
     """Loss of the model that was written. None unless `chosen`."""
     general_loss: float | None
     """Loss of the same model on general text. None without such text."""
+    scores: dict[str, TaskGain]
+    """Of the same model, by benchmark task; empty unless `chosen`."""
     peak_bytes: int | None
     """Peak memory: on a CPU of the process, loading included; else as allocated on the accelerator."""
     peak_state_bytes: int | None
@@ -145,6 +161,8 @@ class ArmResult(TypedDict):
     test_loss: Spread | None
     validation_loss: Spread | None
     general_loss: Spread | None
+    scores: dict[str, TaskGain]
+    """Means over seeds, by benchmark task."""
     forgetting: Spread | None
     """General loss after training minus the loss before. Above 0 the model has forgotten."""
     train_seconds: Spread | None
@@ -167,6 +185,7 @@ class BaseResult(TypedDict):
 
     test_loss: float | None
     general_loss: float | None
+    scores: dict[str, TaskGain]
 
 
 class Slices(TypedDict):

@@ -30,6 +30,7 @@ from lisatune.files import yaml
 from lisatune.files.disk import replace_file, take_lock
 from lisatune.models.hf import check_attention
 from lisatune.recipe import DataConfig
+from lisatune.train.benchmarks import check_tasks
 
 __all__ = ["compare"]
 
@@ -55,6 +56,8 @@ def compare(
     comparison = fix_date(comparison, output)
     check_folder(output, comparison)
     check_attention(comparison.recipe.model.attention)
+    if comparison.evaluate is not None:
+        check_tasks(comparison.evaluate, comparison.evaluate_data)
     output.mkdir(parents=True, exist_ok=True)
     lock = take_lock(output / ".lock", what="comparison", option="--output")
     try:
@@ -126,7 +129,7 @@ class _Work:
         replace_file(file, yaml.dump(recipe.as_dict()))
         self.board.say("measuring the model before training")
         try:
-            self.base = measure_base(file, self._slice_files, self.board.refresh, self.lock)
+            self.base = measure_base(file, self._slice_files, self._tasks, self.board.refresh, self.lock)
         except FailedError as error:
             raise RuntimeError(f"the model before training cannot be measured: {error}") from None
 
@@ -200,11 +203,15 @@ class _Work:
         self.board.say(f"measuring {run.arm.name}, lr {run.lr:g}, seed {run.seed}")
         try:
             recipe, poll = run.beside(".yaml"), self.board.refresh
-            measure_run(run, recipe, self._slice_files, poll, self.lock, with_memory=with_memory)
+            measure_run(run, recipe, self._slice_files, self._tasks, poll, self.lock, with_memory=with_memory)
         except FailedError as error:
             run.fail(f"its model cannot be measured: {error}")
         if not self.keep_models:
             run.drop_model()
+
+    @property
+    def _tasks(self) -> tuple[str | None, str | None]:
+        return self.comparison.evaluate, self.comparison.evaluate_data
 
     @property
     def _slice_files(self) -> dict[str, str]:

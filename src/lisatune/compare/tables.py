@@ -8,10 +8,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lisatune.compare.gains import gain_text
 from lisatune.compare.results import ArmResult, EqualTime, Results, Spread
 from lisatune.console import byte_text, count_text, plural, terminal
 
-__all__ = ["format_markdown", "make_equal_time_table", "make_overview", "print_results"]
+__all__ = ["describe_scores", "format_markdown", "make_equal_time_table", "make_overview", "print_results"]
 
 Column = tuple[str, Callable[[ArmResult], str]]
 
@@ -24,6 +25,7 @@ def make_overview(results: Results) -> tuple[list[str], list[list[str]]]:
         ("test loss", lambda arm: _spread_text(arm["test_loss"])),
         ("gain", lambda arm: "" if arm["gain_share"] is None else f"{100 * arm['gain_share']:.0f} %"),
         ("forgetting", lambda arm: _spread_text(arm["forgetting"], "+.4f")),
+        *(_score_column(name) for name in _list_tasks(results)),
         ("peak memory", lambda arm: _mean_text(arm["peak_bytes"], byte_text)),
         ("tensors in a step", lambda arm: _tensors_text(arm)),
         ("trainable", lambda arm: "" if arm["trainable"] is None else count_text(arm["trainable"])),
@@ -35,6 +37,29 @@ def make_overview(results: Results) -> tuple[list[str], list[list[str]]]:
     rows = [[cell(arm) for _, cell in columns] for arm in results["arms"]]
     shown = [i for i in range(len(columns)) if i < 3 or any(row[i] for row in rows)]
     return [columns[i][0] for i in shown], [[row[i] for i in shown] for row in rows]
+
+
+def _list_tasks(results: Results) -> list[str]:
+    """List the benchmark tasks that some arm or the base has a score of. Older results have none."""
+    parts = [results["base"], *results["arms"]]
+    return list(dict.fromkeys(name for part in parts for name in part.get("scores", {})))
+
+
+def _score_column(task: str) -> Column:
+    return f"{task} %", lambda arm: gain_text(arm.get("scores", {}).get(task))
+
+
+def describe_scores(results: Results) -> str:
+    """Say what the columns of benchmark tasks are; empty if there are none."""
+    base = results["base"].get("scores", {})
+    if not base:
+        return ""
+    before = ", ".join(f"{name} {gain_text(each)} of {each['items']:,}" for name, each in base.items())
+    return (
+        f"Benchmark tasks before training: {before} questions. Scores are in percent ± standard error over "
+        "the questions; in brackets the gain over the base, whose error is of the differences question by "
+        "question. Gains below two of their errors are noise."
+    )
 
 
 def make_equal_time_table(times: EqualTime) -> tuple[list[str], list[list[str]]]:
@@ -54,6 +79,8 @@ def print_results(results: Results, folder: Path, console: Console | None = None
     _print_table(console, [heads[i] for i in shown], [[row[i] for i in shown] for row in rows])
     for times in results["equal_time"]:
         _print_table(console, *make_equal_time_table(times))
+    if text := describe_scores(results):
+        console.print(Text(text), soft_wrap=True)
     for problem in results["problems"]:
         console.print(Text(f"! {problem}", style="yellow"), soft_wrap=True)
     files = [name for name in ("results.md", "results.json", "report.html") if (folder / name).exists()]
@@ -92,6 +119,7 @@ def format_markdown(results: Results) -> str:
         f"{results['reference'] or 'the reference'}'s. peak memory: on a CPU of the process, loading "
         "included; else as allocated on the device. tensors in a step: live bytes at the peak of one "
         "separate step, measured. to save: touched tensors, or adapters. Time is that of training steps.",
+        *(["", text] if (text := describe_scores(results)) else []),
         "",
         "## Memory of a step",
         "",

@@ -1,4 +1,4 @@
-"""Estimate memory by arithmetic, for models and for several ranks that fake tensors cannot trace."""
+"""Estimate memory by arithmetic, for what fake tensors cannot trace, and for answers without gradients."""
 
 from dataclasses import replace
 from typing import Any
@@ -13,7 +13,13 @@ from lisatune.nn.layers import LayerMap
 from lisatune.optim.meter import tensors_bytes
 from lisatune.recipe import Recipe
 
-__all__ = ["divide_among_ranks", "estimate_step", "explain_untraced"]
+__all__ = [
+    "divide_among_ranks",
+    "estimate_answering",
+    "estimate_step",
+    "explain_untraced",
+    "largest_batch",
+]
 
 
 def estimate_step(built: Built, recipe: Recipe, length: int) -> StepMemory:
@@ -99,3 +105,41 @@ def explain_untraced(built: Built, batches: list[dict[str, Tensor]], error: Exce
         else "the step"
     )
     return f"{where} cannot be traced ({first_line(error)}); the figures are estimates, rough for activations"
+
+
+def estimate_answering(model: Any, length: int, *, batch_size: int = 1) -> int:
+    """Estimate the bytes on top of the weights that a forward pass without gradients takes.
+
+    Counted are the logits of every token twice, as the lm-evaluation-harness keeps them, the keys and values
+    of all blocks, and what one block computes (34 bytes per token and hidden unit at two bytes a number, as
+    in `estimate_step`). Attention is assumed not to store its scores, except `eager`, which does.
+
+    Args:
+        model: a transformers model or one without weights, in the dtype that it will have.
+        length: tokens of each sequence.
+        batch_size: number of sequences.
+    """
+    config: Any = model.config
+    text = config.get_text_config()
+    width = next(iter(model.parameters())).element_size()
+    heads = text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    per_token = 2 * text.vocab_size + 17 * text.hidden_size
+    per_token += 2 * text.num_hidden_layers * kv_heads * head_dim
+    if getattr(config, "_attn_implementation", None) == "eager":
+        per_token += 2 * heads * length
+    return int(batch_size * length * per_token * width)
+
+
+def largest_batch(model: Any, length: int, free_bytes: int | None, *, most: int) -> int:
+    """Return how many sequences fit into half of the free memory by `estimate_answering`, from 1 to `most`.
+
+    Args:
+        model, length: as in `estimate_answering`.
+        free_bytes: free memory of the device; None if it is unknown.
+        most: the largest batch that is worth it.
+    """
+    if free_bytes is None:
+        return min(8, most)
+    return max(1, min(most, free_bytes // (2 * estimate_answering(model, length))))

@@ -184,6 +184,8 @@ def check_recipe(recipe: Recipe) -> None:
             "optimizer.in_backward works on one rank only, because gradients of several ranks arrive after "
             "backward; set it to false"
         )
+    if recipe.run.evaluate:
+        raise ValueError("run.evaluate works on one rank only; use `lisatune evaluate` after the run")
     if recipe.run.report_to:
         raise ValueError("run.report_to works on one rank only; read metrics.jsonl, or leave it out")
 

@@ -38,6 +38,7 @@ ABOUT_SMOLLM2 = (
 """What the model card of adapters says about a base model that only lisatune opens by its name."""
 
 __all__ = [
+    "adapter_base",
     "load_config",
     "load_model",
     "load_tokenizer",
@@ -347,6 +348,22 @@ def _note_revision(model: Any) -> None:
         config.revision = commit
 
 
+def adapter_base(name: str) -> tuple[str, str | None] | None:
+    """Return the model that a folder of PEFT adapters belongs to, and its revision; None for a model.
+
+    Raises:
+        ValueError: the adapters do not name their model.
+    """
+    if not is_adapter(name):
+        return None
+    file = Path(name).expanduser() / ADAPTER_CONFIG
+    config = json.loads(file.read_text(encoding="utf-8"))
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{file} does not name the model that the adapters belong to; load it with PEFT")
+    return base, config.get("revision")
+
+
 def _load_adapter(name: str, **options: Any) -> Any:
     """Load the model that a folder's PEFT adapters belong to, and put the adapters into it."""
     path = Path(name).expanduser()
@@ -354,17 +371,12 @@ def _load_adapter(name: str, **options: Any) -> Any:
         raise FileNotFoundError(
             f"adapter folder {name} has no adapter_model.safetensors; save the adapters under that name"
         )
-    config = json.loads((path / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    base = config.get("base_model_name_or_path")
-    if not base:
-        raise ValueError(
-            f"{path / ADAPTER_CONFIG} does not name the model that the adapters belong to; load it with PEFT"
-        )
+    base, revision = adapter_base(name) or ("", None)
     try:
         from peft import PeftModel
     except ImportError as error:
         raise ImportError(f'adapters in {name} need PEFT: pip install "lisatune[train]"') from error
-    model = load_model(base, revision=config.get("revision"), **options)
+    model = load_model(base, revision=revision, **options)
     quantize_as_noted(model, path)
     with explain_load_errors(name), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT still uses an old name in transformers

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lisatune.compare.results import ArmResult, Results, RunResult, Spread
-from lisatune.compare.tables import make_equal_time_table, make_overview
+from lisatune.compare.tables import describe_scores, make_equal_time_table, make_overview
 from lisatune.console import plural
 from lisatune.files import yaml
 from lisatune.report.figures import (
@@ -59,6 +59,8 @@ def make_comparison_page(results: Results, folder: Path, *, card_bytes: int | No
         f"{plural(data['test'], 'other record')}"
         + ("." if before is None else f", before training {before:.4f}.")
     ]
+    if text := describe_scores(results):
+        intro.append(text)
     return Page(
         title=f"Comparison {results['name']}",
         made=results["made"],

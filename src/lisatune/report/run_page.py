@@ -13,6 +13,7 @@ from lisatune.files import yaml
 from lisatune.report.figures import Entry, Table, extract_block_history, make_figures, mark_best, read_metrics
 from lisatune.report.page import Page, group_samples
 from lisatune.report.training import make_training_figures
+from lisatune.runs.summary import score_text
 
 __all__ = ["make_runs_page"]
 
@@ -215,6 +216,12 @@ def _make_overview(runs: Sequence[_RunFiles]) -> Table:
         heads.append(head)
         for row, value in zip(rows, values, strict=True):
             row.append("" if value is None else text(value))
+    tasks = dict.fromkeys(name for run in runs for name in run.summary.get("scores", {}))
+    for name in tasks:
+        heads.append(name)
+        for row, run in zip(rows, runs, strict=True):
+            score = run.summary.get("scores", {}).get(name)
+            row.append("" if score is None else score_text(score))
     return Table(heads, rows, frozenset(best))
 
 

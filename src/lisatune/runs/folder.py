@@ -6,6 +6,7 @@
     summary.json       the figures that the run ended with
     checkpoints/       from which the run can be resumed
     model/             the fine-tuned model, a plain Hugging Face folder
+    evaluation/        benchmark scores and MT-Bench of the model
     trackers/          files of TensorBoard and similar trackers
 
 JSON files are written under another name and renamed, so that a reader never sees half of one. A lock keeps
@@ -44,6 +45,7 @@ MAY_CHANGE = frozenset(
     | {"run.keep_checkpoints", "run.samples", "run.sample_tokens", "run.report_to", "run.check_memory"}
     | {"run.on_save_error", "run.on_nonfinite", "run.max_skipped_steps", "run.activation_checkpointing"}
     | {"run.sharding", "run.batch_size", "run.save_dtype", "run.stop_after", "data.date"}
+    | {"run.evaluate", "run.evaluate_data"}
 )
 """Keys that may differ on resume: lengths, intervals, outputs, and what a stopped run may need to change.
 
@@ -73,7 +75,7 @@ NEW_FOLDER = "name another run.output to start a new run"
 """What to do where a run cannot be resumed. No message advises to delete one."""
 
 _FILES = ("recipe.yaml", "environment.json", "metrics.jsonl", "summary.json")
-_FOLDERS = ("checkpoints", "model", "trackers")
+_FOLDERS = ("checkpoints", "model", "evaluation", "trackers")
 _LOCK = ".lock"
 _LEFT_BY_A_KILL = re.compile(rf"\.({'|'.join(map(re.escape, (*_FILES, *_FOLDERS)))})\.tmp-.*")
 

@@ -5,6 +5,7 @@ line that looks like a key is masked.
 """
 
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -13,11 +14,21 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
 
-__all__ = ["Sample", "Summary", "describe_environment", "mask_secrets"]
+__all__ = [
+    "Sample",
+    "Score",
+    "Summary",
+    "describe_environment",
+    "mask_secrets",
+    "model_of",
+    "score_text",
+    "trained_on_chat",
+]
 
 PACKAGES = (
     *("lisatune", "torch", "transformers", "tokenizers", "trl", "accelerate"),
@@ -37,6 +48,17 @@ class Sample(TypedDict):
     """The answer in the held-out record."""
     before: str
     after: str
+
+
+class Score(TypedDict):
+    """The score of a benchmark task."""
+
+    metric: str
+    value: float
+    stderr: float | None
+    """Standard error over the questions."""
+    items: int
+    """Questions asked."""
 
 
 class Summary(TypedDict, total=False):
@@ -85,10 +107,44 @@ class Summary(TypedDict, total=False):
     moved_share: float
     """Mean share of the drawn blocks' numbers that a period changed, 0 to 1; absent before a whole period."""
     samples: list[Sample]
+    scores: dict[str, Score]
+    """Of the written model, by task, with run.evaluate."""
     is_chat: bool
     """Whether the run trained on conversations; else on plain text or plain prompts, without a template."""
     model: str
     """Folder of the fine-tuned model."""
+
+
+def score_text(score: Score) -> str:
+    """Write a score in percent with its standard error: 51.0 ± 3.5 %."""
+    error = "" if score["stderr"] is None else f" ± {100 * score['stderr']:.1f}"
+    return f"{100 * score['value']:.1f}{error} %"
+
+
+def model_of(name: str) -> tuple[str, Path | None]:
+    """Find the model that a name stands for: a run folder's, or the name itself.
+
+    Returns:
+        The model's name, and the run folder; None if the name is not a run's.
+
+    Raises:
+        FileNotFoundError: the run has no model yet.
+    """
+    run = Path(name)
+    if not (run / "recipe.yaml").is_file():
+        return name, None
+    if not (run / "model").is_dir():
+        raise FileNotFoundError(f"the run in {name} has no model yet; finish it with `train --resume`")
+    return str(run / "model"), run
+
+
+def trained_on_chat(run: Path) -> bool | None:
+    """Return whether a run trained on conversations; None if the folder is not a finished run's."""
+    try:
+        is_chat = json.loads((run / "summary.json").read_text(encoding="utf-8")).get("is_chat")
+    except (OSError, ValueError):
+        return None
+    return is_chat if isinstance(is_chat, bool) else None
 
 
 def describe_environment() -> dict[str, Any]:

@@ -24,6 +24,7 @@ from lisatune.models.load import load_tokenizer
 from lisatune.recipe import Recipe
 from lisatune.runs.folder import check_output
 from lisatune.train.assemble import check_fits, rehearse
+from lisatune.train.benchmarks import check_tasks
 from lisatune.train.outline import Outline, make_outline, print_outline
 from lisatune.train.progress import check_trackers
 from lisatune.train.resume import choose_start, find_checkpoint, fix_date, read_finished
@@ -92,6 +93,8 @@ def check(recipe: Recipe, *, resume: bool | Literal["auto"] = False, overwrite: 
     if resume and not report.problems and read_finished(output, recipe.as_dict()) is None:
         report.attempt(find_checkpoint, output)
     report.attempt(check_trackers, recipe.run.report_to)
+    if recipe.run.evaluate is not None:
+        report.attempt(check_tasks, recipe.run.evaluate, recipe.run.evaluate_data)
     report.attempt(announce_remote_code, recipe.model.name, recipe.model.trust_remote_code)
     device = report.attempt(pick_device, recipe.run.device)
     if device is not None:

@@ -29,6 +29,7 @@ from lisatune.runs.manifest import newest_checkpoint, prune, set_aside
 from lisatune.runs.summary import Summary
 from lisatune.train import progress
 from lisatune.train.assemble import Parts, assemble
+from lisatune.train.benchmarks import check_tasks, evaluate_run
 from lisatune.train.outline import make_outline, print_outline
 from lisatune.train.progress import Log, check_trackers, trackers
 from lisatune.train.resume import (
@@ -108,6 +109,8 @@ def _train(
     recipe = fix_date(recipe, resume=resume)
     ranks.on_rank0(lambda: check_output(output, recipe.as_dict(), resume=resume, overwrite=overwrite))
     check_trackers(recipe.run.report_to)
+    if recipe.run.evaluate is not None:
+        check_tasks(recipe.run.evaluate, recipe.run.evaluate_data)
     if resume:
         finished = read_finished(output, recipe.as_dict())
         if finished is not None:
@@ -379,4 +382,8 @@ def _finish(
         summary["compile_seconds"] = parts.compile_seconds
     summary.update(parts.built.schedule.summarize())  # type: ignore[typeddict-item]
     folder.write_summary(summary)
+    if parts.recipe.run.evaluate is not None:
+        bar.print(f"asking {parts.recipe.run.evaluate}")
+        summary["scores"] = evaluate_run(parts, folder.path / "evaluation", folder.model)
+        folder.write_summary(summary)
     return summary

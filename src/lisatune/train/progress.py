@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from lisatune.console import byte_text, grid, plural, ranges_text, terminal
-from lisatune.runs.summary import Sample, Summary
+from lisatune.runs.summary import Sample, Summary, score_text
 
 __all__ = ["Bar", "Log", "check_trackers", "print_finished", "print_summary", "trackers"]
 
@@ -152,6 +152,8 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
         loss = Text.assemble(f"{before:.3f} → ", (f"{after:.3f}", style), f" ({after - before:+.3f})")
         rows.append(("held-out loss", loss))
         rows.append(("perplexity", f"{_perplexity(before)} → {_perplexity(after)}"))
+    for name, score in summary.get("scores", {}).items():
+        rows.append((name, f"{score_text(score)} {score['metric']}, {plural(score['items'], 'question')}"))
     if "best_step" in summary:
         last = f"; the last step's held-out loss is {summary['held_out_loss_last']:.3f}"
         is_last = summary["best_step"] == summary["steps"]

@@ -27,9 +27,30 @@ def test_smoke_shortens_the_runs_and_keeps_the_rest() -> None:
     assert given[-4:] == ["--lr", "1e-4", "--output", "runs/draws-smoke"]
     assert make_arguments(["draws"]) == ["compare", str(EXPERIMENTS / "draws.yaml")]
     with pytest.raises(
-        SystemExit, match="name one of draws, epoch, gap, ground, qlisa, table2, table6, table7"
+        SystemExit,
+        match=r"name one of benchmarks, .*, gsm8k, pubmedqa, qlisa, table2, table6, table7",
     ):
         make_arguments(["table9"])
+
+
+def test_smoke_asks_one_question_of_each_task() -> None:
+    make_arguments = runpy.run_path(str(EXPERIMENTS / "compare.py"))["make_arguments"]
+    tasks = "arc_easy:limit=1,winogrande:limit=1,mmlu:limit=1,agieval:limit=1"
+    assert make_arguments(["benchmarks", "--smoke"])[-2:] == ["--evaluate", tasks]
+
+
+def test_rows_are_asked_as_the_benchmarks_ask() -> None:
+    convert = runpy.run_path(str(EXPERIMENTS / "benchmark_rows.py"))["CONVERT"]
+    problem = {"question": "1 + 1?", "answer": "It is <<1+1=2>>2.\nSo\n#### 2"}
+    assert convert["gsm8k"](problem) == {
+        "prompt": "Q: 1 + 1?\nA:",
+        "completion": " It is 2. So The answer is 2.",
+    }
+    question = {"question": "Does it?", "contexts": ["One.", "Two."], "final_decision": "yes"}
+    assert convert["pubmedqa"](question) == {
+        "prompt": "Abstract: One.\nTwo.\nQuestion: Does it?\nAnswer:",
+        "completion": " yes",
+    }
 
 
 def test_schedules_train_as_many_blocks_on_average_as_the_constant_one() -> None:

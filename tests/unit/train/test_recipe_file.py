@@ -11,13 +11,15 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from lisatune.files import yaml
+from lisatune.memory import plan_memory
+from lisatune.memory.fit import parse_memory_size
 from lisatune.methods import METHODS, Full, Lisa
 from lisatune.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe, RunConfig
 from lisatune.train.recipe_file import load_recipe, print_keys
 
 BASE = "model: {name: some-model}\ndata: {train: rows.jsonl}\n"
 KNOWN = f"Known: {', '.join(METHODS)}"
-RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[3] / "recipes").rglob("*.yaml"))
 
 
 def write(folder: Path, text: str) -> Path:
@@ -222,6 +224,22 @@ def test_a_recipe_written_as_yaml_is_read_back_equal(
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_shipped_recipe_loads(path: Path) -> None:
     assert load_recipe(path).run.output == f"runs/{path.stem}"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "card"),
+    [
+        ("tinyllama", "tinyllama-1.1b", "8GB"),
+        ("mistral-7b", "mistral-7b", "32GB"),
+        ("llama-2-7b", "llama-2-7b", "24GB"),
+    ],
+)
+def test_recipes_of_the_paper_fit_the_cards_that_they_name(name: str, shape: str, card: str) -> None:
+    (path,) = [path for path in RECIPES if path.stem == f"{name}-alpaca-gpt4"]
+    recipe = load_recipe(path, [f"model.name={shape}", "run.device=cuda"])
+    needed = plan_memory(recipe, blocks=(0, 1)).needed_bytes
+    assert f"card of {card.removesuffix('GB')} GB" in path.read_text(encoding="utf-8")
+    assert 0.6 * parse_memory_size(card) < needed < parse_memory_size(card)
 
 
 def test_recipes_are_shipped() -> None:
