@@ -37,8 +37,10 @@ from torch.optim import Optimizer
 
 from lisatune.distributed import ranks
 from lisatune.distributed.shards import reshard
+from lisatune.lisa.budget import Budget, make_unit_sampler
 from lisatune.lisa.checks import (
     check_parameters,
+    refuse_compiled_blocks,
     refuse_second,
     refuse_unsharded,
     unwrap_optimizer,
@@ -68,6 +70,7 @@ from lisatune.lisa.statistics import PER_STEP, Collector
 from lisatune.nn.blocks import watch_compiling
 from lisatune.nn.coded import Masters
 from lisatune.nn.layers import LayerMap, find_layers
+from lisatune.nn.units import UnitMap, divide_blocks
 from lisatune.optim.adamw import AdamW
 from lisatune.optim.meter import host_state, state_bytes, tensors_bytes
 
@@ -92,6 +95,9 @@ class LISA(BlockSchedule):
         active: γ, blocks that train at once, 0 <= γ <= N. γ = N is full fine-tuning, γ = 0 trains the ends.
         period: K, optimizer steps between two draws, or "auto": as long as possible, at most 50, such that
             every block trains twice in `total_steps`.
+        unit: "block", or "module": each linear layer of a block is drawn on its own, as many at a time as γ
+            average blocks have parameters; see `lisatune.nn.units` and `lisatune.lisa.budget`. Wherever
+            LISA counts blocks, it counts these units then.
         sampler: "permutation", "uniform" (the paper's), "window" (γ neighbouring blocks), "ascending",
             "descending" (in order), N probabilities for γ weighted distinct blocks, or a
             `lisatune.lisa.samplers.Sampler` such as `Independent`, which decides γ itself. A sampler may draw
@@ -143,6 +149,7 @@ class LISA(BlockSchedule):
         optimizer: Optimizer,
         *,
         active: int = 2,
+        unit: Literal["block", "module"] = "block",
         period: int | Literal["auto"] = 10,
         sampler: str | Sequence[float] | Sampler = "permutation",
         seed: int = 0,
@@ -157,6 +164,7 @@ class LISA(BlockSchedule):
         layers: LayerMap | None = None,
     ) -> None:
         _check_choice("state", state, get_args(StatePolicy))
+        _check_choice("unit", unit, ("block", "module"))
         policy = EndsPolicy.parse(ends)
         _check_choice("verify", verify, get_args(Verify))
         _check_choice("lr_scaling", lr_scaling, get_args(Scaling))
@@ -165,8 +173,16 @@ class LISA(BlockSchedule):
         self._model = model
         optimizer = unwrap_optimizer(model, optimizer)
         refuse_second(model, optimizer, _attached)
-        self.layers = find_layers(model) if layers is None else layers
-        self.sampler = make_sampler(sampler, active, self.layers.num_blocks)
+        layers = find_layers(model) if layers is None else layers
+        self.unit = unit
+        self.layers: LayerMap = layers
+        self._budget: Budget | None = None
+        if unit == "block":
+            self.sampler = make_sampler(sampler, active, layers.num_blocks)
+        else:
+            refuse_compiled_blocks(model)
+            self.layers, self._budget = _divide(layers, model, active)
+            self.sampler = make_unit_sampler(sampler, self._budget)
         self.seed, self.state, self.verify = seed, state, verify
         self.warmup, self.lr_scaling = warmup, lr_scaling
         self.period: int = _choose_period(period, self.sampler, seed, total_steps)
@@ -245,7 +261,7 @@ class LISA(BlockSchedule):
         self._draw()
         if total_steps is not None:
             counts = self.planned_visits(total_steps)
-            warn_of_untrained_blocks(self.sampler.inclusion(), counts, total_steps, self.period)
+            warn_of_untrained_blocks(self.sampler.inclusion(), counts, total_steps, self.period, self.word)
 
     # ---- what users read
 
@@ -275,14 +291,21 @@ class LISA(BlockSchedule):
         return not self.sampler.reads
 
     def describe(self) -> dict[str, Any]:
-        """Return the number of the current period and its blocks."""
-        return {"period": self.period_index, "active_blocks": self.active_blocks}
+        """Return the number of the current period and its blocks; of units also the blocks they are in."""
+        drawn: dict[str, Any] = {"period": self.period_index, "active_blocks": self.active_blocks}
+        if isinstance(self.layers, UnitMap):
+            of_block = self.layers.of_block
+            drawn["active_units"] = self.active_blocks
+            drawn["active_blocks"] = tuple(sorted({of_block[unit] for unit in self.active_blocks}))
+        return drawn
 
     def summarize(self) -> dict[str, Any]:
         """Return each block's visits, how far the run is proven, in words, and the share that moved."""
         share = {} if self.moved_share is None else {"moved_share": round(self.moved_share, 4)}
         resting, rest = self.layers.num_blocks - len(self.active_blocks), self.steps_done % self.period
-        return {"visits": self.visits, "proof": describe_proof(self._proof, resting, rest), **share}
+        names = {"units": list(self.layers.blocks)} if self.unit == "module" else {}
+        proof = describe_proof(self._proof, resting, rest, self.word)
+        return {"visits": self.visits, "proof": proof, **names, **share}
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that train in this period: the ends and the active blocks."""
@@ -314,7 +337,8 @@ class LISA(BlockSchedule):
         """Return the draws of a run; for a sampler that reads statistics, the costliest possible ones."""
         if self.sampler.reads:
             sizes = [sum(p.numel() for p in block) for block in self._blocks]
-            return find_extreme_draws(sizes, len(self.active_blocks))
+            most = None if self._budget is None else self._budget.most
+            return find_extreme_draws(sizes, len(self.active_blocks), most=most)
         periods = min(-(-total_steps // self.period), MOST_PERIODS)
         return set(simulate_draws(self.sampler, seed=self.seed, periods=periods))
 
@@ -466,12 +490,15 @@ class LISA(BlockSchedule):
     # ---- proof
 
     def _name_layers(self) -> dict[str, Sequence[nn.Parameter]]:
-        blocks = {f"block {i}": block for i, block in enumerate(self._blocks)}
+        blocks = {self._name(i): block for i, block in enumerate(self._blocks)}
         return {**blocks, "ends": self._ends.parameters, "frozen part": self._others}
 
     def _name_moving(self) -> set[str]:
         """Return the names of the layers that train in this period."""
-        return {f"block {i}" for i in self.active_blocks} | ({"ends"} if self.ends_train else set())
+        return {self._name(i) for i in self.active_blocks} | ({"ends"} if self.ends_train else set())
+
+    def _name(self, index: int) -> str:
+        return f"block {index}" if self.unit == "block" else self.layers.blocks[index]
 
     def _find_updated(self) -> Set[nn.Parameter]:
         """Return the parameters that backward has updated; their gradients are gone."""
@@ -483,6 +510,7 @@ class LISA(BlockSchedule):
 
     def _collect_settings(self) -> dict[str, Any]:
         return {
+            "unit": self.unit,
             "blocks": self.layers.num_blocks,
             "sampler": repr(self.sampler),
             "period": self.period,
@@ -515,7 +543,8 @@ class LISA(BlockSchedule):
             )
         self._rates.restore()
         saved = state_dict["lisa"]
-        settings = {"lr_scaling": self.lr_scaling, **saved["settings"]}  # older versions did not scale
+        # Older versions did not scale, and drew blocks.
+        settings = {"lr_scaling": self.lr_scaling, "unit": "block", **saved["settings"]}
         differing = [
             f"{key}: saved {settings.get(key)}, now {value}"
             for key, value in self._collect_settings().items()
@@ -560,6 +589,15 @@ class LISA(BlockSchedule):
 def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _divide(layers: LayerMap, model: nn.Module, active: int) -> tuple[UnitMap, Budget]:
+    """Divide blocks into units, and make the budget of γ average blocks."""
+    units = divide_blocks(layers, model)
+    sizes = [
+        sum(p.numel() for p in unit.values() if p.requires_grad) for unit in units.block_parameters(model)
+    ]
+    return units, Budget.of_blocks(sizes, active, layers.num_blocks)
 
 
 def _choose_period(

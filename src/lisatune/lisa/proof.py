@@ -193,7 +193,7 @@ class Proof:
             return torch.stack([each.cpu() for each in prints])
 
 
-def describe_proof(proof: Proof | None, resting: int, rest: int) -> str:
+def describe_proof(proof: Proof | None, resting: int, rest: int, word: str = "block") -> str:
     """Say how far a run is proven; `resting` blocks were frozen, `rest` steps came after the last period."""
     if proof is None:
         return "none taken: method.verify is off"
@@ -202,7 +202,7 @@ def describe_proof(proof: Proof | None, resting: int, rest: int) -> str:
     share = proof.moved.share if proof.moved is not None else None
     moved = "" if share is None else f" ({100 * share:.3g} % of their numbers)"
     read = "" if proof.verify == "full" else " in a moving sample"
-    return f"{periods}{tail}: drawn blocks moved{moved}, {resting} others bit-identical{read}"
+    return f"{periods}{tail}: drawn {word}s moved{moved}, {resting} others bit-identical{read}"
 
 
 def fingerprint(parameters: Sequence[Tensor], *, sample: int | None = None) -> Tensor:

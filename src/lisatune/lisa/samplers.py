@@ -42,6 +42,7 @@ __all__ = [
     "count_visits",
     "draw_blocks",
     "make_sampler",
+    "shuffle",
     "simulate_draws",
 ]
 
@@ -122,7 +123,7 @@ class Uniform(_Even):
 
     def draw(self, period: int, *, seed: int) -> tuple[int, ...]:
         """Return the first γ blocks of a shuffle keyed by (seed, period)."""
-        return tuple(sorted(_shuffle((1.0,) * self.num_blocks, f"{seed}/{period}")[: self.active]))
+        return tuple(sorted(shuffle((1.0,) * self.num_blocks, f"{seed}/{period}")[: self.active]))
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class Permutation(_Even):
         if self.active == 0:
             return ()
         pass_index, slot = divmod(period, math.ceil(self.num_blocks / self.active))
-        order = _shuffle((1.0,) * self.num_blocks, f"{seed}/pass {pass_index}")
+        order = shuffle((1.0,) * self.num_blocks, f"{seed}/pass {pass_index}")
         first = slot * self.active
         return tuple(sorted((order + order)[first : first + self.active]))
 
@@ -154,7 +155,7 @@ class Window(_Even):
         """Return window number `period mod ⌈N/γ⌉` of the pass that `period` falls into."""
         windows = self._windows()
         pass_index, slot = divmod(period, len(windows))
-        return tuple(windows[_shuffle((1.0,) * len(windows), f"{seed}/pass {pass_index}")[slot]])
+        return tuple(windows[shuffle((1.0,) * len(windows), f"{seed}/pass {pass_index}")[slot]])
 
     def inclusion(self) -> tuple[float, ...]:
         """Return the share of the windows that hold each block."""
@@ -206,7 +207,7 @@ class Weighted(Sampler):
 
     def draw(self, period: int, *, seed: int) -> tuple[int, ...]:
         """Return the first γ blocks of a weighted shuffle keyed by (seed, period)."""
-        return tuple(sorted(_shuffle(self.probabilities, f"{seed}/{period}")[: self.active]))
+        return tuple(sorted(shuffle(self.probabilities, f"{seed}/{period}")[: self.active]))
 
     def inclusion(self) -> tuple[float, ...]:
         r"""Return π_l = ∫₀¹ P(fewer than γ other clocks ring before T_l = -ln(v)/p_l) dv.
@@ -377,8 +378,11 @@ def _take_probabilities(sampler: "Weighted | Independent", *, most: float) -> No
 
 
 @lru_cache(maxsize=4)
-def _shuffle(weights: tuple[float, ...], key: str) -> tuple[int, ...]:
-    """Return the blocks with weight > 0 in the order of their clocks. Cached: a pass uses one shuffle."""
+def shuffle(weights: tuple[float, ...], key: str) -> tuple[int, ...]:
+    """Return the blocks with weight > 0 in the order of their clocks, a pure function of weights and key.
+
+    Cached, because a pass uses one shuffle.
+    """
     rng = _make_rng(key)
     clocks = [(-math.log(1.0 - rng.random()) / w if w > 0 else math.inf, i) for i, w in enumerate(weights)]
     return tuple(i for _, i in sorted(clocks) if weights[i] > 0)

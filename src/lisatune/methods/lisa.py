@@ -11,15 +11,15 @@ from lisatune.lisa.frozen_state import StatePolicy
 from lisatune.lisa.frozen_weights import FrozenWeights
 from lisatune.lisa.lisa import LISA
 from lisatune.lisa.proof import Verify
-from lisatune.lisa.rates import Scaling, compute_lr_factors
-from lisatune.lisa.samplers import Independent, SamplerName, make_sampler
+from lisatune.lisa.rates import Scaling
+from lisatune.lisa.samplers import Independent, SamplerName
 from lisatune.methods.base import Alternatives, Method, halve
 from lisatune.methods.optimizers import build_optimizer, check_thaw
 from lisatune.nn.coded import Masters
 from lisatune.nn.codes import Scales
 from lisatune.nn.layers import LayerMap, find_layers
 from lisatune.nn.nf4 import check_nf4
-from lisatune.recipe import OptimizerConfig
+from lisatune.recipe import DataConfig, OptimizerConfig, RunConfig
 
 __all__ = ["AsLisa", "Lisa"]
 
@@ -35,6 +35,9 @@ class Lisa(Method):
     active: int = 2
     """Blocks that train at once, γ in the paper."""
 
+    unit: Literal["block", "module"] = "block"
+    """What is drawn: blocks, or modules of blocks (q, k, …, down) with as many parameters as γ blocks."""
+
     period: int | Literal["auto"] = 10
     """Optimizer steps between two draws, K in the paper. auto: every block trains at least twice."""
 
@@ -42,7 +45,7 @@ class Lisa(Method):
     """How blocks are drawn; `window`: neighbours. `weighted` and `independent` read `probabilities`."""
 
     probabilities: tuple[float, ...] | None = None
-    """One number per block for the samplers `weighted` and `independent`."""
+    """One number per block, or unit, for the samplers `weighted` and `independent`."""
 
     seed: int = 0
     """Seed of the draws alone."""
@@ -85,6 +88,21 @@ class Lisa(Method):
             raise ValueError(
                 f"method.probabilities does nothing with method.sampler {self.sampler}; leave it out, or use "
                 "weighted or independent"
+            )
+
+        if self.unit == "module" and self.sampler == "window":
+            raise ValueError(
+                "method.sampler window draws neighbouring blocks and does not know modules; use permutation, "
+                "or method.unit: block"
+            )
+
+    def check_mix(self, data: DataConfig, run: RunConfig) -> None:
+        """Refuse compiled blocks whose modules are drawn one by one."""
+        if self.unit == "module" and run.compile:
+            raise ValueError(
+                "run.compile builds graphs of whole blocks, frozen or active, and method.unit: module trains "
+                "parts of them, so each draw would compile anew; set run.compile: false, or use method.unit: "
+                "block"
             )
 
     @property
@@ -134,6 +152,7 @@ class Lisa(Method):
             model,
             optimizer,
             active=self.active,
+            unit=self.unit,
             period=self.period,
             sampler=self._sampler(),
             seed=self.seed,
@@ -145,11 +164,6 @@ class Lisa(Method):
             total_steps=total_steps,
             layers=layers,
         )
-
-    def block_lr_factors(self, num_blocks: int) -> tuple[float, ...]:
-        """Return what `lr_scaling` makes of each block's chance to train."""
-        sampler = make_sampler(self._sampler(), self.active, num_blocks)
-        return compute_lr_factors(sampler.inclusion(), self.lr_scaling)
 
     def without_proof(self) -> Self:
         """Return LISA without fingerprints."""

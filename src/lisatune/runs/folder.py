@@ -60,6 +60,7 @@ BEFORE_IT_EXISTED = {
     "method.frozen_weights": "exact",
     "method.frozen_scales": "8bit",
     "method.master": "auto",
+    "method.unit": "block",
 }
 """Keys that older versions lack, with the value that says what these did, if that is not null."""
 
