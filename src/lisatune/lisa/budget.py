@@ -35,6 +35,13 @@ class Budget:
     """B, the most that may train together; 0 trains no unit."""
 
     @classmethod
+    def of_count(cls, num_blocks: int, active: int) -> Self:
+        """Make the budget of γ blocks, whatever their size."""
+        if not isinstance(active, int) or not 0 <= active <= num_blocks:
+            raise ValueError(f"active must be between 0 and the model's {num_blocks} blocks, got {active}")
+        return cls((1,) * num_blocks, active)
+
+    @classmethod
     def of_blocks(cls, sizes: Sequence[int], active: int, num_blocks: int) -> Self:
         """Make the budget of γ average blocks: γ/N of all parameters, rounded down.
 
@@ -241,6 +248,6 @@ def make_unit_sampler(sampler: str | Sequence[float] | Sampler, budget: Budget) 
                 "unit block"
             )
     raise ValueError(
-        f"unknown sampler {sampler!r}; for units use 'permutation', 'uniform', 'ascending', 'descending' or "
-        "one probability per unit"
+        f"unknown sampler {sampler!r}; for units use 'permutation', 'uniform', 'ascending', 'descending', "
+        "'gradient', 'misa', 'spectrum' or one probability per unit"
     )

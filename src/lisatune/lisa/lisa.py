@@ -37,7 +37,7 @@ from torch.optim import Optimizer
 
 from lisatune.distributed import ranks
 from lisatune.distributed.shards import reshard
-from lisatune.lisa.budget import Budget, make_unit_sampler
+from lisatune.lisa.budget import Budget
 from lisatune.lisa.checks import (
     check_parameters,
     refuse_compiled_blocks,
@@ -48,24 +48,19 @@ from lisatune.lisa.checks import (
     warn_of_rounding,
     warn_of_untrained_blocks,
 )
+from lisatune.lisa.draws import choose_period, count_visits, draw_blocks, simulate_draws
 from lisatune.lisa.ends import Ends, EndsPolicy
 from lisatune.lisa.frozen_state import FrozenState, StatePolicy
 from lisatune.lisa.frozen_weights import FrozenWeights
 from lisatune.lisa.group_state import GroupState
+from lisatune.lisa.importance import Spectrum, choose_sampler
 from lisatune.lisa.moved_share import MovedShare
 from lisatune.lisa.other_steps import OtherSteps
 from lisatune.lisa.proof import Proof, Verify, describe_proof
 from lisatune.lisa.rates import Scaling, StepRates, mark_as_scaled
-from lisatune.lisa.samplers import (
-    Independent,
-    Sampler,
-    choose_period,
-    count_visits,
-    draw_blocks,
-    make_sampler,
-    simulate_draws,
-)
+from lisatune.lisa.samplers import Independent, Sampler
 from lisatune.lisa.schedule import BlockSchedule, find_extreme_draws
+from lisatune.lisa.spectrum import measure_spectra
 from lisatune.lisa.statistics import PER_STEP, Collector
 from lisatune.nn.blocks import watch_compiling
 from lisatune.nn.coded import Masters
@@ -175,14 +170,13 @@ class LISA(BlockSchedule):
         refuse_second(model, optimizer, _attached)
         layers = find_layers(model) if layers is None else layers
         self.unit = unit
-        self.layers: LayerMap = layers
-        self._budget: Budget | None = None
-        if unit == "block":
-            self.sampler = make_sampler(sampler, active, layers.num_blocks)
-        else:
+        if unit == "module":
             refuse_compiled_blocks(model)
-            self.layers, self._budget = _divide(layers, model, active)
-            self.sampler = make_unit_sampler(sampler, self._budget)
+        self.layers: LayerMap = layers if unit == "block" else divide_blocks(layers, model)
+        drawn = self.layers.block_parameters(model)
+        sizes = [sum(p.numel() for p in each.values() if p.requires_grad) for each in drawn]
+        self._budget = None if unit == "block" else Budget.of_blocks(sizes, active, layers.num_blocks)
+        self.sampler = choose_sampler(sampler, active, sizes, self._budget)
         self.seed, self.state, self.verify = seed, state, verify
         self.warmup, self.lr_scaling = warmup, lr_scaling
         self.period: int = _choose_period(period, self.sampler, seed, total_steps)
@@ -213,8 +207,15 @@ class LISA(BlockSchedule):
         if self._frozen_weights is None and frozen_weights != "exact":
             self._frozen_weights = FrozenWeights(model, self.layers, frozen_weights, masters=masters)
         coded = self._frozen_weights
+        exact = nn.Parameter.detach if coded is None else coded.exact
         self._collector = (
-            Collector(self._blocks, self.sampler.reads, None if coded is None else coded.exact)
+            Collector(
+                self._blocks,
+                self.sampler.reads,
+                exact,
+                keeps=self.sampler.keeps,
+                spectra=lambda: measure_spectra(drawn, exact),
+            )
             if self.sampler.reads
             else None
         )
@@ -231,7 +232,8 @@ class LISA(BlockSchedule):
             p: p.requires_grad for p in (*self._ends.parameters, *self._others, *sum(self._blocks, ()))
         }
 
-        self._rates = StepRates(optimizer, self._blocks, self.sampler, lr_scaling, warmup)
+        chances = [1.0] * len(self._blocks) if lr_scaling == "none" else self._find_chances()
+        self._rates = StepRates(optimizer, self._blocks, chances, lr_scaling, warmup)
         self.steps_done = 0
         """Optimizer steps that were made."""
         self.visits = [0] * self.layers.num_blocks
@@ -261,7 +263,7 @@ class LISA(BlockSchedule):
         self._draw()
         if total_steps is not None:
             counts = self.planned_visits(total_steps)
-            warn_of_untrained_blocks(self.sampler.inclusion(), counts, total_steps, self.period, self.word)
+            warn_of_untrained_blocks(self._find_chances(), counts, total_steps, self.period, self.word)
 
     # ---- what users read
 
@@ -480,6 +482,12 @@ class LISA(BlockSchedule):
                 self._collector.end_period(self.active_blocks)
             self._draw()
 
+    def _find_chances(self) -> Sequence[float]:
+        """Return each block's chance to train in a period."""
+        if isinstance(self.sampler, Spectrum) and self._collector is not None:
+            return self.sampler.inclusion(self._collector.statistics(()))
+        return self.sampler.inclusion()
+
     def _find_thawed(self) -> list[nn.Parameter]:
         """Return parameters of blocks that were frozen or lost their state, and of ends that may rest."""
         stayed = () if self.period_index == 0 or self.state == "reset" else self.previous_blocks
@@ -573,6 +581,8 @@ class LISA(BlockSchedule):
         self.previous_blocks = tuple(before or ())
         if self._collector is not None:
             self._collector.load_state_dict(self._saved["statistics"])
+            if isinstance(self.sampler, Spectrum):
+                self._rates.set_chances(self._find_chances())
         self.visits = list(self._saved["visits"])
         if self._proof is not None:
             self._proof.forget()
@@ -589,15 +599,6 @@ class LISA(BlockSchedule):
 def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-
-
-def _divide(layers: LayerMap, model: nn.Module, active: int) -> tuple[UnitMap, Budget]:
-    """Divide blocks into units, and make the budget of γ average blocks."""
-    units = divide_blocks(layers, model)
-    sizes = [
-        sum(p.numel() for p in unit.values() if p.requires_grad) for unit in units.block_parameters(model)
-    ]
-    return units, Budget.of_blocks(sizes, active, layers.num_blocks)
 
 
 def _choose_period(
