@@ -19,6 +19,7 @@ gradients, simulated; of `spectrum` it is π itself.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,9 +29,12 @@ from lisatune.lisa.draws import simulate_draws
 from lisatune.lisa.samplers import Sampler, make_sampler, shuffle
 from lisatune.lisa.statistics import BlockStatistics
 
-__all__ = ["MEASURED", "Gradient", "Misa", "Spectrum", "choose_sampler"]
+__all__ = ["MEASURED", "Gradient", "Measured", "Misa", "Spectrum", "choose_sampler"]
 
-SIMULATED_PERIODS = 1024
+Measured = Literal["gradient", "misa", "spectrum"]
+"""Names of the samplers of this file."""
+
+SIMULATED_PERIODS = 256
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,13 @@ class _Measured(Sampler):
         raise NotImplementedError
 
     def inclusion(self) -> tuple[float, ...]:
-        """Return π_l for equal gradients, simulated over 1024 periods; blocks of equal size share theirs."""
+        """Return π_l for equal gradients; simulated over 256 periods, unless all blocks have one size.
+
+        Units of equal size share theirs.
+        """
+        if len(set(self.budget.sizes)) == 1:
+            taken = len(self.budget.take(range(self.num_blocks)))
+            return (taken / self.num_blocks,) * self.num_blocks
         counts = [0] * self.num_blocks
         for drawn in simulate_draws(self, seed=0, periods=SIMULATED_PERIODS):
             for block in drawn:
@@ -195,7 +205,7 @@ class Spectrum(_Measured):
         return self.budget.take(shuffle(self._scores(statistics), key))
 
 
-MEASURED: dict[str, Callable[[Budget, tuple[int, ...]], Sampler]] = {
+MEASURED: dict[Measured, Callable[[Budget, tuple[int, ...]], Sampler]] = {
     "gradient": Gradient,
     "misa": Misa,
     "spectrum": Spectrum,
@@ -216,8 +226,9 @@ def choose_sampler(
     Raises:
         ValueError: as those two do.
     """
-    if isinstance(sampler, str) and sampler in MEASURED:
-        return MEASURED[sampler](budget or Budget.of_count(len(sizes), active), tuple(sizes))
+    for name, kind in MEASURED.items():
+        if name == sampler:
+            return kind(budget or Budget.of_count(len(sizes), active), tuple(sizes))
     if budget is None:
         return make_sampler(sampler, active, len(sizes))
     return make_unit_sampler(sampler, budget)

@@ -9,16 +9,19 @@ from torch import nn
 from lisatune.lisa.ends import Ends, EndsPolicy
 from lisatune.lisa.frozen_state import StatePolicy
 from lisatune.lisa.frozen_weights import FrozenWeights
+from lisatune.lisa.importance import Measured
 from lisatune.lisa.lisa import LISA
 from lisatune.lisa.proof import Verify
 from lisatune.lisa.rates import Scaling
 from lisatune.lisa.samplers import Independent, SamplerName
 from lisatune.methods.base import Alternatives, Method, halve
 from lisatune.methods.optimizers import build_optimizer, check_thaw
+from lisatune.methods.sampler_file import STUDIES, FromFile, describe_layers, read_sampler_file
 from lisatune.nn.coded import Masters
 from lisatune.nn.codes import Scales
 from lisatune.nn.layers import LayerMap, find_layers
 from lisatune.nn.nf4 import check_nf4
+from lisatune.nn.units import divide_blocks
 from lisatune.recipe import DataConfig, OptimizerConfig, RunConfig
 
 __all__ = ["AsLisa", "Lisa"]
@@ -41,11 +44,14 @@ class Lisa(Method):
     period: int | Literal["auto"] = 10
     """Optimizer steps between two draws, K in the paper. auto: every block trains at least twice."""
 
-    sampler: Literal[SamplerName, "weighted", "independent"] = "permutation"
-    """How blocks are drawn; `window`: neighbours. `weighted` and `independent` read `probabilities`."""
+    sampler: Literal[SamplerName, Measured, FromFile, "weighted", "independent"] = "permutation"
+    """How blocks are drawn. weighted, independent: `probabilities`; file, weight-norm, outlier: that file."""
 
     probabilities: tuple[float, ...] | None = None
     """One number per block, or unit, for the samplers `weighted` and `independent`."""
+
+    sampler_file: str | None = None
+    """JSON or safetensors with a probability per block: `lisatune study` writes it for `weight-norm`, …"""
 
     seed: int = 0
     """Seed of the draws alone."""
@@ -90,6 +96,15 @@ class Lisa(Method):
                 "weighted or independent"
             )
 
+        reads_file = self.sampler in ("file", *STUDIES)
+        if reads_file and self.sampler_file is None:
+            made = f", which lisatune study {STUDIES[self.sampler]} writes" if self.sampler in STUDIES else ""
+            raise ValueError(f"method.sampler {self.sampler} needs method.sampler_file{made}")
+        if not reads_file and self.sampler_file is not None:
+            raise ValueError(
+                f"method.sampler_file does nothing with method.sampler {self.sampler}; leave it out, or use "
+                "file, weight-norm or outlier"
+            )
         if self.unit == "module" and self.sampler == "window":
             raise ValueError(
                 "method.sampler window draws neighbouring blocks and does not know modules; use permutation, "
@@ -97,7 +112,9 @@ class Lisa(Method):
             )
 
     def check_mix(self, data: DataConfig, run: RunConfig) -> None:
-        """Refuse compiled blocks whose modules are drawn one by one."""
+        """Refuse compiled blocks whose modules are drawn one by one, and a bad `sampler_file`."""
+        if self.sampler_file is not None:
+            read_sampler_file(self.sampler_file, self.sampler)
         if self.unit == "module" and run.compile:
             raise ValueError(
                 "run.compile builds graphs of whole blocks, frozen or active, and method.unit: module trains "
@@ -154,7 +171,7 @@ class Lisa(Method):
             active=self.active,
             unit=self.unit,
             period=self.period,
-            sampler=self._sampler(),
+            sampler=self._sampler(model, layers),
             seed=self.seed,
             state=self.state,
             ends=self.ends,
@@ -190,7 +207,13 @@ class Lisa(Method):
             ),
         )
 
-    def _sampler(self) -> str | tuple[float, ...] | Independent:
+    def _sampler(self, model: nn.Module, layers: LayerMap) -> str | tuple[float, ...] | Independent:
+        if self.sampler_file is not None:
+            drawn = layers if self.unit == "block" else divide_blocks(layers, model)
+            file = read_sampler_file(self.sampler_file, self.sampler)
+            sizes = [sum(p.numel() for p in each.values()) for each in drawn.block_parameters(model)]
+            file.check_model(describe_layers(drawn.blocks, sizes))
+            return file.probabilities
         if self.sampler == "independent":
             assert self.probabilities is not None
             return Independent(self.probabilities)
