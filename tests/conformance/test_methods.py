@@ -72,7 +72,7 @@ SETTINGS = [
     *METHODS,
     "galore, rank: 4, gap: 5",  # the default rank is above every side of the tiny model
     "lisa, frozen_weights: int8, ends: frozen, master: disk",
-    "lisa, unit: module",
+    "lisa, unit: module, sampler: misa",
     "badam, switch_every: 3",  # by default it does not switch in so few steps
 ]
 

@@ -94,7 +94,8 @@ class LISA(BlockSchedule):
             average blocks have parameters; see `lisatune.nn.units` and `lisatune.lisa.budget`. Wherever
             LISA counts blocks, it counts these units then.
         sampler: "permutation", "uniform" (the paper's), "window" (γ neighbouring blocks), "ascending",
-            "descending" (in order), N probabilities for γ weighted distinct blocks, or a
+            "descending" (in order), "gradient", "misa" or "spectrum" (by what is measured of each block, see
+            `lisatune.lisa.importance`), N probabilities for γ weighted distinct blocks, or a
             `lisatune.lisa.samplers.Sampler` such as `Independent`, which decides γ itself. A sampler may draw
             by what training has measured of each block (`Sampler.reads`).
         seed: of the draws, which are equal on every rank and use no global RNG.

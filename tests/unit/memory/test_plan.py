@@ -83,6 +83,15 @@ def test_no_draw_of_units_needs_noticeably_more_than_planned(ends: str) -> None:
     assert planned.peak_bytes >= 0.98 * max(peaks)
 
 
+@pytest.mark.parametrize("sampler", ["gradient", "misa", "spectrum"])
+@pytest.mark.parametrize("unit", ["block", "module"])
+def test_a_sampler_that_reads_what_a_plan_cannot_measure_is_planned(sampler: str, unit: str) -> None:
+    planned = plan_memory(make_recipe(sampler=sampler, unit=unit), config=CONFIG)
+    even = plan_memory(make_recipe(unit=unit), config=CONFIG)
+    assert planned.kind == "traced"
+    assert planned.peak_bytes == pytest.approx(even.peak_bytes, rel=0.05)
+
+
 def test_draws_differ_in_memory_where_the_embedding_rests() -> None:
     recipe = make_recipe(ends="frozen")
     low, high = (plan_memory(recipe, config=CONFIG, blocks=blocks).peak_bytes for blocks in ((0, 1), (2, 3)))
