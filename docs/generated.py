@@ -27,7 +27,7 @@ FILE = re.compile(r"<!-- file: \.\./([\w.]+) -->")
 PICTURE = re.compile(r"^!\[(.*)\]\((?:\.\./)*pictures/([\w-]+)\.svg\)$", flags=re.MULTILINE)
 PUBLIC = (
     *("lisa", "nn", "optim", "losses", "data", "models"),
-    *("runs", "methods", "evaluate", "memory", "train", "compare"),
+    *("runs", "methods", "evaluate", "memory", "train", "study", "compare"),
 )
 
 
@@ -145,7 +145,7 @@ def commands() -> str:
 
     text = build_app().generate_docs(output_format="markdown")
     text = text[text.index("## lisatune ") :]
-    text = re.sub(r"lisatune (\w+) \1 ", r"lisatune \1 ", text)
+    text = re.sub(r"lisatune ((?:\w+ )+?)\1", r"lisatune \1", text)
     text = re.sub(r" ?\*\[default: (?:False|\"\"|None)\]\*", "", text)
     return re.sub(r"\*\*(\w+)\*\*:$", r"**\1**", text, flags=re.MULTILINE)
 

@@ -64,7 +64,7 @@ class ScheduledLisa(Lisa):  # type: ignore[misc]  # the experiment alone adds a 
 
     schedule: tuple[int, ...]
 
-    def _sampler(self) -> Any:
+    def _sampler(self, model: Any, layers: Any) -> Any:
         return Scheduled(NUM_BLOCKS, self.schedule)
 
 

@@ -88,6 +88,7 @@ SETTINGS = [
     "lisa, correction: lora",
     "lisa, correction: lora, correction_blocks: above, ends: frozen, lr_scaling: none",
     "lisa, correction: sign | max_grad_norm: null",
+    "lisa, unit: module, sampler: misa",
     "badam, switch_every: 3",  # by default it does not switch in so few steps
 ]
 

@@ -71,6 +71,7 @@ WAYS = {
     "bf16": ["run.precision=bf16"],
     "head": ["method.ends=head"],
     "every": ["method.ends=every:2"],
+    "modules": ["method.unit=module", "method.sampler=spectrum"],
     "full": ["method.name=full"],
 }
 REFUSED = {

@@ -45,6 +45,7 @@ PUBLIC = {
     "lisatune.evaluate": ("PRESETS", "evaluate_tasks", "generate_answers", "held_out_loss"),
     "lisatune.memory": ("find_fit", "measure", "plan_memory"),
     "lisatune.train": ("load_recipe", "train"),
+    "lisatune.study": ("study_norms", "study_outliers"),
     "lisatune.compare": ("read_results",),
     "lisatune.report": (),
     "lisatune.cli": ("main",),

@@ -201,6 +201,7 @@ def build_app() -> "App":
     from lisatune.cli.layers import layers
     from lisatune.cli.plan import plan
     from lisatune.cli.report import report
+    from lisatune.cli.study import norms, outliers
     from lisatune.console import terminal
 
     app = App(
@@ -220,6 +221,10 @@ def build_app() -> "App":
     app.command(plan, usage=usage.format("plan").replace("RECIPE", "[RECIPE | --model MODEL]"))
     app.command(compare, usage=usage.format("compare").replace("RECIPE", "[RECIPE | FOLDER]"))
     app.command(evaluate)
+    study = App(name="study", help="Measure what training does to each layer, for samplers to read.")
+    study.command(norms, usage=usage.format("study norms"))
+    study.command(outliers, usage=usage.format("study outliers"))
+    app.command(study)
     app.command(report, usage="Usage: lisatune report RUN… [OPTIONS]")
     app.command(layers)
     app.command(generate)

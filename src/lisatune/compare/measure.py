@@ -27,7 +27,7 @@ from lisatune.evaluate.held_out import held_out_loss
 from lisatune.files.disk import replace_file
 from lisatune.lisa.statistics import measure_movement
 from lisatune.losses.causal_lm import CausalLMLoss
-from lisatune.memory.plan import find_costly_draws
+from lisatune.memory.costly_draws import list_costly_draws
 from lisatune.memory.tracker import measure as measure_memory
 from lisatune.methods.build import weight_dtype
 from lisatune.models.load import load_model, load_tokenizer
@@ -181,7 +181,7 @@ def _measure_step(recipe: Recipe) -> MemoryResult:
     draws: list[tuple[int, ...] | None] = [None]
     built = parts.built
     if possible := built.schedule.possible_draws(parts.data.steps):
-        draws = [*find_costly_draws(possible, built.block_sizes(), ends_rest=built.schedule.ends_rest)]
+        draws = [*list_costly_draws(possible, built)]
     results = {}
     with measure_memory(parts.built.model, parts.built.step.optimizer) as measured:
         for draw in draws:
@@ -197,7 +197,7 @@ def _measure_step(recipe: Recipe) -> MemoryResult:
     longest = max(batch["input_ids"].shape[1] for batch in batches)
     how = f"live tensors in a separate step on the batches of step {step}, {longest} tokens at the longest"
     if draw is not None:
-        how += f", blocks {ranges_text(draw)} active"
+        how += f", {built.schedule.word}s {ranges_text(draw)} active"
     return MemoryResult(
         how=how + (", not compiled" if recipe.run.compile else ""),
         peak_bytes=result.peak_bytes,

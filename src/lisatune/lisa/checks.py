@@ -17,6 +17,7 @@ from lisatune.optim.adamw import AdamW
 
 __all__ = [
     "check_parameters",
+    "refuse_compiled_blocks",
     "refuse_second",
     "refuse_unsharded",
     "unwrap_optimizer",
@@ -190,21 +191,36 @@ def refuse_unsharded(model: nn.Module) -> None:
 
 
 def warn_of_untrained_blocks(
-    chances: Sequence[float], visits: Sequence[int], total_steps: int, period: int
+    chances: Sequence[float], visits: Sequence[int], total_steps: int, period: int, word: str = "block"
 ) -> None:
-    """Warn of blocks that could be drawn, and will not be in a run of `total_steps`.
+    """Warn of blocks or units that could be drawn, and will not be in a run of `total_steps`.
 
     Args:
         chances: of each block to train in a period.
         visits: in how many periods of the run each block will train.
+        word: what they are called.
     """
     never = [i for i, count in enumerate(visits) if count == 0 and chances[i] > 0]
     if never and any(visits):
         warnings.warn(
-            f"{len(never)} of {len(visits)} blocks will never train in {total_steps} steps with "
+            f"{len(never)} of {len(visits)} {word}s will never train in {total_steps} steps with "
             f"period={period}: {', '.join(map(str, never))}; "
             f"lower `period` (or 'auto'), raise `active`, or train longer",
             stacklevel=3,
+        )
+
+
+def refuse_compiled_blocks(model: nn.Module) -> None:
+    """Refuse blocks that are compiled, if their modules are drawn one by one: each draw would compile anew.
+
+    Raises:
+        ValueError: a block is compiled.
+    """
+    ways = [vars(module)["_block_forward"] for module in model.modules() if "_block_forward" in vars(module)]
+    if any(way.compiled for way in ways):
+        raise ValueError(
+            "blocks are compiled as a whole, frozen or active, and unit module trains parts of them, so each "
+            "draw would compile anew; do not compile, or use unit block"
         )
 
 

@@ -37,8 +37,10 @@ from torch.optim import Optimizer
 
 from lisatune.distributed import ranks
 from lisatune.distributed.shards import reshard
+from lisatune.lisa.budget import Budget
 from lisatune.lisa.checks import (
     check_parameters,
+    refuse_compiled_blocks,
     refuse_second,
     refuse_unsharded,
     unwrap_optimizer,
@@ -47,30 +49,26 @@ from lisatune.lisa.checks import (
     warn_of_untrained_blocks,
 )
 from lisatune.lisa.correction import Correction, FrozenCorrection
+from lisatune.lisa.draws import choose_period, count_visits, draw_blocks, simulate_draws
 from lisatune.lisa.ends import Ends, EndsPolicy
 from lisatune.lisa.frozen_state import FrozenState, StatePolicy
 from lisatune.lisa.frozen_weights import FrozenWeights
 from lisatune.lisa.group_state import GroupState
+from lisatune.lisa.importance import Spectrum, choose_sampler
 from lisatune.lisa.low_rank import LowRankCorrection
 from lisatune.lisa.moved_share import MovedShare
 from lisatune.lisa.other_steps import OtherSteps
 from lisatune.lisa.proof import Proof, Verify, describe_proof
 from lisatune.lisa.rates import Scaling, StepRates, mark_as_scaled
-from lisatune.lisa.samplers import (
-    Independent,
-    Sampler,
-    choose_period,
-    count_visits,
-    draw_blocks,
-    make_sampler,
-    simulate_draws,
-)
+from lisatune.lisa.samplers import Independent, Sampler
 from lisatune.lisa.schedule import BlockSchedule, find_extreme_draws
 from lisatune.lisa.sign import SignCorrection
+from lisatune.lisa.spectrum import measure_spectra
 from lisatune.lisa.statistics import PER_STEP, Collector
 from lisatune.nn.blocks import watch_compiling
 from lisatune.nn.coded import Masters
 from lisatune.nn.layers import LayerMap, find_layers
+from lisatune.nn.units import UnitMap, divide_blocks
 from lisatune.optim.adamw import AdamW
 from lisatune.optim.meter import host_state, state_bytes, tensors_bytes
 
@@ -95,8 +93,12 @@ class LISA(BlockSchedule):
         active: γ, blocks that train at once, 0 <= γ <= N. γ = N is full fine-tuning, γ = 0 trains the ends.
         period: K, optimizer steps between two draws, or "auto": as long as possible, at most 50, such that
             every block trains twice in `total_steps`.
+        unit: "block", or "module": each linear layer of a block is drawn on its own, as many at a time as γ
+            average blocks have parameters; see `lisatune.nn.units` and `lisatune.lisa.budget`. Wherever
+            LISA counts blocks, it counts these units then.
         sampler: "permutation", "uniform" (the paper's), "window" (γ neighbouring blocks), "ascending",
-            "descending" (in order), N probabilities for γ weighted distinct blocks, or a
+            "descending" (in order), "gradient", "misa" or "spectrum" (by what is measured of each block, see
+            `lisatune.lisa.importance`), N probabilities for γ weighted distinct blocks, or a
             `lisatune.lisa.samplers.Sampler` such as `Independent`, which decides γ itself. A sampler may draw
             by what training has measured of each block (`Sampler.reads`).
         seed: of the draws, which are equal on every rank and use no global RNG.
@@ -149,6 +151,7 @@ class LISA(BlockSchedule):
         optimizer: Optimizer,
         *,
         active: int = 2,
+        unit: Literal["block", "module"] = "block",
         period: int | Literal["auto"] = 10,
         sampler: str | Sequence[float] | Sampler = "permutation",
         seed: int = 0,
@@ -164,6 +167,7 @@ class LISA(BlockSchedule):
         layers: LayerMap | None = None,
     ) -> None:
         _check_choice("state", state, get_args(StatePolicy))
+        _check_choice("unit", unit, ("block", "module"))
         policy = EndsPolicy.parse(ends)
         corrects = Correction.parse(correction)
         _check_choice("verify", verify, get_args(Verify))
@@ -173,8 +177,15 @@ class LISA(BlockSchedule):
         self._model = model
         optimizer = unwrap_optimizer(model, optimizer)
         refuse_second(model, optimizer, _attached)
-        self.layers = find_layers(model) if layers is None else layers
-        self.sampler = make_sampler(sampler, active, self.layers.num_blocks)
+        layers = find_layers(model) if layers is None else layers
+        self.unit = unit
+        if unit == "module":
+            refuse_compiled_blocks(model)
+        self.layers: LayerMap = layers if unit == "block" else divide_blocks(layers, model)
+        drawn = self.layers.block_parameters(model)
+        sizes = [sum(p.numel() for p in each.values() if p.requires_grad) for each in drawn]
+        self._budget = None if unit == "block" else Budget.of_blocks(sizes, active, layers.num_blocks)
+        self.sampler = choose_sampler(sampler, active, sizes, self._budget)
         self.seed, self.state, self.verify = seed, state, verify
         self.warmup, self.lr_scaling = warmup, lr_scaling
         self.period: int = _choose_period(period, self.sampler, seed, total_steps)
@@ -205,8 +216,15 @@ class LISA(BlockSchedule):
         if self._frozen_weights is None and frozen_weights != "exact":
             self._frozen_weights = FrozenWeights(model, self.layers, frozen_weights, masters=masters)
         coded = self._frozen_weights
+        exact = nn.Parameter.detach if coded is None else coded.exact
         self._collector = (
-            Collector(self._blocks, self.sampler.reads, None if coded is None else coded.exact)
+            Collector(
+                self._blocks,
+                self.sampler.reads,
+                exact,
+                keeps=self.sampler.keeps,
+                spectra=lambda: measure_spectra(drawn, exact),
+            )
             if self.sampler.reads
             else None
         )
@@ -224,7 +242,8 @@ class LISA(BlockSchedule):
             p: p.requires_grad for p in (*self._ends.parameters, *self._others, *sum(self._blocks, ()))
         }
 
-        self._rates = StepRates(optimizer, self._blocks, self.sampler, lr_scaling, warmup)
+        chances = [1.0] * len(self._blocks) if lr_scaling == "none" else self._find_chances()
+        self._rates = StepRates(optimizer, self._blocks, chances, lr_scaling, warmup)
         self.steps_done = 0
         """Optimizer steps that were made."""
         self.visits = [0] * self.layers.num_blocks
@@ -254,7 +273,7 @@ class LISA(BlockSchedule):
         self._draw()
         if total_steps is not None:
             counts = self.planned_visits(total_steps)
-            warn_of_untrained_blocks(self.sampler.inclusion(), counts, total_steps, self.period)
+            warn_of_untrained_blocks(self._find_chances(), counts, total_steps, self.period, self.word)
 
     # ---- what users read
 
@@ -284,14 +303,20 @@ class LISA(BlockSchedule):
         return not self.sampler.reads
 
     def describe(self) -> dict[str, Any]:
-        """Return the number of the current period and its blocks."""
-        return {"period": self.period_index, "active_blocks": self.active_blocks}
+        """Return the number of the current period and its blocks; of units also the blocks they are in."""
+        drawn: dict[str, Any] = {"period": self.period_index, "active_blocks": self.active_blocks}
+        if isinstance(self.layers, UnitMap):
+            of_block = self.layers.of_block
+            drawn["active_units"] = self.active_blocks
+            drawn["active_blocks"] = tuple(sorted({of_block[unit] for unit in self.active_blocks}))
+        return drawn
 
     def summarize(self) -> dict[str, Any]:
         """Return each block's visits, how far the run is proven, in words, and the share that moved."""
         share = {} if self.moved_share is None else {"moved_share": round(self.moved_share, 4)}
         resting, rest = self.layers.num_blocks - len(self.active_blocks), self.steps_done % self.period
-        return {"visits": self.visits, "proof": self._describe_proof(resting, rest), **share}
+        names = {"units": list(self.layers.blocks)} if self.unit == "module" else {}
+        return {"visits": self.visits, "proof": self._describe_proof(resting, rest), **names, **share}
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return what trains in this period: the ends, the active blocks, and adapters of a correction."""
@@ -326,7 +351,8 @@ class LISA(BlockSchedule):
         """Return the draws of a run; for a sampler that reads statistics, the costliest possible ones."""
         if self.sampler.reads:
             sizes = [sum(p.numel() for p in block) for block in self._blocks]
-            return find_extreme_draws(sizes, len(self.active_blocks))
+            most = None if self._budget is None else self._budget.most
+            return find_extreme_draws(sizes, len(self.active_blocks), most=most)
         periods = min(-(-total_steps // self.period), MOST_PERIODS)
         return set(simulate_draws(self.sampler, seed=self.seed, periods=periods))
 
@@ -499,6 +525,12 @@ class LISA(BlockSchedule):
                 self._collector.end_period(self.active_blocks)
             self._draw()
 
+    def _find_chances(self) -> Sequence[float]:
+        """Return each block's chance to train in a period."""
+        if isinstance(self.sampler, Spectrum) and self._collector is not None:
+            return self.sampler.inclusion(self._collector.statistics(()))
+        return self.sampler.inclusion()
+
     def _find_thawed(self) -> list[nn.Parameter]:
         """Return parameters of blocks that were frozen or lost their state, and of ends that may rest."""
         stayed = () if self.period_index == 0 or self.state == "reset" else self.previous_blocks
@@ -509,24 +541,27 @@ class LISA(BlockSchedule):
     # ---- proof
 
     def _name_layers(self) -> dict[str, Sequence[nn.Parameter]]:
-        blocks = {f"block {i}": block for i, block in enumerate(self._blocks)}
+        blocks = {self._name(i): block for i, block in enumerate(self._blocks)}
         adapters = {} if self._correction is None else self._correction.layers()
         return {**blocks, "ends": self._ends.parameters, "frozen part": self._others, **adapters}
 
     def _name_moving(self) -> set[str]:
         """Return the names of the layers that train in this period."""
-        moving = {f"block {i}" for i in self.active_blocks} | ({"ends"} if self.ends_train else set())
+        moving = {self._name(i) for i in self.active_blocks} | ({"ends"} if self.ends_train else set())
         return moving if self._correction is None else moving | self._correction.moving(self.active_blocks)
 
     def _name_unproven(self) -> set[str]:
         """Return the names of the layers that may move or not."""
         if self._correction is None or not self._correction.moves_frozen:
             return set()
-        return {f"block {i}" for i in range(len(self._blocks)) if i not in self.active_blocks}
+        return {self._name(i) for i in range(len(self._blocks)) if i not in self.active_blocks}
+
+    def _name(self, index: int) -> str:
+        return f"block {index}" if self.unit == "block" else self.layers.blocks[index]
 
     def _describe_proof(self, resting: int, rest: int) -> str:
         says = "" if self._correction is None else self._correction.says
-        return describe_proof(self._proof, resting, rest, says)
+        return describe_proof(self._proof, resting, rest, says, self.word)
 
     def _find_updated(self) -> Set[nn.Parameter]:
         """Return the parameters that backward has updated; their gradients are gone."""
@@ -538,6 +573,7 @@ class LISA(BlockSchedule):
 
     def _collect_settings(self) -> dict[str, Any]:
         return {
+            "unit": self.unit,
             "blocks": self.layers.num_blocks,
             "sampler": repr(self.sampler),
             "period": self.period,
@@ -573,8 +609,9 @@ class LISA(BlockSchedule):
             )
         self._rates.restore()
         saved = state_dict["lisa"]
-        # Older versions did not scale, and did not correct.
-        settings = {"lr_scaling": self.lr_scaling, "correction": "none", **saved["settings"]}
+        # Older versions did not scale, did not correct, and drew blocks.
+        older = {"lr_scaling": self.lr_scaling, "correction": "none", "unit": "block"}
+        settings = {**older, **saved["settings"]}
         differing = [
             f"{key}: saved {settings.get(key)}, now {value}"
             for key, value in self._collect_settings().items()
@@ -605,6 +642,8 @@ class LISA(BlockSchedule):
         self.previous_blocks = tuple(before or ())
         if self._collector is not None:
             self._collector.load_state_dict(self._saved["statistics"])
+            if isinstance(self.sampler, Spectrum):
+                self._rates.set_chances(self._find_chances())
         if self._correction is not None:
             self._correction.load_state_dict(self._saved["correction"])
         self.visits = list(self._saved["visits"])

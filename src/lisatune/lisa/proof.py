@@ -195,7 +195,9 @@ class Proof:
             return torch.stack([each.cpu() for each in prints])
 
 
-def describe_proof(proof: Proof | None, resting: int, rest: int, correction: str = "") -> str:
+def describe_proof(
+    proof: Proof | None, resting: int, rest: int, correction: str = "", word: str = "block"
+) -> str:
     """Say how far a run is proven.
 
     Args:
@@ -203,6 +205,7 @@ def describe_proof(proof: Proof | None, resting: int, rest: int, correction: str
         resting: blocks that were frozen.
         rest: steps that came after the last complete period.
         correction: what is said of corrected blocks.
+        word: what is drawn, block or module.
     """
     if proof is None:
         return "none taken: method.verify is off"
@@ -213,7 +216,7 @@ def describe_proof(proof: Proof | None, resting: int, rest: int, correction: str
     read = "" if proof.verify == "full" else " in a moving sample"
     others = correction if correction.startswith("others") else f"{resting} others bit-identical{read}"
     besides = f"; {correction}" if correction and others != correction else ""
-    return f"{periods}{tail}: drawn blocks moved{moved}, {others}{besides}"
+    return f"{periods}{tail}: drawn {word}s moved{moved}, {others}{besides}"
 
 
 def fingerprint(parameters: Sequence[Tensor], *, sample: int | None = None) -> Tensor:

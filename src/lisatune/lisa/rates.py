@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lisatune.distributed import ranks
-from lisatune.lisa.samplers import Sampler
 
 __all__ = ["MARK", "Scaling", "StepRates", "compute_lr_factors", "mark_as_scaled", "scale_block_lr"]
 
@@ -97,7 +96,7 @@ class StepRates:
     Args:
         optimizer: its `step` is wrapped, to put the groups back if it raises.
         blocks: the parameters of each block.
-        sampler: its `inclusion()` is each block's chance to train.
+        chances: each block's chance to train in a period.
         scaling: how the factor of a block follows from its chance.
         warmup: steps of a period over which rates of thawed layers ramp up; 0 leaves them as they are.
 
@@ -110,7 +109,7 @@ class StepRates:
         self,
         optimizer: Optimizer,
         blocks: Sequence[tuple[nn.Parameter, ...]],
-        sampler: Sampler,
+        chances: Sequence[float],
         scaling: Scaling,
         warmup: int,
     ) -> None:
@@ -119,21 +118,25 @@ class StepRates:
                 f"warmup needs a learning rate to ramp, and {type(optimizer).__name__} has lr=None; "
                 "give it one, or set warmup=0"
             )
-        chances = [1.0] * len(blocks) if scaling == "none" else sampler.inclusion()
         if len(chances) != len(blocks):
             raise ValueError(
                 f"the sampler's inclusion() gives {len(chances)} chances for {len(blocks)} blocks; give one "
                 "per block"
             )
         self._optimizer, self._blocks, self._warmup = optimizer, blocks, warmup
-        self._of_block = compute_lr_factors(chances, scaling)
-        pairs = zip(blocks, self._of_block, strict=True)
-        self._factors = {p: factor for block, factor in pairs for p in block if factor != 1}
+        self._scaling = scaling
+        self.set_chances(chances)
         self._groups: list[Group] = []
         self._swapped: list[tuple[Group, list[Group], list[Group]]] = []
         """Groups, the parts that stand for them, and copies of the parts as they were put in."""
         self._step = self._guard_step()
         self._announce()
+
+    def set_chances(self, chances: Sequence[float]) -> None:
+        """Scale by other chances from now on, not inside a step."""
+        self._of_block = compute_lr_factors(chances, self._scaling)
+        pairs = zip(self._blocks, self._of_block, strict=True)
+        self._factors = {p: factor for block, factor in pairs for p in block if factor != 1}
 
     def factor(self, block: int) -> float:
         """Return what the rate in the param group of a block is multiplied by in a step."""

@@ -18,16 +18,14 @@ import hashlib
 import math
 import random
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from lisatune.lisa.statistics import BlockStatistics, Readable
+from lisatune.lisa.statistics import Readable
 
 __all__ = [
     "Cyclic",
@@ -38,17 +36,12 @@ __all__ = [
     "Uniform",
     "Weighted",
     "Window",
-    "choose_period",
-    "count_visits",
-    "draw_blocks",
     "make_sampler",
-    "simulate_draws",
+    "shuffle",
 ]
 
 SamplerName = Literal["permutation", "uniform", "window", "ascending", "descending"]
 """A sampler that draws γ of N blocks and has no other parameter."""
-
-LONGEST_AUTO_PERIOD = 50
 
 
 class Sampler(ABC):
@@ -63,6 +56,7 @@ class Sampler(ABC):
     update norms in the first period.
 
     Example:
+        >>> from lisatune.lisa.draws import simulate_draws
         >>> class LeastVisited(Sampler):
         ...     reads = ("visits",)
         ...
@@ -85,6 +79,9 @@ class Sampler(ABC):
 
     reads: tuple[Readable, ...] = ()
     """What `draw` reads of each block. If empty, `draw` is called without `statistics`."""
+
+    keeps: float = 0.8
+    """Share of the old value that `gradient_average` keeps at the end of a period, 0 <= keeps < 1."""
 
     @abstractmethod
     def draw(self, period: int, *, seed: int) -> tuple[int, ...]:
@@ -122,7 +119,7 @@ class Uniform(_Even):
 
     def draw(self, period: int, *, seed: int) -> tuple[int, ...]:
         """Return the first γ blocks of a shuffle keyed by (seed, period)."""
-        return tuple(sorted(_shuffle((1.0,) * self.num_blocks, f"{seed}/{period}")[: self.active]))
+        return tuple(sorted(shuffle((1.0,) * self.num_blocks, f"{seed}/{period}")[: self.active]))
 
 
 @dataclass(frozen=True)
@@ -137,7 +134,7 @@ class Permutation(_Even):
         if self.active == 0:
             return ()
         pass_index, slot = divmod(period, math.ceil(self.num_blocks / self.active))
-        order = _shuffle((1.0,) * self.num_blocks, f"{seed}/pass {pass_index}")
+        order = shuffle((1.0,) * self.num_blocks, f"{seed}/pass {pass_index}")
         first = slot * self.active
         return tuple(sorted((order + order)[first : first + self.active]))
 
@@ -154,7 +151,7 @@ class Window(_Even):
         """Return window number `period mod ⌈N/γ⌉` of the pass that `period` falls into."""
         windows = self._windows()
         pass_index, slot = divmod(period, len(windows))
-        return tuple(windows[_shuffle((1.0,) * len(windows), f"{seed}/pass {pass_index}")[slot]])
+        return tuple(windows[shuffle((1.0,) * len(windows), f"{seed}/pass {pass_index}")[slot]])
 
     def inclusion(self) -> tuple[float, ...]:
         """Return the share of the windows that hold each block."""
@@ -206,7 +203,7 @@ class Weighted(Sampler):
 
     def draw(self, period: int, *, seed: int) -> tuple[int, ...]:
         """Return the first γ blocks of a weighted shuffle keyed by (seed, period)."""
-        return tuple(sorted(_shuffle(self.probabilities, f"{seed}/{period}")[: self.active]))
+        return tuple(sorted(shuffle(self.probabilities, f"{seed}/{period}")[: self.active]))
 
     def inclusion(self) -> tuple[float, ...]:
         r"""Return π_l = ∫₀¹ P(fewer than γ other clocks ring before T_l = -ln(v)/p_l) dv.
@@ -265,80 +262,12 @@ def make_sampler(sampler: str | Sequence[float] | Sampler, active: int, num_bloc
         for name, kind in NAMED.items():
             if name == sampler:
                 return kind(num_blocks, active)
-        names = ", ".join(map(repr, NAMED))
+        names = ", ".join(map(repr, (*NAMED, "gradient", "misa", "spectrum")))
         raise ValueError(f"unknown sampler {sampler!r}; use {names} or one probability per block")
     given = sampler.num_blocks if isinstance(sampler, Sampler) else len(sampler)
     if given != num_blocks:
         raise ValueError(f"got {given} probabilities for {num_blocks} blocks; give one per block")
     return sampler if isinstance(sampler, Sampler) else Weighted(tuple(sampler), active)
-
-
-def draw_blocks(
-    sampler: Sampler, period: int, *, seed: int, statistics: BlockStatistics | None = None
-) -> tuple[int, ...]:
-    """Draw the blocks of a period, with the statistics if the sampler reads any.
-
-    If `statistics` is None, a sampler that reads them gets norms of 1 and 0 visits for every block.
-    """
-    draw: Any = sampler.draw
-    if not sampler.reads:
-        return tuple(draw(period, seed=seed))
-    with unset_fake_temporarily():  # a sampler reads real numbers, also in a memory plan
-        return tuple(
-            draw(period, seed=seed, statistics=statistics or _make_even_statistics(sampler, Counter()))
-        )
-
-
-def simulate_draws(sampler: Sampler, *, seed: int, periods: int) -> Iterator[tuple[int, ...]]:
-    """Yield the blocks of the first `periods` periods: exact, unless the sampler reads statistics.
-
-    For a sampler that reads them, every norm is 1 and visits are those of the draws before.
-    """
-    counts: Counter[int] = Counter()
-    for period in range(periods):
-        statistics = _make_even_statistics(sampler, counts) if sampler.reads else None
-        drawn = draw_blocks(sampler, period, seed=seed, statistics=statistics)
-        counts.update(drawn)
-        yield drawn
-
-
-def count_visits(sampler: Sampler, *, seed: int, periods: int) -> tuple[int, ...]:
-    """Count how often each block is drawn in the first `periods` periods; see `simulate_draws`."""
-    draws = simulate_draws(sampler, seed=seed, periods=periods)
-    counts = Counter(block for drawn in draws for block in drawn)
-    return tuple(counts[block] for block in range(sampler.num_blocks))
-
-
-def choose_period(sampler: Sampler, *, seed: int, total_steps: int) -> int:
-    """Choose K: the longest period, at most 50, with which every block that can be drawn trains twice.
-
-    It is 1 if `total_steps` are too few for that.
-
-    Raises:
-        ValueError: `total_steps` is below 1.
-    """
-    if total_steps < 1:
-        raise ValueError(f"total_steps must be >= 1, got {total_steps}")
-    wanting = {block: 2 for block, chance in enumerate(sampler.inclusion()) if chance > 0}
-    periods = 0
-    for drawn in simulate_draws(sampler, seed=seed, periods=total_steps):
-        if not wanting:
-            break
-        for block in drawn:
-            wanting[block] = wanting.get(block, 0) - 1
-        wanting = {block: left for block, left in wanting.items() if left > 0}
-        periods += 1
-    return max(1, min(total_steps // max(periods, 1), LONGEST_AUTO_PERIOD))
-
-
-def _make_even_statistics(sampler: Sampler, counts: Mapping[int, int]) -> BlockStatistics:
-    """Make statistics in which only the visits differ between blocks."""
-    with unset_fake_temporarily():
-        read = {name: torch.ones(sampler.num_blocks, dtype=torch.float64) for name in sampler.reads}
-        if "visits" in read:
-            numbers = [counts.get(block, 0) for block in range(sampler.num_blocks)]
-            read["visits"] = torch.tensor(numbers, dtype=torch.float64)
-    return BlockStatistics(**read)
 
 
 @lru_cache(maxsize=8)
@@ -377,8 +306,11 @@ def _take_probabilities(sampler: "Weighted | Independent", *, most: float) -> No
 
 
 @lru_cache(maxsize=4)
-def _shuffle(weights: tuple[float, ...], key: str) -> tuple[int, ...]:
-    """Return the blocks with weight > 0 in the order of their clocks. Cached: a pass uses one shuffle."""
+def shuffle(weights: tuple[float, ...], key: str) -> tuple[int, ...]:
+    """Return the blocks with weight > 0 in the order of their clocks, a pure function of weights and key.
+
+    Cached, because a pass uses one shuffle.
+    """
     rng = _make_rng(key)
     clocks = [(-math.log(1.0 - rng.random()) / w if w > 0 else math.inf, i) for i, w in enumerate(weights)]
     return tuple(i for _, i in sorted(clocks) if weights[i] > 0)

@@ -8,6 +8,9 @@ full fine-tuning, or adapters beside frozen weights.
 from collections.abc import Sequence
 from typing import Any
 
+from lisatune.nn.layers import LayerMap
+from lisatune.nn.units import UnitMap
+
 __all__ = ["BlockSchedule", "find_extreme_draws"]
 
 
@@ -24,6 +27,14 @@ class BlockSchedule:
 
     active_blocks: tuple[int, ...] | None = None
     """Blocks that train now, in rising order; None if which blocks train never changes."""
+
+    layers: LayerMap | None = None
+    """What indices of blocks count: blocks, or units (`lisatune.nn.units`). None: the model's blocks."""
+
+    @property
+    def word(self) -> str:
+        """What one index counts: "block" or "unit"."""
+        return "unit" if isinstance(self.layers, UnitMap) else "block"
 
     @property
     def ends_rest(self) -> bool:
@@ -86,7 +97,7 @@ class BlockSchedule:
         return 0
 
 
-def find_extreme_draws(sizes: Sequence[int], active: int) -> set[tuple[int, ...]]:
+def find_extreme_draws(sizes: Sequence[int], active: int, *, most: int | None = None) -> set[tuple[int, ...]]:
     """Return extremes among all draws of γ blocks, for a schedule that does not know its draws beforehand.
 
     They are the largest blocks, and among blocks of equal size the highest, the lowest, and block 0 with the
@@ -95,11 +106,23 @@ def find_extreme_draws(sizes: Sequence[int], active: int) -> set[tuple[int, ...]
     Args:
         sizes: parameters of each block.
         active: γ, 0 <= γ <= number of blocks.
+        most: draws hold as many units as fit into this number of parameters, not γ.
     """
     blocks = range(len(sizes))
+
+    def take(order: Sequence[int]) -> list[int]:
+        if most is None:
+            return list(order[:active])
+        taken, left = [], most
+        for block in order:
+            if sizes[block] <= left:
+                taken.append(block)
+                left -= sizes[block]
+        return taken
+
     highest = sorted(blocks, key=lambda block: (sizes[block], block), reverse=True)
     lowest = sorted(blocks, key=lambda block: (-sizes[block], block))
-    chosen = [highest[:active], lowest[:active]]
+    chosen = [take(highest), take(lowest)]
     if active:
-        chosen.append([0, *[block for block in highest if block][: active - 1]])
+        chosen.append(take([0, *[block for block in highest if block]]))
     return {tuple(sorted(draw)) for draw in chosen}

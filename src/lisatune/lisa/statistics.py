@@ -5,9 +5,13 @@ sampler does not name is not collected. For a block l with weights θ_l and grad
 L2 norm over all parameters of the block:
 
     visits         periods in which it has trained
+    idle           periods since it trained last; since the start of training, if it never has
     weight norm    ‖θ_l‖ at the end of the last period in which it trained; before that, at the start
     gradient norm  √(mean over the steps of that period of ‖g_l‖²), after clipping
     update norm    √(mean over the steps of that period of ‖Δθ_l‖²), where Δθ_l is one step's change
+    average        gradient_average: A_l ← keeps A_l + (1 - keeps) m after each of its periods, where m is
+                   the mean of ‖g_l‖ over the steps; at first m. `keeps` is the sampler's
+    spectrum       signal-to-noise ratio of θ_l (`lisatune.lisa.spectrum`), once, when LISA is attached
 
 The gradient and update norms of a block that has not trained yet are NaN. On several ranks a norm is that of
 the whole block, so all ranks read equal numbers.
@@ -32,10 +36,12 @@ from lisatune.nn.layers import find_layers
 
 __all__ = ["PER_STEP", "BlockStatistics", "Collector", "Readable", "measure_movement"]
 
-Readable = Literal["visits", "weight_norm", "gradient_norm", "update_norm"]
+Readable = Literal[
+    "visits", "weight_norm", "gradient_norm", "update_norm", "idle", "gradient_average", "spectrum"
+]
 """What a sampler may name in `reads`."""
 
-PER_STEP = ("gradient_norm", "update_norm")
+PER_STEP = ("gradient_norm", "gradient_average", "update_norm")
 """Numbers that are collected in every step, from the gradients or from the update."""
 
 
@@ -47,9 +53,12 @@ class BlockStatistics:
     """
 
     visits: Tensor | None = None
+    idle: Tensor | None = None
     weight_norm: Tensor | None = None
     gradient_norm: Tensor | None = None
+    gradient_average: Tensor | None = None
     update_norm: Tensor | None = None
+    spectrum: Tensor | None = None
 
 
 class Collector:
@@ -59,6 +68,8 @@ class Collector:
         blocks: the parameters of each block.
         reads: the numbers to collect, each a `Readable`.
         exact: returns the numbers of a parameter that may be frozen. Default: the parameter.
+        keeps: share of the old value that `gradient_average` keeps.
+        spectra: measures the spectrum of each block.
 
     Raises:
         ValueError: `reads` names something that is not collected.
@@ -69,12 +80,15 @@ class Collector:
         blocks: Sequence[Sequence[nn.Parameter]],
         reads: Sequence[str],
         exact: Callable[[nn.Parameter], Tensor] | None = None,
+        *,
+        keeps: float = 0.0,
+        spectra: Callable[[], Sequence[float]] | None = None,
     ) -> None:
         for name in reads:
             if name not in get_args(Readable):
                 known = ", ".join(get_args(Readable))
                 raise ValueError(f"a sampler cannot read {name!r}; it can read {known}")
-        self._blocks, self._reads = blocks, tuple(reads)
+        self._blocks, self._reads, self._keeps = blocks, tuple(reads), keeps
         self._exact = exact or (lambda parameter: parameter)
         with unset_fake_temporarily():  # a sampler reads real numbers, also in a memory plan
             self._norms = {
@@ -82,6 +96,10 @@ class Collector:
                 for name in reads
                 if name != "visits"
             }
+            if "idle" in reads:
+                self._norms["idle"].zero_()
+            if "spectrum" in reads and spectra is not None:
+                self._norms["spectrum"] = torch.tensor(spectra(), dtype=torch.float64)
         self._squares: dict[str, dict[int, Tensor]] = {name: {} for name in PER_STEP if name in reads}
         self._steps = 0
         self._before: dict[nn.Parameter, Tensor] = {}
@@ -100,6 +118,9 @@ class Collector:
             parameters = self._blocks[block]
             if "gradient_norm" in self._reads:
                 self._add("gradient_norm", block, [p.grad for p in parameters if p.grad is not None])
+            if "gradient_average" in self._reads:
+                gradients = [p.grad for p in parameters if p.grad is not None]
+                self._add("gradient_average", block, gradients, power=0.5)
             if "update_norm" in self._reads:
                 self._add("update_norm", block, [self._before.pop(p).sub_(p.detach()) for p in parameters])
         self._before = {}
@@ -109,11 +130,21 @@ class Collector:
         for name, squares in self._squares.items():
             for block in active:
                 if block in squares:
-                    self._norms[name][block] = math.sqrt(float(squares[block]) / self._steps)
+                    mean = float(squares[block]) / self._steps
+                    self._norms[name][block] = (
+                        self._average(block, mean) if name == "gradient_average" else math.sqrt(mean)
+                    )
             squares.clear()
+        if "idle" in self._reads:
+            self._norms["idle"] += 1
+            self._norms["idle"][list(active)] = 0
         if "weight_norm" in self._reads:
             self._measure_weights(active)
         self._steps = 0
+
+    def _average(self, block: int, mean: float) -> float:
+        before = float(self._norms["gradient_average"][block])
+        return mean if math.isnan(before) else self._keeps * before + (1 - self._keeps) * mean
 
     def statistics(self, visits: Sequence[int]) -> BlockStatistics:
         """Return the numbers that the sampler reads.
@@ -158,9 +189,10 @@ class Collector:
             if has_values(norm):  # NaN stays for a model that has only shapes
                 self._norms["weight_norm"][block] = float(norm)
 
-    def _add(self, name: str, block: int, tensors: Sequence[Tensor]) -> None:
+    def _add(self, name: str, block: int, tensors: Sequence[Tensor], power: float = 1.0) -> None:
         if tensors:
             squared = _compute_squared_norm(tensors)
+            squared = squared if power == 1 else squared**power
             known = self._squares[name].get(block)
             self._squares[name][block] = squared if known is None else known + squared
 

@@ -8,7 +8,7 @@ the live tensors. Memory outside of tensors comes on top: `RESERVE_BYTES` and `R
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +22,7 @@ from lisatune.distributed.shards import part_to_update, shard
 from lisatune.lisa.correction import count_trainable, find_correction
 from lisatune.lisa.frozen_weights import ShapeMasters
 from lisatune.losses.causal_lm import CausalLMLoss
+from lisatune.memory.costly_draws import list_costly_draws
 from lisatune.memory.equal_blocks import FewerBlocks, set_aside
 from lisatune.memory.estimate import divide_among_ranks, estimate_step, explain_untraced
 from lisatune.memory.fake import fake_storage, fake_tensors, norms_are_one
@@ -36,7 +37,12 @@ from lisatune.optim.rows import sparse_rows
 from lisatune.optim.state import prepare as prepare_state
 from lisatune.recipe import Recipe
 
-__all__ = ["RESERVE_BYTES", "RESERVE_SHARE", "MemoryPlan", "find_costly_draws", "plan_memory"]
+__all__ = [
+    "RESERVE_BYTES",
+    "RESERVE_SHARE",
+    "MemoryPlan",
+    "plan_memory",
+]
 
 RESERVE_BYTES = 600 * 2**20
 """Kept free on an accelerator for its context and the workspaces of its libraries."""
@@ -68,10 +74,13 @@ class MemoryPlan(StepMemory):
     """Number of devices that share weights, gradients and optimizer state."""
 
     active_blocks: tuple[int, ...] | None
-    """Blocks that train in the planned step; None for methods that draw no blocks."""
+    """Blocks or units that train in the planned step; None for methods that draw none."""
 
     num_blocks: int
-    """Number of blocks of the model."""
+    """Number of blocks of the model, or of the units that they are divided into."""
+
+    word: str
+    """What `num_blocks` counts: block or unit."""
 
     trainable: int
     """Number of parameters that train in the planned step."""
@@ -234,7 +243,8 @@ def _plan(
             device=run.device,
             ranks=ranks,
             active_blocks=built.schedule.active_blocks,
-            num_blocks=built.layers.num_blocks,
+            num_blocks=built.drawn.num_blocks,
+            word=built.schedule.word,
             trainable=count_trainable(built.model),
             loaded_bytes=loaded_bytes,
             seconds=0.0,
@@ -282,11 +292,7 @@ def _trace_costliest(
     possible = schedule.possible_draws(steps)
     if not possible:
         return _trace(built, batches, micro_steps)
-    draws = (
-        [blocks]
-        if blocks is not None
-        else find_costly_draws(possible, built.block_sizes(), ends_rest=schedule.ends_rest)
-    )
+    draws = [blocks] if blocks is not None else list_costly_draws(possible, built)
     # A block that freezes may leave state behind, so every block that can train makes its state first.
     schedule.hold(sorted({block for draw in possible for block in draw}))
     _make_state(built, batches[0]["input_ids"].numel() * micro_steps)
@@ -351,39 +357,3 @@ def _make_state(built: Built, ids: int) -> None:
     if correction is not None:
         correction.make_state()
     built.step.skip()
-
-
-def find_costly_draws(
-    possible: set[tuple[int, ...]], sizes: Sequence[int], *, ends_rest: bool
-) -> list[tuple[int, ...]]:
-    """Pick the draws that could have the highest peak.
-
-    Which one does depends on where the peak falls, so a few candidates are returned. The more numbers train,
-    the more memory a step takes. Among equal draws, the highest blocks have their gradients while the
-    activations below are still there; the lowest keep their activations until the end; the lowest block with
-    high others has some of both. Where backward stops at the lowest active block, a smaller draw can need
-    more if it reaches lower.
-
-    Args:
-        possible: a schedule's `possible_draws`.
-        sizes: number of parameters of each block.
-        ends_rest: whether backward can stop at the lowest active block.
-    """
-
-    def size(draw: tuple[int, ...]) -> int:
-        return sum(sizes[block] for block in draw)
-
-    def lowest(draw: tuple[int, ...]) -> int:
-        return min(draw, default=len(sizes))
-
-    draws = sorted(possible)
-    most = max(map(size, draws))
-    largest = [draw for draw in draws if size(draw) == most]
-    costly = [
-        max(largest, key=sum),
-        min(largest, key=sum),
-        min(largest, key=lambda draw: (lowest(draw), -sum(draw))),
-    ]
-    if ends_rest:
-        costly.append(min(draws, key=lambda draw: (lowest(draw), -size(draw))))
-    return list(dict.fromkeys(costly))

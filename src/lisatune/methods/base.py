@@ -167,10 +167,6 @@ class Method:
             in_backward=optimizer.in_backward if isinstance(optimizer, AdamW) else None,
         )
 
-    def block_lr_factors(self, num_blocks: int) -> tuple[float, ...]:
-        """Return what `optimizer.lr` is multiplied by for each block. Default: 1."""
-        return (1.0,) * num_blocks
-
     def without_proof(self) -> Self:
         """Return the method without reading weights, for a model that has only shapes. Default: no change."""
         return self

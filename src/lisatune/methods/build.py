@@ -49,8 +49,13 @@ class Built:
     """How the blocks run, if they are checkpointed or compiled."""
 
     def block_sizes(self) -> list[int]:
-        """Count the parameters of each block."""
-        return [sum(p.numel() for p in block.values()) for block in self.layers.block_parameters(self.model)]
+        """Count the parameters of each block, or of each unit that the schedule draws."""
+        return [sum(p.numel() for p in block.values()) for block in self.drawn.block_parameters(self.model)]
+
+    @property
+    def drawn(self) -> LayerMap:
+        """What the schedule draws from: the blocks, or units of them."""
+        return self.schedule.layers or self.layers
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,19 @@ from lisatune.lisa.correction import READ, Corrected, Correction
 from lisatune.lisa.ends import Ends, EndsPolicy
 from lisatune.lisa.frozen_state import StatePolicy
 from lisatune.lisa.frozen_weights import FrozenWeights
+from lisatune.lisa.importance import Measured
 from lisatune.lisa.lisa import LISA
 from lisatune.lisa.proof import Verify
-from lisatune.lisa.rates import Scaling, compute_lr_factors
-from lisatune.lisa.samplers import Independent, SamplerName, make_sampler
+from lisatune.lisa.rates import Scaling
+from lisatune.lisa.samplers import Independent, SamplerName
 from lisatune.methods.base import Alternatives, Method, halve
 from lisatune.methods.optimizers import build_optimizer, check_thaw
+from lisatune.methods.sampler_file import STUDIES, FromFile, describe_layers, read_sampler_file
 from lisatune.nn.coded import Masters
 from lisatune.nn.codes import Scales
 from lisatune.nn.layers import LayerMap, find_layers
 from lisatune.nn.nf4 import check_nf4
+from lisatune.nn.units import divide_blocks
 from lisatune.recipe import DataConfig, OptimizerConfig, RunConfig
 
 __all__ = ["AsLisa", "Lisa"]
@@ -36,14 +39,20 @@ class Lisa(Method):
     active: int = 2
     """Blocks that train at once, γ in the paper."""
 
+    unit: Literal["block", "module"] = "block"
+    """What is drawn: blocks, or modules of blocks (q, k, …, down) with as many parameters as γ blocks."""
+
     period: int | Literal["auto"] = 10
     """Optimizer steps between two draws, K in the paper. auto: every block trains at least twice."""
 
-    sampler: Literal[SamplerName, "weighted", "independent"] = "permutation"
-    """How blocks are drawn; `window`: neighbours. `weighted` and `independent` read `probabilities`."""
+    sampler: Literal[SamplerName, Measured, FromFile, "weighted", "independent"] = "permutation"
+    """How blocks are drawn. weighted, independent: `probabilities`; file, weight-norm, outlier: that file."""
 
     probabilities: tuple[float, ...] | None = None
-    """One number per block for the samplers `weighted` and `independent`."""
+    """One number per block, or unit, for the samplers `weighted` and `independent`."""
+
+    sampler_file: str | None = None
+    """JSON or safetensors with a probability per block: `lisatune study` writes it for `weight-norm`, …"""
 
     seed: int = 0
     """Seed of the draws alone."""
@@ -114,6 +123,20 @@ class Lisa(Method):
                 f"method.probabilities does nothing with method.sampler {self.sampler}; leave it out, or use "
                 "weighted or independent"
             )
+        reads_file = self.sampler in ("file", *STUDIES)
+        if reads_file and self.sampler_file is None:
+            made = f", which lisatune study {STUDIES[self.sampler]} writes" if self.sampler in STUDIES else ""
+            raise ValueError(f"method.sampler {self.sampler} needs method.sampler_file{made}")
+        if not reads_file and self.sampler_file is not None:
+            raise ValueError(
+                f"method.sampler_file does nothing with method.sampler {self.sampler}; leave it out, or use "
+                "file, weight-norm or outlier"
+            )
+        if self.unit == "module" and self.sampler == "window":
+            raise ValueError(
+                "method.sampler window draws neighbouring blocks and does not know modules; use permutation, "
+                "or method.unit: block"
+            )
 
     def _check_correction(self) -> None:
         try:
@@ -131,7 +154,15 @@ class Lisa(Method):
                 )
 
     def check_mix(self, data: DataConfig, run: RunConfig) -> None:
-        """Refuse micro-steps beside the correction `sign`."""
+        """Refuse what cannot work beside `unit: module` or `correction: sign`, and a bad `sampler_file`."""
+        if self.sampler_file is not None:
+            read_sampler_file(self.sampler_file, self.sampler)
+        if self.unit == "module" and run.compile:
+            raise ValueError(
+                "run.compile builds graphs of whole blocks, frozen or active, and method.unit: module trains "
+                "parts of them, so each draw would compile anew; set run.compile: false, or use method.unit: "
+                "block"
+            )
         if self.correction == "sign" and run.accumulation > 1:
             raise ValueError(
                 "method.correction sign moves frozen weights in backward, before the next micro-step could "
@@ -198,8 +229,9 @@ class Lisa(Method):
             model,
             optimizer,
             active=self.active,
+            unit=self.unit,
             period=self.period,
-            sampler=self._sampler(),
+            sampler=self._sampler(model, layers),
             seed=self.seed,
             state=self.state,
             ends=self.ends,
@@ -210,11 +242,6 @@ class Lisa(Method):
             total_steps=total_steps,
             layers=layers,
         )
-
-    def block_lr_factors(self, num_blocks: int) -> tuple[float, ...]:
-        """Return what `lr_scaling` makes of each block's chance to train."""
-        sampler = make_sampler(self._sampler(), self.active, num_blocks)
-        return compute_lr_factors(sampler.inclusion(), self.lr_scaling)
 
     def without_proof(self) -> Self:
         """Return LISA without fingerprints."""
@@ -254,7 +281,13 @@ class Lisa(Method):
             share=self.correction_share,
         )
 
-    def _sampler(self) -> str | tuple[float, ...] | Independent:
+    def _sampler(self, model: nn.Module, layers: LayerMap) -> str | tuple[float, ...] | Independent:
+        if self.sampler_file is not None:
+            drawn = layers if self.unit == "block" else divide_blocks(layers, model)
+            file = read_sampler_file(self.sampler_file, self.sampler)
+            sizes = [sum(p.numel() for p in each.values()) for each in drawn.block_parameters(model)]
+            file.check_model(describe_layers(drawn.blocks, sizes))
+            return file.probabilities
         if self.sampler == "independent":
             assert self.probabilities is not None
             return Independent(self.probabilities)

@@ -63,12 +63,16 @@ class LayerMap:
         """Return the parameters of each block by name; those shared between blocks are ends."""
         ends = set(self.ends)
         blocks: list[dict[str, nn.Parameter]] = [{} for _ in self.blocks]
-        where = {path: i for i, path in enumerate(self.blocks)}
+        where = self._paths()
         for name, parameter in model.named_parameters():
             block = _owner(name, where)
             if block is not None and name not in ends:
                 blocks[block][name] = parameter
         return blocks
+
+    def _paths(self) -> dict[str, int]:
+        """Return the module paths that belong to each block, and the block's index."""
+        return {path: i for i, path in enumerate(self.blocks)}
 
     def end_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the parameters of the ends by name."""

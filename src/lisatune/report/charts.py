@@ -119,7 +119,9 @@ def draw_scatter(
     return _render(2.8 + _legend_height([name for name, _, _ in points]), f"{x} {y}", draw)
 
 
-def draw_active_blocks(active: Mapping[int, Sequence[int]], visits: Sequence[int]) -> str:
+def draw_active_blocks(
+    active: Mapping[int, Sequence[int]], visits: Sequence[int], word: str = "block"
+) -> str:
     """Draw the active blocks of each period, and beside them in how many periods each block trained."""
     height = 1.0 + min(4.0, max(1.2, 0.13 * len(visits)))
 
@@ -133,7 +135,7 @@ def draw_active_blocks(active: Mapping[int, Sequence[int]], visits: Sequence[int
             if spans:
                 heat.broken_barh(spans, (block - 0.45, 0.9), facecolor=COLOURS[0], edgecolor="none")
         counts.barh(range(len(visits)), visits, 0.8, color=COLOURS[1])
-        heat.set(xlabel="period", ylabel="block", xlim=(-0.5, last + 0.5), ylim=(-0.6, len(visits) - 0.4))
+        heat.set(xlabel="period", ylabel=word, xlim=(-0.5, last + 0.5), ylim=(-0.6, len(visits) - 0.4))
         counts.set(xlabel="visits")
         for axes in (heat, counts):
             axes.xaxis.get_major_locator().set_params(integer=True, nbins=7 if axes is heat else 2)

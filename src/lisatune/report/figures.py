@@ -35,13 +35,16 @@ GB = 10**9
 
 @dataclass(frozen=True, kw_only=True)
 class BlockHistory:
-    """Which blocks trained in which periods."""
+    """Which blocks, or units of blocks, trained in which periods."""
 
     active: dict[int, tuple[int, ...]]
     """Active blocks of each logged period."""
 
     visits: tuple[int, ...]
     """In how many periods each block trained."""
+
+    word: str = "block"
+    """What they are: block or unit."""
 
 
 @dataclass(kw_only=True)
@@ -113,15 +116,17 @@ def extract_block_history(
     metrics: Sequence[Mapping[str, Any]], visits: Sequence[int] | None
 ) -> BlockHistory | None:
     """Extract periods and visits of a run from its metrics. None for a method that draws no blocks."""
+    key = "active_units" if any("active_units" in line for line in metrics) else "active_blocks"
     active = {
-        line["period"]: tuple(line["active_blocks"])
+        line["period"]: tuple(line[key])
         for line in metrics
-        if line.get("period") is not None and line.get("active_blocks") is not None
+        if line.get("period") is not None and line.get(key) is not None
     }
     if visits is None:
         num_blocks = 1 + max((block for blocks in active.values() for block in blocks), default=-1)
         visits = [sum(block in blocks for blocks in active.values()) for block in range(num_blocks)]
-    return BlockHistory(active=active, visits=tuple(visits)) if active or visits else None
+    word = "unit" if key == "active_units" else "block"
+    return BlockHistory(active=active, visits=tuple(visits), word=word) if active or visits else None
 
 
 def mark_best(values: Sequence[float | None], pick: Callable[..., float]) -> list[int]:
@@ -276,17 +281,17 @@ def _show_quality(entries: Sequence[Entry], loss: str, memory: str) -> Figure | 
 def _show_active_blocks(entry: Entry) -> Figure | None:
     if entry.blocks is None or not entry.blocks.visits:
         return None
-    active, visits = entry.blocks.active, entry.blocks.visits
+    active, visits, word = entry.blocks.active, entry.blocks.visits, entry.blocks.word
     never = [block for block, count in enumerate(visits) if not count]
     unlogged = sorted(set(range(max(active, default=-1) + 1)) - set(active))
-    blocks = plural(len(visits), "block")
+    blocks = plural(len(visits), word)
     alt = (
-        f"Map of active blocks of {entry.name}: {blocks} over {plural(len(active), 'period')}, with each "
-        f"block's number of visits, from {min(visits)} to {max(visits)}."
+        f"Map of active {word}s of {entry.name}: {blocks} over {plural(len(active), 'period')}, with each "
+        f"{word}'s number of visits, from {min(visits)} to {max(visits)}."
     )
-    note = "Left: a mark where a block trained in a period. Right: visits, the periods it trained in."
+    note = f"Left: a mark where a {word} trained in a period. Right: visits, the periods it trained in."
     if never:
-        note += f" Never trained: {'blocks' if len(never) > 1 else 'block'} {ranges_text(never)}."
+        note += f" Never trained: {word}{'s' if len(never) > 1 else ''} {ranges_text(never)}."
     if unlogged:
         note += f" Shaded: {plural(len(unlogged), 'period')} without a logged step (see run.log_every)."
     if not active:
@@ -297,11 +302,11 @@ def _show_active_blocks(entry: Entry) -> Figure | None:
     ]
     rows = [[str(block), str(visits[block]), periods[block]] for block in range(len(visits))]
     return Figure(
-        title=f"Active blocks: {entry.name}",
-        svg=charts.draw_active_blocks(active, visits),
+        title=f"Active {word}s: {entry.name}",
+        svg=charts.draw_active_blocks(active, visits, word),
         alt=alt,
         note=note,
-        table=Table(["block", "visits", "in periods"], rows),
+        table=Table([word, "visits", "in periods"], rows),
     )
 
 

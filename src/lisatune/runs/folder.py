@@ -62,6 +62,7 @@ BEFORE_IT_EXISTED: dict[str, Any] = {
     "method.frozen_weights": "exact",
     "method.frozen_scales": "8bit",
     "method.master": "auto",
+    "method.unit": "block",
     "method.correction": "none",
 } | {
     f"method.correction_{key}": value

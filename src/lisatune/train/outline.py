@@ -6,7 +6,7 @@ so `lisatune train` does what `lisatune check` says.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from rich import box
@@ -44,7 +44,9 @@ class Outline:
     trainable: int
     """Parameters that train in the first period."""
     active_blocks: tuple[int, ...] | None
-    """Blocks of the first period; None if the method draws no blocks."""
+    """Blocks or units of the first period; None if the method draws none."""
+    word: str
+    """What `active_blocks` and `visits` count: block or unit."""
     steps: int
     start_step: int
     """Steps done before, if the run is resumed."""
@@ -104,6 +106,7 @@ def make_outline(
         start_step: steps done before, if the run is resumed.
     """
     run = recipe.run
+    factors = {schedule.lr_factor(index) for index in range((schedule.layers or layers).num_blocks)}
     rows = (
         f"{run.batch_size} rows" if run.accumulation == 1 else f"{run.accumulation} × {run.batch_size} rows"
     )
@@ -118,13 +121,14 @@ def make_outline(
         is_tied=layers.is_tied,
         trainable=count_trainable(model),
         active_blocks=schedule.active_blocks,
+        word=schedule.word,
         steps=data.steps,
         start_step=start_step,
         period=schedule.period,
         visits=schedule.planned_visits(data.steps),
         visits_are_exact=schedule.coverage_is_exact,
         batch=f"{rows} of up to {recipe.data.max_length:,} tokens",
-        lr=f"{_lr_text(recipe, layers.num_blocks)}, {describe_schedule(recipe.optimizer, data.steps)}",
+        lr=f"{_lr_text(recipe, factors)}, {describe_schedule(recipe.optimizer, data.steps)}",
         records=data.records,
         train_rows=len(data.train.rows),
         train_tokens=data.train.num_tokens,
@@ -143,10 +147,15 @@ def make_outline(
     )
 
 
-def _lr_text(recipe: Recipe, num_blocks: int) -> str:
-    """Return the learning rate, and in brackets the rates of blocks and ends that differ from it."""
+def _lr_text(recipe: Recipe, lr_factors: Collection[float]) -> str:
+    """Return the learning rate, and in brackets the rates of blocks and ends that differ from it.
+
+    Args:
+        recipe: the recipe.
+        lr_factors: what the rate of a block is multiplied by in a step, for each block.
+    """
     lr, ends_lr = recipe.optimizer.lr, recipe.optimizer.ends_lr
-    factors = sorted(set(recipe.method.block_lr_factors(num_blocks)))
+    factors = sorted(lr_factors)
     own = []
     if factors != [1.0]:
         extremes = [factors[0], factors[-1]][: len(factors)]
@@ -164,7 +173,9 @@ def print_outline(outline: Outline, console: Console | None = None) -> None:
     kinds += [f"never trained {count_text(outline.frozen_parameters)}"] if outline.frozen_parameters else []
     share = outline.trainable / outline.num_parameters
     trains = f"{count_text(outline.trainable)} parameters at a time, {share:.1%}"
-    trains += "" if outline.active_blocks is None else f"; now blocks {ranges_text(outline.active_blocks)}"
+    trains += (
+        "" if outline.active_blocks is None else f"; now {outline.word}s {ranges_text(outline.active_blocks)}"
+    )
     periods = (
         f" in {plural(math.ceil(outline.steps / outline.period), 'period')} of {outline.period}"
         if outline.period
@@ -183,7 +194,7 @@ def print_outline(outline: Outline, console: Console | None = None) -> None:
         low, high = min(outline.visits), max(outline.visits)
         often = f"{plural(low, 'period')}" if low == high else f"{low} to {plural(high, 'period')}"
         note = "" if outline.visits_are_exact else " (simulated)"
-        rows.append(("visits", f"{_bars(outline.visits)} each block trains in {often}{note}"))
+        rows.append(("visits", f"{_bars(outline.visits)} each {outline.word} trains in {often}{note}"))
     left_out = [f"{outline.num_split:,} split at max_length"] if outline.num_split else []
     left_out += [f"{outline.num_cut:,} cut at max_length"] if outline.num_cut else []
     left_out += [f"{outline.num_dropped:,} dropped: longer than max_length"] if outline.num_dropped else []

@@ -67,6 +67,7 @@ PATHS = (
     ("data", "train"),
     ("data", "validation"),
     ("method", "adapter"),
+    ("method", "sampler_file"),
     ("run", "output"),
 )
 """Keys that may hold a path."""

@@ -8,6 +8,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from lisatune.lisa.draws import choose_period, count_visits
 from lisatune.lisa.samplers import (
     Cyclic,
     Independent,
@@ -16,8 +17,6 @@ from lisatune.lisa.samplers import (
     Uniform,
     Weighted,
     Window,
-    choose_period,
-    count_visits,
     make_sampler,
 )
 

@@ -14,7 +14,8 @@ import lisatune.memory.plan
 import tiny
 from lisatune import LISA, build_adamw
 from lisatune.losses.causal_lm import CausalLMLoss
-from lisatune.memory.plan import _batch, find_costly_draws, plan_memory
+from lisatune.memory.costly_draws import find_costly_draws
+from lisatune.memory.plan import _batch, plan_memory
 from lisatune.memory.tracker import measure
 from lisatune.methods import METHODS
 from lisatune.methods.build import build
@@ -68,6 +69,27 @@ def test_no_draw_of_a_run_needs_more_than_planned(config: LlamaConfig, options: 
         for draw in itertools.combinations(range(BLOCKS), 2)
     ]
     assert planned.peak_bytes == max(peaks)
+
+
+@pytest.mark.parametrize("ends", ["train", "frozen"])
+def test_no_draw_of_units_needs_noticeably_more_than_planned(ends: str) -> None:
+    recipe = make_recipe(unit="module", ends=ends)
+    planned = plan_memory(recipe, config=CONFIG)
+    model = LlamaForCausalLM(CONFIG)
+    built = build(recipe, model, CausalLMLoss(model), steps=400, device=torch.device("cpu"))
+    assert (planned.word, planned.num_blocks) == ("unit", 7 * BLOCKS)
+    draws = sorted(built.schedule.possible_draws(400))[::5]
+    peaks = [plan_memory(recipe, config=CONFIG, blocks=draw).peak_bytes for draw in draws]
+    assert planned.peak_bytes >= 0.98 * max(peaks)
+
+
+@pytest.mark.parametrize("sampler", ["gradient", "misa", "spectrum"])
+@pytest.mark.parametrize("unit", ["block", "module"])
+def test_a_sampler_that_reads_what_a_plan_cannot_measure_is_planned(sampler: str, unit: str) -> None:
+    planned = plan_memory(make_recipe(sampler=sampler, unit=unit), config=CONFIG)
+    even = plan_memory(make_recipe(unit=unit), config=CONFIG)
+    assert planned.kind == "traced"
+    assert planned.peak_bytes == pytest.approx(even.peak_bytes, rel=0.05)
 
 
 def test_draws_differ_in_memory_where_the_embedding_rests() -> None:

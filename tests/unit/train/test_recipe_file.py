@@ -145,7 +145,8 @@ def test_off_is_a_word_and_null_is_nothing(tmp_path: Path) -> None:
         (
             BASE + "method: {sampler: unifrm}\n",
             "{}: method.sampler must be one of permutation, uniform, window, ascending, descending, "
-            "weighted, independent, got 'unifrm'. Did you mean 'uniform'?",
+            "gradient, misa, spectrum, file, weight-norm, outlier, weighted, independent, got 'unifrm'. "
+            "Did you mean 'uniform'?",
         ),
         (
             "model: {name: a, revision: 1.10}\ndata: {train: t}\n",
