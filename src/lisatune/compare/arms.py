@@ -21,7 +21,7 @@ from lisatune.console import expand_home, split_override
 from lisatune.files.disk import replace_file
 from lisatune.methods import METHODS
 from lisatune.recipe import Recipe, unknown
-from lisatune.runs.folder import differences
+from lisatune.runs.differences import differences
 from lisatune.train.recipe_file import Sections, build_recipe, read_sections
 
 __all__ = [

@@ -18,7 +18,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -27,50 +27,18 @@ from typing import Any, Self
 
 from lisatune.distributed import ranks
 from lisatune.files.disk import delete, explain_write_errors, replace_file, take_lock
+from lisatune.runs.differences import differences
 from lisatune.runs.summary import describe_environment
 
 __all__ = [
     "NEW_FOLDER",
     "RunFolder",
     "check_output",
-    "differences",
     "first_day",
     "is_finished",
     "is_run",
     "open_folder",
 ]
-
-MAY_CHANGE = frozenset(
-    {"run.output", "run.steps", "run.epochs", "run.log_every", "run.eval_every", "run.save_every"}
-    | {"run.keep_checkpoints", "run.samples", "run.sample_tokens", "run.report_to", "run.check_memory"}
-    | {"run.on_save_error", "run.on_nonfinite", "run.max_skipped_steps", "run.activation_checkpointing"}
-    | {"run.sharding", "run.batch_size", "run.save_dtype", "run.stop_after", "data.date"}
-    | {"run.evaluate", "run.evaluate_data"}
-)
-"""Keys that may differ on resume: lengths, intervals, outputs, and what a stopped run may need to change.
-
-Other steps or epochs stretch the learning-rate schedule. Another date that changes the data is refused later.
-"""
-
-BEFORE_IT_EXISTED: dict[str, Any] = {
-    "optimizer.name": "adamw",
-    "optimizer.options": {},
-    "data.long": "auto",
-    "optimizer.warmup_share": 0.0,
-    "optimizer.min_lr_share": 0.0,
-    "run.keep_best": False,
-    "method.frozen_weights": "exact",
-    "method.frozen_scales": "8bit",
-    "method.master": "auto",
-    "method.unit": "block",
-    "method.correction": "none",
-} | {
-    f"method.correction_{key}": value
-    for key, value in zip(
-        ("rank", "lr", "lr_ratio", "blocks", "matrices", "share"), (8, 1e-3, 1.0, "all", [], 0.1), strict=True
-    )
-}
-"""Keys that older versions lack, with the value that says what these did, if that is not null."""
 
 NEW_FOLDER = "name another run.output to start a new run"
 """What to do where a run cannot be resumed. No message advises to delete one."""
@@ -343,27 +311,6 @@ def _check_same_recipe(stored: Path, recipe: Mapping[str, Any]) -> None:
             f"the recipe differs from the run in {stored.parent}: {'; '.join(changed)}; "
             f"undo that, or {NEW_FOLDER}"
         )
-
-
-def differences(
-    before: Mapping[str, Any], after: Mapping[str, Any], may_change: Collection[str] = MAY_CHANGE
-) -> list[str]:
-    """List the keys in which two recipes differ as `section.key: before → after`, without `may_change`.
-
-    A missing key counts as its value in `BEFORE_IT_EXISTED`, or else as null, so a run from before a key
-    existed can be resumed.
-    """
-    flat = [
-        BEFORE_IT_EXISTED
-        | {f"{section}.{key}": value for section, values in recipe.items() for key, value in values.items()}
-        for recipe in (before, after)
-    ]
-    absent = "not set"
-    return [
-        f"{key}: {flat[0].get(key, absent)} → {flat[1].get(key, absent)}"
-        for key in sorted(flat[0] | flat[1])
-        if key not in may_change and flat[0].get(key) != flat[1].get(key)
-    ]
 
 
 def first_day(path: Path) -> str | None:

@@ -13,7 +13,8 @@ import pytest
 from lisatune.files import yaml
 from lisatune.methods import METHODS
 from lisatune.recipe import DataConfig, ModelConfig, Recipe
-from lisatune.runs.folder import RunFolder, check_output, differences, is_finished
+from lisatune.runs.differences import differences
+from lisatune.runs.folder import RunFolder, check_output, is_finished
 from lisatune.runs.summary import describe_environment, mask_secrets
 
 RECIPE: dict[str, Any] = {
