@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from lisatune import __version__
+from lisatune.console import first_line
 from lisatune.evaluate.scores import ScoreFolder, TaskScore, average, leaf_score
 from lisatune.evaluate.tasks import SEED, OpenTask, no_trace, open_tasks
 from lisatune.losses.causal_lm import evaluation_mode
@@ -191,13 +192,17 @@ def _ask(
     lm.listen(advance)
     began = time.perf_counter()
     template = settings["chat_template"]
-    result = evaluate(
-        lm=lm,
-        task_dict={"tasks": {name: leaf}},
-        limit=settings["limit"],
-        apply_chat_template=template,
-        fewshot_as_multiturn=template,
-    )
+    try:
+        result = evaluate(
+            lm=lm,
+            task_dict={"tasks": {name: leaf}},
+            limit=settings["limit"],
+            apply_chat_template=template,
+            fewshot_as_multiturn=template,
+        )
+    except (AssertionError, ValueError) as error:  # such as more examples than there are
+        shots = settings["shots"]
+        raise ValueError(f"task {name} cannot be asked with {shots} examples: {first_line(error)}") from error
     seconds = time.perf_counter() - began
     found = {"batch": lm.batch_size, "cut": lm.cut, "seconds": round(seconds, 3), "lisatune": __version__}
     return leaf_score(result, name, settings | found)
@@ -249,8 +254,8 @@ def _make_lm(model: Any, tokenizer: Any, batch: int | BatchRule) -> Any:
             new = max(int(request.args[1].get("max_gen_toks", self.max_gen_toks)) for request in requests)
             if new >= self.max_length:
                 raise ValueError(
-                    f"a task lets the model write {new} tokens and the model reads at most {self.max_length} "
-                    "in all; leave this task out"
+                    f"the model may write {new} tokens and reads at most {self.max_length} in all; leave this "
+                    "task out"
                 )
             self.cut += sum(length > self.max_length - new for length in lengths)
             self.batch_size_per_gpu = rule(min(max(lengths) + new, self.max_length))

@@ -194,6 +194,11 @@ def test_prompts_that_lose_their_beginning_are_counted(data: Path, tmp_path: Pat
     assert score["settings"]["cut"] == 4, "one for each choice"
 
 
+def test_more_examples_than_there_are_is_one_sentence(data: Path, model: Any, tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match=r"task arc_easy cannot be asked with 50 examples: "):
+        evaluate_tasks(model, tokenizer, "arc_easy", shots=50, data=data)
+
+
 def test_a_chat_template_changes_what_is_asked(data: Path, model: Any, tokenizer: Any) -> None:
     scores = [
         evaluate_tasks(model, tokenizer, "arc_easy", data=data, chat_template=chat, limit=3)["arc_easy"]
