@@ -254,8 +254,8 @@ def _make_lm(model: Any, tokenizer: Any, batch: int | BatchRule) -> Any:
             new = max(int(request.args[1].get("max_gen_toks", self.max_gen_toks)) for request in requests)
             if new >= self.max_length:
                 raise ValueError(
-                    f"the model may write {new} tokens and reads at most {self.max_length} in all; leave this "
-                    "task out"
+                    f"the model may write {new} tokens and reads at most {self.max_length} in all; leave "
+                    "this task out"
                 )
             self.cut += sum(length > self.max_length - new for length in lengths)
             self.batch_size_per_gpu = rule(min(max(lengths) + new, self.max_length))
