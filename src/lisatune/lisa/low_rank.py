@@ -19,6 +19,7 @@ from lisatune.lisa.proof import INTEGERS, fingerprint
 from lisatune.nn.adapter import Adapter
 from lisatune.nn.coded import CodedLinear
 from lisatune.nn.layers import LayerMap
+from lisatune.nn.units import UnitMap
 from lisatune.optim.adamw import AdamW
 from lisatune.optim.group import Group, Moments
 from lisatune.optim.state import prepare
@@ -60,6 +61,11 @@ class LowRankCorrection(FrozenCorrection):
         self.names: dict[Adapter, str] = {}
         self.optimizer: AdamW
         self.blocks: list[list[Adapter]] = [[] for _ in layers.blocks]
+        is_divided = isinstance(layers, UnitMap)
+        self._block_names = [
+            f"adapters of {path}" if is_divided else f"adapters of block {i}"
+            for i, path in enumerate(layers.blocks)
+        ]
         for name in chosen:
             layer, block = linear[name]
             _check_rank(name, layer, correction.rank)
@@ -87,10 +93,8 @@ class LowRankCorrection(FrozenCorrection):
 
     def layers(self) -> dict[str, list[nn.Parameter]]:
         """Return the parameters of each block's adapters, for a proof."""
-        return {
-            f"adapters of block {i}": [p for adapter in block for p in (adapter.A, adapter.B)]
-            for i, block in enumerate(self.blocks)
-        }
+        added = ([p for adapter in block for p in (adapter.A, adapter.B)] for block in self.blocks)
+        return dict(zip(self._block_names, added, strict=True))
 
     def moving(self, active: Sequence[int]) -> set[str]:
         """Return the names of the `layers` that train while these blocks do."""

@@ -332,6 +332,20 @@ def test_resume_from_merged_weights_or_unmerged_ones_is_bit_equal(
     assert_same(second, whole)
 
 
+@pytest.mark.parametrize("correction", ["lora", "sign"])
+def test_modules_that_are_drawn_one_by_one_are_corrected_and_resume(correction: str) -> None:
+    options = {"correction": correction, "unit": "module"}
+    whole, first, second = (tiny.llama(seed=seed) for seed in (0, 0, 1))
+    (its, lisa), (theirs, _), (other, _) = (attach(model, **options) for model in (whole, first, second))
+    tiny.fit(whole, its, 7)
+    assert lisa.periods_proven == 2
+    tiny.fit(first, theirs, 4)
+    second.load_state_dict(first.state_dict())
+    other.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    tiny.fit(second, other, range(4, 7))
+    tiny.assert_same_weights(second, whole)
+
+
 def test_the_checkpoint_of_a_run_holds_unmerged_weights_and_the_adapters(tmp_path: Path) -> None:
     model, optimizer, _ = trained(4)
     path = save_checkpoint(tmp_path, step=4, model=model, optimizer=optimizer)
