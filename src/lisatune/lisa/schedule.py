@@ -8,6 +8,7 @@ full fine-tuning, or adapters beside frozen weights.
 from collections.abc import Sequence
 from typing import Any
 
+from lisatune.lisa.budget import Budget
 from lisatune.nn.layers import LayerMap
 from lisatune.nn.units import UnitMap
 
@@ -109,20 +110,10 @@ def find_extreme_draws(sizes: Sequence[int], active: int, *, most: int | None = 
         most: draws hold as many units as fit into this number of parameters, not γ.
     """
     blocks = range(len(sizes))
-
-    def take(order: Sequence[int]) -> list[int]:
-        if most is None:
-            return list(order[:active])
-        taken, left = [], most
-        for block in order:
-            if sizes[block] <= left:
-                taken.append(block)
-                left -= sizes[block]
-        return taken
-
+    budget = Budget.of_count(len(sizes), active) if most is None else Budget(tuple(sizes), most)
     highest = sorted(blocks, key=lambda block: (sizes[block], block), reverse=True)
     lowest = sorted(blocks, key=lambda block: (-sizes[block], block))
-    chosen = [take(highest), take(lowest)]
+    chosen = [budget.take(highest), budget.take(lowest)]
     if active:
-        chosen.append(take([0, *[block for block in highest if block]]))
+        chosen.append(budget.take([0, *[block for block in highest if block]]))
     return {tuple(sorted(draw)) for draw in chosen}

@@ -9,8 +9,9 @@ L2 norm over all parameters of the block:
     weight norm    ‖θ_l‖ at the end of the last period in which it trained; before that, at the start
     gradient norm  √(mean over the steps of that period of ‖g_l‖²), after clipping
     update norm    √(mean over the steps of that period of ‖Δθ_l‖²), where Δθ_l is one step's change
-    average        gradient_average: A_l ← keeps A_l + (1 - keeps) m after each of its periods, where m is
-                   the mean of ‖g_l‖ over the steps; at first m. `keeps` is the sampler's
+    gradient average
+                   A_l ← keeps A_l + (1 - keeps) m after each of its periods, where m is the mean of ‖g_l‖
+                   over the steps, after clipping; at first A_l = m. `keeps` is the sampler's
     spectrum       signal-to-noise ratio of θ_l (`lisatune.lisa.spectrum`), once, when LISA is attached
 
 The gradient and update norms of a block that has not trained yet are NaN. On several ranks a norm is that of

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from torch import nn
 
 from lisatune.distributed import ranks
+from lisatune.methods.adapters import find_linear_layers
 from lisatune.methods.sampler_file import Layers, describe_layers
 from lisatune.nn.layers import find_layers
 from lisatune.nn.units import divide_blocks
@@ -21,7 +22,7 @@ class StudiedLayers:
     """Module paths of matrices by layer."""
 
     blocks: tuple[tuple[str, ...], ...]
-    """Modules of each block or unit that hold a matrix, nearest the input first."""
+    """Linear layers of each block or unit, nearest the input first."""
 
     embedding: str | None
     head: str | None
@@ -44,13 +45,20 @@ def find_studied_layers(model: nn.Module, unit: Unit) -> StudiedLayers:
     Args:
         model: everything that may train requires grad.
         unit: whether its blocks or the modules in them are studied.
+
+    Raises:
+        ValueError: a block or unit has no linear layer.
     """
     layers = find_layers(model)
     drawn = layers if unit == "block" else divide_blocks(layers, model)
+    linear = {f"{path}.weight": path for path in find_linear_layers(model)}
     matrices = [
-        tuple(name.rpartition(".")[0] for name, p in block.items() if p.ndim == 2)
-        for block in drawn.block_parameters(model)
+        tuple(linear[name] for name in block if name in linear) for block in drawn.block_parameters(model)
     ]
+    if not all(matrices):
+        raise ValueError(
+            f"{drawn.blocks[matrices.index(())]} has no linear layer, and a study looks at these alone"
+        )
     sizes = [sum(p.numel() for p in block.values()) for block in drawn.block_parameters(model)]
     hf: Any = model
     paths = {module: path for path, module in model.named_modules()}

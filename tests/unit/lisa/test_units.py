@@ -57,12 +57,16 @@ def test_all_units_together_are_full_fine_tuning_bit_for_bit() -> None:
     tiny.assert_same_weights(model, other)
 
 
-@pytest.mark.parametrize("frozen_weights", ["exact", "int8"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"frozen_weights": "int8"}, {"correction": "lora"}, {"correction": "sign"}],
+    ids=["exact", "int8", "lora", "sign"],
+)
 @pytest.mark.parametrize("step", [1, 2, 5])
-def test_resume_is_bit_equal(frozen_weights: str, step: int) -> None:
+def test_resume_is_bit_equal(options: dict[str, str], step: int) -> None:
     def make(seed: int) -> tuple[nn.Module, torch.optim.Optimizer, LISA]:
         model = tiny.llama(seed=seed)
-        return model, *attach(model, frozen_weights=frozen_weights, ends="frozen", warmup=1)
+        return model, *attach(model, ends="frozen", warmup=1, **options)
 
     straight, optimizer, lisa = make(0)
     tiny.fit(straight, optimizer, step)
@@ -75,6 +79,8 @@ def test_resume_is_bit_equal(frozen_weights: str, step: int) -> None:
     again.load_state_dict(state)
     tiny.fit(resumed, again, range(step, STEPS))
     tiny.assert_same_weights(resumed, straight)
+    mine, theirs = resumed.state_dict(), straight.state_dict()  # with adapters merged
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     assert other.visits == lisa.visits
     assert other.active_blocks == lisa.active_blocks
 
