@@ -39,7 +39,8 @@ PUBLIC = {
     "lisatune.models": ("SHAPES", "load_model", "load_tokenizer", "save_model"),
     "lisatune.runs": ("RunFolder", "load_checkpoint", "save_checkpoint"),
     "lisatune.methods": (
-        *("BAdam", "Dora", "EndsOnly", "Full", "GaLore", "Ia3", "Lisa", "Lora", "METHODS", "Method"),
+        *("BAdam", "Dora", "EndsOnly", "FreezeOut", "Full", "GaLore", "Greedy", "Ia3", "Lisa", "Lora"),
+        *("METHODS", "Method"),
         *("OPTIMIZERS", "Prefix", "Prompt", "QLora", "TrainingStep"),
     ),
     "lisatune.evaluate": ("PRESETS", "evaluate_tasks", "generate_answers", "held_out_loss"),

@@ -494,6 +494,8 @@ class LISA(BlockSchedule):
         if self._collector is not None:
             self._collector.before_step(self.active_blocks)
         self._rates.restore()  # a step that raised has left its rates behind
+        if (rates := self.sampler.rates(self.steps_done)) is not None:
+            self._rates.set_factors(rates)
         self._group_state.before_step(ends_period=(self.steps_done + 1) % self.period == 0)
         self._rates.apply(self.steps_done % self.period, self._find_thawed())
 

@@ -134,7 +134,11 @@ class StepRates:
 
     def set_chances(self, chances: Sequence[float]) -> None:
         """Scale by other chances from now on, not inside a step."""
-        self._of_block = compute_lr_factors(chances, self._scaling)
+        self.set_factors(compute_lr_factors(chances, self._scaling))
+
+    def set_factors(self, factors: Sequence[float]) -> None:
+        """Multiply the rate of each block by these factors from now on, not inside a step."""
+        self._of_block = tuple(factors)
         pairs = zip(self._blocks, self._of_block, strict=True)
         self._factors = {p: factor for block, factor in pairs for p in block if factor != 1}
 

@@ -91,6 +91,13 @@ class Sampler(ABC):
     def inclusion(self) -> tuple[float, ...]:
         """Return π_l for each block: the chance, over seeds, that a period trains it."""
 
+    def rates(self, step: int) -> tuple[float, ...] | None:
+        """Return what each block's learning rate is multiplied by in step 0, 1, … of the run.
+
+        Default None: rates do not depend on the step, and LISA's `lr_scaling` decides.
+        """
+        return None
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({vars(self)})"
 

@@ -4,8 +4,10 @@ from lisatune.methods.badam import BAdam
 from lisatune.methods.base import Method
 from lisatune.methods.dora import Dora
 from lisatune.methods.ends import EndsOnly
+from lisatune.methods.freezeout import FreezeOut
 from lisatune.methods.full import Full
 from lisatune.methods.galore import GaLore
+from lisatune.methods.greedy import Greedy
 from lisatune.methods.ia3 import Ia3
 from lisatune.methods.lisa import Lisa
 from lisatune.methods.lora import Lora
@@ -21,8 +23,10 @@ __all__ = [
     "BAdam",
     "Dora",
     "EndsOnly",
+    "FreezeOut",
     "Full",
     "GaLore",
+    "Greedy",
     "Ia3",
     "Lisa",
     "Lora",
@@ -34,6 +38,10 @@ __all__ = [
 ]
 
 METHODS: dict[str, type[Method]] = {
-    kind.name: kind for kind in (Full, Lisa, EndsOnly, BAdam, Lora, Dora, QLora, Ia3, Prompt, Prefix, GaLore)
+    kind.name: kind
+    for kind in (
+        *(Full, Lisa, EndsOnly, BAdam, FreezeOut, Greedy),
+        *(Lora, Dora, QLora, Ia3, Prompt, Prefix, GaLore),
+    )
 }
 """Every method by its name, in the order of the help."""

@@ -1,0 +1,79 @@
+r"""FreezeOut (Brock et al., arXiv 1706.04983): layers freeze for good, the lowest first.
+
+Layer i of L + 1 (0 the embedding, blocks 1 … N, L = N + 1 the head) trains until the share t_i of the run,
+
+    t_i = (t_0 + (1 - t_0) i/L)³                                          (section 2, cubic scheduling)
+
+and its learning rate falls along a cosine that ends there. In the scaled form it begins at α/t_i, so that
+every layer goes as far:
+
+    α_i(t) = ½ α/t_i (1 + cos(π t/t_i))                                   (equation 1; the paper prints no ½)
+
+The optimizer's own schedule gives the head α(t) = ½ α (1 + cos πt), so a block's factor in a step is
+
+    α_i(t) / α(t) = (1 + cos(π t/t_i)) / (t_i (1 + cos πt)),  0 from t_i on.
+"""
+
+import math
+from dataclasses import dataclass
+
+from lisatune.lisa.samplers import Sampler
+
+__all__ = ["FreezeOut"]
+
+
+@dataclass(frozen=True)
+class FreezeOut(Sampler):
+    """Draws all blocks that are not frozen yet.
+
+    Args:
+        num_blocks: N.
+        total_steps: optimizer steps of the run, >= 1.
+        period: steps between two draws; a block freezes at the first draw after its time.
+        start: t_0, 0 < t_0 < 1.
+        cubic: False leaves the third power out.
+        scaled: False begins every layer at the same rate.
+    """
+
+    num_blocks: int
+    total_steps: int
+    period: int = 10
+    start: float = 0.8
+    cubic: bool = True
+    scaled: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.start < 1:
+            raise ValueError(f"start must be between 0 and 1, got {self.start}")
+        if self.total_steps < 1:
+            raise ValueError(f"total_steps must be >= 1, got {self.total_steps}")
+
+    def until(self, block: int) -> float:
+        """Return t_i of a block, the share of the run after which it is frozen."""
+        linear = self.start + (1 - self.start) * (block + 1) / (self.num_blocks + 1)
+        return float(linear**3) if self.cubic else linear
+
+    def draw(self, period: int, *, seed: int) -> tuple[int, ...]:
+        """Return the blocks whose time has not come when the period begins; at least the highest."""
+        done = min(period * self.period / self.total_steps, 1)
+        blocks = range(self.num_blocks)
+        return tuple(i for i in blocks if done < self.until(i) or i == self.num_blocks - 1)
+
+    def inclusion(self) -> tuple[float, ...]:
+        """Return the share of periods in which each block trains."""
+        periods = -(-self.total_steps // self.period)
+        draws = [self.draw(period, seed=0) for period in range(periods)]
+        return tuple(sum(i in draw for draw in draws) / periods for i in range(self.num_blocks))
+
+    def rates(self, step: int) -> tuple[float, ...]:
+        """Return what the rate of each block is multiplied by in step 0, 1, … of the run."""
+        t = step / self.total_steps
+        if t >= 1:
+            return (0.0,) * self.num_blocks
+        return tuple(self._rate(t, self.until(i)) for i in range(self.num_blocks))
+
+    def _rate(self, t: float, until: float) -> float:
+        if t >= until:
+            return 0.0
+        ratio = (1 + math.cos(math.pi * t / until)) / (1 + math.cos(math.pi * t))
+        return ratio / until if self.scaled else ratio
