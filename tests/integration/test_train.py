@@ -297,6 +297,15 @@ def test_the_best_model_is_kept_and_written(
     assert kept == {"step-000002", "step-000006"}
 
 
+def test_the_best_model_is_written_in_the_dtype_that_was_asked_for(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_held_out_losses(monkeypatch, LOSSES)
+    run(recipe, "best", *BEST, "run.save_dtype=bf16")
+    written = load_file(recipe.parent / "best" / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
+
+
 def test_the_last_step_is_written_if_it_is_the_best(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(recipe, "plain", *BEST[:2])
     set_held_out_losses(monkeypatch, [*LOSSES[:6], 2.0])

@@ -352,7 +352,7 @@ def _finish(
         held_out |= {"best_step": best, "held_out_loss_last": state.held_out}
         if best != state.step:
             parts.built.schedule.settle()
-            write(parts.built.model, parts.tokenizer, folder.model)
+            write(parts.built.model, parts.tokenizer, folder.model, dtype=parts.save_dtype)
             held_out["held_out_loss_after"] = state.best[str(best)]
     # Not strict: a resumed run may ask for more samples than were answered before.
     questions = zip(parts.data.questions, state.answers_before, _answers(parts), strict=False)
