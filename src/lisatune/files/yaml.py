@@ -27,7 +27,8 @@ def load(text: str) -> Any:
     """Read one document into dicts, lists, strings, numbers, booleans and None.
 
     Raises:
-        ValueError: the text is not YAML, or a mapping has a key twice; the message names the line.
+        ValueError: the text is not YAML, or a mapping has a key twice or one that is no word; the message
+            names the line.
     """
     try:
         return yaml.load(text, Loader=_Loader)
@@ -52,12 +53,15 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(
+                    problem="a key must be a word, not a list or a mapping", problem_mark=key_node.start_mark
+                )
             if key_node.value in seen:
                 raise yaml.MarkedYAMLError(
                     problem=f"key {key_node.value!r} is given twice", problem_mark=key_node.start_mark
                 )
-            if isinstance(key_node, yaml.ScalarNode):
-                seen.add(key_node.value)
+            seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
 

@@ -52,6 +52,8 @@ def test_words_are_words_and_numbers_numbers(text: str, value: object) -> None:
     [
         ("a: 1\nb: 2\na: 3", "line 3: not valid YAML: key 'a' is given twice"),
         ("a: [", "line 1: not valid YAML"),
+        ("a: 1\n? [b, c]\n: 2", "line 2: not valid YAML: a key must be a word, not a list or a mapping"),
+        ("{{a: 1}: 2}", "line 1: not valid YAML: a key must be a word, not a list or a mapping"),
     ],
 )
 def test_a_broken_document_names_its_line(text: str, line: str) -> None:
