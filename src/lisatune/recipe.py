@@ -130,7 +130,7 @@ class OptimizerConfig:
     name: str = "adamw"
     """Which optimizer: adamw, adafactor, lamb, lars, lion, muon, sgd, sophia, or a class: module.Class."""
 
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
     """More arguments of its class, such as {momentum: 0.9}; for all but adamw."""
 
     lr: float = 1e-5

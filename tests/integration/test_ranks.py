@@ -112,6 +112,7 @@ def two(runs: Runs) -> dict[str, list[Any]]:
 
 
 @pytest.mark.parametrize("name", WAYS)
+@pytest.mark.filterwarnings("ignore:.*units will never train:UserWarning")
 def test_two_ranks_are_one_rank_on_the_same_global_batch(runs: Runs, two: dict[str, Any], name: str) -> None:
     assert "error" not in two[name][0], two[name][0]
     if name == "full":

@@ -54,10 +54,9 @@ class FreezeOut(Sampler):
         return float(linear**3) if self.cubic else linear
 
     def draw(self, period: int, *, seed: int) -> tuple[int, ...]:
-        """Return the blocks whose time has not come when the period begins; at least the highest."""
-        done = min(period * self.period / self.total_steps, 1)
-        blocks = range(self.num_blocks)
-        return tuple(i for i in blocks if done < self.until(i) or i == self.num_blocks - 1)
+        """Return the blocks whose time has not come when the period begins; none near the end of a run."""
+        done = period * self.period / self.total_steps
+        return tuple(i for i in range(self.num_blocks) if done < self.until(i))
 
     def inclusion(self) -> tuple[float, ...]:
         """Return the share of periods in which each block trains."""

@@ -326,7 +326,8 @@ class LISA(BlockSchedule):
 
     def lr_factor(self, block: int) -> float:
         """Return what the learning rate of a block's param group is multiplied by in a step."""
-        return self._rates.factor(block)
+        rates = self.sampler.rates(self.steps_done)
+        return self._rates.factor(block) if rates is None else rates[block]
 
     def state_bytes(self) -> int:
         """Count the bytes of optimizer state on the training device; see `host_bytes` for the rest."""

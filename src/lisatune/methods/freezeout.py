@@ -6,6 +6,7 @@ from typing import final
 import torch
 from torch import nn
 
+from lisatune.lisa.ends import EndsPolicy
 from lisatune.lisa.freezing import FreezeOut as FreezeOutSampler
 from lisatune.lisa.lisa import LISA
 from lisatune.methods.lisa import AsLisa, Lisa
@@ -44,6 +45,12 @@ class FreezeOut(AsLisa):
         except ValueError as error:
             raise ValueError(f"method.{error}") from error
         self.as_lisa()
+        policy = EndsPolicy.parse(self.ends)
+        if policy.trains == "none" or policy.every > 1:
+            raise ValueError(
+                f"method.ends {self.ends!r} of method freezeout would leave steps in which nothing trains, "
+                "because the highest block freezes before the run ends; use head or train"
+            )
 
     def as_lisa(self) -> Lisa:
         """Return a LISA with these ends."""
