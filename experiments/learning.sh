@@ -5,11 +5,12 @@
 #                                               code.jsonl, code-val.jsonl (code_data.py), general.jsonl
 #   JOBS=8 DEVICE=cuda LIMIT=540 experiments/learning.sh DATA OUT
 #
-# The same command goes on with what is missing: a comparison that LIMIT seconds end goes on with its next run.
+# The same command continues with what is missing. LIMIT seconds end a comparison; it then continues with the
+# run that was interrupted.
 # Without names all run, in the order below, JOBS at a time. `SMOKE=1` takes two steps of every arm.
 
 set -uo pipefail
-[ $# -ge 2 ] || { sed -n '2,10p' "$0"; exit 2; }
+[ $# -ge 2 ] || { sed -n "2,11p" "$0"; exit 2; }
 data=$(cd "$1" && pwd) && mkdir -p "$2" && out=$(cd "$2" && pwd) || exit 2
 shift 2
 cd "$(dirname "$0")/.."

@@ -46,7 +46,7 @@ def evaluate(
 ) -> int:
     """Evaluate a model or a run on benchmark tasks, or on MT-Bench.
 
-    Tasks that are done stay in the output folder; the same command goes on with the others:
+    Tasks that are done stay in the output folder; the same command continues with the others:
 
         lisatune evaluate runs/demo --tasks arc_easy,winogrande --limit 200 --against smollm2-135m
         lisatune evaluate runs/demo --tasks mmlu,agieval,gsm8k,pubmedqa --data FOLDER

@@ -2,7 +2,7 @@
 
 The harness gets the model that is loaded already, so dtype, device, attention and adapters are whatever the
 model has. Seeds and settings are those of the harness's own command line, and so are the results. A task that
-is done is on disk: a stopped evaluation goes on with the next one.
+is done is on disk: a stopped evaluation continues with the next one.
 """
 
 import random

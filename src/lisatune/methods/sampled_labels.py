@@ -26,12 +26,12 @@ class SophiaStep(TrainingStep):
     """
 
     def backward(self, batches: Sequence[dict[str, Tensor]]) -> Tensor:
-        """Estimate curvature if it is due, then compute the step's gradients; see `TrainingStep.backward`."""
+        """Estimate curvature if SophiaG wants it, then compute the gradients; see `TrainingStep.backward`."""
         assert isinstance(self.optimizer, SophiaG)
         if self.optimizer.wants_estimate:
             drawn = [self._draw_labels(batch, index) for index, batch in enumerate(batches)]
-            super().backward(drawn)
-            self.optimizer.update_hessian(sum(int((b["labels"][:, 1:] != -100).sum()) for b in drawn))
+            if torch.isfinite(super().backward(drawn)):  # else every later step would be NaN
+                self.optimizer.update_hessian(sum(int((b["labels"][:, 1:] != -100).sum()) for b in drawn))
             self.optimizer.zero_grad(set_to_none=True)
         return super().backward(batches)
 
@@ -41,7 +41,7 @@ class SophiaStep(TrainingStep):
         batch = {name: ids.to(self.device) for name, ids in batch.items()}
         assert isinstance(self.optimizer, SophiaG)
         generator = torch.Generator(self.device)
-        generator.manual_seed(hash((self.optimizer.steps_done, index)) % 2**63)
+        generator.manual_seed(self.optimizer.steps_done * 1_000_003 + index)
         ids, positions = batch["input_ids"], batch["position_ids"]
         with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             if self.loss.is_chunked:

@@ -51,6 +51,7 @@ class MuonWithAdamW(Optimizer):
             options = {"adjust_lr_fn": "match_rms_adamw"} | options
             parts[True] = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, **options)
         if others:
+            # Not foreach, which takes memory for all parameters at once.
             parts[False] = torch.optim.AdamW(
                 others, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=False
             )

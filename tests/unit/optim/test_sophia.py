@@ -96,6 +96,16 @@ def test_the_estimate_is_the_square_of_the_gradient_on_labels_that_the_model_dre
     assert not torch.allclose(gradient, model.lm_head.weight.grad)  # type: ignore[arg-type]
 
 
+def test_a_loss_that_is_not_finite_leaves_no_estimate() -> None:
+    model = tiny.llama()
+    optimizer = SophiaG(model.parameters())
+    step = make_step(model, optimizer)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.nan)
+    step.backward([make_batch()])
+    assert not optimizer.state
+
+
 def test_a_block_that_thaws_gets_an_estimate_before_its_first_step() -> None:
     model = tiny.llama()
     optimizer = SophiaG(model.parameters(), lr=1e-3, every=100)
