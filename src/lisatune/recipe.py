@@ -68,7 +68,7 @@ class DataConfig:
     """The data to train and evaluate on."""
 
     train: str
-    """File (.jsonl .json .csv .parquet, also .gz), folder of .txt files, hub id, or `python-docs`."""
+    """File (.jsonl .json .csv .parquet, also .gz .xz .zst), folder of .txt files, hub id, `python-docs`."""
 
     validation: str | None = None
     """Held-out data, in the same forms as `train`. Default: a share of `train`."""
@@ -76,8 +76,22 @@ class DataConfig:
     validation_share: float = 0.05
     """Share of `train` to hold out if `validation` is not given, at least one prompt. 0: evaluate nothing."""
 
-    kind: Literal["auto", "alpaca", "prompt-completion", "messages", "sharegpt", "text"] = "auto"
+    kind: Literal[
+        "auto",
+        "messages",
+        "sharegpt",
+        "oasst",
+        "alpaca",
+        "instruction",
+        "prompt-completion",
+        "question-answer",
+        "query-response",
+        "text",
+    ] = "auto"
     """Format of the records. auto: recognised by their keys."""
+
+    fields: dict[str, str] = field(default_factory=dict, hash=False)
+    """Own names of the records' fields, such as {question: problem, answer: solution.text}."""
 
     split: str = "train"
     """Split to load if `train` is a hub id."""
@@ -97,8 +111,8 @@ class DataConfig:
     packing: bool = False
     """Pack several records into one sequence of `max_length` tokens. Attention does not cross records."""
 
-    loss_on: Literal["auto", "answers", "all"] = "auto"
-    """Tokens that carry loss. auto: the answers, or all tokens of plain text."""
+    loss_on: Literal["auto", "answers", "last", "all"] = "auto"
+    """Tokens that carry loss. last: the last answer alone. auto: the answers, or all tokens of plain text."""
 
     date: str | None = None
     """Day that a chat template which writes the date sees, as YYYY-MM-DD. Default: the run's first day."""

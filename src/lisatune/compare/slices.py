@@ -70,6 +70,7 @@ def use_slices(config: DataConfig, folder: Path) -> DataConfig:
         train=str(folder / "train.jsonl"),
         validation=str(folder / "validation.jsonl"),
         kind="auto",
+        fields={},
         split="train",
         limit=None,
         validation_limit=None,

@@ -1,17 +1,21 @@
 """Chat templates for training: where answers begin and end in a conversation, and prompts as token ids."""
 
 import datetime
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lisatune.console import first_line
-from lisatune.data.records import Messages
+from lisatune.data.turns import Messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Tools: TypeAlias = list[dict[str, Any]] | None
+"""Descriptions of functions, `{"type": "function", "function": {"name": …}}`; None: there are none."""
 
 __all__ = [
     "PLAIN_CHAT_TEMPLATE",
@@ -77,6 +81,10 @@ def explain_template_errors() -> Iterator[None]:
         raise ValueError(f"the chat template refuses this conversation: {first_line(error)}") from error
 
 
+class RewrittenError(ValueError):
+    """A template writes earlier turns differently once others follow."""
+
+
 class Chat:
     """The chat template of a tokenizer; a tokenizer without one is given `PLAIN_CHAT_TEMPLATE`.
 
@@ -105,81 +113,155 @@ class Chat:
         """Which template it is, for a reader."""
         if template is not None:
             self.name += " in TRL's form for training"
+        self._marks_answers = re.search(r"{%-?\s*generation", self.template) is not None
         special = (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())
         self._stops = tuple(token for token in special if token.strip())
 
-    def render(self, messages: Messages, *, ask: bool = False) -> str:
+    def render(self, messages: Messages, *, ask: bool = False, tools: Tools = None) -> str:
         """Write messages as text.
 
         Args:
             messages: the conversation.
             ask: add the beginning of the next answer.
+            tools: descriptions of the functions that may be called.
 
         Raises:
-            ValueError: the template refuses the messages, or leaves out the text of one of them.
+            ValueError: the template refuses the messages, or leaves out the text of one of them, a call of a
+                function, or a function's description.
         """
         with explain_template_errors():
             text: str = self.tokenizer.apply_chat_template(
                 _without_marks(messages),
                 chat_template=self.template,
+                tools=tools,
                 tokenize=False,
                 add_generation_prompt=ask,
             )
+        self._check_complete(text, messages, tools)
+        return text
+
+    def _check_complete(self, text: str, messages: Messages, tools: Tools) -> None:
+        """Refuse a text that leaves out something of the conversation."""
         for number, message in enumerate(messages, 1):
+            for call in message.get("tool_calls", ()):
+                if call["function"]["name"] not in text:
+                    raise ValueError(
+                        f"the chat template leaves out the call of {call['function']['name']} in message "
+                        f"{number}; use a model whose template writes calls of functions"
+                    )
             if _last_word(message) not in text:
                 raise ValueError(
                     f"the chat template leaves out the text of message {number} (templates of vision models "
                     "may need a list of parts); give the tokenizer a template for plain text"
                 )
-        return text
+        for tool in tools or ():
+            if tool["function"]["name"] not in text:
+                raise ValueError(
+                    f"the chat template leaves out the tools, such as {tool['function']['name']}; use a "
+                    "model whose template writes them"
+                )
 
     def ends_turn(self, text: str) -> bool:
         """Whether rendered text ends with a special token, so that a model can learn to stop there."""
         return text.rstrip().endswith(self._stops)
 
-    def render_prefixes(self, messages: Messages, first_answer: int) -> list[tuple[str, bool]]:
+    def render_prefixes(
+        self, messages: Messages, first_answer: int, *, tools: Tools = None, last: bool = False
+    ) -> list[tuple[str, bool]]:
         """Write the conversation as longer and longer prefixes; the last one is the whole conversation.
+
+        A template that marks answers itself (`{% generation %}`) serves where this cannot be told from what
+        it writes. Elsewhere its marks are not needed: without the header that asks for an answer and the
+        blanks after its stop, which a model does not have to write, they say the same.
 
         Args:
             messages: the conversation.
             first_answer: index of the first message that may be an answer, >= 1.
+            tools: descriptions of the functions that may be called.
+            last: learn the last answer alone.
 
         Returns:
             Prefixes, each with whether the text that it adds to the one before carries loss: whether it is an
-            answer that is not marked with `train: False`. An answer begins
-            after the template's text that asks for it. It ends with the special token that ends its turn, or,
-            if there is none, with the last text that the template writes.
+            answer that is not marked with `train: False`. An answer begins after the template's text that
+            asks for it. It ends with the special token that ends its turn, or, if there is none, with the
+            last text that the template writes.
 
         Raises:
             ValueError: the template refuses the messages, or writes some differently once others follow.
         """
-        full = self.render(messages)
+        answers = [i for i in range(first_answer, len(messages)) if messages[i]["role"] == "assistant"]
+        if last:
+            answers = answers[-1:]
+        try:
+            return self._find_answers(messages, answers, tools)
+        except RewrittenError:
+            marked = self._read_marks(messages, answers, tools) if self._marks_answers else None
+            if marked is None:
+                raise
+            return marked
+
+    def _read_marks(
+        self, messages: Messages, answers: list[int], tools: Tools
+    ) -> list[tuple[str, bool]] | None:
+        """Take the template's own marks; None if it does not mark every assistant's turn once."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        with explain_template_errors():
+            texts, spans = render_jinja_template(
+                [_without_marks(messages)],
+                tools=tools,
+                chat_template=self.template,
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
+            )
+        full: str = texts[0]
+        self._check_complete(full, messages, tools)
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if len(spans[0]) != len(turns):
+            return None
+        asked = self.render(messages[: turns[0]], ask=True, tools=tools)
+        header = asked[common_length(asked, self.render(messages[: turns[0]], tools=tools)) :]
         found: list[tuple[str, bool]] = []
-        for index in range(first_answer, len(messages)):
-            if messages[index]["role"] == "assistant":
-                question, answer = self.render(messages[:index], ask=True), self.render(messages[: index + 1])
-                if not full.startswith(question) and full.startswith(self.render(messages[:index])):
-                    question = _drop_unseen_end(question, full)
-                word = _last_word(messages[index])
-                end_of_text = max(len(question), answer.rfind(word) + len(word) if word else 0)
-                same = common_length(answer, full)
-                if not full.startswith(question) or same < end_of_text:
-                    raise ValueError(
-                        f"the chat template writes the messages up to number {index + 1} differently once "
-                        "others follow, so answers cannot be told from the rest; set loss_on to all, or give "
-                        "the tokenizer a template that only appends"
-                    )
-                # Some templates end the last turn differently from the turns before it.
-                end = same if same == len(answer) else end_of_text
-                stops = (i for i in range(end_of_text, same + 1) if answer.endswith(self._stops, 0, i))
-                end = max(stops, default=end)
-                if same < len(answer):
-                    end += self._length_of_other_stop(messages, index, full[end:])
-                is_learned = messages[index].get("train") is not False
-                found += [(question, False), (full[:end], is_learned)]
+        for index, (start, end) in zip(turns, spans[0], strict=True):
+            if index in answers:
+                text = full[start:end]
+                begin = start + max(
+                    (n for n in range(len(header) + 1) if text.startswith(header[len(header) - n :])),
+                    default=0,
+                )
+                stop = start + len(text.rstrip()) if self.ends_turn(text) else end
+                found += [(full[:begin], False), (full[:stop], messages[index].get("train") is not False)]
         return found if found and found[-1][0] == full else [*found, (full, False)]
 
-    def _length_of_other_stop(self, messages: Messages, index: int, rest: str) -> int:
+    def _find_answers(self, messages: Messages, answers: list[int], tools: Tools) -> list[tuple[str, bool]]:
+        """Find where answers begin and end by writing longer and longer parts of the conversation."""
+        full = self.render(messages, tools=tools)
+        found: list[tuple[str, bool]] = []
+        for index in answers:
+            question = self.render(messages[:index], ask=True, tools=tools)
+            answer = self.render(messages[: index + 1], tools=tools)
+            if not full.startswith(question) and full.startswith(self.render(messages[:index], tools=tools)):
+                question = _drop_unseen_end(question, full)
+            word = _last_word(messages[index])
+            end_of_text = max(len(question), answer.rfind(word) + len(word) if word else 0)
+            same = common_length(answer, full)
+            if not full.startswith(question) or same < end_of_text:
+                raise RewrittenError(
+                    f"the chat template writes the messages up to number {index + 1} differently once "
+                    "others follow, so answers cannot be told from the rest; set loss_on to all, or give "
+                    "the tokenizer a template that only appends"
+                )
+            # Some templates end the last turn differently from the turns before it.
+            end = same if same == len(answer) else end_of_text
+            stops = (i for i in range(end_of_text, same + 1) if answer.endswith(self._stops, 0, i))
+            end = max(stops, default=end)
+            if same < len(answer):
+                end += self._length_of_other_stop(messages, index, full[end:], tools)
+            is_learned = messages[index].get("train") is not False
+            found += [(question, False), (full[:end], is_learned)]
+        return found if found and found[-1][0] == full else [*found, (full, False)]
+
+    def _length_of_other_stop(self, messages: Messages, index: int, rest: str, tools: Tools) -> int:
         """Find the stop of an earlier answer in a template that ends the last answer with another one.
 
         A special token that follows an answer may also begin the next turn. It ends the answer if it ends
@@ -189,6 +271,7 @@ class Chat:
             messages: the conversation.
             index: index of the answer.
             rest: the conversation after the text of the answer.
+            tools: as for `render`.
 
         Returns:
             Number of characters up to the end of the stop; 0 if there is none.
@@ -197,17 +280,23 @@ class Chat:
         stop = max((token for token in self._stops if rest.startswith(token, blank)), key=len, default=None)
         if stop is None:
             return 0
-        ends_turns = self.render(messages[:index]).rstrip().endswith(stop)
+        ends_turns = self.render(messages[:index], tools=tools).rstrip().endswith(stop)
         with suppress(ValueError):  # the template may refuse a conversation of this one message
             following = messages[index + 1]
             ends_turns |= stop not in self.render([following]).partition(following["content"])[0]
         return blank + len(stop) if ends_turns else 0
 
 
-def encode_prompt(tokenizer: Any, prompt: str | Messages, *, date: str | None = None) -> list[int]:
+def encode_prompt(
+    tokenizer: Any, prompt: str | Messages, *, date: str | None = None, tools: Tools = None
+) -> list[int]:
     """Turn a prompt into token ids: plain text as it is, messages through the chat template.
 
-    `date` is the day that the template sees as today, YYYY-MM-DD. Default: today.
+    Args:
+        tokenizer: with a chat template, if the prompt is messages.
+        prompt: text or messages.
+        date: the day that the template sees as today, YYYY-MM-DD. Default: today.
+        tools: descriptions of the functions that may be called.
     """
     if isinstance(prompt, str):
         ids: list[int] = drop_second_bos(tokenizer(prompt, verbose=False)["input_ids"], tokenizer)
@@ -216,6 +305,7 @@ def encode_prompt(tokenizer: Any, prompt: str | Messages, *, date: str | None = 
             ids = tokenizer.apply_chat_template(
                 _without_marks(prompt),
                 chat_template=_fix_date(tokenizer.get_chat_template(), date),
+                tools=tools,
                 add_generation_prompt=True,
                 return_dict=True,
                 tokenizer_kwargs={"verbose": False},
@@ -236,7 +326,7 @@ def common_length(first: Sequence[object], second: Sequence[object]) -> int:
 
 def _without_marks(messages: Messages) -> Messages:
     """Leave the messages as a template knows them."""
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+    return [{key: value for key, value in message.items() if key != "train"} for message in messages]
 
 
 def _fix_date(template: str, date: str | None) -> str:

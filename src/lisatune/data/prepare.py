@@ -11,6 +11,7 @@ from typing import Any
 from lisatune.data.chat import Chat, encode_prompt
 from lisatune.data.records import Record, Records, read_records, split_records
 from lisatune.data.tokens import Examples, Order, TokenRow, is_chat, pack, tokenize
+from lisatune.data.turns import Messages, answer_text
 from lisatune.distributed import ranks
 from lisatune.recipe import Recipe, check_steps
 
@@ -24,7 +25,7 @@ TEXT_PROMPT_WORDS = 24
 class Prompt:
     """A held-out record, cut at the place from which the model must continue by itself."""
 
-    prompt: str | list[dict[str, str]]
+    prompt: str | Messages
     """Plain text, or chat messages up to the first answer."""
 
     answer: str
@@ -36,7 +37,7 @@ class Prompt:
     @property
     def text(self) -> str:
         """The prompt for a reader: plain text, or the last message."""
-        return self.prompt if isinstance(self.prompt, str) else self.prompt[-1]["content"]
+        return self.prompt if isinstance(self.prompt, str) else str(self.prompt[-1]["content"])
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,8 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> RunData:
     chat = Chat(tokenizer) if is_chat(train.rows[0]) else None
     template = "without a template" if chat is None else f"written by {chat.name}"
     learns_all = data.loss_on == "all" or train.kind == "text"
-    described = f"{train.kind}, {template}; loss on {'all tokens' if learns_all else 'the answers'}"
+    where = "all tokens" if learns_all else "the last answer" if data.loss_on == "last" else "the answers"
+    described = f"{train.kind}, {template}; loss on {where}"
     return RunData(rows, held_out, questions, order, steps, skipped, chat is not None, described)
 
 
@@ -118,7 +120,14 @@ def read_data(recipe: Recipe) -> tuple[Records, Records]:
     data = recipe.data
 
     def read(source: str, limit: int | None) -> Records:
-        return read_records(source, kind=data.kind, split=data.split, limit=limit, on_bad_row=data.on_bad_row)
+        return read_records(
+            source,
+            kind=data.kind,
+            split=data.split,
+            limit=limit,
+            on_bad_row=data.on_bad_row,
+            fields=data.fields,
+        )
 
     most, held_out = data.validation_limit, data.validation
     train = read(data.train, data.limit)
@@ -142,14 +151,16 @@ def _take_evenly(examples: Examples, most: int | None) -> Examples:
 
 def _cut_prompt(row: Record, tokenizer: Any, date: str | None) -> Prompt:
     """Cut a record where its first answer begins, or a text after its first words."""
-    prompt: str | list[dict[str, str]]
+    prompt: str | Messages
+    answer: str | Messages
     if "text" in row:
         words = row["text"].split(" ")
         prompt, answer = " ".join(words[:TEXT_PROMPT_WORDS]), " ".join(words[TEXT_PROMPT_WORDS:])
     elif "messages" in row:
         first = next(i for i, message in enumerate(row["messages"]) if message["role"] == "assistant")
-        prompt, answer = row["messages"][:first], row["messages"][first]["content"]
+        prompt, answer = row["messages"][:first], row["messages"][first:]
     else:
         prompt, answer = row["prompt"], row["completion"]
-    answer = answer if isinstance(answer, str) else answer[0]["content"]
-    return Prompt(prompt, answer, tuple(encode_prompt(tokenizer, prompt, date=date)))
+    answer = answer if isinstance(answer, str) else answer_text(answer[0])
+    ids = encode_prompt(tokenizer, prompt, date=date, tools=row.get("tools"))
+    return Prompt(prompt, answer, tuple(ids))

@@ -9,6 +9,7 @@ import difflib
 import gzip
 import io
 import json
+import lzma
 import re
 import zlib
 from collections.abc import Iterator
@@ -23,7 +24,13 @@ from lisatune.files.hub import UNREACHABLE, ask_hub
 __all__ = ["EXTENSIONS", "BadRowError", "read_rows"]
 
 EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet")
-"""Types of files that can be read, also with .gz at the end."""
+"""Types of files that can be read, also compressed."""
+
+COMPRESSED = (".gz", ".xz", ".zst")
+"""Endings of compressed files."""
+
+DAMAGED = (OSError, gzip.BadGzipFile)
+"""Kinds of OSError that say that a compressed file cannot be read."""
 
 BOM = b"\xef\xbb\xbf"
 """Byte order mark, which some programs put at the beginning of a UTF-8 file."""
@@ -50,9 +57,14 @@ def read_rows(source: str, *, split: str = "train") -> Iterator[tuple[str, Any]]
     """
     try:
         yield from _open_source(source, split)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        suffix = Path(source).suffix
+        # pyarrow has no class of its own for a .zst file that is cut off or damaged.
+        if suffix not in COMPRESSED or (isinstance(error, OSError) and type(error) not in DAMAGED):
+            raise
+        name = {".gz": "gzip", ".xz": "xz", ".zst": "zstd"}[suffix]
         raise ValueError(
-            f"{source} is not a complete gzip file ({error}); create or download it again"
+            f"{source} is not a complete {name} file ({error}); create or download it again"
         ) from error
 
 
@@ -68,7 +80,7 @@ def _open_source(source: str, split: str) -> Iterator[tuple[str, Any]]:
     if not path.exists():
         is_windows_path = "\\" in source or re.match("[A-Za-z]:/", source)
         is_path = (
-            suffix in (*EXTENSIONS, ".txt") or path.suffix == ".gz" or source.startswith((".", "/", "~"))
+            suffix in (*EXTENSIONS, ".txt") or path.suffix in COMPRESSED or source.startswith((".", "/", "~"))
         )
         if not is_path and not is_windows_path:
             return _read_hub(source, split)
@@ -78,7 +90,7 @@ def _open_source(source: str, split: str) -> Iterator[tuple[str, Any]]:
     if suffix not in EXTENSIONS:
         raise ValueError(
             f"cannot read {source}: unknown file type {suffix or '(none)'}; "
-            f"use {', '.join(EXTENSIONS)} (also .gz) or a folder of .txt files"
+            f"use {', '.join(EXTENSIONS)} (also {', '.join(COMPRESSED)}) or a folder of .txt files"
         )
     refuse_lfs_pointer(path)
     return {".csv": _read_csv, ".parquet": _read_parquet}.get(suffix, _read_json)(path)
@@ -92,24 +104,34 @@ def _suggest(source: str) -> str:
 
 
 def _file_type(path: Path) -> str:
-    """Tell the type of a file: its extension, or the one before .gz."""
-    return Path(path.stem if path.suffix == ".gz" else path.name).suffix.lower()
+    """Tell the type of a file: its extension, or the one before that of the compression."""
+    return Path(path.stem if path.suffix in COMPRESSED else path.name).suffix.lower()
 
 
 def _open(path: Path) -> IO[bytes]:
+    if path.suffix == ".zst":
+        try:
+            import pyarrow
+        except ImportError as error:
+            raise ImportError('reading .zst needs pyarrow: pip install "lisatune[train]"') from error
+        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"))
+    if path.suffix == ".xz":
+        return cast(IO[bytes], lzma.open(path))
     return cast(IO[bytes], gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
     """One object per line, or in a .json file a list of objects."""
-    with _open(path) as file:
-        if _file_type(path) == ".json" and (text := file.read()).lstrip(BOM + b" \t\r\n").startswith(b"["):
+    if _file_type(path) == ".json":
+        with _open(path) as file:
+            text = file.read()
+        if text.lstrip(BOM + b" \t\r\n").startswith(b"["):
             place, rows = _parse(text.removeprefix(BOM), path, 1)
             if isinstance(rows, BadRowError):
                 raise ValueError(f"{place}: {rows}")
             yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
             return
-        file.seek(0)
+    with _open(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip(BOM + b" \t\r\n"):
                 yield _parse(line.removeprefix(BOM).rstrip(), path, number)
@@ -138,10 +160,10 @@ def _parse(text: bytes, path: Path, start_line: int) -> tuple[str, Any]:
 def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
     limit = csv.field_size_limit(2**31 - 1)  # csv's own 128 KiB is less than a long document
     try:
+        with _open(path) as first:
+            header = first.readline()
+        delimiter = next((sign for sign in ",;\t" if sign.encode() in header), ",")
         with io.TextIOWrapper(_open(path), "utf-8-sig", errors="surrogateescape", newline="") as file:
-            header = file.readline()
-            delimiter = next((sign for sign in ",;\t" if sign in header), ",")
-            file.seek(0)
             reader = csv.DictReader(file, strict=True, delimiter=delimiter)
             for row in reader:
                 problem = BadRowError(f"more fields than the header's {len(reader.fieldnames or ())}")
@@ -163,7 +185,9 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     number = 0
     try:
         with _open(path) as file:
-            table = pyarrow.parquet.ParquetFile(io.BytesIO(file.read()) if path.suffix == ".gz" else path)
+            table = pyarrow.parquet.ParquetFile(
+                io.BytesIO(file.read()) if path.suffix in COMPRESSED else path
+            )
         for batch in table.iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 number += 1

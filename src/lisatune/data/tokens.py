@@ -85,7 +85,7 @@ def tokenize(
     tokenizer: "PreTrainedTokenizerBase",
     *,
     max_length: int,
-    loss_on: Literal["auto", "answers", "all"] = "auto",
+    loss_on: Literal["auto", "answers", "last", "all"] = "auto",
     long: Literal["auto", "split", "cut", "drop"] = "auto",
     date: str | None = None,
 ) -> Examples:
@@ -100,8 +100,9 @@ def tokenize(
         tokenizer: the tokenizer of the model to train, with its chat template.
         max_length: length of the longest sequence in tokens.
         loss_on: which tokens carry loss. `answers`: every assistant turn from its first token to the token
-            that ends the turn, or a plain completion up to and with the end-of-sequence token. `all`: every
-            token but the first. `auto`: `all` for records of text, `answers` for all others.
+            that ends the turn, or a plain completion up to and with the end-of-sequence token. `last`: the
+            last of these turns alone. `all`: every token but the first. `auto`: `all` for records of text,
+            `answers` for all others.
         long: what happens to a record of more tokens. `split`: it becomes several rows of at most
             `max_length` tokens, one after the other, and the first token of each carries no loss. `cut`: its
             end is cut off. `drop`: it is left out. `auto`: `split` for records of text, `cut` for all others.
@@ -120,13 +121,13 @@ def tokenize(
         >>> examples = tokenize(read_records("rows.jsonl"), tokenizer, max_length=1024)
         >>> examples.rows[0]["labels"], examples.num_cut, examples.num_without_loss
     """
-    if loss_on not in ("auto", "answers", "all"):
-        raise ValueError(f"loss_on must be auto, answers or all, got {loss_on!r}")
+    if loss_on not in ("auto", "answers", "last", "all"):
+        raise ValueError(f"loss_on must be auto, answers, last or all, got {loss_on!r}")
     if long not in ("auto", "split", "cut", "drop"):
         raise ValueError(f"long must be auto, split, cut or drop, got {long!r}")
     if long == "auto":
         long = "split" if records.kind == "text" else "cut"
-    if loss_on == "answers" and records.kind == "text":
+    if loss_on in ("answers", "last") and records.kind == "text":
         raise ValueError(f"{records.source} is plain text, which has no answers; set loss_on to all or auto")
     chat = Chat(tokenizer, date) if any(is_chat(record) for record in records.rows) else None
     rows: list[TokenRow] = []
@@ -134,7 +135,7 @@ def tokenize(
     prompt_lengths = []
     for number, record in enumerate(records.rows, 1):
         try:
-            row = _tokenize_record(record, tokenizer, chat, everywhere=loss_on == "all")
+            row = _tokenize_record(record, tokenizer, chat, loss_on=loss_on)
         except ValueError as error:
             raise ValueError(f"{records.source}, record {number}: {error}") from error
         is_long = len(row["input_ids"]) > max_length
@@ -184,10 +185,9 @@ def is_chat(record: dict[str, Any]) -> bool:
     return "messages" in record or isinstance(record.get("prompt"), list)
 
 
-def _tokenize_record(
-    record: dict[str, Any], tokenizer: Any, chat: Chat | None, *, everywhere: bool
-) -> TokenRow:
+def _tokenize_record(record: dict[str, Any], tokenizer: Any, chat: Chat | None, *, loss_on: str) -> TokenRow:
     """Turn one record into ids and labels of its whole length."""
+    everywhere, tools = loss_on == "all", record.get("tools")
     use_chat = chat is not None and is_chat(record)
     if chat is not None and use_chat:
         messages = record["messages"] if "messages" in record else record["prompt"] + record["completion"]
@@ -198,7 +198,9 @@ def _tokenize_record(
                 "would learn from it; use loss_on answers"
             )
         prefixes = (
-            [(chat.render(messages), True)] if everywhere else chat.render_prefixes(messages, first_answer)
+            [(chat.render(messages, tools=tools), True)]
+            if everywhere
+            else chat.render_prefixes(messages, first_answer, tools=tools, last=loss_on == "last")
         )
     elif "prompt" in record:
         prefixes = [(record["prompt"], everywhere), (record["prompt"] + record["completion"], True)]

@@ -24,6 +24,7 @@ BEFORE_IT_EXISTED: dict[str, Any] = {
     "optimizer.name": "adamw",
     "optimizer.options": {},
     "data.long": "auto",
+    "data.fields": {},
     "optimizer.warmup_share": 0.0,
     "optimizer.min_lr_share": 0.0,
     "run.keep_best": False,

@@ -135,7 +135,13 @@ def _check_data(recipe: Recipe, report: CheckReport) -> RunData | None:
     for source, limit in sources:
         if source is not None:
             records = report.attempt(
-                read_records, source, kind=config.kind, split=config.split, limit=limit, on_bad_row="skip"
+                read_records,
+                source,
+                kind=config.kind,
+                split=config.split,
+                limit=limit,
+                on_bad_row="skip",
+                fields=config.fields,
             )
             if records is not None and records.skipped and config.on_bad_row == "error":
                 more = f" (and {records.skipped - 1:,} more like it)" if records.skipped > 1 else ""

@@ -1,4 +1,5 @@
 import itertools
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import trl
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from trl.chat_template_utils import get_training_chat_template
+from trl.chat_template_utils import get_training_chat_template, qwen2_5_chat_template
 
 from lisatune.data.chat import PLAIN_CHAT_TEMPLATE, Chat, common_length, encode_prompt, set_chat_template
 from lisatune.data.records import Records
@@ -240,3 +241,67 @@ def test_a_missing_trl_names_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(sys.modules, "trl.chat_template_utils", None)
     with pytest.raises(ImportError, match=r'pip install "lisatune\[train\]"'):
         Chat(byte_tokenizer(CHATML))
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+CALLS = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+CHAT_OF_TOOLS = [USER, CALLS, {"role": "tool", "content": "3"}, BOT]
+
+
+def test_calls_and_tools_go_through_the_template_and_calls_are_learned() -> None:
+    tokenizer = byte_tokenizer(qwen2_5_chat_template, extra=["<|im_start|>", "<|im_end|>"])
+    chat = Chat(tokenizer)
+    prefixes = chat.render_prefixes(CHAT_OF_TOOLS, 1, tools=[TOOL])
+    text, learned = prefixes[-1][0], []
+    for (before, _), (prefix, has_loss) in itertools.pairwise([("", False), *prefixes]):
+        learned += [prefix[len(before) :]] if has_loss else []
+    call = json.dumps({"name": "add", "arguments": {"a": 1}})
+    assert learned == [f"<tool_call>\n{call}\n</tool_call><|im_end|>", "Hello<|im_end|>"]
+    assert json.dumps(TOOL) in text
+    assert "<tool_response>\n3\n</tool_response>" in text
+    last = chat.render_prefixes(CHAT_OF_TOOLS, 1, tools=[TOOL], last=True)
+    assert [prefix for prefix, has_loss in last if has_loss] == [text.rstrip("\n")]
+
+
+def test_a_template_that_leaves_out_calls_or_tools_is_refused() -> None:
+    chat = Chat(byte_tokenizer(CHATML))
+    with pytest.raises(ValueError, match="the chat template leaves out the call of add in message 2"):
+        chat.render_prefixes(CHAT_OF_TOOLS, 1)
+    with pytest.raises(ValueError, match="the chat template leaves out the tools, such as add"):
+        chat.render_prefixes([USER, BOT], 1, tools=[TOOL])
+
+
+MARKED = """\
+{%- for message in messages -%}
+{{- '<|im_start|>' + message['role'] + '\\n' -}}
+{%- if message['role'] == 'assistant' -%}
+{%- generation -%}
+{%- if not loop.last -%}{{- '(short)' -}}{%- endif -%}
+{{- message['content'] + eos_token + '\\n' -}}
+{%- endgeneration -%}
+{%- else -%}{{- message['content'] + eos_token + '\\n' -}}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"""
+
+
+def test_marks_of_a_template_serve_where_it_writes_earlier_turns_differently() -> None:
+    messages = [USER, BOT, USER, BOT | {"content": "Bye"}]
+    assert answers(byte_tokenizer(MARKED), messages) == ["(short)Hello<eos>", "Bye<eos>"]
+    unmarked = MARKED.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
+    with pytest.raises(ValueError, match="writes the messages up to number 2 differently once others follow"):
+        answers(byte_tokenizer(unmarked), messages)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "llama3", "gptoss", "glm4moe", "cohere", "lfm2"])
+def test_marks_of_a_template_and_our_own_say_the_same(name: str) -> None:
+    template = getattr(trl.chat_template_utils, f"{name}_training_chat_template")
+    words = sorted(set(re.findall(r"<\|[^|<>{}' ]+\|>", template)))
+    tokenizer = byte_tokenizer(template, extra=words)
+    messages = [SYSTEM, USER, BOT, USER, BOT | {"content": "Bye"}, USER]
+    found = answers(tokenizer, messages)
+    chat = Chat(tokenizer)
+    marks = chat._read_marks(messages, [2, 4], None)
+    assert marks is not None
+    assert marks == chat._find_answers(messages, [2, 4], None)
+    assert len(found) == 2

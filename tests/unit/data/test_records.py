@@ -21,6 +21,7 @@ def save(folder: Path, *rows: Any) -> str:
     return str(path)
 
 
+ASKED = {"prompt": [USER], "completion": [BOT]}
 ALPACA = {"instruction": "Add.", "input": "1 2", "output": "3"}
 KINDS: list[tuple[str, Any, Any]] = [
     (
@@ -50,6 +51,14 @@ KINDS: list[tuple[str, Any, Any]] = [
         {"messages": [{"role": "system", "content": "Be brief."}, USER, BOT]},
     ),
     ("sharegpt", {"conversations": [USER, BOT]}, {"messages": [USER, BOT]}),
+    ("question-answer", {"question": "Hi", "answer": "Hello", "context": ""}, ASKED),
+    ("query-response", {"query": "Hi", "response": "Hello"}, ASKED),
+    ("instruction", {"instruction": "Hi", "response": "Hello", "context": None}, ASKED),
+    (
+        "instruction",
+        {"instruction": "Add.", "context": "1 2", "response": "3"},
+        {"prompt": [{"role": "user", "content": "Add.\n\n1 2"}], "completion": [BOT | {"content": "3"}]},
+    ),
     ("text", {"text": "Once upon"}, {"text": "Once upon"}),
 ]
 
@@ -70,6 +79,11 @@ def test_the_kind_is_told_from_the_fields_of_the_first_row(
 
 
 SYSTEM = {"role": "system", "content": "Be rude."}
+CALL = {"name": "add", "arguments": {"a": 1}}
+CALLS = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CALL}]}
+RESULT = {"role": "tool", "content": "3", "name": "add"}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+CHAT_OF_TOOLS = {"messages": [USER, CALLS, RESULT, BOT], "tools": [TOOL]}
 MARKED = BOT | {"train": False}
 
 
@@ -93,6 +107,53 @@ MARKED = BOT | {"train": False}
         ({"messages": [USER, MARKED, USER, BOT | {"weight": 1}]}, {"messages": [USER, MARKED, USER, BOT]}),
         ({"prompt": "1+1=", "completion": "2", "label": True}, {"prompt": "1+1=", "completion": "2"}),
         ({"messages": [USER, BOT | {"tool_calls": []}], "tools": "[]"}, {"messages": [USER, BOT]}),
+        (CHAT_OF_TOOLS, CHAT_OF_TOOLS),
+        (  # OpenAI's: arguments as JSON in text, no content beside a call, fields that are null
+            {
+                "messages": [
+                    USER,
+                    {
+                        "role": "assistant",
+                        "content": None,
+                        "tool_calls": [
+                            {"id": "c1", "function": {"name": "add", "arguments": '{"a": 1, "b": null}'}}
+                        ],
+                    },
+                    RESULT | {"tool_call_id": "c1"},
+                    BOT | {"refusal": None},
+                ],
+                "functions": json.dumps([TOOL["function"]]),
+            },
+            {
+                "messages": [
+                    USER,
+                    CALLS | {"tool_calls": [{"type": "function", "id": "c1", "function": CALL}]},
+                    RESULT | {"tool_call_id": "c1"},
+                    BOT,
+                ],
+                "tools": [TOOL],
+            },
+        ),
+        (  # ShareGPT's
+            {
+                "conversations": [
+                    {"from": "human", "value": "Hi"},
+                    {"from": "function_call", "value": json.dumps(CALL)},
+                    {"from": "observation", "value": "3", "name": "add"},
+                    {"from": "gpt", "value": "Hello"},
+                ],
+                "tools": json.dumps([TOOL]),
+            },
+            CHAT_OF_TOOLS,
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "H"}, {"text": "i"}]}, BOT]},
+            {"messages": [USER, BOT]},
+        ),
+        (
+            {"conversations": [{"speaker": "prompter", "text": "Hi"}, {"speaker": "model", "text": "Hello"}]},
+            {"messages": [USER, BOT]},
+        ),
     ],
 )
 def test_fields_that_carry_meaning_are_honoured(tmp_path: Path, row: Any, normalised: Any) -> None:
@@ -103,9 +164,25 @@ def test_fields_that_carry_meaning_are_honoured(tmp_path: Path, row: Any, normal
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
-        ({"messages": [USER, BOT | {"function_call": {"name": "f"}}]}, "message 2 has 'function_call'"),
+        ({"messages": [USER, BOT | {"function_call": {}}, BOT | {"tool_calls": [{"id": "1"}]}]}, "without a"),
         ({"messages": [USER, BOT | {"reasoning_content": "hm"}]}, "message 2 has 'reasoning_content'"),
-        ({"messages": [USER, BOT], "tools": [{"name": "f"}]}, "'tools' holds tools"),
+        ({"messages": [USER, BOT], "tools": [{"nome": "f"}]}, "'tools', entry 1 must be a function with a"),
+        ({"messages": [USER, BOT], "tools": "[{"}, "'tools' holds JSON that cannot be read"),
+        (
+            {"messages": [USER, BOT], "tools": [CALL], "functions": [CALL]},
+            "both describe functions; keep one",
+        ),
+        ({"prompt": "1", "completion": "2", "tools": [{"name": "f"}]}, "'tools' cannot stand before plain"),
+        ({"messages": [USER | {"tool_calls": [CALL]}, BOT]}, "message 1 calls a function, which only an"),
+        (
+            {"messages": [USER, BOT | {"tool_calls": [{"name": "f", "arguments": "[1]"}]}]},
+            "message 2, arguments of f must be an object, got a list",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, BOT]},
+            "message 1 has a part of type 'image_url', and only text can be trained on",
+        ),
+        ({"messages": [USER, BOT], "images": ["a.png"]}, "'images' holds images, and only text"),
         ({"messages": [USER, BOT | {"weight": 0}]}, "every assistant turn is marked not to be learned from"),
         ({"messages": [USER, BOT | {"weight": 0.5}]}, "message 2 has the weight 0.5; only 0 and 1"),
         ({"messages": [SYSTEM, USER, BOT], "system": "x"}, "are both a system message; keep one"),
@@ -178,6 +255,10 @@ def test_limit_counts_usable_records_and_reads_no_further(tmp_path: Path) -> Non
     assert records.skipped == 1
 
 
+ROLE_NAMES = (
+    "system, developer, user, human, prompter, assistant, gpt, bot, chatbot, chatgpt, model, ai, bing, tool, "
+    "ipython, observation, function_response, function, function_call, tool_call"
+)
 BAD: list[tuple[Any, Any, str]] = [
     ({"text": "a"}, ["a"], "a record must be an object with named fields, got a list"),
     ({"text": "a"}, "a", "a record must be an object with named fields, got text"),
@@ -213,7 +294,7 @@ BAD: list[tuple[Any, Any, str]] = [
     (
         KINDS[3][1],
         {"messages": [USER, {"role": "assistant"}]},
-        "'messages', message 2 has no 'content'; it has role",
+        "'messages', message 2 has no text (content, value, text); it has role",
     ),
     (
         KINDS[3][1],
@@ -223,17 +304,12 @@ BAD: list[tuple[Any, Any, str]] = [
     (
         KINDS[3][1],
         {"messages": [USER, {"role": "robot", "content": "Hello"}]},
-        "'messages', message 2 has the unknown role 'robot'; known: system, user, assistant",
-    ),
-    (
-        KINDS[3][1],
-        {"messages": [USER, BOT | {"tool_calls": [{"name": "f"}]}]},
-        "'messages', message 2 has 'tool_calls', which cannot be trained on; write it into 'content'",
+        f"'messages', message 2 has the unknown role 'robot'; known: {ROLE_NAMES}",
     ),
     (
         KINDS[4][1],
-        {"conversations": [{"from": "bing", "value": "Hi"}]},
-        "'conversations', message 1 has the unknown role 'bing'; known: system, user, assistant, human, gpt",
+        {"conversations": [{"from": "narrator", "value": "Hi"}]},
+        f"'conversations', message 1 has the unknown role 'narrator'; known: {ROLE_NAMES}",
     ),
 ]
 
@@ -277,9 +353,44 @@ def test_an_empty_text_file_in_a_folder_is_named(tmp_path: Path) -> None:
 
 def test_fields_of_no_known_kind_are_listed(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"line 1: cannot tell the kind .* fields question, answer; known: messages; "
+        ValueError, match=r"line 1: cannot tell the kind .* fields problem, solution; known: messages; "
     ):
-        read_records(save(tmp_path, {"question": "a", "answer": "b"}))
+        read_records(save(tmp_path, {"problem": "a", "solution": "b"}))
+
+
+def test_fields_of_other_names_are_mapped_by_hand(tmp_path: Path) -> None:
+    source = save(tmp_path, {"problem": "Hi", "solution": {"text": "Hello"}}, {"problem": "Hi"})
+    names = {"question": "problem", "answer": "solution.text"}
+    records = read_records(source, fields=names, limit=1)
+    assert (records.kind, records.rows, records.unused) == ("question-answer", [ASKED], ())
+    with pytest.raises(
+        ValueError, match=r"line 2: data.fields names the field 'solution.text', which is mis"
+    ):
+        read_records(source, fields=names)
+
+
+def _message(name: str, parent: str | None, role: str, **more: Any) -> Any:
+    return {"message_id": name, "parent_id": parent, "role": role, "text": name, "lang": "en"} | more
+
+
+def test_trees_follow_the_best_replies_to_the_last_answer(tmp_path: Path) -> None:
+    rows = [
+        _message("a1", "q", "assistant", rank=1),
+        _message("q", None, "prompter"),
+        _message("a0", "q", "assistant", rank=0),
+        _message("gone", "q", "assistant", rank=-1, deleted=True),
+        _message("q2", "a0", "prompter"),
+        _message("lonely", None, "prompter"),
+    ]
+    records = read_records(save(tmp_path, *rows), on_bad_row="skip")
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a0"}]
+    assert (records.kind, records.rows, records.skipped) == ("oasst", [{"messages": turns}], 1)
+    assert "the tree has no answer" in records.first_skipped
+    replies = [_message("a1", "q", "assistant"), _message("a0", "q", "assistant", rank=0)]
+    tree = {"message_tree_id": "q", "prompt": _message("q", None, "prompter", replies=replies)}
+    assert read_records(save(tmp_path, tree)).rows == [{"messages": turns}]
+    with pytest.raises(ValueError, match="its parent 'x' is not in the data"):
+        read_records(save(tmp_path, _message("q", None, "prompter"), _message("a", "x", "assistant")))
 
 
 @pytest.mark.parametrize("content", ["", "\n\n"])
@@ -302,7 +413,7 @@ def test_skipping_every_row_is_an_error(tmp_path: Path) -> None:
 
 def test_an_unknown_kind_is_an_error() -> None:
     with pytest.raises(
-        ValueError, match="unknown kind of records 'alpacca'; use auto, messages, sharegpt, alpaca"
+        ValueError, match="unknown kind of records 'alpacca'; use auto, messages, sharegpt, oasst, alpaca"
     ):
         read_records("python-docs", kind="alpacca")
 

@@ -1,10 +1,14 @@
 import csv
 import gzip
 import json
+import lzma
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
 import pytest
 
 from lisatune.data.sources import BadRowError, read_rows
@@ -15,9 +19,16 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 99\n"
 ROWS = [{"text": "first\nline"}, {"text": "zweite Zeile: äöü"}, {"text": '😀 third, "quoted"'}]
 
 
+PACK: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": partial(gzip.compress, mtime=0),
+    ".xz": lzma.compress,
+    ".zst": partial(pyarrow.compress, codec="zstd", asbytes=True),
+}
+
+
 def write(folder: Path, name: str, rows: list[dict[str, Any]]) -> Path:
     path = folder / name
-    plain = path.with_suffix("") if path.suffix == ".gz" else path
+    plain = path.with_suffix("") if path.suffix in PACK else path
     if plain.suffix == ".jsonl":
         plain.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n", "utf-8")
     elif plain.suffix == ".json":
@@ -30,13 +41,13 @@ def write(folder: Path, name: str, rows: list[dict[str, Any]]) -> Path:
     else:
         datasets.Dataset.from_list(rows).to_parquet(plain)
     if path != plain:
-        path.write_bytes(gzip.compress(plain.read_bytes()))
+        path.write_bytes(PACK[path.suffix](plain.read_bytes()))
         plain.unlink()
     return path
 
 
 @pytest.mark.parametrize("extension", ["jsonl", "json", "csv", "parquet", "JSONL"])
-@pytest.mark.parametrize("packed", ["", ".gz"])
+@pytest.mark.parametrize("packed", ["", *PACK])
 def test_every_file_type_gives_the_same_rows(tmp_path: Path, extension: str, packed: str) -> None:
     path = write(tmp_path, f"data.{extension.lower()}{packed}", ROWS)
     path = path.rename(tmp_path / f"data.{extension}{packed}")
@@ -139,6 +150,18 @@ def test_a_line_that_cannot_be_read_is_told_and_the_next_one_read(
             gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9],
             r"a\.jsonl\.gz is not a complete gzip file",
         ),
+        (
+            "a.jsonl.xz",
+            lzma.compress(b'{"text": "a"}\n' * 99)[:-9],
+            r"a\.jsonl\.xz is not a complete xz file \(Compressed file ended before",
+        ),
+        ("a.jsonl.xz", b"not xz", r"a\.jsonl\.xz is not a complete xz file \(Input format not supported"),
+        (
+            "a.jsonl.zst",
+            PACK[".zst"](b'{"text": "a"}\n' * 99)[:-9],
+            r"a\.jsonl\.zst is not a complete zstd file",
+        ),
+        ("a.jsonl.zst", b"not zstd", r"a\.jsonl\.zst is not a complete zstd file"),
         ("a.parquet.gz", gzip.compress(b"?", mtime=0), r"a\.parquet\.gz is not a readable parquet file"),
         (
             "a.pkl",

@@ -202,7 +202,7 @@ def test_wrong_wishes_are_refused() -> None:
         ValueError, match=r"data\.jsonl is plain text, which has no answers; set loss_on to all"
     ):
         tokenize(records(FORMS["text"], kind="text"), tokenizer, max_length=9, loss_on="answers")
-    with pytest.raises(ValueError, match="loss_on must be auto, answers or all, got 'answer'"):
+    with pytest.raises(ValueError, match="loss_on must be auto, answers, last or all, got 'answer'"):
         tokenize(records(FORMS["text"]), tokenizer, max_length=9, loss_on="answer")  # type: ignore[arg-type]
 
 

@@ -1,0 +1,210 @@
+"""What kinds of records there are, and how one record becomes one of the three forms that train.
+
+    messages           messages
+    sharegpt           conversations
+    alpaca             instruction, output; input, system, history
+    instruction        instruction, response; context (Dolly), input, system
+    prompt-completion  prompt, completion; system, label
+    question-answer    question, answer; context, system (GSM8K)
+    query-response     query, response; system (MetaMath)
+    oasst              prompt with its replies, or rows of one message each (`lisatune.data.oasst`)
+    text               text
+
+The first kind whose fields are all there is taken. Fields that change what a record teaches are honoured or
+refused by name. A field that is null or empty counts as absent.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from lisatune.data.oasst import follow_tree
+from lisatune.data.sources import BadRowError
+from lisatune.data.turns import (
+    EMPTY,
+    Messages,
+    ask_and_answer,
+    check_messages,
+    check_text,
+    check_tools,
+    describe,
+    require_answer,
+)
+
+__all__ = ["KINDS", "Kind", "Record", "normalise", "recognise_kind", "rename_fields"]
+
+Record: TypeAlias = dict[str, Any]
+"""A record in one of the three forms that `lisatune.data.records` names."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The fields of one kind of records."""
+
+    needed: tuple[str, ...]
+    """Fields that a record must have."""
+    optional: tuple[str, ...] = ("system",)
+    """Fields that are read if they are there."""
+
+    def reads(self, field: str) -> bool:
+        """Whether anything of a field is used."""
+        return field in self.needed or field in self.optional
+
+
+KINDS: dict[str, Kind] = {
+    "messages": Kind(("messages",), ("system", "tools", "functions")),
+    "sharegpt": Kind(("conversations",), ("system", "tools", "functions")),
+    "oasst": Kind(("message_tree_id", "prompt"), ("tree_state",)),
+    "alpaca": Kind(("instruction", "output"), ("input", "system", "history")),
+    "instruction": Kind(("instruction", "response"), ("context", "input", "system")),
+    "prompt-completion": Kind(("prompt", "completion"), ("system", "label", "tools", "functions")),
+    "question-answer": Kind(("question", "answer"), ("context", "system")),
+    "query-response": Kind(("query", "response")),
+    "text": Kind(("text",)),
+}
+
+PREFERENCE = "so this is preference data; train on it with TRL's DPOTrainer"
+REFUSED = {
+    "chosen": f"a preferred answer, {PREFERENCE}",
+    "rejected": f"a rejected answer, {PREFERENCE}",
+    "rejected_response": f"a rejected answer, {PREFERENCE}",
+    "images": "images, and only text can be trained on; leave them out with their mentions in the text",
+    "image": "an image, and only text can be trained on; leave it out with its mentions in the text",
+    "videos": "videos, and only text can be trained on",
+    "audios": "sound, and only text can be trained on",
+}
+"""Fields that would change what a record teaches, and what they hold."""
+
+QUESTIONS = {
+    "alpaca": ("instruction", "output"),
+    "instruction": ("instruction", "response"),
+    "question-answer": ("question", "answer"),
+    "query-response": ("query", "response"),
+}
+"""Kinds of one question and one answer."""
+
+BELOW = ("input", "context")
+"""Fields whose text stands below the question, after an empty line."""
+
+
+def recognise_kind(row: Any) -> str:
+    """Tell the kind of a record from its fields.
+
+    Raises:
+        BadRowError: it is no object, or its fields are of no known kind.
+    """
+    fields = _check_fields(row)
+    for kind, has in KINDS.items():
+        if all(field in fields for field in has.needed):
+            return kind
+    forms = "; ".join(" and ".join(has.needed) for has in KINDS.values())
+    raise BadRowError(
+        f"cannot tell the kind of the record from its fields {', '.join(fields)}; known: {forms}; "
+        "data.fields gives fields of other names one of these"
+    )
+
+
+def rename_fields(row: Any, names: Mapping[str, str]) -> Any:
+    """Give fields the names that `data.fields` asks for.
+
+    Args:
+        row: the record as it was read.
+        names: by the name that a kind needs, the record's own; `a.b` is field b of field a.
+
+    Raises:
+        BadRowError: the record has no such field.
+    """
+    if not names or not isinstance(row, dict):
+        return row
+    taken = {theirs if theirs in row else theirs.partition(".")[0] for theirs in names.values()}
+    renamed = {field: value for field, value in row.items() if field not in taken}
+    for ours, theirs in names.items():
+        value: Any = row
+        for part in [theirs] if theirs in row else theirs.split("."):
+            if not isinstance(value, dict) or part not in value:
+                fields = ", ".join(row) or "none"
+                raise BadRowError(
+                    f"data.fields names the field {theirs!r}, which is missing; there are: {fields}"
+                )
+            value = value[part]
+        renamed[ours] = value
+    return renamed
+
+
+def normalise(row: Any, kind: str) -> Record:
+    """Bring a record of a kind into its form.
+
+    Raises:
+        BadRowError: a field is missing, holds the wrong thing, or cannot be trained on.
+    """
+    fields = _check_fields(row)
+    for field in KINDS[kind].needed:
+        if field not in fields:
+            raise BadRowError(
+                f"the field {field!r} is missing; the fields are: {', '.join(fields) or 'none'}"
+            )
+    system = fields.get("system") or ""
+    before = [{"role": "system", "content": check_text(system, "system")}] if system else []
+    if kind in QUESTIONS:
+        question, answer = QUESTIONS[kind]
+        parts = [check_text(fields[question], question)]
+        below = [name for name in BELOW if name in KINDS[kind].optional and fields.get(name) not in EMPTY]
+        parts += [check_text(fields[name], name) for name in below]
+        before += _read_history(fields.get("history") if kind == "alpaca" else None)
+        return ask_and_answer(before, "\n\n".join(parts), check_text(fields[answer], answer))
+    if before and (kind == "text" or isinstance(fields.get("prompt"), str)):
+        raise BadRowError("'system' cannot stand before plain text; write it into the text, or use messages")
+    if kind == "text":
+        text = check_text(fields["text"], "text")
+        if not text.strip():
+            raise BadRowError("'text' is empty")
+        return {"text": text}
+    if kind == "prompt-completion":
+        return _read_completion(fields, before)
+    field = "prompt" if kind == "oasst" else KINDS[kind].needed[0]
+    messages = check_messages(follow_tree(fields[field]) if kind == "oasst" else fields[field], field)
+    require_answer(messages[1:])  # the first turn cannot be an answer: nothing was asked
+    if before and messages[0]["role"] == "system":
+        raise BadRowError(f"'system' and the first message of {field!r} are both a system message; keep one")
+    return {"messages": before + messages} | _read_tools(fields)
+
+
+def _read_completion(fields: Record, before: Messages) -> Record:
+    if fields.get("label") is False:  # the form of KTO's data
+        raise BadRowError("'label' is false: this is an example of a bad answer; leave it out")
+    if isinstance(fields["prompt"], list) and isinstance(fields["completion"], list):
+        completion = require_answer(check_messages(fields["completion"], "completion"))
+        prompt = before + check_messages(fields["prompt"], "prompt")
+        return {"prompt": prompt, "completion": completion} | _read_tools(fields)
+    if _read_tools(fields):
+        raise BadRowError("'tools' cannot stand before plain text; use messages")
+    return {field: check_text(fields[field], field) for field in ("prompt", "completion")}
+
+
+def _read_tools(fields: Record) -> Record:
+    found = [check_tools(fields[key], key) for key in ("tools", "functions") if fields.get(key) not in EMPTY]
+    if len(found) > 1:
+        raise BadRowError("'tools' and 'functions' both describe functions; keep one")
+    return {"tools": found[0]} if found else {}
+
+
+def _read_history(history: Any) -> Messages:
+    """Turn alpaca's earlier turns, pairs of question and answer, into messages."""
+    messages: Messages = []
+    for number, pair in enumerate(history or [], 1):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise BadRowError(f"'history', pair {number} must be [question, answer], got {describe(pair)}")
+        texts = [check_text(text, f"'history', pair {number}") for text in pair]
+        messages += [
+            {"role": role, "content": text} for role, text in zip(("user", "assistant"), texts, strict=True)
+        ]
+    return messages
+
+
+def _check_fields(row: Any) -> Record:
+    if not isinstance(row, dict):
+        raise BadRowError(f"a record must be an object with named fields, got {describe(row)}")
+    for field, holds in REFUSED.items():
+        if row.get(field) not in EMPTY:
+            raise BadRowError(f"{field!r} holds {holds}")
+    return row
