@@ -93,7 +93,13 @@ def train(
 
 
 def check(
-    recipe: Path, /, *overrides: str, resume: bool = False, resume_auto: bool = False, overwrite: bool = False
+    recipe: Path,
+    /,
+    *overrides: str,
+    resume: bool = False,
+    resume_auto: bool = False,
+    overwrite: bool = False,
+    show: int = 0,
 ) -> int:
     """Find the problems of a run before any weights load.
 
@@ -102,6 +108,7 @@ def check(
 
         lisatune check recipe.yaml
         lisatune check recipe.yaml data.max_length=512
+        lisatune check recipe.yaml --show 3
 
     Args:
         recipe: YAML file.
@@ -109,12 +116,13 @@ def check(
         resume: Check for `train --resume`.
         resume_auto: Check for `train --resume=auto`.
         overwrite: Check for `train --overwrite`.
+        show: Print so many training rows as the model sees them, with what carries loss in ⟦ ⟧.
     """
     from lisatune.train.check import check, print_report
     from lisatune.train.recipe_file import load_recipe
 
     how: bool | Literal["auto"] = "auto" if resume_auto else resume
-    report = check(load_recipe(recipe, overrides), resume=how, overwrite=overwrite)
+    report = check(load_recipe(recipe, overrides), resume=how, overwrite=overwrite, show=show)
     print_report(report)
     return 2 if report.problems else 0
 

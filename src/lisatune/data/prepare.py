@@ -4,12 +4,13 @@
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
 from lisatune.data.chat import Chat, encode_prompt
 from lisatune.data.records import Record, Records, read_records, split_records
+from lisatune.data.shown import MarkedText, mark_loss
 from lisatune.data.tokens import Examples, Order, TokenRow, is_chat, pack, tokenize
 from lisatune.data.turns import Messages, answer_text
 from lisatune.distributed import ranks
@@ -68,9 +69,16 @@ class RunData:
     records: str
     """The kind of the training records, the template that writes them, and what is learned, for a reader."""
 
+    tokenizer: Any = field(repr=False)
+    """The tokenizer that made the rows."""
+
     def batch(self, micro_step: int) -> list[TokenRow]:
         """Return the training rows of a micro-step (0 is the run's first), for all ranks together."""
         return [self.train.rows[i] for i in self.order.batch(micro_step)]
+
+    def mark(self, index: int) -> MarkedText:
+        """Return the text of a training row, in parts with and without loss."""
+        return mark_loss(self.train.rows[index], self.tokenizer)
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -112,7 +120,7 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> RunData:
     learns_all = data.loss_on == "all" or train.kind == "text"
     where = "all tokens" if learns_all else "the last answer" if data.loss_on == "last" else "the answers"
     described = f"{train.kind}, {template}; loss on {where}"
-    return RunData(rows, held_out, questions, order, steps, skipped, chat is not None, described)
+    return RunData(rows, held_out, questions, order, steps, skipped, chat is not None, described, tokenizer)
 
 
 def read_data(recipe: Recipe) -> tuple[Records, Records]:

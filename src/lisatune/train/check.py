@@ -17,6 +17,7 @@ from rich.text import Text
 from lisatune.console import USER_ERRORS, plural, terminal
 from lisatune.data.prepare import RunData, prepare_data
 from lisatune.data.records import read_records
+from lisatune.data.shown import MarkedText, show_loss
 from lisatune.data.tokens import Examples
 from lisatune.distributed.ranks import pick_device
 from lisatune.models.hf import announce_remote_code
@@ -54,6 +55,9 @@ class CheckReport:
     outline: Outline | None = None
     """The outline of the run; None if a problem prevents it."""
 
+    shown: list[MarkedText] = field(default_factory=list)
+    """The first training rows as text, as many as were asked for."""
+
     def attempt(self, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
         """Call a function. Its warnings are noted, and an error becomes a problem; each is noted once."""
         with warnings.catch_warnings(record=True) as caught:
@@ -74,7 +78,9 @@ class CheckReport:
             notes.append(text)
 
 
-def check(recipe: Recipe, *, resume: bool | Literal["auto"] = False, overwrite: bool = False) -> CheckReport:
+def check(
+    recipe: Recipe, *, resume: bool | Literal["auto"] = False, overwrite: bool = False, show: int = 0
+) -> CheckReport:
     """Look for everything that would stop a run, and outline the run.
 
     It reads the model's config and tokenizer and every record, and writes nothing.
@@ -82,6 +88,7 @@ def check(recipe: Recipe, *, resume: bool | Literal["auto"] = False, overwrite: 
     Args:
         recipe: the recipe; `run.output` must be set.
         resume, overwrite: as for `train`.
+        show: how many training rows to return as text.
     """
     report = CheckReport()
     output = Path(recipe.run.output or "")
@@ -100,6 +107,8 @@ def check(recipe: Recipe, *, resume: bool | Literal["auto"] = False, overwrite: 
     if device is not None:
         report.attempt(recipe.method.check_device, device)
     data = _check_data(recipe, report)
+    if data is not None:
+        report.shown = [data.mark(index) for index in range(min(show, len(data.train.rows)))]
     steps = recipe.run.steps if data is None else data.steps
     attached = report.attempt(rehearse, recipe, steps or REHEARSED_STEPS)
     if attached is not None and data is not None:
@@ -110,8 +119,11 @@ def check(recipe: Recipe, *, resume: bool | Literal["auto"] = False, overwrite: 
 
 
 def print_report(report: CheckReport, console: Console | None = None) -> None:
-    """Print the outline, then warnings, then problems."""
+    """Print the rows that were asked for, then the outline, warnings and problems."""
     console = console or terminal()
+    for number, parts in enumerate(report.shown, 1):
+        console.print(Text(f"row {number}, loss on what stands in ⟦ ⟧:", style="cyan"))
+        console.print(show_loss(parts), soft_wrap=True)
     if report.outline is not None:
         print_outline(report.outline, console)
     for text in report.warnings:

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from rich import box
 from rich.console import Console
 from rich.panel import Panel
+from rich.text import Text
 from torch import nn
 
 from lisatune.console import count_text, grid, plural, ranges_text, terminal
 from lisatune.data.prepare import RunData
+from lisatune.data.shown import MarkedText, show_loss
 from lisatune.lisa.correction import count_trainable
 from lisatune.lisa.schedule import BlockSchedule
 from lisatune.methods import Method
@@ -24,6 +26,10 @@ from lisatune.recipe import Recipe
 from lisatune.train.schedule import describe_schedule
 
 __all__ = ["Outline", "make_outline", "print_outline"]
+
+
+EXAMPLE_CHARACTERS = 100
+"""Characters of each part of the example that are shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +86,8 @@ class Outline:
     validation_limit: int | None
     """The most held-out rows that the recipe allows; None: no limit."""
     validation_tokens: int
+    example: MarkedText
+    """The text of the first training row, in parts with and without loss."""
     device: str
     output: str
 
@@ -142,6 +150,7 @@ def make_outline(
         validation_rows=len(data.validation.rows),
         validation_limit=recipe.data.validation_limit,
         validation_tokens=data.validation.num_tokens,
+        example=data.mark(0),
         device=f"{device}, {run.precision}",
         output=str(run.output),
     )
@@ -184,7 +193,7 @@ def print_outline(outline: Outline, console: Console | None = None) -> None:
     steps = f"{outline.steps:,}{periods}" + (
         f", {outline.start_step:,} done already" if outline.start_step else ""
     )
-    rows = [
+    rows: list[tuple[str, str | Text]] = [
         ("model", f"{outline.model}, {count_text(outline.num_parameters)} parameters: {' + '.join(kinds)}"),
         ("method", outline.method),
         ("trains", trains),
@@ -206,6 +215,7 @@ def print_outline(outline: Outline, console: Console | None = None) -> None:
         ("lr", outline.lr),
         ("records", outline.records),
         ("data", "; ".join([f"{plural(outline.train_rows, 'row')}, {tokens}", *left_out])),
+        ("example", show_loss(outline.example, most=EXAMPLE_CHARACTERS)),
         ("held out", _held_out_text(outline)),
         ("device", outline.device),
         ("output", outline.output),

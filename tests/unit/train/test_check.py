@@ -188,6 +188,20 @@ def test_the_report_is_printed_outline_first_and_ends_in_a_verdict(recipe: Path)
     assert outs[1].endswith("1 problem; nothing was written\n")
 
 
+def test_rows_are_shown_with_what_carries_loss(recipe: Path) -> None:
+    report = check(load_recipe(recipe), show=2)
+    assert len(report.shown) == 2
+    console = Console(file=io.StringIO(), width=100)
+    print_report(report, console)
+    assert isinstance(console.file, io.StringIO)
+    out = console.file.getvalue()
+    for number, parts in enumerate(report.shown, 1):
+        learned = "".join(text for text, has_loss in parts if has_loss)
+        assert learned
+        assert f"row {number}, loss on what stands in" in out
+        assert f"⟦{learned}⟧" in out
+
+
 def test_resume_auto_is_no_problem_where_there_is_no_run(recipe: Path) -> None:
     assert not check(load_recipe(recipe), resume="auto").problems
     (problem,) = check(load_recipe(recipe), resume=True).problems

@@ -38,7 +38,14 @@ def outline_of(method: Method, device: str = "meta", start_step: int = 0, **run:
     )
     counts = {"num_cut": 3, "num_without_loss": 1, "num_split": 0, "num_dropped": 0, "lost_share": 0.014}
     examples: Any = SimpleNamespace(rows=[0] * 1200, num_tokens=50_000, num_loss_tokens=20_000, **counts)
-    data: Any = SimpleNamespace(train=examples, validation=examples, steps=30, skipped=2, records="alpaca")
+    data: Any = SimpleNamespace(
+        train=examples,
+        validation=examples,
+        steps=30,
+        skipped=2,
+        records="alpaca",
+        mark=lambda row: (("Why\x1b[31m?\n" + "so " * 50, False), ("Because", True)),
+    )
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(CONFIG)
     layers = find_layers(model)
@@ -98,6 +105,8 @@ def test_the_outline_reads_well_in_100_columns() -> None:
         "30 in 6 periods of 5, 10 done already; each 2 × 4 rows of up to 64 tokens",
         "0.0001 (blocks 0.000141), cosine after 5 warm-up steps",
         "1,200 rows, 50.0k tokens, 20.0k with loss; 3 cut at max_length; 1 dropped: no answer",
+        "Why�[31m?↵so so so",
+        "⟦Because⟧",
         "cpu, bf16-mixed",
         "runs/tiny",
     ):
