@@ -128,6 +128,9 @@ class DataConfig:
             raise ValueError(f"data.max_length must be >= 2 tokens, got {self.max_length}")
         for name in ("limit", "validation_limit"):
             _at_least(1, f"data.{name}", getattr(self, name))
+        for ours, theirs in self.fields.items():
+            if not isinstance(theirs, str) or not theirs:
+                raise ValueError(f"data.fields must name the records' field for {ours!r}, got {theirs!r}")
         if self.date is not None and not _is_day(self.date):
             raise ValueError(f"data.date must be a day such as 2026-01-31, got {self.date!r}")
 

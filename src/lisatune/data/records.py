@@ -27,6 +27,7 @@ from lisatune.data.kinds import KINDS, Record, normalise, recognise_kind, rename
 from lisatune.data.oasst import plant_trees
 from lisatune.data.sources import BadRowError, read_rows
 from lisatune.data.turns import EMPTY, Messages, answer_text
+from lisatune.recipe import unknown
 
 __all__ = ["Record", "Records", "read_records", "split_records"]
 
@@ -89,6 +90,10 @@ def read_records(
     """
     if kind != "auto" and kind not in KINDS:
         raise ValueError(f"unknown kind of records {kind!r}; use auto, {', '.join(KINDS)}")
+    known = sorted({name for each in KINDS.values() for name in (*each.needed, *each.optional)})
+    for name in fields or {}:
+        if name not in known:
+            raise ValueError(f"data.fields: {unknown('field', name, known)}")
     rows: list[Record] = []
     skipped, first_skipped = 0, ""
     unused: dict[str, None] = {}

@@ -58,6 +58,9 @@ SECTIONS: dict[str, type] = {
 }
 """The sections in the order of the help. For `method`, the default; `method.name` picks the class."""
 
+MAPPINGS = (("data", "fields"), ("optimizer", "options"))
+"""Keys that hold keys and values of the user's own, which cyclopts cannot know."""
+
 Sections = dict[str, dict[str, Any]]
 """The content of a recipe file: {section: {key: value}}."""
 
@@ -122,12 +125,13 @@ def build_recipe(path: str, from_file: Sections, overrides: Sequence[str]) -> Re
         for key, value in values.items():
             if key not in _list_keys(sections[section]):
                 raise ValueError(f"{where(section, key)}: {_explain_unknown_key(section, key, sections)}")
-            if isinstance(value, dict) != (key == "options"):
+            if isinstance(value, dict) != ((section, key) in MAPPINGS):
                 _refuse(where(section, key), sections, section, key, value)
     try:
-        options = given["optimizer"].get("options", {})  # of any type, which cyclopts cannot know
-        recipe = _parse(sections, given | {"optimizer": given["optimizer"] | {"options": {}}})
-        recipe = dataclasses.replace(recipe, optimizer=dataclasses.replace(recipe.optimizer, options=options))
+        recipe = _parse(sections, given | {section: given[section] | {key: {}} for section, key in MAPPINGS})
+        for section, key in MAPPINGS:
+            filled = dataclasses.replace(getattr(recipe, section), **{key: given[section].get(key, {})})
+            recipe = dataclasses.replace(recipe, **{section: filled})
     except MissingArgumentError as error:
         raise ValueError(f"{path}: {_name_key(error)} is missing; add it") from None
     except CoercionError as error:
@@ -356,7 +360,8 @@ def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return " or ".join(arguments) if len(arguments) < 3 else f"one of {', '.join(arguments)}"
     if typing.get_origin(hint) is dict:
-        return "keys and values, such as {momentum: 0.9}"
+        example = "{question: problem}" if arguments[-1] is str else "{momentum: 0.9}"
+        return f"keys and values, such as {example}"
     if typing.get_origin(hint) is tuple:
         length = "" if Ellipsis in arguments else f" of {len(arguments)}"
         return f"a list{length} (each {_describe(arguments[0])})"

@@ -367,6 +367,8 @@ def test_fields_of_other_names_are_mapped_by_hand(tmp_path: Path) -> None:
         ValueError, match=r"line 2: data.fields names the field 'solution.text', which is mis"
     ):
         read_records(source, fields=names)
+    with pytest.raises(ValueError, match=r"data.fields: unknown field 'questoin'. Did you mean 'question'\?"):
+        read_records(source, fields={"questoin": "problem"})
 
 
 def _message(name: str, parent: str | None, role: str, **more: Any) -> Any:
