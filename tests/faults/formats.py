@@ -13,12 +13,32 @@ import pyarrow.parquet
 
 from faults import changing
 
+CALL = {"name": "add", "arguments": '{"a": 1}'}
+QUESTION = {"message_id": "q", "parent_id": None, "role": "prompter", "text": "a"}
+ANSWER = {"message_id": "a", "parent_id": "q", "role": "assistant", "text": "b", "rank": 0}
 ROWS: dict[str, list[dict[str, Any]]] = {
     "alpaca": [{"instruction": "Count.", "input": "to 2", "output": "1 2"}] * 3,
     "prompt-completion": [{"prompt": "1 + 1 =", "completion": " 2"}] * 3,
     "messages": [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 3,
     "sharegpt": [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}] * 3,
     "text": [{"text": "Once upon a time"}] * 3,
+    "instruction": [{"instruction": "Count.", "context": "to 2", "response": "1 2"}] * 3,
+    "question-answer": [{"question": "1 + 1?", "answer": "2"}] * 3,
+    "query-response": [{"query": "1 + 1?", "response": "2"}] * 3,
+    "calls": [
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "a"}]},
+                {"role": "assistant", "content": None, "tool_calls": [{"function": CALL}]},
+                {"role": "tool", "content": "3", "name": "add"},
+                {"role": "assistant", "content": "b"},
+            ],
+            "tools": json.dumps([{"type": "function", "function": {"name": "add"}}]),
+        }
+    ]
+    * 3,
+    "oasst": [{"message_tree_id": "q", "prompt": QUESTION | {"replies": [QUESTION | ANSWER]}}] * 3,
+    "oasst, one message a row": [QUESTION, QUESTION | ANSWER, QUESTION | {"message_id": "q2"}],
 }
 
 

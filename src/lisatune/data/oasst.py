@@ -9,6 +9,7 @@ comes after those that have one; among equals the first in the file), leave out 
 stop where there is no reply. What stands after the last answer is left out.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
@@ -48,7 +49,9 @@ def plant_trees(rows: Iterable[Place]) -> Iterator[Place]:
     for place, row in chain(unread, rows):
         if not _is_message(row):
             problem = (
-                row if isinstance(row, BadRowError) else BadRowError(f"it lacks {', '.join(ROW_FIELDS)}")
+                row
+                if isinstance(row, BadRowError)
+                else BadRowError(f"not a message with {', '.join(ROW_FIELDS)}")
             )
             yield place, problem
             continue
@@ -78,11 +81,11 @@ def follow_tree(prompt: Any) -> list[Any]:
             )
         turns.append({"role": node.get("role"), "content": node.get("text")})
         replies = [
-            (reply.get("rank") is None, reply.get("rank"), index, reply)
-            for index, reply in enumerate(node.get("replies") or [])
+            reply
+            for reply in node.get("replies") or []
             if isinstance(reply, dict) and not reply.get("deleted")
         ]
-        node = min(replies, key=lambda reply: (reply[0], reply[1] or 0, reply[2]))[3] if replies else None
+        node = min(replies, key=_read_rank, default=None)  # the first of equals
     while turns and turns[-1]["role"] != "assistant":
         turns.pop()
     if not turns:
@@ -90,5 +93,15 @@ def follow_tree(prompt: Any) -> list[Any]:
     return turns
 
 
+def _read_rank(reply: dict[str, Any]) -> float:
+    rank = reply.get("rank")
+    return rank if isinstance(rank, int | float) else math.inf
+
+
 def _is_message(row: Any) -> bool:
-    return isinstance(row, dict) and all(field in row for field in ROW_FIELDS)
+    return (
+        isinstance(row, dict)
+        and all(field in row for field in ROW_FIELDS)
+        and isinstance(row["message_id"], str)
+        and isinstance(row["parent_id"], str | None)
+    )

@@ -7,7 +7,6 @@ The tasks are those of EleutherAI's lm-evaluation-harness (`lisatune[eval]`), wh
 import difflib
 import logging
 import random
-import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -114,14 +113,14 @@ def split_tasks(text: str) -> dict[str, int | None]:
     tasks: dict[str, int | None] = {}
     last = None
     for part in filter(None, (part.strip() for part in text.split(","))):
-        match = re.fullmatch(r"(.+?)(?::limit=(.*))?", part)
-        assert match is not None
-        name, limit = match.groups()
-        if limit is not None and (not limit.isdecimal() or int(limit) < 1):
+        name, limits, limit = part.partition(":limit=")
+        if not name.isprintable() or not name:
+            raise ValueError(f"{part!r} names no task; known: {', '.join(PRESETS)}, lm:NAME")
+        if limits and (not limit.isdecimal() or int(limit) < 1):
             raise ValueError(f"the limit of {part!r} must be a number >= 1; write {name}:limit=200")
         if name in tasks:
             raise ValueError(f"the tasks name {name} twice; leave one out")
-        last = None if limit is None else int(limit)
+        last = int(limit) if limits else None
         tasks[name] = last
     if not tasks:
         raise ValueError(f"{text!r} names no task; known: {', '.join(PRESETS)}, lm:NAME")

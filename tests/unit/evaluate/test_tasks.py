@@ -152,6 +152,9 @@ def test_names_are_split_and_a_limit_at_the_end_counts_for_all_without_their_own
     assert split_tasks("mmlu:limit=5,arc_easy") == {"mmlu": 5, "arc_easy": None}
     with pytest.raises(ValueError, match="names no task"):
         split_tasks(" ,")
+    for text in (":limit=5", "mm\nlu"):
+        with pytest.raises(ValueError, match="names no task"):
+            split_tasks(text)
     with pytest.raises(ValueError, match="name mmlu twice"):
         split_tasks("mmlu,mmlu")
     with pytest.raises(ValueError, match=r"limit of 'mmlu:limit=0.5' must be a number >= 1"):
