@@ -52,15 +52,23 @@ class ModelConfig:
     attention: str | None = None
     """Attention: a name in transformers (sdpa, eager, …) or lisatune_cpu. Default: transformers' choice."""
 
+    new_tokens: tuple[str, ...] = ()
+    """Tokens to add to the tokenizer. Their rows in embedding and head begin as the mean of the others."""
+
     @property
     def location(self) -> dict[str, Any]:
-        """Arguments of `load_tokenizer`, `load_config` and `stored_dtype`."""
+        """Arguments of `load_config` and `stored_dtype`."""
         return {"name": self.name, "revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
     @property
+    def tokenizer(self) -> dict[str, Any]:
+        """Arguments of `load_tokenizer`: those of `location`, and `new_tokens`."""
+        return self.location | {"new_tokens": self.new_tokens}
+
+    @property
     def source(self) -> dict[str, Any]:
-        """Arguments of `load_model` and `meta_model`: those of `location`, and `attention`."""
-        return self.location | {"attention": self.attention}
+        """Arguments of `load_model` and `meta_model`: those of `tokenizer`, and `attention`."""
+        return self.tokenizer | {"attention": self.attention}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -395,6 +403,11 @@ class Recipe:
             raise ValueError(
                 "optimizer.in_backward frees a gradient before the next micro-step could add to it, so "
                 f"run.accumulation={self.run.accumulation} is impossible; set it to 1"
+            )
+        if self.model.new_tokens and self.method.masters is not None:
+            raise ValueError(
+                "model.new_tokens cannot work with method.frozen_weights yet: exact weights come from the "
+                "model's files, which lack the new rows; set frozen_weights to exact"
             )
         self.method.check_mix(self.data, self.run)
         self.method.check_optimizer(self.optimizer)

@@ -103,7 +103,7 @@ def measure_model(job: Job) -> Measured:
     if "general" in losses:
         measured["general_loss"] = losses["general"]
     if tasks := job.get("evaluate"):
-        tokenizer = load_tokenizer(**recipe.model.location)
+        tokenizer = load_tokenizer(**recipe.model.tokenizer)
         is_chat = any(map(is_conversation, read_records(job["slices"]["test"]).rows))
         found = evaluate_model(
             model,
@@ -130,7 +130,7 @@ def measure_model(job: Job) -> Measured:
 
 def _load(recipe: Recipe, folder: str | None) -> Any:
     """Load the model that the run wrote, or without `folder` the one it started from."""
-    written = {} if folder is None else {"name": folder, "revision": None}
+    written = {} if folder is None else {"name": folder, "revision": None, "new_tokens": ()}
     return load_model(**(recipe.model.source | written), dtype=weight_dtype(recipe))
 
 
@@ -156,7 +156,7 @@ def _count_changed(base: nn.Module, model: nn.Module) -> tuple[int, int]:
 
 def _measure_loss(recipe: Recipe, model: nn.Module, file: str, device: torch.device) -> float:
     """Measure the loss per token of a slice. Rows are sorted by length, so that padding is short."""
-    tokenizer = load_tokenizer(**recipe.model.location)
+    tokenizer = load_tokenizer(**recipe.model.tokenizer)
     records = read_records(file)
     loss_on = "all" if records.kind == "text" else recipe.data.loss_on
     data = recipe.data

@@ -89,7 +89,7 @@ class Lengths:
     """
 
     def __init__(self, recipe: Recipe, budget: dict[str, int]) -> None:
-        tokenizer = load_tokenizer(**recipe.model.location)
+        tokenizer = load_tokenizer(**recipe.model.tokenizer)
         data = prepare_data(replace(recipe, run=replace(recipe.run, samples=0)), tokenizer)
         self._lengths = [len(row["input_ids"]) for row in data.train.rows]
         self._run = recipe.run

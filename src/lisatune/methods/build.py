@@ -182,6 +182,11 @@ def check_recipe(recipe: Recipe) -> None:
     """
     if not recipe.method.shards:
         raise ValueError(f"method.name: {recipe.method.name} runs in one process only; use lisa or full")
+    if recipe.model.new_tokens:
+        raise ValueError(
+            "model.new_tokens does not work on several ranks yet; add them in a run of one step on one rank, "
+            "and continue from its model"
+        )
     if recipe.run.compile:
         raise ValueError("run.compile does not work on several ranks yet; set it to false")
     if recipe.optimizer.in_backward:

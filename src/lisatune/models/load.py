@@ -4,11 +4,12 @@ Weights are read only from safetensors, in float32 unless another dtype is asked
 lack is an error, never a random number. GGUF files are converted once into a cache folder (`models.gguf`).
 
 Every function that opens something takes `name`, `revision` and `trust_remote_code`, and those that build a
-model also `attention` and `dtype`. `recipe.ModelConfig` gives the first four as dicts.
+model also `attention`, `new_tokens` and `dtype`. `recipe.ModelConfig` gives all but `dtype` as dicts.
 """
 
 import json
 import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ from lisatune.models.hf import (
     silence_transformers,
 )
 from lisatune.models.locate import ADAPTER_CONFIG, find_snapshot, is_adapter, locate, name_elsewhere
+from lisatune.models.new_tokens import add_rows, add_tokens, grow_config
 from lisatune.models.rounding import held_in
-from lisatune.models.stored import find_untied
+from lisatune.models.stored import find_untied, is_tied, says_tied, untie
 from lisatune.nn.nf4 import note_quantized, quantize_as_noted
 
 ABOUT_SMOLLM2 = (
@@ -107,7 +109,13 @@ def stored_dtype(
     return dtype if isinstance(dtype, torch.dtype) else None
 
 
-def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(
+    name: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    new_tokens: Sequence[str] = (),
+) -> Any:
     """Load a model's tokenizer.
 
     A tokenizer without a padding token pads with its end-of-sequence token. So mask padding by the length of
@@ -115,6 +123,7 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
 
     Args:
         name, revision, trust_remote_code: as in `load_config`.
+        new_tokens: tokens to add.
 
     Returns:
         A transformers tokenizer.
@@ -122,7 +131,7 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
     Raises:
         FileNotFoundError: as in `load_config`.
         ValueError: the folder has no tokenizer that transformers can read, or the tokenizer has neither a
-            padding nor an end-of-sequence token.
+            padding nor an end-of-sequence token, or it has one of the new tokens already.
         ImportError: transformers is not installed.
 
     Example:
@@ -141,6 +150,8 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
                 "set eos_token in tokenizer_config.json"
             )
         tokenizer.pad_token = tokenizer.eos_token
+    if new_tokens:
+        add_tokens(tokenizer, new_tokens)
     return tokenizer
 
 
@@ -150,6 +161,7 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     attention: str | None = None,
+    new_tokens: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
 ) -> Any:
     """Load a causal language model onto the CPU, in evaluation mode.
@@ -159,6 +171,7 @@ def load_model(
     Args:
         name, revision, trust_remote_code: as in `load_config`.
         attention: attention implementation by its transformers name; None leaves the choice to transformers.
+        new_tokens: tokens that its tokenizer is to learn; they get rows in embedding and head.
         dtype: dtype of the weights in memory, whatever dtype they are stored in.
 
     Returns:
@@ -191,33 +204,18 @@ def load_model(
             output_loading_info=True,
         )
     check_loaded(name, info)
-    if _says_tied(model.config) and model._tied_weights_keys and not _is_tied(model):
-        _untie(name, model.config)
+    if says_tied(model.config) and model._tied_weights_keys and not is_tied(model):
+        untie(name, model.config)
     model.name_or_path, commit = name_elsewhere(name)
     model.config.name_or_path = model.name_or_path  # PEFT writes both beside adapters
     if commit is not None:
         model.config._commit_hash = commit
+    if new_tokens:
+        tokenizer = load_tokenizer(
+            name, revision=revision, trust_remote_code=trust_remote_code, new_tokens=new_tokens
+        )
+        add_rows(model, tokenizer, new_tokens)
     return model
-
-
-def _says_tied(config: Any) -> bool:
-    return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
-
-
-def _is_tied(model: Any) -> bool:
-    head = model.get_output_embeddings()
-    return head is None or head.weight is model.get_input_embeddings().weight
-
-
-def _untie(name: str, config: Any) -> None:
-    """Correct a config that says tied beside two different matrices, and warn."""
-    for part in (config, config.get_text_config()):
-        part.tie_word_embeddings = False
-    warnings.warn(
-        f"model {name}: its config.json ties embedding and head, but its files hold two different matrices; "
-        "both are kept, and the result's config.json says that they are not tied",
-        stacklevel=2,
-    )
 
 
 def meta_model(
@@ -226,6 +224,7 @@ def meta_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     attention: str | None = None,
+    new_tokens: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
     needs_weights: bool = True,
     with_buffers: bool = False,
@@ -233,7 +232,7 @@ def meta_model(
     """Build a model on the meta device: modules, names and shapes, but no weights.
 
     Args:
-        name, revision, trust_remote_code, attention, dtype: as in `load_model`.
+        name, revision, trust_remote_code, attention, new_tokens, dtype: as in `load_model`.
         needs_weights: as in `load_config`.
         with_buffers: as in `model_from_config`.
 
@@ -244,6 +243,11 @@ def meta_model(
     config = load_config(
         name, revision=revision, trust_remote_code=trust_remote_code, needs_weights=needs_weights
     )
+    if new_tokens:
+        tokenizer = load_tokenizer(
+            name, revision=revision, trust_remote_code=trust_remote_code, new_tokens=new_tokens
+        )
+        grow_config(config, tokenizer)
 
     def build() -> Any:
         with explain_load_errors(name):
@@ -256,11 +260,11 @@ def meta_model(
             )
 
     model = build()
-    if _says_tied(config):
+    if says_tied(config):
         place = locate(name, revision=revision, needs_weights=needs_weights)
         files = find_snapshot(place, revision)
         if files is not None and find_untied(files, model.all_tied_weights_keys):
-            _untie(name, config)
+            untie(name, config)
             return build()
     return model
 

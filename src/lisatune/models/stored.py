@@ -1,12 +1,14 @@
-"""What a folder's safetensors files hold, read from their headers before any weights load."""
+"""What a folder's safetensors files hold, and whether embedding and head are one, before any weights load."""
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-__all__ = ["INDEX", "ONE_FILE", "find_untied", "list_stored"]
+__all__ = ["INDEX", "ONE_FILE", "find_untied", "is_tied", "list_stored", "says_tied", "untie"]
 
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
@@ -62,3 +64,25 @@ def find_untied(folder: Path, tied: Mapping[str, str]) -> tuple[str, str] | None
     except (OSError, ValueError, LookupError, SafetensorError):
         return None  # loading says what is wrong
     return None
+
+
+def says_tied(config: Any) -> bool:
+    """Tell whether a config ties embedding and head."""
+    return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
+
+
+def is_tied(model: Any) -> bool:
+    """Tell whether a model's embedding and head are one parameter; a model without a head counts as tied."""
+    head = model.get_output_embeddings()
+    return head is None or head.weight is model.get_input_embeddings().weight
+
+
+def untie(name: str, config: Any) -> None:
+    """Correct a config that says tied beside two different matrices, and warn."""
+    for part in (config, config.get_text_config()):
+        part.tie_word_embeddings = False
+    warnings.warn(
+        f"model {name}: its config.json ties embedding and head, but its files hold two different matrices; "
+        "both are kept, and the result's config.json says that they are not tied",
+        stacklevel=2,
+    )

@@ -25,6 +25,7 @@ BEFORE_IT_EXISTED: dict[str, Any] = {
     "optimizer.options": {},
     "data.long": "auto",
     "data.fields": {},
+    "model.new_tokens": [],
     "optimizer.warmup_share": 0.0,
     "optimizer.min_lr_share": 0.0,
     "run.keep_best": False,

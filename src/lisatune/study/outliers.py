@@ -62,7 +62,7 @@ def study_outliers(
     refuse_ranks(recipe)
     if rows < 1 or not threshold > 0:
         raise ValueError(f"--rows must be >= 1 and --threshold > 0, got {rows} and {threshold}")
-    tokenizer = load_tokenizer(**recipe.model.location)
+    tokenizer = load_tokenizer(**recipe.model.tokenizer)
     examples = prepare_data(recipe, tokenizer).train.rows[:rows]
     model = load_model(**recipe.model.source, dtype=weight_dtype(recipe))
     layers = find_studied_layers(model, unit)

@@ -130,7 +130,7 @@ def assemble(recipe: Recipe, before_load: Callable[..., None] | None = None) -> 
         check_recipe(recipe)
     if run.compile and device.type == "cpu":
         check_compiler()
-    tokenizer = load_tokenizer(**source.location)
+    tokenizer = load_tokenizer(**source.tokenizer)
     data = prepare_data(recipe, tokenizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come again with the real model
@@ -245,6 +245,12 @@ def rehearse(recipe: Recipe, steps: int) -> tuple[nn.Module, LayerMap, BlockSche
     model = recipe.method.prepare(model)
     layers = find_layers(model)
     _, _, schedule = attach_method(recipe, model, layers, steps)
+    embedding: nn.Module = model.get_input_embeddings()
+    if recipe.model.new_tokens and not any(p.requires_grad for p in embedding.parameters()):
+        raise ValueError(
+            f"model.new_tokens adds rows to the embedding, which method {recipe.method.name} does not train "
+            "as it is set, so they would stay what they are; use method lisa with ends that train, or full"
+        )
     return model, layers, schedule
 
 

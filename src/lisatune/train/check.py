@@ -158,7 +158,7 @@ def _check_data(recipe: Recipe, report: CheckReport) -> RunData | None:
             if records is not None and records.skipped and config.on_bad_row == "error":
                 more = f" (and {records.skipped - 1:,} more like it)" if records.skipped > 1 else ""
                 report.problems.append(f"{records.first_skipped}{more}; fix it, or set data.on_bad_row=skip")
-    tokenizer = report.attempt(load_tokenizer, **recipe.model.location)
+    tokenizer = report.attempt(load_tokenizer, **recipe.model.tokenizer)
     if tokenizer is None:
         return None
     usable = dataclasses.replace(recipe, data=dataclasses.replace(config, on_bad_row="skip"))

@@ -1,0 +1,90 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny_run
+from lisatune.memory.plan import plan_memory
+from lisatune.models.load import load_model, load_tokenizer, meta_model
+from lisatune.train.check import check
+from lisatune.train.loop import train
+from lisatune.train.recipe_file import load_recipe
+
+NEW = ("<call>", "<result>")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    model = tiny_run.write_model(tmp_path / "tiny")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(
+            json.dumps({"question": f"Add {n}.", "answer": f"<call>{n}<result>"}) + "\n" for n in range(12)
+        )
+    )
+    return tiny_run.write_recipe(tmp_path, model, rows)
+
+
+def overrides(*more: str) -> list[str]:
+    return [f"model.new_tokens={json.dumps(list(NEW))}", *more]
+
+
+def test_new_rows_are_the_mean_of_the_others_and_shapes_agree(recipe: Path) -> None:
+    folder = str(recipe.parent / "tiny")
+    before, model = load_model(folder), load_model(folder, new_tokens=NEW)
+    tokenizer = load_tokenizer(folder, new_tokens=NEW)
+    old = before.get_input_embeddings().weight
+    new = model.get_input_embeddings().weight
+    assert torch.equal(new[: len(old)], old)
+    for row in tokenizer.convert_tokens_to_ids(list(NEW)):
+        torch.testing.assert_close(new[row], old.mean(dim=0))
+    assert model.get_output_embeddings().weight is new
+    assert tokenizer.decode(tokenizer("a<call>b")["input_ids"]) == "a<call>b"
+    shapes = meta_model(folder, new_tokens=NEW)
+    assert {name: p.shape for name, p in shapes.named_parameters()} == {
+        name: p.shape for name, p in model.named_parameters()
+    }
+
+
+@pytest.mark.filterwarnings("ignore:the run began with 4 steps")
+def test_new_tokens_are_trained_saved_and_resumed(recipe: Path, tmp_path: Path) -> None:
+    train(load_recipe(recipe, overrides("run.save_every=3")))
+    written = load_model(str(tmp_path / "run/model"))
+    tokenizer = load_tokenizer(str(tmp_path / "run/model"))
+    rows = tokenizer.convert_tokens_to_ids(list(NEW))
+    assert tokenizer.convert_ids_to_tokens(rows) == list(NEW)
+    started = load_model(str(tmp_path / "tiny"), new_tokens=NEW)
+    moved = written.get_input_embeddings().weight[rows] - started.get_input_embeddings().weight[rows]
+    assert (moved != 0).any(dim=1).all()
+    with pytest.raises(ValueError, match=r"model\.new_tokens"):
+        train(load_recipe(recipe, ["run.steps=6", "run.save_every=3"]), resume=True)
+    train(load_recipe(recipe, overrides("run.steps=6", "run.save_every=3")), resume=True)
+    assert load_model(str(tmp_path / "run/model")).config.vocab_size == len(tokenizer)
+
+
+def test_the_plan_counts_the_new_rows(recipe: Path) -> None:
+    many = [f"model.new_tokens={json.dumps([f'<{n}>' for n in range(200)])}"]
+    more = plan_memory(load_recipe(recipe, many)).trainable - plan_memory(load_recipe(recipe)).trainable
+    assert more == 200 * 16
+
+
+@pytest.mark.filterwarnings("ignore:.*left out. keys of method lisa")
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ('model.new_tokens=["a"]', "the tokenizer has 'a' already, as number"),
+        ('model.new_tokens=["<x>","<x>"]', "names '<x>' twice; leave one out"),
+        ('model.new_tokens=[" "]', "a token must be text, got ' '"),
+        ("method.ends=frozen", "which method lisa does not train as it is set"),
+        ("method.name=lora", "which method lora does not train as it is set"),
+        ("method.frozen_weights=int8", "cannot work with method.frozen_weights yet"),
+    ],
+)
+def test_what_cannot_work_is_refused(recipe: Path, override: str, problem: str) -> None:
+    given = [override] if override.startswith("model") else overrides(override)
+    try:
+        problems = check(load_recipe(recipe, given)).problems
+    except ValueError as error:
+        problems = [str(error)]
+    assert any(problem in each for each in problems), problems
