@@ -30,6 +30,7 @@ from lisatune.runs.summary import Summary
 from lisatune.train import progress
 from lisatune.train.assemble import Parts, assemble
 from lisatune.train.benchmarks import check_tasks, evaluate_run
+from lisatune.train.flops import needed_flops, peak_flops, sequence_lengths, utilization
 from lisatune.train.outline import make_outline, print_outline
 from lisatune.train.progress import Log, check_trackers, trackers
 from lisatune.train.resume import (
@@ -224,6 +225,9 @@ def _step(parts: Parts, state: RunState, folder: RunFolder) -> dict[str, Any]:
 
     # Noted before the update, which may draw the next blocks.
     record = parts.learning_rates() | schedule.describe()
+    is_known = peak_flops(parts.device) is not None
+    lengths = sequence_lengths(batches)
+    flops = needed_flops(parts.built.model, parts.built.layers, lengths) if is_known else None
     trainable = sum(p.numel() for p in parts.trainable())
 
     # The only wait for the device in a step: a number that is not finite must not reach the weights.
@@ -236,7 +240,8 @@ def _step(parts: Parts, state: RunState, folder: RunFolder) -> dict[str, Any]:
     parts.advance_learning_rates()
 
     seconds = time.perf_counter() - started
-    num_tokens = sum(len(row["input_ids"]) for batch in batches for row in batch)
+    rows = [row for batch in batches for row in batch]
+    num_tokens = sum(len(row["input_ids"]) for row in rows)
     state.add_step(
         is_finite=is_finite,
         num_tokens=num_tokens,
@@ -244,17 +249,21 @@ def _step(parts: Parts, state: RunState, folder: RunFolder) -> dict[str, Any]:
         trainable=trainable,
         meter=parts.built.state,
     )
-    return record | {
-        "step": state.step,
-        "loss": float(loss),
-        "grad_norm": float(grad_norm),
-        "tokens": state.num_tokens,
-        "tokens_per_second": num_tokens / seconds,
-        "state_bytes": parts.built.state.bytes,
-        "resident_bytes": process.resident_bytes(),
-        "skipped_steps": state.skipped_steps,
-        "seconds": state.train_seconds,
-    }
+    return (
+        record
+        | {
+            "step": state.step,
+            "loss": float(loss),
+            "grad_norm": float(grad_norm),
+            "tokens": state.num_tokens,
+            "tokens_per_second": num_tokens / seconds,
+            "state_bytes": parts.built.state.bytes,
+            "resident_bytes": process.resident_bytes(),
+            "skipped_steps": state.skipped_steps,
+            "seconds": state.train_seconds,
+        }
+        | utilization(flops, seconds, parts.device, ranks=ranks.count())
+    )
 
 
 def _check_skip(parts: Parts, state: RunState, loss: Tensor, grad_norm: Tensor, folder: RunFolder) -> None:

@@ -61,12 +61,15 @@ class Bar:
         tokens_per_second: float,
         active_blocks: Sequence[int] | None = None,
         resident_bytes: int,
+        mfu: float | None = None,
         **unshown: Any,
     ) -> None:
         """Show the progress after optimizer step `step` (1 is the first). Takes a line of metrics.jsonl."""
         done = step - self._start
         left = (time.monotonic() - self._began) / done * (self._total - step) if done > 0 else math.nan
         facts = [f"loss {loss:.3f}", f"lr {lr:.1e}", f"{tokens_per_second:,.0f} tok/s"]
+        if mfu is not None:
+            facts.append(f"{mfu:.0%} MFU")
         if active_blocks is not None:
             facts.append(f"blocks {ranges_text(active_blocks)}")
         facts.append(byte_text(resident_bytes))
