@@ -19,6 +19,7 @@ gradients, simulated; of `spectrum` it is π itself.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -66,20 +67,27 @@ class _Measured(Sampler):
         if len(set(self.budget.sizes)) == 1:
             taken = len(self.budget.take(range(self.num_blocks)))
             return (taken / self.num_blocks,) * self.num_blocks
-        counts = [0] * self.num_blocks
-        for drawn in simulate_draws(self, seed=0, periods=SIMULATED_PERIODS):
-            for block in drawn:
-                counts[block] += 1
-        kinds: dict[int, list[int]] = {}
-        for block, size in enumerate(self.budget.sizes):
-            kinds.setdefault(size, []).append(counts[block])
-        shares = {size: sum(each) / len(each) / SIMULATED_PERIODS for size, each in kinds.items()}
-        return tuple(shares[size] for size in self.budget.sizes)
+        return _simulate_equal_gradients(self)
+
+
+@lru_cache(maxsize=8)
+def _simulate_equal_gradients(sampler: _Measured) -> tuple[float, ...]:
+    """Cached, because a run asks for it several times, and it takes a second with 210 units."""
+    counts = [0] * sampler.num_blocks
+    for drawn in simulate_draws(sampler, seed=0, periods=SIMULATED_PERIODS):
+        for block in drawn:
+            counts[block] += 1
+    kinds: dict[int, list[int]] = {}
+    for block, size in enumerate(sampler.budget.sizes):
+        kinds.setdefault(size, []).append(counts[block])
+    shares = {size: sum(each) / len(each) / SIMULATED_PERIODS for size, each in kinds.items()}
+    return tuple(shares[size] for size in sampler.budget.sizes)
 
 
 def _order_unvisited(visits: Tensor, first: str) -> list[int]:
     """Return the blocks that have not trained yet, in the order of a shuffled pass."""
-    return [block for block in shuffle((1.0,) * len(visits), first) if visits[block] == 0]
+    counts = visits.tolist()
+    return [block for block in shuffle((1.0,) * len(counts), first) if counts[block] == 0]
 
 
 @dataclass(frozen=True)
