@@ -168,6 +168,10 @@ def test_run_folder_holds_what_it_promises(recipe: Path) -> None:
     assert summary["proof"] == f"{moved} bit-identical in a moving sample"
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000004"]
     assert list((folder / "trackers").rglob("events.out.tfevents.*"))
+    card = (folder / "model" / "README.md").read_text()
+    losses = f"{summary['held_out_loss_before']:.4f} before, {summary['held_out_loss_after']:.4f} after"
+    assert losses in card
+    assert str(recipe.parent) not in card
     pickles = [p for p in folder.rglob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
     assert pickles == []
     assert {"recipe.yaml", "environment.json", "summary.json", "model"} <= {p.name for p in folder.iterdir()}

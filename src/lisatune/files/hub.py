@@ -5,7 +5,7 @@ from typing import Literal
 
 from lisatune.console import first_line
 
-__all__ = ["UNREACHABLE", "ask_hub"]
+__all__ = ["SECONDS", "UNREACHABLE", "ask_hub"]
 
 SECONDS = 5
 """How long the hub has to answer."""

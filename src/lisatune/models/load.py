@@ -39,7 +39,11 @@ ABOUT_SMOLLM2 = (
 )
 """What the model card of adapters says about a base model that only lisatune opens by its name."""
 
+LARGEST_FILE = "5GB"
+"""Largest weight file that is written. A larger model becomes several files with an index."""
+
 __all__ = [
+    "LARGEST_FILE",
     "adapter_base",
     "load_config",
     "load_model",
@@ -311,8 +315,8 @@ def save_model(
 ) -> None:
     """Write model, tokenizer and chat template as a Hugging Face folder, complete or not at all.
 
-    The folder loads with plain transformers. Of a model with PEFT adapters only the adapters are written,
-    with the name of the model that they belong to.
+    The folder loads with plain transformers. Weights are divided into files of at most `LARGEST_FILE`. Of a
+    model with PEFT adapters only the adapters are written, with the name of the model that they belong to.
 
     Args:
         model: a transformers or PEFT model, on any device.
@@ -331,12 +335,12 @@ def save_model(
         >>> AutoModelForCausalLM.from_pretrained("runs/mine/model")
     """
     with silence_transformers(), write_aside(Path(folder)) as aside, held_in(dtype, model):
-        # Without this PEFT asks the hub whether the vocabulary has grown.
-        options: dict[str, Any] = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
-        if weights is not None:
-            options["state_dict"] = weights
+        options: dict[str, Any] = {"max_shard_size": LARGEST_FILE}
         if hasattr(model, "peft_config"):
             _note_revision(model)
+            options = {"save_embedding_layers": False}  # else PEFT asks the hub about the vocabulary
+        if weights is not None:
+            options["state_dict"] = weights
         model.save_pretrained(aside, **options)
         note_quantized(model, aside)
         if (aside / ADAPTER_CONFIG).is_file() and model.get_base_model().name_or_path == SMOLLM2:

@@ -34,15 +34,12 @@ from lisatune.models.hf import (
     import_transformers,
     silence_transformers,
 )
-from lisatune.models.load import load_model, meta_model, save_model
+from lisatune.models.load import LARGEST_FILE, load_model, meta_model, save_model
 from lisatune.models.locate import locate
 from lisatune.models.rounding import fits_range, note_dtype, round_parameters
 from lisatune.models.stored import INDEX, ONE_FILE, list_stored
 
 __all__ = ["load_for_ranks", "load_mapped", "save_from_ranks"]
-
-LARGEST_FILE = "50GB"
-"""Largest weight file that is written: the default of transformers' `save_pretrained`."""
 
 Places = dict[str, tuple[Path, str]]
 """The file of each weight, and the weight's name in that file."""

@@ -24,6 +24,7 @@ from lisatune.memory.check import MemoryCheck, say_what_fits
 from lisatune.models.load import save_model
 from lisatune.models.sharded import save_from_ranks
 from lisatune.recipe import Recipe
+from lisatune.runs.card import write_card
 from lisatune.runs.folder import RunFolder, check_output, open_folder
 from lisatune.runs.manifest import newest_checkpoint, prune, set_aside
 from lisatune.runs.summary import Summary
@@ -390,6 +391,7 @@ def _finish(
     if parts.compile_seconds is not None:
         summary["compile_seconds"] = parts.compile_seconds
     summary.update(parts.built.schedule.summarize())  # type: ignore[typeddict-item]
+    ranks.on_rank0(lambda: write_card(folder.model, parts.recipe.as_dict(), summary))
     folder.write_summary(summary)
     if parts.recipe.run.evaluate is not None:
         bar.print(f"asking {parts.recipe.run.evaluate}")
