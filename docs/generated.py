@@ -27,7 +27,7 @@ FILE = re.compile(r"<!-- file: \.\./([\w.]+) -->")
 PICTURE = re.compile(r"^!\[(.*)\]\((?:\.\./)*pictures/([\w-]+)\.svg\)$", flags=re.MULTILINE)
 PUBLIC = (
     *("lisa", "nn", "optim", "losses", "data", "models"),
-    *("runs", "methods", "evaluate", "memory", "train", "study", "compare"),
+    *("runs", "methods", "evaluate", "memory", "train", "study", "compare", "export"),
 )
 
 

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "lisatune"
 ORDER = (
     *("distributed", "nn", "optim", "losses", "lisa"),
     *("recipe", "console", "files", "data", "models", "runs", "methods", "evaluate"),
-    *("memory", "train", "study", "compare", "report", "cli"),
+    *("memory", "train", "study", "compare", "export", "report", "cli"),
 )
 """A file imports from its own package and from packages to the left of it, from nothing else."""
 TORCH_ALONE = ORDER[:5]

@@ -48,6 +48,7 @@ PUBLIC = {
     "lisatune.train": ("load_recipe", "train"),
     "lisatune.study": ("study_norms", "study_outliers"),
     "lisatune.compare": ("read_results",),
+    "lisatune.export": ("apply_delta", "extract_lora", "write_delta"),
     "lisatune.report": (),
     "lisatune.cli": ("main",),
 }

@@ -205,6 +205,7 @@ def build_app() -> "App":
 
     from lisatune.cli.compare import compare
     from lisatune.cli.evaluate import evaluate
+    from lisatune.cli.export import export
     from lisatune.cli.init import init
     from lisatune.cli.layers import layers
     from lisatune.cli.plan import plan
@@ -235,6 +236,7 @@ def build_app() -> "App":
     app.command(study)
     app.command(report, usage="Usage: lisatune report RUN… [OPTIONS]")
     app.command(layers)
+    app.command(export)
     app.command(generate)
     app.register_install_completion_command(help="Install completion for your shell: bash, zsh or fish.")
     return app

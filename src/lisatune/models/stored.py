@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["INDEX", "ONE_FILE", "find_untied", "is_tied", "list_stored", "says_tied", "untie"]
+__all__ = ["INDEX", "ONE_FILE", "Stored", "find_untied", "is_tied", "list_stored", "says_tied", "untie"]
 
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"

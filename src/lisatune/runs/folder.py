@@ -7,6 +7,7 @@
     checkpoints/       from which the run can be resumed
     model/             the fine-tuned model, a plain Hugging Face folder
     evaluation/        benchmark scores and MT-Bench of the model
+    export/            what `lisatune export` made of the model
     trackers/          files of TensorBoard and similar trackers
 
 JSON files are written under another name and renamed, so that a reader never sees half of one. A lock keeps
@@ -44,7 +45,7 @@ NEW_FOLDER = "name another run.output to start a new run"
 """What to do where a run cannot be resumed. No message advises to delete one."""
 
 _FILES = ("recipe.yaml", "environment.json", "metrics.jsonl", "summary.json")
-_FOLDERS = ("checkpoints", "model", "evaluation", "trackers")
+_FOLDERS = ("checkpoints", "model", "evaluation", "export", "trackers")
 _LOCK = ".lock"
 _LEFT_BY_A_KILL = re.compile(rf"\.({'|'.join(map(re.escape, (*_FILES, *_FOLDERS)))})\.tmp-.*")
 

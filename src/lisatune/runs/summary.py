@@ -128,9 +128,14 @@ def model_of(name: str) -> tuple[str, Path | None]:
         The model's name, and the run folder; None if the name is not a run's.
 
     Raises:
-        FileNotFoundError: the run has no model yet.
+        FileNotFoundError: the run has no model yet, or the folder is a checkpoint.
     """
     run = Path(name)
+    if all((run / file).is_file() for file in ("manifest.json", "state.json", "weights.safetensors")):
+        raise FileNotFoundError(
+            f"{name} is a checkpoint, from which training resumes, not a model; give the run's folder once "
+            "`train --resume` has finished it"
+        )
     if not (run / "recipe.yaml").is_file():
         return name, None
     if not (run / "model").is_dir():

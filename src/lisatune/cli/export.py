@@ -1,0 +1,144 @@
+"""The command `lisatune export`: a run's model as a delta, as adapters, as a GGUF file, or on the hub."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lisatune.cli.loading import LoadOptions
+from lisatune.console import byte_text, plural, terminal
+
+if TYPE_CHECKING:
+    from lisatune.export.lora import RankTable
+    from lisatune.export.source import Source
+
+__all__ = ["export"]
+
+
+def export(
+    run: str,
+    /,
+    *,
+    delta: bool = False,
+    apply: bool = False,
+    lora: int | None = None,
+    base: str | None = None,
+    output: Path | None = None,
+    rows: int = 48,
+    device: str = "auto",
+) -> int:
+    """Write a run's model in another form.
+
+    The model in the run folder is a Hugging Face folder already. This makes other things of it:
+
+        lisatune export runs/demo --delta
+        lisatune export runs/demo/export/delta --apply --base BASE --output tuned
+        lisatune export runs/demo --lora 64
+
+    Args:
+        run: Run folder, or model folder with --base; with --apply the folder of a delta.
+        delta: Only the weights that changed, bit for bit, with the base by its hash.
+        apply: Put a delta into its base, which gives the whole model back, bit for bit.
+        lora: The change in this rank as adapters for PEFT, with a table of rank against held-out loss.
+        base: The model that it began with. Default: that of the run, or of the delta.
+        output: Folder to write, which must not exist. Default: export/NAME in the run folder.
+        rows: Most held-out rows that the losses of --lora are measured on.
+        device: cpu, cuda, …; auto: an accelerator if there is one.
+    """
+    from lisatune.export.source import open_source
+
+    forms = {"--delta": delta, "--apply": apply, "--lora": lora is not None}
+    given = [name for name, is_given in forms.items() if is_given]
+    if len(given) != 1:
+        which = " and ".join(given) or "nothing"
+        raise ValueError(f"give one of {', '.join(forms)} to export, got {which}")
+    if output is not None and output.exists():
+        raise ValueError(f"--output {output} exists; name a folder that does not")
+    if apply:
+        return _apply(Path(run), output, base)
+    source = open_source(run, base)
+    if delta:
+        return _write_delta(source, output)
+    assert lora is not None
+    return _extract_lora(source, output, lora, rows, LoadOptions(device, "auto", None, False))
+
+
+def _place(source: "Source", output: Path | None, name: str) -> Path:
+    """Choose where to write."""
+    if output is not None:
+        return output
+    if source.run is None:
+        raise ValueError(f"{source.model} is not in a run folder; name a folder to write with --output")
+    return source.run / "export" / name
+
+
+def _write_delta(source: "Source", output: Path | None) -> int:
+    from lisatune.export.delta import write_delta
+
+    place = _place(source, output, "delta")
+    found = write_delta(source, place)
+    _print(
+        f"{found.changed} of {plural(found.weights, 'weight')} changed: {byte_text(found.num_bytes)} of "
+        f"{byte_text(found.model_bytes)}"
+    )
+    _print(str(place))
+    return 0
+
+
+def _apply(folder: Path, output: Path | None, base: str | None) -> int:
+    from lisatune.export.delta import apply_delta
+
+    if output is None:
+        raise ValueError("name the folder to write the model to with --output")
+    used = apply_delta(folder, output, base)
+    _print(f"{folder} put into {used}; the hash of the result is that of the tuned model")
+    _print(str(output))
+    return 0
+
+
+def _extract_lora(source: "Source", output: Path | None, rank: int, rows: int, options: LoadOptions) -> int:
+    from lisatune.export.lora import extract_lora
+
+    if rows < 1:
+        raise ValueError(f"--rows must be >= 1, got {rows}")
+    place = _place(source, output, f"lora-{rank}")
+    table = extract_lora(source, place, rank, rows=rows, device=options.pick(), advance=_print)
+    _print_ranks(table)
+    _print(str(place))
+    return 0
+
+
+def _print_ranks(table: "RankTable") -> None:
+    """Print a row for each rank."""
+    from rich import box
+    from rich.table import Table
+
+    printed = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("rank", "share of the change", "held-out loss", "share of the gain"):
+        printed.add_column(name, justify="right")
+    losses = {row.rank: row.loss for row in table.rows}
+    base, tuned = losses.get(0), losses.get(None)
+    for row in table.rows:
+        name = {0: "base", None: "tuned"}.get(row.rank, str(row.rank))
+        loss = "" if row.loss is None else f"{row.loss:.4f}"
+        gain = ""
+        if row.loss is not None and base is not None and tuned is not None and base > tuned:
+            gain = f"{100 * (base - row.loss) / (base - tuned):.1f} %"
+        printed.add_row(name + " *" * (row.rank == table.rank), f"{100 * row.share:.1f} %", loss, gain)
+    console = terminal()
+    console.print(printed)
+    _print(f"* written: adapters of {plural(table.adapted, 'module')}, {byte_text(table.num_bytes)}")
+    left_out = f"{100 * table.left_out:.2g} %"
+    _print(f"share of the change: of its squares; norms and biases, {left_out}, are in no adapter")
+    if table.is_tied:
+        _print(
+            "embedding and head are one matrix: PEFT loads their adapter, but must not merge it (it warns)"
+        )
+    if table.reason is None:
+        _print(f"held-out loss per token on {plural(table.held_out, 'row')} of the run's held-out data")
+    else:
+        _print(f"no held-out losses: {table.reason}")
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()

@@ -1,0 +1,95 @@
+"""`lisatune export` on a whole run: every form, what is printed, and refusals in one sentence."""
+
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tiny_run
+from lisatune.cli.app import main
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@pytest.fixture(autouse=True)
+def _own_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # `main` sets it
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of LISA."""
+    folder = tmp_path_factory.mktemp("run")
+    model = tiny_run.write_model(folder / "base")
+    recipe = tiny_run.write_recipe(folder, model, tiny_run.write_rows(folder / "rows.jsonl"))
+    assert main(["train", str(recipe), "run.steps=4", "optimizer.lr=0.01", "run.save_every=2"]) == 0
+    return folder / "run"
+
+
+def test_a_delta_of_a_run_and_back(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(run), "--delta"]) == 0
+    out = capsys.readouterr().out
+    delta = run / "export" / "delta"
+    assert out.endswith(f"{delta}\n")
+    assert " changed: " in out
+    assert "`lisatune export PATH --apply --base BASE`" in (delta / "README.md").read_text()
+    base = run.parent / "base"
+    assert main(["export", str(delta), "--apply", "--base", str(base), "--output", str(tmp_path / "x")]) == 0
+    one, other = (load_file(each / "model.safetensors") for each in (run / "model", tmp_path / "x"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    wrong = ("export", str(delta), "--apply", "--base", str(run), "--output", str(tmp_path / "y"))
+    assert main([*wrong]) == 2
+    assert "is not the base of this delta" in capsys.readouterr().err
+
+
+def test_adapters_of_a_run_with_losses_by_rank(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(run), "--lora", "8"]) == 0
+    out = capsys.readouterr().out
+    for part in ("share of the gain", "100.0 %", "8 *", "3 rows of the run's held-out data", "lora-8\n"):
+        assert part in out
+    card = (run / "export" / "lora-8" / "README.md").read_text()
+    assert "the change of its weights in rank 8, which keeps " in card
+    assert "library_name: peft" in card
+    (run.parent / "rows.jsonl").rename(run.parent / "moved.jsonl")
+    try:
+        assert main(["export", str(run), "--lora", "2"]) == 0
+    finally:
+        (run.parent / "moved.jsonl").rename(run.parent / "rows.jsonl")
+    assert "no held-out losses: " in capsys.readouterr().out
+    assert main(["generate", str(run / "export" / "lora-8"), "--prompt", "x", "--max-new-tokens", "1"]) == 0
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    capsys.readouterr()
+    assert main(["export", *map(str, arguments)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("lisatune: error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_bad_input_is_one_sentence(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "give one of --delta, --apply, --lora" in refused(capsys, run)
+    assert "got --delta and --lora" in refused(capsys, run, "--delta", "--lora", "4")
+    assert "exists; name a folder that does not" in refused(capsys, run, "--delta", "--output", tmp_path)
+    assert "--lora must be a rank >= 1, got 0" in refused(capsys, run, "--lora", "0")
+    assert "--rows must be >= 1" in refused(capsys, run, "--lora", "4", "--rows", "0")
+    assert "above the full rank of every changed weight, which is 16" in refused(capsys, run, "--lora", "17")
+    assert "name the folder to write the model to" in refused(capsys, run, "--apply")
+    assert "there is no model folder ./absent" in refused(capsys, "./absent", "--delta")
+    checkpoint = next((run / "checkpoints").iterdir())
+    assert "is a checkpoint, from which training resumes, not a model" in refused(
+        capsys, checkpoint, "--delta"
+    )
+    unfinished = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("model", "export"))
+    says = f"the run in {unfinished} has no model yet; finish it with `train --resume`"
+    assert says in refused(capsys, unfinished, "--delta")
+    assert "does not say which model it began with" in refused(
+        capsys, run / "model", "--delta", "--output", "x"
+    )
+    (unfinished / "recipe.yaml").write_text("model: 3\n")
+    (unfinished / "model").symlink_to(run / "model")
+    assert "recipe.yaml is damaged" in refused(capsys, unfinished, "--delta")
