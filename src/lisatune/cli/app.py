@@ -127,54 +127,6 @@ def check(
     return 2 if report.problems else 0
 
 
-def generate(
-    folder: str,
-    /,
-    *,
-    prompt: list[str],
-    max_new_tokens: int = 128,
-    chat_template: Literal["auto", "on", "off"] = "auto",
-) -> int:
-    """Generate a model's answers to prompts.
-
-    Decoding is greedy, so the answer is the same every time. Prompts go through the chat template if the run
-    trained on conversations:
-
-        lisatune generate runs/demo --prompt "What does the Python function os.getcwd() do?"
-
-    Args:
-        folder: Run folder, or any model that `train` takes.
-        prompt: Prompt to answer; may be given several times.
-        max_new_tokens: Longest answer in tokens.
-        chat_template: Whether prompts go through the tokenizer's chat template. auto: as the run trained; for
-            any other model, if its tokenizer has one.
-    """
-    from lisatune.evaluate.held_out import generate_answers
-    from lisatune.models.load import load_model, load_tokenizer
-    from lisatune.runs.folder import first_day
-    from lisatune.runs.summary import model_of, trained_on_chat
-
-    if max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens must be >= 1, got {max_new_tokens}")
-    run = Path(folder)
-    folder, _ = model_of(folder)
-    tokenizer = load_tokenizer(folder)
-    if chat_template == "on" and not tokenizer.chat_template:
-        raise ValueError(f"the tokenizer in {folder} has no chat template; leave out --chat-template")
-    is_chat = trained_on_chat(run)
-    uses_template = bool(tokenizer.chat_template) if is_chat is None else is_chat
-    uses_template = chat_template == "on" or (chat_template == "auto" and uses_template)
-    # Under a locale without UTF-8 the arguments hold its bytes as escapes.
-    prompt = [text.encode(errors="surrogateescape").decode(errors="replace") for text in prompt]
-    prompts = [[{"role": "user", "content": text}] if uses_template else text for text in prompt]
-    answers = generate_answers(
-        load_model(folder), tokenizer, prompts, max_new_tokens=max_new_tokens, date=first_day(run)
-    )
-    for text, answer in zip(prompt, answers, strict=True):
-        _print(f"> {text}\n{answer}\n" if len(prompt) > 1 else answer)
-    return 0
-
-
 @contextmanager
 def _without_output() -> Iterator[None]:
     """Print nothing to standard output."""
@@ -187,7 +139,8 @@ def _expand_paths(tokens: Sequence[str]) -> list[str]:
     expanded = list(tokens)
     for i, token in enumerate(tokens):
         flag, equals, value = token.rpartition("=") if token.startswith("--") else ("", "", token)
-        if value.startswith("~/") and "--prompt" not in (flag, *tokens[i - 1 : i]):
+        is_text = {"--prompt", "--system"} & {flag, *tokens[i - 1 : i]}
+        if value.startswith("~/") and not is_text:
             expanded[i] = flag + equals + expand_home(value)
     return expanded
 
@@ -206,6 +159,7 @@ def build_app() -> "App":
     from lisatune.cli.compare import compare
     from lisatune.cli.evaluate import evaluate
     from lisatune.cli.export import export
+    from lisatune.cli.generate import generate
     from lisatune.cli.init import init
     from lisatune.cli.layers import layers
     from lisatune.cli.plan import plan

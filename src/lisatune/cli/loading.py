@@ -1,4 +1,4 @@
-"""How `lisatune evaluate` loads models, and refuses those that do not fit."""
+"""How `evaluate` and `generate` load models, and refuse those that do not fit."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -53,7 +53,7 @@ class LoadOptions:
         free = available_bytes(device)
         if free is not None and needed > free:
             raise ValueError(
-                f"evaluating {name} needs {byte_text(needed)} by its plan (weights {byte_text(weights)}, one "
+                f"{name} needs {byte_text(needed)} by its plan (weights {byte_text(weights)}, one "
                 f"question of {asked:,} tokens) and {byte_text(free)} are free on {device}; give --dtype "
                 "bf16, take a larger device, or free some memory"
             )

@@ -1,7 +1,7 @@
 """Measure how good a model is: its loss on held-out data, and its answers to prompts."""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,8 +85,12 @@ def generate_answers(
     *,
     max_new_tokens: int,
     date: str | None = None,
+    batch: int = 1,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    stream: Callable[[str], None] | None = None,
 ) -> list[str]:
-    """Answer each prompt greedily, up to the end-of-sequence token or `max_new_tokens` tokens.
+    """Answer each prompt, up to the end-of-sequence token or `max_new_tokens` tokens; greedily by default.
 
     A repetition penalty in the model's generation config stays in force. The model's training flags are
     restored at the end.
@@ -98,6 +102,11 @@ def generate_answers(
         max_new_tokens: length of the longest answer in tokens, >= 1. An answer also ends where the model can
             read no more.
         date: the day that the chat template sees as today, YYYY-MM-DD. Default: today.
+        batch: prompts that are answered at once, >= 1; the shorter ones are padded on the left. The answers
+            are those of `batch=1` up to rounding, unless a prompt of the batch nearly fills the model.
+        temperature: 0 takes the most likely token each time, > 0 draws tokens at that temperature.
+        top_p: draw among the most likely tokens that together have this probability, in (0, 1].
+        stream: called with each new piece of text as it is generated; with a batch of 1 only.
 
     Returns:
         The new text for each prompt, without the prompt and without special tokens.
@@ -112,8 +121,11 @@ def generate_answers(
     from transformers import GenerationConfig
 
     ends = {tokenizer.eos_token_id, *_as_list(model.generation_config.eos_token_id)} - {None}
-    greedy = GenerationConfig(
-        do_sample=False,
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    config = GenerationConfig(
+        **sampling,
         num_beams=1,
         max_new_tokens=max_new_tokens,
         use_cache=True,
@@ -121,21 +133,40 @@ def generate_answers(
         pad_token_id=tokenizer.pad_token_id,
     )
     answers, limit = [], max_positions(model)
+    streamer = None if stream is None else _streamer(tokenizer, stream)
+    encoded = [encode_prompt(tokenizer, prompt, date=date) for prompt in prompts]
     with torch.no_grad(), evaluation_mode(model), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Position ids are not supported")  # PEFT's, of virtual tokens
-        for prompt in prompts:
-            ids = encode_prompt(tokenizer, prompt, date=date)
+        for start in range(0, len(encoded), batch):
+            rows = encoded[start : start + batch]
+            longest = max(map(len, rows))
             if limit is not None:
-                if len(ids) >= limit:
-                    raise ValueError(f"a prompt has {len(ids)} tokens and the model reads at most {limit}")
-                greedy.max_new_tokens = min(max_new_tokens, limit - len(ids))
-            prompt_BT = torch.tensor([ids], device=model.device)
-            out_BT = model.generate(
-                prompt_BT, attention_mask=torch.ones_like(prompt_BT), generation_config=greedy
+                if longest >= limit:
+                    raise ValueError(f"a prompt has {longest} tokens and the model reads at most {limit}")
+                config.max_new_tokens = min(max_new_tokens, limit - longest)
+            padding = [[0] * (longest - len(ids)) for ids in rows]
+            prompt_BT = torch.tensor(
+                [[tokenizer.pad_token_id] * len(pad) + ids for pad, ids in zip(padding, rows, strict=True)],
+                device=model.device,
             )
-            answers.append(tokenizer.decode(out_BT[0, len(ids) :], skip_special_tokens=True))
+            mask_BT = torch.tensor(
+                [pad + [1] * len(ids) for pad, ids in zip(padding, rows, strict=True)], device=model.device
+            )
+            out_BT = model.generate(
+                prompt_BT, attention_mask=mask_BT, generation_config=config, streamer=streamer
+            )
+            answers += tokenizer.batch_decode(out_BT[:, longest:], skip_special_tokens=True)
     reshard(model)
     return answers
+
+
+def _streamer(tokenizer: Any, stream: Callable[[str], None]) -> Any:
+    """Make transformers' streamer, which waits for the end of a word, call a function."""
+    from transformers import TextStreamer
+
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer.on_finalized_text = lambda text, stream_end=False: stream(text)
+    return streamer
 
 
 def _as_list(ids: int | list[int] | None) -> list[int]:
