@@ -56,7 +56,8 @@ def test_commands_exist(capsys: pytest.CaptureFixture[str]) -> None:
     texts = [*blocks("sh"), *re.findall(r"```sh\n(.*?)```", start, flags=re.DOTALL)]
     commands = [shlex.split(line, comments=True) for text in texts for line in text.splitlines()]
     names = {words[1] for words in commands if words[0] == "lisatune"}
-    assert names == {"check", "compare", "evaluate", "train", "generate", "init", "layers", "plan", "report"}
+    known = "check compare evaluate export train generate init layers plan report"
+    assert names == set(known.split())
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in names)

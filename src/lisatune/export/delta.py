@@ -22,6 +22,7 @@ from torch import Tensor
 from lisatune.export.source import Source, find_weights, list_weights
 from lisatune.files.disk import write_aside
 from lisatune.files.tensors import NAMES
+from lisatune.models.gguf import SMOLLM2
 from lisatune.models.stored import INDEX, ONE_FILE
 from lisatune.runs.card import describe_base
 from lisatune.runs.summary import model_of
@@ -96,7 +97,11 @@ def write_delta(source: Source, output: Path) -> Delta:
     shown = describe_base(base, source.revision)
     about = {
         "format": FORMAT,
-        "base": {"name": shown.hub_id or shown.name, "revision": shown.commit, "sha256": before.sha256()},
+        "base": {
+            "name": base if base == SMOLLM2 else shown.hub_id or shown.name,
+            "revision": shown.commit,
+            "sha256": before.sha256(),
+        },
         "result": {"sha256": tuned.sha256()},
         "weights": places,
     }
