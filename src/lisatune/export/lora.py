@@ -198,7 +198,7 @@ def _changed_modules(base: Any, tuned: Any, source: Source) -> dict[str, nn.Modu
         name = (other or sorted(before.keys() - after.keys()))[0]
         raise ValueError(
             f"{source.model} and its base {source.base} differ in the shape of {name}, so there is no "
-            "difference to factor; give the right --base"
+            "difference to factor; give the right --base, or --delta, which takes new tokens too"
         )
     modules: dict[str, nn.Module] = {}
     for path, module in base.named_modules():
