@@ -40,7 +40,7 @@ PUBLIC = {
     "lisatune.runs": ("RunFolder", "load_checkpoint", "save_checkpoint"),
     "lisatune.methods": (
         *("BAdam", "Dora", "EndsOnly", "FreezeOut", "Full", "GaLore", "Greedy", "Ia3", "Lisa", "Lora"),
-        *("METHODS", "Method"),
+        *("METHODS", "MeZO", "Method"),
         *("OPTIMIZERS", "Prefix", "Prompt", "QLora", "TrainingStep"),
     ),
     "lisatune.evaluate": ("PRESETS", "evaluate_tasks", "generate_answers", "held_out_loss"),

@@ -161,6 +161,8 @@ class FewerBlocks(StorageTracker):
             added = self._added(*one)
             if added != self._added(*other) or self._path(*one) != self._path(*other):
                 return False
+            if not each.backward and any(added.values()):  # a cache, which ends with the pass
+                return False
             self._extra.append((since, {name: each.left_out * size for name, size in added.items()}))
         return not any(self._added(after, last).values())
 

@@ -28,13 +28,14 @@ def estimate_step(built: Built, recipe: Recipe, length: int) -> StepMemory:
     Activations: a block keeps 34 bytes per token and hidden unit at two bytes a number, if attention scores
     are not stored (Korthikanti et al., arXiv 2205.05198, section 4.1). With checkpointing every block keeps
     its input, and one block keeps everything. Loss: the logits of 128 tokens, three times in float32.
-    Optimizer state: two moments.
+    Optimizer state: the moments.
     """
     correction = find_correction(built.model)
     added = [] if correction is None else correction.all_parameters()
     trained = [p for p in (*built.model.parameters(), *added) if p.requires_grad]
     weights = tensors_bytes([*built.model.parameters(), *built.model.buffers(), *added])
     gradients = tensors_bytes(trained)
+    state = recipe.method.num_moments * gradients
     config: Any = built.model.config
     text, tokens = config.get_text_config(), recipe.run.batch_size * length
     width = 2 if built.step.autocast is not None else next(iter(built.model.parameters())).element_size()
@@ -45,7 +46,7 @@ def estimate_step(built: Built, recipe: Recipe, length: int) -> StepMemory:
     at_peak = {
         "weights": weights,
         "gradients": gradients,
-        "optimizer state": 2 * gradients,
+        "optimizer state": state,
         "activations": activations,
         "loss": 3 * 4 * min(128, tokens) * text.vocab_size,
         "workspace": 0,
@@ -56,7 +57,7 @@ def estimate_step(built: Built, recipe: Recipe, length: int) -> StepMemory:
         phase="backward",
         at_peak=at_peak,
         by_phase={"backward": peak},
-        static_bytes=weights + 2 * gradients,
+        static_bytes=weights + state,
     )
 
 

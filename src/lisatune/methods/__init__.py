@@ -11,6 +11,7 @@ from lisatune.methods.greedy import Greedy
 from lisatune.methods.ia3 import Ia3
 from lisatune.methods.lisa import Lisa
 from lisatune.methods.lora import Lora
+from lisatune.methods.mezo import MeZO
 from lisatune.methods.optimizers import OPTIMIZERS
 from lisatune.methods.prefix import Prefix
 from lisatune.methods.prompt import Prompt
@@ -30,6 +31,7 @@ __all__ = [
     "Ia3",
     "Lisa",
     "Lora",
+    "MeZO",
     "Method",
     "Prefix",
     "Prompt",
@@ -41,7 +43,7 @@ METHODS: dict[str, type[Method]] = {
     kind.name: kind
     for kind in (
         *(Full, Lisa, EndsOnly, BAdam, FreezeOut, Greedy),
-        *(Lora, Dora, QLora, Ia3, Prompt, Prefix, GaLore),
+        *(Lora, Dora, QLora, Ia3, Prompt, Prefix, GaLore, MeZO),
     )
 }
 """Every method by its name, in the order of the help."""

@@ -38,7 +38,7 @@ def state_elements(optimizer: Optimizer) -> int:
     The moments of a projected gradient count in their low-rank shape; its basis does not count. Neither does
     the remainder of a bf16 weight, which is part of the weight.
     """
-    lasting = optimizer.lasting_state if isinstance(optimizer, AdamW) else ()
+    lasting: tuple[str, ...] = getattr(optimizer, "lasting_state", ())
     return sum(
         value.numel()
         for parameter, state in optimizer.state.items()
