@@ -124,7 +124,7 @@ def test_resume_is_bit_equal_with(options: list[str], recipe: Path, monkeypatch:
     assert_same_model(recipe, "straight", "resumed")
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "bottleneck"])  # which PEFT lacks
 def test_loss_falls_and_the_model_loads_in_plain_transformers_or_peft(name: str, recipe: Path) -> None:
     use_method(recipe, name)
     lr = f"optimizer.lr={1e-2 * METHODS[name].lr_scale}"

@@ -31,6 +31,7 @@ from lisatune.memory.costly_draws import list_costly_draws
 from lisatune.memory.tracker import measure as measure_memory
 from lisatune.methods.build import weight_dtype
 from lisatune.models.load import load_model, load_tokenizer
+from lisatune.models.locate import is_adapter
 from lisatune.recipe import Recipe
 from lisatune.runs.summary import Score
 from lisatune.train.assemble import Parts, assemble
@@ -88,7 +89,7 @@ def measure_model(job: Job) -> Measured:
     if job["model"] is not None:
         folder = Path(job["model"])
         measured["export_bytes"] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        if (folder / "adapter_config.json").exists():
+        if is_adapter(str(folder)):
             measured["touched"] = _count_stored(folder)
             measured["delta_bytes"] = measured["export_bytes"]
         else:

@@ -2,6 +2,7 @@
 
 from lisatune.methods.badam import BAdam
 from lisatune.methods.base import Method
+from lisatune.methods.bottleneck import Bottleneck
 from lisatune.methods.dora import Dora
 from lisatune.methods.ends import EndsOnly
 from lisatune.methods.freezeout import FreezeOut
@@ -22,6 +23,7 @@ __all__ = [
     "METHODS",
     "OPTIMIZERS",
     "BAdam",
+    "Bottleneck",
     "Dora",
     "EndsOnly",
     "FreezeOut",
@@ -43,7 +45,7 @@ METHODS: dict[str, type[Method]] = {
     kind.name: kind
     for kind in (
         *(Full, Lisa, EndsOnly, BAdam, FreezeOut, Greedy),
-        *(Lora, Dora, QLora, Ia3, Prompt, Prefix, GaLore, MeZO),
+        *(Lora, Dora, QLora, Ia3, Bottleneck, Prompt, Prefix, GaLore, MeZO),
     )
 }
 """Every method by its name, in the order of the help."""

@@ -17,6 +17,7 @@ from lisatune.losses.causal_lm import CausalLMLoss, ShardedLoss
 from lisatune.methods.step import TrainingStep
 from lisatune.models.load import stored_dtype
 from lisatune.nn.blocks import BlockForward, enable_activation_checkpointing
+from lisatune.nn.bottleneck import has_adapters
 from lisatune.nn.layers import LayerMap, find_layers
 from lisatune.optim.meter import StateMeter
 from lisatune.recipe import Recipe
@@ -146,7 +147,7 @@ def save_dtype(recipe: Recipe, model: nn.Module) -> torch.dtype | None:
     Errors are those of `lisatune.models.load.load_config`.
     """
     asked = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, None: None}
-    if recipe.run.save_dtype is not None or hasattr(model, "peft_config"):  # adapters are small
+    if recipe.run.save_dtype is not None or has_adapters(model):  # adapters are small
         return asked[recipe.run.save_dtype]
     own = stored_dtype(**recipe.model.location)
     is_narrower = own in asked.values() and own is not None and own.itemsize < weight_dtype(recipe).itemsize

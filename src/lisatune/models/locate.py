@@ -10,10 +10,13 @@ from lisatune.models.gguf import SMOLLM2, SMOLLM2_SHA256, convert_once, find_smo
 from lisatune.models.hf import check_index
 from lisatune.models.shapes import SHAPES
 
-__all__ = ["ADAPTER_CONFIG", "find_snapshot", "is_adapter", "locate", "name_elsewhere"]
+__all__ = ["ADAPTER_CONFIG", "BOTTLENECKS", "find_snapshot", "is_adapter", "locate", "name_elsewhere"]
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 ADAPTER_CONFIG = "adapter_config.json"
+
+BOTTLENECKS = "bottleneck.json"
+"""What a folder of bottleneck adapters has in place of PEFT's config."""
 
 
 def locate(name: str, *, revision: str | None = None, needs_weights: bool = True) -> str:
@@ -100,9 +103,10 @@ def name_elsewhere(name: str) -> tuple[str, str | None]:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a name is a local folder of PEFT adapters."""
+    """Whether a name is a local folder of adapters, PEFT's or bottlenecks."""
     path = Path(name).expanduser()
-    return (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").exists()
+    has_adapters = (path / ADAPTER_CONFIG).is_file() or (path / BOTTLENECKS).is_file()
+    return has_adapters and not (path / "config.json").exists()
 
 
 def _check_folder(path: Path, *, needs_weights: bool) -> None:

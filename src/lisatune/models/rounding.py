@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lisatune.distributed import ranks
 from lisatune.distributed.shards import local_part
 from lisatune.lisa.correction import find_correction
+from lisatune.nn.bottleneck import has_adapters
 from lisatune.nn.coded import coded_weights, exact_parameters
 
 __all__ = ["fits_range", "held_in", "note_dtype", "round_parameters"]
@@ -31,7 +32,7 @@ def held_in(dtype: torch.dtype | None, model: Any) -> Iterator[None]:
     """
     if dtype is not None and (correction := find_correction(model)) is not None:
         correction.merge()
-    is_adapted = hasattr(model, "peft_config")
+    is_adapted = has_adapters(model)
     coded = coded_weights(model)
     held = {
         name: p

@@ -165,8 +165,10 @@ def _make_entry(run: _RunFiles, weights: bool) -> Entry:
 
 def _measure_movement(run: _RunFiles) -> list[float] | None:
     """Measure how far the weights moved, if the run's model and the one it started from are on this disk."""
+    from lisatune.models.locate import is_adapter
+
     folder, base = run.folder / "model", str(run.recipe.get("model", {}).get("name", ""))
-    if (folder / "adapter_config.json").exists():
+    if is_adapter(str(folder)):
         return None
     if not folder.is_dir():
         run.problems.append(f"{run.name}: model is missing; weight movement is left out")
