@@ -90,6 +90,7 @@ SETTINGS = [
     "lisa, correction: lora, correction_blocks: above, ends: frozen, lr_scaling: none",
     "lisa, correction: sign | max_grad_norm: null",
     "lisa, unit: module, sampler: misa",
+    "autofreeze, intervals: 4, percentile: 90",  # a run breaks off inside an interval
     "badam, switch_every: 3",  # by default it does not switch in so few steps
 ]
 

@@ -40,6 +40,7 @@ PUBLIC = {
     "lisatune.runs": ("RunFolder", "load_checkpoint", "save_checkpoint"),
     "lisatune.methods": (
         *(
+            "AutoFreeze",
             "BAdam",
             "Bottleneck",
             "Dora",

@@ -1,4 +1,6 @@
-r"""FreezeOut (Brock et al., arXiv 1706.04983): layers freeze for good, the lowest first.
+r"""Layers freeze for good, the lowest first: FreezeOut by the clock, AutoFreeze by their gradients.
+
+FreezeOut (Brock et al., arXiv 1706.04983).
 
 Layer i of L + 1 (0 the embedding, blocks 1 … N, L = N + 1 the head) trains until the share t_i of the run,
 
@@ -12,14 +14,25 @@ every layer goes as far:
 The optimizer's own schedule gives the head α(t) = ½ α (1 + cos πt), so a block's factor in a step is
 
     α_i(t) / α(t) = (1 + cos(π t/t_i)) / (t_i (1 + cos πt)),  0 from t_i on.
+
+AutoFreeze (Liu et al., arXiv 2102.01386, algorithm 1). A run is divided into intervals. With s_l the L1 norm
+of the sum of block l's gradients over an interval, and s_l' that of the interval before,
+
+    η_l = |s_l - s_l'| / s_l'.
+
+At the end of an interval, of the blocks that still train the longest prefix freezes whose η_l are all below
+the n-th percentile of η of these blocks, n = 50: their gradients have changed less than those of the others.
 """
 
 import math
 from dataclasses import dataclass
 
-from lisatune.lisa.samplers import Sampler
+import torch
 
-__all__ = ["FreezeOut"]
+from lisatune.lisa.samplers import Sampler
+from lisatune.lisa.statistics import BlockStatistics
+
+__all__ = ["AutoFreeze", "FreezeOut"]
 
 
 @dataclass(frozen=True)
@@ -76,3 +89,39 @@ class FreezeOut(Sampler):
             return 0.0
         ratio = (1 + math.cos(math.pi * t / until)) / (1 + math.cos(math.pi * t))
         return ratio / until if self.scaled else ratio
+
+
+@dataclass(frozen=True)
+class AutoFreeze(Sampler):
+    """Draws all blocks that have not frozen yet. Each period is an interval.
+
+    Args:
+        num_blocks: N.
+        percentile: n, 0 <= n <= 100; larger ones freeze more at once.
+    """
+
+    num_blocks: int
+    percentile: float = 50.0
+
+    reads = ("gradient_change", "idle")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.percentile <= 100:
+            raise ValueError(f"percentile must be between 0 and 100, got {self.percentile}")
+
+    def draw(self, period: int, *, seed: int, statistics: BlockStatistics | None = None) -> tuple[int, ...]:
+        """Return the blocks that go on training. At least one does."""
+        assert statistics is not None
+        assert statistics.idle is not None
+        assert statistics.gradient_change is not None
+        active = [block for block in range(self.num_blocks) if statistics.idle[block] == 0]
+        change = statistics.gradient_change[active]
+        if bool(change.isnan().any()):  # not two intervals yet
+            return tuple(active)
+        most = torch.quantile(change, self.percentile / 100)
+        stays = (change >= most).nonzero()
+        return tuple(active[int(stays[0]) :])
+
+    def inclusion(self) -> tuple[float, ...]:
+        """Return 1 for every block: which ones freeze is not known before."""
+        return (1.0,) * self.num_blocks

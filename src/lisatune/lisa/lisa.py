@@ -64,7 +64,7 @@ from lisatune.lisa.samplers import Independent, Sampler
 from lisatune.lisa.schedule import BlockSchedule, find_extreme_draws
 from lisatune.lisa.sign import SignCorrection
 from lisatune.lisa.spectrum import measure_spectra
-from lisatune.lisa.statistics import PER_STEP, Collector
+from lisatune.lisa.statistics import PER_STEP, Collector, watch
 from lisatune.nn.blocks import watch_compiling
 from lisatune.nn.coded import Masters
 from lisatune.nn.layers import LayerMap, find_layers
@@ -228,6 +228,8 @@ class LISA(BlockSchedule):
             if self.sampler.reads
             else None
         )
+        if self._collector is not None:
+            watch(optimizer, self._collector)
         lost = [name for name in self.sampler.reads if name in PER_STEP]
         if lost and isinstance(optimizer, AdamW) and optimizer.in_backward is not None:
             raise ValueError(
@@ -468,6 +470,8 @@ class LISA(BlockSchedule):
                 self._thaw(parameter)
         if self._correction is not None:
             self._correction.train(self.active_blocks)
+        if self._collector is not None:
+            self._collector.make_room(self.active_blocks)
 
     def _freeze(self, parameter: nn.Parameter) -> None:
         parameter.requires_grad_(False)

@@ -12,13 +12,18 @@ L2 norm over all parameters of the block:
     gradient average
                    A_l ← keeps A_l + (1 - keeps) m after each of its periods, where m is the mean of ‖g_l‖
                    over the steps, after clipping; at first A_l = m. `keeps` is the sampler's
+    gradient change
+                   η_l = |s_l - s_l'| / s_l', where s_l = ‖Σ g_l‖₁ is the L1 norm of the sum of the gradients
+                   over the steps of its last period, and s_l' that of the period before
     spectrum       signal-to-noise ratio of θ_l (`lisatune.lisa.spectrum`), once, when LISA is attached
 
 The gradient and update norms of a block that has not trained yet are NaN. On several ranks a norm is that of
 the whole block, so all ranks read equal numbers.
 
 Cost for each step: one pass over the gradients of the active blocks for the gradient norm; a copy of the
-active blocks' weights while the optimizer updates them, and one pass over both, for the update norm.
+active blocks' weights while the optimizer updates them, and one pass over both, for the update norm; 4 bytes
+for each number of the active blocks, all the time, and a pass over them and their gradients, for the gradient
+change.
 
 Shapes: N blocks.
 """
@@ -27,22 +32,40 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.optim import Optimizer
 
+from lisatune.distributed import ranks
 from lisatune.distributed.shards import full_tensor, has_values, local_part
 from lisatune.nn.layers import find_layers
 
-__all__ = ["PER_STEP", "BlockStatistics", "Collector", "Readable", "measure_movement"]
+__all__ = [
+    "PER_STEP",
+    "BlockStatistics",
+    "Collector",
+    "Readable",
+    "collected_sums",
+    "measure_movement",
+    "watch",
+]
 
 Readable = Literal[
-    "visits", "weight_norm", "gradient_norm", "update_norm", "idle", "gradient_average", "spectrum"
+    "visits",
+    "weight_norm",
+    "gradient_norm",
+    "update_norm",
+    "idle",
+    "gradient_average",
+    "gradient_change",
+    "spectrum",
 ]
 """What a sampler may name in `reads`."""
 
-PER_STEP = ("gradient_norm", "gradient_average", "update_norm")
+PER_STEP = ("gradient_norm", "gradient_average", "gradient_change", "update_norm")
 """Numbers that are collected in every step, from the gradients or from the update."""
 
 
@@ -58,6 +81,7 @@ class BlockStatistics:
     weight_norm: Tensor | None = None
     gradient_norm: Tensor | None = None
     gradient_average: Tensor | None = None
+    gradient_change: Tensor | None = None
     update_norm: Tensor | None = None
     spectrum: Tensor | None = None
 
@@ -73,7 +97,7 @@ class Collector:
         spectra: measures the spectrum of each block.
 
     Raises:
-        ValueError: `reads` names something that is not collected.
+        ValueError: `reads` names something that is not collected, or not on several ranks.
     """
 
     def __init__(
@@ -89,6 +113,10 @@ class Collector:
             if name not in get_args(Readable):
                 known = ", ".join(get_args(Readable))
                 raise ValueError(f"a sampler cannot read {name!r}; it can read {known}")
+        if "gradient_change" in reads and ranks.count() > 1:
+            raise ValueError(
+                "a sampler can read gradient_change on one rank only, because each rank has parts of gradients"
+            )
         self._blocks, self._reads, self._keeps = blocks, tuple(reads), keeps
         self._exact = exact or (lambda parameter: parameter)
         with unset_fake_temporarily():  # a sampler reads real numbers, also in a memory plan
@@ -104,8 +132,24 @@ class Collector:
         self._squares: dict[str, dict[int, Tensor]] = {name: {} for name in PER_STEP if name in reads}
         self._steps = 0
         self._before: dict[nn.Parameter, Tensor] = {}
+        self._sums: dict[nn.Parameter, Tensor] = {}
+        self._sum_norms = [math.nan] * len(blocks)
         if "weight_norm" in reads:
             self._measure_weights(range(len(blocks)))
+
+    def make_room(self, active: Iterable[int]) -> None:
+        """Hold sums of gradients for these blocks and no others, if the sampler reads gradient changes."""
+        if "gradient_change" in self._reads:
+            parameters = [p for block in active for p in self._blocks[block]]
+            self._sums = {
+                p: self._sums[p] if p in self._sums else torch.zeros_like(p, dtype=torch.float32)
+                for p in parameters
+            }
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """The sums of gradients that are held: float32, in the shapes of the active blocks' parameters."""
+        return list(self._sums.values())
 
     def before_step(self, active: Iterable[int]) -> None:
         """Keep the weights that the optimizer is about to update, if the sampler reads update norms."""
@@ -122,6 +166,9 @@ class Collector:
             if "gradient_average" in self._reads:
                 gradients = [p.grad for p in parameters if p.grad is not None]
                 self._add("gradient_average", block, gradients, power=0.5)
+            for p in parameters if self._sums else ():
+                if p.grad is not None:
+                    self._sums[p].add_(p.grad)
             if "update_norm" in self._reads:
                 self._add("update_norm", block, [self._before.pop(p).sub_(p.detach()) for p in parameters])
         self._before = {}
@@ -136,6 +183,8 @@ class Collector:
                         self._average(block, mean) if name == "gradient_average" else math.sqrt(mean)
                     )
             squares.clear()
+        for block in active if self._sums else ():
+            self._norms["gradient_change"][block] = self._change(block)
         if "idle" in self._reads:
             self._norms["idle"] += 1
             self._norms["idle"][list(active)] = 0
@@ -146,6 +195,15 @@ class Collector:
     def _average(self, block: int, mean: float) -> float:
         before = float(self._norms["gradient_average"][block])
         return mean if math.isnan(before) else self._keeps * before + (1 - self._keeps) * mean
+
+    def _change(self, block: int) -> float:
+        """Return η of a block whose period has ended, and clear its sums."""
+        sums = [self._sums[p] for p in self._blocks[block]]
+        now = sum(float(each.abs().sum(dtype=torch.float64)) for each in sums)
+        before, self._sum_norms[block] = self._sum_norms[block], now
+        for each in sums:
+            each.zero_()
+        return abs(now - before) / before if before else math.nan
 
     def statistics(self, visits: Sequence[int]) -> BlockStatistics:
         """Return the numbers that the sampler reads.
@@ -169,6 +227,13 @@ class Collector:
             "steps": self._steps,
             "norms": {name: norms.clone() for name, norms in self._norms.items()},
             "squares": squares,
+            "sum_norms": list(self._sum_norms),
+            "sums": {
+                f"{block}.{place}": self._sums[p].cpu().clone()
+                for block, parameters in enumerate(self._blocks)
+                for place, p in enumerate(parameters)
+                if p in self._sums
+            },
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -183,6 +248,12 @@ class Collector:
             for name, squares in state["squares"].items()
         }
         self._before = {}
+        self._sum_norms = list(state.get("sum_norms", self._sum_norms))
+        self._sums = {}
+        for key, value in state.get("sums", {}).items():
+            block, _, place = key.partition(".")
+            p = self._blocks[int(block)][int(place)]
+            self._sums[p] = value.clone().to(p.device)
 
     def _measure_weights(self, blocks: Iterable[int]) -> None:
         for block in blocks:
@@ -196,6 +267,20 @@ class Collector:
             squared = squared if power == 1 else squared**power
             known = self._squares[name].get(block)
             self._squares[name][block] = squared if known is None else known + squared
+
+
+_collectors: "WeakKeyDictionary[Optimizer, Collector]" = WeakKeyDictionary()
+
+
+def watch(optimizer: Optimizer, collector: Collector) -> None:
+    """Let `collected_sums` find what is collected beside an optimizer."""
+    _collectors[optimizer] = collector
+
+
+def collected_sums(optimizer: Optimizer) -> list[Tensor]:
+    """Return the sums of gradients that are held beside an optimizer, for the count of memory."""
+    collector = _collectors.get(optimizer)
+    return [] if collector is None else collector.sums
 
 
 def _compute_squared_norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -1,5 +1,6 @@
 """The ways to fine-tune a model. To add one: its file, its class in `METHODS`, its page in docs/methods."""
 
+from lisatune.methods.autofreeze import AutoFreeze
 from lisatune.methods.badam import BAdam
 from lisatune.methods.base import Method
 from lisatune.methods.bottleneck import Bottleneck
@@ -22,6 +23,7 @@ from lisatune.methods.step import TrainingStep
 __all__ = [
     "METHODS",
     "OPTIMIZERS",
+    "AutoFreeze",
     "BAdam",
     "Bottleneck",
     "Dora",
@@ -44,7 +46,7 @@ __all__ = [
 METHODS: dict[str, type[Method]] = {
     kind.name: kind
     for kind in (
-        *(Full, Lisa, EndsOnly, BAdam, FreezeOut, Greedy),
+        *(Full, Lisa, EndsOnly, BAdam, FreezeOut, AutoFreeze, Greedy),
         *(Lora, Dora, QLora, Ia3, Bottleneck, Prompt, Prefix, GaLore, MeZO),
     )
 }

@@ -1,14 +1,20 @@
-"""FreezeOut: when each block freezes, and how its learning rate falls until then."""
+"""FreezeOut and AutoFreeze: when each block freezes, and how its learning rate falls until then."""
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import tiny
 from lisatune import LISA, find_layers, param_groups
-from lisatune.lisa.freezing import FreezeOut
+from lisatune.lisa.freezing import AutoFreeze, FreezeOut
+from lisatune.lisa.statistics import BlockStatistics, collected_sums
+from lisatune.memory import plan_memory
+from lisatune.methods import METHODS
+from lisatune.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe, RunConfig
 
 STEPS, BLOCKS = 200, 6
 
@@ -79,3 +85,95 @@ def test_a_step_takes_the_rates_of_its_time_and_the_groups_keep_theirs() -> None
 def test_values_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must be"):
         FreezeOut(**({"num_blocks": 4, "total_steps": 10} | wrong))  # type: ignore[arg-type]
+
+
+def statistics(change: list[float], frozen: int = 0) -> BlockStatistics:
+    idle = [float(block < frozen) for block in range(len(change))]
+    return BlockStatistics(gradient_change=torch.tensor(change).double(), idle=torch.tensor(idle).double())
+
+
+@pytest.mark.parametrize(
+    ("change", "frozen", "stays"),
+    [
+        ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], 0, 3),  # below the median 0.35
+        ([0.1, 0.5, 0.2, 0.3, 0.4, 0.6], 0, 1),  # the prefix ends at 0.5
+        ([0.6, 0.1, 0.2, 0.3, 0.4, 0.5], 0, 0),
+        ([0.0, 0.0, 0.1, 0.4, 0.3, 0.2], 2, 3),  # of what still trains
+        ([0.0, 0.0, 0.0, 0.0, 0.0, 0.1], 5, 5),  # the last one stays
+        ([math.nan] * 6, 0, 0),
+    ],
+)
+def test_autofreeze_freezes_the_longest_prefix_below_the_percentile(
+    change: list[float], frozen: int, stays: int
+) -> None:
+    drawn = AutoFreeze(BLOCKS).draw(3, seed=0, statistics=statistics(change, frozen))
+    assert drawn == tuple(range(stays, BLOCKS))
+
+
+def test_autofreeze_measures_as_the_paper_does() -> None:
+    """Gradients are added up by hand, and the blocks that freeze follow from them."""
+    model, period = tiny.llama(blocks=BLOCKS), 3
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    lisa = LISA(model, optimizer, period=period, sampler=AutoFreeze(BLOCKS, 90), lr_scaling="none")
+    norms: dict[int, list[float]] = {block: [] for block in range(BLOCKS)}
+    first = 0
+    for step in range(4 * period):
+        if step % period == 0:
+            sums = dict.fromkeys(range(first, BLOCKS), 0.0)
+            vectors = [
+                torch.zeros(sum(p.numel() for p in block.parameters())) for block in model.model.layers
+            ]
+        tiny.backward(model, step)
+        for block in sums:
+            vectors[block] += torch.cat([p.grad.flatten() for p in model.model.layers[block].parameters()])
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % period == 0:
+            for block in sums:
+                norms[block].append(float(vectors[block].abs().sum()))
+            if step + 1 >= 2 * period:
+                changes = [abs(norms[b][-1] - norms[b][-2]) / norms[b][-2] for b in range(first, BLOCKS)]
+                most = float(torch.tensor(changes).quantile(0.9))
+                while changes[0] < most - 1e-6:
+                    changes.pop(0)
+                    first += 1
+        assert lisa.active_blocks == tuple(range(first, BLOCKS))
+    assert 0 < first < BLOCKS
+    held = sum(p.numel() for block in list(model.model.layers)[first:] for p in block.parameters())
+    assert sum(each.numel() for each in collected_sums(optimizer)) == held
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_sums_of_autofreeze_are_in_the_plan(precision: Any) -> None:
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4
+    )
+    peaks = [
+        plan_memory(
+            Recipe(
+                model=ModelConfig(name="x"),
+                data=DataConfig(train="x", max_length=64),
+                method=METHODS[name](),
+                run=RunConfig(precision=precision, batch_size=2, device="cpu", steps=40),
+            ),
+            config=config,
+        ).peak_bytes
+        for name in ("autofreeze", "freezeout")
+    ]
+    with torch.device("meta"):
+        block = sum(p.numel() for p in LlamaForCausalLM(config).model.layers[0].parameters())
+    assert peaks[0] - peaks[1] == pytest.approx(3 * 4 * block, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"percentile": 101.0}, "method.percentile must be between 0 and 100"),
+        ({"intervals": 0}, "method.intervals must be >= 1"),
+    ],
+)
+def test_autofreeze_refuses_what_cannot_work(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        METHODS["autofreeze"](**options)
+    with pytest.raises(ValueError, match=r"optimizer.in_backward frees each gradient"):
+        METHODS["autofreeze"]().check_optimizer(OptimizerConfig(in_backward=True, max_grad_norm=None))
