@@ -24,7 +24,7 @@ help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
 demo: $(VENV)/train.stamp
-	$(BIN)/lisatune train recipes/demo.yaml --overwrite
+	LISATUNE_TOKENS=$(VENV)/tokens $(BIN)/lisatune train recipes/demo.yaml --overwrite
 
 # Files in the order of their folders: the slow ones come first, and no process ends alone with them.
 test: lint docs

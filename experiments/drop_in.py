@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
 from lisatune import LISA
+from lisatune.data.batches import collate
 from lisatune.data.prepare import prepare_data
-from lisatune.data.tokens import collate
 from lisatune.lisa.rates import Scaling
 from lisatune.losses.causal_lm import CausalLMLoss
 from lisatune.models.load import load_model, load_tokenizer

@@ -1,12 +1,16 @@
 """What every test gets: one thread, no hub, random numbers that neither leak in nor out."""
 
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start, whose sums must be ours to the bit
+if "PYTEST_XDIST_WORKER" not in os.environ:  # one cache of prepared tokens for all processes of a session
+    os.environ["LISATUNE_TOKENS"] = tempfile.mkdtemp(prefix="lisatune-tokens-")
 
 import pytest
 import torch
@@ -21,6 +25,12 @@ import tiny
 torch.set_num_threads(1)
 # A job that a shell started in the background inherits a Ctrl-C that is ignored; tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_unconfigure() -> None:
+    """Delete the cache of the session."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(os.environ["LISATUNE_TOKENS"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

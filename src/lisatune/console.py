@@ -3,8 +3,11 @@
 Needs no torch, so that `lisatune --help` is fast.
 """
 
+import math
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,10 +24,12 @@ __all__ = [
     "USER_ERRORS",
     "Terminated",
     "byte_text",
+    "clock_text",
     "count_text",
     "exit_code",
     "expand_home",
     "first_line",
+    "follow",
     "grid",
     "is_override",
     "join_overrides",
@@ -37,6 +42,9 @@ __all__ = [
 WIDEST = 100
 """Columns of the widest output."""
 
+SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_UPDATES = 30, 0.2
+"""Seconds between two lines on long work, or on a terminal between two states of the live line."""
+
 
 def terminal() -> "Console":
     """Make a console on standard output, at most 100 columns wide."""
@@ -45,6 +53,51 @@ def terminal() -> "Console":
     console = Console(highlight=False)
     console.width = min(console.width, WIDEST) if console.is_terminal else WIDEST
     return console
+
+
+@contextmanager
+def follow(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    """Show how far a long piece of work is, and how long the rest will take.
+
+    Args:
+        what: its name.
+        total: number of its parts; None if it is unknown.
+
+    Yields:
+        A function to call with the number of parts done. If the output is not a terminal, a line is printed
+        each half minute, so that short work prints none.
+    """
+    console = terminal()
+    began = said = shown = time.monotonic()
+    status = console.status(what) if console.is_terminal else None
+
+    def describe(done: int, now: float) -> str:
+        if not total:
+            return f"{what}: {done:,}"
+        left = (now - began) / done * (total - done) if done else math.nan
+        return f"{what}: {done:,} of {total:,}, {clock_text(left)} left"
+
+    def advance(done: int) -> None:
+        nonlocal said, shown
+        now = time.monotonic()
+        if status is not None and now - shown >= SECONDS_BETWEEN_UPDATES:
+            shown = now
+            status.update(describe(done, now))
+        elif status is None and now - said >= SECONDS_BETWEEN_LINES:
+            said = now
+            console.print(describe(done, now), soft_wrap=True, markup=False)
+
+    with status or nullcontext():
+        yield advance
+
+
+def clock_text(seconds: float) -> str:
+    """Write a time as 1:05 or 2:03:45; an unknown one as -:--."""
+    if not math.isfinite(seconds):
+        return "-:--"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def count_text(count: float) -> str:

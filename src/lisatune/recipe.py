@@ -128,6 +128,9 @@ class DataConfig:
     on_bad_row: Literal["error", "skip"] = "error"
     """What to do with a record that cannot be used: stop, or skip and count it."""
 
+    cache: str | None = None
+    """Folder for prepared tokens. Default: what LISATUNE_TOKENS names, or ~/.cache/lisatune/tokens."""
+
     def __post_init__(self) -> None:
         _check_choices("data", self)
         if not 0 <= self.validation_share < 1:

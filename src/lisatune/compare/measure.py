@@ -14,14 +14,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lisatune.compare.results import MemoryResult
 from lisatune.console import first_line, ranges_text
+from lisatune.data.batches import collate
 from lisatune.data.records import read_records
-from lisatune.data.tokens import IGNORE, TokenRow, collate, tokenize
 from lisatune.data.tokens import is_chat as is_conversation
+from lisatune.data.tokens import tokenize
 from lisatune.distributed.ranks import pick_device
 from lisatune.evaluate.held_out import held_out_loss
 from lisatune.files.disk import replace_file
@@ -164,9 +166,9 @@ def _measure_loss(recipe: Recipe, model: nn.Module, file: str, device: torch.dev
     examples = tokenize(
         records, tokenizer, max_length=data.max_length, loss_on=loss_on, long=data.long, date=data.date
     )
-    rows = sorted(examples.rows, key=lambda row: len(row["input_ids"]))
+    rows = examples.rows.take(np.argsort(examples.rows.lengths, kind="stable"))
     size = recipe.run.batch_size
-    batches = (collate(rows[i : i + size]) for i in range(0, len(rows), size))
+    batches = (collate(list(rows[i : i + size])) for i in range(0, len(rows), size))
     autocast = torch.bfloat16 if recipe.run.precision == "bf16-mixed" else None
     return held_out_loss(CausalLMLoss(model), batches, device=device, autocast=autocast).loss
 
@@ -212,24 +214,19 @@ def _measure_step(recipe: Recipe) -> MemoryResult:
 
 def _find_longest_step(parts: Parts) -> tuple[int, list[dict[str, Tensor]]]:
     """Return number (from 1) and batches of the step with the largest micro-batch, padding included."""
-    micro_steps = parts.recipe.run.accumulation
+    data, micro_steps = parts.data, parts.recipe.run.accumulation
+    lengths, loss_counts = data.train.rows.lengths, data.train.rows.loss_counts
 
-    def micro_batches(step: int) -> list[list[TokenRow]]:
-        indices = range(step * micro_steps, (step + 1) * micro_steps)
-        return [[parts.data.train.rows[row] for row in parts.data.order.batch(index)] for index in indices]
+    def micro_steps_of(step: int) -> range:
+        return range(step * micro_steps, (step + 1) * micro_steps)
 
     def size(step: int) -> tuple[int, int]:
-        def padded(rows: list[TokenRow]) -> int:
-            return len(rows) * max(len(row["input_ids"]) for row in rows)
+        batches = [data.order.batch(index) for index in micro_steps_of(step)]
+        padded = [len(rows) * int(lengths[rows].max()) for rows in batches]
+        return max(padded), max(int(loss_counts[rows].sum()) for rows in batches)
 
-        def with_loss(rows: list[TokenRow]) -> int:
-            return sum(len(row["labels"]) - row["labels"].count(IGNORE) for row in rows)
-
-        batches = micro_batches(step)
-        return max(map(padded, batches)), max(map(with_loss, batches))
-
-    longest = max(range(parts.data.steps), key=size)
-    return longest + 1, [parts.collate(rows) for rows in micro_batches(longest)]
+    longest = max(range(data.steps), key=size)
+    return longest + 1, [parts.collate(data.batch(index)) for index in micro_steps_of(longest)]
 
 
 def main(arguments: list[str]) -> int:

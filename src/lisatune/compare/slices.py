@@ -6,8 +6,8 @@ figures. Neither depends on the seeds of the runs. All slices are written once, 
 files.
 """
 
-import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import accumulate, count
 from pathlib import Path
@@ -15,10 +15,11 @@ from pathlib import Path
 from lisatune.compare.arms import Comparison
 from lisatune.compare.results import Slices
 from lisatune.console import plural
+from lisatune.data.batches import Order
 from lisatune.data.prepare import prepare_data, read_data
-from lisatune.data.records import read_records, split_records
-from lisatune.data.tokens import Order
-from lisatune.files.disk import write_aside
+from lisatune.data.records import Record, read_records
+from lisatune.data.splitting import split_records
+from lisatune.files.disk import sha256_of, write_aside
 from lisatune.models.load import load_tokenizer
 from lisatune.recipe import DataConfig, Recipe
 
@@ -41,26 +42,31 @@ def write_slices(comparison: Comparison, folder: Path) -> None:
             "held-out data must have 2 or more different prompts, one half to choose learning rates and one "
             f"to report; {held_out.source} has {plural(len(held_out.rows), 'record')}; hold out more"
         ) from None
-    slices = {"train": train.rows, "validation": validation.rows, "test": test.rows}
+    slices: dict[str, Iterable[Record]] = {"train": train, "validation": validation.rows, "test": test.rows}
     if comparison.general is not None:
         slices["general"] = read_records(comparison.general, limit=comparison.general_limit).rows
     with write_aside(folder) as aside:
         for name, rows in slices.items():
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            (aside / f"{name}.jsonl").write_text(text, encoding="utf-8")
+            with (aside / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def read_slices(folder: Path) -> Slices:
     """Count the records of each slice, and hash the files."""
-    texts = {path.stem: path.read_bytes() for path in sorted(folder.glob("*.jsonl"))}
-    counts = {name: text.count(b"\n") for name, text in texts.items()}
+    paths = sorted(folder.glob("*.jsonl"))
+    counts = {path.stem: _count_lines(path) for path in paths}
     return Slices(
         train=counts["train"],
         validation=counts["validation"],
         test=counts["test"],
         general=counts.get("general"),
-        sha256={f"{name}.jsonl": hashlib.sha256(text).hexdigest() for name, text in texts.items()},
+        sha256={path.name: sha256_of(path) for path in paths},
     )
+
+
+def _count_lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
 
 
 def use_slices(config: DataConfig, folder: Path) -> DataConfig:
@@ -91,7 +97,7 @@ class Lengths:
     def __init__(self, recipe: Recipe, budget: dict[str, int]) -> None:
         tokenizer = load_tokenizer(**recipe.model.tokenizer)
         data = prepare_data(replace(recipe, run=replace(recipe.run, samples=0)), tokenizer)
-        self._lengths = [len(row["input_ids"]) for row in data.train.rows]
+        self._lengths = data.train.rows.lengths
         self._run = recipe.run
         self._steps, self._budget = data.steps, budget
 
@@ -105,7 +111,7 @@ class Lengths:
 
         def step_tokens(step: int) -> int:
             micro = range(step * micro_steps, (step + 1) * micro_steps)
-            return sum(self._lengths[row] for index in micro for row in order.batch(index))
+            return sum(int(self._lengths[order.batch(index)].sum()) for index in micro)
 
         steps = self._budget.get("steps", self._steps)
         totals = []

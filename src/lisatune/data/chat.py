@@ -165,6 +165,10 @@ class Chat:
         """Whether rendered text ends with a special token, so that a model can learn to stop there."""
         return text.rstrip().endswith(self._stops)
 
+    def find_stop(self, text: str) -> str:
+        """Return the special token that rendered text ends with, without anything after it; empty if none."""
+        return max((stop for stop in self._stops if text.endswith(stop)), key=len, default="")
+
     def render_prefixes(
         self, messages: Messages, first_answer: int, *, tools: Tools = None, last: bool = False
     ) -> list[tuple[str, bool]]:
@@ -239,7 +243,8 @@ class Chat:
         found: list[tuple[str, bool]] = []
         for index in answers:
             question = self.render(messages[:index], ask=True, tools=tools)
-            answer = self.render(messages[: index + 1], tools=tools)
+            is_last = index + 1 == len(messages)
+            answer = full if is_last else self.render(messages[: index + 1], tools=tools)
             if not full.startswith(question) and full.startswith(self.render(messages[:index], tools=tools)):
                 question = _drop_unseen_end(question, full)
             word = _last_word(messages[index])
@@ -321,6 +326,8 @@ def drop_second_bos(ids: list[int], tokenizer: Any) -> list[int]:
 
 def common_length(first: Sequence[object], second: Sequence[object]) -> int:
     """Count the items that two sequences share from the start."""
+    if second[: len(first)] == first:  # the usual case, and much faster
+        return len(first)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 

@@ -4,17 +4,28 @@
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from lisatune.console import follow
+from lisatune.data.batches import Order
+from lisatune.data.cache import tokens_folder
 from lisatune.data.chat import Chat, encode_prompt
-from lisatune.data.records import Record, Records, read_records, split_records
+from lisatune.data.examples import Examples, divide, pack
+from lisatune.data.records import Record, RecordReader, Records
+from lisatune.data.rows import Ints, Rows, TokenRow
 from lisatune.data.shown import MarkedText, mark_loss
-from lisatune.data.tokens import Examples, Order, TokenRow, is_chat, pack, tokenize
+from lisatune.data.splitting import hash_prompt, hold_out
+from lisatune.data.store import Prepared, prepare_source
+from lisatune.data.tokens import check_wishes
 from lisatune.data.turns import Messages, answer_text
 from lisatune.distributed import ranks
-from lisatune.recipe import Recipe, check_steps
+from lisatune.recipe import DataConfig, Recipe, check_steps
 
 __all__ = ["Prompt", "RunData", "prepare_data", "read_data"]
 
@@ -87,7 +98,9 @@ class RunData:
 
 
 def prepare_data(recipe: Recipe, tokenizer: Any) -> RunData:
-    """Read, split, tokenise and, if asked, pack the recipe's data.
+    """Read, tokenise, split and, if asked, pack the recipe's data.
+
+    Tokens of a source that was prepared before come from the cache (`lisatune.data.store`).
 
     Args:
         recipe: what to read and how; the sections `data` and `run`.
@@ -97,56 +110,103 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> RunData:
         ValueError: a record is unusable, nothing is left, every answer is cut off, or the data makes more
             steps than a run may have.
         FileNotFoundError: a file is missing.
+        OSError: the cache cannot be written.
     """
     data, run = recipe.data, recipe.run
-    train, validation = read_data(recipe)
-    keys = ("max_length", "loss_on", "long", "date")
-    how: dict[str, Any] = {key: getattr(data, key) for key in keys}
-    rows = tokenize(train, tokenizer, **how)
-    held_out = tokenize(validation, tokenizer, **how) if validation.rows else Examples([], 0, 0)
+    reader, held_out_reader = _open_readers(recipe)
+    splits = data.holds_out and held_out_reader is None
+    how: dict[str, Any] = {"folder": tokens_folder(data.cache), "loss_on": data.loss_on, "date": data.date}
+    source = prepare_source(reader, tokenizer, **how, seed=run.seed if splits else None)
+    is_held_out = np.zeros(len(source.documents), bool)
+    if source.prompts is not None:
+        is_held_out = hold_out(
+            source.prompts, data.validation_share, reader.source, most=data.validation_limit
+        )
+    rows = _divide(source, np.flatnonzero(~is_held_out), reader.source, data)
+    skipped = source.skipped
+    held_out, questions = Examples(Rows.of([])), tuple[Prompt, ...]()
+    if held_out_reader is not None:
+        other = prepare_source(held_out_reader, tokenizer, **how)
+        held_out = _divide(other, np.arange(len(other.documents)), held_out_reader.source, data)
+        questions = _find_questions(held_out_reader, None, recipe, tokenizer)
+        skipped += other.skipped
+    elif splits:
+        chosen = np.flatnonzero(is_held_out)[: data.validation_limit]
+        held_out = _divide(source, chosen, reader.source, data)
+        questions = _find_questions(reader, is_held_out, recipe, tokenizer)
     held_out = _take_evenly(held_out, data.validation_limit)
     if data.packing:
-        rows = pack(rows, data.max_length)
+        with follow("packing", len(rows.rows)) as advance:
+            rows = pack(rows, data.max_length, advance)
     order = Order(len(rows.rows), run.batch_size * ranks.count(), run.seed)
     wanted = run.steps or run.epochs * order.batches_per_epoch / run.accumulation
     check_steps(wanted, f"run.epochs={run.epochs:g}")
     steps = max(1, math.ceil(wanted))
-    prompts = (_cut_prompt(row, tokenizer, data.date) for row in validation.rows)
-    short = (prompt for prompt in prompts if 0 < len(prompt.ids) < data.max_length)
-    questions = tuple(islice(short, run.samples))
-    skipped = train.skipped + validation.skipped
-    chat = Chat(tokenizer) if is_chat(train.rows[0]) else None
+    chat = Chat(tokenizer) if source.is_chat else None
     template = "without a template" if chat is None else f"written by {chat.name}"
-    learns_all = data.loss_on == "all" or train.kind == "text"
+    learns_all = data.loss_on == "all" or source.kind == "text"
     where = "all tokens" if learns_all else "the last answer" if data.loss_on == "last" else "the answers"
-    described = f"{train.kind}, {template}; loss on {where}"
+    described = f"{source.kind}, {template}; loss on {where}"
     return RunData(rows, held_out, questions, order, steps, skipped, chat is not None, described, tokenizer)
 
 
-def read_data(recipe: Recipe) -> tuple[Records, Records]:
-    """Read the records to train on and the held-out ones. Errors as in `prepare_data`."""
+def read_data(recipe: Recipe) -> tuple[Iterator[Record], Records]:
+    """Read the records to train on, one by one, and the held-out ones. Errors as in `prepare_data`."""
     data = recipe.data
-
-    def read(source: str, limit: int | None) -> Records:
-        return read_records(
-            source,
-            kind=data.kind,
-            split=data.split,
-            limit=limit,
-            on_bad_row=data.on_bad_row,
-            fields=data.fields,
-        )
-
-    most, held_out = data.validation_limit, data.validation
-    train = read(data.train, data.limit)
+    reader, held_out_reader = _open_readers(recipe)
+    none = Records([], reader.kind, 0, reader.source)
     if not data.holds_out:
-        return train, replace(train, rows=[], skipped=0)
-    if held_out is None and data.train == "python-docs":
+        return _read_all(reader), none
+    if held_out_reader is not None:
+        held_out = list(_read_all(held_out_reader))
+        return _read_all(reader), replace(none, rows=held_out, source=held_out_reader.source)
+    keys = np.array([hash_prompt(record, recipe.run.seed) for record in _read_all(reader)], dtype="S16")
+    is_held_out = hold_out(keys, data.validation_share, reader.source, most=data.validation_limit)
+    held_out = list(islice(_read_marked(reader, is_held_out), data.validation_limit))
+    return _read_marked(reader, ~is_held_out), replace(none, rows=held_out)
+
+
+def _open_readers(recipe: Recipe) -> tuple[RecordReader, RecordReader | None]:
+    """Return the records to train on, and those of `data.validation`; the latter None if they are a share."""
+    data = recipe.data
+    keys = ("kind", "split", "on_bad_row", "fields")
+    how: dict[str, Any] = {key: getattr(data, key) for key in keys}
+    held_out = data.validation
+    if held_out is None and data.train == "python-docs" and data.holds_out:
         held_out = "python-docs:validation"
-    if held_out is not None:
-        return train, read(held_out, most)
-    train, validation = split_records(train, data.validation_share, recipe.run.seed, most=most)
-    return train, replace(validation, rows=validation.rows[:most], skipped=0)
+    train = RecordReader(data.train, limit=data.limit, **how)
+    if held_out is None:
+        return train, None
+    return train, RecordReader(held_out, limit=data.validation_limit, **how)
+
+
+def _read_all(reader: RecordReader) -> Iterator[Record]:
+    """Read all records, then give the reader's warnings."""
+    for _, record in reader:
+        yield record
+    reader.warn()
+
+
+def _read_marked(reader: RecordReader, is_wanted: NDArray[np.bool_]) -> Iterator[Record]:
+    """Read the records that are marked, in their order."""
+    return (record for (_, record), wanted in zip(reader, is_wanted.tolist(), strict=True) if wanted)
+
+
+def _divide(source: Prepared, chosen: Ints, name: str, data: DataConfig) -> Examples:
+    long = check_wishes(name, source.kind, data.loss_on, data.long)
+    return divide(source.documents, chosen, max_length=data.max_length, long=long, source=name)
+
+
+def _find_questions(
+    reader: RecordReader, is_held_out: NDArray[np.bool_] | None, recipe: Recipe, tokenizer: Any
+) -> tuple[Prompt, ...]:
+    """Read held-out records until enough of them have a prompt that fits. None marks all as held out."""
+    data, wanted = recipe.data, recipe.run.samples
+    if not wanted:
+        return ()
+    records = (record for _, record in reader) if is_held_out is None else _read_marked(reader, is_held_out)
+    prompts = (_cut_prompt(record, tokenizer, data.date) for record in islice(records, data.validation_limit))
+    return tuple(islice((prompt for prompt in prompts if 0 < len(prompt.ids) < data.max_length), wanted))
 
 
 def _take_evenly(examples: Examples, most: int | None) -> Examples:
@@ -154,7 +214,7 @@ def _take_evenly(examples: Examples, most: int | None) -> Examples:
     num_rows = len(examples.rows)
     if most is None or num_rows <= most:
         return examples
-    return replace(examples, rows=[examples.rows[i * num_rows // most] for i in range(most)])
+    return replace(examples, rows=examples.rows.take(np.arange(most) * num_rows // most))
 
 
 def _cut_prompt(row: Record, tokenizer: Any, date: str | None) -> Prompt:

@@ -17,19 +17,18 @@ becomes messages; calls of functions, their results and `tools` go through the c
 labels of bad answers are refused. All other columns are named once.
 """
 
-import hashlib
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from lisatune.data.kinds import KINDS, Record, normalise, recognise_kind, rename_fields
 from lisatune.data.oasst import plant_trees
 from lisatune.data.sources import BadRowError, read_rows
-from lisatune.data.turns import EMPTY, Messages, answer_text
+from lisatune.data.turns import EMPTY, answer_text
 from lisatune.recipe import unknown
 
-__all__ = ["Record", "Records", "read_records", "split_records"]
+__all__ = ["Record", "RecordReader", "Records", "read_records"]
 
 
 @dataclass(frozen=True)
@@ -88,42 +87,105 @@ def read_records(
         >>> records.kind, records.rows
         ('prompt-completion', [{'prompt': '2 + 2 =', 'completion': ' 4'}])
     """
-    if kind != "auto" and kind not in KINDS:
-        raise ValueError(f"unknown kind of records {kind!r}; use auto, {', '.join(KINDS)}")
-    known = sorted({name for each in KINDS.values() for name in (*each.needed, *each.optional)})
-    for name in fields or {}:
-        if name not in known:
-            raise ValueError(f"data.fields: {unknown('field', name, known)}")
-    rows: list[Record] = []
-    skipped, first_skipped = 0, ""
-    unused: dict[str, None] = {}
-    for place, row in plant_trees(_rename(read_rows(source, split=split), fields or {})):
-        try:
-            if isinstance(row, BadRowError):
-                raise row
-            if kind == "auto":
-                kind = recognise_kind(row)
-            rows.append(normalise(row, kind))
-            unused |= dict.fromkeys(
-                name for name, value in row.items() if not KINDS[kind].reads(name) and value not in EMPTY
+    reader = RecordReader(source, kind=kind, split=split, limit=limit, on_bad_row=on_bad_row, fields=fields)
+    rows = [record for _, record in reader]
+    reader.warn()
+    return Records(rows, reader.kind, reader.skipped, source, reader.first_skipped, tuple(reader.unused))
+
+
+class RecordReader:
+    """Records that are read and checked one after the other, so that a source may be larger than memory.
+
+    Every iteration reads the source from its start and yields each record with its place. The attributes
+    are known once an iteration has reached the end. Arguments and errors are those of `read_records`.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        kind: str = "auto",
+        split: str = "train",
+        limit: int | None = None,
+        on_bad_row: Literal["error", "skip"] = "error",
+        fields: Mapping[str, str] | None = None,
+    ) -> None:
+        if kind != "auto" and kind not in KINDS:
+            raise ValueError(f"unknown kind of records {kind!r}; use auto, {', '.join(KINDS)}")
+        known = sorted({name for each in KINDS.values() for name in (*each.needed, *each.optional)})
+        for name in fields or {}:
+            if name not in known:
+                raise ValueError(f"data.fields: {unknown('field', name, known)}")
+        self.fields = dict(fields or {})
+        self.source, self.split, self.limit, self.on_bad_row = source, split, limit, on_bad_row
+        self.asked_kind = self.kind = kind
+        self.skipped, self.first_skipped = 0, ""
+        self.unused: dict[str, None] = {}
+        """Fields that hold something and that nothing reads, in the order in which they were met."""
+        self.num_answers = self.num_empty = 0
+
+    def __iter__(self) -> Iterator[tuple[str, Record]]:
+        self.kind, self.skipped, self.first_skipped, self.unused = self.asked_kind, 0, "", {}
+        self.num_answers = self.num_empty = num_records = 0
+        for place, row in plant_trees(_rename(read_rows(self.source, split=self.split), self.fields)):
+            try:
+                if isinstance(row, BadRowError):
+                    raise row
+                if self.kind == "auto":
+                    self.kind = recognise_kind(row)
+                record = normalise(row, self.kind)
+                reads = KINDS[self.kind].reads
+                self.unused |= dict.fromkeys(
+                    name for name, value in row.items() if not reads(name) and value not in EMPTY
+                )
+            except BadRowError as problem:
+                if self.on_bad_row == "error":
+                    raise ValueError(f"{place}: {problem}; fix it, or set data.on_bad_row=skip") from None
+                self.skipped += 1
+                self.first_skipped = self.first_skipped or f"{place}: {problem}"
+                continue
+            answers = _take_answers(record)
+            self.num_answers += len(answers)
+            self.num_empty += sum(not answer.strip() for answer in answers)
+            num_records += 1
+            yield place, record
+            if num_records == self.limit:
+                break
+        if not num_records and self.skipped:
+            raise ValueError(
+                f"{self.source} has no usable record, all {self.skipped} were skipped; first: "
+                f"{self.first_skipped}"
             )
-        except BadRowError as problem:
-            if on_bad_row == "error":
-                raise ValueError(f"{place}: {problem}; fix it, or set data.on_bad_row=skip") from None
-            skipped, first_skipped = skipped + 1, first_skipped or f"{place}: {problem}"
-        if limit is not None and len(rows) >= limit:
-            break
-    if not rows and skipped:
-        raise ValueError(f"{source} has no usable record, all {skipped} were skipped; first: {first_skipped}")
-    if not rows:
-        raise ValueError(f"{source} is empty: it has no records")
-    _check_answers(rows, source)
-    if unused:
-        warnings.warn(
-            f"{source}: nothing reads the field{'s' if len(unused) > 1 else ''} {', '.join(unused)}",
-            stacklevel=2,
-        )
-    return Records(rows, kind, skipped, source, first_skipped, tuple(unused))
+        if not num_records:
+            raise ValueError(f"{self.source} is empty: it has no records")
+        if self.num_answers and self.num_empty == self.num_answers:
+            raise ValueError(
+                f"{self.source} has no answer to learn from: all {self.num_empty} answers are empty"
+            )
+
+    def read_through(self) -> int:
+        """Read and check all records, give the warnings, and return the number of records."""
+        count = sum(1 for _ in self)
+        self.warn()
+        return count
+
+    def warn(self) -> None:
+        """Warn of empty answers, from which a model learns to say nothing, and of fields that nothing reads.
+
+        It is about the records of the last iteration.
+        """
+        if self.num_empty:
+            warnings.warn(
+                f"{self.source}: {self.num_empty:,} of {self.num_answers:,} answers are empty; the model "
+                "learns to say nothing",
+                stacklevel=3,
+            )
+        if self.unused:
+            warnings.warn(
+                f"{self.source}: nothing reads the field{'s' if len(self.unused) > 1 else ''} "
+                f"{', '.join(self.unused)}",
+                stacklevel=3,
+            )
 
 
 def _rename(rows: Iterator[tuple[str, Any]], names: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
@@ -134,19 +196,6 @@ def _rename(rows: Iterator[tuple[str, Any]], names: Mapping[str, str]) -> Iterat
             yield place, problem
 
 
-def _check_answers(rows: list[Record], source: str) -> None:
-    """Warn of empty answers, from which a model learns to say nothing; refuse records without any other."""
-    answers = [answer for row in rows for answer in _take_answers(row)]
-    num_empty = sum(not answer.strip() for answer in answers)
-    if answers and num_empty == len(answers):
-        raise ValueError(f"{source} has no answer to learn from: all {num_empty} answers are empty")
-    if num_empty:
-        warnings.warn(
-            f"{source}: {num_empty:,} of {len(answers):,} answers are empty; the model learns to say nothing",
-            stacklevel=3,
-        )
-
-
 def _take_answers(row: Record) -> list[str]:
     """Take the texts that carry loss; none of plain text, which is checked on its own."""
     if "text" in row or isinstance(row.get("completion"), str):
@@ -155,58 +204,3 @@ def _take_answers(row: Record) -> list[str]:
     return [
         answer_text(turn) for turn in turns if turn["role"] == "assistant" and turn.get("train") is not False
     ]
-
-
-def split_records(
-    records: Records, share: float, seed: int, *, most: int | None = None
-) -> tuple[Records, Records]:
-    """Hold out a share of the records by their prompts, so that no question is on both sides.
-
-    Records with the same prompt up to case and spacing (for text: the same text) stay together. The different
-    prompts are ranked by a hash of (seed, prompt), and the lowest `share` of them is held out. So the split
-    does not depend on the order of the records.
-
-    Args:
-        records: the records to split.
-        share: share of the different prompts to hold out, 0 < share < 1; their number is rounded, but at
-            least one is held out and at least one stays.
-        seed: names the split; the same seed gives the same split.
-        most: hold out at most this many prompts, >= 1; None: no limit.
-
-    Returns:
-        The records to train on and the held-out records, each in the order given.
-
-    Raises:
-        ValueError: there are fewer than two different prompts.
-    """
-    keys = [_hash_prompt(row, seed) for row in records.rows]
-    ranked = sorted(set(keys))
-    if len(ranked) < 2:
-        raise ValueError(
-            f"{records.source} has 1 different prompt, and holding it out leaves nothing to train on; give "
-            "validation data, or set data.validation_share to 0 to evaluate nothing"
-        )
-    wanted = min(round(share * len(ranked)), len(ranked) if most is None else most)
-    num_held_out = min(max(wanted, 1), len(ranked) - 1)
-    held_out = set(ranked[:num_held_out])
-    train = [row for row, key in zip(records.rows, keys, strict=True) if key not in held_out]
-    validation = [row for row, key in zip(records.rows, keys, strict=True) if key in held_out]
-    return replace(records, rows=train), replace(records, rows=validation)
-
-
-def _hash_prompt(row: Record, seed: int) -> bytes:
-    prompt = (
-        row["text"]
-        if "text" in row
-        else row["prompt"]
-        if "prompt" in row
-        else _take_question(row["messages"])
-    )
-    if not isinstance(prompt, str):
-        prompt = "\0".join(f"{message['role']}\0{message['content']}" for message in prompt)
-    return hashlib.blake2b(f"{seed}/{' '.join(prompt.split()).casefold()}".encode(), digest_size=16).digest()
-
-
-def _take_question(messages: Messages) -> Messages:
-    """Take the turns before the first answer."""
-    return messages[: [message["role"] for message in messages].index("assistant", 1)]

@@ -7,6 +7,7 @@ This file only checks whether a row can be read; `records` checks its content. F
 import csv
 import difflib
 import gzip
+import hashlib
 import io
 import json
 import lzma
@@ -18,10 +19,10 @@ from typing import IO, Any, cast
 
 from lisatune.console import first_line
 from lisatune.data import python_docs
-from lisatune.files.disk import refuse_lfs_pointer
+from lisatune.files.disk import refuse_lfs_pointer, sha256_of
 from lisatune.files.hub import UNREACHABLE, ask_hub
 
-__all__ = ["EXTENSIONS", "BadRowError", "read_rows"]
+__all__ = ["EXTENSIONS", "BadRowError", "hash_content", "read_rows"]
 
 EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet")
 """Types of files that can be read, also compressed."""
@@ -68,6 +69,30 @@ def read_rows(source: str, *, split: str = "train") -> Iterator[tuple[str, Any]]
         ) from error
 
 
+def hash_content(source: str, split: str = "train") -> str:
+    """Hash what `read_rows` would read; errors as there.
+
+    Of a file or folder these are the bytes of its files, of a hub dataset the files that it was loaded into.
+    """
+    path = Path(source).expanduser()
+    digest = hashlib.sha256(split.encode())
+    is_local = path.exists() or source.partition(":")[0] == "python-docs"
+    files: list[Path] = []
+    if path.is_file():
+        files = [path]
+    elif path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+    elif not is_local and _is_on_hub(source):
+        files = [Path(file["filename"]) for file in _load_from_hub(source, split).cache_files]
+    for file in files:
+        name = file.relative_to(path) if path.is_dir() else file.suffixes
+        digest.update(f"{name} {sha256_of(file)} ".encode(errors="surrogateescape"))
+    if not files:  # it is small, is in memory, or does not exist
+        for place, row in read_rows(source, split=split):
+            digest.update(f"{place} {row}".encode())
+    return digest.hexdigest()
+
+
 def _open_source(source: str, split: str) -> Iterator[tuple[str, Any]]:
     name, _, part = source.partition(":")
     if name == "python-docs":
@@ -78,12 +103,9 @@ def _open_source(source: str, split: str) -> Iterator[tuple[str, Any]]:
     if path.is_dir():
         return _read_folder(path)
     if not path.exists():
-        is_windows_path = "\\" in source or re.match("[A-Za-z]:/", source)
-        is_path = (
-            suffix in (*EXTENSIONS, ".txt") or path.suffix in COMPRESSED or source.startswith((".", "/", "~"))
-        )
-        if not is_path and not is_windows_path:
+        if _is_on_hub(source):
             return _read_hub(source, split)
+        is_windows_path = "\\" in source or re.match("[A-Za-z]:/", source)
         hint = _suggest(source) or "; check the path"
         hint = "; give the path by which this machine knows it" if is_windows_path else hint
         raise FileNotFoundError(f"there is no file or folder {source}{hint}")
@@ -94,6 +116,14 @@ def _open_source(source: str, split: str) -> Iterator[tuple[str, Any]]:
         )
     refuse_lfs_pointer(path)
     return {".csv": _read_csv, ".parquet": _read_parquet}.get(suffix, _read_json)(path)
+
+
+def _is_on_hub(source: str) -> bool:
+    """Whether the name of something that is not on this machine may be one of the hub."""
+    path = Path(source)
+    is_windows_path = "\\" in source or re.match("[A-Za-z]:/", source)
+    is_path = _file_type(path) in (*EXTENSIONS, ".txt") or path.suffix in COMPRESSED
+    return not (is_path or is_windows_path or source.startswith((".", "/", "~")))
 
 
 def _suggest(source: str) -> str:
@@ -213,6 +243,11 @@ def _read_folder(folder: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _read_hub(source: str, split: str) -> Iterator[tuple[str, Any]]:
+    rows = _load_from_hub(source, split)
+    return ((f"{source}, {split} row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _load_from_hub(source: str, split: str) -> Any:
     try:
         import datasets
         from huggingface_hub import constants
@@ -228,10 +263,9 @@ def _read_hub(source: str, split: str) -> Iterator[tuple[str, Any]]:
             f"there is no file or folder {source}, and {problem}{_suggest(name)}{earlier}"
         )
     try:
-        rows = datasets.load_dataset(name, config or None, split=split)
+        return datasets.load_dataset(name, config or None, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
             f"cannot load split {split!r} of {source!r} from the Hugging Face hub, and no file or folder has "
             f"that name: {first_line(error)}"
         ) from error
-    return ((f"{source}, {split} row {number}", row) for number, row in enumerate(rows, 1))

@@ -1,83 +1,33 @@
-"""Tokens with labels: answer masks, packing, batches, their order, and each rank's share of a batch.
+"""From records to tokens: chat templates, and which tokens carry loss.
 
 A label is the token id at the same position, or -100 where there is no loss; the loss function shifts labels.
 The first token of a sequence never carries loss, because nothing predicts it. The end of a sequence is known
 from its length. No mask is ever made from `ids == pad`: in many models the padding token is the token that
 ends an answer, and the model would never learn to stop.
-
-Shapes: B = rows of a batch, T = tokens of a row, padding included.
 """
 
-import hashlib
-from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from lisatune.data.chat import Chat, common_length, drop_second_bos
-from lisatune.data.records import Records
-from lisatune.distributed import ranks
-from lisatune.losses.causal_lm import IGNORE
+from lisatune.data.examples import Examples, divide
+from lisatune.data.records import Record, Records
+from lisatune.data.rows import Documents, Encoded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["IGNORE", "Examples", "Order", "collate", "is_chat", "my_share", "pack", "tokenize"]
+__all__ = ["check_wishes", "encode", "is_chat", "tokenize"]
 
-TokenRow = dict[str, list[int]]
-"""`input_ids` and `labels` of equal length; a packed row also has `seq_lengths`, its documents' lengths."""
+BATCH_RECORDS, BATCH_CHARACTERS = 512, 2**21
+"""The most records, and about the most text, that one call of the tokenizer gets."""
 
-
-@dataclass(frozen=True)
-class Examples:
-    """Sequences of tokens, ready for training."""
-
-    rows: list[TokenRow]
-    num_cut: int
-    """Number of records that were longer than `max_length` and were cut at the end."""
-    num_without_loss: int
-    """Number of records that were left out because no token with loss was left after the cut."""
-    num_split: int = 0
-    """Number of records that were longer than `max_length` and were divided into several rows."""
-    num_dropped: int = 0
-    """Number of records that were longer than `max_length` and were left out."""
-    num_lost_tokens: int = 0
-    """Tokens of records that are in no row, because a record was cut or left out."""
-
-    @cached_property
-    def num_tokens(self) -> int:
-        """Number of tokens in all rows."""
-        return sum(len(row["input_ids"]) for row in self.rows)
-
-    @cached_property
-    def num_loss_tokens(self) -> int:
-        """Number of tokens that carry loss."""
-        return sum(len(row["labels"]) - row["labels"].count(IGNORE) for row in self.rows)
-
-    @property
-    def lost_share(self) -> float:
-        """Share of the records' tokens that is in no row, 0 to 1."""
-        return self.num_lost_tokens / (self.num_lost_tokens + self.num_tokens)
-
-    @cached_property
-    def longest(self) -> int:
-        """Number of tokens in the longest row."""
-        return max(len(row["input_ids"]) for row in self.rows)
-
-    @cached_property
-    def sha256(self) -> str:
-        """Hash of the rows in their order: tokens, labels and documents' lengths."""
-        digest = hashlib.sha256()
-        for row in self.rows:
-            for name in sorted(row):
-                digest.update(f"{name} {len(row[name])} ".encode())
-                digest.update(array("q", row[name]).tobytes())
-        return digest.hexdigest()
+LossOn = Literal["auto", "answers", "last", "all"]
+Long = Literal["auto", "split", "cut", "drop"]
 
 
 def tokenize(
@@ -85,8 +35,8 @@ def tokenize(
     tokenizer: "PreTrainedTokenizerBase",
     *,
     max_length: int,
-    loss_on: Literal["auto", "answers", "last", "all"] = "auto",
-    long: Literal["auto", "split", "cut", "drop"] = "auto",
+    loss_on: LossOn = "auto",
+    long: Long = "auto",
     date: str | None = None,
 ) -> Examples:
     """Turn records into token ids and labels.
@@ -109,8 +59,8 @@ def tokenize(
         date: the day that the chat template sees as today, YYYY-MM-DD. Default: today.
 
     Returns:
-        Rows of `input_ids` and `labels` (-100 where there is no loss) in the order of the records. A row
-        without any loss is left out.
+        Rows of `input_ids` and `labels` (-100 where there is no loss), int64 [T], in the order of the
+        records. A row without any loss is left out.
 
     Raises:
         ValueError: the chat template refuses a record or cannot be used for training, `answers` was asked for
@@ -121,75 +71,92 @@ def tokenize(
         >>> examples = tokenize(read_records("rows.jsonl"), tokenizer, max_length=1024)
         >>> examples.rows[0]["labels"], examples.num_cut, examples.num_without_loss
     """
+    long = check_wishes(records.source, records.kind, loss_on, long)
+    encoded = encode(records.rows, tokenizer, source=records.source, loss_on=loss_on, date=date)
+    documents = Documents.gather(encoded)
+    every = np.arange(len(documents))
+    return divide(documents, every, max_length=max_length, long=long, source=records.source)
+
+
+def check_wishes(source: str, kind: str, loss_on: LossOn, long: Long) -> Literal["split", "cut", "drop"]:
+    """Refuse what records of a kind cannot do, and return what happens to long ones.
+
+    Raises:
+        ValueError: a value is unknown, or answers are asked for in plain text.
+    """
     if loss_on not in ("auto", "answers", "last", "all"):
         raise ValueError(f"loss_on must be auto, answers, last or all, got {loss_on!r}")
     if long not in ("auto", "split", "cut", "drop"):
         raise ValueError(f"long must be auto, split, cut or drop, got {long!r}")
+    if loss_on in ("answers", "last") and kind == "text":
+        raise ValueError(f"{source} is plain text, which has no answers; set loss_on to all or auto")
     if long == "auto":
-        long = "split" if records.kind == "text" else "cut"
-    if loss_on in ("answers", "last") and records.kind == "text":
-        raise ValueError(f"{records.source} is plain text, which has no answers; set loss_on to all or auto")
-    chat = Chat(tokenizer, date) if any(is_chat(record) for record in records.rows) else None
-    rows: list[TokenRow] = []
-    num_long = num_dropped = num_lost = 0
-    prompt_lengths = []
-    for number, record in enumerate(records.rows, 1):
-        try:
-            row = _tokenize_record(record, tokenizer, chat, loss_on=loss_on)
-        except ValueError as error:
-            raise ValueError(f"{records.source}, record {number}: {error}") from error
-        is_long = len(row["input_ids"]) > max_length
-        num_long += is_long
-        if is_long and long == "drop":
-            num_dropped, num_lost = num_dropped + 1, num_lost + len(row["input_ids"])
-            continue
-        pieces = [piece for piece in _divide(row, max_length, all_of_it=long == "split") if _has_loss(piece)]
-        num_lost += len(row["input_ids"]) - sum(len(piece["input_ids"]) for piece in pieces)
-        rows += pieces
-        if not pieces:
-            prompt_lengths.append(next((i for i, label in enumerate(row["labels"]) if label != IGNORE), 0))
-    if not rows and num_dropped:
-        raise ValueError(
-            f"all {num_dropped} records of {records.source} are longer than max_length={max_length} tokens "
-            "and are dropped; set max_length well above that, or long to split or cut"
-        )
-    if not rows:
-        raise ValueError(
-            f"all answers are cut off by max_length={max_length}: the shortest prompt of {records.source} "
-            f"has {min(prompt_lengths, default=0)} tokens; set max_length well above that"
-        )
-    return Examples(
-        rows,
-        num_cut=num_long if long == "cut" else 0,
-        num_without_loss=len(prompt_lengths),
-        num_split=num_long if long == "split" else 0,
-        num_dropped=num_dropped,
-        num_lost_tokens=num_lost,
-    )
+        return "split" if kind == "text" else "cut"
+    return long
 
 
-def _divide(row: TokenRow, max_length: int, *, all_of_it: bool) -> Iterator[TokenRow]:
-    """Yield the first `max_length` tokens of a row, or all of it in pieces of that length."""
-    for start in range(0, len(row["input_ids"]) if all_of_it else 1, max_length):
-        piece = {name: values[start : start + max_length] for name, values in row.items()}
-        piece["labels"][:1] = [IGNORE]  # nothing predicts the first token of a sequence
-        yield piece
-
-
-def _has_loss(row: TokenRow) -> bool:
-    return any(label != IGNORE for label in row["labels"])
-
-
-def is_chat(record: dict[str, Any]) -> bool:
+def is_chat(record: Record) -> bool:
     """Whether a record is a conversation, which goes through the chat template."""
     return "messages" in record or isinstance(record.get("prompt"), list)
 
 
-def _tokenize_record(record: dict[str, Any], tokenizer: Any, chat: Chat | None, *, loss_on: str) -> TokenRow:
-    """Turn one record into ids and labels of its whole length."""
+@dataclass(frozen=True)
+class _Text:
+    """A record as longer and longer texts; the last is the whole."""
+
+    texts: list[str]
+    learned: list[bool]
+    """Whether what each text adds to the one before carries loss."""
+    stops_at: list[str]
+    """The special token that each text ends with; empty if it ends with another text."""
+    is_chat: bool
+    stops: bool
+    """Whether the whole ends with a token at which the model learns to stop; else one is added."""
+
+
+def encode(
+    records: Iterable[Record],
+    tokenizer: Any,
+    *,
+    source: str,
+    loss_on: LossOn = "auto",
+    date: str | None = None,
+) -> Iterator[Encoded]:
+    """Turn records into tokens of their whole length, several hundred records in a call of the tokenizer.
+
+    Args:
+        records: in the order in which they come out again.
+        tokenizer: the tokenizer of the model to train.
+        source: name of the data for error messages.
+        loss_on, date: as for `tokenize`.
+
+    Raises:
+        ValueError, ImportError: as in `tokenize`; the message names the record.
+    """
+    chat: Chat | None = None
+    waiting: list[_Text] = []
+    num_characters = 0
+    number = 0
+    for number, record in enumerate(records, 1):
+        if chat is None and is_chat(record):
+            chat = Chat(tokenizer, date)
+        try:
+            text = _write(record, chat, loss_on)
+        except ValueError as error:
+            raise ValueError(f"{source}, record {number}: {error}") from error
+        waiting.append(text)
+        num_characters += len(text.texts[-1])
+        if len(waiting) >= BATCH_RECORDS or num_characters >= BATCH_CHARACTERS:
+            yield _encode_texts(waiting, tokenizer, source, number)
+            waiting, num_characters = [], 0
+    if waiting:
+        yield _encode_texts(waiting, tokenizer, source, number)
+
+
+def _write(record: Record, chat: Chat | None, loss_on: LossOn) -> _Text:
+    """Write one record as texts."""
     everywhere, tools = loss_on == "all", record.get("tools")
-    use_chat = chat is not None and is_chat(record)
-    if chat is not None and use_chat:
+    if chat is not None and is_chat(record):
         messages = record["messages"] if "messages" in record else record["prompt"] + record["completion"]
         first_answer = 1 if "messages" in record else len(record["prompt"])
         if everywhere and any(message.get("train") is False for message in messages):
@@ -197,143 +164,119 @@ def _tokenize_record(record: dict[str, Any], tokenizer: Any, chat: Chat | None, 
                 "a message is marked not to be learned from (weight: 0 or train: false), but loss_on all "
                 "would learn from it; use loss_on answers"
             )
-        prefixes = (
+        parts = (
             [(chat.render(messages, tools=tools), True)]
             if everywhere
             else chat.render_prefixes(messages, first_answer, tools=tools, last=loss_on == "last")
         )
-    elif "prompt" in record:
-        prefixes = [(record["prompt"], everywhere), (record["prompt"] + record["completion"], True)]
-    else:
-        prefixes = [(record["text"], True)]
-    texts = [text for text, _ in prefixes]
-    # A chat template writes all special tokens itself.
-    encoded = tokenizer(texts, add_special_tokens=not use_chat, verbose=False)["input_ids"]
-    if not use_chat:
+        texts, learned = map(list, zip(*parts, strict=True))
+        stops_at = [chat.find_stop(text) for text in texts]
+        return _Text(texts, learned, stops_at, is_chat=True, stops=chat.ends_turn(texts[-1]))
+    if "prompt" in record:
+        texts = [record["prompt"], record["prompt"] + record["completion"]]
+        return _Text(texts, [everywhere, True], ["", ""], is_chat=False, stops=False)
+    return _Text([record["text"]], [True], [""], is_chat=False, stops=False)
+
+
+def _encode_texts(waiting: list[_Text], tokenizer: Any, source: str, last: int) -> Encoded:
+    """Tokenise the texts of several records; the last is record number `last`."""
+
+    def encode_all(texts: list[str], *, of_chat: bool) -> list[list[int]]:
+        # A chat template writes all special tokens itself.
+        keys = {"add_special_tokens": not of_chat, "return_attention_mask": False, "verbose": False}
+        return tokenizer(texts, **keys)["input_ids"] if texts else []
+
+    parts = {
+        of_chat: iter(
+            encode_all(
+                [part for text in waiting if text.is_chat == of_chat for part in _list_parts(text)],
+                of_chat=of_chat,
+            )
+        )
+        for of_chat in (False, True)
+    }
+    stop_ids: dict[str, int] = {}
+    ids: list[list[int]] = []
+    spans: list[tuple[int, int]] = []
+    start = 0
+    for number, text in enumerate(waiting, last - len(waiting) + 1):
+        own_parts = iter([next(parts[text.is_chat]) for _ in _list_parts(text)])
+        whole = next(own_parts)
+        encoded = []
+        for index, stop in enumerate(text.stops_at[:-1]):
+            if not stop:
+                encoded.append(next(own_parts))
+                continue
+            if stop not in stop_ids:
+                stop_ids[stop] = tokenizer.convert_tokens_to_ids(stop)
+            end = _find_end(text, index, whole, stop_ids[stop])
+            shorter = text.texts[index : index + 1]
+            encoded.append(encode_all(shorter, of_chat=True)[0] if end is None else whole[:end])
+        encoded.append(whole)
+        try:
+            own, own_spans = _mark(encoded, text, tokenizer)
+        except ValueError as error:
+            raise ValueError(f"{source}, record {number}: {error}") from error
+        ids.append(own)
+        spans += [(start + begin, start + end) for begin, end in own_spans]
+        start += len(own)
+    return Encoded(
+        np.fromiter(chain.from_iterable(ids), np.uint32, count=start),
+        np.array([len(own) for own in ids], np.int64),
+        np.array(spans, np.int64).reshape(-1, 2),
+    )
+
+
+def _list_parts(text: _Text) -> list[str]:
+    """List the texts of a record that must be tokenised: the whole, and those that end with no special token.
+
+    A tokenizer cuts text at special tokens before anything else, so a text that ends with one has the tokens
+    that the whole has up to there.
+    """
+    before = zip(text.texts[:-1], text.stops_at[:-1], strict=True)
+    return [text.texts[-1], *(part for part, stop in before if not stop)]
+
+
+def _find_end(text: _Text, index: int, whole: list[int], stop: int) -> int | None:
+    """Find the end of a text that ends with the special token `stop` in the tokens of the whole.
+
+    None if that token is not found as often as its text is written, so that the end is not sure.
+    """
+    written = text.stops_at[index]
+    if whole.count(stop) != text.texts[-1].count(written):
+        return None
+    end = 0
+    for _ in range(text.texts[index].count(written)):
+        end = whole.index(stop, end) + 1
+    return end
+
+
+def _mark(encoded: list[list[int]], text: _Text, tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return the ids of a record, and begin and end of what of them carries loss."""
+    if not text.is_chat:
         encoded = [drop_second_bos(part, tokenizer) for part in encoded]
-    ids: list[int] = list(encoded[-1])
-    labels: list[int] = []
-    for part, (_, has_loss) in zip(encoded, prefixes, strict=True):
+    ids, eos = encoded[-1], tokenizer.eos_token_id
+    spans: list[tuple[int, int]] = []
+    done = 0
+    for part, has_loss in zip(encoded, text.learned, strict=True):
         # A token across a border belongs to the text after the border, as in TRL.
         end = common_length(part, ids)
-        labels += ids[len(labels) : end] if has_loss else [IGNORE] * (end - len(labels))
-    stops = chat.ends_turn(texts[-1]) if chat and use_chat else ids[-1:] == [tokenizer.eos_token_id]
-    if prefixes[-1][1] and not stops:
-        if tokenizer.eos_token_id is None:
+        if has_loss and end > done:
+            spans.append((done, end))
+        done = max(done, end)
+    stops = text.stops if text.is_chat else ids[-1:] == [eos]
+    if text.learned[-1] and not stops:
+        if eos is None:
             raise ValueError(
                 "the tokenizer has no end-of-sequence token to learn to stop at; set its eos_token"
             )
-        ids.append(tokenizer.eos_token_id)
-        labels.append(tokenizer.eos_token_id)
-    labels[:1] = [IGNORE]
-    return {"input_ids": ids, "labels": labels}
-
-
-def pack(examples: Examples, max_length: int) -> Examples:
-    """Put several sequences into one row of at most `max_length` tokens, best fit first (TRL's `bfd`).
-
-    The rows keep the lengths of their documents. From these `collate` makes positions, and from the positions
-    transformers makes a mask that keeps attention inside each document.
-
-    Raises:
-        ValueError: a sequence is longer than `max_length`.
-        ImportError: datasets or TRL is not installed.
-    """
-    try:
-        from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-        from trl import pack_dataset
-    except ImportError as error:
-        raise ImportError('packing needs datasets and trl: pip install "lisatune[train]"') from error
-    if examples.longest > max_length:
-        raise ValueError(
-            f"cannot pack {examples.longest} tokens into max_length={max_length}; tokenize with that length"
-        )
-    were_disabled = are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        dataset = Dataset.from_list(examples.rows)
-        packed = pack_dataset(dataset, max_length, "bfd", {"batch_size": len(dataset)})
-    finally:
-        if not were_disabled:
-            enable_progress_bars()
-    return replace(examples, rows=packed.to_list())
-
-
-def collate(rows: Sequence[TokenRow], *, length: int | None = None) -> dict[str, Tensor]:
-    """Make a batch of rows, padded on the right with the first token of each row.
-
-    So a batch holds no id and no position that its rows do not hold; many tokenizers have a padding token
-    for which the model has no embedding.
-
-    There is no attention mask. Causal attention never looks to the right, so padding changes no real token.
-    Where positions restart, transformers keeps attention inside each document, row by row
-    (`masking_utils.find_packed_sequence_indices`). In an unpacked row the positions continue through the
-    padding, so that no mask is built and the fast causal kernel runs. In a packed row each padding token is
-    a document of its own.
-
-    TRL's collator either gives an attention mask, with which transformers ignores the borders, or puts the
-    batch into one row (`padding_free`), whose mask has (B·T)² entries.
-
-    Args:
-        rows: rows of `Examples`.
-        length: T, at least the length of the longest row, which is the default.
-
-    Returns:
-        `input_ids`, `labels` (-100 on padding) and `position_ids`, each int64 of shape [B, T]. Pass
-        `use_cache=False` to the model with them: with a cache, transformers ignores the borders.
-
-    Raises:
-        ValueError: there are no rows.
-    """
-    if not rows:
-        raise ValueError("a batch needs at least one row")
-    length = length or max(len(row["input_ids"]) for row in rows)
-    ids, labels, positions = [], [], []
-    for row in rows:
-        padding = length - len(row["input_ids"])
-        ids.append(row["input_ids"] + row["input_ids"][:1] * padding)
-        labels.append(row["labels"] + [IGNORE] * padding)
-        lengths = (*row["seq_lengths"], *[1] * padding) if "seq_lengths" in row else (length,)
-        positions.append(list(chain.from_iterable(range(part) for part in lengths)))
-    return {
-        "input_ids": torch.tensor(ids),
-        "labels": torch.tensor(labels),
-        "position_ids": torch.tensor(positions),
-    }
-
-
-class Order:
-    """The rows of each batch: a new shuffle per epoch, every row once, and the last batch may be short.
-
-    `batch` is a pure function of (seed, micro_step), so a resumed run needs to know only the micro-step.
-    """
-
-    def __init__(self, num_rows: int, batch_size: int, seed: int) -> None:
-        if num_rows < 1 or batch_size < 1:
-            raise ValueError(
-                f"order needs rows and a batch size >= 1, got {num_rows} rows, batch {batch_size}"
-            )
-        self.num_rows = num_rows
-        self.batch_size = batch_size
-        self.seed = seed
-        self.batches_per_epoch = -(-num_rows // batch_size)
-        self._epoch, self._rows = -1, list[int]()
-
-    def batch(self, micro_step: int) -> list[int]:
-        """Return the indices of a micro-step's rows; micro-steps count from 0 through all epochs."""
-        epoch, index = divmod(micro_step, self.batches_per_epoch)
-        if epoch != self._epoch:
-            key = hashlib.blake2b(f"{self.seed}/{epoch}".encode(), digest_size=7).digest()
-            rng = torch.Generator().manual_seed(int.from_bytes(key, "big"))
-            self._epoch, self._rows = epoch, torch.randperm(self.num_rows, generator=rng).tolist()
-        return self._rows[index * self.batch_size : (index + 1) * self.batch_size]
-
-
-def my_share(rows: Sequence[TokenRow]) -> Sequence[TokenRow]:
-    """Take this rank's rows of a batch; if there are none, a row without loss, as every rank must compute."""
-    mine = rows[ranks.rank() :: ranks.count()]
-    if mine:
-        return mine
-    ids = rows[0]["input_ids"][:2]
-    blank = {"input_ids": ids, "labels": [IGNORE] * len(ids)}
-    return [blank | ({"seq_lengths": [len(ids)]} if "seq_lengths" in rows[0] else {})]
+        ids = [*ids, eos]
+        spans.append((done, done + 1))
+    joined: list[tuple[int, int]] = []
+    for begin, end in spans:
+        if joined and joined[-1][1] == begin:
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((begin, end))
+    # Nothing predicts the first token of a sequence.
+    return ids, [(max(begin, 1), end) for begin, end in joined if end > 1]

@@ -4,12 +4,16 @@ import hashlib
 import os
 import shutil
 import socket
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from lisatune.console import expand_home
+
 __all__ = [
+    "cache_folder",
     "delete",
     "explain_write_errors",
     "refuse_lfs_pointer",
@@ -21,6 +25,23 @@ __all__ = [
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 """Beginning of the text that Git leaves in place of a large file that it has not fetched."""
+
+
+def cache_folder() -> Path:
+    """Return lisatune's folder for what can be made again; it may not exist yet.
+
+    It is $LISATUNE_CACHE, or `lisatune` in the user's cache folder: $XDG_CACHE_HOME or ~/.cache, on macOS
+    ~/Library/Caches, on Windows %LOCALAPPDATA%.
+    """
+    if named := os.environ.get("LISATUNE_CACHE"):
+        return Path(expand_home(named)).absolute()
+    if sys.platform == "darwin":
+        user = "~/Library/Caches"
+    elif sys.platform == "win32":
+        user = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
+    else:
+        user = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(expand_home(user)).absolute() / "lisatune"
 
 
 @contextmanager

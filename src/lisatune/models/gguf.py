@@ -1,20 +1,18 @@
 """GGUF files as plain models: each is converted once into a cache folder named by the hash of its content.
 
-The cache is $LISATUNE_CACHE, by default ~/.cache/lisatune. Weights are stored in float32, which holds every
-dequantised value of the GGUF file exactly.
+Weights are stored in float32, which holds every dequantised value of the GGUF file exactly.
 """
 
 import copy
 import importlib.util
 import io
-import os
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lisatune.files.disk import sha256_of, write_aside
+from lisatune.files.disk import cache_folder, sha256_of, write_aside
 from lisatune.models.hf import check_loaded, explain_load_errors, import_transformers, silence_transformers
 
 __all__ = ["SMOLLM2", "SMOLLM2_SHA256", "convert_once", "find_smollm2"]
@@ -59,8 +57,7 @@ def convert_once(file: Path, *, sha256: str | None = None) -> Path:
         ValueError: the content has another hash, or transformers cannot read it.
     """
     key = sha256 or sha256_of(file)
-    cache = Path(os.environ.get("LISATUNE_CACHE") or "~/.cache/lisatune").expanduser()
-    folder = cache / f"gguf-{key[:16]}-v{CONVERSION}"
+    folder = cache_folder() / f"gguf-{key[:16]}-v{CONVERSION}"
     if folder.is_dir():
         return folder
     if sha256 is not None and sha256_of(file) != sha256:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lisatune.data.batches import collate
 from lisatune.data.prepare import prepare_data
-from lisatune.data.tokens import collate
 from lisatune.distributed.ranks import pick_device
 from lisatune.methods.build import weight_dtype
 from lisatune.models.load import load_model, load_tokenizer

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from lisatune.console import byte_text
+from lisatune.data.batches import collate
 from lisatune.data.prepare import RunData, prepare_data
-from lisatune.data.tokens import TokenRow, collate
+from lisatune.data.rows import TokenRow
 from lisatune.distributed import ranks
 from lisatune.distributed.ranks import pick_device
 from lisatune.distributed.shards import shard
@@ -72,8 +73,8 @@ class Parts:
         On the CPU every new length leaves kernels in oneDNN's cache, so resident memory would grow for
         hundreds of steps.
         """
-        length = batch_length(rows, self.recipe, self.built.model)
-        return collate(rows, length=length)
+        longest = max(len(row["input_ids"]) for row in rows)
+        return collate(rows, length=batch_length(longest, self.recipe, self.built.model))
 
     def set_learning_rates(self) -> None:
         """Set the rates of the current step, after a resume with another `run.steps`."""
@@ -103,9 +104,8 @@ class Parts:
         return own if correction is None else own + correction.parameters()
 
 
-def batch_length(rows: Sequence[TokenRow], recipe: Recipe, model: nn.Module) -> int:
-    """Return the length in tokens that each row of a batch is padded to."""
-    longest = max(len(row["input_ids"]) for row in rows)
+def batch_length(longest: int, recipe: Recipe, model: nn.Module) -> int:
+    """Return the length in tokens that each row of a batch is padded to, from that of its longest row."""
     rounded = min(-(-longest // 32) * 32, recipe.data.max_length)
     return max(longest, min(rounded, max_positions(model) or rounded))
 
@@ -137,7 +137,7 @@ def assemble(recipe: Recipe, before_load: Callable[..., None] | None = None) -> 
         rehearsed = rehearse(recipe, data.steps)[0]
         check_fits(rehearsed, data)
     if before_load is not None:
-        before_load(device, steps=data.steps, length=batch_length(data.train.rows, recipe, rehearsed))
+        before_load(device, steps=data.steps, length=batch_length(data.train.longest, recipe, rehearsed))
     seed_generators(run.seed)
     dtype = weight_dtype(recipe)
     loss, fill = None, None
@@ -274,16 +274,15 @@ def check_fits(model: nn.Module, data: RunData) -> None:
     Raises:
         ValueError: the tokenizer belongs to another model, or a row is longer than the model can read.
     """
-    rows = (*data.train.rows, *data.validation.rows)
-    texts = (*(row["input_ids"] for row in rows), *(question.ids for question in data.questions))
-    highest = max(map(max, texts))
+    rows = [examples.rows for examples in (data.train, data.validation) if len(examples.rows)]
+    highest = max(*(each.highest for each in rows), *(max(question.ids) for question in data.questions), 0)
     embedding: nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]
     if highest >= embedding.weight.shape[0]:
         raise ValueError(
             f"the tokenizer makes token {highest}, the model has {embedding.weight.shape[0]} (from 0); "
             "give the model the tokenizer that it was trained with"
         )
-    longest = max(max(row.get("seq_lengths", [len(row["input_ids"])])) for row in rows)
+    longest = max(int(each.piece_lengths.max()) for each in rows)
     limit = max_positions(model)
     if limit is not None and longest > limit:
         raise ValueError(

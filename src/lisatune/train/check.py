@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.text import Text
 
 from lisatune.console import USER_ERRORS, plural, terminal
+from lisatune.data.examples import Examples
 from lisatune.data.prepare import RunData, prepare_data
-from lisatune.data.records import read_records
+from lisatune.data.records import RecordReader
 from lisatune.data.shown import MarkedText, show_loss
-from lisatune.data.tokens import Examples
 from lisatune.distributed.ranks import pick_device
 from lisatune.models.hf import announce_remote_code
 from lisatune.models.load import load_tokenizer
@@ -146,8 +146,8 @@ def _check_data(recipe: Recipe, report: CheckReport) -> RunData | None:
     sources = [(config.train, config.limit), (config.validation, config.validation_limit)]
     for source, limit in sources:
         if source is not None:
-            records = report.attempt(
-                read_records,
+            reader = report.attempt(
+                RecordReader,
                 source,
                 kind=config.kind,
                 split=config.split,
@@ -155,9 +155,10 @@ def _check_data(recipe: Recipe, report: CheckReport) -> RunData | None:
                 on_bad_row="skip",
                 fields=config.fields,
             )
-            if records is not None and records.skipped and config.on_bad_row == "error":
-                more = f" (and {records.skipped - 1:,} more like it)" if records.skipped > 1 else ""
-                report.problems.append(f"{records.first_skipped}{more}; fix it, or set data.on_bad_row=skip")
+            count = report.attempt(reader.read_through) if reader is not None else None
+            if count and reader is not None and reader.skipped and config.on_bad_row == "error":
+                more = f" (and {reader.skipped - 1:,} more like it)" if reader.skipped > 1 else ""
+                report.problems.append(f"{reader.first_skipped}{more}; fix it, or set data.on_bad_row=skip")
     tokenizer = report.attempt(load_tokenizer, **recipe.model.tokenizer)
     if tokenizer is None:
         return None

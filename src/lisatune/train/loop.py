@@ -12,11 +12,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lisatune.console import plural
-from lisatune.data.tokens import my_share
+from lisatune.data.batches import my_share
 from lisatune.distributed import ranks
 from lisatune.evaluate.held_out import generate_answers, held_out_loss
 from lisatune.memory import process
@@ -306,14 +307,15 @@ def _held_out(parts: Parts, bar: progress.Bar, asked_to_stop: Callable[[], objec
     """
     if not parts.recipe.data.holds_out:
         return math.nan
-    rows = sorted(parts.data.validation.rows, key=lambda row: len(row["input_ids"]))
+    rows = parts.data.validation.rows
+    by_length = np.argsort(rows.lengths, kind="stable").tolist()
     size = parts.recipe.run.batch_size * ranks.count()
 
     def batches(advance: Callable[[], None]) -> Iterator[dict[str, Tensor]]:
         for i in range(0, len(rows), size):
             if asked_to_stop():
                 raise _NoTimeError
-            yield parts.collate(my_share(rows[i : i + size]))
+            yield parts.collate(my_share([rows[index] for index in by_length[i : i + size]]))
             advance()
 
     step = parts.built.step

@@ -20,7 +20,7 @@ from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from lisatune.console import byte_text, grid, plural, ranges_text, terminal
+from lisatune.console import byte_text, clock_text, grid, plural, ranges_text, terminal
 from lisatune.runs.summary import Sample, Summary, score_text
 
 __all__ = ["Bar", "Log", "check_trackers", "print_finished", "print_summary", "trackers"]
@@ -73,7 +73,7 @@ class Bar:
         if active_blocks is not None:
             facts.append(f"blocks {ranges_text(active_blocks)}")
         facts.append(byte_text(resident_bytes))
-        time_left = f"{_clock(left)} left"
+        time_left = f"{clock_text(left)} left"
         if self._progress is None:
             width = len(str(self._total))
             self._say(f"step {step:>{width}}/{self._total}  {'  '.join([*facts, time_left])}")
@@ -168,10 +168,10 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
     if "steps" in summary and "train_seconds" in summary:
         speed = f", {summary['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in summary else ""
         rows.append(
-            ("time", f"{_clock(summary['train_seconds'])} for {plural(summary['steps'], 'step')}{speed}")
+            ("time", f"{clock_text(summary['train_seconds'])} for {plural(summary['steps'], 'step')}{speed}")
         )
     if "compile_seconds" in summary:
-        rows.append(("compiling", f"{_clock(summary['compile_seconds'])} before the first step"))
+        rows.append(("compiling", f"{clock_text(summary['compile_seconds'])} before the first step"))
     if summary.get("skipped_steps"):
         rows.append(("skipped", f"{plural(summary['skipped_steps'], 'step')}: loss or gradients not finite"))
     if summary.get("failed_saves"):
@@ -228,14 +228,6 @@ def _short(text: str) -> str:
 
 def _perplexity(loss: float) -> str:
     return "∞" if loss >= 50 else f"{math.exp(loss):,.1f}"
-
-
-def _clock(seconds: float) -> str:
-    if not math.isfinite(seconds):
-        return "-:--"
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow"}

@@ -69,6 +69,7 @@ PATHS = (
     ("model", "name"),
     ("data", "train"),
     ("data", "validation"),
+    ("data", "cache"),
     ("method", "adapter"),
     ("method", "sampler_file"),
     ("run", "output"),

@@ -12,7 +12,8 @@ from trl.chat_template_utils import get_training_chat_template, qwen2_5_chat_tem
 
 from lisatune.data.chat import PLAIN_CHAT_TEMPLATE, Chat, common_length, encode_prompt, set_chat_template
 from lisatune.data.records import Records
-from lisatune.data.tokens import IGNORE, tokenize
+from lisatune.data.tokens import tokenize
+from lisatune.losses.causal_lm import IGNORE
 from tiny_text import CHATML, byte_tokenizer
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -132,11 +133,13 @@ def test_tokens_with_loss_are_those_of_trls_training_templates(family: str) -> N
     )
     records = Records([{"messages": messages}], "messages", 0, "records")
     (ours,) = tokenize(records, tokenizer, max_length=9999).rows
-    assert ours["input_ids"] == theirs["input_ids"]
+    assert ours["input_ids"].tolist() == theirs["input_ids"]
     asks = Chat(tokenizer).render([USER], ask=True)
     is_counted = [bool(mask) for mask in theirs["assistant_masks"]]
-    answers = spans(tokenizer, ours["input_ids"], [label != IGNORE for label in ours["labels"]])
-    wider = spans(tokenizer, ours["input_ids"], is_counted)
+    answers = spans(
+        tokenizer, ours["input_ids"].tolist(), [label != IGNORE for label in ours["labels"].tolist()]
+    )
+    wider = spans(tokenizer, ours["input_ids"].tolist(), is_counted)
     assert len(answers) == len(wider) == 3
     for answer, all_of_it in zip(answers, wider, strict=True):
         assert all_of_it.rstrip().endswith(answer)

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lisatune.data.records import Records, read_records, split_records
+from lisatune.data.records import Records, read_records
+from lisatune.data.splitting import split_records
 
 USER = {"role": "user", "content": "Hi"}
 BOT = {"role": "assistant", "content": "Hello"}
