@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from lisatune.console import first_line
+from lisatune.data.batches import collate
 from lisatune.data.prepare import read_data
-from lisatune.data.tokens import TokenRow, collate, tokenize
+from lisatune.data.rows import TokenRow
+from lisatune.data.tokens import tokenize
 from lisatune.evaluate.held_out import held_out_loss
 from lisatune.export.source import Source
 from lisatune.files.disk import replace_file
@@ -347,7 +349,7 @@ def _measure_with(
 
     def batches() -> Iterator[dict[str, Tensor]]:
         for i in range(0, len(rows), size):
-            yield collate(rows[i : i + size])
+            yield collate(list(rows[i : i + size]))
 
     def measure(model: nn.Module) -> float:
         model.to(device)

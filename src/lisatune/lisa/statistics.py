@@ -115,7 +115,7 @@ class Collector:
                 raise ValueError(f"a sampler cannot read {name!r}; it can read {known}")
         if "gradient_change" in reads and ranks.count() > 1:
             raise ValueError(
-                "a sampler can read gradient_change on one rank only, because each rank has parts of gradients"
+                "a sampler can read gradient_change on one rank only, because a rank has parts of gradients"
             )
         self._blocks, self._reads, self._keeps = blocks, tuple(reads), keeps
         self._exact = exact or (lambda parameter: parameter)

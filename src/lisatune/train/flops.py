@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lisatune.nn.layers import LayerMap
 
-__all__ = ["needed_flops", "peak_flops", "sequence_lengths", "utilization"]
+__all__ = ["needed_flops", "peak_flops", "step_flops", "utilization"]
 
 PEAKS = {
     "B200": 2250e12,
@@ -84,12 +84,16 @@ def needed_flops(model: Any, layers: LayerMap, lengths: Sequence[int]) -> int | 
     return flops + 2 * tokens * head.numel() * (1 + passes + head.requires_grad)
 
 
-def sequence_lengths(batches: Iterable[Iterable[Mapping[str, Any]]]) -> list[int]:
-    """List the tokens of each sequence in batches of rows; of a packed row those of its documents."""
+def step_flops(
+    model: Any, layers: LayerMap, batches: Iterable[Iterable[Mapping[str, Any]]], device: torch.device
+) -> int | None:
+    """Count the FLOPs that a step on batches of rows needs; None also on a device whose peak is not known."""
+    if peak_flops(device) is None:
+        return None
     lengths: list[int] = []
     for row in chain.from_iterable(batches):
         lengths += row["seq_lengths"] if "seq_lengths" in row else [len(row["input_ids"])]
-    return lengths
+    return needed_flops(model, layers, lengths)
 
 
 def peak_flops(device: torch.device) -> float | None:

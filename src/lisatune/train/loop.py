@@ -32,7 +32,7 @@ from lisatune.runs.summary import Summary
 from lisatune.train import progress
 from lisatune.train.assemble import Parts, assemble
 from lisatune.train.benchmarks import check_tasks, evaluate_run
-from lisatune.train.flops import needed_flops, peak_flops, sequence_lengths, utilization
+from lisatune.train.flops import step_flops, utilization
 from lisatune.train.outline import make_outline, print_outline
 from lisatune.train.progress import Log, check_trackers, trackers
 from lisatune.train.resume import (
@@ -227,9 +227,7 @@ def _step(parts: Parts, state: RunState, folder: RunFolder) -> dict[str, Any]:
 
     # Noted before the update, which may draw the next blocks.
     record = parts.learning_rates() | schedule.describe()
-    is_known = peak_flops(parts.device) is not None
-    lengths = sequence_lengths(batches)
-    flops = needed_flops(parts.built.model, parts.built.layers, lengths) if is_known else None
+    flops = step_flops(parts.built.model, parts.built.layers, batches, parts.device)
     trainable = sum(p.numel() for p in parts.trainable())
 
     # The only wait for the device in a step: a number that is not finite must not reach the weights.
