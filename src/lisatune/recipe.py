@@ -125,6 +125,9 @@ class DataConfig:
     date: str | None = None
     """Day that a chat template which writes the date sees, as YYYY-MM-DD. Default: the run's first day."""
 
+    deduplicate: bool = False
+    """Train on each record once in an epoch: leave out those with the tokens of an earlier one."""
+
     on_bad_row: Literal["error", "skip"] = "error"
     """What to do with a record that cannot be used: stop, or skip and count it."""
 

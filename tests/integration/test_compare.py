@@ -129,7 +129,7 @@ def plain_loss(model: str, slice_file: Path) -> float:
     rows = tokenize(read_records(str(slice_file)), load_tokenizer(model), max_length=96).rows
     total, count = 0.0, 0
     for row in rows:
-        ids_1T, labels_1T = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+        ids_1T, labels_1T = row["input_ids"][None], row["labels"][None]
         num_labels = int((labels_1T != -100).sum())
         with torch.no_grad():
             total += num_labels * float(network(ids_1T, labels=labels_1T).loss)

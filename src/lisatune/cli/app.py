@@ -7,6 +7,7 @@ functions so that `--help` is fast and a missing package is one of those sentenc
 import io
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -104,7 +105,7 @@ def check(
     """Find the problems of a run before any weights load.
 
     Reads the keys, the model's config, the tokenizer and every record, prints an outline of the run
-    and lists all problems. Writes nothing:
+    and lists all problems. Writes nothing but prepared tokens, which `train` then finds in the cache:
 
         lisatune check recipe.yaml
         lisatune check recipe.yaml data.max_length=512
@@ -125,6 +126,54 @@ def check(
     report = check(load_recipe(recipe, overrides), resume=how, overwrite=overwrite, show=show)
     print_report(report)
     return 2 if report.problems else 0
+
+
+def cache(*, folder: str | None = None, clear: bool = False) -> int:
+    """Show prepared tokens, or delete them.
+
+    `train`, `check` and `compare` tokenise each source once and take its tokens from the cache later:
+
+        lisatune cache
+        lisatune cache --clear
+
+    Args:
+        folder: Another folder than the default, as given to data.cache.
+        clear: Delete all prepared tokens. The next run makes its own again.
+    """
+    from rich import box
+    from rich.table import Table
+
+    from lisatune.console import byte_text, count_text, plural, terminal
+    from lisatune.data.cache import clear as clear_folder
+    from lisatune.data.cache import list_entries, tokens_folder
+
+    console, where = terminal(), tokens_folder(folder)
+    if clear:
+        num_bytes, busy = clear_folder(where)
+        console.print(f"{byte_text(num_bytes)} deleted in {where}", markup=False, soft_wrap=True)
+        if busy:
+            console.print(f"{plural(len(busy), 'source')} left, which a run prepares now")
+        return 0
+    entries = list_entries(where)
+    if entries:
+        table = Table(box=box.SIMPLE_HEAD)
+        for name in ("source", "records", "tokens", "size", "last used"):
+            table.add_column(name, justify="left" if name == "source" else "right")
+        for entry in entries:
+            day = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
+            sizes = (f"{entry.records:,}", count_text(entry.tokens), byte_text(entry.num_bytes))
+            table.add_row(_shorten_path(entry.source), *sizes, day)
+        console.print(table)
+    total = byte_text(sum(entry.num_bytes for entry in entries))
+    sources = plural(len(entries), "prepared source")
+    console.print(f"{sources}, {total} in {where}", markup=False, soft_wrap=True)
+    return 0
+
+
+def _shorten_path(source: str, most: int = 48) -> str:
+    """Leave the end of a long path, with the name of the file."""
+    text = source if len(source) <= most else f"…{source[-most + 1 :]}"
+    return text.replace(str(Path.home()), "~").replace("[", r"\[")
 
 
 @contextmanager
@@ -191,6 +240,7 @@ def build_app() -> "App":
     app.command(report, usage="Usage: lisatune report RUN… [OPTIONS]")
     app.command(layers)
     app.command(export)
+    app.command(cache)
     app.command(generate)
     app.register_install_completion_command(help="Install completion for your shell: bash, zsh or fish.")
     return app

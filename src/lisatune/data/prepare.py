@@ -4,6 +4,7 @@
 """
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lisatune.console import follow
+from lisatune.console import follow, plural
 from lisatune.data.batches import Order
 from lisatune.data.cache import tokens_folder
 from lisatune.data.chat import Chat, encode_prompt
@@ -28,6 +29,9 @@ from lisatune.distributed import ranks
 from lisatune.recipe import DataConfig, Recipe, check_steps
 
 __all__ = ["Prompt", "RunData", "prepare_data", "read_data"]
+
+NAMED_RECORDS = 3
+"""Records that a warning names."""
 
 TEXT_PROMPT_WORDS = 24
 """Words of a plain text that make up its prompt."""
@@ -73,6 +77,9 @@ class RunData:
 
     skipped: int
     """Number of unusable records, under `on_bad_row: skip`."""
+
+    duplicates: int
+    """Number of training records with the tokens of an earlier one; `data.deduplicate` leaves them out."""
 
     is_chat: bool
     """Whether the records are conversations, which the chat template writes; else they are plain text."""
@@ -122,7 +129,12 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> RunData:
         is_held_out = hold_out(
             source.prompts, data.validation_share, reader.source, most=data.validation_limit
         )
-    rows = _divide(source, np.flatnonzero(~is_held_out), reader.source, data)
+    chosen = np.flatnonzero(~is_held_out)
+    first_of_each = np.sort(np.unique(source.documents.digests[chosen], return_index=True)[1])
+    duplicates = len(chosen) - len(first_of_each)
+    if data.deduplicate:
+        chosen = chosen[first_of_each]
+    rows = _divide(source, chosen, reader.source, data)
     skipped = source.skipped
     held_out, questions = Examples(Rows.of([])), tuple[Prompt, ...]()
     if held_out_reader is not None:
@@ -130,9 +142,12 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> RunData:
         held_out = _divide(other, np.arange(len(other.documents)), held_out_reader.source, data)
         questions = _find_questions(held_out_reader, None, recipe, tokenizer)
         skipped += other.skipped
+        if held_out_reader.source != reader.source:  # which is meant
+            is_seen = np.isin(source.documents.digests, other.documents.digests)
+            _warn_of_seen_records(reader, is_seen, held_out_reader.source)
     elif splits:
-        chosen = np.flatnonzero(is_held_out)[: data.validation_limit]
-        held_out = _divide(source, chosen, reader.source, data)
+        some = np.flatnonzero(is_held_out)[: data.validation_limit]
+        held_out = _divide(source, some, reader.source, data)
         questions = _find_questions(reader, is_held_out, recipe, tokenizer)
     held_out = _take_evenly(held_out, data.validation_limit)
     if data.packing:
@@ -147,7 +162,18 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> RunData:
     learns_all = data.loss_on == "all" or source.kind == "text"
     where = "all tokens" if learns_all else "the last answer" if data.loss_on == "last" else "the answers"
     described = f"{source.kind}, {template}; loss on {where}"
-    return RunData(rows, held_out, questions, order, steps, skipped, chat is not None, described, tokenizer)
+    return RunData(
+        train=rows,
+        validation=held_out,
+        questions=questions,
+        order=order,
+        steps=steps,
+        skipped=skipped,
+        duplicates=duplicates,
+        is_chat=chat is not None,
+        records=described,
+        tokenizer=tokenizer,
+    )
 
 
 def read_data(recipe: Recipe) -> tuple[Iterator[Record], Records]:
@@ -190,6 +216,21 @@ def _read_all(reader: RecordReader) -> Iterator[Record]:
 def _read_marked(reader: RecordReader, is_wanted: NDArray[np.bool_]) -> Iterator[Record]:
     """Read the records that are marked, in their order."""
     return (record for (_, record), wanted in zip(reader, is_wanted.tolist(), strict=True) if wanted)
+
+
+def _warn_of_seen_records(reader: RecordReader, is_seen: NDArray[np.bool_], held_out: str) -> None:
+    """Warn of training records that are in the held-out data too, and name the first ones."""
+    count = int(is_seen.sum())
+    if not count:
+        return
+    marked = zip(reader, is_seen.tolist(), strict=True)
+    places = islice((place for (place, _), is_one in marked if is_one), NAMED_RECORDS)
+    more = ", …" if count > NAMED_RECORDS else ""
+    warnings.warn(
+        f"{plural(count, 'training record')} {'is' if count == 1 else 'are'} in the held-out data {held_out} "
+        f"too, so held-out loss is partly loss on training data: {', '.join(places)}{more}; take them out",
+        stacklevel=3,
+    )
 
 
 def _divide(source: Prepared, chosen: Ints, name: str, data: DataConfig) -> Examples:

@@ -70,28 +70,6 @@ class TokenFile:
 
 
 @dataclass(frozen=True)
-class _Joined:
-    """Several `Tokens`, one after the other."""
-
-    parts: tuple[Tokens, ...]
-
-    @cached_property
-    def borders(self) -> Ints:
-        """Where each part begins, and the end: [parts + 1]."""
-        return np.array([0, *accumulate(map(len, self.parts))])
-
-    def __len__(self) -> int:
-        return int(self.borders[-1])
-
-    def __getitem__(self, part: slice, /) -> NDArray[Any]:
-        """Read a slice that lies in one part, as those of a document do."""
-        start, stop, _ = part.indices(len(self))
-        index = int(np.searchsorted(self.borders, start, "right")) - 1
-        first = int(self.borders[index])
-        return self.parts[min(index, len(self.parts) - 1)][start - first : stop - first]
-
-
-@dataclass(frozen=True)
 class Encoded:
     """Tokens of some records, of their whole length, one record after the other."""
 
@@ -219,26 +197,6 @@ class Rows(Sequence[TokenRow]):
     def whole(cls, documents: Documents) -> Self:
         """Make a row of each document."""
         return cls(documents, documents.offsets[:-1], np.diff(documents.offsets).astype(np.int32))
-
-    @classmethod
-    def join(cls, parts: "Sequence[Rows]") -> "Rows":
-        """Put the rows of several sources one after the other."""
-        if len(parts) == 1:
-            return parts[0]
-        each = [part.documents for part in parts]
-        at = list(accumulate((len(documents.tokens) for documents in each), initial=0))
-        documents = Documents(
-            _Joined(tuple(documents.tokens for documents in each)),
-            np.concatenate([[0], *(one.offsets[1:] + start for one, start in zip(each, at, strict=False))]),
-            np.concatenate([one.spans + start for one, start in zip(each, at, strict=False)]),
-            np.concatenate([one.digests for one in each]),
-        )
-        borders = None
-        if parts[0].borders is not None:
-            sizes = [np.diff(part.borders) for part in parts if part.borders is not None]
-            borders = np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
-        starts = np.concatenate([part.starts + start for part, start in zip(parts, at, strict=False)])
-        return cls(documents, starts, np.concatenate([part.piece_lengths for part in parts]), borders)
 
     def __len__(self) -> int:
         return len(self.starts) if self.borders is None else len(self.borders) - 1

@@ -24,6 +24,7 @@ BEFORE_IT_EXISTED: dict[str, Any] = {
     "optimizer.name": "adamw",
     "optimizer.options": {},
     "data.long": "auto",
+    "data.deduplicate": False,
     "data.fields": {},
     "model.new_tokens": [],
     "optimizer.warmup_share": 0.0,

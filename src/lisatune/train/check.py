@@ -83,7 +83,7 @@ def check(
 ) -> CheckReport:
     """Look for everything that would stop a run, and outline the run.
 
-    It reads the model's config and tokenizer and every record, and writes nothing.
+    It reads the model's config and tokenizer and every record. It writes nothing but prepared tokens.
 
     Args:
         recipe: the recipe; `run.output` must be set.
@@ -131,9 +131,7 @@ def print_report(report: CheckReport, console: Console | None = None) -> None:
     for text in report.problems:
         console.print(Text(f"problem: {text}", style="red"), soft_wrap=True)
     if report.problems:
-        console.print(
-            Text(f"{plural(len(report.problems), 'problem')}; nothing was written", style="bold red")
-        )
+        console.print(Text(f"{plural(len(report.problems), 'problem')}; no run was begun", style="bold red"))
     else:
         console.print(Text("no problems found", style="bold green"))
 

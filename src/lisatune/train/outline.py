@@ -82,6 +82,10 @@ class Outline:
     """Training records dropped because the cut left no answer."""
     skipped: int
     """Records left out because they cannot be used."""
+    duplicates: int
+    """Training records that are equal to an earlier one."""
+    deduplicates: bool
+    """Whether these are left out."""
     validation_rows: int
     validation_limit: int | None
     """The most held-out rows that the recipe allows; None: no limit."""
@@ -147,6 +151,8 @@ def make_outline(
         lost_share=data.train.lost_share,
         num_without_loss=data.train.num_without_loss,
         skipped=data.skipped,
+        duplicates=data.duplicates,
+        deduplicates=recipe.data.deduplicate,
         validation_rows=len(data.validation.rows),
         validation_limit=recipe.data.validation_limit,
         validation_tokens=data.validation.num_tokens,
@@ -209,6 +215,9 @@ def print_outline(outline: Outline, console: Console | None = None) -> None:
     left_out += [f"{outline.num_dropped:,} dropped: longer than max_length"] if outline.num_dropped else []
     left_out += [f"{outline.num_without_loss:,} dropped: no answer left"] if outline.num_without_loss else []
     left_out += [f"{outline.skipped:,} skipped: not usable"] if outline.skipped else []
+    if outline.duplicates:
+        what = "left out" if outline.deduplicates else "kept (data.deduplicate)"
+        left_out.append(f"{plural(outline.duplicates, 'duplicate')} {what}")
     left_out += [f"{outline.lost_share:.1%} of tokens lost"] if outline.lost_share else []
     tokens = f"{count_text(outline.train_tokens)} tokens, {count_text(outline.loss_tokens)} with loss"
     rows += [

@@ -1,5 +1,7 @@
 """A run's data: what is held out of it, and what of that is evaluated."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,10 @@ def prepared(folder: Path, **data: float | str | None) -> RunData:
     for name in "ab":
         (folder / f"{name}.txt").write_text("".join(f"{name}{i:02}, " for i in range(100)))
     config = DataConfig(train=str(folder), max_length=20, **data)  # type: ignore[arg-type]
+    return prepare_with(config)
+
+
+def prepare_with(config: DataConfig) -> RunData:
     recipe = Recipe(model=ModelConfig(name="tiny"), data=config, method=Full())
     return prepare_data(recipe, byte_tokenizer(None))
 
@@ -36,3 +42,29 @@ def test_nothing_is_held_out_unless_a_share_or_a_file_is_given(
     data = prepared(tmp_path, validation=source, validation_share=0)
     assert len(data.train.rows) == 50
     assert len(data.validation.rows) == (50 if validation else 0)
+
+
+def write_texts(file: Path, *texts: str) -> str:
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(file)
+
+
+def test_duplicates_are_counted_and_left_out_if_asked(tmp_path: Path) -> None:
+    train = write_texts(tmp_path / "train.jsonl", "one", "two", "one", "three", "two", "one")
+    config = DataConfig(train=train, validation_share=0)
+    kept, once = (prepare_with(replace(config, deduplicate=asked)) for asked in (False, True))
+    assert (kept.duplicates, len(kept.train.rows)) == (once.duplicates, 2 * len(once.train.rows)) == (3, 6)
+    decode = byte_tokenizer(None).decode
+    assert [decode(row["input_ids"]) for row in once.train.rows] == ["one<eos>", "two<eos>", "three<eos>"]
+
+
+def test_training_records_that_are_held_out_too_are_counted_and_named(tmp_path: Path) -> None:
+    train = write_texts(tmp_path / "train.jsonl", "one", "two", "three", "four", "five")
+    held_out = write_texts(tmp_path / "held.jsonl", "five", "zero", "two", "one", "three")
+    with pytest.warns(UserWarning, match="held-out data") as caught:
+        prepare_with(DataConfig(train=train, validation=held_out))
+    (warning,) = caught
+    assert str(warning.message) == (
+        f"4 training records are in the held-out data {held_out} too, so held-out loss is partly loss on "
+        f"training data: {train}, line 1, {train}, line 2, {train}, line 3, …; take them out"
+    )

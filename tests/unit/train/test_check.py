@@ -185,7 +185,7 @@ def test_the_report_is_printed_outline_first_and_ends_in_a_verdict(recipe: Path)
     assert "╭─ run" in outs[0]
     assert outs[0].endswith("no problems found\n")
     assert outs[1].startswith("problem: active must be between")
-    assert outs[1].endswith("1 problem; nothing was written\n")
+    assert outs[1].endswith("1 problem; no run was begun\n")
 
 
 def test_rows_are_shown_with_what_carries_loss(recipe: Path) -> None:

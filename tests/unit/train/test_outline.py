@@ -43,6 +43,7 @@ def outline_of(method: Method, device: str = "meta", start_step: int = 0, **run:
         validation=examples,
         steps=30,
         skipped=2,
+        duplicates=0,
         records="alpaca",
         mark=lambda row: (("Why\x1b[31m?\n" + "so " * 50, False), ("Because", True)),
     )
