@@ -93,9 +93,10 @@ class LISA(BlockSchedule):
         active: γ, blocks that train at once, 0 <= γ <= N. γ = N is full fine-tuning, γ = 0 trains the ends.
         period: K, optimizer steps between two draws, or "auto": as long as possible, at most 50, such that
             every block trains twice in `total_steps`.
-        unit: "block", or "module": each linear layer of a block is drawn on its own, as many at a time as γ
-            average blocks have parameters; see `lisatune.nn.units` and `lisatune.lisa.budget`. Wherever
-            LISA counts blocks, it counts these units then.
+        unit: "block": γ blocks. "sized": blocks of different size, as many at a time as γ average blocks
+            have parameters (`lisatune.lisa.budget`). "module": each linear layer of a block is drawn on its
+            own, under the same budget; see `lisatune.nn.units`. Wherever LISA counts blocks, it counts these
+            units then.
         sampler: "permutation", "uniform" (the paper's), "window" (γ neighbouring blocks), "ascending",
             "descending" (in order), "gradient", "misa" or "spectrum" (by what is measured of each block, see
             `lisatune.lisa.importance`), N probabilities for γ weighted distinct blocks, or a
@@ -151,7 +152,7 @@ class LISA(BlockSchedule):
         optimizer: Optimizer,
         *,
         active: int = 2,
-        unit: Literal["block", "module"] = "block",
+        unit: Literal["block", "module", "sized"] = "block",
         period: int | Literal["auto"] = 10,
         sampler: str | Sequence[float] | Sampler = "permutation",
         seed: int = 0,
@@ -167,7 +168,7 @@ class LISA(BlockSchedule):
         layers: LayerMap | None = None,
     ) -> None:
         _check_choice("state", state, get_args(StatePolicy))
-        _check_choice("unit", unit, ("block", "module"))
+        _check_choice("unit", unit, ("block", "module", "sized"))
         policy = EndsPolicy.parse(ends)
         corrects = Correction.parse(correction)
         _check_choice("verify", verify, get_args(Verify))
@@ -181,7 +182,7 @@ class LISA(BlockSchedule):
         self.unit = unit
         if unit == "module":
             refuse_compiled_blocks(model)
-        self.layers: LayerMap = layers if unit == "block" else divide_blocks(layers, model)
+        self.layers: LayerMap = divide_blocks(layers, model) if unit == "module" else layers
         drawn = self.layers.block_parameters(model)
         sizes = [sum(p.numel() for p in each.values() if p.requires_grad) for each in drawn]
         self._budget = None if unit == "block" else Budget.of_blocks(sizes, active, layers.num_blocks)
@@ -564,7 +565,7 @@ class LISA(BlockSchedule):
         return {self._name(i) for i in range(len(self._blocks)) if i not in self.active_blocks}
 
     def _name(self, index: int) -> str:
-        return f"block {index}" if self.unit == "block" else self.layers.blocks[index]
+        return self.layers.blocks[index] if self.unit == "module" else f"block {index}"
 
     def _describe_proof(self, resting: int, rest: int) -> str:
         says = "" if self._correction is None else self._correction.says

@@ -1,7 +1,9 @@
 """Where a model's blocks and ends are, found by structure and held as names.
 
 blocks  the N decoder layers: the outermost `nn.ModuleList` of the language model that is as long as the
-        config's number of hidden layers; without such a number, the only outermost list there is
+        config's number of hidden layers; without such a number, the only outermost list there is. In a
+        model without a text config, such as a diffusion transformer, several outermost lists whose names end
+        in `blocks` are one sequence
 ends    everything that trains besides the blocks: embedding, head, final norm
 frozen  everything else, such as vision towers and projectors: never trains
 
@@ -138,7 +140,7 @@ def find_layers(
         head=canonical.get(f"{_path_from(model, 'get_output_embeddings')}.weight"),
         tied=tuple((alias, own[0]) for own in names for alias in own[1:]),
     )
-    if blocks is not None:
+    if blocks is not None or _config(model) is None:
         _warn_of_lists_in_ends(model, layers)
     return layers
 
@@ -179,6 +181,8 @@ def _find_blocks(model: nn.Module) -> tuple[str, ...]:
         depth = getattr(config.get_text_config(), "num_hidden_layers", None)
         wanted = f"num_hidden_layers={depth}"
     lists = _outermost_lists(model)
+    if config is None and len(lists) > 1 and (named := _lists_named_blocks(model, lists)):
+        return tuple(f"{path}.{child}" for path in named for child, _ in lists[path].named_children())
     fitting = {path: module for path, module in lists.items() if len(module) == depth}
     if depth is None and len(lists) == 1 and not getattr(config, "is_encoder_decoder", False):
         fitting = {path: module for path, module in lists.items() if len(module) > 1}
@@ -197,6 +201,33 @@ def _find_blocks(model: nn.Module) -> tuple[str, ...]:
         )
     ((path, module),) = fitting.items()
     return tuple(f"{path}.{child}" for child, _ in module.named_children())
+
+
+def _lists_named_blocks(model: nn.Module, lists: dict[str, nn.ModuleList]) -> list[str]:
+    """Return the lists whose names end in `blocks`, in order of registration: together they are the blocks.
+
+    A UNet has a block beside its lists, between those that go down and those that go up. Its place is not
+    known from the structure, so such a model is refused with the list to give.
+    """
+    named = [path for path in lists if path.endswith("blocks")]
+    parents = {path.rpartition(".")[0] for path in named}
+    between = [
+        path
+        for path, module in model.named_modules()
+        if path.endswith("block")
+        and path.rpartition(".")[0] in parents
+        and any(True for _ in module.parameters())
+    ]
+    if named and between:
+        children = [[f"{path}.{child}" for child, _ in lists[path].named_children()] for path in named]
+        order = [*(path for each in children[:-1] for path in each), *between, *children[-1]]
+        text = ", ".join(f'"{path}"' for path in order)
+        raise ValueError(
+            f"{type(model).__name__} has {' and '.join(between)} beside {' and '.join(named)}, and their "
+            f"order is not known from the structure; give it, nearest the input first: "
+            f"find_layers(model, blocks=[{text}]); pass the result as LISA(..., layers=...)"
+        )
+    return named
 
 
 def _given_blocks(model: nn.Module, blocks: str | Sequence[str]) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import tiny
 from lisatune import LISA, AdamW, ProofError, compile_blocks, find_layers, param_groups
@@ -166,3 +166,71 @@ def test_a_unit_that_never_fits_is_refused() -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     with pytest.raises(ValueError, match="smaller than the largest unit"):
         LISA(model, optimizer, unit="module", active=1, layers=layers)
+
+
+class Uneven(nn.Module):
+    """Blocks of 20 to 420 parameters between two ends, as in a UNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        widths = (2, 8, 40, 40, 8, 2)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 4)) for width in widths
+        )
+        self.last = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.last(x)
+
+
+def train_uneven(steps: range, state: dict[str, Any] | None = None, **options: Any) -> tuple[Any, ...]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Uneven()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    lisa = LISA(model, optimizer, unit="sized", active=3, period=2, layers=find_layers(model), **options)
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    draws = []
+    for step in steps:
+        draws.append(lisa.active_blocks)
+        x = torch.randn(3, 4, generator=torch.Generator().manual_seed(step))
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return model, optimizer, lisa, draws
+
+
+@pytest.mark.parametrize("sampler", ["permutation", "uniform"])
+def test_blocks_of_different_size_are_drawn_under_a_budget_of_parameters(sampler: str) -> None:
+    _, _, lisa, draws = train_uneven(range(40), sampler=sampler)
+    lisa.check()
+    sizes = [sum(p.numel() for p in block) for block in lisa._blocks]
+    budget = sum(sizes) * 3 // 6
+    assert max(sizes) > 10 * min(sizes)
+    assert all(sum(sizes[i] for i in draw) <= budget for draw in draws)
+    assert len({len(draw) for draw in draws}) > 1
+    assert min(lisa.visits) > 0
+    assert lisa.summarize().keys() >= {"visits", "proof"}
+    assert lisa._name(2) == "block 2"
+
+
+def test_sized_blocks_resume_exactly() -> None:
+    straight, _, _, draws = train_uneven(range(9))
+    model, optimizer, _, _ = train_uneven(range(5))
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    resumed, _, _, rest = train_uneven(range(5, 9), state)
+    assert rest == draws[5:]
+    tiny.assert_same_weights(resumed, straight)
+
+
+def test_a_block_larger_than_the_budget_is_refused() -> None:
+    model = Uneven()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(ValueError, match=r"smaller than the largest unit.*use active >= 3"):
+        LISA(model, optimizer, unit="sized", active=2, layers=find_layers(model))

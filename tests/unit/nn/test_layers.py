@@ -385,3 +385,96 @@ def test_any_module_tree_is_partitioned(tree: tuple[nn.Module, list[str]]) -> No
     assert layers.blocks == tuple(paths)
     for path, block in zip(paths, layers.block_parameters(model), strict=True):
         assert set(block) == own_parameters(model, path) != set()
+
+
+class Flux(nn.Module):
+    """As diffusers' FluxTransformer2DModel: two lists of blocks of different size, one sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x_embedder = nn.Linear(2, 4)
+        self.transformer_blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.single_transformer_blocks = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(3))
+        self.proj_out = nn.Linear(4, 2)
+
+
+class UNet(nn.Module):
+    """As diffusers' UNet2DModel: a block between two lists, registered after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_in = nn.Linear(2, 4)
+        self.down_blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.up_blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.mid_block = nn.ModuleDict({"resnets": nn.ModuleList(nn.Linear(4, 4) for _ in range(2))})
+        self.conv_out = nn.Linear(4, 2)
+
+
+def test_several_lists_named_blocks_are_one_sequence_in_a_model_without_a_text_config() -> None:
+    layers = find_layers(Flux())
+    assert layers.blocks == (
+        *(f"transformer_blocks.{i}" for i in range(2)),
+        *(f"single_transformer_blocks.{i}" for i in range(3)),
+    )
+    assert layers.ends == ("x_embedder.weight", "x_embedder.bias", "proj_out.weight", "proj_out.bias")
+
+
+def test_a_unet_is_refused_with_the_list_of_paths_to_give() -> None:
+    paths = ["down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"]
+    listed = ", ".join(f'"{path}"' for path in paths)
+    with pytest.raises(ValueError, match=rf"UNet has mid_block beside .*blocks=\[{listed}\]"):
+        find_layers(UNet())
+    layers = find_layers(UNet(), blocks=paths)
+    assert layers.blocks == tuple(paths)
+    assert [name.split(".")[0] for name in layers.ends] == ["conv_in"] * 2 + ["conv_out"] * 2
+
+
+def test_lists_that_are_no_blocks_and_hold_much_are_warned_of() -> None:
+    model = Flux()
+    model.adapters = nn.ModuleList(nn.Linear(40, 40) for _ in range(2))
+    with pytest.warns(UserWarning, match="what trains is in adapters"):
+        assert len(find_layers(model).blocks) == 5
+
+
+def make_diffusion_models() -> dict[str, nn.Module]:
+    """Tiny models of diffusers, where it is installed."""
+    diffusers = pytest.importorskip("diffusers")
+    joint = {"attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 16, "in_channels": 4}
+    return {
+        "DiT": diffusers.DiTTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=8,
+            in_channels=1,
+            out_channels=1,
+            num_layers=4,
+            sample_size=8,
+            norm_type="ada_norm_zero",
+            num_embeds_ada_norm=11,
+        ),
+        "Flux": diffusers.FluxTransformer2DModel(
+            patch_size=1,
+            num_layers=2,
+            num_single_layers=3,
+            pooled_projection_dim=16,
+            axes_dims_rope=(2, 2, 4),
+            **joint,
+        ),
+        "UNet": diffusers.UNet2DModel(
+            sample_size=8,
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            norm_num_groups=4,
+            down_block_types=("DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D"),
+        ),
+    }
+
+
+def test_models_of_diffusers_have_the_structure_of_the_stand_ins() -> None:
+    models = make_diffusion_models()
+    assert len(find_layers(models["DiT"]).blocks) == 4
+    assert find_layers(models["Flux"]).blocks == find_layers(Flux()).blocks
+    with pytest.raises(ValueError, match=r'"down_blocks.1", "mid_block", "up_blocks.0"'):
+        find_layers(models["UNet"])
