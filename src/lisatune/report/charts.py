@@ -49,9 +49,15 @@ Line = tuple[str, Sequence[Sequence[tuple[float, float]]]]
 
 
 def draw_lines(
-    named: Sequence[Line], *, x: str, y: str, from_zero: bool = False, markers: bool = True
+    named: Sequence[Line],
+    *,
+    x: str,
+    y: str,
+    from_zero: bool = False,
+    markers: bool = True,
+    log: bool = False,
 ) -> str:
-    """Draw curves, in one colour for each name, with or without a marker at each point."""
+    """Draw curves, in one colour for each name, with or without markers; `log`: both axes are logarithmic."""
 
     def draw(figure: Any) -> None:
         axes = _add_axes(figure, x, y)
@@ -66,6 +72,8 @@ def draw_lines(
             axes.set_ylim(
                 0, 1.1 * max(value for _, curves in named for curve in curves for _, value in curve) or 1
             )
+        if log:
+            axes.set(xscale="log", yscale="log")
         _add_legend(figure, handles, [name for name, _ in named])
 
     return _render(2.8 + _legend_height([name for name, _ in named]), f"{x} {y}", draw)

@@ -5,6 +5,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
 
 from lisatune.compare.arms import read_comparison
 
@@ -84,3 +85,15 @@ def test_source_code_is_held_out_by_its_path_and_tests_stay_out(
     assert not train & held_out
     assert 0 < len(held_out) < 10
     assert "Python 3" in capsys.readouterr().out
+
+
+def test_average_regret_on_the_convex_problem_falls_as_the_theorem_says() -> None:
+    pytest.importorskip("sklearn")
+    script = runpy.run_path(str(EXPERIMENTS / "theorem1.py"))
+    images, labels = script["load_digits"]()
+    assert images.shape == (1797, 64)
+    curve = script["average_regret"]("uniform, moments kept", 400, 0, 0.1567, images, labels)
+    assert 0 < float(curve[-1]) < float(curve[19]) / 2
+    times = torch.arange(1, 401, dtype=torch.float64)
+    assert script["fit_slope"](3 * times**-0.5) == pytest.approx(-0.5, abs=1e-6)
+    assert "<svg" in script["draw"]({"all blocks": curve}, 5.0)
