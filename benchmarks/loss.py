@@ -54,7 +54,7 @@ def vocabulary(size: int) -> Way:
 
     def loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         ours.SLICE_ELEMENTS = size * len(hidden)
-        return ours.VocabularySlices.apply(hidden, weight, target, None, hidden.dtype)
+        return ours.VocabularySlices.apply(hidden, weight, target, None, hidden.dtype).sum()
 
     return loss
 

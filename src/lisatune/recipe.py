@@ -1,7 +1,7 @@
 """Every key of a recipe: one frozen dataclass per section.
 
-A recipe is a YAML file with the sections `model`, `data`, `method`, `optimizer` and `run`. Each key of a
-section is a field below, and its default is the field's default. The docstring under a field is its help
+A recipe is a YAML file with the sections `model`, `data`, `method`, `loss`, `optimizer` and `run`. Each key
+of a section is a field below, and its default is the field's default. The docstring under a field is its help
 text. The keys of `method` are the fields of the class that `method.name` picks (`lisatune.methods.METHODS`).
 `lisatune.train.load_recipe` builds a `Recipe` from a file and overrides.
 
@@ -21,6 +21,7 @@ from lisatune.optim.group import Moments, Rounding, StateDevice
 
 __all__ = [
     "DataConfig",
+    "LossConfig",
     "ModelConfig",
     "OptimizerConfig",
     "Precision",
@@ -152,6 +153,31 @@ class DataConfig:
     def holds_out(self) -> bool:
         """Whether there is data to evaluate on."""
         return self.validation is not None or self.validation_share > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """What is minimised."""
+
+    name: Literal["causal_lm", "dpo"] = "causal_lm"
+    """causal_lm: the next token of every answer. dpo: prefer one answer of a pair (chosen, rejected)."""
+
+    beta: float = 0.1
+    """β of dpo, > 0: how strongly the model is held to what it was before training."""
+
+    def __post_init__(self) -> None:
+        _check_choices("loss", self)
+        if not (self.beta > 0 and math.isfinite(self.beta)):
+            raise ValueError(f"loss.beta must be a positive number, got {self.beta}")
+        if self.name != "dpo" and self.beta != LossConfig.beta:
+            raise ValueError(
+                f"loss.beta={self.beta:g} does nothing with loss.name={self.name}; leave it out, or use dpo"
+            )
+
+    @property
+    def rows_per_record(self) -> int:
+        """Sequences that a record makes: 2 if records are pairs of answers, else 1."""
+        return 1 if self.name == "causal_lm" else 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,7 +315,7 @@ class RunConfig:
     """Passes over the training data if `steps` is not given."""
 
     batch_size: int = 4
-    """Sequences per micro-step, on each rank."""
+    """Sequences, or pairs of them, per micro-step, on each rank."""
 
     accumulation: int = 1
     """Micro-steps per optimizer step."""
@@ -391,6 +417,7 @@ class Recipe:
     model: ModelConfig
     data: DataConfig
     method: Any
+    loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
@@ -415,8 +442,41 @@ class Recipe:
                 "model.new_tokens cannot work with method.frozen_weights yet: exact weights come from the "
                 "model's files, which lack the new rows; set frozen_weights to exact"
             )
+        if self.loss.rows_per_record == 2:
+            self._check_pairs()
         self.method.check_mix(self.data, self.run)
+        self.method.check_loss(self.loss)
         self.method.check_optimizer(self.optimizer)
+
+    def _check_pairs(self) -> None:
+        """Refuse settings that cannot work where records are pairs of answers."""
+        data, name = self.data, self.loss.name
+        reasons = {
+            "data.packing": (
+                data.packing,
+                "an answer is scored as a whole, in a sequence of its own",
+                "false",
+            ),
+            "data.kind": (data.kind != "auto", "its records have chosen and rejected", "auto"),
+            "data.fields": (bool(data.fields), "its records have chosen and rejected", "{}"),
+            "data.deduplicate": (data.deduplicate, "pairs are not compared with each other", "false"),
+            "data.loss_on": (data.loss_on in ("all", "last"), "only answers are compared", "answers"),
+            "data.long": (data.long == "split", "a piece of an answer cannot be preferred", "cut or drop"),
+            "data.train": (data.train == "python-docs", "it has no pairs of answers", "a file that has"),
+            "optimizer.name": (
+                self.optimizer.name == "sophia",
+                "its curvature is that of next-token losses",
+                "another optimizer",
+            ),
+        }
+        for key, (is_set, why, instead) in reasons.items():
+            if is_set:
+                section, field_name = key.split(".")
+                value = getattr(getattr(self, section), field_name)
+                value = str(value).lower() if isinstance(value, bool) else value
+                raise ValueError(
+                    f"{key}={value} cannot work with loss.name={name}: {why}; set it to {instead}"
+                )
 
     def as_dict(self) -> dict[str, Any]:
         """Return the recipe with every default filled in, as plain dicts, lists, numbers and strings."""

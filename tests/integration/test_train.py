@@ -214,7 +214,7 @@ def test_the_model_is_written_in_the_dtype_of_its_source_unless_asked(
         parts = assemble(load_recipe(recipe, options))
         parts.built.step.loss.model = load_model(str(tmp_path / "run" / "model"))
         with progress.Bar(1) as bar:
-            assert lisatune.train.loop._held_out(parts, bar) == summary["held_out_loss_after"]
+            assert lisatune.train.loop._held_out(parts, bar)[0] == summary["held_out_loss_after"]
 
 
 def test_loss_does_not_depend_on_how_a_step_is_cut_into_micro_steps(recipe: Path) -> None:
@@ -268,8 +268,8 @@ LOSSES = [5.0, 4.0, 3.0, 4.5, 4.4, 4.3, 4.2]
 
 
 def set_held_out_losses(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
-    def look_up(parts: Parts, *_: Any) -> float:
-        return losses[parts.scheduler.last_epoch]
+    def look_up(parts: Parts, *_: Any) -> tuple[float, dict[str, float]]:
+        return losses[parts.scheduler.last_epoch], {}
 
     monkeypatch.setattr("lisatune.train.loop._held_out", look_up)
 

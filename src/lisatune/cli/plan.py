@@ -4,7 +4,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from lisatune.console import byte_text, count_text, grid, is_override, terminal
+from lisatune.console import byte_text, count_text, grid, is_override, plural, terminal
 
 if TYPE_CHECKING:
     from lisatune.memory.fit import Fit, Room
@@ -88,7 +88,8 @@ def _print_table(recipe: "Recipe", plan: "MemoryPlan", fit: "Fit | None", room: 
     from lisatune.memory.fit import describe_fit
 
     run = recipe.run
-    batch = f"{run.batch_size} × {plan.length:,} tokens, {run.precision}"
+    pairs = f" ({plural(run.batch_size, 'pair')})" if recipe.loss.rows_per_record == 2 else ""
+    batch = f"{plan.batch_size} × {plan.length:,} tokens{pairs}, {run.precision}"
     checkpointing = run.activation_checkpointing
     batch += f", activation checkpointing {str(checkpointing).lower()}" if checkpointing else ""
     trains = f"{count_text(plan.trainable)} parameters at a time"

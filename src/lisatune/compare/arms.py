@@ -144,6 +144,11 @@ def read_comparison(
         if key not in KEYS:
             raise ValueError(f"{path}: {unknown('key of compare', key, KEYS)}")
     recipe = build_recipe(str(path), sections, overrides)
+    if recipe.loss.name != "causal_lm":
+        raise ValueError(
+            f"{path}: `lisatune compare` compares next-token losses, and loss.name is {recipe.loss.name}; "
+            "run each arm with `lisatune train`, and compare the held-out figures in their summary.json"
+        )
     default_lrs = _parse_rates("--lr", lr.split(",")) if lr is not None else None
     if default_lrs is None:
         default_lrs = _parse_rates("compare.lr", asked["lr"]) if "lr" in asked else None

@@ -37,7 +37,8 @@ def collate(rows: Sequence[TokenRow], *, length: int | None = None) -> dict[str,
 
     Returns:
         `input_ids`, `labels` (-100 on padding) and `position_ids`, each int64 of shape [B, T]. Pass
-        `use_cache=False` to the model with them: with a cache, transformers ignores the borders.
+        `use_cache=False` to the model with them: with a cache, transformers ignores the borders. Of rows with
+        a number also `number`, int64 [B].
 
     Raises:
         ValueError: there are no rows.
@@ -59,7 +60,8 @@ def collate(rows: Sequence[TokenRow], *, length: int | None = None) -> dict[str,
             starts = documents.cumsum(0) - documents
             position_ids_BT[index, :own] -= starts.repeat_interleave(documents)
             position_ids_BT[index, own:] = 0
-    return {"input_ids": ids_BT, "labels": labels_BT, "position_ids": position_ids_BT}
+    batch = {"input_ids": ids_BT, "labels": labels_BT, "position_ids": position_ids_BT}
+    return batch | ({"number": torch.cat([row["number"] for row in rows])} if "number" in rows[0] else {})
 
 
 class Order:

@@ -63,7 +63,7 @@ KINDS: dict[str, Kind] = {
     "text": Kind(("text",)),
 }
 
-PREFERENCE = "so this is preference data; train on it with TRL's DPOTrainer"
+PREFERENCE = "so this is preference data; set loss.name: dpo to train on it"
 REFUSED = {
     "chosen": f"a preferred answer, {PREFERENCE}",
     "rejected": f"a rejected answer, {PREFERENCE}",

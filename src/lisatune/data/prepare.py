@@ -5,12 +5,13 @@
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from lisatune.console import follow, plural
@@ -18,12 +19,13 @@ from lisatune.data.batches import Order
 from lisatune.data.cache import tokens_folder
 from lisatune.data.chat import Chat, encode_prompt
 from lisatune.data.examples import Examples, divide, pack
+from lisatune.data.pairs import read_pairs, tokenize_pairs
 from lisatune.data.records import Record, RecordReader, Records
 from lisatune.data.rows import Ints, Rows, TokenRow
 from lisatune.data.shown import MarkedText, mark_loss
-from lisatune.data.splitting import hash_prompt, hold_out
+from lisatune.data.splitting import hash_prompt, hold_out, split_records
 from lisatune.data.store import Prepared, prepare_source
-from lisatune.data.tokens import check_wishes
+from lisatune.data.tokens import check_wishes, is_chat
 from lisatune.data.turns import Messages, answer_text
 from lisatune.distributed import ranks
 from lisatune.recipe import DataConfig, Recipe, check_steps
@@ -90,9 +92,33 @@ class RunData:
     tokenizer: Any = field(repr=False)
     """The tokenizer that made the rows."""
 
+    rows_per_record: int = 1
+    """2 if records are pairs, whose rows are chosen, rejected, chosen, …; `order` then orders the pairs."""
+
     def batch(self, micro_step: int) -> list[TokenRow]:
         """Return the training rows of a micro-step (0 is the run's first), for all ranks together."""
-        return [self.train.rows[i] for i in self.order.batch(micro_step)]
+        return self._take(self.train, self.order.batch(micro_step))
+
+    def by_length(self, examples: Examples, size: int) -> Iterator[list[TokenRow]]:
+        """Yield the rows of `size` records at a time, in order of length, to waste little on padding.
+
+        Args:
+            examples: `train` or `validation`.
+            size: records in a batch.
+        """
+        lengths = examples.rows.lengths.reshape(-1, self.rows_per_record).max(axis=1)
+        records = np.argsort(lengths, kind="stable").tolist()
+        for i in range(0, len(records), size):
+            yield self._take(examples, records[i : i + size])
+
+    def _take(self, examples: Examples, records: Sequence[int]) -> list[TokenRow]:
+        """Take the rows of records. Rows of pairs get their `number` among all rows of the run."""
+        each = self.rows_per_record
+        if each == 1:
+            return [examples.rows[index] for index in records]
+        first = 0 if examples is self.train else len(self.train.rows)
+        indices = [each * index + side for index in records for side in range(each)]
+        return [examples.rows[index] | {"number": torch.tensor([first + index])} for index in indices]
 
     def mark(self, index: int) -> MarkedText:
         """Return the text of a training row, in parts with and without loss."""
@@ -119,6 +145,8 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> RunData:
         FileNotFoundError: a file is missing.
         OSError: the cache cannot be written.
     """
+    if recipe.loss.rows_per_record == 2:
+        return _prepare_pairs(recipe, tokenizer)
     data, run = recipe.data, recipe.run
     reader, held_out_reader = _open_readers(recipe)
     splits = data.holds_out and held_out_reader is None
@@ -153,15 +181,10 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> RunData:
     if data.packing:
         with follow("packing", len(rows.rows)) as advance:
             rows = pack(rows, data.max_length, advance)
-    order = Order(len(rows.rows), run.batch_size * ranks.count(), run.seed)
-    wanted = run.steps or run.epochs * order.batches_per_epoch / run.accumulation
-    check_steps(wanted, f"run.epochs={run.epochs:g}")
-    steps = max(1, math.ceil(wanted))
-    chat = Chat(tokenizer) if source.is_chat else None
-    template = "without a template" if chat is None else f"written by {chat.name}"
+    order, steps = _plan_steps(recipe, len(rows.rows))
     learns_all = data.loss_on == "all" or source.kind == "text"
     where = "all tokens" if learns_all else "the last answer" if data.loss_on == "last" else "the answers"
-    described = f"{source.kind}, {template}; loss on {where}"
+    template = f"written by {Chat(tokenizer).name}" if source.is_chat else "without a template"
     return RunData(
         train=rows,
         validation=held_out,
@@ -170,10 +193,53 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> RunData:
         steps=steps,
         skipped=skipped,
         duplicates=duplicates,
-        is_chat=chat is not None,
-        records=described,
+        is_chat=source.is_chat,
+        records=f"{source.kind}, {template}; loss on {where}",
         tokenizer=tokenizer,
     )
+
+
+def _prepare_pairs(recipe: Recipe, tokenizer: Any) -> RunData:
+    """Read, split and tokenise pairs of answers; they are held in memory, and not in the cache."""
+    data, run = recipe.data, recipe.run
+    how: dict[str, Any] = {"split": data.split, "on_bad_row": data.on_bad_row}
+    train = read_pairs(data.train, limit=data.limit, **how)
+    validation = replace(train, rows=[], skipped=0)
+    if data.validation is not None:
+        validation = read_pairs(data.validation, limit=data.validation_limit, **how)
+    elif data.holds_out:
+        most = data.validation_limit
+        train, validation = split_records(train, data.validation_share, run.seed, most=most)
+        validation = replace(validation, rows=validation.rows[:most], skipped=0)
+    lengths: dict[str, Any] = {"max_length": data.max_length, "long": data.long, "date": data.date}
+    rows = tokenize_pairs(train, tokenizer, **lengths)
+    order, steps = _plan_steps(recipe, len(rows.rows) // 2)
+    uses_template = is_chat(train.rows[0])
+    template = f"written by {Chat(tokenizer).name}" if uses_template else "without a template"
+    return RunData(
+        train=rows,
+        validation=tokenize_pairs(validation, tokenizer, **lengths)
+        if validation.rows
+        else Examples(Rows.of([])),
+        questions=_choose_questions(validation.rows, recipe, tokenizer),
+        order=order,
+        steps=steps,
+        skipped=train.skipped + validation.skipped,
+        duplicates=0,
+        is_chat=uses_template,
+        records=f"pairs, {template}; {recipe.loss.name} with β {recipe.loss.beta:g}",
+        tokenizer=tokenizer,
+        rows_per_record=2,
+    )
+
+
+def _plan_steps(recipe: Recipe, num_records: int) -> tuple[Order, int]:
+    """Return the order of the records, and the number of steps."""
+    run = recipe.run
+    order = Order(num_records, run.batch_size * ranks.count(), run.seed)
+    wanted = run.steps or run.epochs * order.batches_per_epoch / run.accumulation
+    check_steps(wanted, f"run.epochs={run.epochs:g}")
+    return order, max(1, math.ceil(wanted))
 
 
 def read_data(recipe: Recipe) -> tuple[Iterator[Record], Records]:
@@ -242,10 +308,15 @@ def _find_questions(
     reader: RecordReader, is_held_out: NDArray[np.bool_] | None, recipe: Recipe, tokenizer: Any
 ) -> tuple[Prompt, ...]:
     """Read held-out records until enough of them have a prompt that fits. None marks all as held out."""
+    records = (record for _, record in reader) if is_held_out is None else _read_marked(reader, is_held_out)
+    return _choose_questions(records, recipe, tokenizer)
+
+
+def _choose_questions(records: Iterable[Record], recipe: Recipe, tokenizer: Any) -> tuple[Prompt, ...]:
+    """Take the prompts that fit of the first records, as many as `run.samples`."""
     data, wanted = recipe.data, recipe.run.samples
     if not wanted:
         return ()
-    records = (record for _, record in reader) if is_held_out is None else _read_marked(reader, is_held_out)
     prompts = (_cut_prompt(record, tokenizer, data.date) for record in islice(records, data.validation_limit))
     return tuple(islice((prompt for prompt in prompts if 0 < len(prompt.ids) < data.max_length), wanted))
 

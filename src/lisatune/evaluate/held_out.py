@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,10 +22,13 @@ class HeldOut:
     """The result of an evaluation."""
 
     loss: float
-    """Mean loss of a token in nats. Every token counts the same, whatever batch it was in."""
+    """Mean loss of a token (or a pair) in nats. Each counts the same, whatever batch it was in."""
 
     num_tokens: int
-    """Number of tokens that carried loss."""
+    """Number of tokens that carried loss; of a loss of pairs, number of pairs."""
+
+    more: dict[str, float] = field(default_factory=dict)
+    """Further means of `DPOLoss`: `accuracy`, the share of pairs ordered rightly, and `margin`."""
 
 
 def held_out_loss(
@@ -35,7 +38,7 @@ def held_out_loss(
     device: torch.device | str,
     autocast: torch.dtype | None = None,
 ) -> HeldOut:
-    """Compute the mean loss over all tokens of `batches`, without dropout and without gradients.
+    """Compute the mean loss over all tokens, or pairs, of `batches`, without dropout and without gradients.
 
     On several ranks every rank must call it with its own batches, and all get the mean over all of them. The
     model's training flags are restored at the end.
@@ -58,6 +61,7 @@ def held_out_loss(
         >>> result.loss, result.num_tokens
     """
     total, num_tokens = 0.0, 0
+    more: dict[str, float] = {}
     device = torch.device(device)
     with (
         torch.no_grad(),
@@ -65,9 +69,11 @@ def held_out_loss(
         torch.autocast(device.type, dtype=autocast, enabled=autocast is not None),
     ):
         for batch in batches:
-            loss_sum, count = loss_fn({name: tensor.to(device) for name, tensor in batch.items()})
+            on_device = {name: tensor.to(device) for name, tensor in batch.items()}
+            loss_sum, count, others = loss_fn.evaluate(on_device)
             total += loss_sum.item()
             num_tokens += int(count)
+            more = {name: more.get(name, 0.0) + float(value) for name, value in others.items()}
     reshard(loss_fn.model)
     total, all_tokens = ranks.sum_over_ranks(total, num_tokens)
     num_tokens = int(all_tokens)
@@ -75,7 +81,7 @@ def held_out_loss(
         raise ValueError(
             "no token of the held-out data carries loss; give it more rows or a larger max_length"
         )
-    return HeldOut(total / num_tokens, num_tokens)
+    return HeldOut(total / num_tokens, num_tokens, {name: value / num_tokens for name, value in more.items()})
 
 
 def generate_answers(

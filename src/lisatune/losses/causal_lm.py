@@ -54,6 +54,7 @@ def chunked_cross_entropy(
     chunk_size: int = 128,
     transform: Callable[[Tensor], Tensor] | None = None,
     is_shifted: bool = False,
+    by_row: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Sum the next-token losses of a batch, in float32 (float64 for float64).
 
@@ -64,10 +65,11 @@ def chunked_cross_entropy(
         chunk_size: C, positions whose logits exist at once, >= 1.
         transform: elementwise change that the model makes to its logits, such as scaling or soft-capping.
         is_shifted: True scores position t on label t instead.
+        by_row: True sums each row on its own.
 
     Returns:
-        Loss sum (scalar) and number of positions with loss (int64 scalar). With no such position the sum
-        is a zero whose gradients are zeros.
+        Loss sum (scalar, or [B] with `by_row`) and number of positions with loss (int64 scalar). With no such
+        position the sum is a zero whose gradients are zeros.
     """
     target_BT = labels_BT if is_shifted else labels_BT[:, 1:]
     hidden_BTD = hidden_BTD[:, : target_BT.shape[1]]
@@ -84,24 +86,34 @@ def chunked_cross_entropy(
             chunk_size=chunk_size,
             transform=transform,
             read_rows=read_rows,
+            each=by_row,
         )
-        return total, num_tokens
+        return (_sum_rows(total, has_loss_BT) if by_row else total), num_tokens
 
     def chunk_loss(hidden_CD: Tensor, target_C: Tensor) -> Tensor:
         logits_CV = head(hidden_CD)
         if transform is not None:
             logits_CV = transform(logits_CV)
         wide = torch.promote_types(logits_CV.dtype, torch.float32)
-        return cross_entropy(logits_CV.to(wide), target_C, reduction="sum")
+        return cross_entropy(logits_CV.to(wide), target_C, reduction="none" if by_row else "sum")
 
-    total = torch.zeros((), device=hidden_BTD.device)
+    chunks: list[Tensor] = []
     for start in range(0, max(len(target_N), 1), chunk_size):  # one empty chunk if no position has loss
         chunk = hidden_ND[start : start + chunk_size], target_N[start : start + chunk_size]
         if torch.is_grad_enabled():
-            total = total + checkpoint(chunk_loss, *chunk, use_reentrant=False, preserve_rng_state=False)
+            chunks.append(checkpoint(chunk_loss, *chunk, use_reentrant=False, preserve_rng_state=False))
         else:
-            total = total + chunk_loss(*chunk)
-    return total, num_tokens
+            chunks.append(chunk_loss(*chunk))
+    if by_row:
+        return _sum_rows(torch.cat(chunks), has_loss_BT), num_tokens
+    return sum(chunks, torch.zeros((), device=hidden_BTD.device)), num_tokens
+
+
+def _sum_rows(losses_N: Tensor, has_loss_BT: Tensor) -> Tensor:
+    """Sum the losses of each row, [B]."""
+    losses_BT = losses_N.new_zeros(has_loss_BT.shape)
+    losses_BT[has_loss_BT] = losses_N
+    return losses_BT.sum(dim=1)
 
 
 def _is_plain(head: Any) -> TypeGuard[nn.Linear]:
@@ -188,16 +200,29 @@ class CausalLMLoss:
         Returns:
             Loss sum (float32 scalar) and number of tokens with loss (int64 scalar).
         """
+        return self._sum_losses(batch, by_row=False)
+
+    def count(self, batch: Mapping[str, Tensor]) -> int:
+        """Count what a step's loss is the mean over: the tokens with loss."""
+        return int((batch["labels"][:, 1:] != IGNORE).sum())
+
+    def evaluate(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return loss sum and count, and sums of further held-out figures by name: none."""
+        return *self(batch), {}
+
+    def _sum_losses(self, batch: Mapping[str, Tensor], *, by_row: bool) -> tuple[Tensor, Tensor]:
+        """Sum the token losses of a batch, or of each row, [B]; and count the tokens."""
         input_ids_BT, position_ids_BT = batch["input_ids"], batch["position_ids"]
+        how: dict[str, Any] = {"chunk_size": self.chunk_size, "by_row": by_row}
         if not self.is_chunked:
             logits_BTV = logits(self.model, input_ids_BT, position_ids_BT)
-            return chunked_cross_entropy(logits_BTV, _identity, batch["labels"], chunk_size=self.chunk_size)
+            return chunked_cross_entropy(logits_BTV, _identity, batch["labels"], **how)
         return chunked_cross_entropy(
             hidden_states(self.model, input_ids_BT, position_ids_BT),
             self.model.get_output_embeddings(),
             batch["labels"],
-            chunk_size=self.chunk_size,
             transform=self.transform,
+            **how,
         )
 
     def check_packing(self) -> None:

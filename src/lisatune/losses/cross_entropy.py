@@ -5,7 +5,7 @@ For hidden states h_n, head W, targets y and an elementwise change φ of the log
     z = φ(W h)      loss = Σ_n  log Σ_v exp z_nv  -  z_{n y_n}
     ∂loss/∂z = softmax(z) - onehot(y)       ∂h = φ'(·) ∂z W       ∂W = (φ'(·) ∂z)ᵀ h
 
-Two orders, both exact; `linear_cross_entropy` picks by the head's dtype:
+Two orders, both exact; `linear_cross_entropy` picks by the head's dtype, or by what is asked for:
 
     TokenChunks      one pass over chunks of tokens computes loss and gradients together, in forward: three
                      matrix products instead of the four that recomputing the logits in backward takes. ∂W
@@ -13,7 +13,8 @@ Two orders, both exact; `linear_cross_entropy` picks by the head's dtype:
     VocabularySlices a running logsumexp over slices of the vocabulary in forward; backward computes each
                      slice's logits again and its rows of ∂W in one product over all tokens. There is no sum
                      over chunks, so bf16 needs no float32 buffer and loses no bits to rounding. A head of
-                     codes is decoded slice by slice.
+                     codes is decoded slice by slice. Also for losses token by token, whose weights in the
+                     gradient are known only in backward.
 
 Softmax and sums are in float32 (float64 for float64). Under autocast products are in its dtype, gradients in
 that of the parameters.
@@ -54,6 +55,7 @@ def linear_cross_entropy(
     chunk_size: int = 128,
     transform: Transform | None = None,
     read_rows: ReadRows | None = None,
+    each: bool = False,
 ) -> Tensor:
     """Sum the cross-entropies of `hidden_NH @ weight_VH.T` with the targets.
 
@@ -65,9 +67,10 @@ def linear_cross_entropy(
         transform: elementwise, differentiable change of the logits, keeps shape and dtype.
         read_rows: returns a slice of the head's rows in a dtype, for a frozen head that is stored in another
             way; of `weight_VH` only shape and dtype are then used.
+        each: return each token's cross-entropy instead of the sum.
 
     Returns:
-        Scalar, float32 (float64 for float64). Its backward can run once.
+        Scalar, or [N] with `each`, float32 (float64 for float64). Its backward can run once.
     """
     device = hidden_NH.device.type
     if torch.is_autocast_enabled(device):
@@ -75,15 +78,15 @@ def linear_cross_entropy(
     else:
         dtype = torch.promote_types(hidden_NH.dtype, weight_VH.dtype)
     with torch.autocast(device, enabled=False):
-        if read_rows is not None:
+        narrow = weight_VH.requires_grad and weight_VH.dtype.itemsize < 4 and torch.is_grad_enabled()
+        if read_rows is not None or narrow or each:
             more: tuple[Any, ...] = (transform, dtype, read_rows)
-            return cast(Tensor, VocabularySlices.apply(hidden_NH, weight_VH, target_N, *more))  # type: ignore[no-untyped-call]
+            losses_N = cast(Tensor, VocabularySlices.apply(hidden_NH, weight_VH, target_N, *more))  # type: ignore[no-untyped-call]
+            return losses_N if each else losses_N.sum()
         if not torch.is_grad_enabled():
             return _token_chunks(hidden_NH, weight_VH, target_N, chunk_size, transform, dtype)[0]
-        narrow = weight_VH.requires_grad and weight_VH.dtype.itemsize < 4
-        more = (transform, dtype) if narrow else (chunk_size, transform, dtype)
-        order = VocabularySlices if narrow else TokenChunks
-        return cast(Tensor, order.apply(hidden_NH, weight_VH, target_N, *more))  # type: ignore[no-untyped-call]
+        more = (chunk_size, transform, dtype)
+        return cast(Tensor, TokenChunks.apply(hidden_NH, weight_VH, target_N, *more))  # type: ignore[no-untyped-call]
 
 
 class TokenChunks(torch.autograd.Function):
@@ -169,7 +172,7 @@ def _add_product_(total_VH: Tensor, grad_CV: Tensor, chunk_CH: Tensor) -> None:
 
 
 class VocabularySlices(torch.autograd.Function):
-    """Loss in forward, each slice's logits again in backward."""
+    """Each token's loss in forward, each slice's logits again in backward."""
 
     @staticmethod
     def forward(
@@ -194,11 +197,11 @@ class VocabularySlices(torch.autograd.Function):
         logsumexp_N1 = sum_N1.log_() + largest_N1
         ctx.save_for_backward(hidden_NH, weight_VH, target_N, logsumexp_N1)
         ctx.transform, ctx.dtype, ctx.read_rows = transform, dtype, read_rows
-        return (logsumexp_N1 - at_target_N1).sum()
+        return (logsumexp_N1 - at_target_N1).squeeze(1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
         hidden_NH, weight_VH, target_N, logsumexp_N1 = ctx.saved_tensors
         hidden = hidden_NH.to(ctx.dtype)
         hidden_grad = torch.zeros_like(hidden, dtype=_wide(ctx.dtype)) if ctx.needs_input_grad[0] else None
@@ -210,7 +213,7 @@ class VocabularySlices(torch.autograd.Function):
                 column_N1, is_inside_N1 = _columns(target_N, rows)
                 logits_NS.sub_(logsumexp_N1).exp_()
                 logits_NS.scatter_add_(1, column_N1, -is_inside_N1.to(logits_NS.dtype))
-                grad_NS = pull_back(logits_NS.mul_(grad)).to(ctx.dtype)
+                grad_NS = pull_back(logits_NS.mul_(grad_N[:, None])).to(ctx.dtype)
                 del logits_NS, pull_back
                 if hidden_grad is not None:
                     hidden_grad += grad_NS @ weight_SH

@@ -37,7 +37,7 @@ def estimate_step(built: Built, recipe: Recipe, length: int) -> StepMemory:
     gradients = tensors_bytes(trained)
     state = recipe.method.num_moments * gradients
     config: Any = built.model.config
-    text, tokens = config.get_text_config(), recipe.run.batch_size * length
+    text, tokens = config.get_text_config(), recipe.run.batch_size * recipe.loss.rows_per_record * length
     width = 2 if built.step.autocast is not None else next(iter(built.model.parameters())).element_size()
     block = 17 * width * tokens * text.hidden_size
     blocks = built.layers.num_blocks

@@ -21,13 +21,12 @@ from lisatune.distributed.ranks import fake_ranks, pick_device, ranks_are_fake
 from lisatune.distributed.shards import part_to_update, shard
 from lisatune.lisa.correction import count_trainable, find_correction
 from lisatune.lisa.frozen_weights import ShapeMasters
-from lisatune.losses.causal_lm import CausalLMLoss
 from lisatune.memory.costly_draws import list_costly_draws
 from lisatune.memory.equal_blocks import FewerBlocks, set_aside
 from lisatune.memory.estimate import divide_among_ranks, estimate_step, explain_untraced
 from lisatune.memory.fake import fake_storage, fake_tensors, norms_are_one
 from lisatune.memory.tracker import StepMemory
-from lisatune.methods.build import Built, attach, check_recipe, prepare, weight_dtype
+from lisatune.methods.build import Built, attach, check_recipe, make_loss, prepare, weight_dtype
 from lisatune.models.load import meta_model, model_from_config
 from lisatune.models.shapes import shape_config
 from lisatune.nn.hidden import max_positions
@@ -62,7 +61,7 @@ class MemoryPlan(StepMemory):
     """`traced`, or `arithmetic` if the model cannot be traced; `…, divided by ranks` if ranks cannot be."""
 
     batch_size: int
-    """Sequences per micro-step."""
+    """Sequences per micro-step; of a loss of pairs, two for each pair."""
 
     length: int
     """Tokens per sequence."""
@@ -206,7 +205,7 @@ def _plan(
     batches = [_batch(recipe, model, length)] * min(run.accumulation, 2)
     steps, is_divided = run.steps or PLANNED_STEPS, ranks_are_fake()
     with torch.random.fork_rng(devices=[]):  # tensors are not fake yet, because PEFT cannot adapt fake ones
-        loss = None if is_divided else CausalLMLoss(model)
+        loss = None if is_divided else make_loss(recipe, model)
         prepared = prepare(recipe, model)
     with fake_tensors():
         fake_storage(prepared.model)
@@ -238,7 +237,7 @@ def _plan(
         return MemoryPlan(
             **asdict(memory),
             kind=kind,
-            batch_size=run.batch_size,
+            batch_size=len(batches[0]["input_ids"]),
             length=length,
             device=run.device,
             ranks=ranks,
@@ -263,16 +262,17 @@ def _build_meta_model(recipe: Recipe, config: Any) -> Any:
 
 
 def _batch(recipe: Recipe, model: nn.Module, length: int) -> dict[str, Tensor]:
-    """Make a real batch, int64 [B, T] each. Under packing each row holds two records."""
+    """Make a real batch, int64 [B, T] each. Under packing each row holds two records; a pair is two rows."""
+    num_rows = recipe.run.batch_size * recipe.loss.rows_per_record
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     positions_T = torch.arange(length)
-    ids_BT = (positions_T % embedding.weight.shape[0]).expand(recipe.run.batch_size, -1)
+    ids_BT = (positions_T % embedding.weight.shape[0]).expand(num_rows, -1)
     if recipe.data.packing:
         positions_T = positions_T % max(length // 2, 1)
     return {
         "input_ids": ids_BT,
         "labels": ids_BT,
-        "position_ids": positions_T.expand(recipe.run.batch_size, -1),
+        "position_ids": positions_T.expand(num_rows, -1),
     }
 
 

@@ -19,7 +19,7 @@ from lisatune.methods.optimizers import build_from_groups
 from lisatune.models.locate import ADAPTER_CONFIG
 from lisatune.nn.layers import LayerMap, find_layers
 from lisatune.nn.notices import silence_import_notices
-from lisatune.recipe import DataConfig, OptimizerConfig, RunConfig
+from lisatune.recipe import DataConfig, LossConfig, OptimizerConfig, RunConfig
 
 __all__ = [
     "VirtualTokens",
@@ -163,6 +163,15 @@ class VirtualTokens(Method):
             raise ValueError(
                 f"data.packing cannot work with method {self.name}: only the first record of a sequence "
                 "would see the virtual tokens; set it to false"
+            )
+
+    def check_loss(self, loss: LossConfig) -> None:
+        """Refuse losses that compare with the model before training: new virtual tokens change it at once."""
+        super().check_loss(loss)
+        if loss.name == "dpo":
+            raise ValueError(
+                f"loss.name=dpo cannot work with method {self.name}: it compares with the model before "
+                "training, which new virtual tokens have changed already; use lora, lisa or full"
             )
 
     def make_config(self, model: nn.Module) -> Any:

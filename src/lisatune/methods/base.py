@@ -16,7 +16,7 @@ from lisatune.nn.coded import Masters
 from lisatune.nn.layers import LayerMap
 from lisatune.optim.adamw import AdamW
 from lisatune.optim.sophia import SophiaG
-from lisatune.recipe import DataConfig, OptimizerConfig, RunConfig
+from lisatune.recipe import DataConfig, LossConfig, OptimizerConfig, RunConfig
 
 __all__ = ["Alternatives", "Keys", "Method", "halve"]
 
@@ -75,6 +75,21 @@ class Method:
         Raises:
             ValueError: a setting cannot work; the message names its key and what to do.
         """
+
+    def check_loss(self, loss: LossConfig) -> None:
+        """Refuse a loss that cannot work with this method.
+
+        Default: a method that brings a step of its own takes the next-token loss only, because that is the
+        loss its step was made for.
+
+        Raises:
+            ValueError: the loss cannot work; the message says why and what to do.
+        """
+        if loss.name != "causal_lm" and type(self).build_step is not Method.build_step:
+            raise ValueError(
+                f"loss.name={loss.name} cannot work with method {self.name}, which brings a training step of "
+                "its own; use lisa, full or lora, or loss.name=causal_lm"
+            )
 
     def check_device(self, device: torch.device) -> None:
         """Refuse a device that the method cannot run on, before anything loads. Default: all work.

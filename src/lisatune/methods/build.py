@@ -14,6 +14,7 @@ from lisatune.distributed import ranks
 from lisatune.lisa.correction import find_correction
 from lisatune.lisa.schedule import BlockSchedule
 from lisatune.losses.causal_lm import CausalLMLoss, ShardedLoss
+from lisatune.losses.dpo import DPOLoss
 from lisatune.methods.step import TrainingStep
 from lisatune.models.load import stored_dtype
 from lisatune.nn.blocks import BlockForward, enable_activation_checkpointing
@@ -30,6 +31,7 @@ __all__ = [
     "build",
     "check_optimizer",
     "check_recipe",
+    "make_loss",
     "prepare",
     "weight_dtype",
 ]
@@ -78,6 +80,13 @@ def build(recipe: Recipe, model: nn.Module, loss: CausalLMLoss, *, steps: int, d
     """
     recipe.method.place(model, device)
     return attach(recipe, prepare(recipe, model), loss, steps=steps, device=device)
+
+
+def make_loss(recipe: Recipe, model: nn.Module) -> CausalLMLoss:
+    """Make the recipe's loss for a model on its device; see `CausalLMLoss` for its warnings and errors."""
+    if recipe.loss.name == "dpo":
+        return DPOLoss(model, beta=recipe.loss.beta)
+    return CausalLMLoss(model)
 
 
 def prepare(recipe: Recipe, model: nn.Module) -> Prepared:
@@ -190,6 +199,8 @@ def check_recipe(recipe: Recipe) -> None:
         )
     if recipe.run.compile:
         raise ValueError("run.compile does not work on several ranks yet; set it to false")
+    if recipe.loss.name != "causal_lm":
+        raise ValueError(f"loss.name: {recipe.loss.name} runs in one process only yet; use causal_lm")
     if recipe.optimizer.in_backward:
         raise ValueError(
             "optimizer.in_backward works on one rank only, because gradients of several ranks arrive after "

@@ -1,7 +1,7 @@
 """One optimizer step, from batches to updated weights: `train` runs it and `plan` traces it.
 
-The loss of a step is the sum over its loss-carrying tokens divided by their number. How they are spread over
-micro-batches and ranks makes no difference.
+The loss of a step is the sum over its loss-carrying tokens, or over its pairs of answers, divided by their
+number. How they are spread over micro-batches and ranks makes no difference.
 """
 
 import math
@@ -49,9 +49,9 @@ class TrainingStep:
             batches: one per micro-step, on any device: `input_ids`, `labels`, `position_ids`, int64 [B, T].
 
         Returns:
-            Mean loss per token, a float32 scalar on the device.
+            Mean loss per token or per pair, a float32 scalar on the device.
         """
-        mine = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+        mine = sum(self.loss.count(batch) for batch in batches)
         num_labels = int(ranks.sum_over_ranks(mine)[0])
         loss = torch.zeros((), device=self.device)
         for batch in batches:

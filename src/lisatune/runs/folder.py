@@ -4,6 +4,7 @@
     environment.json   versions, device, commit and command line
     metrics.jsonl      one line for each logged step
     summary.json       the figures that the run ended with
+    reference/         log-probabilities of the model before training, for losses that compare with it
     checkpoints/       from which the run can be resumed
     model/             the fine-tuned model, a plain Hugging Face folder
     evaluation/        benchmark scores and MT-Bench of the model
@@ -45,7 +46,7 @@ NEW_FOLDER = "name another run.output to start a new run"
 """What to do where a run cannot be resumed. No message advises to delete one."""
 
 _FILES = ("recipe.yaml", "environment.json", "metrics.jsonl", "summary.json")
-_FOLDERS = ("checkpoints", "model", "evaluation", "export", "trackers")
+_FOLDERS = ("reference", "checkpoints", "model", "evaluation", "export", "trackers")
 _LOCK = ".lock"
 _LEFT_BY_A_KILL = re.compile(rf"\.({'|'.join(map(re.escape, (*_FILES, *_FOLDERS)))})\.tmp-.*")
 
@@ -55,7 +56,7 @@ class RunFolder:
 
     Attributes:
         path: the run folder.
-        checkpoints, model, trackers: folders in it, which may not exist yet.
+        reference, checkpoints, model, trackers: folders in it, which may not exist yet.
         metrics: the file metrics.jsonl.
 
     Example:
@@ -70,6 +71,7 @@ class RunFolder:
 
     def __init__(self, path: Path, lock: int) -> None:
         self.path = path
+        self.reference = path / "reference"
         self.checkpoints = path / "checkpoints"
         self.model = path / "model"
         self.trackers = path / "trackers"

@@ -25,13 +25,13 @@ from lisatune.distributed.shards import shard
 from lisatune.files.masters import DiskMasters
 from lisatune.lisa.correction import find_correction
 from lisatune.lisa.schedule import BlockSchedule
-from lisatune.losses.causal_lm import CausalLMLoss
 from lisatune.memory.process import available_bytes
 from lisatune.methods.build import (
     Built,
     attach,
     attach_method,
     check_recipe,
+    make_loss,
     prepare,
     save_dtype,
     weight_dtype,
@@ -144,7 +144,7 @@ def assemble(recipe: Recipe, before_load: Callable[..., None] | None = None) -> 
     if ranks.count() == 1:
         model, masters = _load(recipe, device, rehearsed)
         recipe.method.place(model, device, masters)
-        loss = CausalLMLoss(model)
+        loss = make_loss(recipe, model)
         if recipe.data.packing:
             loss.check_packing()
     else:  # block by block, each rank its part
@@ -212,7 +212,8 @@ def _compile(parts: Parts, blocks: BlockForward) -> float:
     config, built = parts.recipe, parts.built
     longest = min(config.data.max_length, max_positions(built.model) or config.data.max_length)
     length = max(longest // 2, 8) | 1
-    ids_BT = torch.zeros(config.run.batch_size, length, dtype=torch.long)
+    num_rows = config.run.batch_size * config.loss.rows_per_record
+    ids_BT = torch.zeros(num_rows, length, dtype=torch.long)
     position_ids_BT = torch.arange(length).expand_as(ids_BT)
     if config.data.packing:  # two records in each sequence
         position_ids_BT = position_ids_BT % (length // 2 + 1)

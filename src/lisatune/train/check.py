@@ -9,20 +9,20 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 from rich.console import Console
 from rich.text import Text
 
 from lisatune.console import USER_ERRORS, plural, terminal
-from lisatune.data.examples import Examples
+from lisatune.data.pairs import read_pairs
 from lisatune.data.prepare import RunData, prepare_data
-from lisatune.data.records import RecordReader
+from lisatune.data.records import RecordReader, Records
 from lisatune.data.shown import MarkedText, show_loss
 from lisatune.distributed.ranks import pick_device
 from lisatune.models.hf import announce_remote_code
 from lisatune.models.load import load_tokenizer
-from lisatune.recipe import Recipe
+from lisatune.recipe import DataConfig, Recipe
 from lisatune.runs.folder import check_output
 from lisatune.train.assemble import check_fits, rehearse
 from lisatune.train.benchmarks import check_tasks
@@ -144,31 +144,37 @@ def _check_data(recipe: Recipe, report: CheckReport) -> RunData | None:
     sources = [(config.train, config.limit), (config.validation, config.validation_limit)]
     for source, limit in sources:
         if source is not None:
-            reader = report.attempt(
-                RecordReader,
-                source,
-                kind=config.kind,
-                split=config.split,
-                limit=limit,
-                on_bad_row="skip",
-                fields=config.fields,
-            )
-            count = report.attempt(reader.read_through) if reader is not None else None
-            if count and reader is not None and reader.skipped and config.on_bad_row == "error":
-                more = f" (and {reader.skipped - 1:,} more like it)" if reader.skipped > 1 else ""
-                report.problems.append(f"{reader.first_skipped}{more}; fix it, or set data.on_bad_row=skip")
+            found: RecordReader | Records | None
+            if recipe.loss.rows_per_record == 2:
+                how: dict[str, Any] = {"split": config.split, "limit": limit, "on_bad_row": "skip"}
+                found = report.attempt(read_pairs, source, **how)
+            else:
+                found = report.attempt(_read_through, config, source, limit)
+            if found is not None and found.skipped and config.on_bad_row == "error":
+                more = f" (and {found.skipped - 1:,} more like it)" if found.skipped > 1 else ""
+                report.problems.append(f"{found.first_skipped}{more}; fix it, or set data.on_bad_row=skip")
     tokenizer = report.attempt(load_tokenizer, **recipe.model.tokenizer)
     if tokenizer is None:
         return None
     usable = dataclasses.replace(recipe, data=dataclasses.replace(config, on_bad_row="skip"))
     data = report.attempt(prepare_data, usable, tokenizer)
     if data is not None:
-        report.warnings += _warn_of_long_records(data.train, config.max_length)
+        report.warnings += _warn_of_long_records(data, config.max_length)
     return data
 
 
-def _warn_of_long_records(examples: Examples, max_length: int) -> list[str]:
+def _read_through(config: DataConfig, source: str, limit: int | None) -> RecordReader:
+    """Read and check all records of a source."""
+    keys = ("kind", "split", "fields")
+    how: dict[str, Any] = {key: getattr(config, key) for key in keys}
+    reader = RecordReader(source, limit=limit, on_bad_row="skip", **how)
+    reader.read_through()
+    return reader
+
+
+def _warn_of_long_records(data: RunData, max_length: int) -> list[str]:
     """Say what happens to records that are longer than `max_length`."""
+    examples = data.train
     long, lost = f"more than data.max_length={max_length} tokens", f"{examples.lost_share:.1%} of all tokens"
     warnings = []
     if examples.num_cut:
@@ -178,8 +184,9 @@ def _warn_of_long_records(examples: Examples, max_length: int) -> list[str]:
         records = plural(examples.num_dropped, "training record")
         warnings.append(f"{records} of {long} will be left out; {lost} will not train (data.long)")
     if examples.num_without_loss:
+        what = "the whole answer" if data.rows_per_record == 1 else "all in which the answers differ"
         warnings.append(
             f"{plural(examples.num_without_loss, 'training record')} will be left out: data.max_length="
-            f"{max_length} cuts off the whole answer"
+            f"{max_length} cuts off {what}"
         )
     return warnings

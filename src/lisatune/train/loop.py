@@ -12,11 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from lisatune.console import plural
 from lisatune.data.batches import my_share
 from lisatune.distributed import ranks
 from lisatune.evaluate.held_out import generate_answers, held_out_loss
@@ -27,14 +25,16 @@ from lisatune.models.sharded import save_from_ranks
 from lisatune.recipe import Recipe
 from lisatune.runs.card import write_card
 from lisatune.runs.folder import RunFolder, check_output, open_folder
-from lisatune.runs.manifest import newest_checkpoint, prune, set_aside
+from lisatune.runs.manifest import prune, set_aside
 from lisatune.runs.summary import Summary
 from lisatune.train import progress
 from lisatune.train.assemble import Parts, assemble
 from lisatune.train.benchmarks import check_tasks, evaluate_run
 from lisatune.train.flops import step_flops, utilization
+from lisatune.train.nonfinite import TrainingError, check_skip, check_trained
 from lisatune.train.outline import make_outline, print_outline
 from lisatune.train.progress import Log, check_trackers, trackers
+from lisatune.train.reference import attach_reference
 from lisatune.train.resume import (
     RunState,
     SaveClock,
@@ -51,10 +51,6 @@ from lisatune.train.resume import (
 from lisatune.train.stopping import agree_to_stop, explain_interruption, interruptible, resume_hint
 
 __all__ = ["TrainingError", "train"]
-
-
-class TrainingError(RuntimeError):
-    """Training cannot continue because loss or gradients are not finite."""
 
 
 class _NoTimeError(Exception):
@@ -146,11 +142,12 @@ def _train(
             start_step=state.step,
         )
         print_outline(outline)
+        state.reference = attach_reference(parts, folder.reference, state.reference if resume else None, bar)
         if not resume:
-            state.held_out_before = _held_out(parts, bar)
+            state.held_out_before, state.more_before = _held_out(parts, bar)
             state.answers_before = _answers(parts)
             if recipe.data.holds_out:
-                folder.log({"step": 0, "held_out_loss": state.held_out_before})
+                folder.log({"step": 0, "held_out_loss": state.held_out_before} | state.more_before)
         _loop(parts, state, folder, log, check, bar, after_step)
         summary = _finish(parts, state, folder, log, check, bar)
     progress.print_summary(summary)
@@ -189,9 +186,9 @@ def _loop(
             has_one = run.eval_every and state.step % run.eval_every == 0 and 0 < state.step < last
             if has_one and state.evaluated_step < state.step:
                 with suppress(_NoTimeError):
-                    held_out = _held_out(parts, bar, asked_to_stop)
+                    held_out, state.more = _held_out(parts, bar, asked_to_stop)
                     has_gained = state.add_evaluation(held_out)
-                    note({"step": state.step, "held_out_loss": held_out})
+                    note({"step": state.step, "held_out_loss": held_out} | state.more)
                     bar.print(f"step {state.step}: held-out loss {held_out:.3f}")
                     if run.keep_best and has_gained:
                         with clock.saving():
@@ -235,7 +232,7 @@ def _step(parts: Parts, state: RunState, folder: RunFolder) -> dict[str, Any]:
     if is_finite:
         step.update()
     else:
-        _check_skip(parts, state, loss, grad_norm, folder)
+        check_skip(parts, state, loss, grad_norm, folder)
         step.skip()
     parts.advance_learning_rates()
 
@@ -266,59 +263,31 @@ def _step(parts: Parts, state: RunState, folder: RunFolder) -> dict[str, Any]:
     )
 
 
-def _check_skip(parts: Parts, state: RunState, loss: Tensor, grad_norm: Tensor, folder: RunFolder) -> None:
-    """Decide whether a step whose loss or gradients are not finite may be left out.
-
-    Raises:
-        TrainingError: `run.on_nonfinite` is `stop`, too many steps in a row were left out, or the weights
-            have been updated already.
-    """
-    run = parts.recipe.run
-    has_updated = parts.recipe.optimizer.in_backward and bool(torch.isfinite(loss))
-    values = f"step {state.step + 1}: loss {float(loss):g}, gradient norm {float(grad_norm):g}"
-    newest = newest_checkpoint(folder.checkpoints)
-    good = f"the last good checkpoint is {newest}" if newest else "no checkpoint was saved yet"
-    if run.on_nonfinite == "stop" or has_updated:
-        weights = (
-            "optimizer.in_backward has put it into the weights"
-            if has_updated
-            else "weights are as before this step"
-        )
-        raise TrainingError(
-            f"{values}; {weights} and {good}; lower optimizer.lr, or set run.on_nonfinite: skip to leave "
-            "such steps out"
-        )
-    if state.skipped_in_a_row >= run.max_skipped_steps:
-        raise TrainingError(
-            f"{values}, after {plural(state.skipped_in_a_row, 'step')} in a row that were left out "
-            f"(run.max_skipped_steps); {good}; lower optimizer.lr, or look at the rows of these steps"
-        )
-
-
-def _held_out(parts: Parts, bar: progress.Bar, asked_to_stop: Callable[[], object] = lambda: None) -> float:
-    """Return the loss per token of the held-out rows; NaN if nothing is held out.
-
-    The rows are taken in order of length, to waste little on padding.
+def _held_out(
+    parts: Parts, bar: progress.Bar, asked_to_stop: Callable[[], object] = lambda: None
+) -> tuple[float, dict[str, float]]:
+    """Return the held-out loss per token or pair (NaN if nothing is held out), and more figures by name.
 
     Raises:
         _NoTimeError: `asked_to_stop` said so between two batches.
     """
     if not parts.recipe.data.holds_out:
-        return math.nan
-    rows = parts.data.validation.rows
-    by_length = np.argsort(rows.lengths, kind="stable").tolist()
+        return math.nan, {}
+    held_out = parts.data.validation
     size = parts.recipe.run.batch_size * ranks.count()
 
     def batches(advance: Callable[[], None]) -> Iterator[dict[str, Tensor]]:
-        for i in range(0, len(rows), size):
+        for some in parts.data.by_length(held_out, size):
             if asked_to_stop():
                 raise _NoTimeError
-            yield parts.collate(my_share([rows[index] for index in by_length[i : i + size]]))
+            yield parts.collate(my_share(some))
             advance()
 
     step = parts.built.step
-    with bar.follow("held-out loss", math.ceil(len(rows) / size)) as advance:
-        return held_out_loss(step.loss, batches(advance), device=parts.device, autocast=step.autocast).loss
+    num_batches = math.ceil(len(held_out.rows) / (size * parts.data.rows_per_record))
+    with bar.follow("held-out loss", num_batches) as advance:
+        found = held_out_loss(step.loss, batches(advance), device=parts.device, autocast=step.autocast)
+    return found.loss, {f"held_out_{name}": value for name, value in found.more.items()}
 
 
 def _answers(parts: Parts) -> list[str]:
@@ -337,12 +306,7 @@ def _finish(
     parts: Parts, state: RunState, folder: RunFolder, log: Log, check: MemoryCheck, bar: progress.Bar
 ) -> Summary:
     """Prove the last period, write the model, evaluate, write the summary."""
-    if state.skipped_steps == state.step:
-        raise TrainingError(
-            f"nothing was trained: all {state.step} steps were left out because loss or gradients were not "
-            f"finite; held-out loss before was {state.held_out_before:g}: if that is not finite either, look "
-            "for NaN in the model's weights, else lower optimizer.lr"
-        )
+    check_trained(state)
     parts.built.schedule.check()
     parts.built.schedule.settle()
     write = save_model if ranks.count() == 1 else save_from_ranks
@@ -351,9 +315,9 @@ def _finish(
     held_out: Summary = {}
     if parts.recipe.data.holds_out:
         if state.evaluated_step < state.step:
-            state.held_out = _held_out(parts, bar)
-            folder.log({"step": state.step, "held_out_loss": state.held_out})
-            log({"held_out_loss": state.held_out}, state.step)
+            state.held_out, state.more = _held_out(parts, bar)
+            folder.log({"step": state.step, "held_out_loss": state.held_out} | state.more)
+            log({"held_out_loss": state.held_out} | state.more, state.step)
         held_out = {"held_out_loss_before": state.held_out_before, "held_out_loss_after": state.held_out}
     if state.step < parts.data.steps:
         held_out["planned_steps"] = parts.data.steps
@@ -364,6 +328,10 @@ def _finish(
             parts.built.schedule.settle()
             write(parts.built.model, parts.tokenizer, folder.model, dtype=parts.save_dtype)
             held_out["held_out_loss_after"] = state.best[str(best)]
+            state.more = _held_out(parts, bar)[1] if state.more else {}
+    for name, value in state.more.items():
+        pair = {f"{name}_before": state.more_before[name], f"{name}_after": value}
+        held_out.update(pair)  # type: ignore[typeddict-item]
     # Not strict: a resumed run may ask for more samples than were answered before.
     questions = zip(parts.data.questions, state.answers_before, _answers(parts), strict=False)
     summary = Summary(

@@ -66,6 +66,8 @@ class Outline:
     lr: str
     records: str
     """The kind of the training records, the template that writes them, and what is learned."""
+    row_word: str
+    """What `train_rows` and `validation_rows` count: row or pair."""
     train_rows: int
     train_tokens: int
     loss_tokens: int
@@ -119,9 +121,9 @@ def make_outline(
     """
     run = recipe.run
     factors = {schedule.lr_factor(index) for index in range((schedule.layers or layers).num_blocks)}
-    rows = (
-        f"{run.batch_size} rows" if run.accumulation == 1 else f"{run.accumulation} × {run.batch_size} rows"
-    )
+    word = "row" if data.rows_per_record == 1 else "pair"
+    rows = plural(run.batch_size, word) if word == "pair" else f"{run.batch_size} rows"
+    rows = rows if run.accumulation == 1 else f"{run.accumulation} × {rows}"
     return Outline(
         model=recipe.model.name,
         method=_method_text(recipe.method),
@@ -142,7 +144,8 @@ def make_outline(
         batch=f"{rows} of up to {recipe.data.max_length:,} tokens",
         lr=f"{_lr_text(recipe, factors)}, {describe_schedule(recipe.optimizer, data.steps)}",
         records=data.records,
-        train_rows=len(data.train.rows),
+        row_word=word,
+        train_rows=len(data.train.rows) // data.rows_per_record,
         train_tokens=data.train.num_tokens,
         loss_tokens=data.train.num_loss_tokens,
         num_cut=data.train.num_cut,
@@ -153,7 +156,7 @@ def make_outline(
         skipped=data.skipped,
         duplicates=data.duplicates,
         deduplicates=recipe.data.deduplicate,
-        validation_rows=len(data.validation.rows),
+        validation_rows=len(data.validation.rows) // data.rows_per_record,
         validation_limit=recipe.data.validation_limit,
         validation_tokens=data.validation.num_tokens,
         example=data.mark(0),
@@ -213,7 +216,8 @@ def print_outline(outline: Outline, console: Console | None = None) -> None:
     left_out = [f"{outline.num_split:,} split at max_length"] if outline.num_split else []
     left_out += [f"{outline.num_cut:,} cut at max_length"] if outline.num_cut else []
     left_out += [f"{outline.num_dropped:,} dropped: longer than max_length"] if outline.num_dropped else []
-    left_out += [f"{outline.num_without_loss:,} dropped: no answer left"] if outline.num_without_loss else []
+    why = "no answer left" if outline.row_word == "row" else "equal answers left"
+    left_out += [f"{outline.num_without_loss:,} dropped: {why}"] if outline.num_without_loss else []
     left_out += [f"{outline.skipped:,} skipped: not usable"] if outline.skipped else []
     if outline.duplicates:
         what = "left out" if outline.deduplicates else "kept (data.deduplicate)"
@@ -223,7 +227,7 @@ def print_outline(outline: Outline, console: Console | None = None) -> None:
     rows += [
         ("lr", outline.lr),
         ("records", outline.records),
-        ("data", "; ".join([f"{plural(outline.train_rows, 'row')}, {tokens}", *left_out])),
+        ("data", "; ".join([f"{plural(outline.train_rows, outline.row_word)}, {tokens}", *left_out])),
         ("example", show_loss(outline.example, most=EXAMPLE_CHARACTERS)),
         ("held out", _held_out_text(outline)),
         ("device", outline.device),
@@ -238,7 +242,7 @@ def _held_out_text(outline: Outline) -> str:
         return "nothing, so nothing is evaluated (data.validation_share: 0)"
     is_limited = outline.validation_rows == outline.validation_limit
     limit = " (data.validation_limit)" if is_limited else ""
-    rows = plural(outline.validation_rows, "row")
+    rows = plural(outline.validation_rows, outline.row_word)
     return f"{rows}{limit}, {count_text(outline.validation_tokens)} tokens"
 
 

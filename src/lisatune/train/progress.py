@@ -154,7 +154,14 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
         style = "bold green" if after < before else "bold red"
         loss = Text.assemble(f"{before:.3f} → ", (f"{after:.3f}", style), f" ({after - before:+.3f})")
         rows.append(("held-out loss", loss))
-        rows.append(("perplexity", f"{_perplexity(before)} → {_perplexity(after)}"))
+        if "held_out_margin_after" not in summary:  # the loss of a pair is of no token
+            rows.append(("perplexity", f"{_perplexity(before)} → {_perplexity(after)}"))
+    if "held_out_accuracy_before" in summary and "held_out_accuracy_after" in summary:
+        shares = [100 * summary["held_out_accuracy_before"], 100 * summary["held_out_accuracy_after"]]
+        rows.append(("pairs in order", f"{shares[0]:.1f} % → {shares[1]:.1f} %"))
+    if "held_out_margin_before" in summary and "held_out_margin_after" in summary:
+        margins = summary["held_out_margin_before"], summary["held_out_margin_after"]
+        rows.append(("margin", f"{margins[0]:.3f} → {margins[1]:.3f}"))
     for name, score in summary.get("scores", {}).items():
         rows.append((name, f"{score_text(score)} {score['metric']}, {plural(score['items'], 'question')}"))
     if "best_step" in summary:

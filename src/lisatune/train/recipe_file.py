@@ -32,6 +32,7 @@ from lisatune.methods import METHODS, Method
 from lisatune.methods.optimizers import check_name
 from lisatune.recipe import (
     DataConfig,
+    LossConfig,
     ModelConfig,
     OptimizerConfig,
     Recipe,
@@ -53,6 +54,7 @@ SECTIONS: dict[str, type] = {
     "model": ModelConfig,
     "data": DataConfig,
     "method": METHODS["lisa"],
+    "loss": LossConfig,
     "optimizer": OptimizerConfig,
     "run": RunConfig,
 }

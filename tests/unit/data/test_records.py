@@ -192,7 +192,7 @@ def test_fields_that_carry_meaning_are_honoured(tmp_path: Path, row: Any, normal
         ({"prompt": "1", "chosen": "2", "rejected": "3"}, "'chosen' holds a preferred answer"),
         (
             {"prompt": "1", "completion": "2", "rejected": "3"},
-            "preference data; train on it",
+            "preference data; set loss.name: dpo",
         ),
         (ALPACA | {"history": [["Hi"]]}, "'history', pair 1 must be [question, answer], got a list"),
     ],

@@ -30,7 +30,7 @@ def token_chunks(hidden: Tensor, weight: Tensor, target: Tensor, transform: obje
 
 
 def vocabulary_slices(hidden: Tensor, weight: Tensor, target: Tensor, transform: object) -> Tensor:
-    return VocabularySlices.apply(hidden, weight, target, transform, hidden.dtype)
+    return VocabularySlices.apply(hidden, weight, target, transform, hidden.dtype).sum()
 
 
 def results(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
@@ -100,8 +100,11 @@ def test_no_position_gives_a_zero_with_zero_gradients(order: Callable[..., Tenso
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_order_follows_from_the_dtype_of_a_head_that_trains(dtype: torch.dtype) -> None:
     hidden, weight, target = inputs(dtype)
+    made_by = linear_cross_entropy(hidden, weight, target).grad_fn
+    if dtype == torch.bfloat16:  # each token's loss, then their sum
+        made_by = made_by.next_functions[0][0]
     expected = "TokenChunks" if dtype == torch.float32 else "VocabularySlices"
-    assert expected in type(linear_cross_entropy(hidden, weight, target).grad_fn).__name__
+    assert expected in type(made_by).__name__
     loss = linear_cross_entropy(hidden, weight.detach(), target)
     assert "TokenChunks" in type(loss.grad_fn).__name__
     with torch.no_grad():
@@ -151,3 +154,17 @@ def test_fake_tensors_can_trace_it(dtype: torch.dtype) -> None:
         weight = torch.empty(V, H, dtype=dtype, requires_grad=True)
         linear_cross_entropy(hidden, weight, torch.empty(N, dtype=torch.long)).backward()
     assert weight.grad.shape == (V, H)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_each_tokens_loss_has_a_gradient_of_its_own(trains: bool) -> None:
+    hidden, weight, target = inputs()
+    weight.requires_grad_(trains)
+    leaves = [hidden, weight] if trains else [hidden]
+    factors = torch.linspace(-1, 2, N)
+    each = linear_cross_entropy(hidden, weight, target, each=True)
+    want = cross_entropy(hidden @ weight.T, target, reduction="none")
+    torch.testing.assert_close(each, want, rtol=1e-5, atol=1e-5)
+    got = torch.autograd.grad((each * factors).sum(), leaves)
+    expected = torch.autograd.grad((want * factors).sum(), leaves)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)

@@ -45,6 +45,7 @@ def outline_of(method: Method, device: str = "meta", start_step: int = 0, **run:
         skipped=2,
         duplicates=0,
         records="alpaca",
+        rows_per_record=1,
         mark=lambda row: (("Why\x1b[31m?\n" + "so " * 50, False), ("Because", True)),
     )
     with torch.device(device):

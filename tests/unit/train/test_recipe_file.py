@@ -97,10 +97,10 @@ def test_off_is_a_word_and_null_is_nothing(tmp_path: Path) -> None:
         ),
         ("data: {train: t}\n", "{}: model.name is missing; add it"),
         ("model: {name: a}\n", "{}: data.train is missing; add it"),
-        (BASE + "lisa: 5\n", "{}: unknown section 'lisa'. Known: model, data, method, optimizer, run"),
+        (BASE + "lisa: 5\n", "{}: unknown section 'lisa'. Known: model, data, method, loss, optimizer, run"),
         (
             BASE + "rum: {}\n",
-            "{}: unknown section 'rum'. Did you mean 'run'? Known: model, data, method, optimizer, run",
+            "{}: unknown section 'rum'. Did you mean 'run'? Known: model, data, method, loss, optimizer, run",
         ),
         (BASE + "method: 5\n", "{}: section method must hold keys, a `key: value` per line, got 5"),
         (BASE + "run: {stepz: 5}\n", "{}: unknown key 'run.stepz'. Did you mean 'run.steps'?"),
