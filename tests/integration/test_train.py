@@ -61,7 +61,7 @@ def metrics(recipe: Path, output: str) -> list[dict[str, Any]]:
 
 def assert_same_model(recipe: Path, output: str, other: str) -> None:
     # model.safetensors, or adapter_model.safetensors
-    files = (next((recipe.parent / name / "model").glob("*model.safetensors")) for name in (output, other))
+    files = (next((recipe.parent / name / "model").glob("*.safetensors")) for name in (output, other))
     one, two = (load_file(file) for file in files)
     assert one.keys() == two.keys()
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
@@ -208,7 +208,7 @@ def test_the_model_is_written_in_the_dtype_of_its_source_unless_asked(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # fp32 takes more memory than the files
         summary = run(recipe, "run", *options)
-        (file,) = (tmp_path / "run" / "model").glob("*model.safetensors")
+        (file,) = (tmp_path / "run" / "model").glob("*.safetensors")
         assert {tensor.dtype for tensor in load_file(file).values()} == {dtype}
         # The loss after training is that of the written model, to the bit.
         parts = assemble(load_recipe(recipe, options))
