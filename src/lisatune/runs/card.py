@@ -218,7 +218,10 @@ def _facts(
     before, after = summary.get("held_out_loss_before"), summary.get("held_out_loss_after")
     if before is not None and after is not None:
         best = f", of step {summary['best_step']:,}" if "best_step" in summary else ""
-        yield "held-out loss per token", f"{before:.4f} before, {after:.4f} after{best}"
+        each = (
+            "token" if recipe.get("loss", {}).get("name", "causal_lm") == "causal_lm" else "pair of answers"
+        )
+        yield f"held-out loss per {each}", f"{before:.4f} before, {after:.4f} after{best}"
     if "model_dtype" in summary:
         yield "dtype", f"{summary['model_dtype']}, rounded once after training"
     known = [f"{name} {versions[name]}" for name in ("lisatune", "torch", "transformers") if name in versions]

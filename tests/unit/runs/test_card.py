@@ -53,6 +53,13 @@ def test_the_text_has_data_method_seeds_losses_versions_and_the_recipe() -> None
     assert read(text).license is None
 
 
+def test_the_loss_of_pairs_is_that_of_a_pair() -> None:
+    text = make_card(
+        Base("some/base", "some/base", {}), RECIPE | {"loss": {"name": "dpo"}}, SUMMARY, VERSIONS
+    )
+    assert "held-out loss per pair of answers" in text
+
+
 def test_no_local_path_and_no_key_is_in_the_card() -> None:
     recipe = RECIPE | {
         "model": {"name": "/home/me/secret/base"},
