@@ -54,7 +54,7 @@ from lisatune.recipe import (
         (
             DataConfig,
             {"train": "t", "kind": "csv"},
-            "data.kind must be one of auto, alpaca, prompt-completion,",
+            "data.kind must be one of auto, messages, sharegpt, oasst,",
         ),
     ],
 )
@@ -73,6 +73,7 @@ def test_each_choice_is_taken() -> None:
 
 
 def test_a_models_source_is_what_its_loaders_take() -> None:
-    model = ModelConfig(name="m", revision="v1", attention="sdpa")
+    model = ModelConfig(name="m", revision="v1", attention="sdpa", new_tokens=("<x>",))
     assert model.location == {"name": "m", "revision": "v1", "trust_remote_code": False}
-    assert model.source == model.location | {"attention": "sdpa"}
+    assert model.tokenizer == model.location | {"new_tokens": ("<x>",)}
+    assert model.source == model.tokenizer | {"attention": "sdpa"}
