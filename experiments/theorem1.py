@@ -74,7 +74,7 @@ class Regression(nn.Module):
 def load_digits() -> tuple[Tensor, Tensor]:
     """Return images, float32 [1797, 64] in [0, 1], and labels, int64 [1797]."""
     try:
-        from sklearn import datasets  # type: ignore[import-untyped]
+        from sklearn import datasets
     except ImportError as error:
         raise ImportError("the digits come with scikit-learn: pip install scikit-learn") from error
     images, labels = datasets.load_digits(return_X_y=True)
