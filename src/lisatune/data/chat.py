@@ -174,9 +174,9 @@ class Chat:
     ) -> list[tuple[str, bool]]:
         """Write the conversation as longer and longer prefixes; the last one is the whole conversation.
 
-        A template that marks answers itself (`{% generation %}`) serves where this cannot be told from what
-        it writes. Elsewhere its marks are not needed: without the header that asks for an answer and the
-        blanks after its stop, which a model does not have to write, they say the same.
+        Where answers cannot be told from what the template writes, its own marks (`{% generation %}`) are
+        taken, if it has any. They come second, because many templates also mark the header that asks for an
+        answer and the blanks after its stop, which a model does not have to write.
 
         Args:
             messages: the conversation.
@@ -197,14 +197,14 @@ class Chat:
         if last:
             answers = answers[-1:]
         try:
-            return self._find_answers(messages, answers, tools)
+            return self.find_answers(messages, answers, tools)
         except RewrittenError:
-            marked = self._read_marks(messages, answers, tools) if self._marks_answers else None
+            marked = self.read_marks(messages, answers, tools) if self._marks_answers else None
             if marked is None:
                 raise
             return marked
 
-    def _read_marks(
+    def read_marks(
         self, messages: Messages, answers: list[int], tools: Tools
     ) -> list[tuple[str, bool]] | None:
         """Take the template's own marks; None if it does not mark every assistant's turn once."""
@@ -237,7 +237,7 @@ class Chat:
                 found += [(full[:begin], False), (full[:stop], messages[index].get("train") is not False)]
         return found if found and found[-1][0] == full else [*found, (full, False)]
 
-    def _find_answers(self, messages: Messages, answers: list[int], tools: Tools) -> list[tuple[str, bool]]:
+    def find_answers(self, messages: Messages, answers: list[int], tools: Tools) -> list[tuple[str, bool]]:
         """Find where answers begin and end by writing longer and longer parts of the conversation."""
         full = self.render(messages, tools=tools)
         found: list[tuple[str, bool]] = []

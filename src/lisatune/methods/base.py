@@ -57,7 +57,7 @@ class Method:
     """Whether embedding, head and final norm may train, and so have a learning rate of their own."""
 
     num_moments: ClassVar[int] = 2
-    """Numbers that AdamW keeps for each trained number; 0 if the method has no use for moments."""
+    """Numbers that AdamW keeps for each trained number; 0 if the method keeps no moments."""
 
     lr_scale: ClassVar[float] = 1.0
     """Learning rate that suits the method, as a multiple of LoRA's: few trained numbers take larger steps."""

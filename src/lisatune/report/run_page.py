@@ -70,7 +70,8 @@ def make_runs_page(folders: Sequence[Path], *, card_bytes: int | None = None, we
         intro=[f"{run.name}: {_describe(run)}" for run in found],
         problems=[problem for run in runs for problem in run.problems],
         overview=_make_overview(found),
-        overview_note="Loss is measured on each run's own held-out records, in nats per token. "
+        overview_note="Loss is measured on each run's own held-out records, in nats per token, or per "
+        "pair of answers with loss.name: dpo. "
         + (
             "Marked: the best of each column; runs on different data or lengths cannot be compared. "
             if found[1:]

@@ -304,7 +304,7 @@ def test_marks_of_a_template_and_our_own_say_the_same(name: str) -> None:
     messages = [SYSTEM, USER, BOT, USER, BOT | {"content": "Bye"}, USER]
     found = answers(tokenizer, messages)
     chat = Chat(tokenizer)
-    marks = chat._read_marks(messages, [2, 4], None)
+    marks = chat.read_marks(messages, [2, 4], None)
     assert marks is not None
-    assert marks == chat._find_answers(messages, [2, 4], None)
+    assert marks == chat.find_answers(messages, [2, 4], None)
     assert len(found) == 2
