@@ -27,8 +27,8 @@ accuracy 0.743 and 1.0, distance 9.868 and 0.8. Where the best rate is at the ed
           distance 8.491, 0.702
 
 By the loss full fine-tuning is far ahead, then LISA, then LoRA. By the accuracy of its digits full
-fine-tuning is the worst, and none is better than the teacher read as a student. So the loss is no good judge
-of images here.
+fine-tuning is the worst, and none is better than the teacher read as a student. So this loss is no good
+judge of images.
 """
 
 import argparse
