@@ -7,7 +7,9 @@ without full logits, so that peers need as little memory as possible. Arms run o
 process. Time is the mean of --steps steps after two warm-up steps: LISA draws every 5 steps, and a step's
 time depends on the draw. Memory is measured over two steps with the draw that the plan expects to need most:
 planned live tensors, the most that torch allocated, and the most that it took from the device. With --device
-cpu, live tensors stand for both.
+cpu, live tensors stand for both. MFU is the FLOPs that the timed steps need over their time and the card's
+peak (src/lisatune/train/flops.py); a card that is not known, and the CPU, have none. --compile compiles the
+blocks first and says how long that took.
 """
 
 import argparse
@@ -29,6 +31,8 @@ from lisatune.memory.plan import MemoryPlan, _batch, plan_memory
 from lisatune.methods.build import Built, build, weight_dtype
 from lisatune.models.shapes import shape_config
 from lisatune.recipe import Recipe
+from lisatune.train.compiling import build_graphs
+from lisatune.train.flops import needed_flops, utilization
 from lisatune.train.recipe_file import recipe_without_file
 
 SMALL = "optimizer.moments=8bit optimizer.rounding=stochastic"
@@ -52,6 +56,10 @@ ARMS = {
     "BAdam": "method.name=badam",
 }
 WARM_UP = 2
+HEAD = (
+    "| method | planned GiB | allocated GiB | difference | taken GiB | tokens/s | time / LoRA r=16 | MFU | "
+    "compiling s |"
+)
 
 
 def make_recipe(options: argparse.Namespace, keys: str) -> Recipe:
@@ -60,7 +68,7 @@ def make_recipe(options: argparse.Namespace, keys: str) -> Recipe:
     common = (
         f"model.name={options.shape} data.train=none data.max_length={options.length} run.precision=bf16 "
         f"run.batch_size={options.batch} run.steps=1000 run.device={options.device} "
-        f"run.activation_checkpointing={checkpointing}"
+        f"run.activation_checkpointing={checkpointing} run.compile={str(options.compile).lower()}"
     )
     shape: Any = shape_config(options.shape)
     return recipe_without_file(f"{common} {keys.replace('ALL', str(shape.num_hidden_layers))}".split())
@@ -87,8 +95,12 @@ def measure(recipe: Recipe, plan: MemoryPlan, steps: int) -> dict[str, Any]:
     device = torch.device(recipe.run.device)
     built = load(recipe, device)
     batches = [_batch(recipe, built.model, recipe.data.max_length)]
+    lengths = [recipe.data.max_length] * recipe.run.batch_size
+    compiling = build_graphs(recipe, built, device) if built.blocks and recipe.run.compile is True else None
+    flops: list[int | None] = []
 
     def step() -> float:
+        flops.append(needed_flops(built.model, built.layers, lengths))
         started = time.perf_counter()
         built.step.backward(batches)
         built.step.clip()
@@ -97,7 +109,9 @@ def measure(recipe: Recipe, plan: MemoryPlan, steps: int) -> dict[str, Any]:
             torch.cuda.synchronize()
         return time.perf_counter() - started
 
-    seconds = [step() for _ in range(WARM_UP + steps)]
+    seconds = [step() for _ in range(WARM_UP + steps)][WARM_UP:]
+    needed = [each for each in flops[WARM_UP:] if each is not None]
+    speed = utilization(sum(needed), sum(seconds), device) if len(needed) == steps else {}
     if plan.active_blocks is not None:
         built.schedule.hold(plan.active_blocks)
     if device.type == "cuda":
@@ -112,7 +126,8 @@ def measure(recipe: Recipe, plan: MemoryPlan, steps: int) -> dict[str, Any]:
             tracker.end_step()
             step()
             allocated = taken = tracker.end_step().peak_bytes
-    return {"seconds": seconds[WARM_UP:], "allocated_bytes": allocated, "reserved_bytes": taken}
+    figures = {"seconds": seconds, "allocated_bytes": allocated, "reserved_bytes": taken}
+    return figures | speed | ({} if compiling is None else {"compile_seconds": compiling})
 
 
 def row(name: str, figures: dict[str, Any], reference: float | None, tokens: int) -> str:
@@ -120,12 +135,14 @@ def row(name: str, figures: dict[str, Any], reference: float | None, tokens: int
     planned = figures["planned_bytes"]
     start = f"| {name} | {planned / 2**30:.2f} | "
     if "allocated_bytes" not in figures:
-        return start + f"{figures['failed']} | | | | |"
+        return start + f"{figures['failed']} | | | | | | |"
     allocated, taken, seconds = (figures[key] for key in ("allocated_bytes", "reserved_bytes", "seconds"))
     ratio = "" if reference is None else f"{mean(seconds) / reference:.2f}"
+    mfu = f"{figures['mfu']:.0%}" if "mfu" in figures else ""
+    compiling = f"{figures['compile_seconds']:.0f}" if "compile_seconds" in figures else ""
     return start + (
         f"{allocated / 2**30:.2f} | {planned / allocated - 1:+.1%} | {taken / 2**30:.2f} | "
-        f"{tokens / mean(seconds):,.0f} | {ratio} |"
+        f"{tokens / mean(seconds):,.0f} | {ratio} | {mfu} | {compiling} |"
     )
 
 
@@ -137,6 +154,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--checkpointing", choices=("none", "all", "frozen"), default="none")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks before the first step")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--arms", help="names, separated by semicolons; default: all")
     parser.add_argument("--output", type=Path)
@@ -146,8 +164,7 @@ def main() -> None:
     names = options.arms.split(";") if options.arms else list(ARMS)
     recipes = {name: make_recipe(options, ARMS[name]) for name in names}
     found: dict[str, dict[str, Any]] = {}
-    head = "| method | planned GiB | allocated GiB | difference | taken GiB | tokens/s | time / LoRA r=16 |"
-    print(head, "|---|---|---|---|---|---|---|", sep="\n")
+    print(HEAD, "|---|---|---|---|---|---|---|---|---|", sep="\n")
     with ProcessPoolExecutor(options.planners, get_context("spawn")) as pool:
         plans = {name: pool.submit(make_plan, recipe) for name, recipe in recipes.items()}
         for name, recipe in recipes.items():

@@ -108,19 +108,27 @@ if "$python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("bitsandb
 else
   methods='not qlora'
 fi
-shape=llama-3.1-8b length=2048 steps=20
+few='LoRA r=16;LISA γ=2, frozen ends'
+[ -z "$qlisa" ] || few="$few;LISA γ=8, 8-bit;full, 8-bit"
+shape=llama-3.1-8b length=2048 steps=20 batch=4
 if [ -n "$tiny" ]; then
-  arms='LISA γ=2' qlisa=${qlisa:+QLISA NF4 γ=2, frozen ends} methods='bit_equal and ends' shape=smollm2-135m length=16 steps=1
+  arms='LISA γ=2' qlisa=${qlisa:+QLISA NF4 γ=2, frozen ends} methods='bit_equal and ends' shape=smollm2-135m length=16 steps=2 few='LISA γ=2, frozen ends' batch=2
 fi
 
 section gpu-tests 75 "${pytest[@]}" tests/gpu tests/unit/optim/test_adamw_triton.py
-section conformance 150 "${pytest[@]}" tests/conformance -k "$methods"
-section plans 60 "$python" benchmarks/gpu.py --device "$device" --shape smollm2-135m --length "$((length / 4))" \
+section conformance 90 "${pytest[@]}" tests/conformance -k "$methods"
+section plans 45 "$python" benchmarks/gpu.py --device "$device" --shape smollm2-135m --length "$((length / 4))" \
   --steps 1 --arms "$arms" --output @JSON
-[ -z "$qlisa" ] || section qlisa-8b 90 "$python" benchmarks/gpu.py --device "$device" --shape "$shape" \
+[ -z "$qlisa" ] || section qlisa-8b 60 "$python" benchmarks/gpu.py --device "$device" --shape "$shape" \
   --length "$length" --steps "$steps" --checkpointing all --arms "$qlisa" --output @JSON
-section steps-8b 150 "$python" benchmarks/gpu.py --device "$device" --shape "$shape" --length "$length" \
+section steps-8b 105 "$python" benchmarks/gpu.py --device "$device" --shape "$shape" --length "$length" \
   --steps "$steps" --arms "$arms" --output @JSON
+section compiled-8b 50 "$python" benchmarks/gpu.py --device "$device" --shape "$shape" --length "$length" \
+  --steps "$steps" --compile --arms "$few" --output @JSON
+section batch-4-8b 50 "$python" benchmarks/gpu.py --device "$device" --shape "$shape" --length "$length" --batch "$batch" \
+  --checkpointing all --steps "$((steps / 2))" --arms "$few" --output @JSON
+section compiled-batch-4-8b 50 "$python" benchmarks/gpu.py --device "$device" --shape "$shape" --length "$length" \
+  --batch "$batch" --checkpointing all --steps "$((steps / 2))" --compile --arms "$few" --output @JSON
 
 [ "$seen" -gt 0 ] || { echo "gpu_all.sh: no section $only" >&2; exit 2; }
 exit "$failed"

@@ -326,8 +326,11 @@ class RunConfig:
     activation_checkpointing: bool | Literal["frozen"] = False
     """Recompute activations in backward instead of storing them: in all blocks, or in frozen ones only."""
 
-    compile: bool = False
-    """Compile the blocks before the first step: one graph for frozen blocks and one for active ones."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compile the blocks before the first step: one graph for frozen blocks and one for active ones.
+
+    auto: on a CUDA card, where the method allows it and the run is long enough to pay for it.
+    """
 
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, `mps`, … auto: an accelerator if there is one."""

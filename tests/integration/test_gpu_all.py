@@ -53,6 +53,9 @@ esac
         "plans": "complete",
         "qlisa-8b": "complete",
         "steps-8b": "complete",
+        "compiled-8b": "complete",
+        "batch-4-8b": "complete",
+        "compiled-batch-4-8b": "complete",
     }
     assert sections["gpu-tests"]["log"] == ["broken"]
     assert sections["plans"]["figures"] == {"arms": 1}

@@ -202,7 +202,7 @@ def _measure_step(recipe: Recipe) -> MemoryResult:
     if draw is not None:
         how += f", {built.schedule.word}s {ranges_text(draw)} active"
     return MemoryResult(
-        how=how + (", not compiled" if recipe.run.compile else ""),
+        how=how + (", not compiled" if recipe.run.compile is True else ""),
         peak_bytes=result.peak_bytes,
         phase=result.phase,
         at_peak=result.at_peak,

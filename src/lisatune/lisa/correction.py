@@ -35,6 +35,7 @@ __all__ = [
     "Kind",
     "count_trainable",
     "find_correction",
+    "trainable_parameters",
 ]
 
 Kind = Literal["lora", "sign"]
@@ -197,8 +198,13 @@ def find_correction(model: nn.Module) -> FrozenCorrection | None:
     return vars(model).get("_correction")
 
 
-def count_trainable(model: nn.Module) -> int:
-    """Count the numbers that train now, those of adapters beside frozen blocks included."""
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that train now, those of adapters beside frozen blocks included."""
     correction = find_correction(model)
     own = [p for p in model.parameters() if p.requires_grad]
-    return sum(p.numel() for p in (own if correction is None else own + correction.parameters()))
+    return own if correction is None else own + correction.parameters()
+
+
+def count_trainable(model: nn.Module) -> int:
+    """Count the numbers that train now, those of adapters beside frozen blocks included."""
+    return sum(p.numel() for p in trainable_parameters(model))

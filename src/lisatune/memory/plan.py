@@ -166,7 +166,7 @@ def plan_memory(
     started = time.perf_counter()
     device = recipe.run.device.partition(":")[0]
     device = pick_device("auto").type if device == "auto" else device
-    compiles, run = recipe.run.compile, replace(recipe.run, compile=False, device=device)
+    compiles, run = recipe.run.compile is True, replace(recipe.run, compile=False, device=device)
     recipe = replace(recipe, method=recipe.method.without_proof(), run=run)
     note = (
         "planned without run.compile: compiled blocks keep as many activations, or fewer"

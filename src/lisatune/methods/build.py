@@ -197,7 +197,7 @@ def check_recipe(recipe: Recipe) -> None:
             "model.new_tokens does not work on several ranks yet; add them in a run of one step on one rank, "
             "and continue from its model"
         )
-    if recipe.run.compile:
+    if recipe.run.compile is True:
         raise ValueError("run.compile does not work on several ranks yet; set it to false")
     if recipe.loss.name != "causal_lm":
         raise ValueError(f"loss.name: {recipe.loss.name} runs in one process only yet; use causal_lm")
@@ -213,7 +213,7 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def _set_block_forward(recipe: Recipe, model: nn.Module) -> BlockForward | None:
-    asked, compiles = recipe.run.activation_checkpointing, recipe.run.compile
+    asked, compiles = recipe.run.activation_checkpointing, recipe.run.compile is True
     if asked is True and not compiles:
         enable_activation_checkpointing(model)
         return None

@@ -157,7 +157,7 @@ class Lisa(Method):
         """Refuse what cannot work beside `unit: module` or `correction: sign`, and a bad `sampler_file`."""
         if self.sampler_file is not None:
             read_sampler_file(self.sampler_file, self.sampler)
-        if self.unit == "module" and run.compile:
+        if self.unit == "module" and run.compile is True:
             raise ValueError(
                 "run.compile builds graphs of whole blocks, frozen or active, and method.unit: module trains "
                 "parts of them, so each draw would compile anew; set run.compile: false, or use method.unit: "

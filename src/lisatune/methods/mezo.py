@@ -115,7 +115,7 @@ class MeZO(Method):
                 "run.activation_checkpointing cannot work with method mezo: there is no backward, so no "
                 "activations are kept; set it to false"
             )
-        if run.compile:
+        if run.compile is True:
             raise ValueError(
                 "run.compile cannot work with method mezo: blocks are compiled for passes with gradients, "
                 "and mezo has none; set it to false"

@@ -35,7 +35,7 @@ class Prefix(VirtualTokens):
                 "run.activation_checkpointing cannot work with method prefix: blocks that run again take no "
                 "keys and values from outside; set it to false, or use method prompt"
             )
-        if run.compile:
+        if run.compile is True:
             raise ValueError(
                 "run.compile cannot work with method prefix: compiled blocks take no keys and values from "
                 "outside; set it to false, or use method prompt"

@@ -30,7 +30,7 @@ class QLora(LowRank):
 
     def check_mix(self, data: DataConfig, run: RunConfig) -> None:
         """Refuse compiling, which does not work with 4-bit layers yet."""
-        if run.compile:
+        if run.compile is True:
             raise ValueError("run.compile cannot work with method qlora yet; set it to false, or use lora")
 
     def check_device(self, device: torch.device) -> None:

@@ -37,6 +37,7 @@ __all__ = [
     "RunFolder",
     "check_output",
     "first_day",
+    "first_value",
     "is_finished",
     "is_run",
     "open_folder",
@@ -321,13 +322,20 @@ def first_day(path: Path) -> str | None:
 
     It is in the run's recipe. A run from before the key `data.date` existed rendered on the day it began.
     """
+    with suppress(OSError, ValueError):
+        return (
+            first_value(path, "data", "date")
+            or datetime.fromisoformat(_read_json(path / "environment.json")["time"]).date().isoformat()
+        )
+    return None
+
+
+def first_value(path: Path, section: str, key: str) -> Any:
+    """Return a value of the recipe that a run began with; None if the folder is not a run's, or lacks it."""
     from lisatune.files import yaml
 
-    with suppress(OSError, ValueError, AttributeError):
-        date = yaml.load((path / "recipe.yaml").read_text(encoding="utf-8"))["data"].get("date")
-        return (
-            date or datetime.fromisoformat(_read_json(path / "environment.json")["time"]).date().isoformat()
-        )
+    with suppress(OSError, ValueError, AttributeError, KeyError):
+        return yaml.load((path / "recipe.yaml").read_text(encoding="utf-8"))[section].get(key)
     return None
 
 

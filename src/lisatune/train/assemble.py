@@ -3,6 +3,7 @@
 Everything still requires grad while the optimizer is built. The schedule of blocks attaches last and freezes.
 """
 
+import dataclasses
 import random
 import shutil
 import warnings
@@ -23,7 +24,6 @@ from lisatune.distributed import ranks
 from lisatune.distributed.ranks import pick_device
 from lisatune.distributed.shards import shard
 from lisatune.files.masters import DiskMasters
-from lisatune.lisa.correction import find_correction
 from lisatune.lisa.schedule import BlockSchedule
 from lisatune.memory.process import available_bytes
 from lisatune.methods.build import (
@@ -39,11 +39,12 @@ from lisatune.methods.build import (
 from lisatune.models.hf import announce_remote_code, check_attention
 from lisatune.models.load import load_model, load_tokenizer, meta_model, stored_dtype
 from lisatune.models.sharded import load_for_ranks, load_mapped
-from lisatune.nn.blocks import BlockForward, check_compiler
-from lisatune.nn.coded import Masters, coded_weights
+from lisatune.nn.blocks import check_compiler
+from lisatune.nn.coded import Masters
 from lisatune.nn.hidden import max_positions
 from lisatune.nn.layers import LayerMap, find_layers
 from lisatune.recipe import Recipe
+from lisatune.train.compiling import Choice, build_graphs, choose
 from lisatune.train.schedule import make_scheduler, warn_of_long_warmup
 
 __all__ = ["Parts", "assemble", "batch_length", "check_fits", "rehearse", "seed_generators"]
@@ -62,6 +63,8 @@ class Parts:
     data: RunData
     scheduler: LambdaLR
     built: Built
+    compiling: Choice
+    """Whether the blocks are compiled; `recipe.run.compile` says so too."""
     compile_seconds: float | None = None
     """Wall time of compiling the blocks before the first step; None if nothing was compiled."""
     save_dtype: torch.dtype | None = None
@@ -97,12 +100,6 @@ class Parts:
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler", UserWarning)
             self.scheduler.step()
 
-    def trainable(self) -> list[nn.Parameter]:
-        """Return the parameters that train now, adapters of a correction included."""
-        correction = find_correction(self.built.model)
-        own = [p for p in self.built.model.parameters() if p.requires_grad]
-        return own if correction is None else own + correction.parameters()
-
 
 def batch_length(longest: int, recipe: Recipe, model: nn.Module) -> int:
     """Return the length in tokens that each row of a batch is padded to, from that of its longest row."""
@@ -128,14 +125,17 @@ def assemble(recipe: Recipe, before_load: Callable[..., None] | None = None) -> 
     recipe.method.check_device(device)
     if ranks.count() > 1:
         check_recipe(recipe)
-    if run.compile and device.type == "cpu":
+    if run.compile is True and device.type == "cpu":
         check_compiler()
     tokenizer = load_tokenizer(**source.tokenizer)
     data = prepare_data(recipe, tokenizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come again with the real model
-        rehearsed = rehearse(recipe, data.steps)[0]
+        rehearsed, layers, _ = rehearse(recipe, data.steps)
         check_fits(rehearsed, data)
+    compiling = choose(recipe, device, rehearsed, layers, data)
+    run = dataclasses.replace(run, compile=compiling.compiles)
+    recipe = dataclasses.replace(recipe, run=run)
     if before_load is not None:
         before_load(device, steps=data.steps, length=batch_length(data.train.longest, recipe, rehearsed))
     seed_generators(run.seed)
@@ -158,10 +158,10 @@ def assemble(recipe: Recipe, before_load: Callable[..., None] | None = None) -> 
         built.step.loss.check_packing()
     warn_of_long_warmup(recipe.optimizer, data.steps)
     scheduler = make_scheduler(recipe.optimizer, built.step.optimizer, data.steps)
-    parts = Parts(recipe, device, tokenizer, data, scheduler, built)
+    parts = Parts(recipe, device, tokenizer, data, scheduler, built, compiling)
     parts.save_dtype = save_dtype(recipe, built.model)
     if run.compile and built.blocks is not None:
-        parts.compile_seconds = _compile(parts, built.blocks)
+        parts.compile_seconds = build_graphs(recipe, built, device)
     return parts
 
 
@@ -205,31 +205,6 @@ def _choose_masters(
             f"free; set method.master to {other}"
         )
     return asked
-
-
-def _compile(parts: Parts, blocks: BlockForward) -> float:
-    """Compile all graphs on a made-up batch; its odd length equals no dimension of a weight."""
-    config, built = parts.recipe, parts.built
-    longest = min(config.data.max_length, max_positions(built.model) or config.data.max_length)
-    length = max(longest // 2, 8) | 1
-    num_rows = config.run.batch_size * config.loss.rows_per_record
-    ids_BT = torch.zeros(num_rows, length, dtype=torch.long)
-    position_ids_BT = torch.arange(length).expand_as(ids_BT)
-    if config.data.packing:  # two records in each sequence
-        position_ids_BT = position_ids_BT % (length // 2 + 1)
-    batch = {"input_ids": ids_BT, "labels": ids_BT, "position_ids": position_ids_BT}
-    batch = {name: ids.to(parts.device) for name, ids in batch.items()}
-
-    def run() -> None:  # no `backward()`: nothing may reach the parameters' gradients and their hooks
-        dtype = built.step.autocast
-        with torch.autocast(parts.device.type, dtype=dtype, enabled=dtype is not None):
-            loss, _ = built.step.loss(batch)
-        torch.autograd.grad(loss, parts.trainable(), allow_unused=True)
-
-    ends = list(built.layers.end_parameters(built.model).values())
-    # Coded blocks cannot be made active by a flag. The blocks drawn first show every graph.
-    draws = built.schedule.active_blocks is not None and not coded_weights(built.model)
-    return blocks.warm_up(run, embedding=ends, rests=built.schedule.ends_rest, draws=draws)
 
 
 def rehearse(recipe: Recipe, steps: int) -> tuple[nn.Module, LayerMap, BlockSchedule]:

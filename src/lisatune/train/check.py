@@ -26,9 +26,10 @@ from lisatune.recipe import DataConfig, Recipe
 from lisatune.runs.folder import check_output
 from lisatune.train.assemble import check_fits, rehearse
 from lisatune.train.benchmarks import check_tasks
+from lisatune.train.compiling import choose
 from lisatune.train.outline import Outline, make_outline, print_outline
 from lisatune.train.progress import check_trackers
-from lisatune.train.resume import choose_start, find_checkpoint, fix_date, read_finished
+from lisatune.train.resume import choose_start, find_checkpoint, fix_compile, fix_date, read_finished
 
 __all__ = ["CheckReport", "check", "print_report"]
 
@@ -95,7 +96,7 @@ def check(
     if resume == "auto" and not overwrite:
         resume, overwrite = choose_start(output)
     resume = bool(resume)
-    recipe = fix_date(recipe, resume=resume)
+    recipe = fix_compile(fix_date(recipe, resume=resume), resume=resume)
     report.attempt(check_output, output, recipe.as_dict(), resume=resume, overwrite=overwrite)
     if resume and not report.problems and read_finished(output, recipe.as_dict()) is None:
         report.attempt(find_checkpoint, output)
@@ -114,7 +115,11 @@ def check(
     if attached is not None and data is not None:
         report.attempt(check_fits, attached[0], data)
     if attached is not None and data is not None and device is not None:
-        report.outline = make_outline(recipe, *attached, data, device=str(device))
+        model, layers, schedule = attached
+        blocks = choose(recipe, device, model, layers, data).why
+        report.outline = make_outline(
+            recipe, model, layers, schedule, data, device=str(device), blocks=blocks
+        )
     return report
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from lisatune.data.batches import my_share
 from lisatune.distributed import ranks
 from lisatune.evaluate.held_out import generate_answers, held_out_loss
+from lisatune.lisa.correction import count_trainable
 from lisatune.memory import process
 from lisatune.memory.check import MemoryCheck, say_what_fits
 from lisatune.models.load import save_model
@@ -41,6 +42,7 @@ from lisatune.train.resume import (
     begin,
     choose_start,
     find_checkpoint,
+    fix_compile,
     fix_date,
     read_finished,
     restore,
@@ -105,7 +107,7 @@ def _train(
     if resume == "auto" and not overwrite:
         resume, overwrite = json.loads(ranks.broadcast_text(json.dumps(choose_start(output))))
     resume = bool(resume)
-    recipe = fix_date(recipe, resume=resume)
+    recipe = fix_compile(fix_date(recipe, resume=resume), resume=resume)
     ranks.on_rank0(lambda: check_output(output, recipe.as_dict(), resume=resume, overwrite=overwrite))
     check_trackers(recipe.run.report_to)
     if recipe.run.evaluate is not None:
@@ -118,6 +120,7 @@ def _train(
         find_checkpoint(output)
     check = MemoryCheck(recipe)
     parts = assemble(recipe, check.before_load)
+    recipe = parts.recipe  # with the answer to run.compile: auto
     state, damaged = restore(parts, output) if resume else (begin(parts), [])
     with (
         open_folder(output, recipe.as_dict(), resume=resume, overwrite=overwrite) as folder,
@@ -140,6 +143,7 @@ def _train(
             parts.data,
             device=str(parts.device),
             start_step=state.step,
+            blocks=parts.compiling.why,
         )
         print_outline(outline)
         state.reference = attach_reference(parts, folder.reference, state.reference if resume else None, bar)
@@ -225,7 +229,7 @@ def _step(parts: Parts, state: RunState, folder: RunFolder) -> dict[str, Any]:
     # Noted before the update, which may draw the next blocks.
     record = parts.learning_rates() | schedule.describe()
     flops = step_flops(parts.built.model, parts.built.layers, batches, parts.device)
-    trainable = sum(p.numel() for p in parts.trainable())
+    trainable = count_trainable(parts.built.model)
 
     # The only wait for the device in a step: a number that is not finite must not reach the weights.
     is_finite = bool(torch.isfinite(loss + grad_norm))

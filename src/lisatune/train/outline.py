@@ -95,6 +95,8 @@ class Outline:
     example: MarkedText
     """The text of the first training row, in parts with and without loss."""
     device: str
+    blocks: str
+    """Whether the blocks are compiled, and why; empty if nobody would ask."""
     output: str
 
 
@@ -107,6 +109,7 @@ def make_outline(
     *,
     device: str,
     start_step: int = 0,
+    blocks: str = "",
 ) -> Outline:
     """Collect the facts of a run.
 
@@ -118,6 +121,7 @@ def make_outline(
         data: from `prepare_data`.
         device: where it will run.
         start_step: steps done before, if the run is resumed.
+        blocks: whether they are compiled, and why; shown if it is not empty.
     """
     run = recipe.run
     factors = {schedule.lr_factor(index) for index in range((schedule.layers or layers).num_blocks)}
@@ -161,6 +165,7 @@ def make_outline(
         validation_tokens=data.validation.num_tokens,
         example=data.mark(0),
         device=f"{device}, {run.precision}",
+        blocks=blocks,
         output=str(run.output),
     )
 
@@ -231,6 +236,7 @@ def print_outline(outline: Outline, console: Console | None = None) -> None:
         ("example", show_loss(outline.example, most=EXAMPLE_CHARACTERS)),
         ("held out", _held_out_text(outline)),
         ("device", outline.device),
+        *([("blocks", outline.blocks)] if outline.blocks else []),
         ("output", outline.output),
     ]
     console.print(Panel(grid(rows), title="run", title_align="left", border_style="cyan", box=box.ROUNDED))

@@ -17,7 +17,7 @@ from lisatune.distributed import ranks
 from lisatune.optim.meter import StateMeter
 from lisatune.recipe import Recipe
 from lisatune.runs.checkpoint import load_checkpoint, load_weights, save_checkpoint
-from lisatune.runs.folder import NEW_FOLDER, RunFolder, first_day, is_finished, is_run
+from lisatune.runs.folder import NEW_FOLDER, RunFolder, first_day, first_value, is_finished, is_run
 from lisatune.runs.manifest import (
     DamagedCheckpointError,
     checkpoint_name,
@@ -35,6 +35,7 @@ __all__ = [
     "begin",
     "choose_start",
     "find_checkpoint",
+    "fix_compile",
     "fix_date",
     "read_finished",
     "read_state",
@@ -135,6 +136,14 @@ def fix_date(recipe: Recipe, *, resume: bool) -> Recipe:
     date = recipe.data.date or began or datetime.date.today().isoformat()
     date = ranks.broadcast_text(date)  # ranks may start on both sides of midnight
     return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, date=date))
+
+
+def fix_compile(recipe: Recipe, *, resume: bool) -> Recipe:
+    """Return the recipe with the resumed run's answer to `run.compile: auto`, so that it computes alike."""
+    before = first_value(Path(recipe.run.output or ""), "run", "compile") if resume else None
+    if recipe.run.compile != "auto" or not isinstance(before, bool):
+        return recipe
+    return dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, compile=before))
 
 
 def find_checkpoint(output: Path) -> Path:
