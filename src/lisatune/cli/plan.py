@@ -108,6 +108,9 @@ def _print_table(recipe: "Recipe", plan: "MemoryPlan", fit: "Fit | None", room: 
         kept = "optimizer state" if recipe.method.masters is None else "exact weights and optimizer state"
         disk = ", or disk for the weights" if recipe.method.masters in ("auto", "disk") else ""
         rows.append(("host memory", f"{byte_text(plan.host_bytes)} of {kept}{disk}"))
+    if plan.switch_bytes:
+        moved = f"moves {byte_text(plan.switch_bytes)} onto the device and as much back, between two steps"
+        rows.append(("a draw", moved))
     rows.append(("device needs", f"{byte_text(plan.needed_bytes)} with context, fragmentation and kernels"))
     rows.append(("plan", f"{plan.kind} in {plan.seconds:.1f} s"))
     if plan.note:

@@ -167,6 +167,10 @@ class FrozenWeights:
         """Return the object that looks after a model's frozen weights; None if there is none."""
         return vars(model).get("_frozen_weights")
 
+    def has(self, parameter: nn.Parameter) -> bool:
+        """Whether a parameter becomes codes when it is frozen."""
+        return parameter in self._weights
+
     def freeze(self, parameter: nn.Parameter, device: torch.device | None = None) -> None:
         """Replace a weight by codes on a device, by default its own; does nothing to other parameters."""
         if parameter in self._weights:

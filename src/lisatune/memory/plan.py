@@ -20,7 +20,7 @@ from lisatune.console import first_line
 from lisatune.distributed.ranks import fake_ranks, pick_device, ranks_are_fake
 from lisatune.distributed.shards import part_to_update, shard
 from lisatune.lisa.correction import count_trainable, find_correction
-from lisatune.lisa.frozen_weights import ShapeMasters
+from lisatune.lisa.frozen_weights import FrozenWeights, ShapeMasters
 from lisatune.memory.costly_draws import list_costly_draws
 from lisatune.memory.equal_blocks import FewerBlocks, set_aside
 from lisatune.memory.estimate import divide_among_ranks, estimate_step, explain_untraced
@@ -86,6 +86,9 @@ class MemoryPlan(StepMemory):
 
     loaded_bytes: int
     """Weights as they load into host memory, before a method quantises them; 0 on several ranks."""
+
+    switch_bytes: int
+    """Bytes of exact weights that a draw moves onto the device, and off it; 0 if no weight is codes."""
 
     seconds: float
     """Wall time of making the plan."""
@@ -246,9 +249,19 @@ def _plan(
             word=built.schedule.word,
             trainable=count_trainable(built.model),
             loaded_bytes=loaded_bytes,
+            switch_bytes=_count_switch(built),
             seconds=0.0,
             note=note,
         )
+
+
+def _count_switch(built: Built) -> int:
+    """Count the exact weights of the active blocks that become codes when they freeze."""
+    frozen, active = FrozenWeights.of(built.model), built.schedule.active_blocks
+    if frozen is None or not active or len(active) == built.drawn.num_blocks:
+        return 0
+    units = built.drawn.block_parameters(built.model)
+    return sum(p.nbytes for index in active for p in units[index].values() if frozen.has(p))
 
 
 def _build_meta_model(recipe: Recipe, config: Any) -> Any:

@@ -278,3 +278,6 @@ def test_a_plan_for_cuda_counts_the_whole_pinned_area() -> None:
     linear = sum(p.numel() for p in LlamaForCausalLM(CONFIG).model.layers[0].parameters() if p.ndim == 2)
     assert cpu.host_bytes == 2 * (BLOCKS - 2) * linear
     assert cuda.host_bytes == 2 * BLOCKS * linear
+    assert cpu.active_blocks is not None
+    assert cpu.switch_bytes == 2 * len(cpu.active_blocks) * linear
+    assert plan_memory(make_recipe(), config=CONFIG).switch_bytes == 0
