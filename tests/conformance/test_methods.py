@@ -3,7 +3,7 @@
 On a GPU: LISATUNE_TEST_DEVICE=cuda pytest tests/conformance
 """
 
-import signal
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,8 @@ from lisatune.train.resume import RunState
 
 STEPS, BREAK = 14, 7  # the break is inside a period, a draw comes after it
 OPTIONS = ("optimizer.schedule=constant",)
+AGAIN = (*OPTIONS, "run.check_memory=false", "run.samples=0", "run.save_every=null")
+"""The same training without what comes before and after it. It changes nothing in the weights."""
 IDS_BT = torch.arange(24).view(2, 12)
 
 
@@ -116,13 +118,13 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     text = recipe.read_text().replace("steps: 4", f"steps: {STEPS}")
     recipe.write_text(text.replace("lr: 1e-3", f"lr: {lr}" + f", {optimizer}" * bool(optimizer)))
     with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
-        yield watched(patch, recipe, folder / "run", *OPTIONS)
 
+        def keep(state: RunState) -> None:
+            """Keep the folder as a kill would leave it a step after a checkpoint."""
+            if state.step == BREAK + 1:
+                shutil.copytree(folder / "run", folder / "killed")
 
-def press_ctrl_c(state: RunState) -> None:
-    """Press Ctrl-C once, after `BREAK` steps."""
-    if state.step == BREAK:
-        signal.raise_signal(signal.SIGINT)
+        yield watched(patch, recipe, folder / "run", *OPTIONS, f"run.save_every={BREAK}", after_step=keep)
 
 
 def refusal_of(recipe: Path, overrides: tuple[str, ...]) -> str | None:
@@ -175,34 +177,26 @@ def test_summary_counts_what_trained_and_its_moments(run: Run) -> None:
     assert 0 < elements < moments * most if projected else elements == moments * with_moments
 
 
-def test_resume_is_bit_equal(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        watched(patch, run.recipe, tmp_path / "run", *OPTIONS, after_step=press_ctrl_c)
+def test_resume_is_bit_equal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(12345)  # what ran before must not matter
-    resumed = watched(monkeypatch, run.recipe, tmp_path / "run", *OPTIONS, resume=True)
+    resumed = watched(monkeypatch, run.recipe, run.output.with_name("killed"), *AGAIN, resume=True)
     assert len(resumed.trainable) == STEPS - BREAK
     assert resumed.trainable == run.trainable[BREAK:]
     tiny.assert_same_weights(resumed.model, run.model)
     assert resumed.summary["held_out_loss_after"] == run.summary["held_out_loss_after"]
 
 
-def test_the_same_recipe_gives_the_same_weights(
+def test_the_same_recipe_gives_the_same_weights_and_so_do_recomputed_activations_or_are_refused(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch.manual_seed(12345)  # what ran before must not matter
-    again = watched(monkeypatch, run.recipe, tmp_path / "run", *OPTIONS)
-    tiny.assert_same_weights(again.model, run.model)
-
-
-def test_recomputed_activations_train_the_same_weights_or_are_refused_with_the_recipe(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = (*OPTIONS, "run.activation_checkpointing=true")
+    """A run that recomputes and ends in the same weights is also the same recipe made again."""
+    options = (*AGAIN, "run.activation_checkpointing=true")
     if (refusal := refusal_of(run.recipe, options)) is not None:
         assert "run.activation_checkpointing cannot work with method" in refusal
-        return
-    recomputed = watched(monkeypatch, run.recipe, tmp_path / "run", *options)
-    tiny.assert_same_weights(recomputed.model, run.model)
+        options = AGAIN
+    torch.manual_seed(12345)  # what ran before must not matter
+    again = watched(monkeypatch, run.recipe, tmp_path / "run", *options)
+    tiny.assert_same_weights(again.model, run.model)
 
 
 def test_written_model_loads_with_equal_logits(run: Run) -> None:
