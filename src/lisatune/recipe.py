@@ -14,8 +14,9 @@ import math
 import types
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, TypeGuard, Union, get_args, get_origin, get_type_hints
 
 from lisatune.optim.group import Moments, Rounding, StateDevice
 
@@ -27,7 +28,10 @@ __all__ = [
     "Precision",
     "Recipe",
     "RunConfig",
+    "SourceConfig",
     "check_steps",
+    "describe_paths",
+    "list_paths",
     "unknown",
 ]
 
@@ -72,12 +76,73 @@ class ModelConfig:
         return self.tokenizer | {"attention": self.attention}
 
 
+Kind = Literal[
+    "auto",
+    "messages",
+    "sharegpt",
+    "oasst",
+    "alpaca",
+    "instruction",
+    "prompt-completion",
+    "question-answer",
+    "query-response",
+    "text",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One of several sources of training data. What it leaves out, the section `data` says."""
+
+    path: str
+    """The source, in the forms of `data.train`."""
+
+    weight: float | None = None
+    """Share of the rows that come from it, in proportion to the other weights. 0: none."""
+
+    epochs: float | None = None
+    """How often it is read in an epoch of the mixture. Default: once. For sources without `weight`."""
+
+    kind: Kind | None = None
+    """Format of the records."""
+
+    split: str | None = None
+    """Split to load if `path` is a hub id."""
+
+    limit: int | None = None
+    """Use only the first `limit` records."""
+
+    fields: dict[str, str] | None = field(default=None, hash=False)
+    """Own names of the records' fields."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, str) or not self.path:
+            raise ValueError(f"data.train: path must be text, got {self.path!r}")
+        _check_choices(f"data.train {self.path}:", self, separator=" ")
+        checks: dict[str, tuple[Any, str, bool]] = {
+            "weight": (self.weight, "a number >= 0", _is_number(self.weight) and self.weight >= 0),
+            "epochs": (self.epochs, "a number above 0", _is_number(self.epochs) and self.epochs > 0),
+            "split": (self.split, "text", isinstance(self.split, str)),
+            "limit": (self.limit, "a whole number >= 1", type(self.limit) is int and self.limit >= 1),
+            "fields": (self.fields, "keys and values, such as {question: problem}", _are_names(self.fields)),
+        }
+        for name, (value, what, is_right) in checks.items():
+            if value is not None and not is_right:
+                raise ValueError(f"data.train {self.path}: {name} must be {what}, got {value!r}")
+        if self.weight is not None and self.epochs is not None:
+            raise ValueError(
+                f"data.train {self.path}: weight={self.weight:g} and epochs={self.epochs:g} both say how "
+                "often it is read; give one of them"
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The data to train and evaluate on."""
 
-    train: str
-    """File (.jsonl .json .csv .parquet, also .gz .xz .zst), folder of .txt files, hub id, `python-docs`."""
+    train: str | tuple[SourceConfig, ...]
+    """File (.jsonl .json .csv .parquet, also .gz .xz .zst), folder of .txt files, hub id, `python-docs`.
+    Or a list of such sources: [{path: a.jsonl, weight: 3}, {path: b.jsonl, weight: 1}]."""
 
     validation: str | None = None
     """Held-out data, in the same forms as `train`. Default: a share of `train`."""
@@ -85,18 +150,7 @@ class DataConfig:
     validation_share: float = 0.05
     """Share of `train` to hold out if `validation` is not given, at least one prompt. 0: evaluate nothing."""
 
-    kind: Literal[
-        "auto",
-        "messages",
-        "sharegpt",
-        "oasst",
-        "alpaca",
-        "instruction",
-        "prompt-completion",
-        "question-answer",
-        "query-response",
-        "text",
-    ] = "auto"
+    kind: Kind = "auto"
     """Format of the records. auto: recognised by their keys."""
 
     fields: dict[str, str] = field(default_factory=dict, hash=False)
@@ -136,6 +190,8 @@ class DataConfig:
     """Folder for prepared tokens. Default: what LISATUNE_TOKENS names, or ~/.cache/lisatune/tokens."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.train, str):
+            object.__setattr__(self, "train", _read_sources(self.train))
         _check_choices("data", self)
         if not 0 <= self.validation_share < 1:
             raise ValueError(f"data.validation_share must be >= 0 and below 1, got {self.validation_share}")
@@ -144,7 +200,7 @@ class DataConfig:
         for name in ("limit", "validation_limit"):
             _at_least(1, f"data.{name}", getattr(self, name))
         for ours, theirs in self.fields.items():
-            if not isinstance(theirs, str) or not theirs:
+            if not _are_names({ours: theirs}):
                 raise ValueError(f"data.fields must name the records' field for {ours!r}, got {theirs!r}")
         if self.date is not None and not _is_day(self.date):
             raise ValueError(f"data.date must be a day such as 2026-01-31, got {self.date!r}")
@@ -153,6 +209,71 @@ class DataConfig:
     def holds_out(self) -> bool:
         """Whether there is data to evaluate on."""
         return self.validation is not None or self.validation_share > 0
+
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """The sources of `train` that have a share, with what they leave out filled in."""
+        given = (SourceConfig(path=self.train),) if isinstance(self.train, str) else self.train
+        return tuple(
+            replace(
+                source,
+                epochs=1.0 if source.weight is None and source.epochs is None else source.epochs,
+                kind=source.kind or self.kind,
+                split=source.split or self.split,
+                limit=source.limit or self.limit,
+                fields=self.fields if source.fields is None else source.fields,
+            )
+            for source in given
+            if source.weight != 0
+        )
+
+    @property
+    def train_name(self) -> str:
+        """`train` for a reader: the names of its sources."""
+        return describe_paths(self.train)
+
+
+def _read_sources(given: Any) -> tuple[SourceConfig, ...]:
+    """Read the list of a mixture: texts, keys and values, or `SourceConfig`s.
+
+    Raises:
+        ValueError: a key is unknown, a value is out of range, or the sources do not fit together.
+    """
+    if not isinstance(given, list | tuple) or not given:
+        raise ValueError(f"data.train must be a path, a hub id or a list of sources, got {given!r}")
+    sources = []
+    known = [each.name for each in fields(SourceConfig)]
+    for number, entry in enumerate(given, 1):
+        entry = asdict(entry) if isinstance(entry, SourceConfig) else entry
+        entry = {"path": entry} if isinstance(entry, str) else entry
+        if not isinstance(entry, dict):
+            raise ValueError(
+                f"data.train: source {number} must be a path or keys and values such as "
+                f"{{path: a.jsonl, weight: 1}}, got {entry!r}"
+            )
+        for key in entry:
+            if key not in known:
+                raise ValueError(f"data.train: source {number} has an {unknown('key', key, known)}")
+        if "path" not in entry:
+            raise ValueError(f"data.train: source {number} has no path; add it")
+        sources.append(SourceConfig(**entry))
+    weighted = [source for source in sources if source.weight is not None]
+    if weighted and len(weighted) < len(sources):
+        other = next(source for source in sources if source.weight is None)
+        raise ValueError(
+            f"data.train: {weighted[0].path} has a weight and {other.path} has none; give every source a "
+            "weight, or none of them"
+        )
+    if weighted and not any(source.weight for source in weighted):
+        raise ValueError("data.train: all weights are 0, so nothing would train; give one source more")
+    places = [(Path(source.path).expanduser().resolve(), source.split) for source in sources]
+    for number, place in enumerate(places):
+        if place in places[:number]:
+            path = sources[number].path
+            raise ValueError(
+                f"data.train names {path} twice; name it once, with a larger weight or more epochs"
+            )
+    return tuple(sources)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -465,7 +586,11 @@ class Recipe:
             "data.deduplicate": (data.deduplicate, "pairs are not compared with each other", "false"),
             "data.loss_on": (data.loss_on in ("all", "last"), "only answers are compared", "answers"),
             "data.long": (data.long == "split", "a piece of an answer cannot be preferred", "cut or drop"),
-            "data.train": (data.train == "python-docs", "it has no pairs of answers", "a file that has"),
+            "data.train": (
+                data.train == "python-docs" or not isinstance(data.train, str),
+                "it has no pairs of answers" if data.train == "python-docs" else "pairs cannot be mixed yet",
+                "a file that has" if data.train == "python-docs" else "one source",
+            ),
             "optimizer.name": (
                 self.optimizer.name == "sophia",
                 "its curvature is that of next-token losses",
@@ -476,6 +601,7 @@ class Recipe:
             if is_set:
                 section, field_name = key.split(".")
                 value = getattr(getattr(self, section), field_name)
+                value = data.train_name if key == "data.train" else value
                 value = str(value).lower() if isinstance(value, bool) else value
                 raise ValueError(
                     f"{key}={value} cannot work with loss.name={name}: {why}; set it to {instead}"
@@ -484,6 +610,12 @@ class Recipe:
     def as_dict(self) -> dict[str, Any]:
         """Return the recipe with every default filled in, as plain dicts, lists, numbers and strings."""
         sections = asdict(self)
+        if not isinstance(self.data.train, str):
+            keys = [
+                {key: value for key, value in source.items() if value is not None}
+                for source in sections["data"]["train"]
+            ]
+            sections["data"]["train"] = keys
         sections["method"] = {"name": self.method.name} | sections["method"]
         return {name: _plain(section) for name, section in sections.items()}
 
@@ -502,6 +634,18 @@ def check_steps(steps: float, asked: str) -> None:
         raise ValueError(f"{asked} makes a run of {steps:.3g} optimizer steps, the most is {MAX_STEPS:,}")
 
 
+def list_paths(train: Any) -> list[str]:
+    """List the paths of `data.train`, as a `DataConfig` or `Recipe.as_dict` holds it."""
+    if isinstance(train, list | tuple):
+        return [each.path if isinstance(each, SourceConfig) else str(each["path"]) for each in train]
+    return [str(train)]
+
+
+def describe_paths(train: Any) -> str:
+    """Write `list_paths` for a reader."""
+    return " + ".join(list_paths(train))
+
+
 def unknown(what: str, name: object, known: Iterable[str]) -> str:
     """Write the message for an unknown name: the nearest known one, and all known ones."""
     close = difflib.get_close_matches(str(name), known, n=1)
@@ -515,6 +659,15 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are_names(fields: Any) -> bool:
+    """Whether these are own names of fields, by ours."""
+    return isinstance(fields, dict) and all(isinstance(name, str) and name for name in fields.values())
+
+
 def _is_day(text: str) -> bool:
     with suppress(ValueError):
         return datetime.date.fromisoformat(text).isoformat() == text
@@ -526,7 +679,7 @@ def _at_least(low: int, name: str, value: int | None) -> None:
         raise ValueError(f"{name} must be >= {low}, got {value}")
 
 
-def _check_choices(section: str, config: Any) -> None:
+def _check_choices(section: str, config: Any, *, separator: str = ".") -> None:
     """Refuse a value that its field's `Literal` does not list. A recipe may be built without cyclopts."""
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
@@ -534,4 +687,4 @@ def _check_choices(section: str, config: Any) -> None:
         choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
         others = tuple(kind for kind in kinds if get_origin(kind) is None)
         if choices and value not in choices and not isinstance(value, others):
-            raise ValueError(f"{section}.{name} must be one of {', '.join(choices)}, got {value!r}")
+            raise ValueError(f"{section}{separator}{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -7,6 +7,7 @@ files.
 """
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import accumulate, count
@@ -21,7 +22,7 @@ from lisatune.data.records import Record, read_records
 from lisatune.data.splitting import split_records
 from lisatune.files.disk import sha256_of, write_aside
 from lisatune.models.load import load_tokenizer
-from lisatune.recipe import DataConfig, Recipe
+from lisatune.recipe import DataConfig, Recipe, SourceConfig
 
 __all__ = ["Lengths", "read_slices", "use_slices", "write_slices"]
 
@@ -30,6 +31,8 @@ TEST_SHARE = 0.5
 
 def write_slices(comparison: Comparison, folder: Path) -> None:
     """Read the recipe's data and write train.jsonl, validation.jsonl, test.jsonl and general.jsonl.
+
+    Of a mixture, each source gets a file of its own, train-NUMBER-NAME.jsonl.
 
     Raises:
         ValueError, FileNotFoundError: the data cannot be read, or too little is held out to halve it.
@@ -42,7 +45,9 @@ def write_slices(comparison: Comparison, folder: Path) -> None:
             "held-out data must have 2 or more different prompts, one half to choose learning rates and one "
             f"to report; {held_out.source} has {plural(len(held_out.rows), 'record')}; hold out more"
         ) from None
-    slices: dict[str, Iterable[Record]] = {"train": train, "validation": validation.rows, "test": test.rows}
+    names = _name_slices(comparison.recipe.data)
+    slices: dict[str, Iterable[Record]] = dict(zip(names, train, strict=True))
+    slices |= {"validation": validation.rows, "test": test.rows}
     if comparison.general is not None:
         slices["general"] = read_records(comparison.general, limit=comparison.general_limit).rows
     with write_aside(folder) as aside:
@@ -56,7 +61,7 @@ def read_slices(folder: Path) -> Slices:
     paths = sorted(folder.glob("*.jsonl"))
     counts = {path.stem: _count_lines(path) for path in paths}
     return Slices(
-        train=counts["train"],
+        train=sum(count for name, count in counts.items() if re.fullmatch(r"train(-\d+-.*)?", name)),
         validation=counts["validation"],
         test=counts["test"],
         general=counts.get("general"),
@@ -71,9 +76,14 @@ def _count_lines(path: Path) -> int:
 
 def use_slices(config: DataConfig, folder: Path) -> DataConfig:
     """Return the section `data` that every run gets: the recipe's, with the slices as its data."""
+    files = [str(folder / f"{name}.jsonl") for name in _name_slices(config)]
+    shares = zip(files, config.sources, strict=True)
+    mixed = tuple(
+        SourceConfig(path=file, weight=source.weight, epochs=source.epochs) for file, source in shares
+    )
     return replace(
         config,
-        train=str(folder / "train.jsonl"),
+        train=files[0] if isinstance(config.train, str) else mixed,
         validation=str(folder / "validation.jsonl"),
         kind="auto",
         fields={},
@@ -81,6 +91,14 @@ def use_slices(config: DataConfig, folder: Path) -> DataConfig:
         limit=None,
         validation_limit=None,
     )
+
+
+def _name_slices(config: DataConfig) -> list[str]:
+    """Name the slices of training records: train, or one for each source of a mixture."""
+    if isinstance(config.train, str):
+        return ["train"]
+    stems = (re.sub(r"[^\w-]+", "-", Path(source.path).name.partition(".")[0]) for source in config.sources)
+    return [f"train-{number}-{stem}" for number, stem in enumerate(stems, 1)]
 
 
 class Lengths:
@@ -97,7 +115,7 @@ class Lengths:
     def __init__(self, recipe: Recipe, budget: dict[str, int]) -> None:
         tokenizer = load_tokenizer(**recipe.model.tokenizer)
         data = prepare_data(replace(recipe, run=replace(recipe.run, samples=0)), tokenizer)
-        self._lengths = data.train.rows.lengths
+        self._lengths, self._shares = data.train.rows.lengths, data.order.shares
         self._run = recipe.run
         self._steps, self._budget = data.steps, budget
 
@@ -106,7 +124,7 @@ class Lengths:
 
         The list is as long as the run. A budget of tokens ends with the step that reaches it.
         """
-        order = Order(len(self._lengths), self._run.batch_size, seed)
+        order = Order(len(self._lengths), self._run.batch_size, seed, shares=self._shares)
         micro_steps = self._run.accumulation
 
         def step_tokens(step: int) -> int:

@@ -11,6 +11,7 @@ from rich.text import Text
 from lisatune.compare.gains import gain_text
 from lisatune.compare.results import ArmResult, EqualTime, Results, Spread
 from lisatune.console import byte_text, count_text, plural, terminal
+from lisatune.recipe import describe_paths
 
 __all__ = ["describe_scores", "format_markdown", "make_equal_time_table", "make_overview", "print_results"]
 
@@ -103,7 +104,7 @@ def format_markdown(results: Results) -> str:
     tokens = {run["tokens"] for run in results["runs"] if run["status"] == "done" and run["tokens"]}
     amount = f"{min(tokens):,}" + (f" to {max(tokens):,}" if len(tokens) > 1 else "") if tokens else "no"
     before = "unknown" if base["test_loss"] is None else f"{base['test_loss']:.4f}"
-    model, records = results["recipe"]["model"]["name"], results["recipe"]["data"]["train"]
+    model, records = results["recipe"]["model"]["name"], describe_paths(results["recipe"]["data"]["train"])
     lines = [
         f"# Comparison {results['name']}",
         "",

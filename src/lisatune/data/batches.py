@@ -5,6 +5,7 @@ Shapes: B = rows of a batch, T = tokens of a row, padding included.
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,7 +14,10 @@ from lisatune.data.rows import TokenRow
 from lisatune.distributed import ranks
 from lisatune.losses.causal_lm import IGNORE
 
-__all__ = ["Order", "collate", "my_share"]
+__all__ = ["Order", "Share", "collate", "my_share"]
+
+LABELS = ("number", "source")
+"""What a row may have beside its tokens: its number among all rows, and that of its source; int64 [1]."""
 
 
 def collate(rows: Sequence[TokenRow], *, length: int | None = None) -> dict[str, Tensor]:
@@ -38,7 +42,7 @@ def collate(rows: Sequence[TokenRow], *, length: int | None = None) -> dict[str,
     Returns:
         `input_ids`, `labels` (-100 on padding) and `position_ids`, each int64 of shape [B, T]. Pass
         `use_cache=False` to the model with them: with a cache, transformers ignores the borders. Of rows with
-        a number also `number`, int64 [B].
+        a number also `number`, int64 [B]; of rows with a source also `source`.
 
     Raises:
         ValueError: there are no rows.
@@ -61,16 +65,36 @@ def collate(rows: Sequence[TokenRow], *, length: int | None = None) -> dict[str,
             position_ids_BT[index, :own] -= starts.repeat_interleave(documents)
             position_ids_BT[index, own:] = 0
     batch = {"input_ids": ids_BT, "labels": labels_BT, "position_ids": position_ids_BT}
-    return batch | ({"number": torch.cat([row["number"] for row in rows])} if "number" in rows[0] else {})
+    return batch | {name: torch.cat([row[name] for row in rows]) for name in LABELS if name in rows[0]}
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one source of a mixture has, and what it gives."""
+
+    num_rows: int
+    """Rows of the source, or pairs; >= 1."""
+    per_epoch: int
+    """How many of them an epoch of the mixture takes, >= 1; more than it has if some come twice."""
 
 
 class Order:
     """The rows of each batch: a new shuffle per epoch, every row once, and the last batch may be short.
 
+    In a mixture, an epoch takes `per_epoch` rows of each source, in an order that is shuffled as a whole.
+    Each source has a shuffle of its own, which continues over the borders of epochs and is made anew when all
+    its rows were taken. So each row of a source is taken once before any is taken again.
+
     `batch` is a pure function of (seed, micro_step), so a resumed run needs to know only the micro-step.
+
+    Args:
+        num_rows: rows, or pairs, of all sources. They are numbered source after source.
+        batch_size: rows of a micro-step on all ranks.
+        seed: names the shuffles.
+        shares: of each source of a mixture; `num_rows` is the sum of theirs. Default: one source, whole.
     """
 
-    def __init__(self, num_rows: int, batch_size: int, seed: int) -> None:
+    def __init__(self, num_rows: int, batch_size: int, seed: int, *, shares: Sequence[Share] = ()) -> None:
         if num_rows < 1 or batch_size < 1:
             raise ValueError(
                 f"order needs rows and a batch size >= 1, got {num_rows} rows, batch {batch_size}"
@@ -78,18 +102,44 @@ class Order:
         self.num_rows = num_rows
         self.batch_size = batch_size
         self.seed = seed
-        self.batches_per_epoch = -(-num_rows // batch_size)
+        self.shares = tuple(shares) or (Share(num_rows, num_rows),)
+        self.batches_per_epoch = -(-sum(share.per_epoch for share in self.shares) // batch_size)
         self._epoch, self._rows = -1, torch.empty(0, dtype=torch.int64)
 
     def batch(self, micro_step: int) -> list[int]:
         """Return the indices of a micro-step's rows; micro-steps count from 0 through all epochs."""
         epoch, index = divmod(micro_step, self.batches_per_epoch)
         if epoch != self._epoch:
-            key = hashlib.blake2b(f"{self.seed}/{epoch}".encode(), digest_size=7).digest()
-            rng = torch.Generator().manual_seed(int.from_bytes(key, "big"))
-            self._epoch, self._rows = epoch, torch.randperm(self.num_rows, generator=rng)
+            self._epoch, self._rows = epoch, self._draw(epoch)
         rows: list[int] = self._rows[index * self.batch_size : (index + 1) * self.batch_size].tolist()
         return rows
+
+    def _draw(self, epoch: int) -> Tensor:
+        """Return the rows of an epoch."""
+        drawn, first = [], 0
+        for number, share in enumerate(self.shares):
+            start = epoch * share.per_epoch
+            stop = start + share.per_epoch
+            own = f"/{number}" if number else ""  # a single source has the shuffles that it always had
+            passes = range(start // share.num_rows, -(-stop // share.num_rows))
+            rows = torch.cat([_shuffle(share.num_rows, f"{self.seed}/{each}{own}") for each in passes])
+            before = passes.start * share.num_rows
+            drawn.append(first + rows[start - before : stop - before])
+            first += share.num_rows
+        if len(drawn) == 1:
+            return drawn[0]
+        source_of = torch.repeat_interleave(torch.tensor([share.per_epoch for share in self.shares]))
+        source_of = source_of[_shuffle(len(source_of), f"{self.seed}/{epoch}/mixture")]
+        taken = torch.empty_like(source_of)
+        for number, rows in enumerate(drawn):
+            taken[source_of == number] = rows
+        return taken
+
+
+def _shuffle(count: int, name: str) -> Tensor:
+    """Return a permutation of so many numbers; the same name gives the same one."""
+    key = hashlib.blake2b(name.encode(), digest_size=7).digest()
+    return torch.randperm(count, generator=torch.Generator().manual_seed(int.from_bytes(key, "big")))
 
 
 def my_share(rows: Sequence[TokenRow]) -> Sequence[TokenRow]:
@@ -99,4 +149,5 @@ def my_share(rows: Sequence[TokenRow]) -> Sequence[TokenRow]:
         return mine
     ids = rows[0]["input_ids"][:2]
     blank = {"input_ids": ids, "labels": torch.full_like(ids, IGNORE)}
+    blank |= {"source": rows[0]["source"]} if "source" in rows[0] else {}
     return [blank | ({"seq_lengths": torch.tensor([len(ids)])} if "seq_lengths" in rows[0] else {})]

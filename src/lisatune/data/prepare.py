@@ -5,9 +5,10 @@
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any
 
 import numpy as np
@@ -15,47 +16,34 @@ import torch
 from numpy.typing import NDArray
 
 from lisatune.console import follow, plural
-from lisatune.data.batches import Order
+from lisatune.data.batches import Order, Share
 from lisatune.data.cache import tokens_folder
-from lisatune.data.chat import Chat, encode_prompt
+from lisatune.data.chat import Chat
 from lisatune.data.examples import Examples, divide, pack
+from lisatune.data.mixture import (
+    MixedSource,
+    describe_sources,
+    divide_limit,
+    find_duplicates,
+    hold_out_of_each,
+    join,
+    plan_shares,
+)
 from lisatune.data.pairs import read_pairs, tokenize_pairs
+from lisatune.data.prompts import Prompt, find_questions
 from lisatune.data.records import Record, RecordReader, Records
 from lisatune.data.rows import Ints, Rows, TokenRow
 from lisatune.data.shown import MarkedText, mark_loss
-from lisatune.data.splitting import hash_prompt, hold_out, split_records
+from lisatune.data.splitting import hash_prompt, split_records
 from lisatune.data.store import Prepared, prepare_source
 from lisatune.data.tokens import check_wishes, is_chat
-from lisatune.data.turns import Messages, answer_text
 from lisatune.distributed import ranks
 from lisatune.recipe import DataConfig, Recipe, check_steps
 
-__all__ = ["Prompt", "RunData", "prepare_data", "read_data"]
+__all__ = ["RunData", "prepare_data", "read_data"]
 
 NAMED_RECORDS = 3
 """Records that a warning names."""
-
-TEXT_PROMPT_WORDS = 24
-"""Words of a plain text that make up its prompt."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A held-out record, cut at the place from which the model must continue by itself."""
-
-    prompt: str | Messages
-    """Plain text, or chat messages up to the first answer."""
-
-    answer: str
-    """The record's own continuation."""
-
-    ids: tuple[int, ...]
-    """The prompt's tokens."""
-
-    @property
-    def text(self) -> str:
-        """The prompt for a reader: plain text, or the last message."""
-        return self.prompt if isinstance(self.prompt, str) else str(self.prompt[-1]["content"])
 
 
 @dataclass(frozen=True)
@@ -95,6 +83,9 @@ class RunData:
     rows_per_record: int = 1
     """2 if records are pairs, whose rows are chosen, rejected, chosen, …; `order` then orders the pairs."""
 
+    sources: tuple[MixedSource, ...] = ()
+    """The sources of a mixture; empty if `data.train` is one source."""
+
     def batch(self, micro_step: int) -> list[TokenRow]:
         """Return the training rows of a micro-step (0 is the run's first), for all ranks together."""
         return self._take(self.train, self.order.batch(micro_step))
@@ -112,11 +103,20 @@ class RunData:
             yield self._take(examples, records[i : i + size])
 
     def _take(self, examples: Examples, records: Sequence[int]) -> list[TokenRow]:
-        """Take the rows of records. Rows of pairs get their `number` among all rows of the run."""
+        """Take the rows of records.
+
+        Rows of pairs get their `number` among all rows of the run, those of a mixture that of their `source`.
+        """
         each = self.rows_per_record
+        is_train = examples is self.train
+        sizes = [source.num_rows if is_train else source.num_held_out for source in self.sources]
+        if any(sizes):
+            borders = list(accumulate(sizes))
+            numbers = torch.tensor([[bisect_right(borders, index)] for index in records])
+            return [examples.rows[i] | {"source": number} for i, number in zip(records, numbers, strict=True)]
         if each == 1:
             return [examples.rows[index] for index in records]
-        first = 0 if examples is self.train else len(self.train.rows)
+        first = 0 if is_train else len(self.train.rows)
         indices = [each * index + side for index in records for side in range(each)]
         return [examples.rows[index] | {"number": torch.tensor([first + index])} for index in indices]
 
@@ -148,62 +148,87 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> RunData:
     if recipe.loss.rows_per_record == 2:
         return _prepare_pairs(recipe, tokenizer)
     data, run = recipe.data, recipe.run
-    reader, held_out_reader = _open_readers(recipe)
+    readers, held_out_reader = _open_readers(recipe)
     splits = data.holds_out and held_out_reader is None
     how: dict[str, Any] = {"folder": tokens_folder(data.cache), "loss_on": data.loss_on, "date": data.date}
-    source = prepare_source(reader, tokenizer, **how, seed=run.seed if splits else None)
-    is_held_out = np.zeros(len(source.documents), bool)
-    if source.prompts is not None:
-        is_held_out = hold_out(
-            source.prompts, data.validation_share, reader.source, most=data.validation_limit
-        )
-    chosen = np.flatnonzero(~is_held_out)
-    first_of_each = np.sort(np.unique(source.documents.digests[chosen], return_index=True)[1])
-    duplicates = len(chosen) - len(first_of_each)
+    sources = [
+        prepare_source(reader, tokenizer, **how, seed=run.seed if splits else None) for reader in readers
+    ]
+    names = [reader.source for reader in readers]
+    limits = divide_limit(data.validation_limit, data.sources, [len(source.documents) for source in sources])
+    is_held_out = [np.zeros(len(source.documents), bool) for source in sources]
+    if splits:
+        prompts = [source.prompts for source in sources if source.prompts is not None]
+        is_held_out = hold_out_of_each(prompts, names, data.validation_share, limits)
+    chosen = [np.flatnonzero(~is_out) for is_out in is_held_out]
+    is_again = find_duplicates(sources, chosen)
     if data.deduplicate:
-        chosen = chosen[first_of_each]
-    rows = _divide(source, chosen, reader.source, data)
-    skipped = source.skipped
-    held_out, questions = Examples(Rows.of([])), tuple[Prompt, ...]()
+        chosen = [some[~again] for some, again in zip(chosen, is_again, strict=True)]
+    parts = [_divide(*each, data) for each in zip(sources, chosen, names, strict=True)]
+    skipped = sum(source.skipped for source in sources)
+    held_out, questions = [Examples(Rows.of([]))], tuple[Prompt, ...]()
     if held_out_reader is not None:
         other = prepare_source(held_out_reader, tokenizer, **how)
-        held_out = _divide(other, np.arange(len(other.documents)), held_out_reader.source, data)
-        questions = _find_questions(held_out_reader, None, recipe, tokenizer)
+        whole = _divide(other, np.arange(len(other.documents)), held_out_reader.source, data)
+        held_out = [_take_evenly(whole, data.validation_limit)]
+        questions = find_questions([(record for _, record in held_out_reader)], recipe, tokenizer)
         skipped += other.skipped
-        if held_out_reader.source != reader.source:  # which is meant
-            is_seen = np.isin(source.documents.digests, other.documents.digests)
-            _warn_of_seen_records(reader, is_seen, held_out_reader.source)
+        for reader, source in zip(readers, sources, strict=True):
+            if held_out_reader.source != reader.source:  # which is meant
+                is_seen = np.isin(source.documents.digests, other.documents.digests)
+                _warn_of_seen_records(reader, is_seen, held_out_reader.source)
     elif splits:
-        some = np.flatnonzero(is_held_out)[: data.validation_limit]
-        held_out = _divide(source, some, reader.source, data)
-        questions = _find_questions(reader, is_held_out, recipe, tokenizer)
-    held_out = _take_evenly(held_out, data.validation_limit)
+        some = [np.flatnonzero(is_out)[:most] for is_out, most in zip(is_held_out, limits, strict=True)]
+        whole_parts = [_divide(*each, data) for each in zip(sources, some, names, strict=True)]
+        held_out = [_take_evenly(*each) for each in zip(whole_parts, limits, strict=True)]
+        marked = [_read_marked(*each) for each in zip(readers, is_held_out, strict=True)]
+        questions = find_questions(marked, recipe, tokenizer)
     if data.packing:
-        with follow("packing", len(rows.rows)) as advance:
-            rows = pack(rows, data.max_length, advance)
-    order, steps = _plan_steps(recipe, len(rows.rows))
-    learns_all = data.loss_on == "all" or source.kind == "text"
-    where = "all tokens" if learns_all else "the last answer" if data.loss_on == "last" else "the answers"
-    template = f"written by {Chat(tokenizer).name}" if source.is_chat else "without a template"
+        parts = _pack(parts, data.max_length)
+    shares = plan_shares(data.sources, [len(part.rows) for part in parts])
+    order, steps = _plan_steps(recipe, shares)
+    kinds = dict.fromkeys(_describe_kind(source, data.loss_on, tokenizer) for source in sources)
+    mixed = describe_sources(data.sources, shares, parts, held_out if splits else [])
     return RunData(
-        train=rows,
-        validation=held_out,
+        train=join(parts),
+        validation=join(held_out),
         questions=questions,
         order=order,
         steps=steps,
         skipped=skipped,
-        duplicates=duplicates,
-        is_chat=source.is_chat,
-        records=f"{source.kind}, {template}; loss on {where}",
+        duplicates=sum(int(again.sum()) for again in is_again),
+        is_chat=any(source.is_chat for source in sources),
+        records=" + ".join(kinds),
         tokenizer=tokenizer,
+        sources=() if isinstance(data.train, str) else mixed,
     )
+
+
+def _pack(parts: Sequence[Examples], max_length: int) -> list[Examples]:
+    """Pack each source on its own, so that a row is of one source."""
+    packed: list[Examples] = []
+    done = 0
+    with follow("packing", sum(len(part.rows) for part in parts)) as advance:
+        for part in parts:
+            before = done
+            packed.append(pack(part, max_length, lambda count: advance(before + count)))  # noqa: B023
+            done += len(part.rows)
+    return packed
+
+
+def _describe_kind(source: Prepared, loss_on: str, tokenizer: Any) -> str:
+    """Say what a source's records are, what writes them, and what is learned."""
+    learns_all = loss_on == "all" or source.kind == "text"
+    where = "all tokens" if learns_all else "the last answer" if loss_on == "last" else "the answers"
+    template = f"written by {Chat(tokenizer).name}" if source.is_chat else "without a template"
+    return f"{source.kind}, {template}; loss on {where}"
 
 
 def _prepare_pairs(recipe: Recipe, tokenizer: Any) -> RunData:
     """Read, split and tokenise pairs of answers; they are held in memory, and not in the cache."""
     data, run = recipe.data, recipe.run
     how: dict[str, Any] = {"split": data.split, "on_bad_row": data.on_bad_row}
-    train = read_pairs(data.train, limit=data.limit, **how)
+    train = read_pairs(data.train_name, limit=data.limit, **how)
     validation = replace(train, rows=[], skipped=0)
     if data.validation is not None:
         validation = read_pairs(data.validation, limit=data.validation_limit, **how)
@@ -213,7 +238,8 @@ def _prepare_pairs(recipe: Recipe, tokenizer: Any) -> RunData:
         validation = replace(validation, rows=validation.rows[:most], skipped=0)
     lengths: dict[str, Any] = {"max_length": data.max_length, "long": data.long, "date": data.date}
     rows = tokenize_pairs(train, tokenizer, **lengths)
-    order, steps = _plan_steps(recipe, len(rows.rows) // 2)
+    pairs = len(rows.rows) // 2
+    order, steps = _plan_steps(recipe, [Share(pairs, pairs)])
     uses_template = is_chat(train.rows[0])
     template = f"written by {Chat(tokenizer).name}" if uses_template else "without a template"
     return RunData(
@@ -221,7 +247,7 @@ def _prepare_pairs(recipe: Recipe, tokenizer: Any) -> RunData:
         validation=tokenize_pairs(validation, tokenizer, **lengths)
         if validation.rows
         else Examples(Rows.of([])),
-        questions=_choose_questions(validation.rows, recipe, tokenizer),
+        questions=find_questions([validation.rows], recipe, tokenizer),
         order=order,
         steps=steps,
         skipped=train.skipped + validation.skipped,
@@ -233,42 +259,60 @@ def _prepare_pairs(recipe: Recipe, tokenizer: Any) -> RunData:
     )
 
 
-def _plan_steps(recipe: Recipe, num_records: int) -> tuple[Order, int]:
+def _plan_steps(recipe: Recipe, shares: Sequence[Share]) -> tuple[Order, int]:
     """Return the order of the records, and the number of steps."""
     run = recipe.run
-    order = Order(num_records, run.batch_size * ranks.count(), run.seed)
+    num_records = sum(share.num_rows for share in shares)
+    order = Order(num_records, run.batch_size * ranks.count(), run.seed, shares=shares)
     wanted = run.steps or run.epochs * order.batches_per_epoch / run.accumulation
     check_steps(wanted, f"run.epochs={run.epochs:g}")
     return order, max(1, math.ceil(wanted))
 
 
-def read_data(recipe: Recipe) -> tuple[Iterator[Record], Records]:
-    """Read the records to train on, one by one, and the held-out ones. Errors as in `prepare_data`."""
+def read_data(recipe: Recipe) -> tuple[list[Iterator[Record]], Records]:
+    """Read the records to train on, one by one, source by source, and the held-out ones.
+
+    The iterators must be read in their order. Errors as in `prepare_data`.
+    """
     data = recipe.data
-    reader, held_out_reader = _open_readers(recipe)
-    none = Records([], reader.kind, 0, reader.source)
+    readers, held_out_reader = _open_readers(recipe)
+    none = Records([], readers[0].kind, 0, data.train_name)
     if not data.holds_out:
-        return _read_all(reader), none
+        return [_read_all(reader) for reader in readers], none
     if held_out_reader is not None:
         held_out = list(_read_all(held_out_reader))
-        return _read_all(reader), replace(none, rows=held_out, source=held_out_reader.source)
-    keys = np.array([hash_prompt(record, recipe.run.seed) for record in _read_all(reader)], dtype="S16")
-    is_held_out = hold_out(keys, data.validation_share, reader.source, most=data.validation_limit)
-    held_out = list(islice(_read_marked(reader, is_held_out), data.validation_limit))
-    return _read_marked(reader, ~is_held_out), replace(none, rows=held_out)
+        return [_read_all(reader) for reader in readers], replace(
+            none, rows=held_out, source=held_out_reader.source
+        )
+    keys = [
+        np.array([hash_prompt(record, recipe.run.seed) for record in _read_all(reader)], dtype="S16")
+        for reader in readers
+    ]
+    limits = divide_limit(data.validation_limit, data.sources, [len(each) for each in keys])
+    is_held_out = hold_out_of_each(keys, [reader.source for reader in readers], data.validation_share, limits)
+    held_out = [
+        record
+        for reader, is_out, most in zip(readers, is_held_out, limits, strict=True)
+        for record in islice(_read_marked(reader, is_out), most)
+    ]
+    train = [_read_marked(reader, ~is_out) for reader, is_out in zip(readers, is_held_out, strict=True)]
+    return train, replace(none, rows=held_out)
 
 
-def _open_readers(recipe: Recipe) -> tuple[RecordReader, RecordReader | None]:
+def _open_readers(recipe: Recipe) -> tuple[list[RecordReader], RecordReader | None]:
     """Return the records to train on, and those of `data.validation`; the latter None if they are a share."""
     data = recipe.data
-    keys = ("kind", "split", "on_bad_row", "fields")
-    how: dict[str, Any] = {key: getattr(data, key) for key in keys}
     held_out = data.validation
     if held_out is None and data.train == "python-docs" and data.holds_out:
         held_out = "python-docs:validation"
-    train = RecordReader(data.train, limit=data.limit, **how)
+    keys = ("kind", "split", "limit", "fields")
+    train = [
+        RecordReader(source.path, on_bad_row=data.on_bad_row, **{key: getattr(source, key) for key in keys})
+        for source in data.sources
+    ]
     if held_out is None:
         return train, None
+    how: dict[str, Any] = {key: getattr(data, key) for key in ("kind", "split", "on_bad_row", "fields")}
     return train, RecordReader(held_out, limit=data.validation_limit, **how)
 
 
@@ -300,25 +344,13 @@ def _warn_of_seen_records(reader: RecordReader, is_seen: NDArray[np.bool_], held
 
 
 def _divide(source: Prepared, chosen: Ints, name: str, data: DataConfig) -> Examples:
+    if not len(chosen):
+        raise ValueError(
+            f"{name} has no record left to train on: other sources hold all of its prompts out, or have all "
+            "of its records; leave it out"
+        )
     long = check_wishes(name, source.kind, data.loss_on, data.long)
     return divide(source.documents, chosen, max_length=data.max_length, long=long, source=name)
-
-
-def _find_questions(
-    reader: RecordReader, is_held_out: NDArray[np.bool_] | None, recipe: Recipe, tokenizer: Any
-) -> tuple[Prompt, ...]:
-    """Read held-out records until enough of them have a prompt that fits. None marks all as held out."""
-    records = (record for _, record in reader) if is_held_out is None else _read_marked(reader, is_held_out)
-    return _choose_questions(records, recipe, tokenizer)
-
-
-def _choose_questions(records: Iterable[Record], recipe: Recipe, tokenizer: Any) -> tuple[Prompt, ...]:
-    """Take the prompts that fit of the first records, as many as `run.samples`."""
-    data, wanted = recipe.data, recipe.run.samples
-    if not wanted:
-        return ()
-    prompts = (_cut_prompt(record, tokenizer, data.date) for record in islice(records, data.validation_limit))
-    return tuple(islice((prompt for prompt in prompts if 0 < len(prompt.ids) < data.max_length), wanted))
 
 
 def _take_evenly(examples: Examples, most: int | None) -> Examples:
@@ -327,20 +359,3 @@ def _take_evenly(examples: Examples, most: int | None) -> Examples:
     if most is None or num_rows <= most:
         return examples
     return replace(examples, rows=examples.rows.take(np.arange(most) * num_rows // most))
-
-
-def _cut_prompt(row: Record, tokenizer: Any, date: str | None) -> Prompt:
-    """Cut a record where its first answer begins, or a text after its first words."""
-    prompt: str | Messages
-    answer: str | Messages
-    if "text" in row:
-        words = row["text"].split(" ")
-        prompt, answer = " ".join(words[:TEXT_PROMPT_WORDS]), " ".join(words[TEXT_PROMPT_WORDS:])
-    elif "messages" in row:
-        first = next(i for i, message in enumerate(row["messages"]) if message["role"] == "assistant")
-        prompt, answer = row["messages"][:first], row["messages"][first:]
-    else:
-        prompt, answer = row["prompt"], row["completion"]
-    answer = answer if isinstance(answer, str) else answer_text(answer[0])
-    ids = encode_prompt(tokenizer, prompt, date=date, tools=row.get("tools"))
-    return Prompt(prompt, answer, tuple(ids))

@@ -70,6 +70,32 @@ class TokenFile:
 
 
 @dataclass(frozen=True)
+class _Joined:
+    """The tokens of several sources, one after the other."""
+
+    parts: tuple[Tokens, ...]
+
+    @cached_property
+    def borders(self) -> Ints:
+        """Where each part begins, and the end: [parts + 1]."""
+        return np.array([0, *accumulate(map(len, self.parts))])
+
+    def __len__(self) -> int:
+        return int(self.borders[-1])
+
+    def __getitem__(self, part: slice, /) -> NDArray[Any]:
+        """Read a slice, which may lie in several parts."""
+        start, stop, _ = part.indices(len(self))
+        first, last = (int(index) for index in np.searchsorted(self.borders, (start, stop - 1), "right") - 1)
+        at = self.borders
+        pieces = [
+            self.parts[index][max(start - at[index], 0) : stop - at[index]]
+            for index in range(first, min(last, len(self.parts) - 1) + 1)
+        ]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces or [np.zeros(0, np.uint32)])
+
+
+@dataclass(frozen=True)
 class Encoded:
     """Tokens of some records, of their whole length, one record after the other."""
 
@@ -197,6 +223,26 @@ class Rows(Sequence[TokenRow]):
     def whole(cls, documents: Documents) -> Self:
         """Make a row of each document."""
         return cls(documents, documents.offsets[:-1], np.diff(documents.offsets).astype(np.int32))
+
+    @classmethod
+    def join(cls, parts: "Sequence[Rows]") -> "Rows":
+        """Put the rows of several sources one after the other: all of them packed, or none."""
+        if len(parts) == 1:
+            return parts[0]
+        each = [part.documents for part in parts]
+        at = list(accumulate((len(documents.tokens) for documents in each), initial=0))
+        documents = Documents(
+            _Joined(tuple(documents.tokens for documents in each)),
+            np.concatenate([[0], *(one.offsets[1:] + start for one, start in zip(each, at, strict=False))]),
+            np.concatenate([one.spans + start for one, start in zip(each, at, strict=False)]),
+            np.concatenate([one.digests for one in each]),
+        )
+        borders = None
+        if all(part.borders is not None for part in parts):
+            sizes = [np.diff(part.borders) for part in parts if part.borders is not None]
+            borders = np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
+        starts = np.concatenate([part.starts + start for part, start in zip(parts, at, strict=False)])
+        return cls(documents, starts, np.concatenate([part.piece_lengths for part in parts]), borders)
 
     def __len__(self) -> int:
         return len(self.starts) if self.borders is None else len(self.borders) - 1

@@ -156,6 +156,7 @@ class CausalLMLoss:
     Attributes:
         is_chunked: False if the model needs its full logits.
         transform: elementwise change that the model makes to its head's output; None if it makes none.
+        watch: if set, a call with a batch also calls it with the batch and the loss sum of each row, [B].
 
     Raises:
         ValueError: the model computes NaN, or needs its full logits and `on_obstacle` is "raise".
@@ -176,6 +177,7 @@ class CausalLMLoss:
         self.model: Any = model
         self.chunk_size = chunk_size
         self.transform: Callable[[Tensor], Tensor] | None = None
+        self.watch: Callable[[Mapping[str, Tensor], Tensor], None] | None = None
         obstacle = self._find_transform()
         self.is_chunked = obstacle is None
         if obstacle is not None and on_obstacle == "raise":
@@ -200,7 +202,11 @@ class CausalLMLoss:
         Returns:
             Loss sum (float32 scalar) and number of tokens with loss (int64 scalar).
         """
-        return self._sum_losses(batch, by_row=False)
+        if self.watch is None:
+            return self._sum_losses(batch, by_row=False)
+        sums_B, num_tokens = self._sum_losses(batch, by_row=True)
+        self.watch(batch, sums_B.detach())
+        return sums_B.sum(), num_tokens
 
     def count(self, batch: Mapping[str, Tensor]) -> int:
         """Count what a step's loss is the mean over: the tokens with loss."""

@@ -8,6 +8,7 @@ from lisatune.compare.results import ArmResult, Results, RunResult, Spread
 from lisatune.compare.tables import describe_scores, make_equal_time_table, make_overview
 from lisatune.console import plural
 from lisatune.files import yaml
+from lisatune.recipe import describe_paths
 from lisatune.report.figures import (
     BlockHistory,
     Entry,
@@ -53,7 +54,7 @@ def make_comparison_page(results: Results, folder: Path, *, card_bytes: int | No
     }
     data, before = results["data"], results["base"]["test_loss"]
     intro = [
-        f"{results['recipe']['model']['name']} on {results['recipe']['data']['train']}: "
+        f"{results['recipe']['model']['name']} on {describe_paths(results['recipe']['data']['train'])}: "
         f"{plural(data['train'], 'record')}, seeds {', '.join(map(str, results['seeds']))}. Learning rates "
         f"were chosen on {plural(data['validation'], 'validation record')}; the test loss is measured on "
         f"{plural(data['test'], 'other record')}"

@@ -10,6 +10,7 @@ from typing import Any
 from lisatune.compare.outcome import extract_held_out_curve
 from lisatune.console import byte_text, count_text, first_line, plural
 from lisatune.files import yaml
+from lisatune.recipe import describe_paths
 from lisatune.report.figures import Entry, Table, extract_block_history, make_figures, mark_best, read_metrics
 from lisatune.report.page import Page, group_samples
 from lisatune.report.training import make_training_figures
@@ -203,7 +204,7 @@ def _describe(run: _RunFiles) -> str:
     state = "" if run.summary else f"; not finished, {plural(steps, 'step')} logged"
     return (
         f"{settings.get('name', 'unknown method')}{f' ({method})' if method else ''} of "
-        f"{model.get('name', 'an unknown model')} on {data.get('train', 'unknown data')}, "
+        f"{model.get('name', 'an unknown model')} on {describe_paths(data.get('train', 'unknown data'))}, "
         f"lr {optimizer.get('lr', 'unknown')}{state}"
     )
 

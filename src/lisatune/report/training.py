@@ -42,6 +42,18 @@ def make_training_figures(runs: Sequence[tuple[str, Metrics]]) -> list[Figure]:
             "itself: noisy, and no measure of what "
             "the model has learned.",
         ),
+        _show(
+            "Training loss by source",
+            "training loss",
+            _by_source(runs, "loss_by_source"),
+            "Nats per token that carries loss, of each source of a mixture (data.train) in a step.",
+        ),
+        _show(
+            "Held-out loss by source",
+            "held-out loss",
+            _by_source(runs, "held_out_loss_by_source"),
+            "Nats per token that carries loss, of the held-out rows of each source.",
+        ),
         _show("Learning rates", "learning rate", rates, "Of each step, with warm-up and schedule."),
         _show(
             "Gradient norm",
@@ -51,6 +63,19 @@ def make_training_figures(runs: Sequence[tuple[str, Metrics]]) -> list[Figure]:
         ),
     ]
     return [figure for figure in made if figure is not None]
+
+
+def _by_source(runs: Sequence[tuple[str, Metrics]], key: str) -> list[tuple[str, Curve]]:
+    """Take a value of each source of a mixture by step."""
+    curves = []
+    for name, metrics in runs:
+        found = [(line["step"], line[key]) for line in metrics if isinstance(line.get(key), dict)]
+        sources = dict.fromkeys(source for _, losses in found for source in losses)
+        curves += [
+            (f"{name}, {source}", [(step, losses[source]) for step, losses in found if source in losses])
+            for source in sources
+        ]
+    return curves
 
 
 def _extract(metrics: Metrics, key: str) -> Curve:
@@ -79,7 +104,7 @@ def _show(title: str, y: str, curves: Sequence[tuple[str, Curve]], note: str) ->
             [(name, [_average(curve)]) for name, curve in shown],
             x="step",
             y=y,
-            from_zero=y != "training loss",
+            from_zero="loss" not in y,
             markers=False,
         ),
         alt=f"Line chart of {y} against steps: {words}.",

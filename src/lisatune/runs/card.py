@@ -20,6 +20,7 @@ from lisatune.files.hub import SECONDS, ask_hub
 from lisatune.models.gguf import SMOLLM2, find_smollm2
 from lisatune.models.load import ABOUT_SMOLLM2
 from lisatune.models.locate import find_snapshot, is_adapter, name_elsewhere
+from lisatune.recipe import list_paths
 from lisatune.runs.summary import mask_secrets
 
 __all__ = ["Base", "describe_base", "make_card", "rewrite_card", "shown_name", "write_card"]
@@ -122,7 +123,7 @@ def make_card(
     """
     method = recipe["method"]["name"]
     name = Path(recipe["run"].get("output") or "model").name
-    data = [shown_name(text) for text in _texts(recipe["data"]["train"])]
+    data = [shown_name(text) for text in list_paths(recipe["data"]["train"])]
     front: Card = {}
     if base.hub_id is not None:
         front["base_model"] = base.hub_id

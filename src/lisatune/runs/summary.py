@@ -85,6 +85,9 @@ class Summary(TypedDict, total=False):
     held_out_margin_before: float
     """Mean difference of the rewards of chosen and rejected answer, over the held-out pairs."""
     held_out_margin_after: float
+    held_out_loss_by_source_before: dict[str, float]
+    """Of each source of a mixture, by its name."""
+    held_out_loss_by_source_after: dict[str, float]
     best_step: int
     """Step that the model is of, with run.keep_best."""
     planned_steps: int

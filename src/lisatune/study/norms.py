@@ -239,7 +239,7 @@ def _summarize(
     return {
         "study": "norms",
         "model": recipe.model.name,
-        "data": recipe.data.train,
+        "data": recipe.data.train_name,
         "steps": len(full.losses),
         "measured_steps": full.steps,
         **made_with,

@@ -108,7 +108,7 @@ def study_outliers(
     return {
         "study": "outliers",
         "model": recipe.model.name,
-        "data": recipe.data.train,
+        "data": recipe.data.train_name,
         "rows": len(examples),
         "threshold": threshold,
         "unit": unit,

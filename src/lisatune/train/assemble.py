@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lisatune.console import byte_text
 from lisatune.data.batches import collate
+from lisatune.data.mixture import SourceLosses
 from lisatune.data.prepare import RunData, prepare_data
 from lisatune.data.rows import TokenRow
 from lisatune.distributed import ranks
@@ -67,6 +68,8 @@ class Parts:
     """Whether the blocks are compiled; `recipe.run.compile` says so too."""
     compile_seconds: float | None = None
     """Wall time of compiling the blocks before the first step; None if nothing was compiled."""
+    source_losses: SourceLosses | None = None
+    """Collects the loss of each source of a mixture."""
     save_dtype: torch.dtype | None = None
     """Dtype in which the result is written; None: the one that the weights were trained in."""
 
@@ -160,6 +163,9 @@ def assemble(recipe: Recipe, before_load: Callable[..., None] | None = None) -> 
     scheduler = make_scheduler(recipe.optimizer, built.step.optimizer, data.steps)
     parts = Parts(recipe, device, tokenizer, data, scheduler, built, compiling)
     parts.save_dtype = save_dtype(recipe, built.model)
+    if data.sources:
+        parts.source_losses = SourceLosses([source.name for source in data.sources])
+        built.step.loss.watch = parts.source_losses
     if run.compile and built.blocks is not None:
         parts.compile_seconds = build_graphs(recipe, built, device)
     return parts

@@ -22,7 +22,7 @@ from lisatune.data.shown import MarkedText, show_loss
 from lisatune.distributed.ranks import pick_device
 from lisatune.models.hf import announce_remote_code
 from lisatune.models.load import load_tokenizer
-from lisatune.recipe import DataConfig, Recipe
+from lisatune.recipe import Recipe, SourceConfig
 from lisatune.runs.folder import check_output
 from lisatune.train.assemble import check_fits, rehearse
 from lisatune.train.benchmarks import check_tasks
@@ -146,18 +146,21 @@ def _check_data(recipe: Recipe, report: CheckReport) -> RunData | None:
     config = recipe.data
     if config.validation == config.train:
         report.warnings.append("data.validation is data.train: held-out loss will be loss on training data")
-    sources = [(config.train, config.limit), (config.validation, config.validation_limit)]
-    for source, limit in sources:
-        if source is not None:
-            found: RecordReader | Records | None
-            if recipe.loss.rows_per_record == 2:
-                how: dict[str, Any] = {"split": config.split, "limit": limit, "on_bad_row": "skip"}
-                found = report.attempt(read_pairs, source, **how)
-            else:
-                found = report.attempt(_read_through, config, source, limit)
-            if found is not None and found.skipped and config.on_bad_row == "error":
-                more = f" (and {found.skipped - 1:,} more like it)" if found.skipped > 1 else ""
-                report.problems.append(f"{found.first_skipped}{more}; fix it, or set data.on_bad_row=skip")
+    sources = list(config.sources)
+    if config.validation is not None:
+        keys = ("kind", "split", "fields")
+        how: dict[str, Any] = {key: getattr(config, key) for key in keys}
+        sources.append(SourceConfig(path=config.validation, limit=config.validation_limit, **how))
+    for source in sources:
+        found: RecordReader | Records | None
+        if recipe.loss.rows_per_record == 2:
+            how = {"split": source.split, "limit": source.limit, "on_bad_row": "skip"}
+            found = report.attempt(read_pairs, source.path, **how)
+        else:
+            found = report.attempt(_read_through, source)
+        if found is not None and found.skipped and config.on_bad_row == "error":
+            more = f" (and {found.skipped - 1:,} more like it)" if found.skipped > 1 else ""
+            report.problems.append(f"{found.first_skipped}{more}; fix it, or set data.on_bad_row=skip")
     tokenizer = report.attempt(load_tokenizer, **recipe.model.tokenizer)
     if tokenizer is None:
         return None
@@ -168,11 +171,10 @@ def _check_data(recipe: Recipe, report: CheckReport) -> RunData | None:
     return data
 
 
-def _read_through(config: DataConfig, source: str, limit: int | None) -> RecordReader:
+def _read_through(source: SourceConfig) -> RecordReader:
     """Read and check all records of a source."""
-    keys = ("kind", "split", "fields")
-    how: dict[str, Any] = {key: getattr(config, key) for key in keys}
-    reader = RecordReader(source, limit=limit, on_bad_row="skip", **how)
+    how: dict[str, Any] = {key: getattr(source, key) for key in ("kind", "split", "limit", "fields")}
+    reader = RecordReader(source.path, on_bad_row="skip", **how)
     reader.read_through()
     return reader
 

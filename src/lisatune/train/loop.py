@@ -241,6 +241,7 @@ def _step(parts: Parts, state: RunState, folder: RunFolder) -> dict[str, Any]:
     parts.advance_learning_rates()
 
     seconds = time.perf_counter() - started
+    by_source = {} if parts.source_losses is None else {"loss_by_source": parts.source_losses.take()}
     rows = [row for batch in batches for row in batch]
     num_tokens = sum(len(row["input_ids"]) for row in rows)
     state.add_step(
@@ -255,6 +256,7 @@ def _step(parts: Parts, state: RunState, folder: RunFolder) -> dict[str, Any]:
         | {
             "step": state.step,
             "loss": float(loss),
+            **by_source,
             "grad_norm": float(grad_norm),
             "tokens": state.num_tokens,
             "tokens_per_second": num_tokens / seconds,
@@ -269,7 +271,7 @@ def _step(parts: Parts, state: RunState, folder: RunFolder) -> dict[str, Any]:
 
 def _held_out(
     parts: Parts, bar: progress.Bar, asked_to_stop: Callable[[], object] = lambda: None
-) -> tuple[float, dict[str, float]]:
+) -> tuple[float, dict[str, Any]]:
     """Return the held-out loss per token or pair (NaN if nothing is held out), and more figures by name.
 
     Raises:
@@ -288,10 +290,15 @@ def _held_out(
             advance()
 
     step = parts.built.step
+    if parts.source_losses is not None:
+        parts.source_losses.take()  # what a stopped evaluation left
     num_batches = math.ceil(len(held_out.rows) / (size * parts.data.rows_per_record))
     with bar.follow("held-out loss", num_batches) as advance:
         found = held_out_loss(step.loss, batches(advance), device=parts.device, autocast=step.autocast)
-    return found.loss, {f"held_out_{name}": value for name, value in found.more.items()}
+    more: dict[str, Any] = {f"held_out_{name}": value for name, value in found.more.items()}
+    if parts.source_losses is not None and (by_source := parts.source_losses.take()):
+        more["held_out_loss_by_source"] = by_source
+    return found.loss, more
 
 
 def _answers(parts: Parts) -> list[str]:

@@ -16,6 +16,7 @@ from rich.text import Text
 from torch import nn
 
 from lisatune.console import count_text, grid, plural, ranges_text, terminal
+from lisatune.data.mixture import MixedSource
 from lisatune.data.prepare import RunData
 from lisatune.data.shown import MarkedText, show_loss
 from lisatune.lisa.correction import count_trainable
@@ -92,6 +93,8 @@ class Outline:
     validation_limit: int | None
     """The most held-out rows that the recipe allows; None: no limit."""
     validation_tokens: int
+    sources: tuple[MixedSource, ...]
+    """Of a mixture."""
     example: MarkedText
     """The text of the first training row, in parts with and without loss."""
     device: str
@@ -163,6 +166,7 @@ def make_outline(
         validation_rows=len(data.validation.rows) // data.rows_per_record,
         validation_limit=recipe.data.validation_limit,
         validation_tokens=data.validation.num_tokens,
+        sources=data.sources,
         example=data.mark(0),
         device=f"{device}, {run.precision}",
         blocks=blocks,
@@ -233,6 +237,7 @@ def print_outline(outline: Outline, console: Console | None = None) -> None:
         ("lr", outline.lr),
         ("records", outline.records),
         ("data", "; ".join([f"{plural(outline.train_rows, outline.row_word)}, {tokens}", *left_out])),
+        *([("mixture", _mixture_text(outline))] if outline.sources else []),
         ("example", show_loss(outline.example, most=EXAMPLE_CHARACTERS)),
         ("held out", _held_out_text(outline)),
         ("device", outline.device),
@@ -240,6 +245,15 @@ def print_outline(outline: Outline, console: Console | None = None) -> None:
         ("output", outline.output),
     ]
     console.print(Panel(grid(rows), title="run", title_align="left", border_style="cyan", box=box.ROUNDED))
+
+
+def _mixture_text(outline: Outline) -> str:
+    """Say what an epoch takes of each source, a line for each."""
+    return "\n".join(
+        f"{source.name}: {source.row_share:.1%} of rows, {source.token_share:.1%} of tokens; "
+        f"{plural(source.num_rows, 'row')}, read {source.passes:.3g} × in an epoch"
+        for source in outline.sources
+    )
 
 
 def _held_out_text(outline: Outline) -> str:

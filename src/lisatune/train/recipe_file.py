@@ -66,7 +66,6 @@ MAPPINGS = (("data", "fields"), ("optimizer", "options"))
 Sections = dict[str, dict[str, Any]]
 """The content of a recipe file: {section: {key: value}}."""
 
-
 PATHS = (
     ("model", "name"),
     ("data", "train"),
@@ -113,9 +112,8 @@ def build_recipe(path: str, from_file: Sections, overrides: Sequence[str]) -> Re
     from_file = _leave_out_other_method(path, from_file, from_overrides)
     given = {name: from_file.get(name, {}) | from_overrides.get(name, {}) for name in SECTIONS}
     for section, key in PATHS:
-        if isinstance(value := given[section].get(key), str):
-            given[section][key] = expand_home(value)
-            _check_path(f"{section}.{key}", value)
+        if key in given[section]:
+            given[section][key] = _expand_paths(f"{section}.{key}", given[section][key])
 
     def where(section: str, key: str) -> str:
         return "command line" if key in from_overrides.get(section, {}) else path
@@ -130,11 +128,14 @@ def build_recipe(path: str, from_file: Sections, overrides: Sequence[str]) -> Re
                 raise ValueError(f"{where(section, key)}: {_explain_unknown_key(section, key, sections)}")
             if isinstance(value, dict) != ((section, key) in MAPPINGS):
                 _refuse(where(section, key), sections, section, key, value)
+    own: Sections = {section: {key: given[section].get(key, {})} for section, key in MAPPINGS}
+    plain = {section: given[section] | {key: {}} for section, key in MAPPINGS}
+    if isinstance(given["data"].get("train"), list):
+        own["data"]["train"], plain["data"]["train"] = given["data"]["train"], "a mixture"
     try:
-        recipe = _parse(sections, given | {section: given[section] | {key: {}} for section, key in MAPPINGS})
-        for section, key in MAPPINGS:
-            filled = dataclasses.replace(getattr(recipe, section), **{key: given[section].get(key, {})})
-            recipe = dataclasses.replace(recipe, **{section: filled})
+        recipe = _parse(sections, given | plain)
+        filled = {name: dataclasses.replace(getattr(recipe, name), **keys) for name, keys in own.items()}
+        recipe = dataclasses.replace(recipe, **filled)
     except MissingArgumentError as error:
         raise ValueError(f"{path}: {_name_key(error)} is missing; add it") from None
     except CoercionError as error:
@@ -239,7 +240,16 @@ def _read_overrides(overrides: Iterable[str]) -> Sections:
     return values
 
 
-def _check_path(key: str, value: str) -> None:
+def _expand_paths(key: str, value: Any) -> Any:
+    """Write out `~` in a path, or in those of a mixture's sources, and check them."""
+    if isinstance(value, list):
+        return [_expand_paths(key, each) for each in value]
+    if isinstance(value, dict):
+        return value | {name: _expand_paths(key, each) for name, each in value.items() if name == "path"}
+    return _expand_path(key, value) if isinstance(value, str) else value
+
+
+def _expand_path(key: str, value: str) -> str:
     """Refuse a Windows path that YAML has changed, or that is not there. Any other name may be of the hub."""
     if re.search(r"[\0-\x1f]", value):
         raise ValueError(
@@ -249,6 +259,7 @@ def _check_path(key: str, value: str) -> None:
     if re.match(r"[A-Za-z]:[\\/]", value) and key != "run.output" and not Path(value).exists():
         here = "" if os.name == "nt" else "; on this machine paths begin with /"
         raise FileNotFoundError(f"{key}: there is no file or folder {value}{here}")
+    return expand_home(value)
 
 
 def _leave_out_other_method(path: str, from_file: Sections, from_overrides: Sections) -> Sections:
@@ -341,7 +352,7 @@ def _explain_unknown_key(section: str, key: object, sections: Mapping[str, Any])
 
 
 def _refuse(where: str, sections: Mapping[str, type], section: str, key: str, value: Any) -> NoReturn:
-    hint = typing.get_type_hints(sections[section])[key]
+    hint = str if key == "train" else typing.get_type_hints(sections[section])[key]  # or a list
     if isinstance(value, str) and value in ("", "null"):
         shown = "nothing"
     else:

@@ -83,9 +83,9 @@ class RunState:
     """Steps that the learning-rate schedule is made for; 0 if an older version saved the run."""
     batch: int = 0
     """Sequences of a micro-step on all ranks together; 0 if an older version saved the run."""
-    more: dict[str, float] = field(default_factory=dict)
+    more: dict[str, Any] = field(default_factory=dict)
     """Further held-out figures of the last evaluation by name, such as `held_out_accuracy`."""
-    more_before: dict[str, float] = field(default_factory=dict)
+    more_before: dict[str, Any] = field(default_factory=dict)
     """The same before the first step."""
     reference: str = ""
     """Hash of the file with the reference's log-probabilities; empty without a reference."""

@@ -46,6 +46,7 @@ def outline_of(method: Method, device: str = "meta", start_step: int = 0, **run:
         duplicates=0,
         records="alpaca",
         rows_per_record=1,
+        sources=(),
         mark=lambda row: (("Why\x1b[31m?\n" + "so " * 50, False), ("Because", True)),
     )
     with torch.device(device):
