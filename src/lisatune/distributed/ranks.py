@@ -1,31 +1,35 @@
 """The ranks of a run: processes that a launcher such as `torchrun` started, one for each device.
 
 Every function also works with one rank, without a process group. The functions that compare
-or add up are collective: every rank must call them, in the same order. Numbers travel over gloo, on the CPU.
+or add up are collective: every rank must call them, in the same order. Numbers travel over gloo, on the CPU;
+in a group that somebody else made for an accelerator alone, on that.
 """
 
 import hashlib
 import os
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 __all__ = [
+    "average_gradients",
     "broadcast_text",
     "check_equal",
     "consume_on_rank0",
     "count",
     "fake_ranks",
+    "gather_numbers",
     "has_others",
     "is_rank0",
     "max_over_ranks",
+    "on_every_rank",
     "on_rank0",
     "on_this_machine",
     "pick_device",
@@ -128,7 +132,7 @@ def sum_over_ranks(*numbers: float) -> list[float]:
     """Add up numbers over all ranks, in float64."""
     if not has_others():
         return list(numbers)
-    sums = torch.tensor(numbers, dtype=torch.float64)
+    sums = torch.tensor(numbers, dtype=torch.float64, device=_find_device())
     distributed.all_reduce(sums)
     return [float(each) for each in sums]
 
@@ -137,9 +141,41 @@ def max_over_ranks(number: int) -> int:
     """Return the largest of all ranks' numbers."""
     if not has_others():
         return number
-    largest = torch.tensor(number)
+    largest = torch.tensor(number, device=_find_device())
     distributed.all_reduce(largest, distributed.ReduceOp.MAX)
     return int(largest)
+
+
+def average_gradients(parameters: Sequence[Tensor]) -> None:
+    """Replace each gradient by its mean over the ranks, in place.
+
+    A rank without a gradient that another one has gets zeros for its own.
+
+    Args:
+        parameters: the same ones in the same order on every rank, each whole on every rank.
+    """
+    if not has_others() or not parameters:
+        return
+    number = count()
+    has_one = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
+    has_one = has_one.to(parameters[0].device)
+    distributed.all_reduce(has_one, distributed.ReduceOp.MAX)
+    gradients = []
+    for p, anybody in zip(parameters, has_one.tolist(), strict=True):
+        if anybody:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            gradients.append(p.grad)
+    pending = [distributed.all_reduce(gradient, async_op=True) for gradient in gradients]
+    for gradient, work in zip(gradients, pending, strict=True):
+        work.wait()
+        gradient.div_(number)
+
+
+def _find_device() -> torch.device:
+    """Find where numbers can be exchanged."""
+    if "cpu" in distributed.get_backend_config():
+        return torch.device("cpu")
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
 def check_equal(what: str, value: object) -> None:
@@ -151,7 +187,7 @@ def check_equal(what: str, value: object) -> None:
     if not has_others():
         return
     digest = int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=7).digest(), "big")
-    mine = torch.tensor([digest])
+    mine = torch.tensor([digest], device=_find_device())
     everyone = [torch.empty_like(mine) for _ in range(count())]
     distributed.all_gather(everyone, mine)
     others = [i for i, each in enumerate(everyone) if int(each) != int(everyone[0])]
@@ -182,14 +218,45 @@ def on_rank0(work: Callable[[], Result]) -> Result | None:
     return result
 
 
-def broadcast_text(text: str) -> str:
-    """Return the first rank's text."""
+def on_every_rank(work: Callable[[], Result]) -> Result:
+    """Do `work` on each rank at the same time.
+
+    Raises:
+        RuntimeError: on all ranks, if `work` failed on one, with its message; OSError if its error was one.
+    """
+    result, failure = None, None
+    try:
+        result = work()
+    except BaseException as error:
+        failure = error
+    failed = max_over_ranks(-1 if failure is None else rank())
+    if failed >= 0:
+        kind = "" if failure is None else "OSError" if isinstance(failure, OSError) else "other"
+        kind, _, reason = broadcast_text(f"{kind}:{failure}", source=failed).partition(":")
+        if failure is not None:
+            raise failure
+        raise (OSError if kind == "OSError" else RuntimeError)(f"rank {failed}: {reason}")
+    return cast(Result, result)
+
+
+def gather_numbers(numbers: Sequence[int]) -> list[list[int]]:
+    """Return the whole numbers of every rank, of which each has equally many."""
+    if not (has_others() and numbers):
+        return [list(numbers) for _ in range(count())]
+    mine = torch.tensor(numbers, dtype=torch.int64, device=_find_device())
+    everyone = [torch.empty_like(mine) for _ in range(count())]
+    distributed.all_gather(everyone, mine)
+    return [each.tolist() for each in everyone]
+
+
+def broadcast_text(text: str, *, source: int = 0) -> str:
+    """Return the text of a rank, the first one by default."""
     if not has_others():
         return text
-    mine = list(text.encode()) if is_rank0() else []
+    mine = list(text.encode()) if rank() == source else []
     size = max_over_ranks(len(mine))
-    arrived = torch.tensor(mine or [0] * size, dtype=torch.uint8)
-    distributed.broadcast(arrived, src=0)
+    arrived = torch.tensor(mine or [0] * size, dtype=torch.uint8, device=_find_device())
+    distributed.broadcast(arrived, src=source)
     return bytes(arrived.tolist()).decode()
 
 

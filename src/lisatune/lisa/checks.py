@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lisatune.distributed import ranks
@@ -17,9 +18,10 @@ from lisatune.optim.adamw import AdamW
 
 __all__ = [
     "check_parameters",
+    "is_copied",
     "refuse_compiled_blocks",
     "refuse_second",
-    "refuse_unsharded",
+    "unwrap_ddp",
     "unwrap_optimizer",
     "warn_of_compiling",
     "warn_of_rounding",
@@ -179,15 +181,27 @@ def warn_of_rounding(model: nn.Module, optimizer: Optimizer) -> None:
         )
 
 
-def refuse_unsharded(model: nn.Module) -> None:
-    """Raise RuntimeError if several ranks hold a model that `fully_shard` has not divided."""
-    if ranks.count() > 1 and not all(is_sharded(p) or p.is_meta for p in model.parameters()):
+def unwrap_ddp(model: nn.Module) -> nn.Module:
+    """Return the model inside DistributedDataParallel; any other as it is."""
+    inside: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
+    return inside
+
+
+def is_copied(model: nn.Module) -> bool:
+    """Whether each of several ranks holds the whole model, so that gradients must be exchanged.
+
+    Raises:
+        RuntimeError: torch's `fully_shard` has divided a part of the model.
+    """
+    if ranks.count() == 1:
+        return False
+    parts = [is_sharded(p) for p in model.parameters() if not p.is_meta]
+    if any(parts) and not all(parts):
         raise RuntimeError(
-            "on several ranks LISA needs a model that torch's fully_shard has divided, and an optimizer "
-            "built after that. DistributedDataParallel fixes which gradients it exchanges when it wraps a "
-            "model, so blocks that thaw later would drift apart without an error; fully_shard with a mesh of "
-            "(ranks, 1) keeps all weights on each rank as DDP does"
+            "fully_shard has divided a part of the model among the ranks, and LISA needs all of it or "
+            "nothing; call fully_shard on the model too, after its blocks, and build the optimizer then"
         )
+    return bool(parts) and not any(parts) and ranks.has_others()
 
 
 def warn_of_untrained_blocks(

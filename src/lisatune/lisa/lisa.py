@@ -40,9 +40,10 @@ from lisatune.distributed.shards import reshard
 from lisatune.lisa.budget import Budget
 from lisatune.lisa.checks import (
     check_parameters,
+    is_copied,
     refuse_compiled_blocks,
     refuse_second,
-    refuse_unsharded,
+    unwrap_ddp,
     unwrap_optimizer,
     warn_of_compiling,
     warn_of_rounding,
@@ -51,6 +52,7 @@ from lisatune.lisa.checks import (
 from lisatune.lisa.correction import Correction, FrozenCorrection
 from lisatune.lisa.draws import choose_period, count_visits, draw_blocks, simulate_draws
 from lisatune.lisa.ends import Ends, EndsPolicy
+from lisatune.lisa.exchange import GradientExchange
 from lisatune.lisa.frozen_state import FrozenState, StatePolicy
 from lisatune.lisa.frozen_weights import FrozenWeights
 from lisatune.lisa.group_state import GroupState
@@ -133,8 +135,8 @@ class LISA(BlockSchedule):
         ValueError: an argument is out of range, the optimizer lacks a parameter of a block or end, or the
             sampler reads what cannot be measured.
         TypeError: the optimizer is no torch optimizer, or is DeepSpeed's.
-        RuntimeError: a LISA is attached to the optimizer already, or the model is on several ranks and not
-            divided by `fully_shard`. `optimizer.step()` raises it if the param groups were replaced.
+        RuntimeError: a LISA is attached to the optimizer already, or the ranks draw other blocks or hold
+            other weights. `optimizer.step()` raises it if the param groups were replaced.
         ProofError: raised by `optimizer.step()` if the wrong weights trained.
 
     Example:
@@ -173,9 +175,8 @@ class LISA(BlockSchedule):
         corrects = Correction.parse(correction)
         _check_choice("verify", verify, get_args(Verify))
         _check_choice("lr_scaling", lr_scaling, get_args(Scaling))
+        self._model = model = unwrap_ddp(model)
         reshard(model)
-        refuse_unsharded(model)
-        self._model = model
         optimizer = unwrap_optimizer(model, optimizer)
         refuse_second(model, optimizer, _attached)
         layers = find_layers(model) if layers is None else layers
@@ -244,6 +245,13 @@ class LISA(BlockSchedule):
         self._flags = {
             p: p.requires_grad for p in (*self._ends.parameters, *self._others, *sum(self._blocks, ()))
         }
+
+        self._num_ranks = ranks.count()
+        self._exchange = (
+            GradientExchange(model, self._flags, self.trainable_parameters, optimizer)
+            if is_copied(model)
+            else None
+        )
 
         chances = [1.0] * len(self._blocks) if lr_scaling == "none" else self._find_chances()
         self._rates = StepRates(optimizer, self._blocks, chances, lr_scaling, warmup)
@@ -407,6 +415,8 @@ class LISA(BlockSchedule):
         if self._correction is not None:
             self._correction.detach(self._model)
         self._ends.detach()
+        if self._exchange is not None:
+            self._exchange.detach()
         for parameter, flag in self._flags.items():
             parameter.requires_grad_(flag)
         _attached.discard(self._optimizer)
@@ -458,7 +468,11 @@ class LISA(BlockSchedule):
 
     def _set_trainable(self) -> None:
         reshard(self._model)
-        refuse_unsharded(self._model)
+        if self._num_ranks > 1 and is_copied(self._model) != (self._exchange is not None):
+            raise RuntimeError(
+                "fully_shard has divided the model after LISA was attached; divide it first, then build the "
+                "optimizer, then attach LISA"
+            )
         self.ends_train = self._ends.policy.trains_in(self.period_index)
         moving = {p for block in self.active_blocks for p in self._blocks[block]}
         moving |= set(self._ends.parameters) if self.ends_train else set()
@@ -490,6 +504,13 @@ class LISA(BlockSchedule):
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         reshard(self._model)  # else forward would read ends that an evaluation has left whole
+        if ranks.count() != self._num_ranks:
+            raise RuntimeError(
+                f"there are {ranks.count()} ranks, and {self._num_ranks} when LISA was attached; start the "
+                "process group first (init_process_group, or Accelerator), then attach LISA"
+            )
+        if self._exchange is not None:
+            self._exchange.before_step()
         if optimizer.param_groups is not self._param_groups:
             raise RuntimeError(
                 f"the param groups of {type(optimizer).__name__} were replaced, but not by its "
@@ -524,7 +545,9 @@ class LISA(BlockSchedule):
         self.steps_done += 1
         self._group_state.after_step()
         if self.steps_done % self.period == 0:
-            refuse_unsharded(self._model)
+            if self._exchange is not None:
+                what = f"the weights that trained in period {self.period_index - 1}"
+                self._exchange.compare(what, self.trainable_parameters())
             if self._proof is not None:
                 self._proof.end()
                 if self._frozen_weights is not None:

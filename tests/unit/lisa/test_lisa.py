@@ -679,30 +679,27 @@ def test_second_lisa_on_an_optimizer_is_refused(untied_llama: nn.Module) -> None
         LISA(untied_llama, optimizer)
 
 
-def test_several_ranks_are_refused_and_nothing_is_changed(
+def test_a_model_divided_in_part_is_refused_and_nothing_is_changed(
     untied_llama: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     optimizer = torch.optim.AdamW(untied_llama.parameters())
     with monkeypatch.context() as patch:
-        patch.setattr(torch.distributed, "is_initialized", lambda: True)
-        patch.setattr(torch.distributed, "get_world_size", lambda: 2)
-        with pytest.raises(
-            RuntimeError, match="on several ranks LISA needs a model that torch's fully_shard"
-        ):
+        patch.setattr("lisatune.distributed.ranks.count", lambda: 2)
+        patch.setattr("lisatune.lisa.checks.is_sharded", lambda p: p.ndim == 2)
+        with pytest.raises(RuntimeError, match="fully_shard has divided a part of the model"):
             LISA(untied_llama, optimizer)
     assert all(p.requires_grad for p in untied_llama.parameters())
     assert "lisa" not in optimizer.state_dict()
     LISA(untied_llama, optimizer)
 
 
-def test_ranks_that_appear_later_are_refused_at_the_next_draw(
+def test_ranks_that_appear_later_are_refused_at_the_next_step(
     untied_llama: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     optimizer, _ = attach(untied_llama)
     tiny.fit(untied_llama, optimizer, 2)
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(RuntimeError, match="on several ranks LISA needs a model that torch's fully_shard"):
+    monkeypatch.setattr("lisatune.distributed.ranks.count", lambda: 2)
+    with pytest.raises(RuntimeError, match="there are 2 ranks, and 1 when LISA was attached"):
         tiny.fit(untied_llama, optimizer, 1)
 
 
