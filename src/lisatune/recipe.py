@@ -474,8 +474,11 @@ class RunConfig:
     stop_after: int | None = None
     """End the run after so many evaluations without a new lowest held-out loss. Needs `eval_every`."""
 
-    sharding: Literal["fsdp", "replicate"] = "fsdp"
-    """Several ranks: divide weights, gradients and state among them (fsdp), or keep all on each."""
+    sharding: Literal["fsdp", "replicate", "hsdp"] = "fsdp"
+    """Several ranks: divide weights, gradients and state among all (fsdp) or within a copy, or keep all."""
+
+    copies: int | None = None
+    """Copies of the model under `sharding: hsdp`, each divided among neighbours. Default: one a machine."""
 
     save_dtype: Literal["fp32", "bf16", "fp16"] | None = None
     """Dtype of the written weights. Default: that of the model's own files, unless training's is narrower."""
@@ -514,6 +517,12 @@ class RunConfig:
         for name in ("keep_checkpoints", "sample_tokens", "max_skipped_steps"):
             _at_least(1, f"run.{name}", getattr(self, name))
         _at_least(0, "run.samples", self.samples)
+        _at_least(1, "run.copies", self.copies)
+        if self.copies is not None and self.sharding != "hsdp":
+            raise ValueError(
+                f"run.copies={self.copies} is read by run.sharding=hsdp, and that is {self.sharding}; set it "
+                "to hsdp, or run.copies to null"
+            )
         _at_least(0, "run.save_every", self.save_every)
         if self.evaluate_data is not None and self.evaluate is None:
             raise ValueError(

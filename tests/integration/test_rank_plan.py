@@ -24,6 +24,8 @@ CASES = {
     "checkpointing": ["run.activation_checkpointing=true", "run.precision=bf16-mixed", "run.accumulation=2"],
     "head": ["method.ends=head"],
     "full": [],
+    "lora": [],
+    "dora": ["run.precision=bf16"],
 }
 
 
@@ -50,7 +52,11 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     lisa = tiny_run.write_recipe(folder, folder / "model", rows, plans=True)
     full = folder / "full.yaml"
     full.write_text(lisa.read_text().replace("{active: 2, period: 2}", "{name: full}"))
-    return {"lisa": lisa, "full": full}
+    recipes = {"lisa": lisa, "full": full}
+    for name in ("lora", "dora"):
+        recipes[name] = folder / f"{name}.yaml"
+        recipes[name].write_text(lisa.read_text().replace("{active: 2, period: 2}", f"{{name: {name}}}"))
+    return recipes
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +67,7 @@ def results(recipes: dict[str, Path]) -> dict[str, tuple[Any, list[Any]]]:
         path = recipes.get(name, recipes["lisa"])
         plans[name] = plan_memory(load_recipe(path, keys), ranks=2)
         # Windows that the proof keeps, 4 KiB for a parameter, are too much beside weights this small.
-        keys = keys if name == "full" else [*keys, "method.verify=off"]
+        keys = keys if name in ("full", "lora", "dora") else [*keys, "method.verify=off"]
         jobs.append({"measured": str(path), "overrides": keys, "blocks": plans[name].active_blocks})
     memory = {"recipe": str(recipes["lisa"]), "overrides": ["run.samples=0"]}
     refused = ["run.samples=0", f"run.output={recipes['lisa'].parent / 'refused'}"]
@@ -88,6 +94,17 @@ def test_a_plan_of_two_ranks_is_not_half_of_one(recipes: dict[str, Path], result
     two = results["lisa"][0]
     assert two.static_bytes == pytest.approx(one.static_bytes / 2, rel=0.02)
     assert one.peak_bytes / 2 < two.peak_bytes < one.peak_bytes
+
+
+def test_ranks_of_several_copies_are_planned_by_those_of_one(
+    recipes: dict[str, Path], results: dict[str, Any]
+) -> None:
+    keys = ["run.sharding=hsdp", "run.copies=2"]
+    planned, two = plan_memory(load_recipe(recipes["lisa"], keys), ranks=4), results["lisa"][0]
+    assert (planned.kind, planned.static_bytes) == ("traced", two.static_bytes)
+    assert planned.peak_bytes == pytest.approx(two.peak_bytes, rel=0.1)
+    with pytest.raises(ValueError, match=r"run\.copies 2 does not divide 3 ranks"):
+        plan_memory(load_recipe(recipes["lisa"], keys), ranks=3)
 
 
 def test_what_does_not_run_on_several_ranks_is_divided_and_says_so(recipes: dict[str, Path]) -> None:

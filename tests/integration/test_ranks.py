@@ -89,7 +89,9 @@ BEST = ["run.steps=6", "run.eval_every=1", "run.keep_best=true", "run.stop_after
 BEST += ["optimizer.lr=0.2", "optimizer.schedule=constant"]  # falls for two steps, then rises
 HALF = "run.batch_size=1"
 FOUR = "run.batch_size=4"
-CHECKS = ("draws", "statistics", "seeds", "unsharded")
+MORE = ["run.steps=6", "optimizer.schedule=constant", "run.save_every=3"]
+HSDP = ["run.sharding=hsdp", "run.copies=2", "run.accumulation=2"]
+CHECKS = ("draws", "statistics", "seeds")
 
 
 @pytest.fixture(scope="module")
@@ -181,11 +183,6 @@ def test_ranks_that_draw_other_blocks_are_told_so(two: dict[str, Any]) -> None:
         assert "the blocks drawn for period 0 differ between ranks: rank 1 not as rank 0" in result["error"]
 
 
-def test_plain_ddp_is_refused_with_the_reason(two: dict[str, Any]) -> None:
-    for result in two["unsharded"]:
-        assert "DistributedDataParallel fixes which gradients it exchanges" in result["error"]
-
-
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_does_not_work_on_several_ranks_is_refused(runs: Runs, two: dict[str, Any], name: str) -> None:
     for result in two[name]:
@@ -193,21 +190,50 @@ def test_what_does_not_work_on_several_ranks_is_refused(runs: Runs, two: dict[st
     assert not (runs.folder / f"no-{name}").exists()
 
 
-def test_a_run_saved_on_two_ranks_goes_on_with_one_and_with_four(runs: Runs, two: dict[str, Any]) -> None:
+@pytest.fixture(scope="module")
+def four(runs: Runs, two: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Results of each of four ranks by name."""
     assert "error" not in two["saved"][0]
-    more = ["run.steps=6", "optimizer.schedule=constant", "run.save_every=3"]
-    runs.alone("straight", *more, FOUR)
     for name in ("on-one", "on-four"):
         shutil.copytree(runs.folder / "saved", runs.folder / name)
-    runs.alone("on-one", *more, FOUR, resume=True)
-    wrong = runs.job("on-four", "run.batch_size=2", *more, resume=True)
-    right = runs.job("on-four", "run.batch_size=1", *more, resume=True)
-    for first, second in launch(4, runs.folder, [wrong, right]):
+    jobs = {
+        "wrong": runs.job("on-four", "run.batch_size=2", *MORE, resume=True),
+        "right": runs.job("on-four", HALF, *MORE, resume=True),
+        "hsdp": runs.job("four-hsdp", HALF, *HSDP),
+        "thirds": runs.job("no-thirds", HALF, "run.sharding=hsdp", "run.copies=3"),
+        "one-machine": runs.job("no-machine", HALF, "run.sharding=hsdp"),
+    }
+    done = launch(4, runs.folder, list(jobs.values()))
+    return dict(zip(jobs, map(list, zip(*done, strict=True)), strict=True))
+
+
+def test_a_run_saved_on_two_ranks_goes_on_with_one_and_with_four(runs: Runs, four: dict[str, Any]) -> None:
+    runs.alone("straight", *MORE, FOUR)
+    runs.alone("on-one", *MORE, FOUR, resume=True)
+    for first, second in zip(four["wrong"], four["right"], strict=True):
         assert "began with 4 sequences in a micro-step and would continue with 8" in first["error"]
         assert second.get("steps") == 6, second
     for key, weight in runs.weights("straight").items():
         for name in ("on-one", "on-four"):
             torch.testing.assert_close(runs.weights(name)[key], weight, **CLOSE)
+
+
+def test_two_copies_on_two_ranks_each_are_one_rank(runs: Runs, four: dict[str, Any]) -> None:
+    assert "error" not in four["hsdp"][0], four["hsdp"][0]
+    one = runs.alone("one-hsdp", FOUR, *HSDP[2:])
+    for key, weight in runs.weights("one-hsdp").items():
+        torch.testing.assert_close(runs.weights("four-hsdp")[key], weight, **CLOSE)
+    norms = [[m["grad_norm"] for m in runs.metrics(f"{n}-hsdp") if "loss" in m] for n in ("one", "four")]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+    shares = [rank["peak_state_elements"] / one["peak_state_elements"] for rank in four["hsdp"]]
+    assert shares == pytest.approx([0.5] * 4, abs=0.01)
+
+
+def test_copies_that_the_ranks_cannot_hold_are_refused(runs: Runs, four: dict[str, Any]) -> None:
+    for thirds, machine in zip(four["thirds"], four["one-machine"], strict=True):
+        assert "run.copies 3 does not divide 4 ranks" in thirds["error"]
+        assert "all 4 ranks are on one; set run.copies" in machine["error"]
+    assert not list(runs.folder.glob("no-*"))
 
 
 def test_divided_weights_are_written_in_the_dtype_asked_for(runs: Runs, two: dict[str, Any]) -> None:

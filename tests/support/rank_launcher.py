@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,8 +12,13 @@ from typing import Any
 SUPPORT = Path(__file__).parent
 
 
-def launch(count: int, folder: Path, jobs: list[dict[str, Any]]) -> list[list[Any]]:
-    """Make the jobs on `count` ranks; return each rank's results."""
+def launch(
+    count: int, folder: Path, jobs: list[dict[str, Any]], *, dies: int | None = None
+) -> list[list[Any]]:
+    """Make the jobs on `count` ranks; return each rank's results.
+
+    The rank `dies` is killed in the last job, of which it then has the result None.
+    """
     path = folder / f"jobs-{count}.json"
     path.write_text(json.dumps(jobs))
     with socket.socket() as free:
@@ -35,5 +41,7 @@ def launch(count: int, folder: Path, jobs: list[dict[str, Any]]) -> list[list[An
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0] * count, "\n".join(texts)
-    return [json.loads(path.with_name(f"{path.name}.{rank}").read_text()) for rank in range(count)]
+    expected = [-signal.SIGKILL if rank == dies else 0 for rank in range(count)]
+    assert [process.returncode for process in processes] == expected, "\n".join(texts)
+    results = [json.loads(path.with_name(f"{path.name}.{rank}").read_text()) for rank in range(count)]
+    return [[*each, *[None] * (len(jobs) - len(each))] for each in results]

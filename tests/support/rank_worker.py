@@ -6,10 +6,13 @@ A job is {"recipe": path, "overrides": […], "flags": {…}}, or {"check": "dra
 memory is found free. Results go to JOBS.json.RANK.
 """
 
+import errno
 import json
 import os
 import random
+import signal
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,12 +20,12 @@ from unittest import mock
 
 import torch
 
+import rank_copies
 import tiny
 import toy_members
 from lisatune import LISA, find_layers
 from lisatune.distributed import ranks
 from lisatune.distributed.shards import full_tensor, local_part, shard
-from lisatune.lisa.groups import build_adamw
 from lisatune.memory.plan import _batch
 from lisatune.memory.tracker import measure
 from lisatune.methods.optimizers import build_optimizer
@@ -101,14 +104,6 @@ def seeds() -> None:
     LISA(model, build_optimizer(model, layers, OptimizerConfig()), seed=ranks.rank())
 
 
-def unsharded() -> None:
-    """Attach LISA to a model that DistributedDataParallel holds."""
-    model = tiny.llama(seed=0)
-    optimizer = build_adamw(model, find_layers(model), lr=1e-3)
-    wrapped = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-    LISA(wrapped.module, optimizer)
-
-
 def held(folder: str, largest_file: str) -> dict[str, Any]:
     """Load, write, train, save and load again; say what this rank held and whether all is equal."""
     device, report = torch.device("cpu"), {}
@@ -161,6 +156,34 @@ def held(folder: str, largest_file: str) -> dict[str, Any]:
     return report
 
 
+def saving(folder: str) -> dict[str, Any]:
+    """Save a checkpoint, fail to save another on rank 1, and let rank 1 die while it saves a third."""
+    model = tiny.llama(seed=0)
+    shard(model, find_layers(model).blocks, device=torch.device("cpu"))
+    optimizer = build_optimizer(model, find_layers(model), OptimizerConfig(lr=1e-3))
+    tiny.backward(model, 0)
+    optimizer.step()
+    parts: dict[str, Any] = {"model": model, "optimizer": optimizer}
+    save_checkpoint(folder, step=1, **parts)
+
+    def fail(path: Path, *args: Any, **kwargs: Any) -> None:
+        path.write_bytes(b"half of it")
+        if path.parent.name.startswith(".step-000003"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    errors = {}
+    on_rank_1 = mock.patch("lisatune.files.parts.write_stream", fail) if ranks.rank() == 1 else nullcontext()
+    with on_rank_1:
+        for step in (2, 3):
+            try:
+                save_checkpoint(folder, step=step, **parts)
+            except (OSError, RuntimeError) as error:
+                errors[step] = f"{type(error).__name__}: {error}"
+            errors[f"left after {step}"] = sorted(path.name for path in Path(folder).iterdir())
+    return errors
+
+
 def measured(job: dict[str, Any]) -> dict[str, Any]:
     """Measure the second training step of a recipe with the given blocks active."""
     recipe = load_recipe(Path(job["measured"]), job["overrides"])
@@ -185,9 +208,15 @@ def work(job: dict[str, Any]) -> Any:
         return train(load_recipe(Path(job["recipe"]), job["overrides"]), **job.get("flags", {}))
     if "measured" in job:
         return measured(job)
+    if "saving" in job:
+        return saving(job["saving"])
     if "held" in job:
         return held(job["held"], job["largest_file"])
-    checks = {"draws": draws, "statistics": statistics, "seeds": seeds, "unsharded": unsharded}
+    if "loop" in job:
+        return rank_copies.loop(job["loop"], job["folder"])
+    if "trainer" in job:
+        return rank_copies.trainer(job["trainer"], job["folder"])
+    checks = {"draws": draws, "statistics": statistics, "seeds": seeds, "strangers": rank_copies.strangers}
     return checks[job["check"]]()
 
 
@@ -195,14 +224,16 @@ def main() -> None:
     torch.set_num_threads(1)
     jobs = Path(sys.argv[1])
     results = []
+    out = jobs.with_name(f"{jobs.name}.{os.environ.get('RANK', '0')}")
     with ranks.process_group("cpu"):
         for job in json.loads(jobs.read_text()):
             try:
                 results.append(work(job))
             except (ValueError, RuntimeError) as error:
                 results.append({"error": f"{type(error).__name__}: {error}"})
-    rank = os.environ.get("RANK", "0")
-    jobs.with_name(f"{jobs.name}.{rank}").write_text(json.dumps(results))
+            out.write_text(json.dumps(results))
+            if "saving" in job:  # the last job: without rank 1 the group cannot end in good order
+                os._exit(0)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,12 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from lisatune.distributed import ranks
 
 __all__ = [
+    "Sharding",
+    "count_copies",
+    "exchange_late",
     "full_tensor",
     "has_values",
+    "holds_first_copy",
     "is_sharded",
     "like_shard",
     "local_part",
@@ -23,6 +27,9 @@ __all__ = [
     "shard",
     "whole_state",
 ]
+
+
+Sharding = Literal["fsdp", "replicate", "hsdp"]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -62,6 +69,15 @@ def full_tensor(tensor: Any) -> Tensor:
     return whole
 
 
+def holds_first_copy(tensors: Iterable[Tensor]) -> bool:
+    """Whether this rank is one of those that together hold the first copy of the tensors."""
+    divided: list[Any] = [tensor for tensor in tensors if is_sharded(tensor)]
+    for tensor in divided[:1]:
+        dims = [dim for dim, placement in enumerate(tensor.placements) if placement.is_replicate()]
+        return all(tensor.device_mesh.get_local_rank(dim) == 0 for dim in dims)
+    return ranks.is_rank0()
+
+
 def like_shard(whole: Tensor, parameter: Any) -> Tensor:
     """Cut this rank's part out of a tensor that every rank has whole, divided like `parameter`."""
     from torch.distributed.tensor import distribute_tensor
@@ -98,12 +114,54 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def count_copies(how: Sharding, copies: int | None = None) -> int:
+    """Count the copies of the model that all ranks hold together.
+
+    Args:
+        how: "fsdp": one, divided among all ranks. "replicate": one on every rank. "hsdp": as many as `copies`
+            says, each divided among ranks that are neighbours.
+        copies: of "hsdp". Default: one on each machine.
+
+    Raises:
+        ValueError: the copies cannot be divided equally among the ranks, or there is only one.
+    """
+    number = ranks.count()
+    if how != "hsdp":
+        return number if how == "replicate" else 1
+    if copies is None:
+        copies = number // ranks.on_this_machine()
+        if copies == 1:
+            raise ValueError(
+                f"run.sharding hsdp keeps a copy of the model on each machine, and all {number} ranks are on "
+                "one; set run.copies, such as 2, or use fsdp"
+            )
+    if number % copies:
+        raise ValueError(
+            f"run.copies {copies} does not divide {number} ranks; start a multiple of {copies} ranks, or set "
+            f"a divisor of {number}"
+        )
+    return copies
+
+
+def exchange_late(model: nn.Module, *, is_last: bool) -> None:
+    """Let copies of a model add up their gradients only in the last micro-step of a step.
+
+    Call it before each backward pass. Ranks that divide one copy always exchange theirs, or each would hold
+    whole gradients.
+    """
+    modules: Iterable[Any] = model.modules() if ranks.count() > 1 else ()
+    for module in modules:
+        if hasattr(module, "set_requires_all_reduce"):  # FSDP2 has taken it
+            module.set_requires_all_reduce(is_last, recurse=False)
+
+
 def shard(
     model: nn.Module,
     blocks: Sequence[str],
     *,
     device: torch.device,
-    how: Literal["fsdp", "replicate"],
+    how: Sharding = "fsdp",
+    copies: int | None = None,
     fill: Callable[[], None] | None = None,
 ) -> None:
     """Divide a model among the ranks, block by block onto `device`, in place.
@@ -114,25 +172,38 @@ def shard(
         model: has the same weights on every rank, or is on the meta device and will be filled.
         blocks: paths of its blocks (`LayerMap.blocks`); each is gathered on its own.
         device: of this rank.
-        how: "fsdp" divides every parameter among the ranks; "replicate" keeps all of it on every rank.
+        how, copies: as for `count_copies`.
         fill: puts weights into a model on the meta device, once each rank has storage for its part.
+
+    Raises:
+        ValueError: as in `count_copies`, or what trains in a block has several dtypes.
     """
-    from torch.distributed import get_world_size
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    num_ranks = get_world_size()
+    num_ranks, number = ranks.count(), count_copies(how, copies)
     with unset_fake_temporarily():  # a mesh is made of real numbers, also in a plan
-        if how == "replicate":
-            mesh = init_device_mesh(device.type, (num_ranks, 1), mesh_dim_names=("replicate", "shard"))
+        if number > 1:  # neighbours divide a copy
+            shape = number, num_ranks // number
+            mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
         else:
             mesh = init_device_mesh(device.type, (num_ranks,))
     for path in blocks:
+        _check_dtypes(path, model.get_submodule(path))
         fully_shard(model.get_submodule(path), mesh=mesh)
     fully_shard(model, mesh=mesh)
     if fill is not None:
         _allocate(model, device)
         fill()
+
+
+def _check_dtypes(path: str, block: nn.Module) -> None:
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in block.parameters() if p.requires_grad}
+    if len(dtypes) > 1:
+        raise ValueError(
+            f"what trains in {path} is in {' and '.join(sorted(dtypes))}, and FSDP2 needs one dtype there on "
+            "several ranks; set run.precision to bf16-mixed or fp32"
+        )
 
 
 def _allocate(model: nn.Module, device: torch.device) -> None:

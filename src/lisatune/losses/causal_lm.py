@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from lisatune.distributed.shards import has_values, local_part, reshard
 from lisatune.losses.cross_entropy import linear_cross_entropy
 from lisatune.nn.coded import CodedLinear, exact_parameters
-from lisatune.nn.hidden import hidden_states, logits, num_virtual_tokens
+from lisatune.nn.hidden import hidden_states, logits, num_virtual_tokens, unwrap_adapters
 
 __all__ = ["CausalLMLoss", "ShardedLoss", "chunked_cross_entropy", "evaluation_mode"]
 
@@ -315,8 +315,10 @@ class ShardedLoss(CausalLMLoss):
 
         super().__init__(model)
         reshard(model)
-        self.model._sharded_loss = super().__call__
-        register_fsdp_forward_method(self.model, "_sharded_loss")
+        root: Any = unwrap_adapters(model)  # which was divided, and whose ends a call makes whole
+        self._root = root
+        root._sharded_loss = super().__call__
+        register_fsdp_forward_method(root, "_sharded_loss")
 
     def check_packing(self) -> None:
         """Do the check of `CausalLMLoss`; every rank must call it."""
@@ -325,7 +327,7 @@ class ShardedLoss(CausalLMLoss):
 
     def __call__(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Sum the token losses of this rank's batch; every rank must call it."""
-        result: tuple[Tensor, Tensor] = self.model._sharded_loss(batch)
+        result: tuple[Tensor, Tensor] = self._root._sharded_loss(batch)
         return result
 
 

@@ -12,6 +12,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from lisatune.losses.causal_lm import CausalLMLoss, chunked_cross_entropy
+from lisatune.nn.hidden import unwrap_adapters
 
 __all__ = ["ChunkedLoss", "use_chunked_loss"]
 
@@ -44,7 +45,7 @@ def use_chunked_loss(model: Any, *, chunk_size: int = 128, in_evaluation: bool =
         >>> use_chunked_loss(model)
         >>> trainer = Trainer(model, arguments, train_dataset=rows)
     """
-    model = model.get_base_model() if isinstance(getattr(model, "peft_config", None), dict) else model
+    model = unwrap_adapters(model)
     if isinstance(vars(model).get("_chunked_loss"), ChunkedLoss):
         raise RuntimeError(f"{type(model).__name__} computes its loss in chunks already; undo() that first")
     if getattr(model.config, "output_router_logits", False):

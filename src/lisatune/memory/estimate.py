@@ -62,7 +62,7 @@ def estimate_step(built: Built, recipe: Recipe, length: int) -> StepMemory:
 
 
 def divide_among_ranks(memory: StepMemory, model: nn.Module, layers: LayerMap, ranks: int) -> StepMemory:
-    """Divide weights, gradients and state by the number of ranks, as FSDP2 does.
+    """Divide weights, gradients and state by the number of ranks that hold a model together, as FSDP2 does.
 
     Gathered weights come on top: the ends, for the whole step, and two blocks, the one that computes and the
     next one.

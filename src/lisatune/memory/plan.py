@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lisatune.console import first_line
 from lisatune.distributed.ranks import fake_ranks, pick_device, ranks_are_fake
-from lisatune.distributed.shards import part_to_update, shard
+from lisatune.distributed.shards import count_copies, part_to_update, shard
 from lisatune.lisa.correction import count_trainable, find_correction
 from lisatune.lisa.frozen_weights import FrozenWeights, ShapeMasters
 from lisatune.memory.costly_draws import list_costly_draws
@@ -29,7 +29,8 @@ from lisatune.memory.tracker import StepMemory
 from lisatune.methods.build import Built, attach, check_recipe, make_loss, prepare, weight_dtype
 from lisatune.models.load import meta_model, model_from_config
 from lisatune.models.shapes import shape_config
-from lisatune.nn.hidden import max_positions
+from lisatune.nn.hidden import max_positions, unwrap_adapters
+from lisatune.nn.layers import find_layers
 from lisatune.optim.adamw import CHUNK, CHUNK_ELSEWHERE, AdamW
 from lisatune.optim.group import Group
 from lisatune.optim.rows import sparse_rows
@@ -178,15 +179,17 @@ def plan_memory(
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # they come with the run
-        planned, why_divided = None, ""
+        planned, why_divided, shards = None, "", 1
         if ranks > 1:
+            with fake_ranks(ranks):
+                shards = ranks // count_copies(run.sharding, run.copies)
             try:
                 with fake_ranks(ranks):
                     check_recipe(recipe)
-                    planned = _plan(recipe, length, blocks, config, ranks, too_many_bytes)
+                    planned = _plan(recipe, length, blocks, config, ranks, shards, too_many_bytes)
             except Exception as error:  # as in _plan; and a recipe that several ranks refuse can be estimated
                 why_divided = f"one rank's figures, divided by arithmetic ({first_line(error)})"
-        planned = planned or _plan(recipe, length, blocks, config, ranks, too_many_bytes)
+        planned = planned or _plan(recipe, length, blocks, config, ranks, shards, too_many_bytes)
     notes = [each for each in (note, planned.note, why_divided) if each]
     return replace(planned, note="; ".join(notes) or None, seconds=time.perf_counter() - started)
 
@@ -197,9 +200,10 @@ def _plan(
     blocks: tuple[int, ...] | None,
     config: Any,
     ranks: int,
+    shards: int,
     too_many_bytes: float,
 ) -> MemoryPlan:
-    """Trace a step, on rank 0 if ranks are faked; otherwise divide the figures of one rank."""
+    """Trace a step, on rank 0 if ranks are faked; otherwise divide the figures of one rank by `shards`."""
     run, device = recipe.run, torch.device("cpu")
     model = _build_meta_model(recipe, config)
     loaded_bytes = sum(p.nbytes for p in model.parameters()) if ranks == 1 else 0
@@ -213,7 +217,9 @@ def _plan(
     with fake_tensors():
         fake_storage(prepared.model)
         if is_divided:
-            shard(prepared.model, prepared.layers.blocks, device=device, how=run.sharding)
+            inside = unwrap_adapters(prepared.model)
+            blocks_of, how = find_layers(inside).blocks, run.sharding
+            shard(inside, blocks_of, device=device, how=how, copies=run.copies)
         else:
             recipe.method.place(prepared.model, device, ShapeMasters(is_pinned=run.device == "cuda"))
         with norms_are_one():  # bitsandbytes reads the values of its codes
@@ -236,7 +242,7 @@ def _plan(
             memory = estimate_step(built, recipe, length)
         if ranks > 1 and not is_divided:
             kind = f"{kind}, divided by ranks"
-            memory = divide_among_ranks(memory, built.model, built.layers, ranks)
+            memory = divide_among_ranks(memory, built.model, built.layers, shards)
         return MemoryPlan(
             **asdict(memory),
             kind=kind,

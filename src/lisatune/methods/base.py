@@ -118,6 +118,15 @@ class Method:
         """Change the model before the optimizer is built: add adapters, say. Default: no change."""
         return model
 
+    def take_weights(self, model: nn.Module) -> None:
+        """Compute what `prepare` takes from the weights' values. Default: nothing.
+
+        Called on several ranks only, where the weights are read after `prepare`. Every rank must call it.
+
+        Args:
+            model: the prepared model, divided among the ranks, with its weights.
+        """
+
     def build_optimizer(
         self, model: nn.Module, layers: LayerMap, config: OptimizerConfig
     ) -> torch.optim.Optimizer:

@@ -21,6 +21,7 @@ class Bottleneck(Method):
     """Small networks after attention and MLP of every block train, with the blocks' layer norms."""
 
     name = "bottleneck"
+    shards = True
     has_ends = False
 
     size: int = 64

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lisatune.distributed import ranks
+from lisatune.distributed.shards import count_copies
 from lisatune.lisa.correction import find_correction
 from lisatune.lisa.schedule import BlockSchedule
 from lisatune.losses.causal_lm import CausalLMLoss, ShardedLoss
@@ -191,7 +192,10 @@ def check_recipe(recipe: Recipe) -> None:
         ValueError: names the recipe's key and what to do.
     """
     if not recipe.method.shards:
-        raise ValueError(f"method.name: {recipe.method.name} runs in one process only; use lisa or full")
+        raise ValueError(
+            f"method.name: {recipe.method.name} runs in one process only; use lisa, full or lora"
+        )
+    count_copies(recipe.run.sharding, recipe.run.copies)
     if recipe.model.new_tokens:
         raise ValueError(
             "model.new_tokens does not work on several ranks yet; add them in a run of one step on one rank, "

@@ -1,8 +1,12 @@
 """DoRA (Liu et al., arXiv 2402.09353) with PEFT: LoRA turns a weight, a vector sets its norm."""
 
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
+import torch
+from torch import nn
+
+from lisatune.distributed.shards import full_tensor, like_shard, local_part
 from lisatune.methods.lora import LowRank
 
 __all__ = ["Dora"]
@@ -14,4 +18,20 @@ class Dora(LowRank):
     """Low-rank adapters and a magnitude for each output of a linear layer train, all weights are frozen."""
 
     name = "dora"
+    shards = True
     has_magnitudes = True
+
+    def take_weights(self, model: nn.Module) -> None:
+        """Let new magnitudes begin as the norms of the weights, of which one at a time is made whole."""
+        if self.adapter is not None:  # which holds the magnitudes
+            return
+        from peft.tuners.lora.layer import LoraLayer
+
+        nothing = torch.zeros(())
+        with torch.no_grad():
+            layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+            for layer in layers:
+                for dora in layer.lora_magnitude_vector.values():
+                    weight = full_tensor(layer.get_base_layer().weight)
+                    norms = dora.get_weight_norm(weight, nothing.to(weight), 1.0)  # as new adapters add zero
+                    local_part(dora.weight).copy_(like_shard(norms.to(dora.weight.dtype), dora.weight))

@@ -25,6 +25,7 @@ class Ia3(Method):
     """Vectors that scale keys, values and the feed-forward's inner activations train, no weight does."""
 
     name = "ia3"
+    shards = True
     has_ends = False
     lr_scale = 30.0
 

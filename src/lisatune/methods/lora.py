@@ -112,3 +112,4 @@ class Lora(LowRank):
     """Low-rank adapters on the linear layers train, all weights of the model are frozen."""
 
     name = "lora"
+    shards = True

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lisatune.distributed import ranks
-from lisatune.distributed.shards import full_tensor
+from lisatune.distributed.shards import exchange_late, full_tensor
 from lisatune.lisa.correction import find_correction
 from lisatune.losses.causal_lm import CausalLMLoss
 from lisatune.optim.chunks import strip_zero_rows
@@ -54,7 +54,8 @@ class TrainingStep:
         mine = sum(self.loss.count(batch) for batch in batches)
         num_labels = int(ranks.sum_over_ranks(mine)[0])
         loss = torch.zeros((), device=self.device)
-        for batch in batches:
+        for number, batch in enumerate(batches, 1):
+            exchange_late(self.model, is_last=number == len(batches))
             with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
                 loss_sum, _ = self.loss({name: ids.to(self.device) for name, ids in batch.items()})
                 micro_loss = loss_sum / num_labels

@@ -8,10 +8,12 @@ names in the model.
 
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lisatune.models.hf import explain_load_errors
 from lisatune.models.locate import ADAPTER_CONFIG, BOTTLENECKS, is_adapter
@@ -80,8 +82,14 @@ def put_adapters(model: Any, name: str) -> Any:
         return PeftModel.from_pretrained(model, str(path)).eval()
 
 
-def write_bottlenecks(model: Any, folder: Path) -> None:
-    """Write a model's adapters, and whatever else trains in it, into a folder."""
+def write_bottlenecks(model: Any, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Write a model's adapters, and whatever else trains in it, into a folder.
+
+    Args:
+        model: the model.
+        folder: an existing folder.
+        weights: what trains, by name, where the model itself is divided among ranks.
+    """
     from safetensors.torch import save_file
 
     adapters = find_bottlenecks(model)
@@ -91,7 +99,8 @@ def write_bottlenecks(model: Any, folder: Path) -> None:
         "size": next(iter(adapters.values())).down.shape[0],
         "layers": list(adapters),
     }
-    trained = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    trained = weights or {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name: p.detach().cpu().contiguous() for name, p in trained.items()}
     save_file(trained, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / BOTTLENECKS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 

@@ -358,7 +358,7 @@ def save_model(
         if weights is not None:
             options["state_dict"] = weights
         if find_bottlenecks(model):
-            write_bottlenecks(model, aside)
+            write_bottlenecks(model, aside, weights)
         else:
             model.save_pretrained(aside, **options)
         note_quantized(model, aside)

@@ -3,13 +3,16 @@
 The model is built without weights, divided, and then filled from its safetensors files. This needs files that
 hold the weights under the model's own names. Where transformers would rename, merge or convert weights, each
 rank loads the whole model into host memory before it is divided, and a warning says so.
+
+Adapters are made before the model is divided, by every rank from the same random numbers. Meanwhile zeros
+stand in for the weights (`zero_weights`).
 """
 
 import json
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +41,15 @@ from lisatune.models.load import LARGEST_FILE, load_model, meta_model, save_mode
 from lisatune.models.locate import locate
 from lisatune.models.rounding import fits_range, note_dtype, round_parameters
 from lisatune.models.stored import INDEX, ONE_FILE, list_stored
+from lisatune.nn.bottleneck import has_adapters
 
-__all__ = ["load_for_ranks", "load_mapped", "save_from_ranks"]
+__all__ = ["load_for_ranks", "load_mapped", "save_from_ranks", "zero_weights"]
 
 Places = dict[str, tuple[Path, str]]
 """The file of each weight, and the weight's name in that file."""
+
+Slots = list[tuple[nn.Module, str, Path, str]]
+"""Module and attribute of each weight, and its place. Adapters change a weight's name, but not its module."""
 
 
 def load_for_ranks(
@@ -69,7 +76,38 @@ def load_for_ranks(
             stacklevel=2,
         )
         return load_model(name, dtype=dtype, **source), None
-    return model, lambda: _fill(name, model, places)
+    slots: Slots = []
+    for weight in named_weights(model):
+        path, _, attribute = weight.rpartition(".")
+        slots.append((model.get_submodule(path), attribute, *places[weight]))
+    return model, lambda: _fill(name, slots)
+
+
+@contextmanager
+def zero_weights(model: nn.Module) -> Iterator[None]:
+    """Inside, weights on the meta device are zeros on the CPU, in a few bytes each.
+
+    PEFT puts new adapters onto the device of the weights. On the meta device they would have no values.
+    """
+    zeros: dict[nn.Parameter, nn.Parameter] = {}
+    for p in model.parameters():
+        if p.is_meta:
+            zeros[p] = nn.Parameter(torch.zeros((), dtype=p.dtype).expand(p.shape), p.requires_grad)
+    _swap_parameters(model, zeros)
+    try:
+        yield
+    finally:
+        for p, zero in zeros.items():
+            p.requires_grad_(zero.requires_grad)  # a method may have frozen it
+        _swap_parameters(model, {zero: p for p, zero in zeros.items()})
+
+
+def _swap_parameters(model: nn.Module, others: dict[nn.Parameter, nn.Parameter]) -> None:
+    """Put other parameters in the place of some, under all of their names."""
+    for module in model.modules():
+        for name, each in module._parameters.items():
+            if each is not None and each in others:
+                module._parameters[name] = others[each]
 
 
 def load_mapped(
@@ -104,7 +142,7 @@ def load_mapped(
             stored = files[path].get_tensor(key)
             if stored.dtype == dtype:
                 mapped[weight] = stored
-            _replace_parameter(model, parameter, stored.to(dtype))
+            _swap_parameters(model, {parameter: nn.Parameter(stored.to(dtype), parameter.requires_grad)})
         for weight, buffer in named_weights(model).items():
             if weight in places and not isinstance(buffer, nn.Parameter):
                 path, key = places[weight]
@@ -112,20 +150,13 @@ def load_mapped(
     return model, mapped
 
 
-def _replace_parameter(model: nn.Module, parameter: nn.Parameter, tensor: Tensor) -> None:
-    """Put a new parameter in the place of one, under all of its names."""
-    made = nn.Parameter(tensor, parameter.requires_grad)
-    for module in model.modules():
-        for name, each in module._parameters.items():
-            if each is parameter:
-                module._parameters[name] = made
-
-
 def save_from_ranks(model: Any, tokenizer: Any, folder: Path, *, dtype: torch.dtype | None = None) -> None:
     """Write a divided model as a plain Hugging Face folder, tensor by tensor; every rank must call it.
 
+    Of a model with adapters only these are written, as `save_model` does.
+
     Args:
-        model: a transformers model that `distributed.shards.shard` divided.
+        model: a transformers model that `distributed.shards.shard` divided, or PEFT's around it.
         tokenizer: its tokenizer.
         folder: where to write; an existing folder is replaced once the new one is complete.
         dtype: as in `save_model`.
@@ -136,6 +167,9 @@ def save_from_ranks(model: Any, tokenizer: Any, folder: Path, *, dtype: torch.dt
     from huggingface_hub import split_torch_state_dict_into_shards
 
     reshard(model)
+    if has_adapters(model):
+        _save_adapters(model, tokenizer, folder, dtype)
+        return
     left_out = model._keys_to_ignore_on_save or ()
     tensors = {name: t for name, t in named_weights(model).items() if name not in left_out}
     if dtype is not None and fits_range(map(local_part, tensors.values()), dtype):
@@ -170,6 +204,20 @@ def save_from_ranks(model: Any, tokenizer: Any, folder: Path, *, dtype: torch.dt
             tokenizer.save_pretrained(aside)
 
     ranks.consume_on_rank0(gather_tensors(*files.values()), write)
+
+
+def _save_adapters(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype | None) -> None:
+    """Write the adapters of a divided model, which rank 0 holds whole meanwhile."""
+    adapters: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if dtype is not None and fits_range(map(local_part, adapters.values()), dtype):
+        adapters = round_parameters(model, adapters, dtype)
+    divided = describe_tensors(adapters)
+
+    def write(wholes: Iterator[Tensor]) -> None:
+        weights = {name: tensor.cpu() for name, tensor in collect(divided, wholes).items()}
+        save_model(model, tokenizer, folder, weights=weights)
+
+    ranks.consume_on_rank0(gather_tensors(divided), write)
 
 
 def _open_empty(name: str, *, dtype: torch.dtype, **source: Any) -> tuple[Any, Places | None]:
@@ -228,12 +276,12 @@ def _find_weights(folder: Path, model: Any) -> Places | None:
     return places
 
 
-def _fill(name: str, model: nn.Module, places: Places) -> None:
+def _fill(name: str, slots: Slots) -> None:
     """Read this rank's part of every weight."""
     from safetensors import safe_open
 
     with explain_load_errors(name), torch.no_grad():
-        for weight, tensor in named_weights(model).items():
-            path, key = places[weight]
+        for module, attribute, path, key in slots:
+            tensor = getattr(module, attribute)
             with safe_open(path, framework="pt") as file:
                 local_part(tensor).copy_(read_part(file, key, tensor))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["hidden_states", "logits", "max_positions", "num_virtual_tokens"]
+__all__ = ["hidden_states", "logits", "max_positions", "num_virtual_tokens", "unwrap_adapters"]
 
 
 def num_virtual_tokens(model: Any) -> int:
@@ -27,6 +27,14 @@ def max_positions(model: nn.Module) -> int | None:
     config: Any = model.config
     limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     return None if limit is None else limit - num_virtual_tokens(model)
+
+
+def unwrap_adapters(model: nn.Module) -> nn.Module:
+    """Return the transformers model inside PEFT's, with the adapters that are in it; any other as it is."""
+    if not isinstance(getattr(model, "peft_config", None), dict):
+        return model
+    inside: nn.Module = model.get_base_model()  # type: ignore[operator]
+    return inside
 
 
 def hidden_states(model: Any, input_ids_BT: Tensor, position_ids_BT: Tensor) -> Tensor:

@@ -12,7 +12,15 @@ MAY_CHANGE = frozenset(
     {"run.output", "run.steps", "run.epochs", "run.log_every", "run.eval_every", "run.save_every"}
     | {"run.keep_checkpoints", "run.samples", "run.sample_tokens", "run.report_to", "run.check_memory"}
     | {"run.on_save_error", "run.on_nonfinite", "run.max_skipped_steps", "run.activation_checkpointing"}
-    | {"run.sharding", "run.batch_size", "run.save_dtype", "run.stop_after", "data.date", "data.cache"}
+    | {
+        "run.sharding",
+        "run.copies",
+        "run.batch_size",
+        "run.save_dtype",
+        "run.stop_after",
+        "data.date",
+        "data.cache",
+    }
     | {"run.evaluate", "run.evaluate_data"}
 )
 """Keys that may differ on resume: lengths, intervals, outputs, and what a stopped run may need to change.

@@ -39,10 +39,10 @@ from lisatune.methods.build import (
 )
 from lisatune.models.hf import announce_remote_code, check_attention
 from lisatune.models.load import load_model, load_tokenizer, meta_model, stored_dtype
-from lisatune.models.sharded import load_for_ranks, load_mapped
+from lisatune.models.sharded import load_for_ranks, load_mapped, zero_weights
 from lisatune.nn.blocks import check_compiler
 from lisatune.nn.coded import Masters
-from lisatune.nn.hidden import max_positions
+from lisatune.nn.hidden import max_positions, unwrap_adapters
 from lisatune.nn.layers import LayerMap, find_layers
 from lisatune.recipe import Recipe
 from lisatune.train.compiling import Choice, build_graphs, choose
@@ -153,9 +153,14 @@ def assemble(recipe: Recipe, before_load: Callable[..., None] | None = None) -> 
     else:  # block by block, each rank its part
         model, fill = load_for_ranks(**source.source, dtype=dtype)
     _warn_of_widened_weights(recipe, model)
-    prepared = prepare(recipe, model)
+    with zero_weights(model):
+        prepared = prepare(recipe, model)
     if ranks.count() > 1:
-        shard(prepared.model, prepared.layers.blocks, how=run.sharding, device=device, fill=fill)
+        inside = unwrap_adapters(prepared.model)
+        blocks, how, copies = find_layers(inside).blocks, run.sharding, run.copies
+        shard(inside, blocks, how=how, copies=copies, device=device, fill=fill)
+    if fill is not None:
+        recipe.method.take_weights(prepared.model)
     built = attach(recipe, prepared, loss, steps=data.steps, device=device)
     if recipe.data.packing and loss is None:
         built.step.loss.check_packing()

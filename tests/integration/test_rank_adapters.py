@@ -1,0 +1,169 @@
+"""Adapters on two ranks over gloo: the same as on one, and the same files.
+
+The recipes and the tolerance are those of `test_ranks.py`.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import rank_copies
+import tiny
+import tiny_run
+from lisatune.train.loop import train
+from lisatune.train.recipe_file import load_recipe
+from rank_launcher import launch
+
+PLAIN = [
+    "optimizer.eps=1e-3",
+    "optimizer.lr=1e-2",
+    "run.samples=1",
+    "run.check_memory=false",
+    "optimizer.schedule=constant",
+]
+METHODS = {
+    "lora": "{name: lora, rank: 3, ends: true}",
+    "dora": "{name: dora, rank: 3}",
+    "ia3": "{name: ia3}",
+    "bottleneck": "{name: bottleneck, size: 5}",
+    "qlora": "{name: qlora}",
+}
+WORK = [name for name in METHODS if name != "qlora"]
+NARROW = "run.precision=bf16"
+
+
+COPIES = {"loop": ("bare", "before", "after"), "trainer": ("plain", "checkpointing")}
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*ensure_weight_tying:UserWarning")
+
+
+class Adapters:
+    """A folder with a recipe of each method."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        model = tiny_run.write_model(folder / "model")
+        rows = tiny_run.write_rows(folder / "rows.jsonl", 13)
+        for name, method in METHODS.items():
+            (folder / name).mkdir()
+            tiny_run.write_recipe(folder / name, model, rows, f"method: {method}\n")
+
+    def job(self, name: str, output: str, *overrides: str, **flags: bool) -> dict[str, Any]:
+        keys = [*PLAIN, f"run.output={self.folder / output}", *overrides]
+        return {"recipe": str(self.folder / name / "recipe.yaml"), "overrides": keys, "flags": flags}
+
+    def alone(self, name: str, output: str, *overrides: str, **flags: bool) -> Any:
+        job = self.job(name, output, *overrides)
+        return train(load_recipe(Path(job["recipe"]), job["overrides"]), **flags)
+
+    def written(self, output: str) -> dict[str, torch.Tensor]:
+        (file,) = (self.folder / output / "model").glob("*.safetensors")
+        return load_file(file)
+
+    def compare(self, output: str, with_output: str, *, atol: float = 1e-5, rtol: float = 1e-4) -> None:
+        """Compare names, shapes, dtypes and numbers of the files that two runs wrote."""
+        got, expected = self.written(output), self.written(with_output)
+        assert got.keys() == expected.keys()
+        for key, weight in expected.items():
+            torch.testing.assert_close(
+                got[key], weight, atol=atol, rtol=rtol, msg=lambda text, k=key: f"{k}: {text}"
+            )
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Adapters:
+    return Adapters(tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.fixture(scope="module")
+def two(adapters: Adapters) -> dict[str, list[Any]]:
+    """Results of each of two ranks by name."""
+    half, saves = "run.batch_size=1", ["run.steps=3", "run.save_every=3"]
+    jobs = {name: adapters.job(name, f"two-{name}", half) for name in WORK}
+    jobs["narrow"] = adapters.job("dora", "two-narrow", half, NARROW, "run.save_dtype=bf16")
+    jobs["saved"] = adapters.job("dora", "saved", half, *saves)
+    adapters.alone("lora", "started", *saves)
+    shutil.copytree(adapters.folder / "started", adapters.folder / "continued")
+    jobs["continued"] = adapters.job("lora", "continued", half, resume=True)
+    begun = f"method.adapter={adapters.folder / 'started' / 'model'}"
+    jobs["begun"] = adapters.job("lora", "two-begun", half, begun)
+    for kind, hows in COPIES.items():
+        jobs |= {how: {kind: how, "folder": str(adapters.folder)} for how in hows}
+    jobs["strangers"] = {"check": "strangers"}
+    jobs["qlora"] = adapters.job("qlora", "no", half)
+    done = map(list, zip(*launch(2, adapters.folder, list(jobs.values())), strict=True))
+    return dict(zip(jobs, done, strict=True))
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_two_ranks_are_one_rank_on_the_same_global_batch(
+    adapters: Adapters, two: dict[str, Any], name: str
+) -> None:
+    assert "error" not in two[name][0], two[name][0]
+    one = adapters.alone(name, f"one-{name}")
+    adapters.compare(f"two-{name}", f"one-{name}")
+    assert two[name][0]["held_out_loss_after"] == pytest.approx(one["held_out_loss_after"], rel=1e-4)
+    assert two[name][0]["held_out_loss_after"] < two[name][0]["held_out_loss_before"]
+    files = [
+        {file.name for file in (adapters.folder / f"{n}-{name}/model").iterdir()} for n in ("one", "two")
+    ]
+    assert files[0] == files[1]
+    shares = [rank["peak_state_elements"] / one["peak_state_elements"] for rank in two[name]]
+    assert sum(shares) == pytest.approx(1, abs=0.02)
+    # 3 rows of an adapter are divided as 2 and 1, and IA3's feed-forward vectors are one row.
+    assert max(shares) < (0.9 if name == "ia3" else 0.65)
+
+
+def test_adapters_in_float32_beside_weights_of_16_bits(adapters: Adapters, two: dict[str, Any]) -> None:
+    assert "error" not in two["narrow"][0], two["narrow"][0]
+    adapters.alone("dora", "one-narrow", NARROW, "run.save_dtype=bf16")
+    adapters.compare("two-narrow", "one-narrow", atol=2e-3, rtol=2e-2)  # products round at 2^-9
+
+
+def test_a_run_continues_on_another_number_of_ranks(adapters: Adapters, two: dict[str, Any]) -> None:
+    assert "error" not in two["continued"][0], two["continued"][0]
+    adapters.compare("continued", "one-lora")
+    adapters.alone("dora", "saved", resume=True)
+    adapters.compare("saved", "one-dora")
+
+
+def test_adapters_begin_with_those_of_a_folder_on_every_rank(adapters: Adapters, two: dict[str, Any]) -> None:
+    assert "error" not in two["begun"][0], two["begun"][0]
+    begun = f"method.adapter={adapters.folder / 'started' / 'model'}"
+    adapters.alone("lora", "one-begun", begun)
+    adapters.compare("two-begun", "one-begun")
+
+
+def test_4_bit_weights_are_refused_with_the_reason(adapters: Adapters, two: dict[str, Any]) -> None:
+    for result in two["qlora"]:
+        assert "method.name: qlora runs in one process only" in result["error"]
+    assert not (adapters.folder / "no").exists()
+
+
+@pytest.mark.parametrize("how", sum(COPIES.values(), ()))
+def test_loops_with_copies_of_the_model_are_those_of_one_rank(
+    adapters: Adapters, two: dict[str, Any], how: str
+) -> None:
+    first, second = two[how]
+    assert "error" not in first, first
+    make = rank_copies.loop if how in COPIES["loop"] else rank_copies.trainer
+    alone = make(how, str(adapters.folder))
+    assert first["drawn"] == second["drawn"] == [list(blocks) for blocks in alone["drawn"]]
+    assert len({tuple(blocks) for blocks in first["drawn"]}) > 2
+    assert first["sums"] == second["sums"]
+    got, expected = (load_file(adapters.folder / f"{how}-{count}.safetensors") for count in (2, 1))
+    begun = dict(tiny.llama(seed=0).named_parameters())
+    for name, weight in expected.items():
+        torch.testing.assert_close(
+            got[name], weight, atol=1e-5, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}"
+        )
+        assert not torch.equal(weight, begun[name]) or "layers" in name
+
+
+def test_ranks_that_begin_with_other_weights_are_told_so(two: dict[str, Any]) -> None:
+    for result in two["strangers"]:
+        assert "the weights before the first step differ between ranks: rank 1 not as" in result["error"]
