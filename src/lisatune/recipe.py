@@ -183,6 +183,12 @@ class DataConfig:
     deduplicate: bool = False
     """Train on each record once in an epoch: leave out those with the tokens of an earlier one."""
 
+    streaming: bool = False
+    """Read `train` while the run trains: files, globs, http addresses or a hub id. Needs `run.steps`."""
+
+    window: int = 8192
+    """Records that are packed and shuffled together under `streaming`."""
+
     on_bad_row: Literal["error", "skip"] = "error"
     """What to do with a record that cannot be used: stop, or skip and count it."""
 
@@ -197,13 +203,38 @@ class DataConfig:
             raise ValueError(f"data.validation_share must be >= 0 and below 1, got {self.validation_share}")
         if self.max_length < 2:
             raise ValueError(f"data.max_length must be >= 2 tokens, got {self.max_length}")
-        for name in ("limit", "validation_limit"):
+        for name in ("limit", "validation_limit", "window"):
             _at_least(1, f"data.{name}", getattr(self, name))
         for ours, theirs in self.fields.items():
             if not _are_names({ours: theirs}):
                 raise ValueError(f"data.fields must name the records' field for {ours!r}, got {theirs!r}")
         if self.date is not None and not _is_day(self.date):
             raise ValueError(f"data.date must be a day such as 2026-01-31, got {self.date!r}")
+        if self.streaming:
+            self._check_stream()
+        elif self.window != DataConfig.window:
+            raise ValueError(f"data.window={self.window} does nothing without data.streaming; leave it out")
+
+    def _check_stream(self) -> None:
+        """Refuse settings that need all records at once."""
+        reasons = {
+            "data.deduplicate": (self.deduplicate, "true", "only records that are all known can be compared"),
+            "data.limit": (self.limit is not None, self.limit, "run.steps says how much is read"),
+            "data.validation_limit": (
+                self.validation is None and self.holds_out and self.validation_limit is None,
+                "null",
+                "the first records are held out, so many as it says",
+            ),
+            "data.train": (
+                not isinstance(self.train, str)
+                and any(source != SourceConfig(path=source.path) for source in self.train),
+                "a mixture",
+                "its list may only have paths, which become one stream",
+            ),
+        }
+        for key, (is_set, value, why) in reasons.items():
+            if is_set:
+                raise ValueError(f"{key}={value} cannot work with data.streaming: {why}")
 
     @property
     def holds_out(self) -> bool:
@@ -575,6 +606,8 @@ class Recipe:
                 "model.new_tokens cannot work with method.frozen_weights yet: exact weights come from the "
                 "model's files, which lack the new rows; set frozen_weights to exact"
             )
+        if self.data.streaming and self.run.steps is None:
+            raise ValueError("data.streaming has no end, so run.steps must say how long to train; set it")
         if self.loss.rows_per_record == 2:
             self._check_pairs()
         self.method.check_mix(self.data, self.run)
@@ -585,6 +618,7 @@ class Recipe:
         """Refuse settings that cannot work where records are pairs of answers."""
         data, name = self.data, self.loss.name
         reasons = {
+            "data.streaming": (data.streaming, "its reference is computed before training", "false"),
             "data.packing": (
                 data.packing,
                 "an answer is scored as a whole, in a sequence of its own",

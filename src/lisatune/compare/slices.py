@@ -17,7 +17,8 @@ from lisatune.compare.arms import Comparison
 from lisatune.compare.results import Slices
 from lisatune.console import plural
 from lisatune.data.batches import Order
-from lisatune.data.prepare import prepare_data, read_data
+from lisatune.data.prepare import prepare_data
+from lisatune.data.readers import read_data
 from lisatune.data.records import Record, read_records
 from lisatune.data.splitting import split_records
 from lisatune.files.disk import sha256_of, write_aside

@@ -14,7 +14,7 @@ from lisatune.data.rows import TokenRow
 from lisatune.distributed import ranks
 from lisatune.losses.causal_lm import IGNORE
 
-__all__ = ["Order", "Share", "collate", "my_share"]
+__all__ = ["Order", "Share", "collate", "my_share", "shuffle"]
 
 LABELS = ("number", "source")
 """What a row may have beside its tokens: its number among all rows, and that of its source; int64 [1]."""
@@ -122,21 +122,21 @@ class Order:
             stop = start + share.per_epoch
             own = f"/{number}" if number else ""  # a single source has the shuffles that it always had
             passes = range(start // share.num_rows, -(-stop // share.num_rows))
-            rows = torch.cat([_shuffle(share.num_rows, f"{self.seed}/{each}{own}") for each in passes])
+            rows = torch.cat([shuffle(share.num_rows, f"{self.seed}/{each}{own}") for each in passes])
             before = passes.start * share.num_rows
             drawn.append(first + rows[start - before : stop - before])
             first += share.num_rows
         if len(drawn) == 1:
             return drawn[0]
         source_of = torch.repeat_interleave(torch.tensor([share.per_epoch for share in self.shares]))
-        source_of = source_of[_shuffle(len(source_of), f"{self.seed}/{epoch}/mixture")]
+        source_of = source_of[shuffle(len(source_of), f"{self.seed}/{epoch}/mixture")]
         taken = torch.empty_like(source_of)
         for number, rows in enumerate(drawn):
             taken[source_of == number] = rows
         return taken
 
 
-def _shuffle(count: int, name: str) -> Tensor:
+def shuffle(count: int, name: str) -> Tensor:
     """Return a permutation of so many numbers; the same name gives the same one."""
     key = hashlib.blake2b(name.encode(), digest_size=7).digest()
     return torch.randperm(count, generator=torch.Generator().manual_seed(int.from_bytes(key, "big")))

@@ -20,6 +20,7 @@ from typing import Any
 
 from lisatune.console import expand_home, terminal
 from lisatune.data.records import RecordReader
+from lisatune.data.shards import delete_left_behind
 from lisatune.data.sources import hash_content
 from lisatune.files.disk import cache_folder, delete, sha256_of
 
@@ -28,6 +29,7 @@ __all__ = [
     "clear",
     "collect_facts",
     "explain_cache_errors",
+    "hash_tokenizer",
     "list_entries",
     "name_entry",
     "read_meta",
@@ -74,7 +76,7 @@ def collect_facts(reader: RecordReader, tokenizer: Any, loss_on: str, date: str 
         "format": FORMAT,
         "content": hash_content(reader.source, reader.split),
         "reading": [reader.asked_kind, reader.split, reader.limit, sorted(reader.fields.items())],
-        "tokenizer": _hash_tokenizer(tokenizer),
+        "tokenizer": hash_tokenizer(tokenizer),
         "template": hashlib.sha256(template.encode()).hexdigest(),
         "loss_on": loss_on,
         "date": date if "strftime_now" in template else None,
@@ -88,7 +90,8 @@ def name_entry(facts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _hash_tokenizer(tokenizer: Any) -> str:
+def hash_tokenizer(tokenizer: Any) -> str:
+    """Hash what a tokenizer makes of texts."""
     digest = hashlib.sha256(f"{type(tokenizer).__name__} {tokenizer.special_tokens_map}".encode())
     if tokenizer.is_fast:
         digest.update(tokenizer.backend_tokenizer.to_str().encode())
@@ -187,7 +190,8 @@ def list_entries(folder: Path) -> list[Entry]:
 def clear(folder: Path) -> tuple[int, list[str]]:
     """Delete all entries of a cache, and what kills left of some; nothing else in the folder.
 
-    A run that reads an entry keeps its open files. An entry that a process is making now stays.
+    A run that reads an entry keeps its open files. An entry that a process is making now stays. Shards that a
+    killed stream left behind are deleted too.
 
     Returns:
         The bytes that were deleted, and the names of entries that are being made.
@@ -198,6 +202,7 @@ def clear(folder: Path) -> tuple[int, list[str]]:
     import fcntl
 
     num_bytes, busy = 0, []
+    delete_left_behind(folder)
     names = {path.name for path in folder.glob("*")} | {path.name for path in folder.glob(".*")}
     entries = {name.lstrip(".")[:24] for name in names if NAME.fullmatch(name)}
     for entry in sorted(entries):

@@ -4,18 +4,16 @@
 """
 
 import math
-import warnings
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, islice
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from lisatune.console import follow, plural
+from lisatune.console import follow, plural, terminal
 from lisatune.data.batches import Order, Share
 from lisatune.data.cache import tokens_folder
 from lisatune.data.chat import Chat
@@ -31,19 +29,18 @@ from lisatune.data.mixture import (
 )
 from lisatune.data.pairs import read_pairs, tokenize_pairs
 from lisatune.data.prompts import Prompt, find_questions
-from lisatune.data.records import Record, RecordReader, Records
+from lisatune.data.readers import open_readers, read_marked, warn_of_seen_records
+from lisatune.data.records import Records
 from lisatune.data.rows import Ints, Rows, TokenRow
 from lisatune.data.shown import MarkedText, mark_loss
-from lisatune.data.splitting import hash_prompt, split_records
+from lisatune.data.splitting import split_records
 from lisatune.data.store import Prepared, prepare_source
-from lisatune.data.tokens import check_wishes, is_chat
+from lisatune.data.streaming import Stream, Window
+from lisatune.data.tokens import check_wishes, is_chat, tokenize
 from lisatune.distributed import ranks
 from lisatune.recipe import DataConfig, Recipe, check_steps
 
-__all__ = ["RunData", "prepare_data", "read_data"]
-
-NAMED_RECORDS = 3
-"""Records that a warning names."""
+__all__ = ["RunData", "prepare_data"]
 
 
 @dataclass(frozen=True)
@@ -86,8 +83,13 @@ class RunData:
     sources: tuple[MixedSource, ...] = ()
     """The sources of a mixture; empty if `data.train` is one source."""
 
+    stream: Stream | None = None
+    """Reads the rows while the run trains; `train` then is its first window."""
+
     def batch(self, micro_step: int) -> list[TokenRow]:
         """Return the training rows of a micro-step (0 is the run's first), for all ranks together."""
+        if self.stream is not None:
+            return self.stream.batch(micro_step)
         return self._take(self.train, self.order.batch(micro_step))
 
     def by_length(self, examples: Examples, size: int) -> Iterator[list[TokenRow]]:
@@ -127,10 +129,11 @@ class RunData:
     @property
     def hashes(self) -> dict[str, str]:
         """Hashes of the rows by the recipe's keys: a resumed run compares them with those it began with."""
-        return {"data.train": self.train.sha256, "data.validation": self.validation.sha256}
+        train = self.train.sha256 if self.stream is None else self.stream.identity
+        return {"data.train": train, "data.validation": self.validation.sha256}
 
 
-def prepare_data(recipe: Recipe, tokenizer: Any) -> RunData:
+def prepare_data(recipe: Recipe, tokenizer: Any, place: Mapping[str, int] | None = None) -> RunData:
     """Read, tokenise, split and, if asked, pack the recipe's data.
 
     Tokens of a source that was prepared before come from the cache (`lisatune.data.store`).
@@ -138,6 +141,7 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> RunData:
     Args:
         recipe: what to read and how; the sections `data` and `run`.
         tokenizer: the tokenizer of the recipe's model.
+        place: where a stream continues, from `Stream.place`. Default: at its beginning.
 
     Raises:
         ValueError: a record is unusable, nothing is left, every answer is cut off, or the data makes more
@@ -147,8 +151,10 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> RunData:
     """
     if recipe.loss.rows_per_record == 2:
         return _prepare_pairs(recipe, tokenizer)
+    if recipe.data.streaming:
+        return _prepare_stream(recipe, tokenizer, place or {})
     data, run = recipe.data, recipe.run
-    readers, held_out_reader = _open_readers(recipe)
+    readers, held_out_reader = open_readers(recipe)
     splits = data.holds_out and held_out_reader is None
     how: dict[str, Any] = {"folder": tokens_folder(data.cache), "loss_on": data.loss_on, "date": data.date}
     sources = [
@@ -176,12 +182,12 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> RunData:
         for reader, source in zip(readers, sources, strict=True):
             if held_out_reader.source != reader.source:  # which is meant
                 is_seen = np.isin(source.documents.digests, other.documents.digests)
-                _warn_of_seen_records(reader, is_seen, held_out_reader.source)
+                warn_of_seen_records(reader, is_seen, held_out_reader.source)
     elif splits:
         some = [np.flatnonzero(is_out)[:most] for is_out, most in zip(is_held_out, limits, strict=True)]
         whole_parts = [_divide(*each, data) for each in zip(sources, some, names, strict=True)]
         held_out = [_take_evenly(*each) for each in zip(whole_parts, limits, strict=True)]
-        marked = [_read_marked(*each) for each in zip(readers, is_held_out, strict=True)]
+        marked = [read_marked(*each) for each in zip(readers, is_held_out, strict=True)]
         questions = find_questions(marked, recipe, tokenizer)
     if data.packing:
         parts = _pack(parts, data.max_length)
@@ -216,7 +222,46 @@ def _pack(parts: Sequence[Examples], max_length: int) -> list[Examples]:
     return packed
 
 
-def _describe_kind(source: Prepared, loss_on: str, tokenizer: Any) -> str:
+def _prepare_stream(recipe: Recipe, tokenizer: Any, place: Mapping[str, int]) -> RunData:
+    """Read what a stream holds out, and the window with which training begins."""
+    data, run = recipe.data, recipe.run
+    cache, batch_size = tokens_folder(data.cache), run.batch_size * ranks.count()
+    stream = Stream(data, tokenizer, seed=run.seed, batch_size=batch_size, cache=cache)
+    validation, questions, skipped = Examples(Rows.of([])), tuple[Prompt, ...](), 0
+    how: dict[str, Any] = {"loss_on": data.loss_on, "date": data.date}
+    lengths: dict[str, Any] = {"max_length": data.max_length, "long": data.long}
+    if data.validation is not None:
+        reader = open_readers(recipe)[1]
+        assert reader is not None
+        other = prepare_source(reader, tokenizer, folder=cache, **how)
+        validation = _divide(other, np.arange(len(other.documents)), reader.source, data)
+        questions = find_questions([(record for _, record in reader)], recipe, tokenizer)
+        skipped = other.skipped
+    elif data.holds_out:
+        assert data.validation_limit is not None
+        records = stream.hold_out(data.validation_limit)
+        kind = "text" if "text" in records[0] else data.kind
+        validation = tokenize(Records(records, kind, 0, data.train_name), tokenizer, **lengths, **how)
+        questions = find_questions([records], recipe, tokenizer)
+    terminal().print(f"opening a stream of {plural(len(stream.shards), 'shard')}", soft_wrap=True)
+    window = stream.seek(place)
+    assert run.steps is not None
+    return RunData(
+        train=window.examples,
+        validation=_take_evenly(validation, data.validation_limit),
+        questions=questions,
+        order=Order(len(window.examples.rows), batch_size, run.seed),
+        steps=run.steps,
+        skipped=skipped + window.skipped,
+        duplicates=0,
+        is_chat=window.is_chat,
+        records=_describe_kind(window, data.loss_on, tokenizer),
+        tokenizer=tokenizer,
+        stream=stream,
+    )
+
+
+def _describe_kind(source: Prepared | Window, loss_on: str, tokenizer: Any) -> str:
     """Say what a source's records are, what writes them, and what is learned."""
     learns_all = loss_on == "all" or source.kind == "text"
     where = "all tokens" if learns_all else "the last answer" if loss_on == "last" else "the answers"
@@ -267,80 +312,6 @@ def _plan_steps(recipe: Recipe, shares: Sequence[Share]) -> tuple[Order, int]:
     wanted = run.steps or run.epochs * order.batches_per_epoch / run.accumulation
     check_steps(wanted, f"run.epochs={run.epochs:g}")
     return order, max(1, math.ceil(wanted))
-
-
-def read_data(recipe: Recipe) -> tuple[list[Iterator[Record]], Records]:
-    """Read the records to train on, one by one, source by source, and the held-out ones.
-
-    The iterators must be read in their order. Errors as in `prepare_data`.
-    """
-    data = recipe.data
-    readers, held_out_reader = _open_readers(recipe)
-    none = Records([], readers[0].kind, 0, data.train_name)
-    if not data.holds_out:
-        return [_read_all(reader) for reader in readers], none
-    if held_out_reader is not None:
-        held_out = list(_read_all(held_out_reader))
-        return [_read_all(reader) for reader in readers], replace(
-            none, rows=held_out, source=held_out_reader.source
-        )
-    keys = [
-        np.array([hash_prompt(record, recipe.run.seed) for record in _read_all(reader)], dtype="S16")
-        for reader in readers
-    ]
-    limits = divide_limit(data.validation_limit, data.sources, [len(each) for each in keys])
-    is_held_out = hold_out_of_each(keys, [reader.source for reader in readers], data.validation_share, limits)
-    held_out = [
-        record
-        for reader, is_out, most in zip(readers, is_held_out, limits, strict=True)
-        for record in islice(_read_marked(reader, is_out), most)
-    ]
-    train = [_read_marked(reader, ~is_out) for reader, is_out in zip(readers, is_held_out, strict=True)]
-    return train, replace(none, rows=held_out)
-
-
-def _open_readers(recipe: Recipe) -> tuple[list[RecordReader], RecordReader | None]:
-    """Return the records to train on, and those of `data.validation`; the latter None if they are a share."""
-    data = recipe.data
-    held_out = data.validation
-    if held_out is None and data.train == "python-docs" and data.holds_out:
-        held_out = "python-docs:validation"
-    keys = ("kind", "split", "limit", "fields")
-    train = [
-        RecordReader(source.path, on_bad_row=data.on_bad_row, **{key: getattr(source, key) for key in keys})
-        for source in data.sources
-    ]
-    if held_out is None:
-        return train, None
-    how: dict[str, Any] = {key: getattr(data, key) for key in ("kind", "split", "on_bad_row", "fields")}
-    return train, RecordReader(held_out, limit=data.validation_limit, **how)
-
-
-def _read_all(reader: RecordReader) -> Iterator[Record]:
-    """Read all records, then give the reader's warnings."""
-    for _, record in reader:
-        yield record
-    reader.warn()
-
-
-def _read_marked(reader: RecordReader, is_wanted: NDArray[np.bool_]) -> Iterator[Record]:
-    """Read the records that are marked, in their order."""
-    return (record for (_, record), wanted in zip(reader, is_wanted.tolist(), strict=True) if wanted)
-
-
-def _warn_of_seen_records(reader: RecordReader, is_seen: NDArray[np.bool_], held_out: str) -> None:
-    """Warn of training records that are in the held-out data too, and name the first ones."""
-    count = int(is_seen.sum())
-    if not count:
-        return
-    marked = zip(reader, is_seen.tolist(), strict=True)
-    places = islice((place for (place, _), is_one in marked if is_one), NAMED_RECORDS)
-    more = ", …" if count > NAMED_RECORDS else ""
-    warnings.warn(
-        f"{plural(count, 'training record')} {'is' if count == 1 else 'are'} in the held-out data {held_out} "
-        f"too, so held-out loss is partly loss on training data: {', '.join(places)}{more}; take them out",
-        stacklevel=3,
-    )
 
 
 def _divide(source: Prepared, chosen: Ints, name: str, data: DataConfig) -> Examples:

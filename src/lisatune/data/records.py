@@ -18,7 +18,7 @@ labels of bad answers are refused. All other columns are named once.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -93,11 +93,16 @@ def read_records(
     return Records(rows, reader.kind, reader.skipped, source, reader.first_skipped, tuple(reader.unused))
 
 
+def _read_rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
+    return read_rows(source, split=split)
+
+
 class RecordReader:
     """Records that are read and checked one after the other, so that a source may be larger than memory.
 
     Every iteration reads the source from its start and yields each record with its place. The attributes
-    are known once an iteration has reached the end. Arguments and errors are those of `read_records`.
+    are known once an iteration has reached the end. Arguments and errors are those of `read_records`; `rows`
+    reads the rows of a source with a split.
     """
 
     def __init__(
@@ -109,6 +114,7 @@ class RecordReader:
         limit: int | None = None,
         on_bad_row: Literal["error", "skip"] = "error",
         fields: Mapping[str, str] | None = None,
+        rows: Callable[[str, str], Iterator[tuple[str, Any]]] = _read_rows,
     ) -> None:
         if kind != "auto" and kind not in KINDS:
             raise ValueError(f"unknown kind of records {kind!r}; use auto, {', '.join(KINDS)}")
@@ -119,6 +125,7 @@ class RecordReader:
         self.fields = dict(fields or {})
         self.source, self.split, self.limit, self.on_bad_row = source, split, limit, on_bad_row
         self.asked_kind = self.kind = kind
+        self._rows = rows
         self.skipped, self.first_skipped = 0, ""
         self.unused: dict[str, None] = {}
         """Fields that hold something and that nothing reads, in the order in which they were met."""
@@ -127,7 +134,7 @@ class RecordReader:
     def __iter__(self) -> Iterator[tuple[str, Record]]:
         self.kind, self.skipped, self.first_skipped, self.unused = self.asked_kind, 0, "", {}
         self.num_answers = self.num_empty = num_records = 0
-        for place, row in plant_trees(_rename(read_rows(self.source, split=self.split), self.fields)):
+        for place, row in plant_trees(_rename(self._rows(self.source, self.split), self.fields)):
             try:
                 if isinstance(row, BadRowError):
                     raise row
@@ -170,22 +177,28 @@ class RecordReader:
         return count
 
     def warn(self) -> None:
-        """Warn of empty answers, from which a model learns to say nothing, and of fields that nothing reads.
+        """Give the warnings of `notes`."""
+        for note in self.notes:
+            warnings.warn(note, stacklevel=3)
 
-        It is about the records of the last iteration.
+    @property
+    def notes(self) -> list[str]:
+        """Warnings of empty answers, from which a model learns nothing, and of fields that nothing reads.
+
+        They are about the records of the last iteration.
         """
+        notes = []
         if self.num_empty:
-            warnings.warn(
+            notes.append(
                 f"{self.source}: {self.num_empty:,} of {self.num_answers:,} answers are empty; the model "
-                "learns to say nothing",
-                stacklevel=3,
+                "learns to say nothing"
             )
         if self.unused:
-            warnings.warn(
+            notes.append(
                 f"{self.source}: nothing reads the field{'s' if len(self.unused) > 1 else ''} "
-                f"{', '.join(self.unused)}",
-                stacklevel=3,
+                f"{', '.join(self.unused)}"
             )
+        return notes
 
 
 def _rename(rows: Iterator[tuple[str, Any]], names: Mapping[str, str]) -> Iterator[tuple[str, Any]]:

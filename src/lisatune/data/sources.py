@@ -22,7 +22,17 @@ from lisatune.data import python_docs
 from lisatune.files.disk import refuse_lfs_pointer, sha256_of
 from lisatune.files.hub import UNREACHABLE, ask_hub
 
-__all__ = ["EXTENSIONS", "BadRowError", "hash_content", "read_rows"]
+__all__ = [
+    "BOM",
+    "COMPRESSED",
+    "EXTENSIONS",
+    "BadRowError",
+    "file_type",
+    "hash_content",
+    "list_hub_files",
+    "open_file",
+    "read_rows",
+]
 
 EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet")
 """Types of files that can be read, also compressed."""
@@ -99,7 +109,7 @@ def _open_source(source: str, split: str) -> Iterator[tuple[str, Any]]:
         pairs = python_docs.make_pairs(part or "train")  # type: ignore[arg-type]  # it checks the part
         return ((source, {"instruction": pair["prompt"], "output": pair["completion"]}) for pair in pairs)
     path = Path(source).expanduser()
-    suffix = _file_type(path)
+    suffix = file_type(path)
     if path.is_dir():
         return _read_folder(path)
     if not path.exists():
@@ -108,6 +118,8 @@ def _open_source(source: str, split: str) -> Iterator[tuple[str, Any]]:
         is_windows_path = "\\" in source or re.match("[A-Za-z]:/", source)
         hint = _suggest(source) or "; check the path"
         hint = "; give the path by which this machine knows it" if is_windows_path else hint
+        is_stream = source.startswith(("http://", "https://")) or any(sign in source for sign in "*?")
+        hint = "; addresses and patterns need data.streaming: true" if is_stream else hint
         raise FileNotFoundError(f"there is no file or folder {source}{hint}")
     if suffix not in EXTENSIONS:
         raise ValueError(
@@ -122,7 +134,7 @@ def _is_on_hub(source: str) -> bool:
     """Whether the name of something that is not on this machine may be one of the hub."""
     path = Path(source)
     is_windows_path = "\\" in source or re.match("[A-Za-z]:/", source)
-    is_path = _file_type(path) in (*EXTENSIONS, ".txt") or path.suffix in COMPRESSED
+    is_path = file_type(path) in (*EXTENSIONS, ".txt") or path.suffix in COMPRESSED
     return not (is_path or is_windows_path or source.startswith((".", "/", "~")))
 
 
@@ -133,12 +145,12 @@ def _suggest(source: str) -> str:
     return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 
-def _file_type(path: Path) -> str:
+def file_type(path: Path) -> str:
     """Tell the type of a file: its extension, or the one before that of the compression."""
     return Path(path.stem if path.suffix in COMPRESSED else path.name).suffix.lower()
 
 
-def _open(path: Path) -> IO[bytes]:
+def open_file(path: Path) -> IO[bytes]:
     if path.suffix == ".zst":
         try:
             import pyarrow
@@ -152,8 +164,8 @@ def _open(path: Path) -> IO[bytes]:
 
 def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
     """One object per line, or in a .json file a list of objects."""
-    if _file_type(path) == ".json":
-        with _open(path) as file:
+    if file_type(path) == ".json":
+        with open_file(path) as file:
             text = file.read()
         if text.lstrip(BOM + b" \t\r\n").startswith(b"["):
             place, rows = _parse(text.removeprefix(BOM), path, 1)
@@ -161,7 +173,7 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
                 raise ValueError(f"{place}: {rows}")
             yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
             return
-    with _open(path) as file:
+    with open_file(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip(BOM + b" \t\r\n"):
                 yield _parse(line.removeprefix(BOM).rstrip(), path, number)
@@ -190,10 +202,10 @@ def _parse(text: bytes, path: Path, start_line: int) -> tuple[str, Any]:
 def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
     limit = csv.field_size_limit(2**31 - 1)  # csv's own 128 KiB is less than a long document
     try:
-        with _open(path) as first:
+        with open_file(path) as first:
             header = first.readline()
         delimiter = next((sign for sign in ",;\t" if sign.encode() in header), ",")
-        with io.TextIOWrapper(_open(path), "utf-8-sig", errors="surrogateescape", newline="") as file:
+        with io.TextIOWrapper(open_file(path), "utf-8-sig", errors="surrogateescape", newline="") as file:
             reader = csv.DictReader(file, strict=True, delimiter=delimiter)
             for row in reader:
                 problem = BadRowError(f"more fields than the header's {len(reader.fieldnames or ())}")
@@ -214,7 +226,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
         raise ImportError('reading .parquet needs pyarrow: pip install "lisatune[train]"') from error
     number = 0
     try:
-        with _open(path) as file:
+        with open_file(path) as file:
             table = pyarrow.parquet.ParquetFile(
                 io.BytesIO(file.read()) if path.suffix in COMPRESSED else path
             )
@@ -233,7 +245,7 @@ def _read_folder(folder: Path) -> Iterator[tuple[str, Any]]:
         hint = "name a file or another folder"
         if any(folder.rglob("*.arrow")):
             hint = "write the data set with its method to_parquet"
-        elif files := sorted(path for path in folder.rglob("*") if _file_type(path) in EXTENSIONS):
+        elif files := sorted(path for path in folder.rglob("*") if file_type(path) in EXTENSIONS):
             hint = f"name one file, such as {files[0]}"
         raise ValueError(f"folder {folder} has no .txt file in it or below, it holds {names}; {hint}")
     for path in paths:
@@ -247,13 +259,53 @@ def _read_hub(source: str, split: str) -> Iterator[tuple[str, Any]]:
     return ((f"{source}, {split} row {number}", row) for number, row in enumerate(rows, 1))
 
 
+def list_hub_files(source: str, split: str) -> list[str]:
+    """List the files of a split of a hub data set as hf:// addresses with the commit.
+
+    Raises:
+        FileNotFoundError: the hub has no such data set, and no file has that name.
+        ValueError: the data set has no such split, or is not made of files.
+        ImportError: datasets is not installed.
+    """
+    if not _is_on_hub(source):
+        raise FileNotFoundError(
+            f"there is no file or folder {source}{_suggest(source) or '; check the path'}"
+        )
+    datasets = _check_hub(source)
+    name, _, config = source.partition(":")
+    try:
+        files = datasets.load_dataset_builder(name, config or None).config.data_files or {}
+        if split not in files:
+            raise ValueError(f"it has no split of that name, but {', '.join(map(str, files)) or 'none'}")
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise _explain_hub(source, split, error) from error
+    return [str(file) for file in files[split]]
+
+
 def _load_from_hub(source: str, split: str) -> Any:
+    datasets = _check_hub(source)
+    name, _, config = source.partition(":")
+    try:
+        return datasets.load_dataset(name, config or None, split=split)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise _explain_hub(source, split, error) from error
+
+
+def _explain_hub(source: str, split: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"cannot load split {split!r} of {source!r} from the Hugging Face hub, and no file or folder has "
+        f"that name: {first_line(error)}"
+    )
+
+
+def _check_hub(source: str) -> Any:
+    """Ask the hub whether it has a data set, and return the package `datasets`."""
     try:
         import datasets
         from huggingface_hub import constants
     except ImportError as error:
         raise ImportError('reading from the hub needs datasets: pip install "lisatune[train]"') from error
-    name, _, config = source.partition(":")
+    name = source.partition(":")[0]
     problem = ask_hub(name, "dataset")
     if problem and not constants.HF_HUB_OFFLINE:  # offline, datasets looks for an earlier download
         earlier = (
@@ -262,10 +314,4 @@ def _load_from_hub(source: str, split: str) -> Any:
         raise FileNotFoundError(
             f"there is no file or folder {source}, and {problem}{_suggest(name)}{earlier}"
         )
-    try:
-        return datasets.load_dataset(name, config or None, split=split)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(
-            f"cannot load split {split!r} of {source!r} from the Hugging Face hub, and no file or folder has "
-            f"that name: {first_line(error)}"
-        ) from error
+    return datasets

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lisatune.console import first_line
 from lisatune.data.batches import collate
-from lisatune.data.prepare import read_data
+from lisatune.data.readers import read_data
 from lisatune.data.rows import TokenRow
 from lisatune.data.tokens import tokenize
 from lisatune.evaluate.held_out import held_out_loss

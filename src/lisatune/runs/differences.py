@@ -35,6 +35,8 @@ BEFORE_IT_EXISTED: dict[str, Any] = {
     "optimizer.options": {},
     "data.long": "auto",
     "data.deduplicate": False,
+    "data.streaming": False,
+    "data.window": 8192,
     "data.fields": {},
     "model.new_tokens": [],
     "optimizer.warmup_share": 0.0,

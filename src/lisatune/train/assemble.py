@@ -7,7 +7,7 @@ import dataclasses
 import random
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -110,7 +110,11 @@ def batch_length(longest: int, recipe: Recipe, model: nn.Module) -> int:
     return max(longest, min(rounded, max_positions(model) or rounded))
 
 
-def assemble(recipe: Recipe, before_load: Callable[..., None] | None = None) -> Parts:
+def assemble(
+    recipe: Recipe,
+    before_load: Callable[..., None] | None = None,
+    place: Mapping[str, int] | None = None,
+) -> Parts:
     """Build everything a run needs: data, model, layers, optimizer, schedule of blocks, learning rates.
 
     On several ranks the model is divided among them before the optimizer is built. A rehearsal without
@@ -120,6 +124,7 @@ def assemble(recipe: Recipe, before_load: Callable[..., None] | None = None) -> 
         recipe: what to build.
         before_load: called as `before_load(device, steps=…, length=…)` before the weights load, with the
             number of optimizer steps and the tokens of the longest batch.
+        place: as for `prepare_data`.
     """
     run, source = recipe.run, recipe.model
     announce_remote_code(source.name, source.trust_remote_code)
@@ -131,16 +136,17 @@ def assemble(recipe: Recipe, before_load: Callable[..., None] | None = None) -> 
     if run.compile is True and device.type == "cpu":
         check_compiler()
     tokenizer = load_tokenizer(**source.tokenizer)
-    data = prepare_data(recipe, tokenizer)
+    data = prepare_data(recipe, tokenizer, place)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come again with the real model
         rehearsed, layers, _ = rehearse(recipe, data.steps)
-        check_fits(rehearsed, data)
+        check_fits(rehearsed, data, recipe.data.max_length)
     compiling = choose(recipe, device, rehearsed, layers, data)
     run = dataclasses.replace(run, compile=compiling.compiles)
     recipe = dataclasses.replace(recipe, run=run)
     if before_load is not None:
-        before_load(device, steps=data.steps, length=batch_length(data.train.longest, recipe, rehearsed))
+        longest = data.train.longest if data.stream is None else recipe.data.max_length
+        before_load(device, steps=data.steps, length=batch_length(longest, recipe, rehearsed))
     seed_generators(run.seed)
     dtype = weight_dtype(recipe)
     loss, fill = None, None
@@ -255,8 +261,10 @@ def _warn_of_widened_weights(recipe: Recipe, model: nn.Module) -> None:
     )
 
 
-def check_fits(model: nn.Module, data: RunData) -> None:
+def check_fits(model: nn.Module, data: RunData, max_length: int) -> None:
     """Refuse token ids and lengths that the model has no embedding for; they would end in an IndexError.
+
+    A stream checks the ids of its further windows itself, and may have rows of `max_length` in them.
 
     Raises:
         ValueError: the tokenizer belongs to another model, or a row is longer than the model can read.
@@ -270,6 +278,9 @@ def check_fits(model: nn.Module, data: RunData) -> None:
             "give the model the tokenizer that it was trained with"
         )
     longest = max(int(each.piece_lengths.max()) for each in rows)
+    if data.stream is not None:
+        data.stream.vocabulary = embedding.weight.shape[0]
+        longest = max_length
     limit = max_positions(model)
     if limit is not None and longest > limit:
         raise ValueError(

@@ -113,13 +113,15 @@ def check(
     steps = recipe.run.steps if data is None else data.steps
     attached = report.attempt(rehearse, recipe, steps or REHEARSED_STEPS)
     if attached is not None and data is not None:
-        report.attempt(check_fits, attached[0], data)
+        report.attempt(check_fits, attached[0], data, recipe.data.max_length)
     if attached is not None and data is not None and device is not None:
         model, layers, schedule = attached
         blocks = choose(recipe, device, model, layers, data).why
         report.outline = make_outline(
             recipe, model, layers, schedule, data, device=str(device), blocks=blocks
         )
+    if data is not None and data.stream is not None:
+        data.stream.close()
     return report
 
 
@@ -146,7 +148,7 @@ def _check_data(recipe: Recipe, report: CheckReport) -> RunData | None:
     config = recipe.data
     if config.validation == config.train:
         report.warnings.append("data.validation is data.train: held-out loss will be loss on training data")
-    sources = list(config.sources)
+    sources = [] if config.streaming else list(config.sources)
     if config.validation is not None:
         keys = ("kind", "split", "fields")
         how: dict[str, Any] = {key: getattr(config, key) for key in keys}

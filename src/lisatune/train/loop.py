@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lisatune.data.batches import my_share
+from lisatune.data.streaming import StreamError
 from lisatune.distributed import ranks
 from lisatune.evaluate.held_out import generate_answers, held_out_loss
 from lisatune.lisa.correction import count_trainable
@@ -42,6 +43,7 @@ from lisatune.train.resume import (
     begin,
     choose_start,
     find_checkpoint,
+    find_place,
     fix_compile,
     fix_date,
     read_finished,
@@ -119,7 +121,7 @@ def _train(
             return finished
         find_checkpoint(output)
     check = MemoryCheck(recipe)
-    parts = assemble(recipe, check.before_load)
+    parts = assemble(recipe, check.before_load, find_place(output) if resume else None)
     recipe = parts.recipe  # with the answer to run.compile: auto
     state, damaged = restore(parts, output) if resume else (begin(parts), [])
     with (
@@ -127,6 +129,7 @@ def _train(
         trackers(recipe.run.report_to, output, recipe.as_dict()) as log,
         explain_interruption(folder),
         progress.Bar(parts.data.steps, state.step) as bar,
+        nullcontext() if parts.data.stream is None else closing(parts.data.stream),
     ):
         for path in damaged if ranks.is_rank0() else ():
             set_aside(path)
@@ -201,8 +204,14 @@ def _loop(
 
         evaluate()
         while state.step < last and not state.has_stalled(run.stop_after):
-            with check.step(parts.device):
-                record = _step(parts, state, folder)
+            try:
+                with check.step(parts.device):
+                    record = _step(parts, state, folder)
+            except StreamError as error:
+                saved = save(parts, state, folder, bar.print, must=False)
+                what = "which is saved" if saved else "which could not be saved"
+                ended = f"stopped after step {state.step} of {last}, {what}; {resume_hint(folder)}"
+                raise StreamError(f"{error}; {ended}") from error
             if state.step % run.log_every == 0 or state.step == last:
                 note(record)
                 bar.update(**record)

@@ -95,6 +95,8 @@ class Outline:
     validation_tokens: int
     sources: tuple[MixedSource, ...]
     """Of a mixture."""
+    shards: int
+    """Of a stream, whose first window is what `train_rows` and the counts after it are of; else 0."""
     example: MarkedText
     """The text of the first training row, in parts with and without loss."""
     device: str
@@ -167,6 +169,7 @@ def make_outline(
         validation_limit=recipe.data.validation_limit,
         validation_tokens=data.validation.num_tokens,
         sources=data.sources,
+        shards=0 if data.stream is None else len(data.stream.shards),
         example=data.mark(0),
         device=f"{device}, {run.precision}",
         blocks=blocks,
@@ -236,7 +239,15 @@ def print_outline(outline: Outline, console: Console | None = None) -> None:
     rows += [
         ("lr", outline.lr),
         ("records", outline.records),
-        ("data", "; ".join([f"{plural(outline.train_rows, outline.row_word)}, {tokens}", *left_out])),
+        (
+            "window" if outline.shards else "data",
+            "; ".join([f"{plural(outline.train_rows, outline.row_word)}, {tokens}", *left_out]),
+        ),
+        *(
+            [("stream", f"{plural(outline.shards, 'shard')}, read while the run trains")]
+            if outline.shards
+            else []
+        ),
         *([("mixture", _mixture_text(outline))] if outline.sources else []),
         ("example", show_loss(outline.example, most=EXAMPLE_CHARACTERS)),
         ("held out", _held_out_text(outline)),

@@ -8,7 +8,7 @@ import time
 import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ __all__ = [
     "begin",
     "choose_start",
     "find_checkpoint",
+    "find_place",
     "fix_compile",
     "fix_date",
     "read_finished",
@@ -89,6 +90,8 @@ class RunState:
     """The same before the first step."""
     reference: str = ""
     """Hash of the file with the reference's log-probabilities; empty without a reference."""
+    stream: dict[str, int] = field(default_factory=dict)
+    """`Stream.place` of the next step; empty without a stream."""
     data: dict[str, str] = field(default_factory=dict)
     """`RunData.hashes` of the rows that the run began with."""
 
@@ -161,6 +164,14 @@ def find_checkpoint(output: Path) -> Path:
     if found is None:
         raise ValueError(f"there is no complete checkpoint in {output}; {NEW_FOLDER}")
     return found
+
+
+def find_place(output: Path) -> dict[str, int]:
+    """Find where the stream of a run continues; empty if it has none, or if the checkpoint is damaged."""
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        state = json.loads((find_checkpoint(output) / "state.json").read_text(encoding="utf-8"))
+        return {key: int(value) for key, value in state["extra"]["stream"].items()}
+    return {}
 
 
 def choose_start(output: Path) -> tuple[bool, bool]:
@@ -272,6 +283,8 @@ def restore(parts: Parts, output: Path) -> tuple[RunState, list[Path]]:
                 f"the run has done {state.step} steps and the recipe asks for {parts.data.steps}; give more "
                 "run.steps (or run.epochs) to continue"
             )
+        if parts.data.stream is not None:
+            parts.data.stream.seek(state.stream)
         _warn_of_new_schedule(parts, state)
         state.total_steps = parts.data.steps
         parts.set_learning_rates()
@@ -297,6 +310,8 @@ def save(
             unchanged.
     """
     run = parts.recipe.run
+    if parts.data.stream is not None:
+        state.stream = parts.data.stream.place(state.step * run.accumulation)
     try:
         save_checkpoint(
             folder.checkpoints,

@@ -13,7 +13,8 @@ from torch import tensor
 
 from lisatune.data.batches import Order, Share
 from lisatune.data.mixture import SourceLosses, name_sources, plan_shares
-from lisatune.data.prepare import RunData, prepare_data, read_data
+from lisatune.data.prepare import RunData, prepare_data
+from lisatune.data.readers import read_data
 from lisatune.methods import Full
 from lisatune.recipe import DataConfig, LossConfig, ModelConfig, Recipe, RunConfig, SourceConfig
 from lisatune.train.recipe_file import build_recipe

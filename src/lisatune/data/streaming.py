@@ -1,0 +1,334 @@
+"""Data that is read while a run trains: shard after shard, window after window.
+
+A stream is an endless sequence of records: all shards in a shuffled order, then again in another. A window is
+so many records of it, one after the other. They are tokenised, divided and packed as a file would be, and
+their rows are shuffled. The windows' rows, one window after the other, are what a run trains on. While it
+trains on one window, a thread makes the next.
+
+The rows of a window depend on the place where it begins and on the seed alone. So a checkpoint needs to know
+that place, and a resumed run reads nothing that lies before it but the beginning of one shard.
+"""
+
+import copy
+import hashlib
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lisatune.console import first_line, plural
+from lisatune.data.batches import shuffle
+from lisatune.data.cache import hash_tokenizer
+from lisatune.data.examples import Examples, divide, pack
+from lisatune.data.records import Record, RecordReader
+from lisatune.data.rows import Documents, TokenRow
+from lisatune.data.shards import ShardFolder, is_gone, is_worth_another_try, list_shards, read_shard
+from lisatune.data.tokens import check_wishes, encode, is_chat
+from lisatune.distributed import ranks
+from lisatune.recipe import DataConfig
+
+__all__ = ["Place", "Stream", "StreamError", "Window"]
+
+WAITS = (1, 4, 16)
+"""Seconds before each further try to read a shard."""
+
+WINDOW_CHARACTERS = 2**25
+"""Text at which a window ends before it has all its records, so that memory is bounded."""
+
+
+class StreamError(OSError):
+    """A stream cannot continue: a shard cannot be read, or a record is bad. The message names it."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a window of a stream begins."""
+
+    window: int = 0
+    """Its number."""
+    row: int = 0
+    """Rows of all windows before it."""
+    shard: int = 0
+    """Number of its first shard in the endless order of shards."""
+    record: int = 0
+    """Records of that shard that are in windows before it, or are held out."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Some records of a stream as rows, in the order in which they train."""
+
+    place: Place
+    examples: Examples
+    end: Place
+    """Where the next window begins."""
+    kind: str
+    is_chat: bool
+    notes: tuple[str, ...]
+    """Warnings about the shards that it came to the end of."""
+    skipped: int
+    """Records of these shards that cannot be used."""
+
+
+class Stream:
+    """The rows of a stream, micro-step by micro-step.
+
+    Args:
+        data: the section `data` of a recipe.
+        tokenizer: the tokenizer of the model to train; the stream works with a copy.
+        seed: names the order of shards and of the rows in a window.
+        batch_size: rows of a micro-step on all ranks.
+        cache: the folder of prepared tokens, in which shards from elsewhere are while they are read.
+
+    Attributes:
+        shards: the shards in the order of their names.
+        vocabulary: set to the rows of the model's embedding, to refuse a token that is not there.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: as in `list_shards`.
+    """
+
+    def __init__(self, data: DataConfig, tokenizer: Any, *, seed: int, batch_size: int, cache: Path) -> None:
+        self.shards = [shard for source in data.sources for shard in list_shards(source.path, data.split)]
+        self.vocabulary: int | None = None
+        self._data, self._seed, self._batch_size = data, seed, batch_size
+        self._tokenizer = copy.deepcopy(tokenizer)  # a tokenizer may not work in two threads at once
+        self._held_out: dict[int, int] = {}
+        self._windows: list[Window] = []
+        self._next: Future[Window] | None = None
+        self._reading: Iterator[tuple[int, int, Record, str]] | None = None
+        self._notes: list[str] = []
+        self._said: set[str] = set()
+        self._skipped = 0
+        self._stop = threading.Event()
+        self._folder = ShardFolder(cache, self.shards, self._stop.is_set)
+        self._thread = ThreadPoolExecutor(1, "lisatune-stream")
+
+    @property
+    def identity(self) -> str:
+        """Hash of what the rows depend on besides the recipe: the shards' names and sizes, the tokenizer."""
+        digest = hashlib.sha256(hash_tokenizer(self._tokenizer).encode())
+        for shard in self.shards:
+            size = "" if "://" in shard else Path(shard).stat().st_size
+            digest.update(f"\0{shard} {size}".encode())
+        return digest.hexdigest()
+
+    def hold_out(self, most: int) -> list[Record]:
+        """Take the first records, in the order of the shards' names, out of the stream.
+
+        Args:
+            most: how many, >= 1.
+
+        Raises:
+            StreamError: a shard cannot be read, or a record is bad.
+        """
+        held_out: list[Record] = []
+        for index in range(len(self.shards)):
+            if len(held_out) == most:
+                break
+            for record, _ in self._read(index):
+                held_out.append(record)
+                self._held_out[index] = self._held_out.get(index, 0) + 1
+                if len(held_out) == most:
+                    break
+        return held_out
+
+    def seek(self, place: Mapping[str, int]) -> Window:
+        """Go to the window that begins at a place, and return it.
+
+        Args:
+            place: from `place`; empty: the first.
+        """
+        wanted = Place(**place)
+        if self._windows and self._windows[0].place == wanted:
+            return self._windows[0]
+        if self._next is not None:
+            self._next.exception()  # wait until the thread has done what it was asked for
+        self._windows, self._next, self._reading = [], None, None
+        self._add_window(wanted)
+        return self._windows[0]
+
+    def place(self, micro_step: int) -> dict[str, int]:
+        """Return where the window begins that holds the first row of a micro-step, for a checkpoint."""
+        row = micro_step * self._batch_size
+        windows = (window for window in self._windows if window.place.row <= row < window.end.row)
+        found = next(windows, None)
+        return asdict(self._windows[-1].end if found is None else found.place)
+
+    def batch(self, micro_step: int) -> list[TokenRow]:
+        """Return the rows of a micro-step. Micro-steps come in rising order.
+
+        Raises:
+            StreamError: what comes next cannot be read; on all ranks if it cannot on one.
+        """
+        first = micro_step * self._batch_size
+        last = first + self._batch_size
+        while self._windows[-1].end.row < last:
+            self._add_window(self._windows[-1].end)
+        self._windows = [window for window in self._windows if window.end.row > first]
+        if self._next is None:
+            self._next = self._thread.submit(self._make_window, self._windows[-1].end)
+        return [self._row(number) for number in range(first, last)]
+
+    def close(self) -> None:
+        """Stop reading ahead, and delete what was downloaded."""
+        self._stop.set()
+        self._thread.shutdown()
+        self._folder.close()
+
+    def _row(self, number: int) -> TokenRow:
+        window = next(each for each in self._windows if each.place.row <= number < each.end.row)
+        return window.examples.rows[number - window.place.row]
+
+    def _add_window(self, place: Place) -> None:
+        """Wait for the window that begins at a place; raise on all ranks what one of them met."""
+        future = self._next or self._thread.submit(self._make_window, place)
+        self._next = None
+        error = future.exception()
+        if ranks.max_over_ranks(int(error is not None)):
+            self._reading = None
+            raise StreamError(
+                "another rank could not read the stream" if error is None else str(error)
+            ) from error
+        window = future.result()
+        if self.vocabulary is not None and window.examples.rows.highest >= self.vocabulary:
+            raise StreamError(
+                f"the tokenizer makes token {window.examples.rows.highest}, the model has {self.vocabulary} "
+                "(from 0); give the model the tokenizer that it was trained with"
+            )
+        for note in window.notes:
+            warnings.warn(note, stacklevel=4)
+        self._windows.append(window)
+
+    def _make_window(self, place: Place) -> Window:
+        """Read, tokenise and pack the records of a window; this runs in the thread."""
+        self._reading = self._reading or self._read_endlessly(place)
+        data = self._data
+        end = replace(place, window=place.window + 1)
+        kinds: dict[str, str] = {}
+        first: Record | None = None
+
+        def take() -> Iterator[Record]:
+            nonlocal end, first
+            assert self._reading is not None
+            num_characters = 0
+            for number, (shard, done, record, kind) in enumerate(self._reading, 1):
+                first = first or record
+                if kind not in kinds:
+                    kinds[kind] = self._shard(shard)
+                end = replace(end, shard=shard, record=done)
+                num_characters += _count_characters(record)
+                yield record
+                if number == data.window or num_characters >= WINDOW_CHARACTERS:
+                    return
+
+        source = f"the stream after record {place.record:,} of {self._shard(place.shard)}"
+        how: dict[str, Any] = {"loss_on": data.loss_on, "date": data.date}
+        documents = Documents.gather(encode(take(), self._tokenizer, source=source, **how))
+        if len(kinds) > 1:
+            both = " and ".join(f"{kind} in {shard}" for kind, shard in kinds.items())
+            raise ValueError(f"records of a stream must be of one kind, and there are {both}; set data.kind")
+        kind = next(iter(kinds))
+        long = check_wishes(source, kind, data.loss_on, data.long)
+        every = np.arange(len(documents))
+        examples = divide(documents, every, max_length=data.max_length, long=long, source=source)
+        if data.packing:
+            examples = pack(examples, data.max_length)
+        order = shuffle(len(examples.rows), f"{self._seed}/window/{place.window}").numpy()
+        notes, skipped = tuple(dict.fromkeys(self._notes)), self._skipped
+        self._notes.clear()
+        self._skipped = 0
+        assert first is not None
+        return Window(
+            place=place,
+            examples=replace(examples, rows=examples.rows.take(order)),
+            end=replace(end, row=place.row + len(order)),
+            kind=kind,
+            is_chat=is_chat(first),
+            notes=notes,
+            skipped=skipped,
+        )
+
+    def _shard(self, number: int) -> str:
+        return self.shards[self._index(number)]
+
+    def _index(self, number: int) -> int:
+        """Return which shard is the n-th of the endless order."""
+        often, index = divmod(number, len(self.shards))
+        return int(shuffle(len(self.shards), f"{self._seed}/shards/{often}")[index])
+
+    def _read_endlessly(self, place: Place) -> Iterator[tuple[int, int, Record, str]]:
+        """Yield records from a place on: number of the shard, records of it so far, record, its kind."""
+        num_records = 0
+        for number in count(place.shard):
+            index = self._index(number)
+            before = place.record if number == place.shard else 0
+            before = max(before, self._held_out.get(index, 0))
+            for done, (record, kind) in enumerate(self._read(index), 1):
+                if done > before:
+                    num_records += 1
+                    yield number, done, record, kind
+            if not num_records and number >= place.shard + len(self.shards):
+                raise ValueError(
+                    f"all records of {plural(len(self.shards), 'shard')} are held out and none is left to "
+                    "train on; lower data.validation_limit, or give data.validation"
+                )
+
+    def _read(self, index: int) -> Iterator[tuple[Record, str]]:
+        """Yield the records of a shard with their kind. One that breaks off is fetched and tried again.
+
+        Raises:
+            StreamError: it cannot be read, or a record is bad.
+        """
+        shard, data, done = self.shards[index], self._data, 0
+        how: dict[str, Any] = {key: getattr(data, key) for key in ("kind", "on_bad_row", "fields")}
+        for wait in (*WAITS, None):
+            path = ""
+            try:
+                with self._folder.fetch(shard) as file:
+                    path = str(file)
+                    reader = RecordReader(path, **how, rows=read_shard)
+                    for number, (_, record) in enumerate(reader, 1):
+                        if self._stop.is_set():
+                            raise StreamError("the run is over")
+                        if number > done:
+                            done = number
+                            yield record, reader.kind
+                    self._note(reader, path, shard)
+                    return
+            except StreamError:
+                raise
+            except (OSError, ValueError) as error:
+                problem = first_line(error).replace(path, shard) if path else first_line(error)
+                if not is_worth_another_try(error):
+                    raise StreamError(problem) from error
+                if wait is None or is_gone(error):
+                    often = "" if wait is not None else f" after {len(WAITS) + 1} tries"
+                    raise StreamError(f"cannot read the shard {shard}{often} ({problem})") from error
+            self._stop.wait(wait)
+
+    def _note(self, reader: RecordReader, path: str, shard: str) -> None:
+        """Keep what there is to say about a shard that was read to its end."""
+        for note in reader.notes:
+            if (short := note.replace(path, "")) not in self._said:  # once, and not for every shard
+                self._said.add(short)
+                self._notes.append(note.replace(path, shard))
+        if reader.skipped:
+            self._skipped += reader.skipped
+            first = reader.first_skipped.replace(path, shard)
+            self._notes.append(f"{plural(reader.skipped, 'record')} skipped, the first is {first}")
+
+
+def _count_characters(value: Any) -> int:
+    """Count the characters of all texts in a record."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_count_characters, value.values()))
+    return sum(map(_count_characters, value)) if isinstance(value, Sequence) else 0

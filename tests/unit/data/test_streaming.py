@@ -1,0 +1,395 @@
+"""Rows that are read while a run trains: every record once a pass, exact places, shards that fail."""
+
+import gzip
+import lzma
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import shard_server
+from lisatune.data import streaming
+from lisatune.data.prepare import prepare_data
+from lisatune.data.shards import ShardFolder, list_shards
+from lisatune.data.streaming import Stream, StreamError
+from lisatune.methods import Full
+from lisatune.recipe import DataConfig, ModelConfig, Recipe, RunConfig
+from lisatune.train.recipe_file import build_recipe
+from shard_server import Shards
+from tiny_text import byte_tokenizer
+
+TOKENIZER = byte_tokenizer(None)
+SHARDS, RECORDS = 4, 9
+
+
+@pytest.fixture(autouse=True)
+def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "WAITS", (0, 0, 0))
+
+
+@pytest.fixture
+def server() -> Iterator[Shards]:
+    """A server with shards of texts, part-0.jsonl.gz and so on."""
+    with shard_server.serve() as served:
+        for shard in range(SHARDS):
+            served.files[f"part-{shard}.jsonl.gz"] = gzip.compress(texts_of(shard))
+        yield served
+
+
+@pytest.fixture
+def open_stream(tmp_path: Path) -> Iterator[Callable[..., Stream]]:
+    """Opens a stream at its beginning or at a place."""
+    opened: list[Stream] = []
+
+    def open_one(
+        train: Any, *, place: dict[str, int] | None = None, hold_out: int = 0, **data: Any
+    ) -> Stream:
+        config = DataConfig(train=train, streaming=True, **({"max_length": 64, "window": 5} | data))
+        stream = Stream(config, TOKENIZER, seed=3, batch_size=2, cache=tmp_path / "cache")
+        opened.append(stream)
+        if hold_out:
+            stream.hold_out(hold_out)
+        stream.seek(place or {})
+        return stream
+
+    yield open_one
+    for stream in opened:
+        stream.close()
+
+
+def texts_of(shard: int) -> bytes:
+    return b"".join(b'{"text": "%d-%d"}\n' % (shard, record) for record in range(RECORDS))
+
+
+def every_shard(server: Shards) -> str:
+    return f"{server.url}/part-{{0..{SHARDS - 1}}}.jsonl.gz"
+
+
+def write_shards(folder: Path) -> str:
+    folder.mkdir(exist_ok=True)
+    for shard in range(SHARDS):
+        (folder / f"part-{shard}.jsonl").write_bytes(texts_of(shard))
+    return f"{folder}/part-*.jsonl"
+
+
+def read(stream: Stream, start: int, stop: int) -> list[str]:
+    """Return the texts of the rows of some micro-steps, in order."""
+    rows = chain.from_iterable(stream.batch(step) for step in range(start, stop))
+    return [text for row in rows for text in TOKENIZER.decode(row["input_ids"]).split("<eos>") if text]
+
+
+ALL = {f"{shard}-{record}" for shard in range(SHARDS) for record in range(RECORDS)}
+PASS = len(ALL) // 2
+"""Micro-steps of a pass over all records, unpacked."""
+
+
+# ---- what is read
+
+
+def test_a_pass_has_every_record_once_and_the_next_pass_another_order(
+    tmp_path: Path, open_stream: Callable[..., Stream]
+) -> None:
+    # Windows of 6 records, so that one ends where the pass does.
+    stream = open_stream(write_shards(tmp_path / "shards"), window=6)
+    passes = [read(stream, number * PASS, (number + 1) * PASS) for number in range(3)]
+    assert [set(texts) for texts in passes] == [ALL] * 3
+    assert [len(texts) for texts in passes] == [len(ALL)] * 3
+    orders = [tuple(dict.fromkeys(text[0] for text in texts)) for texts in passes]
+    assert len(set(orders)) > 1
+    assert orders[0] != ("0", "1", "2", "3")
+    assert passes[0][:6] != sorted(passes[0][:6]), "a window is shuffled"
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_stream_continues_at_any_micro_step_with_the_same_rows(
+    tmp_path: Path, open_stream: Callable[..., Stream], *, packing: bool
+) -> None:
+    how = {"train": write_shards(tmp_path / "shards"), "packing": packing, "max_length": 12, "window": 7}
+    straight, places = open_stream(**how), []
+    texts = []
+    for step in range(30):
+        places.append(straight.place(step))
+        texts.append(read(straight, step, step + 1))
+    assert len({place["window"] for place in places}) > 3
+    for step in (0, 1, 5, 13, 22, 28):
+        resumed = open_stream(**how, place=places[step])
+        assert [read(resumed, number, number + 1) for number in range(step, 30)] == texts[step:]
+        assert resumed.place(29) == places[29]
+
+
+def test_a_stream_goes_back_to_an_earlier_place(tmp_path: Path, open_stream: Callable[..., Stream]) -> None:
+    stream = open_stream(write_shards(tmp_path / "shards"))
+    first, place = read(stream, 0, 4), stream.place(4)
+    then = read(stream, 4, 12)
+    stream.seek(place)
+    assert read(stream, 4, 12) == then
+    stream.seek({})
+    assert read(stream, 0, 4) == first
+
+
+def test_a_resumed_stream_reads_no_shard_before_its_window(
+    server: Shards, open_stream: Callable[..., Stream]
+) -> None:
+    straight = open_stream(every_shard(server))
+    read(straight, 0, 12)
+    place = straight.place(12)
+    assert place["shard"] == 2
+    straight.close()
+    asked = list(dict.fromkeys(server.requests))
+    server.requests.clear()
+    resumed = open_stream(every_shard(server), place=place)
+    read(resumed, 12, 13)
+    resumed.close()
+    assert not {asked[0], asked[1]} & set(server.requests)
+
+
+def test_at_most_a_window_is_read_ahead_and_nothing_is_left_on_disk(
+    server: Shards, open_stream: Callable[..., Stream], tmp_path: Path
+) -> None:
+    stream = open_stream(every_shard(server))
+    read(stream, 0, 1)
+    stream.close()  # waits for the thread
+    assert len(server.requests) <= 2, "two windows of 5 records are in two shards of 9"
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_what_a_kill_left_behind_is_deleted_and_what_another_process_reads_is_not(tmp_path: Path) -> None:
+    left = tmp_path / "stream-left"
+    left.mkdir()
+    (left / "part.jsonl").write_text("{}")
+    addresses = ["http://nowhere/part.jsonl"]
+    first = ShardFolder(tmp_path, addresses, lambda: False)
+    assert not left.exists()
+    second = ShardFolder(tmp_path, addresses, lambda: False)
+    assert len(list(tmp_path.iterdir())) == 2
+    first.close()
+    second.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_first_records_are_held_out_of_every_pass(
+    tmp_path: Path, open_stream: Callable[..., Stream]
+) -> None:
+    held_out = RECORDS + 3  # all of the first shard, and some of the second
+    stream = open_stream(write_shards(tmp_path / "shards"), hold_out=held_out, window=6)
+    left = ALL - {f"0-{record}" for record in range(RECORDS)} - {f"1-{record}" for record in range(3)}
+    assert Counter(read(stream, 0, len(left))) == dict.fromkeys(left, 2)
+    with pytest.raises(StreamError, match="all records of 4 shards are held out"):
+        open_stream(write_shards(tmp_path / "shards"), hold_out=len(ALL))
+
+
+def test_a_run_evaluates_on_the_first_records_or_on_a_file(tmp_path: Path) -> None:
+    def prepare(**data: Any) -> list[str]:
+        config = DataConfig(train=write_shards(tmp_path / "shards"), streaming=True, **data)
+        run = RunConfig(steps=5)
+        recipe = Recipe(model=ModelConfig(name="tiny"), data=config, method=Full(), run=run)
+        prepared = prepare_data(recipe, TOKENIZER)
+        assert prepared.steps == 5
+        assert prepared.stream is not None
+        prepared.stream.close()
+        return [TOKENIZER.decode(row["input_ids"]) for row in prepared.validation.rows]
+
+    assert prepare(validation_limit=3) == ["0-0<eos>", "0-1<eos>", "0-2<eos>"]
+    file = tmp_path / "held.jsonl"
+    file.write_text('{"text": "apart"}\n')
+    assert prepare(validation=str(file)) == ["apart<eos>"]
+    assert prepare(validation_share=0) == []
+
+
+# ---- shards that fail
+
+
+def test_a_shard_that_fails_twice_or_breaks_off_is_fetched_again_and_no_record_is_lost(
+    server: Shards, open_stream: Callable[..., Stream]
+) -> None:
+    expected = read(open_stream(every_shard(server)), 0, PASS)
+    server.failures = {"part-1.jsonl.gz": 2}
+    server.cuts = {"part-2.jsonl.gz": 3}
+    server.requests.clear()
+    assert read(open_stream(every_shard(server)), 0, PASS) == expected
+    counts = Counter(server.requests)
+    assert counts["part-1.jsonl.gz"] >= 3
+    assert counts["part-2.jsonl.gz"] >= 4
+
+
+def test_waits_between_tries_grow(
+    server: Shards, open_stream: Callable[..., Stream], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    assert list(streaming.WAITS) == sorted(set(streaming.WAITS))
+    assert len(streaming.WAITS) == 3
+
+
+@pytest.mark.parametrize(
+    ("break_it", "tries", "problem"),
+    [
+        (lambda server: server.failures.update({"part-1.jsonl.gz": 99}), 4, "HTTP Error 503"),
+        (lambda server: server.cuts.update({"part-1.jsonl.gz": 99}), 4, "the connection ended after"),
+        (lambda server: shorten(server, "part-1.jsonl.gz"), 4, "is not a complete gzip file"),
+    ],
+)
+def test_a_shard_that_stays_broken_is_named_after_four_tries(
+    server: Shards,
+    open_stream: Callable[..., Stream],
+    break_it: Callable[[Shards], None],
+    tries: int,
+    problem: str,
+) -> None:
+    break_it(server)
+    with pytest.raises(StreamError) as caught:
+        read(open_stream(every_shard(server)), 0, PASS)
+    assert f"cannot read the shard {server.url}/part-1.jsonl.gz after 4 tries" in str(caught.value)
+    assert problem in str(caught.value)
+    assert "stream-" not in str(caught.value), "the name of the downloaded file says nothing to a user"
+    assert server.requests.count("part-1.jsonl.gz") == tries
+
+
+def shorten(server: Shards, name: str) -> None:
+    """Cut off the file itself, so that its length is that which is announced."""
+    server.files[name] = server.files[name][:-12]
+
+
+def test_a_shard_that_is_gone_is_named_at_once(server: Shards, open_stream: Callable[..., Stream]) -> None:
+    del server.files["part-3.jsonl.gz"]
+    with pytest.raises(StreamError, match=r"cannot read the shard .*/part-3\.jsonl\.gz \(HTTP Error 404"):
+        read(open_stream(every_shard(server)), 0, PASS)
+
+
+def test_rows_before_a_broken_shard_still_come(server: Shards, open_stream: Callable[..., Stream]) -> None:
+    order = read(open_stream(every_shard(server)), 0, PASS)
+    server.failures = {f"part-{order[-1][0]}.jsonl.gz": 99}
+    stream = open_stream(every_shard(server))
+    assert read(stream, 0, 10) == order[:20]
+    with pytest.raises(StreamError):
+        read(stream, 10, PASS)
+
+
+def test_a_bad_record_is_named_by_shard_and_line_and_never_skipped_silently(
+    server: Shards, open_stream: Callable[..., Stream]
+) -> None:
+    server.files["part-2.jsonl.gz"] = gzip.compress(texts_of(2) + b'{"txt": 5}\n')
+    with pytest.raises(StreamError) as caught:
+        read(open_stream(every_shard(server)), 0, PASS)
+    assert str(caught.value).startswith(f"{server.url}/part-2.jsonl.gz, line 10: the field 'text' is missing")
+    assert server.requests.count("part-2.jsonl.gz") == 1, "another try cannot help"
+    with pytest.warns(UserWarning, match=r"1 record skipped, the first is .*/part-2\.jsonl\.gz, line 10"):
+        texts = read(open_stream(every_shard(server), on_bad_row="skip", window=6), 0, PASS + 6)
+    assert set(texts) == ALL
+
+
+def test_a_field_that_nothing_reads_is_named_once_and_not_for_every_shard(
+    tmp_path: Path, open_stream: Callable[..., Stream]
+) -> None:
+    for shard in range(3):
+        (tmp_path / f"{shard}.jsonl").write_text('{"text": "a", "stars": 5}\n' * 4)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        read(open_stream(str(tmp_path / "*.jsonl")), 0, 12)
+    assert ["nothing reads the field stars" in str(each.message) for each in caught] == [True]
+
+
+def test_shards_of_two_kinds_are_refused(tmp_path: Path, open_stream: Callable[..., Stream]) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "b.jsonl").write_text('{"question": "b", "answer": "c"}\n')
+    with pytest.raises(StreamError, match=r"records of a stream must be of one kind, and there are .*; set"):
+        open_stream(str(tmp_path / "*.jsonl"))
+
+
+def test_a_token_that_the_model_lacks_is_refused_in_a_later_window(
+    tmp_path: Path, open_stream: Callable[..., Stream]
+) -> None:
+    stream = open_stream(write_shards(tmp_path / "shards"))
+    stream.vocabulary = 100
+    with pytest.raises(StreamError, match="the tokenizer makes token 257, the model has 100"):
+        read(stream, 0, PASS)
+
+
+# ---- which shards there are
+
+
+def test_shards_may_be_of_any_type_and_a_text_file_is_one_record(
+    tmp_path: Path, open_stream: Callable[..., Stream]
+) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["parquet"]}), tmp_path / "a.parquet")
+    (tmp_path / "b.jsonl.xz").write_bytes(lzma.compress(b'{"text": "xz"}\n'))
+    with pyarrow.CompressedOutputStream(str(tmp_path / "c.jsonl.zst"), "zstd") as file:
+        file.write(b'{"text": "zst"}\n')
+    (tmp_path / "d.csv").write_text("text\ncsv\n")
+    (tmp_path / "e.txt").write_text("a whole\ntext")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "f.json").write_text('[{"text": "json"}]')
+    texts = read(open_stream(str(tmp_path), window=6), 0, 3)
+    assert set(texts) == {"parquet", "xz", "zst", "csv", "a whole\ntext", "json"}
+
+
+def test_a_parquet_shard_that_is_damaged_is_fetched_again_and_named(
+    server: Shards, open_stream: Callable[..., Stream]
+) -> None:
+    server.files = {"part.parquet": b"PAR1 and nothing more"}
+    with pytest.raises(StreamError, match=r"cannot read the shard .*/part\.parquet after 4 tries"):
+        open_stream(f"{server.url}/part.parquet")
+    assert len(server.requests) == 4
+
+
+def test_shards_are_listed_in_the_order_of_their_names(tmp_path: Path) -> None:
+    pattern = write_shards(tmp_path / "shards")
+    names = [f"{tmp_path}/shards/part-{shard}.jsonl" for shard in range(SHARDS)]
+    assert list_shards(pattern) == list_shards(str(tmp_path / "shards")) == names
+    assert list_shards(names[2]) == names[2:3]
+    assert list_shards("https://host/{08..10}/a-{0..1}.jsonl?x=1") == [
+        f"https://host/{folder}/a-{number}.jsonl?x=1" for folder in ("08", "09", "10") for number in "01"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("{}/*.jsonl", "data.train: no file matches {}/*.jsonl; check the path"),
+        ("{}/absent.jsonl", "there is no file or folder {}/absent.jsonl; check the path"),
+        ("{}", "data.train: folder {} has no file of a known type in it or below"),
+        ("http://host/rows.bin", "cannot read http://host/rows.bin: unknown file type .bin; use"),
+    ],
+)
+def test_a_source_without_shards_is_refused(tmp_path: Path, source: str, problem: str) -> None:
+    with pytest.raises((FileNotFoundError, ValueError)) as caught:
+        list_shards(source.format(tmp_path))
+    assert problem.format(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        ([], "data.streaming has no end, so run.steps must say how long to train; set it"),
+        (["run.steps=5", "data.limit=5"], "data.limit=5 cannot work with data.streaming"),
+        (["run.steps=5", "data.deduplicate=true"], "data.deduplicate=true cannot work with data.streaming"),
+        (
+            ["run.steps=5", "data.validation_limit=null"],
+            "data.validation_limit=null cannot work with data.streaming",
+        ),
+        (
+            ["run.steps=5", "data.train=[{path: a, weight: 1}]"],
+            "data.train=a mixture cannot work with data.streaming",
+        ),
+        (["run.steps=5", "data.window=0"], "data.window must be >= 1, got 0"),
+        (["data.streaming=false", "data.window=5"], "data.window=5 does nothing without data.streaming"),
+        (["run.steps=5", "loss.name=dpo"], "data.streaming=true cannot work with loss.name=dpo"),
+    ],
+)
+def test_settings_that_a_stream_cannot_have_are_refused(overrides: list[str], problem: str) -> None:
+    sections = {"model": {"name": "tiny"}, "data": {"train": "*.jsonl", "streaming": True}}
+    with pytest.raises(ValueError, match=r"^(command line|recipe\.yaml): ") as caught:
+        build_recipe("recipe.yaml", sections, overrides)
+    assert problem in str(caught.value)
+
+
+def test_several_paths_make_one_stream(tmp_path: Path, open_stream: Callable[..., Stream]) -> None:
+    write_shards(tmp_path / "shards")
+    paths = [f"{tmp_path}/shards/part-{shard}.jsonl" for shard in (0, 2)]
+    assert {text[0] for text in read(open_stream(paths), 0, 9)} == {"0", "2"}
