@@ -47,6 +47,7 @@ def outline_of(method: Method, device: str = "meta", start_step: int = 0, **run:
         records="alpaca",
         rows_per_record=1,
         sources=(),
+        stream=None,
         mark=lambda row: (("Why\x1b[31m?\n" + "so " * 50, False), ("Because", True)),
     )
     with torch.device(device):
