@@ -10,6 +10,7 @@ from safetensors.torch import load
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from lisatune.models.load import load_model, load_tokenizer, save_model
+from lisatune.runs.manifest import DamagedCheckpointError, list_checkpoints, newest_checkpoint, verify
 from rank_launcher import launch
 from tiny_text import CHATML, byte_tokenizer
 
@@ -62,7 +63,9 @@ def held(folders: Path) -> dict[str, list[Any]]:
     names = [*CONFIGS, FOREIGN]
     size = {"untied": LARGEST_FILE}
     jobs = [{"held": str(folders / name), "largest_file": size.get(name, "1GB")} for name in names]
-    return dict(zip(names, map(list, zip(*launch(2, folders, jobs), strict=True)), strict=True))
+    jobs.append({"saving": str(folders / "checkpoints")})
+    names.append("saving")
+    return dict(zip(names, map(list, zip(*launch(2, folders, jobs, dies=1), strict=True)), strict=True))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -76,8 +79,8 @@ def test_no_rank_holds_more_than_its_part_and_one_unit(held: dict[str, list[Any]
         one = 4 * rank["tensor"]
         assert rank["load"] <= part + unit
         assert rank["export"] <= part + one
-        generators = 16384
-        assert rank["save"] <= part + rank["state"] + one + generators
+        generators = 16384  # which a checkpoint holds whole; of weights and state nothing is gathered
+        assert rank["save"] <= part + rank["state"] + generators
         # What is read is there beside the state that it is going to replace.
         assert rank["resume"] <= part + 2 * rank["state"] + unit
 
@@ -122,3 +125,33 @@ def test_a_model_by_other_names_is_loaded_whole_and_written_so_that_it_loads(
     twin = AutoModelForCausalLM.from_pretrained(folders / "tied")
     for (name, weight), other in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert torch.equal(weight, other), name
+
+
+def test_a_rank_that_fails_or_dies_while_it_saves_leaves_no_checkpoint(
+    folders: Path, held: dict[str, list[Any]]
+) -> None:
+    first, second = held["saving"]
+    assert second is None, "rank 1 lives"
+    assert "No space left on device" in first["2"]
+    assert first["2"].startswith("OSError: could not write")
+    assert first["left after 2"] == ["step-000001"]
+    assert "RuntimeError" in first["3"]
+    assert list_checkpoints(folders / "checkpoints") == [folders / "checkpoints" / "step-000001"]
+
+
+def test_a_checkpoint_that_misses_the_file_of_a_rank_is_refused_by_name(
+    folders: Path, held: dict[str, list[Any]]
+) -> None:
+    path = folders / "checkpoints" / "step-000001"
+    verify(path)
+    for name in ("weights", "optimizer"):
+        missing = path / f"{name}-00002-of-00002.safetensors"
+        content = missing.read_bytes()
+        missing.unlink()
+        with pytest.raises(
+            DamagedCheckpointError, match=f"{missing.name}, which one of its ranks wrote, is mis"
+        ):
+            verify(path)
+        assert newest_checkpoint(path.parent) is None
+        missing.write_bytes(content)
+    assert newest_checkpoint(path.parent) == path

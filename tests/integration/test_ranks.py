@@ -90,7 +90,8 @@ BEST += ["optimizer.lr=0.2", "optimizer.schedule=constant"]  # falls for two ste
 HALF = "run.batch_size=1"
 FOUR = "run.batch_size=4"
 MORE = ["run.steps=6", "optimizer.schedule=constant", "run.save_every=3"]
-HSDP = ["run.sharding=hsdp", "run.copies=2", "run.accumulation=2"]
+HSDP = ["run.sharding=hsdp", "run.copies=2"]
+LATER = ["run.accumulation=2", "optimizer.schedule=constant", "run.save_every=2"]
 CHECKS = ("draws", "statistics", "seeds")
 
 
@@ -199,7 +200,7 @@ def four(runs: Runs, two: dict[str, list[Any]]) -> dict[str, list[Any]]:
     jobs = {
         "wrong": runs.job("on-four", "run.batch_size=2", *MORE, resume=True),
         "right": runs.job("on-four", HALF, *MORE, resume=True),
-        "hsdp": runs.job("four-hsdp", HALF, *HSDP),
+        "hsdp": runs.job("four-hsdp", HALF, *HSDP, *LATER),
         "thirds": runs.job("no-thirds", HALF, "run.sharding=hsdp", "run.copies=3"),
         "one-machine": runs.job("no-machine", HALF, "run.sharding=hsdp"),
     }
@@ -220,13 +221,28 @@ def test_a_run_saved_on_two_ranks_goes_on_with_one_and_with_four(runs: Runs, fou
 
 def test_two_copies_on_two_ranks_each_are_one_rank(runs: Runs, four: dict[str, Any]) -> None:
     assert "error" not in four["hsdp"][0], four["hsdp"][0]
-    one = runs.alone("one-hsdp", FOUR, *HSDP[2:])
+    one = runs.alone("one-hsdp", FOUR, *LATER)
     for key, weight in runs.weights("one-hsdp").items():
         torch.testing.assert_close(runs.weights("four-hsdp")[key], weight, **CLOSE)
     norms = [[m["grad_norm"] for m in runs.metrics(f"{n}-hsdp") if "loss" in m] for n in ("one", "four")]
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
     shares = [rank["peak_state_elements"] / one["peak_state_elements"] for rank in four["hsdp"]]
     assert shares == pytest.approx([0.5] * 4, abs=0.01)
+
+
+def test_ranks_of_one_copy_write_a_checkpoint_that_one_rank_continues(
+    runs: Runs, four: dict[str, Any]
+) -> None:
+    written = sorted(file.name for file in (runs.folder / "four-hsdp/checkpoints/step-000002").iterdir())
+    parts = [
+        f"{name}-0000{part}-of-00002.safetensors" for name in ("optimizer", "weights") for part in (1, 2)
+    ]
+    assert written == sorted([*parts, "index.json", "manifest.json", "other.safetensors", "state.json"])
+    shutil.copytree(runs.folder / "four-hsdp", runs.folder / "from-hsdp")
+    runs.alone("from-hsdp", FOUR, *LATER, "run.steps=6", resume=True)
+    runs.alone("one-later", FOUR, *LATER, "run.steps=6")
+    for key, weight in runs.weights("one-later").items():
+        torch.testing.assert_close(runs.weights("from-hsdp")[key], weight, **CLOSE)
 
 
 def test_copies_that_the_ranks_cannot_hold_are_refused(runs: Runs, four: dict[str, Any]) -> None:

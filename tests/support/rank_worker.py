@@ -138,6 +138,13 @@ def held(folder: str, largest_file: str) -> dict[str, Any]:
     optimizer.zero_grad()
     report["state"] = state_bytes(optimizer)
     with LiveBytes() as live:
+        for tensor in (
+            *model.parameters(),
+            *model.buffers(),
+            *(s for e in optimizer.state.values() for s in e.values()),
+        ):
+            if isinstance(tensor, torch.Tensor):
+                live.note(local_part(tensor))
         path = save_checkpoint(f"{folder}-checkpoints", step=1, model=model, optimizer=optimizer)
     report["save"] = live.peak
     before = [local_part(p).clone() for p in model.parameters()]

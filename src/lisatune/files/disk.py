@@ -16,9 +16,11 @@ __all__ = [
     "cache_folder",
     "delete",
     "explain_write_errors",
+    "name_aside",
     "refuse_lfs_pointer",
     "replace_file",
     "sha256_of",
+    "sync",
     "take_lock",
     "write_aside",
 ]
@@ -45,7 +47,7 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def write_aside(target: Path, *, replace: bool = True) -> Iterator[Path]:
+def write_aside(target: Path, *, replace: bool = True, aside: Path | None = None) -> Iterator[Path]:
     """Write a folder under another name, then sync it to disk and rename it to `target`.
 
     A process that is killed inside leaves `.TARGET.tmp-…` beside the target; it is safe to delete.
@@ -54,6 +56,7 @@ def write_aside(target: Path, *, replace: bool = True) -> Iterator[Path]:
         target: the final folder; its parents are created.
         replace: what to do if `target` exists at the end: replace it, or keep it because another process was
             quicker.
+        aside: the other name, from `name_aside`. Default: one that is made here.
 
     Yields:
         The folder to fill.
@@ -63,16 +66,16 @@ def write_aside(target: Path, *, replace: bool = True) -> Iterator[Path]:
     """
     from safetensors import SafetensorError
 
-    aside = target.parent / f".{target.name}.tmp-{uuid.uuid4().hex[:8]}"
+    aside = name_aside(target) if aside is None else aside
     existing = next(folder for folder in aside.absolute().parents if folder.exists())
     try:
         aside.mkdir(parents=True)
         yield aside
         for path in (*aside.rglob("*"), aside):
-            _sync(path)
+            sync(path)
         _put_in_place(aside, target, replace)
         for folder in target.absolute().parents:
-            _sync(folder)
+            sync(folder)
             if folder == existing:
                 break
     except (OSError, SafetensorError) as error:
@@ -81,6 +84,11 @@ def write_aside(target: Path, *, replace: bool = True) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def name_aside(target: Path) -> Path:
+    """Return a name beside a folder under which `write_aside` can write it."""
+    return target.parent / f".{target.name}.tmp-{uuid.uuid4().hex[:8]}"
 
 
 def refuse_lfs_pointer(file: Path) -> None:
@@ -112,7 +120,7 @@ def replace_file(path: Path, text: str) -> None:
             aside.replace(path)
         finally:
             aside.unlink(missing_ok=True)
-        _sync(path.parent)
+        sync(path.parent)
 
 
 @contextmanager
@@ -198,7 +206,8 @@ def _put_in_place(aside: Path, target: Path, replace: bool) -> None:
             raise
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
     if path.is_dir() and os.name != "posix":
         return  # Windows cannot open a folder
     descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)

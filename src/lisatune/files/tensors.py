@@ -1,7 +1,8 @@
 """Safetensors files of tensors that are divided among ranks: no process ever holds a whole file.
 
-To write, all ranks gather one tensor at a time, and rank 0 appends it to the file. To read, each rank takes
-its own rows of each tensor. On one rank, safetensors itself writes the files.
+To write a model, all ranks gather one tensor at a time, and rank 0 appends it to the file. To read, each rank
+takes its own rows of each tensor. On one rank, safetensors itself writes the files. Several ranks write their
+checkpoints together (`lisatune.files.parts`).
 """
 
 import json
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lisatune.distributed import ranks
-from lisatune.distributed.shards import full_tensor, is_sharded, like_shard, whole_state
+from lisatune.distributed.shards import full_tensor, is_sharded, like_shard, local_part, whole_state
 from lisatune.nn.coded import exact_parameters
 
 __all__ = [
@@ -26,7 +27,10 @@ __all__ = [
     "gather_tensors",
     "named_weights",
     "read_part",
+    "rows_of",
+    "sort_names",
     "write_file",
+    "write_stream",
 ]
 
 NAMES = {
@@ -53,11 +57,8 @@ class DividedTensor:
     """Shape of the whole tensor."""
     gather: Callable[[], Tensor]
     """Puts the whole tensor together; every rank must call it."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the whole tensor."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+    rows: tuple[int, Tensor] | None = None
+    """Where this rank's rows begin, and the rows; None for what is not divided into rows."""
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -74,7 +75,7 @@ def named_weights(model: nn.Module) -> dict[str, Tensor]:
 def describe_tensors(tensors: Mapping[str, Tensor]) -> dict[str, DividedTensor]:
     """Describe tensors of which this rank may hold only a part."""
     return {
-        name: DividedTensor(tensor.dtype, tuple(tensor.shape), partial(full_tensor, tensor))
+        name: DividedTensor(tensor.dtype, tuple(tensor.shape), partial(full_tensor, tensor), rows_of(tensor))
         for name, tensor in tensors.items()
     }
 
@@ -88,8 +89,32 @@ def describe_states(
         parameter = parameters[key.rpartition("//")[0]]
         is_part = is_sharded(parameter) and tensor.ndim > 0
         shape = parameter.shape if is_part else tensor.shape
-        divided[key] = DividedTensor(tensor.dtype, tuple(shape), partial(whole_state, tensor, parameter))
+        gather = partial(whole_state, tensor, parameter)
+        rows = rows_of(parameter, tensor) if is_part else None
+        divided[key] = DividedTensor(tensor.dtype, tuple(shape), gather, rows)
     return divided
+
+
+def rows_of(like: Any, part: Tensor | None = None) -> tuple[int, Tensor] | None:
+    """Return where this rank's rows of a tensor begin, and the rows; None if it is not divided.
+
+    Args:
+        like: the tensor.
+        part: rows of another tensor that is divided like it. Default: its own.
+    """
+    if not is_sharded(like):
+        return None
+    return _find_rows(like)[0], local_part(like) if part is None else part.detach()
+
+
+def _find_rows(divided: Any) -> tuple[int, int]:
+    """Return the first of this rank's rows, and the row after its last one: FSDP2 cuts along rows alone."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    sizes, starts = compute_local_shape_and_global_offset(
+        divided.shape, divided.device_mesh, divided.placements
+    )
+    return starts[0], starts[0] + sizes[0]
 
 
 def gather_tensors(*files: Mapping[str, DividedTensor]) -> Iterator[Tensor]:
@@ -122,18 +147,38 @@ def write_file(
 
         save_file(_make_storable(collect(tensors, wholes)), path)
         return
+    write_stream(path, {name: (t.dtype, t.shape) for name, t in tensors.items()}, wholes, metadata)
+
+
+def write_stream(
+    path: Path,
+    kinds: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensors: Iterator[Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a file from one tensor at a time.
+
+    Args:
+        path: the file.
+        kinds: dtype and shape of each tensor by name.
+        tensors: gives the tensors in the order of `sort_names`; no more are taken.
+        metadata: text for the header of the file.
+
+    Raises:
+        OSError: the file could not be written.
+    """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
-    for name in _sort_names(tensors):
-        start, end = end, end + tensors[name].num_bytes
-        described = {"dtype": NAMES[tensors[name].dtype], "shape": list(tensors[name].shape)}
-        header[name] = {**described, "data_offsets": [start, end]}
+    for name in sort_names({name: dtype for name, (dtype, _) in kinds.items()}):
+        dtype, shape = kinds[name]
+        start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for _ in tensors:
-            plain = next(wholes).contiguous().cpu().reshape(-1)
+        for _ in kinds:
+            plain = next(tensors).contiguous().cpu().reshape(-1)
             file.write(plain.view(torch.uint8).numpy().data)
             del plain  # before the next one is gathered
 
@@ -154,8 +199,6 @@ def read_part(file: Any, name: str, like: Tensor | None) -> Tensor:
         like: a tensor that may be divided among ranks. None, or one that is not divided, gives the whole
             stored tensor.
     """
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
     if like is None or not is_sharded(like):
         whole: Tensor = file.get_tensor(name)
         return whole
@@ -163,16 +206,18 @@ def read_part(file: Any, name: str, like: Tensor | None) -> Tensor:
     stored = file.get_slice(name)
     if tuple(stored.get_shape()) != tuple(divided.shape):
         return like_shard(file.get_tensor(name), like)
-    sizes, starts = compute_local_shape_and_global_offset(
-        divided.shape, divided.device_mesh, divided.placements
-    )
-    rows: Tensor = stored[starts[0] : starts[0] + sizes[0]]  # FSDP2 cuts along rows alone
+    first, end = _find_rows(divided)
+    rows: Tensor = stored[first:end]
     return rows
 
 
-def _sort_names(tensors: Mapping[str, DividedTensor]) -> list[str]:
+def sort_names(dtypes: Mapping[str, torch.dtype]) -> list[str]:
     """Sort as safetensors does: wide dtypes first, so that every tensor starts at a multiple of its width."""
-    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    return sorted(dtypes, key=lambda name: (-dtypes[name].itemsize, name))
+
+
+def _sort_names(tensors: Mapping[str, DividedTensor]) -> list[str]:
+    return sort_names({name: tensor.dtype for name, tensor in tensors.items()})
 
 
 def _make_storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,11 +8,12 @@
                                 scheduler, RNGs, and the caller's `extra`
         manifest.json           size and sha256 of the files above
 
+Several ranks write it together, each the rows that it holds, and nothing is gathered. In place of the first
+two files each rank then has one of each (`lisatune.files.parts`), and index.json says which rows they hold.
+Any number of ranks reads a checkpoint, whoever wrote it: each rank its own rows.
+
 A folder is written under another name, synced and renamed, so a folder with its final name is complete.
 Loading checks these files against the manifest, and opens no other file and never a link.
-
-On several ranks, all ranks gather divided tensors one by one, rank 0 writes them, and each rank reads its own
-rows. So a run can be resumed on any number of ranks, and no process holds more than its part and one tensor.
 
 Values are checked although the files' hashes are: whoever edits a checkpoint together with its hashes gets an
 error, not a run that fails in a later step (docs/reliability.md; tests/faults/test_fuzz.py).
@@ -21,7 +22,7 @@ error, not a run that fails in a later step (docs/reliability.md; tests/faults/t
 import json
 import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lisatune.console import first_line
 from lisatune.distributed import ranks
-from lisatune.distributed.shards import local_part, reshard
+from lisatune.distributed.shards import holds_first_copy, local_part, reshard
 from lisatune.files.disk import write_aside
+from lisatune.files.parts import open_tensors
 from lisatune.files.tensors import (
     describe_states,
     describe_tensors,
@@ -56,6 +58,7 @@ from lisatune.runs.named_state import (
     to_json,
     to_names,
 )
+from lisatune.runs.together import write_together
 
 __all__ = ["load_checkpoint", "load_weights", "save_checkpoint", "translate_group"]
 
@@ -121,20 +124,19 @@ def save_checkpoint(
     }
     parameters = dict(model.named_parameters())
     files = {
-        "weights.safetensors": describe_tensors(weights),
-        "optimizer.safetensors": describe_states(optimizer_tensors, parameters),
-        "other.safetensors": describe_tensors(other),
+        "weights": describe_tensors(weights),
+        "optimizer": describe_states(optimizer_tensors, parameters),
+        "other": describe_tensors(other),
     }
     target = Path(folder) / checkpoint_name(step)
-
-    def write(wholes: Iterator[Tensor]) -> None:
-        with write_aside(target) as aside:
-            for name, tensors in files.items():
-                write_file(aside / name, tensors, wholes)
-            (aside / "state.json").write_text(json.dumps(state))
-            write_manifest(aside, step)
-
-    ranks.consume_on_rank0(gather_tensors(*files.values()), write)
+    if ranks.count() > 1:
+        write_together(target, files, state, writes=holds_first_copy(parameters.values()))
+        return target
+    with write_aside(target) as aside:
+        for name, tensors in files.items():
+            write_file(aside / f"{name}.safetensors", tensors, gather_tensors(tensors))
+        (aside / "state.json").write_text(json.dumps(state))
+        write_manifest(aside, step)
     return target
 
 
@@ -163,7 +165,7 @@ def load_checkpoint(
     Example:
         >>> extra = load_checkpoint("checkpoints/step-000012", model=model, optimizer=optimizer)
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = Path(path)
@@ -175,7 +177,7 @@ def load_checkpoint(
             json.loads((path / "state.json").read_text()), load_file(path / "other.safetensors")
         )
         parameters = dict(model.named_parameters())
-        with safe_open(path / "optimizer.safetensors", framework="pt") as file:
+        with open_tensors(path, "optimizer") as file:
             owners = {key: parameters.get(key.rpartition("//")[0]) for key in list(file.keys())}
             optimizer_tensors = {key: read_part(file, key, owner).clone() for key, owner in owners.items()}
         check_same("the model's weights", state["weights"], _describe(weights))
@@ -199,7 +201,7 @@ def load_checkpoint(
         prepend=True,  # before LISA moves a frozen block's state to host memory
     )
     try:
-        with safe_open(path / "weights.safetensors", framework="pt") as file, torch.no_grad():
+        with open_tensors(path, "weights") as file, torch.no_grad():
             _copy_weights(model, weights, file)
         optimizer.load_state_dict(optimizer_state)
         if scheduler is not None:
@@ -228,7 +230,7 @@ def load_weights(path: str | Path, *, model: nn.Module) -> None:
     verify(path)
     reshard(model)
     try:
-        with safe_open(path / "weights.safetensors", framework="pt") as file, torch.no_grad():
+        with open_tensors(path, "weights") as file, torch.no_grad():
             _copy_weights(model, named_weights(model), file)
         if (correction := find_correction(model)) is not None:
             optimizer = json.loads((path / "state.json").read_text())["optimizer"]

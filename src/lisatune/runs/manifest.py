@@ -1,21 +1,24 @@
 """Checkpoint folders: find them, tell which are complete, and refuse one that changed after it was written.
 
-manifest.json holds size and sha256 of each of `FILES`. Files are opened only by these names and never through
-links, so nothing in a manifest can lead out of its folder.
+manifest.json holds size and sha256 of each of `FILES`. Several ranks write several files of weights and
+optimizer state, and an index of them. Files are opened only by these names and never through links, so
+nothing in a manifest can lead out of its folder.
 """
 
 import json
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from lisatune.files.disk import delete, sha256_of
+from lisatune.files.parts import INDEX, part_name
 
 __all__ = [
     "FILES",
     "DamagedCheckpointError",
     "checkpoint_name",
+    "describe_file",
     "list_checkpoints",
     "newest_checkpoint",
     "prune",
@@ -26,8 +29,13 @@ __all__ = [
 
 FILES = ("weights.safetensors", "optimizer.safetensors", "other.safetensors", "state.json")
 
-FORMAT = 1
-"""Version of the layout of a checkpoint; another one is refused."""
+FORMAT, FORMAT_OF_PARTS = 1, 2
+"""Versions of the layout of a checkpoint, in one part and in several; another one is refused."""
+
+DIVIDED = ("weights", "optimizer")
+"""What several ranks write in a file each."""
+
+MOST_PARTS = 2**20
 
 
 class DamagedCheckpointError(ValueError):
@@ -39,17 +47,37 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def write_manifest(folder: Path, step: int) -> None:
-    """Record size and sha256 of `FILES`, which the folder must hold, in its manifest.json.
+def list_files(parts: int = 1) -> tuple[str, ...]:
+    """Name the files of a checkpoint in `parts` parts, without manifest.json."""
+    if parts == 1:
+        return FILES
+    divided = (part_name(name, number, parts) for name in DIVIDED for number in range(parts))
+    return *divided, INDEX, *FILES[len(DIVIDED) :]
+
+
+def write_manifest(
+    folder: Path, step: int, *, parts: int = 1, known: Mapping[str, Mapping[str, int | str]] | None = None
+) -> None:
+    """Record size and sha256 of the files, which the folder must hold, in its manifest.json.
+
+    Args:
+        folder: the checkpoint.
+        step: its optimizer steps.
+        parts: in how many parts weights and optimizer state are.
+        known: `describe_file` of files by name; the others are read.
 
     Raises:
         OSError: a file could not be read, or manifest.json could not be written.
     """
-    files = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in FILES
-    }
-    text = json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1)
-    (folder / "manifest.json").write_text(text)
+    known = known or {}
+    files = {name: known.get(name) or describe_file(folder / name) for name in list_files(parts)}
+    head = {"format": FORMAT} if parts == 1 else {"format": FORMAT_OF_PARTS, "parts": parts}
+    (folder / "manifest.json").write_text(json.dumps({**head, "step": step, "files": files}, indent=1))
+
+
+def describe_file(path: Path) -> dict[str, int | str]:
+    """Return what a manifest holds of a file: its size in bytes and its sha256."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def verify(path: Path) -> None:
@@ -132,24 +160,44 @@ def _is_complete(path: Path) -> bool:
 def _read_manifest(path: Path) -> dict[str, str]:
     """Read the hash of each file by its name. Errors as in `verify`, but only sizes are compared."""
     try:
-        for name in ("manifest.json", *FILES):
-            if not stat.S_ISREG((path / name).lstat().st_mode):
-                raise DamagedCheckpointError(f"checkpoint {path} is damaged: {name} is not a plain file")
+        _check_plain(path, ["manifest.json"])
         manifest = json.loads((path / "manifest.json").read_text())
-        files = {name: manifest["files"][name] for name in FILES}
-        wrong = [name for name in FILES if (path / name).stat().st_size != files[name]["bytes"]]
-        hashes = {name: str(files[name]["sha256"]) for name in FILES}
         form = manifest["format"]
+        parts = manifest["parts"] if form == FORMAT_OF_PARTS else 1
+        if not (isinstance(parts, int) and 1 <= parts <= MOST_PARTS):
+            raise ValueError(f"parts is {parts!r:.80}")
+        names = list_files(parts)
+        _check_plain(path, names)
+        files = {name: manifest["files"][name] for name in names}
+        wrong = [name for name in names if (path / name).stat().st_size != files[name]["bytes"]]
+        hashes = {name: str(files[name]["sha256"]) for name in names}
     except DamagedCheckpointError:
         raise
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise DamagedCheckpointError(
             f"no complete checkpoint in {path} ({type(error).__name__}: {error})"
         ) from error
-    if form != FORMAT:
-        raise ValueError(f"checkpoint {path} has format {form}, this version reads {FORMAT}")
+    if form not in (FORMAT, FORMAT_OF_PARTS):
+        raise ValueError(
+            f"checkpoint {path} has format {form}, this version reads {FORMAT} and {FORMAT_OF_PARTS}"
+        )
     if wrong:
         raise DamagedCheckpointError(
             f"checkpoint {path} is damaged: {wrong[0]} has another size than when it was written"
         )
     return hashes
+
+
+def _check_plain(path: Path, names: Iterable[str]) -> None:
+    for name in names:
+        try:
+            is_plain = stat.S_ISREG((path / name).lstat().st_mode)
+        except FileNotFoundError:
+            if "-of-" not in name:
+                raise
+            raise DamagedCheckpointError(
+                f"no complete checkpoint in {path}: {name}, which one of its ranks wrote, is missing; put it "
+                "there, or load an earlier one"
+            ) from None
+        if not is_plain:
+            raise DamagedCheckpointError(f"checkpoint {path} is damaged: {name} is not a plain file")

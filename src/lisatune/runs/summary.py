@@ -140,7 +140,7 @@ def model_of(name: str) -> tuple[str, Path | None]:
         FileNotFoundError: the run has no model yet, or the folder is a checkpoint.
     """
     run = Path(name)
-    if all((run / file).is_file() for file in ("manifest.json", "state.json", "weights.safetensors")):
+    if all((run / file).is_file() for file in ("manifest.json", "state.json", "other.safetensors")):
         raise FileNotFoundError(
             f"{name} is a checkpoint, from which training resumes, not a model; give the run's folder once "
             "`train --resume` has finished it"
