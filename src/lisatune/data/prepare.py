@@ -252,7 +252,7 @@ def _prepare_stream(recipe: Recipe, tokenizer: Any, place: Mapping[str, int]) ->
         questions=questions,
         order=Order(len(window.examples.rows), batch_size, run.seed),
         steps=run.steps,
-        skipped=skipped + window.skipped,
+        skipped=skipped + window.end.skipped,
         duplicates=0,
         is_chat=window.is_chat,
         records=_describe_kind(window, data.loss_on, tokenizer),

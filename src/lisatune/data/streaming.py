@@ -58,6 +58,12 @@ class Place:
     """Number of its first shard in the endless order of shards."""
     record: int = 0
     """Records of that shard that are in windows before it, or are held out."""
+    skipped: int = 0
+    """Records that could not be used, of all shards that were read to their end before it."""
+    cut: int = 0
+    """Records of all windows before it that were cut at max_length."""
+    dropped: int = 0
+    """Records of all windows before it that were left out: too long, or no answer left."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +78,6 @@ class Window:
     is_chat: bool
     notes: tuple[str, ...]
     """Warnings about the shards that it came to the end of."""
-    skipped: int
-    """Records of these shards that cannot be used."""
 
 
 class Stream:
@@ -161,6 +165,18 @@ class Stream:
         found = next(windows, None)
         return asdict(self._windows[-1].end if found is None else found.place)
 
+    def describe(self, micro_step: int) -> str:
+        """Say how much was read before a micro-step, and what was left out of it, for a reader."""
+        place = Place(**self.place(micro_step))
+        often = place.shard / len(self.shards)
+        parts = [f"{plural(len(self.shards), 'shard')} read {often:.2f} × before the last window"]
+        parts += [f"{plural(place.skipped, 'record')} skipped: not usable"] if place.skipped else []
+        parts += [f"{plural(place.cut, 'record')} cut at max_length"] if place.cut else []
+        parts += [f"{plural(place.dropped, 'record')} dropped: too long, or no answer left"] * bool(
+            place.dropped
+        )
+        return "; ".join(parts)
+
     def batch(self, micro_step: int) -> list[TokenRow]:
         """Return the rows of a micro-step. Micro-steps come in rising order.
 
@@ -241,18 +257,25 @@ class Stream:
         if data.packing:
             examples = pack(examples, data.max_length)
         order = shuffle(len(examples.rows), f"{self._seed}/window/{place.window}").numpy()
-        notes, skipped = tuple(dict.fromkeys(self._notes)), self._skipped
+        notes = tuple(dict.fromkeys(self._notes))
+        dropped = examples.num_dropped + examples.num_without_loss
+        end = replace(
+            end,
+            row=place.row + len(order),
+            skipped=place.skipped + self._skipped,
+            cut=place.cut + examples.num_cut,
+            dropped=place.dropped + dropped,
+        )
         self._notes.clear()
         self._skipped = 0
         assert first is not None
         return Window(
             place=place,
             examples=replace(examples, rows=examples.rows.take(order)),
-            end=replace(end, row=place.row + len(order)),
+            end=end,
             kind=kind,
             is_chat=is_chat(first),
             notes=notes,
-            skipped=skipped,
         )
 
     def _shard(self, number: int) -> str:

@@ -88,6 +88,8 @@ class Summary(TypedDict, total=False):
     held_out_loss_by_source_before: dict[str, float]
     """Of each source of a mixture, by its name."""
     held_out_loss_by_source_after: dict[str, float]
+    stream: str
+    """How often the shards of a stream were read, and how many records were left out of it."""
     best_step: int
     """Step that the model is of, with run.keep_best."""
     planned_steps: int

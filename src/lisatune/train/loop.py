@@ -372,6 +372,8 @@ def _finish(
     )
     summary.update(held_out)
     summary.update(check.outcome(parts.device))
+    if parts.data.stream is not None:
+        summary["stream"] = parts.data.stream.describe(state.step * parts.recipe.run.accumulation)
     if state.failed_saves:
         summary["failed_saves"] = state.failed_saves
     if parts.save_dtype is not None:

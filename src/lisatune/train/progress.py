@@ -167,6 +167,8 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
     losses_before = summary.get("held_out_loss_by_source_before", {})
     for name, after in summary.get("held_out_loss_by_source_after", {}).items():
         rows.append((f"  {name}", f"{losses_before.get(name, math.nan):.3f} → {after:.3f}"))
+    if "stream" in summary:
+        rows.append(("stream", summary["stream"]))
     if "best_step" in summary:
         last = f"; the last step's held-out loss is {summary['held_out_loss_last']:.3f}"
         is_last = summary["best_step"] == summary["steps"]

@@ -1,6 +1,7 @@
 """Rows that are read while a run trains: every record once a pass, exact places, shards that fail."""
 
 import gzip
+import json
 import lzma
 import warnings
 from collections import Counter
@@ -279,6 +280,31 @@ def test_a_bad_record_is_named_by_shard_and_line_and_never_skipped_silently(
     with pytest.warns(UserWarning, match=r"1 record skipped, the first is .*/part-2\.jsonl\.gz, line 10"):
         texts = read(open_stream(every_shard(server), on_bad_row="skip", window=6), 0, PASS + 6)
     assert set(texts) == ALL
+
+
+def test_what_is_left_out_is_counted_through_all_windows(
+    tmp_path: Path, open_stream: Callable[..., Stream]
+) -> None:
+    for shard in range(3):
+        rows = [{"prompt": "2 + 2 =", "completion": " 4" * count} for count in (1, 40, 0, 1)]
+        rows[2] = {"prompt": "no answer"}
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{shard}.jsonl").write_text(text)
+    how = {"train": str(tmp_path / "*.jsonl"), "on_bad_row": "skip", "window": 3, "max_length": 20}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cut, dropped = open_stream(**how), open_stream(**how, long="drop")
+        read(cut, 0, 3)
+        middle = cut.place(3)
+        read(cut, 3, 6)
+        read(dropped, 0, 6)
+        place = cut.place(6)
+        assert (place["skipped"], place["cut"], place["dropped"]) == (3, 4, 0)
+        assert "3 records skipped: not usable; 4 records cut at max_length" in cut.describe(6)
+        assert dropped.place(6)["dropped"] == 6
+        again = open_stream(**how, place=middle)
+        read(again, 3, 6)
+        assert again.place(6) == place
 
 
 def test_a_field_that_nothing_reads_is_named_once_and_not_for_every_shard(
