@@ -147,7 +147,7 @@ from tiny_text import byte_tokenizer
 streaming.WAITS = (0, 0, 0)
 data = DataConfig(train=sys.argv[1], streaming=True, window=4)
 stream = streaming.Stream(data, byte_tokenizer(None), seed=0, batch_size=2, cache=Path(sys.argv[2]))
-stream.seek({})
+stream.seek([])
 rows = [row for step in range(6) for row in stream.batch(step)]
 print(stream.shards, sorted(byte_tokenizer(None).decode(row["input_ids"]) for row in rows), sep="\\n")
 stream.close()

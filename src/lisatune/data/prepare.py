@@ -87,7 +87,10 @@ class RunData:
     """Reads the rows while the run trains; `train` then is its first window."""
 
     def batch(self, micro_step: int) -> list[TokenRow]:
-        """Return the training rows of a micro-step (0 is the run's first), for all ranks together."""
+        """Return the training rows of a micro-step (0 is the run's first) for all ranks together.
+
+        A stream gives those of this rank.
+        """
         if self.stream is not None:
             return self.stream.batch(micro_step)
         return self._take(self.train, self.order.batch(micro_step))
@@ -133,7 +136,7 @@ class RunData:
         return {"data.train": train, "data.validation": self.validation.sha256}
 
 
-def prepare_data(recipe: Recipe, tokenizer: Any, place: Mapping[str, int] | None = None) -> RunData:
+def prepare_data(recipe: Recipe, tokenizer: Any, places: Sequence[Mapping[str, int]] = ()) -> RunData:
     """Read, tokenise, split and, if asked, pack the recipe's data.
 
     Tokens of a source that was prepared before come from the cache (`lisatune.data.store`).
@@ -141,7 +144,7 @@ def prepare_data(recipe: Recipe, tokenizer: Any, place: Mapping[str, int] | None
     Args:
         recipe: what to read and how; the sections `data` and `run`.
         tokenizer: the tokenizer of the recipe's model.
-        place: where a stream continues, from `Stream.place`. Default: at its beginning.
+        places: where a stream continues, from `Stream.places`. Default: at its beginning.
 
     Raises:
         ValueError: a record is unusable, nothing is left, every answer is cut off, or the data makes more
@@ -152,7 +155,7 @@ def prepare_data(recipe: Recipe, tokenizer: Any, place: Mapping[str, int] | None
     if recipe.loss.rows_per_record == 2:
         return _prepare_pairs(recipe, tokenizer)
     if recipe.data.streaming:
-        return _prepare_stream(recipe, tokenizer, place or {})
+        return _prepare_stream(recipe, tokenizer, places)
     data, run = recipe.data, recipe.run
     readers, held_out_reader = open_readers(recipe)
     splits = data.holds_out and held_out_reader is None
@@ -222,11 +225,11 @@ def _pack(parts: Sequence[Examples], max_length: int) -> list[Examples]:
     return packed
 
 
-def _prepare_stream(recipe: Recipe, tokenizer: Any, place: Mapping[str, int]) -> RunData:
+def _prepare_stream(recipe: Recipe, tokenizer: Any, places: Sequence[Mapping[str, int]]) -> RunData:
     """Read what a stream holds out, and the window with which training begins."""
     data, run = recipe.data, recipe.run
-    cache, batch_size = tokens_folder(data.cache), run.batch_size * ranks.count()
-    stream = Stream(data, tokenizer, seed=run.seed, batch_size=batch_size, cache=cache)
+    cache = tokens_folder(data.cache)
+    stream = Stream(data, tokenizer, seed=run.seed, batch_size=run.batch_size, cache=cache)
     validation, questions, skipped = Examples(Rows.of([])), tuple[Prompt, ...](), 0
     how: dict[str, Any] = {"loss_on": data.loss_on, "date": data.date}
     lengths: dict[str, Any] = {"max_length": data.max_length, "long": data.long}
@@ -244,13 +247,13 @@ def _prepare_stream(recipe: Recipe, tokenizer: Any, place: Mapping[str, int]) ->
         validation = tokenize(Records(records, kind, 0, data.train_name), tokenizer, **lengths, **how)
         questions = find_questions([records], recipe, tokenizer)
     terminal().print(f"opening a stream of {plural(len(stream.shards), 'shard')}", soft_wrap=True)
-    window = stream.seek(place)
+    window = stream.seek(places)
     assert run.steps is not None
     return RunData(
         train=window.examples,
         validation=_take_evenly(validation, data.validation_limit),
         questions=questions,
-        order=Order(len(window.examples.rows), batch_size, run.seed),
+        order=Order(len(window.examples.rows), run.batch_size * ranks.count(), run.seed),
         steps=run.steps,
         skipped=skipped + window.end.skipped,
         duplicates=0,

@@ -7,6 +7,9 @@ trains on one window, a thread makes the next.
 
 The rows of a window depend on the place where it begins and on the seed alone. So a checkpoint needs to know
 that place, and a resumed run reads nothing that lies before it but the beginning of one shard.
+
+On several ranks the shards, in their order, are dealt out to the ranks, and each rank has windows of its own.
+If there are fewer shards than ranks, all ranks read all of them, and each trains on its part of every batch.
 """
 
 import copy
@@ -48,14 +51,14 @@ class StreamError(OSError):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a window of a stream begins."""
+    """Where a window of a rank's stream begins."""
 
     window: int = 0
     """Its number."""
     row: int = 0
     """Rows of all windows before it."""
     shard: int = 0
-    """Number of its first shard in the endless order of shards."""
+    """Number of its first shard in the rank's endless order of shards."""
     record: int = 0
     """Records of that shard that are in windows before it, or are held out."""
     skipped: int = 0
@@ -81,13 +84,13 @@ class Window:
 
 
 class Stream:
-    """The rows of a stream, micro-step by micro-step.
+    """The rows of a stream for this rank, micro-step by micro-step. All ranks must call the same methods.
 
     Args:
         data: the section `data` of a recipe.
         tokenizer: the tokenizer of the model to train; the stream works with a copy.
         seed: names the order of shards and of the rows in a window.
-        batch_size: rows of a micro-step on all ranks.
+        batch_size: rows of a micro-step on each rank.
         cache: the folder of prepared tokens, in which shards from elsewhere are while they are read.
 
     Attributes:
@@ -101,7 +104,9 @@ class Stream:
     def __init__(self, data: DataConfig, tokenizer: Any, *, seed: int, batch_size: int, cache: Path) -> None:
         self.shards = [shard for source in data.sources for shard in list_shards(source.path, data.split)]
         self.vocabulary: int | None = None
-        self._data, self._seed, self._batch_size = data, seed, batch_size
+        self._data, self._seed = data, seed
+        self._parts = ranks.count() if len(self.shards) >= ranks.count() else 1
+        self._batch_size = batch_size * ranks.count() // self._parts
         self._tokenizer = copy.deepcopy(tokenizer)  # a tokenizer may not work in two threads at once
         self._held_out: dict[int, int] = {}
         self._windows: list[Window] = []
@@ -143,54 +148,75 @@ class Stream:
                     break
         return held_out
 
-    def seek(self, place: Mapping[str, int]) -> Window:
-        """Go to the window that begins at a place, and return it.
+    def seek(self, places: Sequence[Mapping[str, int]]) -> Window:
+        """Go to the window that begins at this rank's place, and return it.
 
         Args:
-            place: from `place`; empty: the first.
+            places: from `places`; empty: the beginning.
+
+        Raises:
+            ValueError: they are of another number of ranks.
+            StreamError: the window cannot be read.
         """
-        wanted = Place(**place)
+        if places and len(places) != self._parts:
+            raise ValueError(
+                f"the run began with its shards divided among {len(places)} ranks and would continue with "
+                f"{self._parts}; resume it on as many ranks as it began with"
+            )
+        wanted = Place(**places[ranks.rank() % self._parts]) if places else Place()
         if self._windows and self._windows[0].place == wanted:
             return self._windows[0]
         if self._next is not None:
             self._next.exception()  # wait until the thread has done what it was asked for
         self._windows, self._next, self._reading = [], None, None
-        self._add_window(wanted)
+        self._fill(wanted.row + 1, wanted)
         return self._windows[0]
 
-    def place(self, micro_step: int) -> dict[str, int]:
-        """Return where the window begins that holds the first row of a micro-step, for a checkpoint."""
+    def places(self, micro_step: int) -> list[dict[str, int]]:
+        """Return where the windows begin that hold the first row of a micro-step, for a checkpoint.
+
+        There is one for each rank, or one for all if each reads all shards.
+        """
         row = micro_step * self._batch_size
         windows = (window for window in self._windows if window.place.row <= row < window.end.row)
         found = next(windows, None)
-        return asdict(self._windows[-1].end if found is None else found.place)
+        own = self._windows[-1].end if found is None else found.place
+        names, numbers = zip(*asdict(own).items(), strict=True)
+        if self._parts == 1:
+            return [asdict(own)]
+        every = [0.0] * (len(names) * self._parts)
+        every[ranks.rank() * len(names) : (ranks.rank() + 1) * len(names)] = numbers
+        every = ranks.sum_over_ranks(*every)
+        starts = range(0, len(every), len(names))
+        return [dict(zip(names, map(int, every[start:]), strict=False)) for start in starts]
 
     def describe(self, micro_step: int) -> str:
         """Say how much was read before a micro-step, and what was left out of it, for a reader."""
-        place = Place(**self.place(micro_step))
-        often = place.shard / len(self.shards)
-        parts = [f"{plural(len(self.shards), 'shard')} read {often:.2f} × before the last window"]
-        parts += [f"{plural(place.skipped, 'record')} skipped: not usable"] if place.skipped else []
-        parts += [f"{plural(place.cut, 'record')} cut at max_length"] if place.cut else []
-        parts += [f"{plural(place.dropped, 'record')} dropped: too long, or no answer left"] * bool(
-            place.dropped
+        places = [Place(**each) for each in self.places(micro_step)]
+        skipped, cut, dropped = (
+            sum(getattr(place, name) for place in places) for name in ("skipped", "cut", "dropped")
         )
+        often = sum(place.shard for place in places) / len(self.shards)
+        parts = [f"{plural(len(self.shards), 'shard')} read {often:.2f} × before the last window"]
+        parts += [f"{plural(skipped, 'record')} skipped: not usable"] if skipped else []
+        parts += [f"{plural(cut, 'record')} cut at max_length"] if cut else []
+        parts += [f"{plural(dropped, 'record')} dropped: too long, or no answer left"] * bool(dropped)
         return "; ".join(parts)
 
     def batch(self, micro_step: int) -> list[TokenRow]:
-        """Return the rows of a micro-step. Micro-steps come in rising order.
+        """Return this rank's rows of a micro-step. Micro-steps come in rising order.
 
         Raises:
             StreamError: what comes next cannot be read; on all ranks if it cannot on one.
         """
         first = micro_step * self._batch_size
         last = first + self._batch_size
-        while self._windows[-1].end.row < last:
-            self._add_window(self._windows[-1].end)
+        self._fill(last, self._windows[-1].end)
         self._windows = [window for window in self._windows if window.end.row > first]
         if self._next is None:
             self._next = self._thread.submit(self._make_window, self._windows[-1].end)
-        return [self._row(number) for number in range(first, last)]
+        mine = slice(ranks.rank(), None, ranks.count()) if self._parts == 1 else slice(None)
+        return [self._row(number) for number in range(first, last)[mine]]
 
     def close(self) -> None:
         """Stop reading ahead, and delete what was downloaded."""
@@ -202,16 +228,26 @@ class Stream:
         window = next(each for each in self._windows if each.place.row <= number < each.end.row)
         return window.examples.rows[number - window.place.row]
 
+    def _fill(self, last: int, place: Place) -> None:
+        """Wait for the windows from a place on that have rows up to `last`.
+
+        Raises:
+            StreamError: on all ranks, if one of them could not read its windows.
+        """
+        error: Exception | None = None
+        try:
+            while not self._windows or self._windows[-1].end.row < last:
+                self._add_window(self._windows[-1].end if self._windows else place)
+        except (OSError, ValueError, RuntimeError, ImportError) as caught:
+            error, self._reading = caught, None
+        if ranks.max_over_ranks(int(error is not None)):
+            what = "another rank could not read its part of the stream, and says why"
+            raise StreamError(what if error is None else str(error)) from error
+
     def _add_window(self, place: Place) -> None:
-        """Wait for the window that begins at a place; raise on all ranks what one of them met."""
+        """Wait for the window that begins at a place."""
         future = self._next or self._thread.submit(self._make_window, place)
         self._next = None
-        error = future.exception()
-        if ranks.max_over_ranks(int(error is not None)):
-            self._reading = None
-            raise StreamError(
-                "another rank could not read the stream" if error is None else str(error)
-            ) from error
         window = future.result()
         if self.vocabulary is not None and window.examples.rows.highest >= self.vocabulary:
             raise StreamError(
@@ -256,7 +292,8 @@ class Stream:
         examples = divide(documents, every, max_length=data.max_length, long=long, source=source)
         if data.packing:
             examples = pack(examples, data.max_length)
-        order = shuffle(len(examples.rows), f"{self._seed}/window/{place.window}").numpy()
+        part = f"/{ranks.rank()}" if self._parts > 1 else ""
+        order = shuffle(len(examples.rows), f"{self._seed}/window/{place.window}{part}").numpy()
         notes = tuple(dict.fromkeys(self._notes))
         dropped = examples.num_dropped + examples.num_without_loss
         end = replace(
@@ -282,8 +319,9 @@ class Stream:
         return self.shards[self._index(number)]
 
     def _index(self, number: int) -> int:
-        """Return which shard is the n-th of the endless order."""
-        often, index = divmod(number, len(self.shards))
+        """Return which shard is the n-th of this rank's endless order."""
+        of_all = number * self._parts + ranks.rank() % self._parts
+        often, index = divmod(of_all, len(self.shards))
         return int(shuffle(len(self.shards), f"{self._seed}/shards/{often}")[index])
 
     def _read_endlessly(self, place: Place) -> Iterator[tuple[int, int, Record, str]]:

@@ -113,7 +113,7 @@ def batch_length(longest: int, recipe: Recipe, model: nn.Module) -> int:
 def assemble(
     recipe: Recipe,
     before_load: Callable[..., None] | None = None,
-    place: Mapping[str, int] | None = None,
+    places: Sequence[Mapping[str, int]] = (),
 ) -> Parts:
     """Build everything a run needs: data, model, layers, optimizer, schedule of blocks, learning rates.
 
@@ -124,7 +124,7 @@ def assemble(
         recipe: what to build.
         before_load: called as `before_load(device, steps=…, length=…)` before the weights load, with the
             number of optimizer steps and the tokens of the longest batch.
-        place: as for `prepare_data`.
+        places: as for `prepare_data`.
     """
     run, source = recipe.run, recipe.model
     announce_remote_code(source.name, source.trust_remote_code)
@@ -136,7 +136,7 @@ def assemble(
     if run.compile is True and device.type == "cpu":
         check_compiler()
     tokenizer = load_tokenizer(**source.tokenizer)
-    data = prepare_data(recipe, tokenizer, place)
+    data = prepare_data(recipe, tokenizer, places)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come again with the real model
         rehearsed, layers, _ = rehearse(recipe, data.steps)

@@ -43,7 +43,7 @@ from lisatune.train.resume import (
     begin,
     choose_start,
     find_checkpoint,
-    find_place,
+    find_places,
     fix_compile,
     fix_date,
     read_finished,
@@ -121,7 +121,7 @@ def _train(
             return finished
         find_checkpoint(output)
     check = MemoryCheck(recipe)
-    parts = assemble(recipe, check.before_load, find_place(output) if resume else None)
+    parts = assemble(recipe, check.before_load, find_places(output) if resume else ())
     recipe = parts.recipe  # with the answer to run.compile: auto
     state, damaged = restore(parts, output) if resume else (begin(parts), [])
     with (
@@ -232,7 +232,8 @@ def _step(parts: Parts, state: RunState, folder: RunFolder) -> dict[str, Any]:
     run, step, schedule = parts.recipe.run, parts.built.step, parts.built.schedule
     started = time.perf_counter()
     batches = [parts.data.batch(state.step * run.accumulation + i) for i in range(run.accumulation)]
-    loss = step.backward([parts.collate(my_share(batch)) for batch in batches])
+    is_mine = parts.data.stream is not None
+    loss = step.backward([parts.collate(batch if is_mine else my_share(batch)) for batch in batches])
     grad_norm = step.clip()
 
     # Noted before the update, which may draw the next blocks.
@@ -253,6 +254,8 @@ def _step(parts: Parts, state: RunState, folder: RunFolder) -> dict[str, Any]:
     by_source = {} if parts.source_losses is None else {"loss_by_source": parts.source_losses.take()}
     rows = [row for batch in batches for row in batch]
     num_tokens = sum(len(row["input_ids"]) for row in rows)
+    if is_mine:
+        num_tokens, flops = (int(ranks.sum_over_ranks(each)[0]) for each in (num_tokens, flops or 0))
     state.add_step(
         is_finite=is_finite,
         num_tokens=num_tokens,

@@ -35,7 +35,7 @@ __all__ = [
     "begin",
     "choose_start",
     "find_checkpoint",
-    "find_place",
+    "find_places",
     "fix_compile",
     "fix_date",
     "read_finished",
@@ -90,8 +90,8 @@ class RunState:
     """The same before the first step."""
     reference: str = ""
     """Hash of the file with the reference's log-probabilities; empty without a reference."""
-    stream: dict[str, int] = field(default_factory=dict)
-    """`Stream.place` of the next step; empty without a stream."""
+    stream: list[dict[str, int]] = field(default_factory=list)
+    """`Stream.places` of the next step; empty without a stream."""
     data: dict[str, str] = field(default_factory=dict)
     """`RunData.hashes` of the rows that the run began with."""
 
@@ -166,12 +166,12 @@ def find_checkpoint(output: Path) -> Path:
     return found
 
 
-def find_place(output: Path) -> dict[str, int]:
+def find_places(output: Path) -> list[dict[str, int]]:
     """Find where the stream of a run continues; empty if it has none, or if the checkpoint is damaged."""
     with suppress(OSError, ValueError, LookupError, TypeError):
         state = json.loads((find_checkpoint(output) / "state.json").read_text(encoding="utf-8"))
-        return {key: int(value) for key, value in state["extra"]["stream"].items()}
-    return {}
+        return [{key: int(each[key]) for key in each} for each in state["extra"]["stream"]]
+    return []
 
 
 def choose_start(output: Path) -> tuple[bool, bool]:
@@ -311,7 +311,7 @@ def save(
     """
     run = parts.recipe.run
     if parts.data.stream is not None:
-        state.stream = parts.data.stream.place(state.step * run.accumulation)
+        state.stream = parts.data.stream.places(state.step * run.accumulation)
     try:
         save_checkpoint(
             folder.checkpoints,

@@ -17,6 +17,7 @@ from lisatune.data import streaming
 from lisatune.data.prepare import prepare_data
 from lisatune.data.shards import ShardFolder, list_shards
 from lisatune.data.streaming import Stream, StreamError
+from lisatune.distributed import ranks
 from lisatune.methods import Full
 from lisatune.recipe import DataConfig, ModelConfig, Recipe, RunConfig
 from lisatune.train.recipe_file import build_recipe
@@ -54,7 +55,7 @@ def open_stream(tmp_path: Path) -> Iterator[Callable[..., Stream]]:
         opened.append(stream)
         if hold_out:
             stream.hold_out(hold_out)
-        stream.seek(place or {})
+        stream.seek([place] if place else [])
         return stream
 
     yield open_one
@@ -113,22 +114,22 @@ def test_a_stream_continues_at_any_micro_step_with_the_same_rows(
     straight, places = open_stream(**how), []
     texts = []
     for step in range(30):
-        places.append(straight.place(step))
+        places.append(straight.places(step)[0])
         texts.append(read(straight, step, step + 1))
     assert len({place["window"] for place in places}) > 3
     for step in (0, 1, 5, 13, 22, 28):
         resumed = open_stream(**how, place=places[step])
         assert [read(resumed, number, number + 1) for number in range(step, 30)] == texts[step:]
-        assert resumed.place(29) == places[29]
+        assert resumed.places(29)[0] == places[29]
 
 
 def test_a_stream_goes_back_to_an_earlier_place(tmp_path: Path, open_stream: Callable[..., Stream]) -> None:
     stream = open_stream(write_shards(tmp_path / "shards"))
-    first, place = read(stream, 0, 4), stream.place(4)
+    first, place = read(stream, 0, 4), stream.places(4)[0]
     then = read(stream, 4, 12)
-    stream.seek(place)
+    stream.seek([place])
     assert read(stream, 4, 12) == then
-    stream.seek({})
+    stream.seek([])
     assert read(stream, 0, 4) == first
 
 
@@ -137,7 +138,7 @@ def test_a_resumed_stream_reads_no_shard_before_its_window(
 ) -> None:
     straight = open_stream(every_shard(server))
     read(straight, 0, 12)
-    place = straight.place(12)
+    place = straight.places(12)[0]
     assert place["shard"] == 2
     straight.close()
     asked = list(dict.fromkeys(server.requests))
@@ -199,6 +200,56 @@ def test_a_run_evaluates_on_the_first_records_or_on_a_file(tmp_path: Path) -> No
     file.write_text('{"text": "apart"}\n')
     assert prepare(validation=str(file)) == ["apart<eos>"]
     assert prepare(validation_share=0) == []
+
+
+# ---- several ranks
+
+
+def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int, count: int) -> None:
+    monkeypatch.setattr(ranks, "rank", lambda: rank)
+    monkeypatch.setattr(ranks, "count", lambda: count)
+    monkeypatch.setattr(ranks, "has_others", lambda: False)
+
+
+def test_ranks_read_different_shards_and_continue_where_each_was(
+    tmp_path: Path, open_stream: Callable[..., Stream], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pattern = write_shards(tmp_path / "shards")
+    texts = []
+    for rank in range(2):
+        as_rank(monkeypatch, rank, 2)
+        stream = open_stream(pattern, window=6)
+        texts.append(read(stream, 0, 5))
+        places = stream.places(5)
+        assert len(places) == 2
+        then = read(stream, 5, PASS // 2)
+        stream.seek(places)
+        assert read(stream, 5, PASS // 2) == then
+        texts[-1] += then
+    shards_of = [{text[0] for text in own} for own in texts]
+    assert [len(shards) for shards in shards_of] == [2, 2]
+    assert sorted(texts[0] + texts[1]) == sorted(ALL)
+    as_rank(monkeypatch, 0, 4)
+    with pytest.raises(
+        ValueError, match="divided among 2 ranks and would continue with 4; resume it on as many"
+    ):
+        open_stream(pattern).seek(places)
+
+
+def test_more_ranks_than_shards_read_all_and_each_takes_its_part_of_every_batch(
+    tmp_path: Path, open_stream: Callable[..., Stream], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pattern = write_shards(tmp_path / "shards")
+    alone = open_stream(pattern)
+    monkeypatch.setattr(alone, "_batch_size", 12)
+    whole = read(alone, 0, 3)
+    parts = []
+    for rank in range(6):
+        as_rank(monkeypatch, rank, 6)
+        parts.append(read(open_stream(pattern), 0, 3))
+    assert sorted(text for part in parts for text in part) == sorted(whole)
+    assert parts[0][:2] == whole[:12:6]
+    assert parts[5][:2] == whole[5:12:6]
 
 
 # ---- shards that fail
@@ -295,16 +346,16 @@ def test_what_is_left_out_is_counted_through_all_windows(
         warnings.simplefilter("ignore")
         cut, dropped = open_stream(**how), open_stream(**how, long="drop")
         read(cut, 0, 3)
-        middle = cut.place(3)
+        middle = cut.places(3)[0]
         read(cut, 3, 6)
         read(dropped, 0, 6)
-        place = cut.place(6)
+        place = cut.places(6)[0]
         assert (place["skipped"], place["cut"], place["dropped"]) == (3, 4, 0)
         assert "3 records skipped: not usable; 4 records cut at max_length" in cut.describe(6)
-        assert dropped.place(6)["dropped"] == 6
+        assert dropped.places(6)[0]["dropped"] == 6
         again = open_stream(**how, place=middle)
         read(again, 3, 6)
-        assert again.place(6) == place
+        assert again.places(6)[0] == place
 
 
 def test_a_field_that_nothing_reads_is_named_once_and_not_for_every_shard(
