@@ -20,12 +20,14 @@ TOLERANCE = 0.01
 CASES = {
     "lisa": [],
     "replicate": ["run.sharding=replicate"],
+    "replicate-accumulation": ["run.sharding=replicate", "run.accumulation=2"],
     "bf16": ["run.precision=bf16"],
     "checkpointing": ["run.activation_checkpointing=true", "run.precision=bf16-mixed", "run.accumulation=2"],
     "head": ["method.ends=head"],
     "full": [],
     "lora": [],
     "dora": ["run.precision=bf16"],
+    "qlora": [],
 }
 
 
@@ -53,7 +55,7 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     full = folder / "full.yaml"
     full.write_text(lisa.read_text().replace("{active: 2, period: 2}", "{name: full}"))
     recipes = {"lisa": lisa, "full": full}
-    for name in ("lora", "dora"):
+    for name in ("lora", "dora", "qlora"):
         recipes[name] = folder / f"{name}.yaml"
         recipes[name].write_text(lisa.read_text().replace("{active: 2, period: 2}", f"{{name: {name}}}"))
     return recipes
@@ -67,7 +69,7 @@ def results(recipes: dict[str, Path]) -> dict[str, tuple[Any, list[Any]]]:
         path = recipes.get(name, recipes["lisa"])
         plans[name] = plan_memory(load_recipe(path, keys), ranks=2)
         # Windows that the proof keeps, 4 KiB for a parameter, are too much beside weights this small.
-        keys = keys if name in ("full", "lora", "dora") else [*keys, "method.verify=off"]
+        keys = keys if name in ("full", "lora", "dora", "qlora") else [*keys, "method.verify=off"]
         jobs.append({"measured": str(path), "overrides": keys, "blocks": plans[name].active_blocks})
     memory = {"recipe": str(recipes["lisa"]), "overrides": ["run.samples=0"]}
     refused = ["run.samples=0", f"run.output={recipes['lisa'].parent / 'refused'}"]

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from datasets import Dataset
@@ -42,6 +43,8 @@ def loop(how: str, folder: str) -> dict[str, Any]:
         called = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
     lisa, drawn = attach(called, optimizer)
+    exchange = mock.patch.object(ranks, "average_gradients", wraps=ranks.average_gradients)
+    counted = exchange.start()
     if how == "after" and ranks.count() > 1:
         called = DistributedDataParallel(model, find_unused_parameters=True)
     for step in range(STEPS):
@@ -58,7 +61,8 @@ def loop(how: str, folder: str) -> dict[str, Any]:
             called(input_ids=ids, use_cache=False)
     lisa.check()
     lisa.detach()
-    return finish(model, drawn, folder, how)
+    exchange.stop()
+    return finish(model, drawn, folder, how) | {"exchanges": counted.call_count}
 
 
 def trainer(how: str, folder: str) -> dict[str, Any]:

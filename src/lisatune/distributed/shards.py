@@ -20,11 +20,13 @@ __all__ = [
     "has_values",
     "holds_first_copy",
     "is_sharded",
+    "is_stand_in",
     "like_shard",
     "local_part",
     "part_to_update",
     "reshard",
     "shard",
+    "stand_in",
     "whole_state",
 ]
 
@@ -44,6 +46,16 @@ def is_sharded(tensor: Tensor) -> bool:
 def has_values(tensor: Tensor) -> bool:
     """Whether a tensor holds numbers. On the meta device, or in a memory plan, it has only a shape."""
     return tensor.untyped_storage().device.type != "meta"
+
+
+def stand_in(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Make zeros of a shape on the CPU that take the memory of one number, in place of values to come."""
+    return torch.zeros((), dtype=dtype).expand(*shape)
+
+
+def is_stand_in(tensor: Tensor) -> bool:
+    """Whether a tensor is a `stand_in` of more than one number."""
+    return tensor.numel() > 1 and not any(tensor.stride())
 
 
 def local_part(tensor: Any) -> Tensor:

@@ -19,6 +19,7 @@ class QLora(LowRank):
     """Low-rank adapters train beside linear layers of the blocks that are frozen in 4 bits (NF4)."""
 
     name = "qlora"
+    shards = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lisatune.distributed import ranks
-from lisatune.distributed.shards import local_part, reshard
+from lisatune.distributed.shards import is_stand_in, local_part, reshard, stand_in
 from lisatune.files.disk import write_aside
 from lisatune.files.tensors import (
     DividedTensor,
@@ -42,14 +42,12 @@ from lisatune.models.locate import locate
 from lisatune.models.rounding import fits_range, note_dtype, round_parameters
 from lisatune.models.stored import INDEX, ONE_FILE, list_stored
 from lisatune.nn.bottleneck import has_adapters
+from lisatune.nn.nf4 import Linear4
 
 __all__ = ["load_for_ranks", "load_mapped", "save_from_ranks", "zero_weights"]
 
 Places = dict[str, tuple[Path, str]]
 """The file of each weight, and the weight's name in that file."""
-
-Slots = list[tuple[nn.Module, str, Path, str]]
-"""Module and attribute of each weight, and its place. Adapters change a weight's name, but not its module."""
 
 
 def load_for_ranks(
@@ -76,11 +74,7 @@ def load_for_ranks(
             stacklevel=2,
         )
         return load_model(name, dtype=dtype, **source), None
-    slots: Slots = []
-    for weight in named_weights(model):
-        path, _, attribute = weight.rpartition(".")
-        slots.append((model.get_submodule(path), attribute, *places[weight]))
-    return model, lambda: _fill(name, slots)
+    return model, lambda: _fill(name, model, places, dtype)
 
 
 @contextmanager
@@ -92,14 +86,19 @@ def zero_weights(model: nn.Module) -> Iterator[None]:
     zeros: dict[nn.Parameter, nn.Parameter] = {}
     for p in model.parameters():
         if p.is_meta:
-            zeros[p] = nn.Parameter(torch.zeros((), dtype=p.dtype).expand(p.shape), p.requires_grad)
+            zeros[p] = nn.Parameter(stand_in(p.shape, p.dtype), p.requires_grad)
     _swap_parameters(model, zeros)
     try:
         yield
     finally:
-        for p, zero in zeros.items():
-            p.requires_grad_(zero.requires_grad)  # a method may have frozen it
-        _swap_parameters(model, {zero: p for p, zero in zeros.items()})
+        back = {zero: p for p, zero in zeros.items()}
+        for p in model.parameters():
+            if p in back:
+                back[p].requires_grad_(p.requires_grad)  # a method may have frozen it
+            elif is_stand_in(p):  # a method has made it from one
+                empty = torch.empty(p.shape, dtype=p.dtype, device="meta")
+                back[p] = nn.Parameter(empty, p.requires_grad)
+        _swap_parameters(model, back)
 
 
 def _swap_parameters(model: nn.Module, others: dict[nn.Parameter, nn.Parameter]) -> None:
@@ -276,12 +275,18 @@ def _find_weights(folder: Path, model: Any) -> Places | None:
     return places
 
 
-def _fill(name: str, slots: Slots) -> None:
-    """Read this rank's part of every weight."""
+def _fill(name: str, model: nn.Module, places: Places, dtype: torch.dtype) -> None:
+    """Read this rank's part of every weight. PEFT moves an adapted layer to the name `base_layer`."""
     from safetensors import safe_open
 
+    modules = {path.replace(".base_layer", ""): module for path, module in model.named_modules()}
     with explain_load_errors(name), torch.no_grad():
-        for module, attribute, path, key in slots:
-            tensor = getattr(module, attribute)
+        for weight, (path, key) in places.items():
+            owner, _, attribute = weight.rpartition(".")
+            module = modules[owner]
             with safe_open(path, framework="pt") as file:
-                local_part(tensor).copy_(read_part(file, key, tensor))
+                if isinstance(module, Linear4) and attribute == "weight":
+                    module.load(file.get_tensor(key).to(dtype))
+                else:
+                    tensor = getattr(module, attribute)
+                    local_part(tensor).copy_(read_part(file, key, tensor))

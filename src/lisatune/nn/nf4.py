@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from lisatune.distributed import ranks
+from lisatune.distributed.shards import is_stand_in, like_shard, local_part, stand_in
 from lisatune.nn.layers import find_layers
 from lisatune.nn.notices import silence_import_notices
 
@@ -48,7 +50,10 @@ class Linear4(nn.Linear):
         self.in_features, self.out_features = plain.in_features, plain.out_features
         codes, absmax = encode_nf4(plain.weight.detach())
         self.weight = nn.Parameter(codes, requires_grad=False)
-        self.register_buffer("absmax", absmax)
+        if ranks.count() == 1:
+            self.register_buffer("absmax", absmax)
+        else:  # FSDP2 divides parameters alone
+            self.absmax = nn.Parameter(absmax, requires_grad=False)
         self.bias = plain.bias
 
     def forward(self, input: Tensor) -> Tensor:
@@ -57,6 +62,12 @@ class Linear4(nn.Linear):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
         out: Tensor = _Product.apply(input.to(dtype), self.weight, self.absmax, self.shape)  # type: ignore[no-untyped-call]
         return out if self.bias is None else out + self.bias.to(dtype)
+
+    def load(self, weight: Tensor) -> None:
+        """Store another weight of the same shape; on several ranks, this rank's part of its codes."""
+        mine = self.weight, self.absmax
+        for own, whole in zip(mine, encode_nf4(weight.to(self.weight.device)), strict=True):
+            local_part(own).copy_(like_shard(whole, own))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -81,6 +92,9 @@ class _Product(torch.autograd.Function):
 
 def encode_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Store a weight of n numbers as codes, uint8 [⌈n/2⌉, 1], and float32 scales of ⌈n/64⌉ blocks."""
+    if is_stand_in(weight):
+        blocks = -(-weight.numel() // BLOCK)
+        return stand_in((-(-weight.numel() // 2), 1), torch.uint8), stand_in((blocks,), torch.float32)
     codes, absmax = torch.ops.bitsandbytes.quantize_4bit(weight.contiguous(), BLOCK, "nf4", torch.uint8)
     return codes, absmax
 
