@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 
 import rank_copies
@@ -35,6 +36,7 @@ from lisatune.models.sharded import load_for_ranks, save_from_ranks
 from lisatune.optim.meter import state_bytes, tensors_bytes
 from lisatune.recipe import OptimizerConfig
 from lisatune.runs.checkpoint import load_checkpoint, save_checkpoint
+from lisatune.runs.manifest import DamagedCheckpointError
 from lisatune.train.assemble import assemble
 from lisatune.train.loop import train
 from lisatune.train.recipe_file import load_recipe
@@ -164,14 +166,20 @@ def held(folder: str, largest_file: str) -> dict[str, Any]:
 
 
 def saving(folder: str) -> dict[str, Any]:
-    """Save a checkpoint, fail to save another on rank 1, and let rank 1 die while it saves a third."""
+    """Save a checkpoint and damage it, fail to save one on rank 1, and let rank 1 die while it saves one."""
     model = tiny.llama(seed=0)
     shard(model, find_layers(model).blocks, device=torch.device("cpu"))
     optimizer = build_optimizer(model, find_layers(model), OptimizerConfig(lr=1e-3))
     tiny.backward(model, 0)
     optimizer.step()
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer}
-    save_checkpoint(folder, step=1, **parts)
+    path = save_checkpoint(folder, step=1, **parts)
+    file = path / "optimizer-00002-of-00002.safetensors"
+    intact = file.read_bytes()
+    ranks.on_rank0(lambda: file.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1])))
+    with pytest.raises(DamagedCheckpointError, match=f"{file.name} changed after it was written"):
+        load_checkpoint(path, **parts)
+    ranks.on_rank0(lambda: file.write_bytes(intact))
 
     def fail(path: Path, *args: Any, **kwargs: Any) -> None:
         path.write_bytes(b"half of it")

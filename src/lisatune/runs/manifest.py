@@ -11,6 +11,7 @@ import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from lisatune.distributed import ranks
 from lisatune.files.disk import delete, sha256_of
 from lisatune.files.parts import INDEX, part_name
 
@@ -83,15 +84,27 @@ def describe_file(path: Path) -> dict[str, int | str]:
 def verify(path: Path) -> None:
     """Compare every file of a checkpoint with its hash.
 
+    On several ranks every rank must call it. Each reads a share of the files, and all raise the same.
+
     Raises:
         DamagedCheckpointError: a file is missing, is a link, or changed after it was written.
         ValueError: the checkpoint has a format that this version cannot read.
     """
-    for name, sha256 in _read_manifest(path).items():
-        if sha256_of(path / name) != sha256:
-            raise DamagedCheckpointError(
-                f"checkpoint {path} is damaged: {name} changed after it was written; load an earlier one"
-            )
+    problem = None
+    try:
+        hashes = _read_manifest(path)
+        for name in sorted(hashes)[ranks.rank() :: ranks.count()]:
+            if sha256_of(path / name) != hashes[name]:
+                raise DamagedCheckpointError(
+                    f"checkpoint {path} is damaged: {name} changed after it was written; load an earlier one"
+                )
+    except ValueError as error:
+        problem = error
+    failed = ranks.max_over_ranks(-1 if problem is None else ranks.rank())
+    if failed < 0:
+        return
+    reason = ranks.broadcast_text(str(problem), source=failed)
+    raise problem or DamagedCheckpointError(reason)
 
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
