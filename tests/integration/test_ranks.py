@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 import rank_worker
 import tiny_run
+from lisatune.files.parts import open_tensors
 from lisatune.models.load import stored_dtype
 from lisatune.train.loop import train
 from lisatune.train.recipe_file import load_recipe
@@ -61,6 +62,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("ranks"))
 
 
+IN_BACKWARD = ["optimizer.in_backward=true", "optimizer.max_grad_norm=null"]
+FACTORED = [*IN_BACKWARD, "optimizer.moments=factored"]
+LEAST = ["run.precision=bf16", "optimizer.moments=8bit", "optimizer.rounding=stochastic"]
 WAYS = {
     "fsdp": [],
     "replicate": ["run.sharding=replicate"],
@@ -73,17 +77,17 @@ WAYS = {
     "every": ["method.ends=every:2"],
     "modules": ["method.unit=module", "method.sampler=spectrum"],
     "full": ["method.name=full"],
+    "stochastic": ["run.precision=bf16", "optimizer.rounding=stochastic"],
+    "8bit": ["optimizer.moments=8bit"],
+    "factored-weights": ["optimizer.moments=factored"],
+    "ends": ["method.ends=every:2+8bit+cpu", "run.report_to=[tensorboard]"],
+    "in-backward": IN_BACKWARD,
+    "least": [*LEAST, *IN_BACKWARD, "optimizer.state_device=cpu", "run.sharding=replicate"],
+    "compiled": ["run.activation_checkpointing=frozen", "run.compile=true"],
 }
+NARROW = ("mixed", "bf16", "stochastic", "least")
 REFUSED = {
-    "compile": ("run.compile=true", "run.compile does not work on several ranks yet"),
-    "8bit": ("optimizer.moments=8bit", "moments '8bit' does not work on several ranks yet"),
-    "ends-8bit": ("method.ends=8bit", "moments '8bit' does not work on several ranks yet"),
-    "cpu": ("optimizer.state_device=cpu", "state_device 'cpu' does not work on several ranks yet"),
-    "stochastic": (
-        "optimizer.rounding=stochastic",
-        "rounding 'stochastic' does not work on several",
-    ),
-    "tracker": ("run.report_to=[tensorboard]", "run.report_to works on one rank only"),
+    "optimizer": ("optimizer.name=sgd", "optimizer.name sgd runs in one process only; use adamw"),
 }
 BEST = ["run.steps=6", "run.eval_every=1", "run.keep_best=true", "run.stop_after=2"]
 BEST += ["optimizer.lr=0.2", "optimizer.schedule=constant"]  # falls for two steps, then rises
@@ -92,7 +96,7 @@ FOUR = "run.batch_size=4"
 MORE = ["run.steps=6", "optimizer.schedule=constant", "run.save_every=3"]
 HSDP = ["run.sharding=hsdp", "run.copies=2"]
 LATER = ["run.accumulation=2", "optimizer.schedule=constant", "run.save_every=2"]
-CHECKS = ("draws", "statistics", "seeds")
+CHECKS = ("draws", "statistics", "seeds", "updates")
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +106,19 @@ def two(runs: Runs) -> dict[str, list[Any]]:
     full.write_text(runs.recipe.read_text().replace("{active: 2, period: 2}", "{name: full}"))
     jobs = {name: runs.job(f"two-{name}", HALF, *keys) for name, keys in WAYS.items()}
     jobs["full"] |= {"recipe": str(full), "overrides": jobs["full"]["overrides"][:-1]}
+    jobs["compiled"]["backend"] = "eager"
     jobs |= {name: runs.job(f"no-{name}", key) for name, (key, _) in REFUSED.items()}
     jobs |= {name: {"check": name} for name in CHECKS}
     jobs["best"] = runs.job("two-best", HALF, *BEST)
     jobs["saved"] = runs.job(
         "saved", "run.batch_size=2", "run.steps=3", "run.save_every=3", "optimizer.schedule=constant"
     )
+    jobs["broken"] = runs.job("broken", HALF, *IN_BACKWARD, "run.on_nonfinite=skip") | {"breaks": True}
+    small = ["run.batch_size=2", "optimizer.schedule=constant", "run.save_every=3", *LEAST]
+    for name in ("small", "small-resumed"):
+        jobs[name] = runs.job(name, *small, "run.steps=3")
+    jobs["resumed"] = runs.job("small-resumed", *small, "run.steps=6", resume=True)
+    jobs["small-straight"] = runs.job("small-straight", *small, "run.steps=6")
     jobs["narrow"] = runs.job("narrow", HALF, "run.save_dtype=bf16")
     return dict(
         zip(jobs, map(list, zip(*launch(2, runs.folder, list(jobs.values())), strict=True)), strict=True)
@@ -122,10 +133,12 @@ def test_two_ranks_are_one_rank_on_the_same_global_batch(runs: Runs, two: dict[s
         job = runs.job("one-full")
         one = train(load_recipe(runs.folder / "full.yaml", job["overrides"]))
     else:
-        one = runs.alone(f"one-{name}", *WAYS[name])
+        one = runs.alone(f"one-{name}", *(key for key in WAYS[name] if key != "run.compile=true"))
     # bf16 products and weights round at 2^-9; one spacing of a weight of 0.06 is 2.4e-4.
-    close = {"atol": 5e-4, "rtol": 1e-2} if name in ("mixed", "bf16") else CLOSE
-    rel = 1e-2 if name in ("mixed", "bf16") else 1e-4
+    close = {"atol": 5e-4, "rtol": 1e-2} if name in NARROW else CLOSE
+    rel = 1e-2 if name in NARROW else 1e-4
+    if name in ("8bit", "ends"):  # the second half of the embedding begins inside one rank's block of 256
+        close = {"atol": 2e-4, "rtol": 1e-2}
     expected, got = runs.weights(f"one-{name}"), runs.weights(f"two-{name}")
     assert expected.keys() == got.keys()
     for key, weight in expected.items():
@@ -140,6 +153,33 @@ def test_two_ranks_are_one_rank_on_the_same_global_batch(runs: Runs, two: dict[s
     before = load_file(runs.folder / "model" / "model.safetensors")
     assert not all(torch.equal(weight.to(got[key].dtype), got[key]) for key, weight in before.items())
     assert one["steps"] == two[name][0]["steps"]
+
+
+def test_an_update_of_parts_is_that_of_the_whole_bit_for_bit(two: dict[str, Any]) -> None:
+    """Random numbers follow from the place in the whole matrix, and parts begin at a multiple of 256 here."""
+    for apart in two["updates"]:
+        assert apart.keys() == rank_worker.UPDATES.keys()
+        assert {name: size for name, size in apart.items() if size} == {}
+
+
+def test_no_draw_compiles_a_block_anew_on_several_ranks(two: dict[str, Any]) -> None:
+    for rank in two["compiled"]:
+        assert rank["graphs"][0] > 0
+        assert rank["graphs"] == rank["graphs"][:1] * 4
+
+
+def test_no_rank_updates_in_backward_if_the_loss_of_one_is_not_finite(
+    runs: Runs, two: dict[str, Any]
+) -> None:
+    assert [each.get("skipped_steps") for each in two["broken"]] == [1, 1], two["broken"]
+    norms = [line["grad_norm"] for line in runs.metrics("broken") if "grad_norm" in line]
+    assert norms[1] == 0 < min(norms[0], *norms[2:])
+
+
+def test_the_first_rank_alone_reports_to_trackers(runs: Runs, two: dict[str, Any]) -> None:
+    assert "error" not in two["ends"][0]
+    folder = runs.folder / "two-ends" / "trackers" / "two-ends"
+    assert len(list(folder.glob("events*"))) == 1
 
 
 def test_ranks_agree_on_the_best_step_and_on_ending_early(runs: Runs, two: dict[str, Any]) -> None:
@@ -197,10 +237,13 @@ def four(runs: Runs, two: dict[str, list[Any]]) -> dict[str, list[Any]]:
     assert "error" not in two["saved"][0]
     for name in ("on-one", "on-four"):
         shutil.copytree(runs.folder / "saved", runs.folder / name)
+        shutil.copytree(runs.folder / "small", runs.folder / f"small-{name}")
     jobs = {
         "wrong": runs.job("on-four", "run.batch_size=2", *MORE, resume=True),
         "right": runs.job("on-four", HALF, *MORE, resume=True),
+        "small": runs.job("small-on-four", HALF, *MORE, *LEAST, resume=True),
         "hsdp": runs.job("four-hsdp", HALF, *HSDP, *LATER),
+        "hsdp-factored": runs.job("four-factored", HALF, *HSDP, *FACTORED),
         "thirds": runs.job("no-thirds", HALF, "run.sharding=hsdp", "run.copies=3"),
         "one-machine": runs.job("no-machine", HALF, "run.sharding=hsdp"),
     }
@@ -211,12 +254,25 @@ def four(runs: Runs, two: dict[str, list[Any]]) -> dict[str, list[Any]]:
 def test_a_run_saved_on_two_ranks_goes_on_with_one_and_with_four(runs: Runs, four: dict[str, Any]) -> None:
     runs.alone("straight", *MORE, FOUR)
     runs.alone("on-one", *MORE, FOUR, resume=True)
-    for first, second in zip(four["wrong"], four["right"], strict=True):
+    runs.alone("small-on-one", *MORE, FOUR, *LEAST, resume=True)
+    for first, *others in zip(four["wrong"], four["right"], four["small"], strict=True):
         assert "began with 4 sequences in a micro-step and would continue with 8" in first["error"]
-        assert second.get("steps") == 6, second
-    for key, weight in runs.weights("straight").items():
-        for name in ("on-one", "on-four"):
+        assert [each.get("steps") for each in others] == [6, 6], others
+    for name in ("on-one", "on-four"):
+        for key, weight in runs.weights("straight").items():
             torch.testing.assert_close(runs.weights(name)[key], weight, **CLOSE)
+        # A spacing of bf16. Blocks of 256 that ranks cut elsewhere are quantised once more.
+        for key, weight in runs.weights("small-straight").items():
+            torch.testing.assert_close(runs.weights(f"small-{name}")[key], weight, atol=5e-4, rtol=1e-2)
+
+
+def test_compact_state_resumes_bit_for_bit_on_as_many_ranks(runs: Runs, two: dict[str, Any]) -> None:
+    assert two["resumed"][0].get("steps") == 6, two["resumed"][0]
+    with open_tensors(runs.folder / "small/checkpoints/step-000003", "optimizer") as saved:
+        assert "model.embed_tokens.weight//block_starts" in set(saved.keys())
+    got = runs.weights("small-resumed")
+    for key, weight in runs.weights("small-straight").items():
+        assert torch.equal(got[key], weight), key
 
 
 def test_two_copies_on_two_ranks_each_are_one_rank(runs: Runs, four: dict[str, Any]) -> None:
@@ -228,6 +284,13 @@ def test_two_copies_on_two_ranks_each_are_one_rank(runs: Runs, four: dict[str, A
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
     shares = [rank["peak_state_elements"] / one["peak_state_elements"] for rank in four["hsdp"]]
     assert shares == pytest.approx([0.5] * 4, abs=0.01)
+
+
+def test_copies_add_up_factored_moments_in_backward(runs: Runs, four: dict[str, Any]) -> None:
+    assert "error" not in four["hsdp-factored"][0], four["hsdp-factored"][0]
+    runs.alone("one-factored", FOUR, *FACTORED)
+    for key, weight in runs.weights("one-factored").items():
+        torch.testing.assert_close(runs.weights("four-factored")[key], weight, **CLOSE)
 
 
 def test_ranks_of_one_copy_write_a_checkpoint_that_one_rank_continues(

@@ -12,7 +12,8 @@ import os
 import random
 import signal
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.distributed.tensor import distribute_tensor
 
 import rank_copies
 import tiny
@@ -27,12 +29,15 @@ import toy_members
 from lisatune import LISA, find_layers
 from lisatune.distributed import ranks
 from lisatune.distributed.shards import full_tensor, local_part, shard
+from lisatune.losses.causal_lm import ShardedLoss
 from lisatune.memory.plan import _batch
 from lisatune.memory.tracker import measure
 from lisatune.methods.optimizers import build_optimizer
 from lisatune.models import sharded
 from lisatune.models.load import load_model, load_tokenizer
 from lisatune.models.sharded import load_for_ranks, save_from_ranks
+from lisatune.nn.blocks import BlockForward, num_graphs
+from lisatune.optim.adamw import AdamW
 from lisatune.optim.meter import state_bytes, tensors_bytes
 from lisatune.recipe import OptimizerConfig
 from lisatune.runs.checkpoint import load_checkpoint, save_checkpoint
@@ -41,6 +46,12 @@ from lisatune.train.assemble import assemble
 from lisatune.train.loop import train
 from lisatune.train.recipe_file import load_recipe
 from live_bytes import LiveBytes
+
+UPDATES: dict[str, Any] = {
+    f"{moments} {rounding}": {"moments": moments, "rounding": rounding}
+    for moments in ("fp32", "bf16", "8bit", "factored")
+    for rounding in ("exact", "stochastic")
+}
 
 
 def draws() -> dict[str, Any]:
@@ -104,6 +115,58 @@ def seeds() -> None:
     layers = find_layers(model)
     shard(model, find_layers(model).blocks, device=torch.device("cpu"), how="fsdp")
     LISA(model, build_optimizer(model, layers, OptimizerConfig()), seed=ranks.rank())
+
+
+def updates() -> dict[str, float]:
+    """Update a divided matrix and a whole one with the same gradients; say by how much they then differ."""
+    apart = {}
+    for name, options in UPDATES.items():
+        matrix = torch.nn.Linear(512, 24, bias=False, dtype=torch.bfloat16)
+        torch.nn.init.normal_(matrix.weight, generator=torch.Generator().manual_seed(0))
+        whole = torch.nn.Parameter(matrix.weight.detach().clone())
+        shard(matrix, [], device=torch.device("cpu"), how="fsdp")
+        weight: Any = matrix.weight
+        both = [AdamW([p], lr=1e-2, chunk_size=2048, **options) for p in (whole, weight)]
+        for step in range(3):
+            gradient = torch.randn(24, 512, generator=torch.Generator().manual_seed(step)).bfloat16()
+            whole.grad = gradient
+            weight.grad = distribute_tensor(
+                gradient, weight.device_mesh, weight.placements, src_data_rank=None
+            )
+            for optimizer in both:
+                optimizer.step()
+        apart[name] = float((full_tensor(weight) - whole.detach()).abs().max())
+    return apart
+
+
+@contextmanager
+def compiling_with(backend: str) -> Iterator[None]:
+    """Let `run.compile` use a backend that needs no compiler of C++."""
+
+    def make(*args: Any, **options: Any) -> BlockForward:
+        return BlockForward(*args, **options | {"backend": backend})
+
+    with (
+        mock.patch("lisatune.methods.build.BlockForward", make),
+        mock.patch("lisatune.train.assemble.check_compiler"),
+    ):
+        yield
+
+
+@contextmanager
+def infinite_loss() -> Iterator[None]:
+    """Let the loss of rank 1 be infinite in the second step."""
+    plain, calls = ShardedLoss.__call__, []
+
+    def call(self: ShardedLoss, batch: Any) -> Any:
+        loss_sum, count = plain(self, batch)
+        if torch.is_grad_enabled():
+            calls.append(count)
+        is_broken = torch.is_grad_enabled() and len(calls) == 2 and ranks.rank() == 1
+        return loss_sum * float("inf") if is_broken else loss_sum, count
+
+    with mock.patch.object(ShardedLoss, "__call__", call):
+        yield
 
 
 def held(folder: str, largest_file: str) -> dict[str, Any]:
@@ -219,6 +282,14 @@ def work(job: dict[str, Any]) -> Any:
     if "free_bytes" in job:
         with mock.patch("lisatune.memory.process.available_bytes", return_value=job.pop("free_bytes")):
             return work(job)
+    if "backend" in job:
+        graphs: list[int] = []
+        job["flags"]["after_step"] = lambda state: graphs.append(num_graphs())
+        with compiling_with(job.pop("backend")):
+            return work(job) | {"graphs": graphs}
+    if job.pop("breaks", False):
+        with infinite_loss():
+            return work(job)
     if "recipe" in job:
         return train(load_recipe(Path(job["recipe"]), job["overrides"]), **job.get("flags", {}))
     if "measured" in job:
@@ -232,6 +303,7 @@ def work(job: dict[str, Any]) -> Any:
     if "trainer" in job:
         return rank_copies.trainer(job["trainer"], job["folder"])
     checks = {"draws": draws, "statistics": statistics, "seeds": seeds, "strangers": rank_copies.strangers}
+    checks["updates"] = updates
     return checks[job["check"]]()
 
 

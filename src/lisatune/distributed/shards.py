@@ -4,15 +4,17 @@ Every function also accepts plain tensors.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lisatune.distributed import ranks
 
 __all__ = [
+    "Part",
     "Sharding",
     "count_copies",
     "exchange_late",
@@ -23,11 +25,11 @@ __all__ = [
     "is_stand_in",
     "like_shard",
     "local_part",
+    "part_of",
     "part_to_update",
     "reshard",
     "shard",
     "stand_in",
-    "whole_state",
 ]
 
 
@@ -74,6 +76,50 @@ def part_to_update(parameter: nn.Parameter) -> Tensor:
     return part
 
 
+@dataclass(frozen=True)
+class Part:
+    """Which elements of a whole tensor this rank has: consecutive ones, because FSDP2 cuts between rows."""
+
+    bounds: tuple[int, ...]
+    """Where each rank's elements begin in the flat tensor, and at last the number of all elements."""
+
+    index: int
+    """Number of this rank's part, from 0."""
+
+    group: "distributed.ProcessGroup | None"
+    """Ranks that hold the tensor together; None if all of it is here."""
+
+    @property
+    def start(self) -> int:
+        """Elements of the whole tensor before the first one here."""
+        return self.bounds[self.index]
+
+    @property
+    def size(self) -> int:
+        """Elements of the whole tensor."""
+        return self.bounds[-1]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Add `values` up over the parts, in place; every rank must call it."""
+        if self.group is not None:
+            distributed.all_reduce(values, group=self.group)
+        return values
+
+
+def part_of(parameter: Any) -> Part:
+    """Say which elements of a parameter are on this rank; of a plain one, all."""
+    rows = len(parameter) if parameter.ndim else 1
+    placements = parameter.placements if is_sharded(parameter) else ()
+    for dim, placement in enumerate(placements):
+        count = parameter.device_mesh.size(dim)
+        if placement.is_shard() and count > 1:
+            width, most = parameter.shape[1:].numel(), -(-rows // count)
+            bounds = tuple(min(i * most, rows) * width for i in range(count + 1))
+            mesh = parameter.device_mesh
+            return Part(bounds, mesh.get_local_rank(dim), mesh.get_group(dim))
+    return Part((0, parameter.numel()), 0, None)
+
+
 def full_tensor(tensor: Any) -> Tensor:
     """Join all ranks' parts of a tensor; every rank must call it. A plain tensor is only detached."""
     plain = tensor.detach()
@@ -101,21 +147,6 @@ def like_shard(whole: Tensor, parameter: Any) -> Tensor:
     parts: Any = distribute_tensor(there, parameter.device_mesh, parameter.placements, src_data_rank=None)
     local: Tensor = parts.to_local()
     return local.clone()
-
-
-def whole_state(value: Tensor, parameter: Any) -> Tensor:
-    """Join the parts of optimizer state that is divided like `parameter`; every rank must call it."""
-    from torch.distributed.tensor import DTensor
-
-    if not is_sharded(parameter) or value.ndim == 0:
-        return value
-    return DTensor.from_local(
-        value,
-        parameter.device_mesh,
-        parameter.placements,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    ).full_tensor()
 
 
 def reshard(model: nn.Module) -> None:

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from lisatune.distributed import ranks
-from lisatune.distributed.shards import full_tensor, is_sharded, like_shard, local_part, whole_state
+from lisatune.distributed.shards import full_tensor, is_sharded, like_shard, local_part
 from lisatune.nn.coded import exact_parameters
 
 __all__ = [
     "DividedTensor",
     "collect",
-    "describe_states",
     "describe_tensors",
     "gather_tensors",
     "named_weights",
@@ -78,21 +77,6 @@ def describe_tensors(tensors: Mapping[str, Tensor]) -> dict[str, DividedTensor]:
         name: DividedTensor(tensor.dtype, tuple(tensor.shape), partial(full_tensor, tensor), rows_of(tensor))
         for name, tensor in tensors.items()
     }
-
-
-def describe_states(
-    tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
-) -> dict[str, DividedTensor]:
-    """Describe optimizer state named "PARAMETER//KEY", which is divided as its parameter is."""
-    divided = {}
-    for key, tensor in tensors.items():
-        parameter = parameters[key.rpartition("//")[0]]
-        is_part = is_sharded(parameter) and tensor.ndim > 0
-        shape = parameter.shape if is_part else tensor.shape
-        gather = partial(whole_state, tensor, parameter)
-        rows = rows_of(parameter, tensor) if is_part else None
-        divided[key] = DividedTensor(tensor.dtype, tuple(shape), gather, rows)
-    return divided
 
 
 def rows_of(like: Any, part: Tensor | None = None) -> tuple[int, Tensor] | None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lisatune.console import first_line
 from lisatune.distributed.ranks import fake_ranks, pick_device, ranks_are_fake
-from lisatune.distributed.shards import count_copies, part_to_update, shard
+from lisatune.distributed.shards import count_copies, part_of, part_to_update, shard
 from lisatune.lisa.correction import count_trainable, find_correction
 from lisatune.lisa.frozen_weights import FrozenWeights, ShapeMasters
 from lisatune.memory.costly_draws import list_costly_draws
@@ -369,7 +369,8 @@ def _make_state(built: Built, ids: int) -> None:
             if p.requires_grad and not (correction is not None and correction.is_stateless(p)):
                 p.grad = sparse_rows(p, ids) if group.get("rows") else torch.empty_like(p)
                 if isinstance(optimizer, AdamW):
-                    prepare_state(cast(Group, group), part_to_update(p), optimizer.state[p])
+                    state, size = optimizer.state[p], part_of(p).size
+                    prepare_state(cast(Group, group), part_to_update(p), state, size=size)
     if not isinstance(optimizer, AdamW):
         with norms_are_one():
             optimizer.step()

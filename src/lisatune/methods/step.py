@@ -59,8 +59,10 @@ class TrainingStep:
             with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
                 loss_sum, _ = self.loss({name: ids.to(self.device) for name, ids in batch.items()})
                 micro_loss = loss_sum / num_labels
-            if self.in_backward is not None and not torch.isfinite(micro_loss):  # waits for the device
-                return micro_loss.detach()
+            is_in_backward = self.in_backward is not None  # then all ranks wait for the device
+            if is_in_backward and ranks.max_over_ranks(int(not torch.isfinite(micro_loss))):
+                loss += micro_loss.detach()
+                break
             # FSDP2 takes the mean of the ranks' gradients, and the step needs their sum.
             scaled = micro_loss if ranks.count() == 1 else micro_loss * ranks.count()
             scaled.backward()  # type: ignore[no-untyped-call]

@@ -9,7 +9,8 @@ trains. So a draw of LISA has nothing to switch, and parameter names do not chan
 
 A compiled block has at most four graphs: frozen or active, with an input that needs a gradient or not (below
 the lowest active block, while the embedding is frozen). Blocks of one model share them, because parameters
-are inputs of the graph. `BlockForward.warm_up` builds them all, so that no draw compiles anew. Without
+are inputs of the graph. `BlockForward.warm_up` builds them all, so that no draw compiles anew. On several
+ranks FSDP2 gathers a block before its forward and divides it after it, both outside of the graph. Without
 gradients (evaluation, generation) and with a key-value cache the block runs its original forward.
 """
 
@@ -28,6 +29,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
+from lisatune.distributed.shards import reshard
 from lisatune.nn.layers import LayerMap, find_layers
 
 __all__ = [
@@ -96,6 +98,10 @@ class BlockForward:
             block._block_forward = self
             block.forward = MethodType(_forward, block)
 
+    def compiled_for(self, block: nn.Module) -> Callable[..., Any]:
+        """Return the compiled forward of a block's class, from which FSDP2 may have derived another."""
+        return next(self.compiled[kind] for kind in type(block).__mro__ if kind in self.compiled)
+
     def undo(self) -> None:
         """Give the blocks their own forward back. A second call does nothing."""
         for block, own in zip(self.blocks, self._own, strict=True):
@@ -153,6 +159,7 @@ class BlockForward:
                 for index, block in enumerate(self.blocks):
                     block.requires_grad_(index in active)
                 run()
+                reshard(self.model)  # the next flags are for divided parameters
         return time.perf_counter() - started
 
     def _first_of_kinds(self) -> list[int]:
@@ -233,7 +240,7 @@ def _forward(block: Any, *args: Any, **kwargs: Any) -> Any:
     has_cache = kwargs.get("past_key_values") is not None or kwargs.get("layer_past") is not None
     if not (torch.is_grad_enabled() and block.training) or has_cache:
         return plain(*args, **kwargs)
-    forward = MethodType(way.compiled[type(block)], block) if way.compiled else plain
+    forward = MethodType(way.compiled_for(block), block) if way.compiled else plain
     recomputes = way.checkpointing == "all" or (
         way.checkpointing == "frozen" and not any(p.requires_grad for p in block.parameters())
     )

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lisatune.distributed.shards import part_to_update
+from lisatune.distributed.shards import Part, part_of, part_to_update
 from lisatune.optim import codecs
 from lisatune.optim.adamw_triton import can_update, update_chunk
 from lisatune.optim.chunks import flatten, on_device
@@ -86,8 +86,9 @@ class AdamW(Optimizer):
             moments stay with the weight. Per param group.
         rows: True for the weight of an `nn.Embedding(sparse=True)`: gradient and moments of the rows that a
             step reads, see `lisatune.optim.rows`. Per param group.
-        seed: names the random numbers of stochastic rounding. They follow from it, the number of steps and
-            the parameter's place in the optimizer; no global generator is touched, and resume is exact.
+        seed: names the random numbers of stochastic rounding. They follow from it, the number of steps, the
+            parameter's place in the optimizer, and the place in the parameter, however many ranks divide it.
+            No global generator is touched, and resume is exact.
         chunk_size: elements brought to float32 at a time, a multiple of 256. Default: 2^17 on a CPU, 2^22
             elsewhere, which are 8 bytes each of temporary memory, or 16 with compact moments; 2^24 and none
             where one kernel does it all.
@@ -280,8 +281,9 @@ class AdamW(Optimizer):
         whole: list[Tensor] = []
         states: list[dict[str, Any]] = []
         for place, parameter in ready:
-            state, p = self.state[parameter], part_to_update(parameter)
-            prepare(group, p, state, ids=self._row_gradients.take(parameter) if group["rows"] else None)
+            state, p, part = self.state[parameter], part_to_update(parameter), part_of(parameter)
+            ids = self._row_gradients.take(parameter) if group["rows"] else None
+            prepare(group, p, state, size=part.size, ids=ids)
             key = codecs.key_of(group["seed"], group["steps_done"], place)
             if group["rows"]:
                 update_rows(group, p, state, key, self._chunk(p))
@@ -289,20 +291,20 @@ class AdamW(Optimizer):
                 whole.append(p)
                 states.append(state)
             else:
-                self._update_alone(group, p, state, key)
+                self._update_alone(group, p, state, key, part)
         if whole:
             steps = [state["step"] for state in states]
             torch._foreach_add_(steps, 1)
             exp_avgs, exp_avg_sqs = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
             fused_adamw(group, whole, [p.grad for p in whole], exp_avgs, exp_avg_sqs, steps)
 
-    def _update_alone(self, group: Group, p: Tensor, state: dict[str, Any], key: int) -> None:
+    def _update_alone(self, group: Group, p: Tensor, state: dict[str, Any], key: int, part: Part) -> None:
         if group["moments"] == "factored":
-            update_factored(group, p, state, key, self._chunk(p))
+            update_factored(group, p, state, key, self._chunk(p), part)
         else:
-            self._update_in_chunks(group, p, state, key)
+            self._update_in_chunks(group, p, state, key, part.start)
 
-    def _update_in_chunks(self, group: Group, p: Tensor, state: dict[str, Any], key: int) -> None:
+    def _update_in_chunks(self, group: Group, p: Tensor, state: dict[str, Any], key: int, start: int) -> None:
         assert p.grad is not None
         state["step"].add_(1)
         gradient = p.grad.contiguous().view(-1)
@@ -312,21 +314,29 @@ class AdamW(Optimizer):
         stored = {name: value.view(-1) for name, value in state.items() if name in CHUNKED}
         update = update_chunk if is_one_kernel else _update_chunk
         with flatten(p) as weight:
-            for number, (at, chunk) in enumerate(on_device(stored, p.numel(), chunk_size, p.device)):
-                chunk_key = codecs.key_of(key, number)
-                update(group, weight[at], gradient[at], chunk, state["step"], chunk_key)
+            for at, chunk in on_device(stored, p.numel(), chunk_size, p.device):
+                update(group, weight[at], gradient[at], chunk, state["step"], key, start + at.start)
 
     def _chunk(self, p: Tensor) -> int:
         return self.chunk_size or CHUNK.get(p.device.type, CHUNK_ELSEWHERE)
 
 
 def _update_chunk(
-    group: Group, weight: Tensor, gradient: Tensor, chunk: dict[str, Tensor], step: Tensor, key: int
+    group: Group,
+    weight: Tensor,
+    gradient: Tensor,
+    chunk: dict[str, Tensor],
+    step: Tensor,
+    key: int,
+    start: int,
 ) -> None:
     """Make a step of a chunk in place; `adamw_triton.update_chunk` does the same in one kernel."""
     # The bf16 second moment takes the upper half of the random bits, the weight the lower.
-    noise = codecs.random_bits(weight.numel(), key, weight.device) if group["moments"] == "bf16" else None
-    with codecs.in_float32(weight, chunk.get("remainder"), group["rounding"], key, noise) as exact:
+    noise = None
+    if group["moments"] == "bf16":
+        noise = codecs.random_bits(weight.numel(), key, weight.device, start=start)
+    remainder, rounding = chunk.get("remainder"), group["rounding"]
+    with codecs.in_float32(weight, remainder, rounding, key, start=start, noise=noise) as exact:
         exp_avg, exp_avg_sq = read_moments(chunk, exact.dtype)
         fused_adamw(group, [exact], [gradient.to(exact.dtype)], [exp_avg], [exp_avg_sq], [step])
         write_moments(chunk, exp_avg, exp_avg_sq, noise)

@@ -43,7 +43,13 @@ def can_update(group: Group, p: Tensor) -> bool:
 
 
 def update_chunk(
-    group: Group, weight: Tensor, gradient: Tensor, chunk: dict[str, Tensor], step: Tensor, key: int
+    group: Group,
+    weight: Tensor,
+    gradient: Tensor,
+    chunk: dict[str, Tensor],
+    step: Tensor,
+    key: int,
+    start: int,
 ) -> None:
     """Make a step of a chunk in place.
 
@@ -53,7 +59,7 @@ def update_chunk(
         gradient: bf16 or float32 [N].
         chunk: its state: both moments, or their codes and scales; `remainder` where a bf16 weight is exact.
         step: float32 [], counted up already.
-        key: names the random numbers, as in `codecs.random_bits`.
+        key, start: name the random numbers, as in `codecs.random_bits`.
     """
     is_8bit = "exp_avg_codes" in chunk
     ending = "_codes" if is_8bit else ""
@@ -63,7 +69,7 @@ def update_chunk(
     if is_8bit:
         scales = [chunk["exp_avg_scales"], chunk["exp_avg_sq_scales"]]
         tables = [*codecs.load_tables(True, weight), *codecs.load_tables(False, weight)]
-    low, high = codecs.split_key(key)
+    first, low, high = codecs.split_key(key, start)
     beta1, beta2 = group["betas"]
     _kernel[(triton.cdiv(weight.numel(), SIZE),)](
         _bits(weight),
@@ -75,6 +81,7 @@ def update_chunk(
         *tables,
         step,
         weight.numel(),
+        first,
         low,
         high,
         float(group["lr"]),
@@ -125,9 +132,9 @@ if triton is not None:
         return tl.where(value > largest, largest, tl.where(value < -largest, -largest, value))
 
     @triton.jit
-    def _random(index, low, high):  # type: ignore[no-untyped-def]
+    def _random(index, first, low, high):  # type: ignore[no-untyped-def]
         """`codecs.random_bits` of one index, uint32."""
-        bits = index.to(tl.uint32) * 0x9E3779B1 + low
+        bits = index.to(tl.uint32) * 0x9E3779B1 + first
         bits = (bits ^ (bits >> 15)) * 0x85EBCA6B + high
         bits = (bits ^ (bits >> 13)) * 0xC2B2AE35 + low
         return bits ^ (bits >> 16)
@@ -142,7 +149,7 @@ if triton is not None:
         code = tl.load(table_ptr + (near.to(tl.int32) & 0xFFFF))
         tl.store(codes_ptr + at, code, mask=inside)
 
-    @triton.jit(do_not_specialize=["size", "key_low", "key_high"])  # type: ignore[untyped-decorator]
+    @triton.jit(do_not_specialize=["size", "key_first", "key_low", "key_high"])  # type: ignore[untyped-decorator]
     def _kernel(  # type: ignore[no-untyped-def]
         weight_ptr,  # [N], float32, or bf16 as int16; written
         gradient_ptr,  # [N], float32, or bf16 as int16
@@ -157,6 +164,7 @@ if triton is not None:
         unsigned_values_ptr,  # [256] float32
         step_ptr,  # [] float32, counted up already
         size,  # N
+        key_first,  # int32, as in `codecs.split_key`
         key_low,  # int32, the lower half of the key
         key_high,  # int32, the upper half
         lr,
@@ -207,7 +215,7 @@ if triton is not None:
         weight -= tl.div_rn(size_of_step * exp_avg, denominator)
 
         if ROUNDING == "stochastic" or MOMENTS == "bf16":
-            noise = _random(at, key_low.to(tl.uint32), key_high.to(tl.uint32))
+            noise = _random(at, key_first.to(tl.uint32), key_low.to(tl.uint32), key_high.to(tl.uint32))
         if MOMENTS == "bf16":
             tl.store(exp_avg_ptr + at, _nearest(exp_avg), mask=inside)
             most = 3.3895313892515355e38

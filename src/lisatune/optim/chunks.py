@@ -82,6 +82,8 @@ def _overlapped(
             here = {name: home.to(device, non_blocking=True) for name, home in _cut(stored, at).items()}
         return here, copies.record_event()
 
+    if not slices:  # of a matrix with fewer rows than ranks, some ranks have none
+        return
     ahead = fetch(slices[0])
     for at, following in zip(slices, [*slices[1:], None], strict=True):
         here, arrived = ahead

@@ -56,9 +56,19 @@ LARGEST = float.fromhex("0x1.fefffep127")
 LARGEST_BF16 = torch.finfo(torch.bfloat16).max
 
 
+SPREAD = 0x9E3779B1
+"""2^32 over the golden ratio: multiples of it are far apart modulo 2^32."""
+
+
 @contextmanager
 def in_float32(
-    weight: Tensor, remainder: Tensor | None, rounding: Rounding, key: int, noise: Tensor | None = None
+    weight: Tensor,
+    remainder: Tensor | None,
+    rounding: Rounding,
+    key: int,
+    *,
+    start: int = 0,
+    noise: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Yield the exact value of a weight in float32; after the block, store the changed value.
 
@@ -67,11 +77,11 @@ def in_float32(
         remainder: int16, the shape of the weight: the difference lost in rounding to bf16. None if nothing
             is kept.
         rounding: how a bf16 weight is rounded.
-        key: names the random bits of stochastic rounding.
+        key, start: name the random bits of stochastic rounding, as in `random_bits`.
         noise: these bits, int32 and the shape of the weight, if the caller has made them; used up.
     """
     if noise is None and rounding == "stochastic" and weight.dtype == torch.bfloat16:
-        noise = random_bits(weight.numel(), key, weight.device).view(weight.shape)
+        noise = random_bits(weight.numel(), key, weight.device, start=start).view(weight.shape)
     exact = widen(weight, remainder)
     yield exact
     narrow(exact, weight, remainder, rounding, noise)
@@ -153,10 +163,13 @@ def key_of(*numbers: int) -> int:
     return key
 
 
-def random_bits(size: int, key: int, device: torch.device) -> Tensor:
-    """Make `size` random int32 that depend on `key` alone: equal on every device, no generator is touched."""
-    low, high = split_key(key)
-    bits = torch.arange(size, dtype=torch.int32, device=device).mul_(_signed(0x9E3779B1)).add_(low)
+def random_bits(size: int, key: int, device: torch.device, *, start: int = 0) -> Tensor:
+    """Make `size` random int32, those at the places `start`, `start` + 1, … of the sequence of `key`.
+
+    They are equal on every device, and no generator is touched. A sequence has 2^32 places and then repeats.
+    """
+    first, low, high = split_key(key, start)
+    bits = torch.arange(size, dtype=torch.int32, device=device).mul_(_signed(SPREAD)).add_(first)
     for shift, factor, added in ((15, 0x85EBCA6B, high), (13, 0xC2B2AE35, low)):
         # The mask drops the copies of the sign that >> shifts in: with them numbers would collide.
         bits.bitwise_xor_((bits >> shift).bitwise_and_((1 << 32 - shift) - 1))
@@ -164,9 +177,13 @@ def random_bits(size: int, key: int, device: torch.device) -> Tensor:
     return bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF))
 
 
-def split_key(key: int) -> tuple[int, int]:
-    """Split a key of 64 bits into its lower and upper 32, each as an int32."""
-    return _signed(key & 0xFFFFFFFF), _signed(key >> 32)
+def split_key(key: int, start: int = 0) -> tuple[int, int, int]:
+    """Split a key of 64 bits into what `random_bits` adds: at first, to begin at `start`, and twice later.
+
+    The latter are its lower and its upper 32 bits. All three are an int32.
+    """
+    low = key & 0xFFFFFFFF
+    return _signed(low + SPREAD * start & 0xFFFFFFFF), _signed(low), _signed(key >> 32)
 
 
 def quantize(values: Tensor, codes: Tensor, scales: Tensor, *, signed: bool) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lisatune.distributed.shards import Part
 from lisatune.optim import codecs
 from lisatune.optim.chunks import cut, flatten, on_device
 from lisatune.optim.group import Group
@@ -16,7 +17,9 @@ from lisatune.optim.group import Group
 __all__ = ["update_factored"]
 
 
-def update_factored(group: Group, p: Tensor, state: dict[str, Any], key: int, chunk_size: int) -> None:
+def update_factored(
+    group: Group, p: Tensor, state: dict[str, Any], key: int, chunk_size: int, part: Part
+) -> None:
     """Make one step of a parameter of any shape.
 
     Args:
@@ -26,17 +29,19 @@ def update_factored(group: Group, p: Tensor, state: dict[str, Any], key: int, ch
             `remainder` if rounding is exact.
         key: names the random numbers of stochastic rounding.
         chunk_size: elements in float32 at a time; a row may be longer.
+        part: which elements of the whole parameter `p` holds. Ranks add up their sums of columns, and the
+            size of their updates.
     """
     assert p.grad is not None
     beta2, is_matrix = group["betas"][1], p.ndim >= 2
-    rows, columns = (len(p), p[0].numel()) if is_matrix and p.numel() else (1, p.numel())
-    if not p.numel():
+    rows, columns = (len(p), p.shape[1:].numel()) if is_matrix else (1, p.numel())
+    if not part.size:
         return
     wide = p.dtype if p.dtype == torch.float64 else torch.float32
     gradient_RC = p.grad.contiguous().view(rows, columns)
     step = state["step"].add_(1)
     correction = (1 - beta2**step).to(wide)
-    chunks = cut(rows, max(1, chunk_size // columns), like=p)
+    chunks = cut(rows, max(1, chunk_size // max(columns, 1)), like=p)
 
     if is_matrix:
         sums_C = torch.zeros(columns, dtype=wide, device=p.device)
@@ -46,11 +51,11 @@ def update_factored(group: Group, p: Tensor, state: dict[str, Any], key: int, ch
             means_R[at] = square_RC.mean(dim=1)
             sums_C += square_RC.sum(dim=0)
         state["exp_avg_sq_rows"].lerp_(means_R, 1 - beta2)
-        state["exp_avg_sq_columns"].lerp_(sums_C / rows, 1 - beta2)
-        row_R = state["exp_avg_sq_rows"]
-        tiny = torch.finfo(wide).tiny
-        left_R1 = (row_R / row_R.mean().clamp(min=tiny)).sqrt().unsqueeze(1)
-        right_1C = (state["exp_avg_sq_columns"] / correction).sqrt().unsqueeze(0)
+        state["exp_avg_sq_columns"].lerp_(part.sum(sums_C) / (part.size // columns), 1 - beta2)
+        row_R, column_C = state["exp_avg_sq_rows"], state["exp_avg_sq_columns"]
+        mean = column_C.mean()  # that of the rows too, but the rows of other ranks are not here
+        left_R1 = (row_R / mean.clamp(min=torch.finfo(wide).tiny)).sqrt().unsqueeze(1)
+        right_1C = (column_C / correction).sqrt().unsqueeze(0)
     else:
         state["exp_avg_sq"].view(-1).lerp_(gradient_RC[0].to(wide).square(), 1 - beta2)
         left_R1 = torch.ones(1, 1, dtype=wide, device=p.device)
@@ -63,15 +68,16 @@ def update_factored(group: Group, p: Tensor, state: dict[str, Any], key: int, ch
     total = torch.zeros((), dtype=wide, device=p.device)
     for at in chunks:
         total += update_of(at).square_().sum()
-    scale = -group["lr"] / (total / p.numel()).sqrt().clamp(min=1)
+    scale = -group["lr"] / (part.sum(total) / part.size).sqrt().clamp(min=1)
 
     remainder = {name: state[name].view(rows, columns) for name in ("remainder",) if name in state}
     with flatten(p) as row:
         weight_RC = row.view(rows, columns)
-        for number, at in enumerate(chunks):
-            weight, chunk_key = weight_RC[at].view(-1), codecs.key_of(key, number)
+        for at in chunks:
+            weight, start = weight_RC[at].view(-1), part.start + at.start * columns
             kept = {name: value[at].view(-1) for name, value in remainder.items()}
             for _, here in on_device(kept, weight.numel(), weight.numel(), p.device):
-                with codecs.in_float32(weight, here.get("remainder"), group["rounding"], chunk_key) as exact:
+                rest, rounding = here.get("remainder"), group["rounding"]
+                with codecs.in_float32(weight, rest, rounding, key, start=start) as exact:
                     exact.mul_(1 - group["lr"] * group["weight_decay"])
                     exact.add_((update_of(at) * scale).view(-1))

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lisatune.distributed.shards import part_to_update
+from lisatune.distributed.shards import part_of, part_to_update
 from lisatune.optim import codecs
 from lisatune.optim.adamw import AdamW
 from lisatune.optim.chunks import flatten, on_device
@@ -74,7 +74,7 @@ class GaLoreAdamW(AdamW):
         plain = unprojected(group)
         plain["weight_decay"] = 0.0
         moments = {name: value for name, value in state.items() if name not in ("basis", "remainder")}
-        self._update_alone(plain, step, moments, key)  # from zero: what is left in `step` is N
+        self._update_alone(plain, step, moments, key, part_of(step))  # from zero: what is left in `step` is N
         step.grad = None
 
         left, right = (step, basis.T) if is_tall else (basis, step)

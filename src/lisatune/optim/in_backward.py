@@ -10,13 +10,15 @@ the loss is finite: if a gradient is not finite although the loss is, it has rea
 it is seen.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lisatune.distributed.shards import Part, local_part, part_of
 from lisatune.optim.chunks import strip_zero_rows
 
 __all__ = ["UpdateInBackward"]
@@ -45,8 +47,8 @@ class UpdateInBackward:
                 "call it before anything is frozen"
             )
         self._updated: set[nn.Parameter] = set()
-        self._squares: list[Tensor] = []
-        self._has_ended = True
+        self._squares: dict[Any, tuple[Part, list[Tensor]]] = {}
+        self._has_ended, self._is_paused = True, False
         self._hooks = [p.register_post_accumulate_grad_hook(self._take) for p in self._places]
 
     @property
@@ -55,12 +57,27 @@ class UpdateInBackward:
         return frozenset(self._updated)
 
     def grad_norm(self) -> Tensor:
-        """Return the global norm of this step's gradients, a float32 scalar; 0 before backward."""
-        return torch.zeros(()) if self._has_ended else torch.stack(self._squares).sum().sqrt()
+        """Return the global norm of this step's gradients, a float32 scalar; 0 before backward.
+
+        On several ranks every rank must call it.
+        """
+        if self._has_ended:
+            return torch.zeros(())
+        sums = [part.sum(torch.stack(squares).sum()) for part, squares in self._squares.values()]
+        return torch.stack(sums).sum().sqrt()
 
     def end_step(self) -> None:
         """Let the next gradient begin a new step: `optimizer.step()` calls this."""
         self._has_ended = True
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, gradients are released and update nothing."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
 
     def remove(self) -> None:
         """Remove the hooks."""
@@ -72,6 +89,9 @@ class UpdateInBackward:
     def _take(self, parameter: Tensor) -> None:
         assert isinstance(parameter, nn.Parameter)
         assert parameter.grad is not None
+        if self._is_paused:
+            parameter.grad = None
+            return
         if self._has_ended:
             self._has_ended = False
             self._updated.clear()
@@ -83,9 +103,9 @@ class UpdateInBackward:
                 "accumulate gradients, so call step() after every backward"
             )
         self._updated.add(parameter)
-        self._squares.append(
-            torch.linalg.vector_norm(strip_zero_rows(parameter.grad), dtype=torch.float32).square()
-        )
+        part, gradient = part_of(parameter), strip_zero_rows(local_part(parameter.grad))
+        square = torch.linalg.vector_norm(gradient, dtype=torch.float32).square()
+        self._squares.setdefault(part.group, (part, []))[1].append(square)
         self._update(self._places[parameter], parameter)
         parameter.grad = None
 

@@ -37,8 +37,13 @@ CHUNKED = frozenset(
 """State that is read and written chunk by chunk, and that may live in host memory."""
 
 
-def layout_of(group: Group, p: Tensor) -> dict[str, tuple[Sequence[int], torch.dtype]]:
-    """Return shape and dtype of each tensor in a parameter's state; for rows, of the table at its longest."""
+def layout_of(
+    group: Group, p: Tensor, size: int | None = None
+) -> dict[str, tuple[Sequence[int], torch.dtype]]:
+    """Return shape and dtype of each tensor in a parameter's state; for rows, of the table at its longest.
+
+    `size`: elements of the whole parameter, if `p` is this rank's part of it.
+    """
     if group["rows"]:
         return dict(table_layout(p, len(p)))
     wide = p.dtype if p.dtype == torch.float64 else torch.float32
@@ -49,10 +54,10 @@ def layout_of(group: Group, p: Tensor) -> dict[str, tuple[Sequence[int], torch.d
         layout |= layout_of(unprojected(group), small) | {"basis": ((min(p.shape), group["rank"]), wide)}
     elif moments == "factored" and p.ndim >= 2:
         layout["exp_avg_sq_rows"] = (p.shape[:1], wide)
-        layout["exp_avg_sq_columns"] = ((p[0].numel() if len(p) else 0,), wide)
+        layout["exp_avg_sq_columns"] = ((p.shape[1:].numel(),), wide)
     elif moments == "factored":
         layout["exp_avg_sq"] = (p.shape, wide)
-    elif moments == "8bit" and p.numel() >= SMALLEST_8BIT:
+    elif moments == "8bit" and (p.numel() if size is None else size) >= SMALLEST_8BIT:
         for name in ("exp_avg", "exp_avg_sq"):
             layout[f"{name}_codes"] = (p.shape, torch.uint8)
             layout[f"{name}_scales"] = ((-(-p.numel() // BLOCK),), torch.float32)
@@ -146,10 +151,12 @@ def home_of(group: Group, p: Tensor, key: str) -> Home:
     return Home(device, is_pinned=is_host and p.device.type == "cuda")
 
 
-def prepare(group: Group, p: Tensor, state: dict[str, Any], *, ids: int | None = None) -> None:
+def prepare(
+    group: Group, p: Tensor, state: dict[str, Any], *, size: int | None = None, ids: int | None = None
+) -> None:
     """Refuse a parameter that cannot be updated, and create its missing state.
 
-    `ids`: number of token ids in the step, before equal ones were merged.
+    `size`: as in `layout_of`. `ids`: number of token ids in the step, before equal ones were merged.
     """
     assert p.grad is not None
     if p.dtype not in (torch.bfloat16, torch.float32, torch.float64):
@@ -170,7 +177,7 @@ def prepare(group: Group, p: Tensor, state: dict[str, Any], *, ids: int | None =
             )
         make_table(p, state, max(ids or 0, p.grad._nnz()))
         return
-    for key, (shape, dtype) in layout_of(group, p).items():
+    for key, (shape, dtype) in layout_of(group, p, size).items():
         if key not in state:
             home = home_of(group, p, key)
             state[key] = torch.zeros(shape, dtype=dtype, device=home.device, pin_memory=home.is_pinned)

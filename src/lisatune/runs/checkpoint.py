@@ -36,8 +36,8 @@ from lisatune.distributed import ranks
 from lisatune.distributed.shards import holds_first_copy, local_part, reshard
 from lisatune.files.disk import write_aside
 from lisatune.files.parts import open_tensors
+from lisatune.files.states import describe_states, read_states
 from lisatune.files.tensors import (
-    describe_states,
     describe_tensors,
     gather_tensors,
     named_weights,
@@ -178,8 +178,7 @@ def load_checkpoint(
         )
         parameters = dict(model.named_parameters())
         with open_tensors(path, "optimizer") as file:
-            owners = {key: parameters.get(key.rpartition("//")[0]) for key in list(file.keys())}
-            optimizer_tensors = {key: read_part(file, key, owner).clone() for key, owner in owners.items()}
+            optimizer_tensors = read_states(file, parameters)
         check_same("the model's weights", state["weights"], _describe(weights))
         groups = state["optimizer"]["param_groups"]
         if len(groups) == len(optimizer.param_groups):

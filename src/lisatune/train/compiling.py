@@ -8,6 +8,7 @@ so a run that is resumed or repeated must get the same answer. The run's folder 
 
 import dataclasses
 import importlib.util
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -96,11 +97,15 @@ def build_graphs(recipe: Recipe, built: Built, device: torch.device) -> float:
     batch = {"input_ids": ids_BT, "labels": ids_BT, "position_ids": position_ids_BT}
     batch = {name: ids.to(device) for name, ids in batch.items()}
 
-    def run() -> None:  # no `backward()`: nothing may reach the parameters' gradients and their hooks
-        dtype = built.step.autocast
+    def run() -> None:
+        dtype, in_backward = built.step.autocast, built.step.in_backward
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
             loss, _ = built.step.loss(batch)
-        torch.autograd.grad(loss, trainable_parameters(built.model), allow_unused=True)
+        if ranks.count() == 1:  # no `backward()`: nothing may reach the parameters' gradients and their hooks
+            torch.autograd.grad(loss, trainable_parameters(built.model), allow_unused=True)
+            return
+        with nullcontext() if in_backward is None else in_backward.paused():
+            loss.backward()  # type: ignore[no-untyped-call]  # FSDP2 takes no other way
 
     ends = list(built.layers.end_parameters(built.model).values())
     # Coded blocks cannot be made active by a flag. The blocks drawn first show every graph.

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from lisatune.console import byte_text, clock_text, grid, plural, ranges_text, terminal
+from lisatune.distributed import ranks
 from lisatune.runs.summary import Sample, Summary, score_text
 
 __all__ = ["Bar", "Log", "check_trackers", "print_finished", "print_summary", "trackers"]
@@ -266,14 +267,14 @@ def check_trackers(names: Sequence[str]) -> None:
 
 @contextmanager
 def trackers(names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> Iterator[Log]:
-    """Open trackers for the duration of a run.
+    """Open trackers for the duration of a run; on several ranks, on the first one.
 
     Args:
         names: keys of `TRACKERS`; may be empty.
         folder: run folder; trackers that write files write to `folder/trackers`.
         config: the recipe with every default, stored with the run if the tracker can do that.
     """
-    if not names:
+    if not names or not ranks.is_rank0():
         yield lambda values, step: None
         return
     from accelerate import Accelerator
