@@ -212,7 +212,7 @@ def find_room(recipe: Recipe, fit: Fit, *, ranks: int = 1) -> Room | None:
         changes other than those of optimizer state and weights' dtype.
     """
     others = recipe.method.alternatives(fit.plan.num_blocks)
-    coarser = [changes for changes, _ in _list_coarser_state(recipe, ranks)]
+    coarser = [changes for changes, _ in _list_coarser_state(recipe)]
     coarser += [_name_keys(each) for each in others.coarser_weights if each in FINEST_CODES and ranks == 1]
     steps = [_name_keys(each) for each in others.more_weights]
     if not steps or not fit.fits or not fit.changes.keys() <= {key for each in coarser for key in each}:
@@ -292,7 +292,7 @@ class _Plans:
 def _list_stages(recipe: Recipe, length: int, ranks: int, num_blocks: int) -> Iterator[list[Change]]:
     """List the changes to try, in the order of the table above."""
     run, others = recipe.run, recipe.method.alternatives(num_blocks)
-    coarser = _list_coarser_state(recipe, ranks)
+    coarser = _list_coarser_state(recipe)
     yield [each for each in coarser if each is EIGHT_BIT]
     yield [each for each in coarser if each is BF16]
     halves = (2**power for power in range(1, run.batch_size.bit_length()))
@@ -320,13 +320,13 @@ def _list_stages(recipe: Recipe, length: int, ranks: int, num_blocks: int) -> It
     yield [({"data.max_length": each}, "longer records are cut") for each in shorter]
 
 
-def _list_coarser_state(recipe: Recipe, ranks: int) -> list[Change]:
+def _list_coarser_state(recipe: Recipe) -> list[Change]:
     """List state and weights that take less memory and learn as well, or nearly; the finest first."""
     optimizer = recipe.optimizer
-    changes = [EIGHT_BIT] if optimizer.moments == "fp32" and ranks == 1 else []
+    changes = [EIGHT_BIT] if optimizer.moments == "fp32" else []
     if recipe.run.precision != "bf16":
         changes.append(BF16)
-    if optimizer.rounding == "exact" and ranks == 1:
+    if optimizer.rounding == "exact":
         changes.append(STOCHASTIC)
     return changes
 

@@ -159,7 +159,7 @@ def test_command_takes_overrides_without_a_recipe(folder: Path, capsys: pytest.C
 
 
 def test_command_prints_a_table(folder: Path, planned: PlansOnce, capsys: pytest.CaptureFixture[str]) -> None:
-    arithmetic = ("--ranks", "2", "optimizer.state_device=cpu")
+    arithmetic = ("--ranks", "2", "method.ends=rows")
     assert main(["plan", "--model", str(folder), "--gpu", "601MiB", "--length", "256", *arithmetic]) == 0
     text = capsys.readouterr().out
     for word in ("weights", "activations", "peak", "divided by ranks", "nothing fits"):
