@@ -18,7 +18,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -163,7 +163,8 @@ class Stream:
                 f"the run began with its shards divided among {len(places)} ranks and would continue with "
                 f"{self._parts}; resume it on as many ranks as it began with"
             )
-        wanted = Place(**places[ranks.rank() % self._parts]) if places else Place()
+        own = places[ranks.rank() % self._parts] if places else {}
+        wanted = Place(**{each.name: int(own.get(each.name, 0)) for each in fields(Place)})
         if self._windows and self._windows[0].place == wanted:
             return self._windows[0]
         if self._next is not None:

@@ -25,11 +25,11 @@ from lisatune.models.load import load_tokenizer
 from lisatune.recipe import Recipe, SourceConfig
 from lisatune.runs.folder import check_output
 from lisatune.train.assemble import check_fits, rehearse
+from lisatune.train.beginning import choose_start, find_checkpoint, fix_compile, fix_date, read_finished
 from lisatune.train.benchmarks import check_tasks
 from lisatune.train.compiling import choose
 from lisatune.train.outline import Outline, make_outline, print_outline
 from lisatune.train.progress import check_trackers
-from lisatune.train.resume import choose_start, find_checkpoint, fix_compile, fix_date, read_finished
 
 __all__ = ["CheckReport", "check", "print_report"]
 

@@ -31,6 +31,14 @@ from lisatune.runs.manifest import prune, set_aside
 from lisatune.runs.summary import Summary
 from lisatune.train import progress
 from lisatune.train.assemble import Parts, assemble
+from lisatune.train.beginning import (
+    choose_start,
+    find_checkpoint,
+    find_places,
+    fix_compile,
+    fix_date,
+    read_finished,
+)
 from lisatune.train.benchmarks import check_tasks, evaluate_run
 from lisatune.train.flops import step_flops, utilization
 from lisatune.train.nonfinite import TrainingError, check_skip, check_trained
@@ -41,12 +49,6 @@ from lisatune.train.resume import (
     RunState,
     SaveClock,
     begin,
-    choose_start,
-    find_checkpoint,
-    find_places,
-    fix_compile,
-    fix_date,
-    read_finished,
     restore,
     restore_best,
     save,

@@ -1,31 +1,26 @@
 """A run's progress: saved with each checkpoint, restored from the newest intact one."""
 
 import dataclasses
-import datetime
-import json
 import math
 import time
 import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lisatune.distributed import ranks
 from lisatune.optim.meter import StateMeter
-from lisatune.recipe import Recipe
 from lisatune.runs.checkpoint import load_checkpoint, load_weights, save_checkpoint
-from lisatune.runs.folder import NEW_FOLDER, RunFolder, first_day, first_value, is_finished, is_run
+from lisatune.runs.folder import NEW_FOLDER, RunFolder
 from lisatune.runs.manifest import (
     DamagedCheckpointError,
     checkpoint_name,
     list_checkpoints,
-    newest_checkpoint,
     prune,
 )
-from lisatune.runs.summary import Summary
 from lisatune.train.assemble import Parts
 from lisatune.train.schedule import lr_factor
 
@@ -33,12 +28,6 @@ __all__ = [
     "RunState",
     "SaveClock",
     "begin",
-    "choose_start",
-    "find_checkpoint",
-    "find_places",
-    "fix_compile",
-    "fix_date",
-    "read_finished",
     "read_state",
     "restore",
     "restore_best",
@@ -131,85 +120,6 @@ class RunState:
     def best_steps(self) -> list[int]:
         """Return the steps of `best`."""
         return [int(step) for step in self.best if step.isdecimal()]
-
-
-def fix_date(recipe: Recipe, *, resume: bool) -> Recipe:
-    """Return the recipe with the day that its chat template sees: its own, the resumed run's, or today."""
-    began = first_day(Path(recipe.run.output or "")) if resume else None
-    date = recipe.data.date or began or datetime.date.today().isoformat()
-    date = ranks.broadcast_text(date)  # ranks may start on both sides of midnight
-    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, date=date))
-
-
-def fix_compile(recipe: Recipe, *, resume: bool) -> Recipe:
-    """Return the recipe with the resumed run's answer to `run.compile: auto`, so that it computes alike."""
-    before = first_value(Path(recipe.run.output or ""), "run", "compile") if resume else None
-    if recipe.run.compile != "auto" or not isinstance(before, bool):
-        return recipe
-    return dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, compile=before))
-
-
-def find_checkpoint(output: Path) -> Path:
-    """Find the newest checkpoint of a run whose files all have the sizes that were written.
-
-    Raises:
-        ValueError: there is none.
-    """
-    found = newest_checkpoint(output / "checkpoints")
-    if found is None and is_finished(output):
-        raise ValueError(
-            f"the run in {output} is finished and has no checkpoint to continue from; to train its model "
-            f"further, set model.name={output / 'model'} and name another run.output"
-        )
-    if found is None:
-        raise ValueError(f"there is no complete checkpoint in {output}; {NEW_FOLDER}")
-    return found
-
-
-def find_places(output: Path) -> list[dict[str, int]]:
-    """Find where the stream of a run continues; empty if it has none, or if the checkpoint is damaged."""
-    with suppress(OSError, ValueError, LookupError, TypeError):
-        state = json.loads((find_checkpoint(output) / "state.json").read_text(encoding="utf-8"))
-        return [{key: int(each[key]) for key in each} for each in state["extra"]["stream"]]
-    return []
-
-
-def choose_start(output: Path) -> tuple[bool, bool]:
-    """Choose how `--resume=auto` starts: whether it resumes, and whether it overwrites.
-
-    A run that has neither a checkpoint nor a model begins again, because it has nothing to lose. Anything
-    else in the folder is resumed, or refused as without `auto`.
-    """
-    if not is_run(output):
-        return False, False
-    has_result = bool(list_checkpoints(output / "checkpoints")) or (output / "model").exists()
-    return has_result, not has_result
-
-
-def read_finished(output: Path, recipe: Mapping[str, Any]) -> Summary | None:
-    """Read the summary of a finished run; None if it is not finished, or if the recipe makes it longer.
-
-    Args:
-        output: the run folder.
-        recipe: `Recipe.as_dict()`; only its `run.steps`, `run.epochs` and `run.stop_after` are compared.
-    """
-    if not is_finished(output):
-        return None
-    from lisatune.files import yaml
-
-    try:
-        before = yaml.load((output / "recipe.yaml").read_text(encoding="utf-8"))["run"]
-        values = json.loads((output / "summary.json").read_text(encoding="utf-8"))
-        summary: Any = {key: value for key, value in values.items() if value is not None}
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-    ):  # damaged, so it is resumed from its newest checkpoint
-        return None
-    is_as_long = all(before.get(key) == recipe["run"][key] for key in ("steps", "epochs", "stop_after"))
-    return summary if is_as_long else None
 
 
 class SaveClock:
