@@ -65,7 +65,7 @@ def choose(recipe: Recipe, device: torch.device, model: nn.Module, layers: Layer
         dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, compile=True))
     except ValueError:
         return Choice(False, f"not compiled: {recipe.method.name} as it is set cannot run compiled")
-    if ranks.count() > 1 or not _has_triton():
+    if not _has_triton():
         return Choice(False)
     seconds = _planned_seconds(recipe, device, model, layers, data)
     if seconds is None:
@@ -116,7 +116,7 @@ def build_graphs(recipe: Recipe, built: Built, device: torch.device) -> float:
 def _planned_seconds(
     recipe: Recipe, device: torch.device, model: nn.Module, layers: LayerMap, data: RunData
 ) -> float | None:
-    """Estimate the time of all steps, from a step on rows of mean length."""
+    """Estimate the time of all steps, from a step on rows of mean length; on each of several ranks."""
     peak = peak_flops(device)
     num_rows = recipe.run.batch_size * recipe.run.accumulation * data.rows_per_record
     length = round(data.train.num_tokens / len(data.train.rows))
