@@ -8,8 +8,8 @@ import pytest
 
 import tiny_run
 from lisatune.files import yaml
+from lisatune.train.beginning import fix_date
 from lisatune.train.recipe_file import load_recipe
-from lisatune.train.resume import fix_date
 
 
 @pytest.mark.parametrize(
