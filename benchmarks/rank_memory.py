@@ -17,15 +17,14 @@ from lisatune.train.recipe_file import recipe_without_file
 
 LENGTH = 256
 COMPACT = ["run.precision=bf16", "optimizer.moments=8bit", "optimizer.rounding=stochastic"]
+IN_BACKWARD = ["optimizer.in_backward=true", "optimizer.max_grad_norm=null"]
 CASES = {
     "LISA γ=2, bf16": ["method.name=lisa", "method.active=2", "run.precision=bf16"],
     "LISA γ=2, bf16, 8bit, stochastic": ["method.name=lisa", "method.active=2", *COMPACT],
-    "LISA γ=2, bf16, 8bit, stochastic, in backward": [
-        *("method.name=lisa", "method.active=2", *COMPACT),
-        *("optimizer.in_backward=true", "optimizer.max_grad_norm=null"),
-    ],
+    "LISA γ=2, the same, in backward": ["method.name=lisa", "method.active=2", *COMPACT, *IN_BACKWARD],
     "full, bf16": ["method.name=full", "run.precision=bf16"],
     "full, bf16, 8bit, stochastic": ["method.name=full", *COMPACT],
+    "full, the same, in backward": ["method.name=full", *COMPACT, *IN_BACKWARD],
 }
 COMMON = [
     "model.name=smollm2-135m",
