@@ -11,6 +11,7 @@ and exchanges nothing from then on. Its `no_sync()` still saves communication.
 Equal weights are compared before the first step and at every draw, bit by bit as sums of their bits.
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -58,8 +59,9 @@ class GradientExchange:
         if any(group.get("rows") for group in optimizer.param_groups):
             raise ValueError("ends with rows do not work on several ranks yet; leave rows out")
         self._model, self._find_trained = model, find_trained
-        self._is_queued = self._is_due = self._waits = False
-        self._has_compared = False
+        self._queued_in = -1
+        """Number of the backward pass after which gradients were last exchanged."""
+        self._is_due = self._waits = self._has_compared = False
         self._wrapper: Any = None
         self._hooks: list[Any] = [
             p.register_post_accumulate_grad_hook(self._queue)  # type: ignore[no-untyped-call]
@@ -86,7 +88,8 @@ class GradientExchange:
         Raises:
             RuntimeError: they differ; the message begins with `what`.
         """
-        ranks.check_equal(what, [_sum_bits(p.detach()) for p in parameters])
+        sums = repr([_sum_bits(p.detach()) for p in parameters])
+        ranks.check_equal(what, f"the hash {hashlib.blake2b(sums.encode(), digest_size=6).hexdigest()}")
 
     def detach(self) -> None:
         """Remove the hooks, and let a DistributedDataParallel exchange again what it was made for."""
@@ -122,12 +125,13 @@ class GradientExchange:
 
     def _queue(self, parameter: Tensor) -> None:
         """Exchange once this backward pass has ended."""
-        if not self._is_queued:
-            self._is_queued = True
+        number = torch._C._current_graph_task_id()
+        if number != self._queued_in:  # a pass before this one may have failed
+            self._queued_in = number
             Variable._execution_engine.queue_callback(self._after_backward)
 
     def _after_backward(self) -> None:
-        self._is_queued, self._is_due = False, True
+        self._is_due = True
         if not self._waits:
             self._exchange()
 
