@@ -4,8 +4,6 @@ import io
 import json
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -16,10 +14,13 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
+from torch.distributed.run import parse_args
 
+from forks import ended
 from lisatune.cli import app
 from lisatune.compare import measure, processes
 from lisatune.compare.results import read_results
+from rank_launcher import start
 from tiny_run import write_model, write_rows
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -86,9 +87,14 @@ def run_page(name: str, names: dict[str, Any]) -> list[str]:
 
 def run_command(words: list[str]) -> None:
     if words[0] == "torchrun":
-        command = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr
+        asked = parse_args(words[1:])
+        assert asked.module
+        assert (asked.training_script, asked.nproc_per_node) == ("lisatune", "2")
+        # Ranks are forked from this process, and do not start one more for the plan. What a launcher starts
+        # and a plan of ranks are in tests/integration, test_ranks.py and test_rank_plan.py.
+        arguments = [*asked.training_script_args, "run.check_memory=false"]
+        pids = start(2, lambda: app.main(arguments), Path())
+        assert [ended(pid, 120) for pid in pids] == [0, 0], Path("rank-0.log").read_text()
     else:
         assert words[0] == "lisatune"
         assert app.main(words[1:]) == 0, words

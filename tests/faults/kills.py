@@ -23,7 +23,8 @@ from typing import Any
 
 import safetensors.torch
 
-from faults.runs import STEPS, Killer, at_steps, attempt, die, ended, outcome, prepare
+from faults.runs import STEPS, Killer, at_steps, attempt, die, outcome, prepare
+from forks import ended
 from lisatune.runs.manifest import newest_checkpoint
 
 KINDS = ("by the clock", "before a file", "inside a file")

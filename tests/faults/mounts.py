@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from faults import runs
+from forks import ended, forked
 
 NEW_MOUNTS, NEW_USER = 0x00020000, 0x10000000
 READ_ONLY, REMOUNT, BIND, RECURSIVE, PRIVATE = 1, 32, 4096, 16384, 1 << 18
@@ -52,12 +52,12 @@ def can_mount(folder: Path) -> bool:
         Disk(folder / "try", 2**16)
         return 0
 
-    return runs.ended(runs.forked(act, folder / "mount.log", folder)) == 0
+    return ended(forked(act, folder / "mount.log")) == 0
 
 
 def on_a_disk(folder: Path, num_bytes: int, act: Callable[[Disk], int]) -> int:
     """Call something in a forked process that has a disk at `folder`/disk; return its exit code."""
-    code = runs.ended(runs.forked(lambda: act(Disk(folder / "disk", num_bytes)), folder / "log", folder))
+    code = ended(forked(lambda: act(Disk(folder / "disk", num_bytes)), folder / "log"))
     assert code is not None
     return code
 

@@ -2,10 +2,7 @@
 
 import json
 import os
-import select
 import signal
-import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from trl.chat_template_utils import get_training_chat_template  # noqa: F401
 
 import lisatune.train.loop
 import tiny_run
+from forks import forked
 from lisatune.cli import app
 from lisatune.runs.manifest import newest_checkpoint
 
@@ -73,49 +71,19 @@ def attempt(recipe: Path, run: Path, *flags: str, killer: Killer | None = None) 
     """Train in a forked process; return its process number."""
     overrides = json.loads((recipe.parent / "overrides.json").read_text())
     command = ["train", str(recipe), f"run.output={run}", *overrides, *flags]
-    return forked(lambda: app.main(command), run.with_name(run.name + ".log"), run, killer)
+
+    def act() -> int:
+        if killer is not None:
+            killer(run)
+        return app.main(command)
+
+    return forked(act, run.with_name(run.name + ".log"))
 
 
 def train(recipe: Path, run: Path, *flags: str) -> int:
     """Train in this process; return the exit code."""
     overrides = json.loads((recipe.parent / "overrides.json").read_text())
     return app.main(["train", str(recipe), f"run.output={run}", *overrides, *flags])
-
-
-def forked(act: Callable[[], int], log: Path, run: Path, killer: Killer | None = None) -> int:
-    """Call a function in a forked process whose output goes to a file; its result is the exit code."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 70
-    try:
-        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
-        sys.stdout = sys.__stdout__ = os.fdopen(1, "w", buffering=1, closefd=False)
-        sys.stderr = sys.__stderr__ = os.fdopen(2, "w", buffering=1, closefd=False)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if killer is not None:
-            killer(run)
-        code = act()
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
-
-
-def ended(pid: int, within: float | None = None) -> int | None:
-    """Wait for a process; return its exit code, negative for a signal, or None if it still runs."""
-    watched = os.pidfd_open(pid)
-    try:
-        if not select.select([watched], [], [], within)[0]:
-            return None
-    finally:
-        os.close(watched)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def die() -> None:

@@ -12,6 +12,7 @@ import pytest
 from faults import kills, mounts, runs
 from faults.kills import assert_as_undisturbed
 from faults.runs import at_steps, train
+from forks import ended
 from lisatune.runs.manifest import FILES
 
 TWO = "run.save_every=2"
@@ -102,11 +103,11 @@ def test_a_file_that_may_not_grow_any_more_leaves_the_checkpoint_before(
     def limit(run: Path) -> None:
         at_steps(_2=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
 
-    assert runs.ended(runs.attempt(series.recipe, run, TWO, killer=limit)) == 2
+    assert ended(runs.attempt(series.recipe, run, TWO, killer=limit)) == 2
     log = tmp_path / "run.log"
     assert "File too large" in log.read_text().splitlines()[-1]
     assert_intact(run, "step-000002", log)
-    assert runs.ended(runs.attempt(series.recipe, run, "--resume")) == 0
+    assert ended(runs.attempt(series.recipe, run, "--resume")) == 0
     assert_as_undisturbed(series, run)
 
 
@@ -142,9 +143,7 @@ def test_a_damaged_checkpoint_is_passed_over_in_one_line(
     run = tmp_path / "run"
     if not (series.folder / "cut").exists():
         killer = kills.before_step(6)
-        assert (
-            runs.ended(runs.attempt(series.recipe, series.folder / "cut", killer=killer)) == -signal.SIGKILL
-        )
+        assert ended(runs.attempt(series.recipe, series.folder / "cut", killer=killer)) == -signal.SIGKILL
     shutil.copytree(series.folder / "cut", run)
     newest = run / "checkpoints" / "step-000006"
     damage(newest / name)

@@ -16,6 +16,7 @@ import pytest
 
 import tiny_run
 from faults import kills, runs
+from forks import ended
 from lisatune.cli import app
 from lisatune.runs.manifest import set_aside
 
@@ -137,7 +138,7 @@ def test_data_that_could_be_a_pickle_is_refused(name: str, recipe: Path, refused
 
 def test_a_checkpoint_can_neither_lead_out_of_its_folder_nor_be_a_link(tmp_path: Path) -> None:
     recipe, run = runs.prepare(tmp_path, "lisa"), tmp_path / "run"
-    assert runs.ended(runs.attempt(recipe, run, killer=kills.before_step(4))) == -signal.SIGKILL
+    assert ended(runs.attempt(recipe, run, killer=kills.before_step(4))) == -signal.SIGKILL
     newest, before = (run / "checkpoints" / f"step-00000{step}" for step in (4, 3))
     manifest = json.loads((newest / "manifest.json").read_text())
     outside = shutil.copytree(newest, tmp_path / "outside")
@@ -149,13 +150,13 @@ def test_a_checkpoint_can_neither_lead_out_of_its_folder_nor_be_a_link(tmp_path:
     shutil.rmtree(before)
     before.symlink_to(outside)  # an intact checkpoint in another place
     kept = {path: path.read_bytes() for path in outside.iterdir()}
-    assert runs.ended(runs.attempt(recipe, run, "--resume")) == 2  # only these two were kept
+    assert ended(runs.attempt(recipe, run, "--resume")) == 2  # only these two were kept
     log = (tmp_path / "run.log").read_text().splitlines()[-1]
     assert log.endswith(
         f"there is no complete checkpoint in {run}; name another run.output to start a new run"
     )
     set_aside(newest)
-    assert runs.ended(runs.attempt(recipe, run, "--overwrite")) == 0
+    assert ended(runs.attempt(recipe, run, "--overwrite")) == 0
     assert {path: path.read_bytes() for path in outside.iterdir()} == kept
 
 

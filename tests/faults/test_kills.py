@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from faults import kills, runs
+from forks import ended
 
 
 @pytest.mark.parametrize("variant", ["lisa", "lisa, packed, evaluated", "lisa, codes, exact weights on disk"])
@@ -27,9 +28,9 @@ def test_a_run_killed_while_it_starts_or_overwrites_can_be_started_again(tmp_pat
     for begun in ("never", "before"):
         for change in (2, 3, 5, 8):  # lock, recipe, environment, metrics; or old files, one by one
             flags = ["--overwrite"] if begun == "before" else []
-            code = runs.ended(runs.attempt(recipe, run, *flags, killer=kills.before_file(change)))
+            code = ended(runs.attempt(recipe, run, *flags, killer=kills.before_file(change)))
             assert code == -signal.SIGKILL
-            code = runs.ended(runs.attempt(recipe, run, "--overwrite", "run.steps=4"))
+            code = ended(runs.attempt(recipe, run, "--overwrite", "run.steps=4"))
             assert code == 0, run.with_name("run.log").read_text()
             assert [path.name for path in run.iterdir() if ".tmp" in path.name] == []
             if begun == "never":

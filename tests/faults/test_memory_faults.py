@@ -14,6 +14,7 @@ import lisatune.train.loop
 from faults import kills, runs
 from faults.kills import assert_as_undisturbed
 from faults.runs import at_steps, train
+from forks import ended
 from lisatune.memory.check import is_out_of_memory
 from lisatune.memory.process import limit_bytes
 
@@ -62,11 +63,11 @@ def test_a_limit_on_the_process_is_one_sentence_and_costs_no_checkpoint(
         at_steps(_2=ALLOCATIONS[kind])
 
     run, log = tmp_path / "run", tmp_path / "run.log"
-    assert runs.ended(runs.attempt(series.recipe, run, killer=limit)) == 2, log.read_text()
+    assert ended(runs.attempt(series.recipe, run, killer=limit)) == 2, log.read_text()
     line = log.read_text().splitlines()[-1]
     assert line.startswith("lisatune: error: memory ran out (")
     assert line.endswith("; the limit is True")
-    assert runs.ended(runs.attempt(series.recipe, run, "--resume")) == 0
+    assert ended(runs.attempt(series.recipe, run, "--resume")) == 0
     assert_as_undisturbed(series, run)
 
 

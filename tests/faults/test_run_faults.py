@@ -19,6 +19,7 @@ import lisatune.train.loop
 from faults import kills, runs
 from faults.kills import assert_as_undisturbed
 from faults.runs import at_steps, train
+from forks import ended
 from lisatune.methods.step import TrainingStep
 
 Say = Callable[[], str]
@@ -90,10 +91,10 @@ def test_sigterm_saves_and_ends_with_143_and_the_run_goes_on_bit_equal(
 ) -> None:
     run, log = tmp_path / "run", tmp_path / "run.log"
     pid = runs.attempt(series.recipe, run, "run.save_every=null", killer=lambda run: term_in(function, call))
-    assert runs.ended(pid, within=60) == 143
+    assert ended(pid, within=60) == 143
     assert log.read_text().splitlines()[-1].startswith(f"lisatune: {says}")
     flags = ["--resume"] if resumes else ["--overwrite"] if run.exists() else []
-    assert runs.ended(runs.attempt(series.recipe, run, *flags)) == 0, log.read_text()
+    assert ended(runs.attempt(series.recipe, run, *flags)) == 0, log.read_text()
     assert_as_undisturbed(series, run)
 
 
@@ -107,7 +108,7 @@ def test_sigterm_from_outside_ends_the_process_within_ten_seconds(
     )
     assert os.read(read, 1) == b"."
     os.kill(pid, signal.SIGTERM)
-    assert runs.ended(pid, within=10) == 143
+    assert ended(pid, within=10) == 143
     assert "which is saved" in (tmp_path / "run.log").read_text().splitlines()[-1]
 
 
@@ -116,11 +117,11 @@ def test_a_second_sigterm_stops_at_once(series: kills.Series, tmp_path: Path) ->
         at_steps(_2=lambda: (term(), term()))
 
     run = tmp_path / "run"
-    assert runs.ended(runs.attempt(series.recipe, run, killer=twice)) == 143
+    assert ended(runs.attempt(series.recipe, run, killer=twice)) == 143
     last = run / "checkpoints" / "step-000002"
     line = (tmp_path / "run.log").read_text().splitlines()[-1]
     assert line == f"lisatune: stopped at once; resume from {last} with the same command and --resume"
-    assert runs.ended(runs.attempt(series.recipe, run, "--resume")) == 0
+    assert ended(runs.attempt(series.recipe, run, "--resume")) == 0
     assert_as_undisturbed(series, run)
 
 
@@ -159,8 +160,8 @@ def test_a_held_out_loss_is_logged_once_however_the_run_was_killed(
 
     killer = die_at_the_end if "last" in when else kills.before_step(6)
     run = tmp_path / "run"
-    assert runs.ended(runs.attempt(series.recipe, run, killer=killer)) == -signal.SIGKILL
-    assert runs.ended(runs.attempt(series.recipe, run, "--resume")) == 0
+    assert ended(runs.attempt(series.recipe, run, killer=killer)) == -signal.SIGKILL
+    assert ended(runs.attempt(series.recipe, run, "--resume")) == 0
     assert_as_undisturbed(series, run)
 
 
@@ -187,7 +188,7 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_dead(
         assert files(run) == before
     finally:
         os.kill(pid, signal.SIGKILL)
-        assert runs.ended(pid) == -signal.SIGKILL
+        assert ended(pid) == -signal.SIGKILL
     monkeypatch.undo()
     assert train(series.recipe, run, "--resume") == 0
     assert_as_undisturbed(series, run)
@@ -205,14 +206,12 @@ def test_a_clock_that_jumps_changes_nothing(series: kills.Series, tmp_path: Path
         time.time_ns = lambda: int(time.time() * 1e9)
 
     assert (
-        runs.ended(
-            runs.attempt(series.recipe, run, killer=lambda run: (jump(run), kills.before_step(5)(run)))
-        )
+        ended(runs.attempt(series.recipe, run, killer=lambda run: (jump(run), kills.before_step(5)(run))))
         == -9
     )
     for age, path in enumerate(sorted((run / "checkpoints").iterdir())):
         os.utime(path, (age * -1e6 + 1e9, age * -1e6 + 1e9))  # the newest is the oldest by its date
-    assert runs.ended(runs.attempt(series.recipe, run, "--resume", killer=jump)) == 0
+    assert ended(runs.attempt(series.recipe, run, "--resume", killer=jump)) == 0
     assert_as_undisturbed(series, run)
 
 

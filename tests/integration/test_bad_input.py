@@ -7,8 +7,6 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import lisatune.train.loop
 import tiny_run
+from forks import ended, forked
 from lisatune.cli.app import main
 from lisatune.losses.causal_lm import CausalLMLoss
 from lisatune.runs.manifest import newest_checkpoint
@@ -532,28 +531,22 @@ NOTICE = "\nlisatune: stopping after this step; Ctrl-C again stops at once\n"
 
 
 def test_ctrl_c_saves_and_the_resumed_run_ends_bit_equal(recipe: Path) -> None:
-    steps = "run.steps=120"
+    steps, log = "run.steps=100", recipe.parent / "log"
     straight = trained(recipe, "straight", steps)
-    command = [sys.executable, "-m", "lisatune", "train", str(recipe), steps]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("step "):
-                break
-        process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    notice, outcome = error.splitlines()[-2:]  # other packages may write before
+    log.touch()
+    pid = forked(lambda: main(["train", str(recipe), steps]), log)
+    while "\nstep " not in log.read_text():
+        assert ended(pid, 0.01) is None, log.read_text()
+    os.kill(pid, signal.SIGINT)
+    assert ended(pid, 60) == 130
+    notice, outcome = (line for line in log.read_text().splitlines() if line.startswith("lisatune: "))
     assert notice == NOTICE.strip()
     assert outcome.startswith("lisatune: stopped after step ")
-    assert " of 120, which is saved; resume from " in outcome
+    assert " of 100, which is saved; resume from " in outcome
     assert outcome.endswith(" with the same command and --resume")
     checkpoint = newest_checkpoint(recipe.parent / "run" / "checkpoints")
     assert checkpoint is not None
-    assert f"after step {int(checkpoint.name.removeprefix('step-'))} of" in error
+    assert f"after step {int(checkpoint.name.removeprefix('step-'))} of" in outcome
     assert_equal(trained(recipe, "run", steps, "--resume"), straight)
 
 

@@ -8,14 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
+import lisatune.memory.check
+import lisatune.memory.fit
 import lisatune.train.assemble
 import tiny_run
 from lisatune.cli.app import main
 from lisatune.memory import process
 from lisatune.memory.check import MemoryCheck
+from lisatune.memory.fit import Fit
 from lisatune.memory.plan import plan_memory
 from lisatune.models.load import load_model
 from lisatune.train.recipe_file import load_recipe
+from plans import PlansOnce
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +32,18 @@ def recipe(model: Path, tmp_path: Path) -> Path:
     return tiny_run.write_recipe(tmp_path, model, tiny_run.write_rows(tmp_path / "rows.jsonl"), plans=True)
 
 
+@pytest.fixture(scope="module")
+def plans() -> PlansOnce:
+    """The plans of all tests of this file."""
+    return PlansOnce()
+
+
+@pytest.fixture(autouse=True)
+def planned_once(plans: PlansOnce, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lisatune.memory.check, "plan_memory", plans)
+    monkeypatch.setattr(lisatune.memory.fit, "plan_memory", plans)
+
+
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """What is free on a kind of device, to be set."""
@@ -36,10 +52,18 @@ def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return sizes
 
 
+def needed_by(recipe: Path) -> int:
+    """Bytes that a run needs by its plan."""
+    check = MemoryCheck(load_recipe(recipe))
+    lisatune.train.assemble.assemble(check.recipe, before_load=check.before_load)
+    assert check.plan is not None
+    return check.plan.needed_bytes
+
+
 def test_a_run_that_does_not_fit_stops_before_its_weights_load(
     recipe: Path, free: dict[str, int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    free["cpu"] = plan_memory(load_recipe(recipe)).needed_bytes // 2
+    free["cpu"] = int(0.95 * needed_by(recipe))
     monkeypatch.setattr(lisatune.train.assemble, "load_model", lambda *_, **__: pytest.fail("loaded"))
     before = sorted(recipe.parent.iterdir())
     assert main(["train", str(recipe)]) == 2
@@ -53,10 +77,7 @@ def test_a_run_that_does_not_fit_stops_before_its_weights_load(
 def test_what_the_refusal_advises_runs(
     recipe: Path, free: dict[str, int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    check = MemoryCheck(load_recipe(recipe))
-    lisatune.train.assemble.assemble(check.recipe, before_load=check.before_load)
-    assert check.plan is not None
-    free["cpu"] = int(0.95 * check.plan.needed_bytes)
+    free["cpu"] = int(0.95 * needed_by(recipe))
     assert main(["train", str(recipe)]) == 2
     error = capsys.readouterr().err
     overrides = error.partition(" with ")[2].partition(": needs")[0].split()
@@ -64,11 +85,16 @@ def test_what_the_refusal_advises_runs(
     assert main(["train", str(recipe), *overrides]) == 0
 
 
-def test_a_refused_overwrite_leaves_the_run_that_is_there(recipe: Path, free: dict[str, int]) -> None:
+def test_a_refused_overwrite_leaves_the_run_that_is_there(
+    recipe: Path, free: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert main(["train", str(recipe)]) == 0
     output = recipe.parent / "run"
     before = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
     free["cpu"] = 1000
+    # A search in which nothing fits takes ten seconds; tests/unit/memory/test_fit.py has it.
+    nothing = Fit(1000, False, {}, (), plan_memory(load_recipe(recipe)))
+    monkeypatch.setattr(lisatune.memory.check, "find_fit", lambda *_, **__: nothing)
     assert main(["train", str(recipe), "--overwrite"]) == 2
     assert {file: file.read_bytes() for file in output.rglob("*") if file.is_file()} == before
 
@@ -153,7 +179,8 @@ def test_a_defect_of_the_plan_stops_no_run(recipe: Path, monkeypatch: pytest.Mon
     assert check.outcome(torch.device("cpu")).keys() == {"peak_bytes"}
 
 
-def test_planning_a_tiny_run_takes_less_than_a_second(recipe: Path) -> None:
+def test_planning_a_tiny_run_takes_less_than_a_second(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lisatune.memory.check, "plan_memory", plan_memory)
     asked = load_recipe(recipe)
     seconds = []
     for _ in range(3):

@@ -76,7 +76,7 @@ def results(recipes: dict[str, Path]) -> dict[str, tuple[Any, list[Any]]]:
         jobs.append({"measured": str(path), "overrides": keys, "blocks": plans[name].active_blocks})
     memory = {"recipe": str(recipes["lisa"]), "overrides": ["run.samples=0"]}
     refused = ["run.samples=0", f"run.output={recipes['lisa'].parent / 'refused'}"]
-    jobs += [memory, memory | {"overrides": refused, "free_bytes": 100_000}]
+    jobs += [memory, memory | {"overrides": refused, "free_bytes": 100_000, "plan": plans["lisa"].as_dict()}]
     done = map(list, zip(*launch(2, recipes["lisa"].parent, jobs), strict=True))
     return dict(
         zip([*CASES, "train", "too large"], zip([*plans.values(), 0, 0], done, strict=True), strict=True)

@@ -9,25 +9,25 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
+from accelerate.commands.launch import launch_command, launch_command_parser
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import rank_worker
 import tiny_run
+from forks import ended, forked
+from lisatune.cli import app
 from lisatune.files.parts import open_tensors
 from lisatune.models.load import stored_dtype
 from lisatune.train.loop import train
 from lisatune.train.recipe_file import load_recipe
-from rank_launcher import launch
+from rank_launcher import launch, start
 
 PLAIN = ["optimizer.eps=1e-3", "run.samples=0", "run.check_memory=false"]
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
@@ -330,16 +330,31 @@ def test_the_written_model_is_a_plain_folder(runs: Runs, two: dict[str, Any]) ->
     AutoModelForCausalLM.from_pretrained(folder)
 
 
-def test_accelerate_starts_the_same_ranks(runs: Runs, two: dict[str, Any]) -> None:
-    job = runs.job("accelerate", HALF)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--main_process_port", "0", "-m", "lisatune", "train", job["recipe"], *job["overrides"]]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=120, check=False, cwd=runs.folder
+def test_ranks_that_accelerate_starts_train_the_same(runs: Runs, two: dict[str, Any]) -> None:
+    """Accelerate, and torchrun in it, starts processes that note their environment; our ranks get it."""
+    job, folder = runs.job("accelerate", HALF), runs.folder / "accelerated"
+    folder.mkdir()
+    note = folder / "note.py"
+    note.write_text(
+        "import json, os, pathlib, sys\n"
+        "file = pathlib.Path(sys.argv[1], os.environ['RANK'] + '.json')\n"
+        "file.write_text(json.dumps(dict(os.environ)))\n"
     )
-    assert done.returncode == 0, done.stderr
+    command = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    command += ["--dynamo_backend", "no", "--main_process_port", "0", str(note), str(folder)]
+
+    def accelerate() -> int:
+        launch_command(launch_command_parser().parse_args(command))
+        return 0
+
+    log = folder / "accelerate.log"
+    assert ended(forked(accelerate, log), within=120) == 0, log.read_text()
+    noted = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    for each in noted:
+        assert each["WORLD_SIZE"] == "2"
+        each["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # the launcher's store ended with it
+    pids = start(2, lambda: app.main(["train", job["recipe"], *job["overrides"]]), folder, noted)
+    assert [ended(pid, within=120) for pid in pids] == [0, 0], (folder / "rank-0.log").read_text()
     summary = json.loads((runs.folder / "accelerate" / "summary.json").read_text())
     assert summary["peak_state_elements"] == two["fsdp"][0]["peak_state_elements"]
     for key, weight in runs.weights("two-fsdp").items():
@@ -347,24 +362,23 @@ def test_accelerate_starts_the_same_ranks(runs: Runs, two: dict[str, Any]) -> No
 
 
 def test_a_rank_that_dies_ends_the_run_with_a_message(runs: Runs) -> None:
-    job = runs.job("dies", HALF, "run.steps=100000")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "lisatune", "train", job["recipe"], *job["overrides"]]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    log = runs.folder / "dies.log"
-    with log.open("w") as out, subprocess.Popen(command, env=environment, stdout=out, stderr=out) as process:
-        try:
-            metrics = runs.folder / "dies" / "metrics.jsonl"
-            deadline = time.monotonic() + 60
-            while not (metrics.exists() and metrics.read_text().count("\n") > 3):
-                assert time.monotonic() < deadline, log.read_text()
-                time.sleep(0.1)
-            children = psutil.Process(process.pid).children()
-            victim = next(each for each in children if each.environ().get("RANK") == "1")
-            victim.send_signal(signal.SIGKILL)
-            assert process.wait(timeout=45) != 0
-        finally:
-            for each in psutil.Process(process.pid).children() if process.poll() is None else ():
-                each.kill()
-            process.kill()
-    assert "rank 0 lost another rank and cannot continue alone" in log.read_text()
+    job, folder = runs.job("dies", HALF, "run.steps=100000"), runs.folder / "dying"
+    folder.mkdir()
+    pids = start(2, lambda: app.main(["train", job["recipe"], *job["overrides"]]), folder)
+    try:
+        metrics = runs.folder / "dies" / "metrics.jsonl"
+        deadline = time.monotonic() + 60
+        while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+            assert time.monotonic() < deadline, (folder / "rank-0.log").read_text()
+            time.sleep(0.05)
+        os.kill(pids[1], signal.SIGKILL)
+        assert ended(pids.pop(), within=45) == -signal.SIGKILL
+        code = ended(pids[0], within=45)
+        assert code is not None, "rank 0 hangs"
+        pids.clear()
+        assert code != 0
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+            ended(pid)
+    assert "rank 0 lost another rank and cannot continue alone" in (folder / "rank-0.log").read_text()

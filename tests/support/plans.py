@@ -1,5 +1,6 @@
 """Plans of memory that are made once for each recipe: a search asks for the same ones in many tests."""
 
+from dataclasses import replace
 from typing import Any
 
 from lisatune.memory.plan import MemoryPlan, plan_memory
@@ -14,13 +15,10 @@ class PlansOnce:
 
     def __call__(self, recipe: Recipe, **options: Any) -> MemoryPlan:
         """Plan, or return the plan that was made before."""
-        # A search names the defaults.
+        # A search names the defaults. Rows and run folder are not read.
         named = {"ranks": 1, "length": recipe.data.max_length} | options
-        key = repr((recipe, sorted(named.items())))
+        data, run = replace(recipe.data, train=""), replace(recipe.run, output=None)
+        key = repr((replace(recipe, data=data, run=run), sorted(named.items())))
         if key not in self._made:
             self._made[key] = plan_memory(recipe, **options)
         return self._made[key]
-
-    def forget(self) -> None:
-        """Plan everything anew, for a test that changes what can be planned."""
-        self._made.clear()

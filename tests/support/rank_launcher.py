@@ -1,47 +1,75 @@
-"""Starts the ranks of a test over gloo, without a launcher."""
+"""Starts the ranks of a test over gloo, without a launcher: forked from this process."""
 
 import json
 import os
 import signal
 import socket
-import subprocess
 import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-SUPPORT = Path(__file__).parent
+import rank_worker
+from forks import ended, forked
+
+
+def start(
+    count: int, act: Callable[[], int], folder: Path, environments: Sequence[Mapping[str, str]] = ()
+) -> list[int]:
+    """Call a function on `count` ranks, whose output goes to `folder`/rank-N.log.
+
+    Args:
+        count: number of ranks.
+        act: what each does; the result is its exit code.
+        folder: gets their output.
+        environments: variables that each has beside those that name its rank and port.
+
+    Returns:
+        The numbers of their processes.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def rank() -> int:
+        warnings.resetwarnings()  # a process of its own would not make errors of them
+        if "accelerate" in sys.modules:  # an earlier test may have used it in one process
+            from accelerate.state import AcceleratorState, PartialState
+
+            PartialState._reset_state()
+            AcceleratorState._reset_state(reset_partial_state=True)
+        return act()
+
+    port_and_count = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    pids = []
+    for number in range(count):
+        given = environments[number] if environments else {}
+        own = {"RANK": str(number), "LOCAL_RANK": str(number)}
+        pids.append(forked(rank, folder / f"rank-{number}.log", {**given, **port_and_count, **own}))
+    return pids
 
 
 def launch(
     count: int, folder: Path, jobs: list[dict[str, Any]], *, dies: int | None = None
 ) -> list[list[Any]]:
-    """Make the jobs on `count` ranks; return each rank's results.
+    """Make the jobs of `rank_worker` on `count` ranks; return each rank's results.
 
     The rank `dies` is killed in the last job, of which it then has the result None.
     """
     path = folder / f"jobs-{count}.json"
     path.write_text(json.dumps(jobs))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = os.environ | {"PYTHONPATH": os.pathsep.join([str(SUPPORT), *sys.path])}
-    common |= {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SUPPORT / "rank_worker.py"), str(path)],
-            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(count)
-    ]
+    running = dict(enumerate(start(count, lambda: rank_worker.main(path), folder)))
     try:
-        texts = [process.communicate(timeout=400)[0] for process in processes]
+        for number in list(running):
+            code = ended(running[number], 400)
+            log = (folder / f"rank-{number}.log").read_text()
+            assert code is not None, f"rank {number} hangs: {log}"
+            del running[number]
+            assert code == (-signal.SIGKILL if number == dies else 0), log
     finally:
-        for process in processes:
-            process.kill()
-    expected = [-signal.SIGKILL if rank == dies else 0 for rank in range(count)]
-    assert [process.returncode for process in processes] == expected, "\n".join(texts)
-    results = [json.loads(path.with_name(f"{path.name}.{rank}").read_text()) for rank in range(count)]
+        for pid in running.values():
+            os.kill(pid, signal.SIGKILL)
+            ended(pid)
+    results = [json.loads(path.with_name(f"{path.name}.{number}").read_text()) for number in range(count)]
     return [[*each, *[None] * (len(jobs) - len(each))] for each in results]

@@ -1,9 +1,8 @@
 """One rank of a test: makes the runs and checks that a file lists, and writes down what came of them.
 
-    RANK=0 WORLD_SIZE=2 … python tests/support/rank_worker.py JOBS.json
-
 A job is {"recipe": path, "overrides": […], "flags": {…}}, or {"check": "draws"}; with "free_bytes" so much
-memory is found free. Results go to JOBS.json.RANK.
+memory is found free, and "plan" is what a process of its own would have planned. Results go to
+JOBS.json.RANK.
 """
 
 import errno
@@ -11,7 +10,6 @@ import json
 import os
 import random
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -279,6 +277,9 @@ def measured(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def work(job: dict[str, Any]) -> Any:
+    if "plan" in job:
+        with mock.patch("lisatune.memory.check._plan_in_new_process", return_value=job.pop("plan")):
+            return work(job)
     if "free_bytes" in job:
         with mock.patch("lisatune.memory.process.available_bytes", return_value=job.pop("free_bytes")):
             return work(job)
@@ -307,9 +308,8 @@ def work(job: dict[str, Any]) -> Any:
     return checks[job["check"]]()
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    jobs = Path(sys.argv[1])
+def main(jobs: Path) -> int:
+    """Make the jobs of a file as the rank that the environment names."""
     results = []
     out = jobs.with_name(f"{jobs.name}.{os.environ.get('RANK', '0')}")
     with ranks.process_group("cpu"):
@@ -321,7 +321,4 @@ def main() -> None:
             out.write_text(json.dumps(results))
             if "saving" in job:  # the last job: without rank 1 the group cannot end in good order
                 os._exit(0)
-
-
-if __name__ == "__main__":
-    main()
+    return 0

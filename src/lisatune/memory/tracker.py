@@ -26,6 +26,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -253,7 +254,7 @@ class StorageTracker(TorchDispatchMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if function is ASKS_DEVICE:
-            return function(*args, **(kwargs or {}))
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else function(*args)
         if self._in_place:  # by now, the tensor that the last operation replaced is freed
             self._note_peak()
         self._find_phase()

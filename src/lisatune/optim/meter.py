@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lisatune.distributed.shards import local_part
+from lisatune.distributed.shards import is_sharded, local_part
 from lisatune.optim.adamw import AdamW
 from lisatune.optim.state import is_host_state
 
@@ -45,11 +45,15 @@ def state_elements(optimizer: Optimizer) -> int:
         for key, value in state.items()
         if isinstance(value, torch.Tensor)
         and (
-            value.shape == local_part(parameter).shape
+            value.shape == _local_shape(parameter)
             or (value.ndim == 2 and ("row_ids" in state or ("basis" in state and key != "basis")))
         )
         and key not in lasting
     )
+
+
+def _local_shape(parameter: Tensor) -> torch.Size:
+    return local_part(parameter).shape if is_sharded(parameter) else parameter.shape
 
 
 class StateMeter:

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from forks import ended, forked
 from lisatune.data import store
 from lisatune.data.cache import clear, list_entries
 from lisatune.data.records import RecordReader
@@ -147,48 +146,36 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
-SLOW = """
-import os, sys, time
-from pathlib import Path
-from lisatune.data import store
-from lisatune.data.records import RecordReader
-from tiny_text import CHATML, byte_tokenizer
-encode = store.encode
-def slow(*args, **kwargs):
-    yield from encode(*args, **kwargs)
-    Path(sys.argv[3]).touch()
-    time.sleep(float(sys.argv[4]))
-    Path(sys.argv[3]).with_name("ended").touch()
-store.encode = slow
-reader = RecordReader(sys.argv[1])
-found = store.prepare_source(reader, byte_tokenizer(CHATML), folder=Path(sys.argv[2]))
-"""
-
-
-def start(folder: Path, seconds: float) -> "subprocess.Popen[str]":
+def start(folder: Path, seconds: float) -> int:
     """Begin to prepare in another process; return when it is in the middle of writing."""
-    support = Path(__file__).parents[2] / "support"
-    path = os.pathsep.join([str(support), *sys.path])
-    sign = folder / "begun"
-    arguments = [str(folder / "rows.jsonl"), str(folder / "cache"), str(sign), str(seconds)]
-    run = subprocess.Popen(
-        [sys.executable, "-c", SLOW, *arguments], env=os.environ | {"PYTHONPATH": path}, text=True
-    )
+    sign, encode = folder / "begun", store.encode
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        yield from encode(*args, **kwargs)
+        sign.touch()
+        time.sleep(seconds)
+        (folder / "ended").touch()
+
+    def act() -> int:
+        store.encode = slow
+        prepare(folder / "rows.jsonl", folder / "cache")
+        return 0
+
+    pid = forked(act, folder / "log")
     while not sign.exists():
-        assert run.poll() is None
-        time.sleep(0.02)
-    return run
+        assert ended(pid, 0.02) is None, (folder / "log").read_text()
+    return pid
 
 
 def test_a_kill_in_the_middle_leaves_no_entry_and_the_next_run_cleans_up(
     tmp_path: Path, counted: list[str]
 ) -> None:
     file = write_rows(tmp_path / "rows.jsonl")
-    run = start(tmp_path, 600)
+    pid = start(tmp_path, 600)
     assert list_entries(tmp_path / "cache") == []
     assert clear(tmp_path / "cache")[1] != []  # it is being made
-    run.send_signal(signal.SIGKILL)
-    run.wait()
+    os.kill(pid, signal.SIGKILL)
+    ended(pid)
     assert [path.name[0] for path in (tmp_path / "cache").iterdir() if path.is_dir()] == ["."]
     fresh = hash_of(prepare(file, tmp_path / "other"))
     assert hash_of(prepare(file, tmp_path / "cache")) == fresh
@@ -199,10 +186,10 @@ def test_a_second_run_waits_for_the_first_and_takes_its_tokens(
     tmp_path: Path, counted: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write_rows(tmp_path / "rows.jsonl")
-    run = start(tmp_path, 0.3)
+    pid = start(tmp_path, 0.3)
     prepared = prepare(file, tmp_path / "cache")
     assert (tmp_path / "ended").exists()
-    assert run.wait() == 0
+    assert ended(pid) == 0
     assert counted == []
     assert len(prepared.documents) == 12
     assert "waiting for another process, which prepares" in capsys.readouterr().out

@@ -92,8 +92,7 @@ def test_contradictions_and_unknown_words_are_refused_in_one_sentence(text: str,
 # ---- what trains when
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize(("state", "tied"), [*((state, True) for state in STATES), ("drop", False)])
 @pytest.mark.parametrize("ends", ["train", "head", "frozen", "every:2", "every:3", "head+every:2"])
 def test_gradients_state_and_motion_are_those_of_the_policy_in_each_period(
     ends: str, state: str, tied: bool
@@ -105,7 +104,7 @@ def test_gradients_state_and_motion_are_those_of_the_policy_in_each_period(
     if "head" in ends and not tied:
         trained.remove(embedding)
     every = int(ends[-1]) if "every" in ends else 1
-    for period in range(5):
+    for period in range(4):
         wanted = block_names(lisa, model)
         if ends != "frozen" and period % every == 0:
             wanted |= trained
@@ -120,7 +119,7 @@ def test_gradients_state_and_motion_are_those_of_the_policy_in_each_period(
             optimizer.step()
             optimizer.zero_grad()
         assert tiny.moved(before, model) == wanted
-    assert lisa.periods_proven == 5
+    assert lisa.periods_proven == 4
 
 
 @pytest.mark.parametrize("ends", ["every:2", "head+every:2", "head", "frozen"])
@@ -311,14 +310,19 @@ class Run:
 @pytest.mark.parametrize("ends", ["every:2", "head", "head+every:3"])
 def test_resume_is_bit_equal_in_every_period(ends: str, state: str) -> None:
     run = Run(ends, state)
-    saves: list[bytes] = []
-    tiny.fit(run.model, run.optimizer, 13, after=lambda step: saves.append(run.save()))
-    for step in (1, 3, 4, 6, 8):
+    saves: dict[int, bytes] = {}
+
+    def after(step: int) -> None:
+        if step in (3, 4, 8):  # at a draw, where the ends rest, and where some train again
+            saves[step] = run.save()
+
+    tiny.fit(run.model, run.optimizer, 11, after=after)
+    for step, saved in saves.items():
         resumed = Run(ends, state, seed=1)
-        resumed.load(saves[step - 1])
+        resumed.load(saved)
         flags = {name for name, p in resumed.model.named_parameters() if p.requires_grad}
         assert flags == names_of(resumed.model, resumed.lisa.trainable_parameters())
-        tiny.fit(resumed.model, resumed.optimizer, range(step, 13))
+        tiny.fit(resumed.model, resumed.optimizer, range(step, 11))
         tiny.assert_same_weights(resumed.model, run.model)
         assert resumed.lisa.periods_proven == run.lisa.periods_proven
 

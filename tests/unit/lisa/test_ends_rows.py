@@ -70,14 +70,15 @@ def test_resume_is_bit_equal_in_every_period(ends: str, state: str) -> None:
     def save(step: int) -> None:
         file = io.BytesIO()
         torch.save((model.state_dict(), optimizer.state_dict()), file)
-        saves.append(file.getvalue())
+        if step in (3, 5, 7):
+            saves[step] = file.getvalue()
 
-    saves: list[bytes] = []
+    saves: dict[int, bytes] = {}
     model, optimizer, _ = start(ends, state=state)
     tiny.fit(model, optimizer, 11, after=save)
-    for step in (1, 3, 5, 7):
+    for step, kept in saves.items():
         resumed, again, _ = start(ends, seed=1, state=state)
-        for each, saved in zip((resumed, again), torch.load(io.BytesIO(saves[step - 1])), strict=True):
+        for each, saved in zip((resumed, again), torch.load(io.BytesIO(kept)), strict=True):
             each.load_state_dict(saved)
         tiny.fit(resumed, again, range(step, 11))
         tiny.assert_same_weights(resumed, model)
@@ -152,7 +153,7 @@ def test_plan_reserves_a_row_for_each_token_of_a_step(accumulation: int, rows: i
             method=Lisa(ends=ends, active=1),
             run=RunConfig(precision="fp32", batch_size=2, steps=20, accumulation=accumulation, device="cpu"),
         )
-        return lisatune.memory.plan.plan_memory(recipe, config=tiny.llama().config)
+        return lisatune.memory.plan.plan_memory(recipe, config=tiny.llama(blocks=2).config)
 
     sparse, dense = plan("rows"), plan("train")
     assert sparse.kind == "traced", sparse.note

@@ -48,22 +48,24 @@ class Run:
         for part, state in zip((self.model, self.optimizer, self.schedule), parts, strict=True):
             part.load_state_dict(state)
 
-    def fit(self, first: int, end: int) -> list[bytes]:
-        saves = []
+    def fit(self, first: int, end: int, *, saves: bool = False) -> list[bytes]:
+        """Train; return what it would save after each step, if asked."""
+        made = []
 
         def after(step: int) -> None:
             self.schedule.step()
-            saves.append(self.save())
+            if saves:
+                made.append(self.save())
 
         tiny.fit(self.model, self.optimizer, range(first, end), after=after)
-        return saves
+        return made
 
 
 @functools.cache
 def straight(state: str) -> tuple[Run, list[bytes]]:
     """An uninterrupted run, and what it saved after 0, 1, … steps."""
     run = Run(state=state)
-    return run, [run.save(), *run.fit(0, STEPS)]
+    return run, [run.save(), *run.fit(0, STEPS, saves=True)]
 
 
 def assert_same_run(run: Run, other: Run) -> None:
@@ -293,7 +295,7 @@ class FirstBlocks(Sampler):
 
 def test_6_runs_with_a_sampler_of_ones_own_are_resumed() -> None:
     run, resumed = (Run(sampler=FirstBlocks(6, 2)) for _ in range(2))
-    saves = run.fit(0, 6)
+    saves = run.fit(0, 6, saves=True)
     resumed.load(saves[2])
     resumed.fit(3, 6)
     assert_same_run(resumed, run)

@@ -1,8 +1,6 @@
 """Which step is planned, for which device, and what waits in host memory meanwhile."""
 
 import itertools
-import subprocess
-import sys
 import warnings
 from typing import Any
 
@@ -20,6 +18,7 @@ from lisatune.memory.tracker import measure
 from lisatune.methods import METHODS
 from lisatune.methods.build import build
 from lisatune.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe, RunConfig
+from plans import PlansOnce
 
 BLOCKS = 4
 CONFIG = LlamaConfig(
@@ -33,6 +32,7 @@ CONFIG = LlamaConfig(
     tie_word_embeddings=False,
 )
 LARGE_VOCABULARY = LlamaConfig(**CONFIG.to_dict() | {"vocab_size": 2000})
+planned_once = PlansOnce()
 BLOCK = sum(p.numel() for p in LlamaForCausalLM(CONFIG).model.layers[0].parameters())
 PARAMETERS = 9
 """Of a block."""
@@ -63,7 +63,7 @@ def make_recipe(optimizer: dict[str, Any] | None = None, **options: Any) -> Reci
 )
 def test_no_draw_of_a_run_needs_more_than_planned(config: LlamaConfig, options: dict[str, Any]) -> None:
     recipe = make_recipe(**options)
-    planned = plan_memory(recipe, config=config)
+    planned = planned_once(recipe, config=config)
     peaks = [
         plan_memory(recipe, config=config, blocks=draw).peak_bytes
         for draw in itertools.combinations(range(BLOCKS), 2)
@@ -74,11 +74,11 @@ def test_no_draw_of_a_run_needs_more_than_planned(config: LlamaConfig, options: 
 @pytest.mark.parametrize("ends", ["train", "frozen"])
 def test_no_draw_of_units_needs_noticeably_more_than_planned(ends: str) -> None:
     recipe = make_recipe(unit="module", ends=ends)
-    planned = plan_memory(recipe, config=CONFIG)
+    planned = planned_once(recipe, config=CONFIG)
     model = LlamaForCausalLM(CONFIG)
     built = build(recipe, model, CausalLMLoss(model), steps=400, device=torch.device("cpu"))
     assert (planned.word, planned.num_blocks) == ("unit", 7 * BLOCKS)
-    draws = sorted(built.schedule.possible_draws(400))[::5]
+    draws = sorted(built.schedule.possible_draws(400))[::8]
     peaks = [plan_memory(recipe, config=CONFIG, blocks=draw).peak_bytes for draw in draws]
     assert planned.peak_bytes >= 0.98 * max(peaks)
 
@@ -87,24 +87,24 @@ def test_no_draw_of_units_needs_noticeably_more_than_planned(ends: str) -> None:
 @pytest.mark.parametrize("unit", ["block", "module"])
 def test_a_sampler_that_reads_what_a_plan_cannot_measure_is_planned(sampler: str, unit: str) -> None:
     planned = plan_memory(make_recipe(sampler=sampler, unit=unit), config=CONFIG)
-    even = plan_memory(make_recipe(unit=unit), config=CONFIG)
+    even = planned_once(make_recipe(unit=unit), config=CONFIG)
     assert planned.kind == "traced"
     assert planned.peak_bytes == pytest.approx(even.peak_bytes, rel=0.05)
 
 
 def test_draws_differ_in_memory_where_the_embedding_rests() -> None:
     recipe = make_recipe(ends="frozen")
-    low, high = (plan_memory(recipe, config=CONFIG, blocks=blocks).peak_bytes for blocks in ((0, 1), (2, 3)))
+    low, high = (planned_once(recipe, config=CONFIG, blocks=blocks).peak_bytes for blocks in ((0, 1), (2, 3)))
     assert low > 1.2 * high
 
 
 def test_a_plan_that_may_stop_early_stops_at_a_draw_that_is_too_large_and_only_there() -> None:
     recipe = make_recipe(ends="frozen")
-    full = plan_memory(recipe, config=CONFIG)
+    full = planned_once(recipe, config=CONFIG)
     assert full.active_blocks == (0, 1)
     early = plan_memory(recipe, config=CONFIG, too_many_bytes=1)
     assert early.active_blocks == (2, 3)
-    assert early.peak_bytes == plan_memory(recipe, config=CONFIG, blocks=(2, 3)).peak_bytes < full.peak_bytes
+    assert early.peak_bytes == planned_once(recipe, config=CONFIG, blocks=(2, 3)).peak_bytes < full.peak_bytes
     unhindered = plan_memory(recipe, config=CONFIG, too_many_bytes=full.needed_bytes + 1)
     assert (unhindered.active_blocks, unhindered.at_peak) == (full.active_blocks, full.at_peak)
 
@@ -136,7 +136,7 @@ def test_a_short_run_is_planned_by_its_own_draws() -> None:
 @pytest.mark.parametrize(("state", "period"), [("drop", 1), ("drop", 3), ("cpu", 3), ("keep", 1)])
 def test_state_that_frozen_blocks_leave_behind_is_planned_as_it_is_in_a_run(state: str, period: int) -> None:
     recipe = make_recipe(state=state, period=period, precision="bf16")
-    plan = plan_memory(recipe, config=CONFIG)
+    plan = planned_once(recipe, config=CONFIG)
     model = LlamaForCausalLM(CONFIG).to(torch.bfloat16)
     built = build(recipe, model, CausalLMLoss(model), steps=400, device=torch.device("cpu"))
     lisa, most = built.schedule, 0
@@ -151,7 +151,7 @@ def test_state_that_frozen_blocks_leave_behind_is_planned_as_it_is_in_a_run(stat
     assert most == {"drop": 2 * frozen, "cpu": 10 * frozen + 4 * PARAMETERS * 2, "keep": 0}[state]
     assert plan.trainable == sum(p.numel() for p in lisa.trainable_parameters())
     if state == "keep":
-        dropped = plan_memory(make_recipe(state="drop", precision="bf16"), config=CONFIG)
+        dropped = planned_once(make_recipe(state="drop", period=1, precision="bf16"), config=CONFIG)
         assert plan.peak_bytes - dropped.peak_bytes >= 10 * frozen
 
 
@@ -233,13 +233,7 @@ def test_a_compiled_run_is_planned_as_it_is_written() -> None:
     plan = plan_memory(make_recipe(compile=True), config=CONFIG)
     assert plan.note is not None
     assert "without run.compile" in plan.note
-    assert plan.peak_bytes == plan_memory(make_recipe(), config=CONFIG).peak_bytes
-
-
-def test_the_command_says_nothing_but_the_plan() -> None:
-    command = [sys.executable, "-m", "lisatune", "plan", "--model", "gpt2", "--length", "8"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stderr == ""
+    assert plan.peak_bytes == planned_once(make_recipe(), config=CONFIG).peak_bytes
 
 
 @pytest.mark.parametrize("ends", ["train", "frozen"])
