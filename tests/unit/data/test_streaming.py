@@ -106,6 +106,14 @@ def test_a_pass_has_every_record_once_and_the_next_pass_another_order(
     assert passes[0][:6] != sorted(passes[0][:6]), "a window is shuffled"
 
 
+def test_each_window_is_shuffled_in_its_own_way(tmp_path: Path, open_stream: Callable[..., Stream]) -> None:
+    path = tmp_path / "one.jsonl"
+    path.write_bytes(texts_of(0)[: 8 * len(b'{"text": "0-0"}\n')])
+    texts = read(open_stream(str(path), window=4), 0, 12)
+    windows = [texts[start : start + 4] for start in range(0, len(texts), 4)]
+    assert len({tuple(sorted(window).index(text) for text in window) for window in windows}) > 2
+
+
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_stream_continues_at_any_micro_step_with_the_same_rows(
     tmp_path: Path, open_stream: Callable[..., Stream], *, packing: bool
