@@ -13,6 +13,10 @@ class PlansOnce:
     def __init__(self) -> None:
         self._made: dict[str, MemoryPlan] = {}
 
+    def forget(self) -> None:
+        """Forget all plans, before a test in which they would be others."""
+        self._made.clear()
+
     def __call__(self, recipe: Recipe, **options: Any) -> MemoryPlan:
         """Plan, or return the plan that was made before."""
         # A search names the defaults. Rows and run folder are not read.
