@@ -198,7 +198,8 @@ class Stream:
             sum(getattr(place, name) for place in places) for name in ("skipped", "cut", "dropped")
         )
         often = sum(place.shard for place in places) / len(self.shards)
-        parts = [f"{plural(len(self.shards), 'shard')} read {often:.2f} × before the last window"]
+        shards = plural(len(self.shards), "shard")
+        parts = [f"{often:.2f} passes over {shards}, without the window of the last step"]
         parts += [f"{plural(skipped, 'record')} skipped: not usable"] if skipped else []
         parts += [f"{plural(cut, 'record')} cut at max_length"] if cut else []
         parts += [f"{plural(dropped, 'record')} dropped: too long, or no answer left"] * bool(dropped)
@@ -373,7 +374,8 @@ class Stream:
                 if wait is None or is_gone(error):
                     often = "" if wait is not None else f" after {len(WAITS) + 1} tries"
                     raise StreamError(f"cannot read the shard {shard}{often} ({problem})") from error
-            self._stop.wait(wait)
+            if self._stop.wait(wait):
+                raise StreamError("the run is over")
 
     def _note(self, reader: RecordReader, path: str, shard: str) -> None:
         """Keep what there is to say about a shard that was read to its end."""

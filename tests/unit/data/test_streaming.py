@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -165,6 +166,28 @@ def test_at_most_a_window_is_read_ahead_and_nothing_is_left_on_disk(
     stream.close()  # waits for the thread
     assert len(server.requests) <= 2, "two windows of 5 records are in two shards of 9"
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_shard_that_failed_is_not_asked_for_again_after_the_run(
+    server: Shards, open_stream: Callable[..., Stream], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "WAITS", (60, 60, 60))
+    asked_twice = threading.Event()
+
+    class Requests(list[str]):
+        def append(self, name: str) -> None:
+            super().append(name)
+            if len(self) == 1:  # all shards but the first are refused
+                server.failures = dict.fromkeys(set(server.files) - {name}, 9)
+            else:
+                asked_twice.set()
+
+    server.requests = Requests()
+    stream = open_stream(every_shard(server))
+    read(stream, 0, 1)  # the thread reads the second window ahead, which ends in another shard
+    assert asked_twice.wait(60)
+    stream.close()
+    assert len(server.requests) == 2
 
 
 def test_what_a_kill_left_behind_is_deleted_and_what_another_process_reads_is_not(tmp_path: Path) -> None:
