@@ -1,9 +1,9 @@
 """Read a recipe file and overrides into a `Recipe`.
 
 A recipe is YAML with the sections of `lisatune.recipe.Recipe`. An override is `section.key=value` and wins
-over the file. cyclopts turns both into the sections' dataclasses and writes their help. Three faults are
-checked here because cyclopts accepts them: a section that is not a mapping, 1.5 for a whole number (cyclopts
-rounds it), and a bare number for a text (YAML reads `revision: 1.10` as 1.1).
+over the file. cyclopts turns each value that is given into what its field takes, and writes the help of all
+fields. Three faults are checked here because cyclopts accepts them: a section that is not a mapping, 1.5 for
+a whole number (cyclopts rounds it), and a bare number for a text (YAML reads `revision: 1.10` as 1.1).
 """
 
 import dataclasses
@@ -19,9 +19,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from cyclopts import App, Group, Parameter
-from cyclopts.config import Dict
-from cyclopts.exceptions import CoercionError, CycloptsError, MissingArgumentError
+from cyclopts import App, CycloptsError, Group, Parameter, convert
 from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
@@ -122,25 +120,28 @@ def build_recipe(path: str, from_file: Sections, overrides: Sequence[str]) -> Re
     if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"{where('method', 'name')}: {unknown('method', method, METHODS)}")
     sections = SECTIONS | {"method": METHODS[method]}
+    converted: Sections = {section: {} for section in sections}
     for section, values in given.items():
+        hints = typing.get_type_hints(sections[section])
         for key, value in values.items():
             if key not in _list_keys(sections[section]):
                 raise ValueError(f"{where(section, key)}: {_explain_unknown_key(section, key, sections)}")
             if isinstance(value, dict) != ((section, key) in MAPPINGS):
                 _refuse(where(section, key), sections, section, key, value)
-    own: Sections = {section: {key: given[section].get(key, {})} for section, key in MAPPINGS}
-    plain = {section: given[section] | {key: {}} for section, key in MAPPINGS}
-    if isinstance(given["data"].get("train"), list):
-        own["data"]["train"], plain["data"]["train"] = given["data"]["train"], "a mixture"
+            if (section, key) == ("method", "name"):  # no field
+                continue
+            if isinstance(value, dict) or (key == "train" and isinstance(value, list)):  # of the user's own
+                converted[section][key] = value
+                continue
+            try:
+                converted[section][key] = _convert(hints[key], value)
+            except (CycloptsError, ValueError):
+                _refuse(where(section, key), sections, section, key, value)
+        for field in dataclasses.fields(sections[section]):
+            if _is_required(field) and field.name not in values:
+                raise ValueError(f"{path}: {section}.{field.name} is missing; add it")
     try:
-        recipe = _parse(sections, given | plain)
-        filled = {name: dataclasses.replace(getattr(recipe, name), **keys) for name, keys in own.items()}
-        recipe = dataclasses.replace(recipe, **filled)
-    except MissingArgumentError as error:
-        raise ValueError(f"{path}: {_name_key(error)} is missing; add it") from None
-    except CoercionError as error:
-        section, key = _name_key(error).split(".")
-        _refuse(where(section, key), sections, section, key, given[section][key])
+        recipe = Recipe(**{name: section(**converted[name]) for name, section in sections.items()})
     except ValueError as error:  # out of range, from a section's __post_init__
         named = re.search(rf"\b({'|'.join(SECTIONS)})\.(\w+)", str(error))
         raise ValueError(f"{where(*named.groups()) if named else path}: {error}") from None
@@ -148,10 +149,6 @@ def build_recipe(path: str, from_file: Sections, overrides: Sequence[str]) -> Re
         check_name(recipe.optimizer.name)
     except ValueError as error:
         raise ValueError(f"{where('optimizer', 'name')}: {error}") from None
-    for section, values in given.items():
-        for key, value in values.items():
-            if not _is_faithful(value, getattr(getattr(recipe, section), key)):
-                _refuse(where(section, key), sections, section, key, value)
     return recipe
 
 
@@ -277,21 +274,17 @@ def _leave_out_other_method(path: str, from_file: Sections, from_overrides: Sect
     return from_file | {"method": {}}
 
 
-def _build_app(sections: Mapping[str, type], **options: Any) -> App:
-    """Build a cyclopts app with a single command that takes the sections as keyword arguments."""
+def _build_app(sections: Mapping[str, type]) -> App:
+    """Build a cyclopts app that takes the sections as keyword arguments, for its help alone."""
     app = App(
         usage="",
         help="",
         help_flags=[],
         version_flags=[],
         default_parameter=Parameter(negative=(), name_transform=lambda name: name),
-        result_action="return_value",
-        **options,
     )
 
-    def build(**given: Any) -> Recipe:
-        parts = {parameter.name: parameter.default for parameter in parameters} | given
-        return Recipe(**{name: parts[name] for name in SECTIONS})
+    def build(**given: Any) -> None: ...
 
     parameters: list[inspect.Parameter] = []
     for index, (title, section) in enumerate(sections.items()):
@@ -308,7 +301,7 @@ def _build_app(sections: Mapping[str, type], **options: Any) -> App:
             )
         has_keys = bool(dataclasses.fields(section))
         parameter = Parameter(name=f"--{title.split()[0]}", group=group, show=has_keys)
-        required = any(field.default is dataclasses.MISSING for field in dataclasses.fields(section))
+        required = any(map(_is_required, dataclasses.fields(section)))
         parameters.append(
             inspect.Parameter(
                 re.sub(r"\W+", "_", title),
@@ -323,16 +316,25 @@ def _build_app(sections: Mapping[str, type], **options: Any) -> App:
     return app
 
 
-def _parse(sections: Mapping[str, type], given: Sections) -> Recipe:
-    app = _build_app(sections, config=Dict(given, use_commands_as_keys=False))
-    recipe = app([], exit_on_error=False, print_error=False)
-    assert isinstance(recipe, Recipe)
-    return recipe
+def _convert(hint: Any, value: Any) -> Any:
+    """Turn a value of YAML or of the command line into what a field takes; an error where it is not of it."""
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    lists = [kind for kind in kinds if typing.get_origin(kind) is tuple]
+    if value is None and type(None) in kinds:
+        return None
+    if value == [] and any(Ellipsis in typing.get_args(kind) for kind in lists):
+        return ()
+    items = value if isinstance(value, list) and lists else [value]
+    if any(item is None or isinstance(item, list | dict) for item in items):
+        raise ValueError
+    parsed = convert(hint, [str(item) for item in items])
+    if not _is_faithful(value, parsed):
+        raise ValueError
+    return parsed
 
 
-def _name_key(error: CycloptsError) -> str:
-    assert error.argument is not None
-    return error.argument.name.lstrip("-")
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _list_keys(section: type) -> list[str]:

@@ -134,6 +134,14 @@ def test_off_is_a_word_and_null_is_nothing(tmp_path: Path) -> None:
             "{}: optimizer.betas must be a list of 2 (each a number), got [0.9]",
         ),
         (
+            BASE + "optimizer: {betas: []}\n",
+            "{}: optimizer.betas must be a list of 2 (each a number), got []",
+        ),
+        (
+            BASE + "method: {sampler: weighted, probabilities: [null]}\n",
+            "{}: method.probabilities must be a list (each a number) or null, got [None]",
+        ),
+        (
             BASE + "optimizer: {betas: 0.9}\n",
             "{}: optimizer.betas must be a list of 2 (each a number), got 0.9",
         ),
