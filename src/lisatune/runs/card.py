@@ -4,7 +4,6 @@ Everybody who gets the model can read the card. So local paths lose their folder
 is masked.
 """
 
-import importlib.metadata
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,7 @@ from lisatune.models.gguf import SMOLLM2, find_smollm2
 from lisatune.models.load import ABOUT_SMOLLM2
 from lisatune.models.locate import find_snapshot, is_adapter, name_elsewhere
 from lisatune.recipe import list_paths
-from lisatune.runs.summary import mask_secrets
+from lisatune.runs.summary import mask_secrets, package_versions
 
 __all__ = ["Base", "describe_base", "make_card", "rewrite_card", "shown_name", "write_card"]
 
@@ -309,8 +308,5 @@ def _fetch_card(name: str, revision: str | None) -> Path | None:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
-    for name in ("lisatune", "torch", "transformers"):
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+    versions = package_versions()
+    return {name: versions[name] for name in ("lisatune", "torch", "transformers") if name in versions}

@@ -4,6 +4,7 @@ Nothing secret is recorded: of the environment variables only `VARIABLES` are, a
 line that looks like a key is masked.
 """
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -26,6 +27,7 @@ __all__ = [
     "describe_environment",
     "mask_secrets",
     "model_of",
+    "package_versions",
     "score_text",
     "trained_on_chat",
 ]
@@ -165,10 +167,6 @@ def trained_on_chat(run: Path) -> bool | None:
 
 def describe_environment() -> dict[str, Any]:
     """Describe this process and its machine as plain dicts, lists, numbers and strings."""
-    versions = {}
-    for name in PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -179,9 +177,19 @@ def describe_environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
         "torch": {"version": torch.__version__, "threads": torch.get_num_threads(), "devices": devices},
-        "packages": versions,
+        "packages": dict(package_versions()),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
+
+
+@functools.cache
+def package_versions() -> dict[str, str]:
+    """Look up the versions of PACKAGES, once for each process: each takes reading a file of metadata."""
+    versions = {}
+    for name in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 def mask_secrets(arguments: Sequence[str]) -> list[str]:
