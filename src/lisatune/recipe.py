@@ -115,6 +115,9 @@ class SourceConfig:
     fields: dict[str, str] | None = field(default=None, hash=False)
     """Own names of the records' fields."""
 
+    text_only: bool | None = None
+    """Leave images, sound and videos out of records."""
+
     def __post_init__(self) -> None:
         if not isinstance(self.path, str) or not self.path:
             raise ValueError(f"data.train: path must be text, got {self.path!r}")
@@ -125,6 +128,7 @@ class SourceConfig:
             "split": (self.split, "text", isinstance(self.split, str)),
             "limit": (self.limit, "a whole number >= 1", type(self.limit) is int and self.limit >= 1),
             "fields": (self.fields, "keys and values, such as {question: problem}", _are_names(self.fields)),
+            "text_only": (self.text_only, "true or false", isinstance(self.text_only, bool)),
         }
         for name, (value, what, is_right) in checks.items():
             if value is not None and not is_right:
@@ -155,6 +159,9 @@ class DataConfig:
 
     fields: dict[str, str] = field(default_factory=dict, hash=False)
     """Own names of the records' fields, such as {question: problem, answer: solution.text}."""
+
+    text_only: bool = False
+    """Leave images, sound and videos out of records and train on the text beside them. Default: refuse."""
 
     split: str = "train"
     """Split to load if `train` is a hub id."""
@@ -253,6 +260,7 @@ class DataConfig:
                 split=source.split or self.split,
                 limit=source.limit or self.limit,
                 fields=self.fields if source.fields is None else source.fields,
+                text_only=self.text_only if source.text_only is None else source.text_only,
             )
             for source in given
             if source.weight != 0

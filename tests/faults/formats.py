@@ -37,6 +37,16 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         }
     ]
     * 3,
+    "images": [
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "<image>a"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": "b"}]},
+            ],
+            "images": ["a.png"],
+        }
+    ]
+    * 3,
     "oasst": [{"message_tree_id": "q", "prompt": QUESTION | {"replies": [QUESTION | ANSWER]}}] * 3,
     "oasst, one message a row": [QUESTION, QUESTION | ANSWER, QUESTION | {"message_id": "q2"}],
 }

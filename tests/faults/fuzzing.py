@@ -153,7 +153,8 @@ class Fuzz:
             kind = generator.choice(list(ROWS))
             path = FORMS[form](self.work, ROWS[kind], generator)
             on_bad_row = generator.choice(["error", "skip"])
-            records = read_records(str(path), on_bad_row=on_bad_row)  # type: ignore[arg-type]
+            text_only = kind == "images" or generator.random() < 0.5
+            records = read_records(str(path), on_bad_row=on_bad_row, text_only=text_only)  # type: ignore[arg-type]
             tokenize(records, self.tokenizer, max_length=64)
 
         return feed

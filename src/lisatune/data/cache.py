@@ -76,6 +76,7 @@ def collect_facts(reader: RecordReader, tokenizer: Any, loss_on: str, date: str 
         "format": FORMAT,
         "content": hash_content(reader.source, reader.split),
         "reading": [reader.asked_kind, reader.split, reader.limit, sorted(reader.fields.items())],
+        "text_only": reader.text_only,
         "tokenizer": hash_tokenizer(tokenizer),
         "template": hashlib.sha256(template.encode()).hexdigest(),
         "loss_on": loss_on,

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from lisatune.data.media import MEDIA_FIELDS
 from lisatune.data.oasst import follow_tree
 from lisatune.data.sources import BadRowError
 from lisatune.data.turns import (
@@ -68,11 +69,7 @@ REFUSED = {
     "chosen": f"a preferred answer, {PREFERENCE}",
     "rejected": f"a rejected answer, {PREFERENCE}",
     "rejected_response": f"a rejected answer, {PREFERENCE}",
-    "images": "images, and only text can be trained on; leave them out with their mentions in the text",
-    "image": "an image, and only text can be trained on; leave it out with its mentions in the text",
-    "videos": "videos, and only text can be trained on",
-    "audios": "sound, and only text can be trained on",
-}
+} | MEDIA_FIELDS
 """Fields that would change what a record teaches, and what they hold."""
 
 QUESTIONS = {

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from lisatune.data.examples import Examples
 from lisatune.data.kinds import REFUSED
+from lisatune.data.media import take_text
 from lisatune.data.records import Record, Records
 from lisatune.data.rows import Rows
 from lisatune.data.sources import BadRowError, read_rows
@@ -44,11 +45,12 @@ def read_pairs(
     split: str = "train",
     limit: int | None = None,
     on_bad_row: Literal["error", "skip"] = "error",
+    text_only: bool = False,
 ) -> Records:
     """Read and check pairs of answers.
 
     Args:
-        source, split, limit, on_bad_row: as for `read_records`.
+        source, split, limit, on_bad_row, text_only: as for `read_records`.
 
     Returns:
         Records of the kind "pairs": prompt, completion (the chosen answer) and rejected.
@@ -59,13 +61,15 @@ def read_pairs(
         ImportError: reading this source needs a package of lisatune[train] that is not installed.
     """
     rows: list[Record] = []
-    skipped, first_skipped = 0, ""
+    skipped, first_skipped, num_media = 0, "", 0
     unused: dict[str, None] = {}
     for place, row in read_rows(source, split=split):
         try:
             if isinstance(row, BadRowError):
                 raise row
+            row, has_media = take_text(row) if text_only else (row, False)
             rows.append(_read_pair(row))
+            num_media += has_media
             unused |= dict.fromkeys(
                 key for key, value in row.items() if key not in USED and value not in EMPTY
             )
@@ -84,7 +88,7 @@ def read_pairs(
             f"{source}: nothing reads the field{'s' if len(unused) > 1 else ''} {', '.join(unused)}",
             stacklevel=2,
         )
-    return Records(rows, "pairs", skipped, source, first_skipped, tuple(unused))
+    return Records(rows, "pairs", skipped, source, first_skipped, tuple(unused), num_media)
 
 
 def _read_pair(row: Any) -> Record:

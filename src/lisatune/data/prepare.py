@@ -65,6 +65,9 @@ class RunData:
     skipped: int
     """Number of unusable records, under `on_bad_row: skip`."""
 
+    num_media: int
+    """Number of records whose images, sound or videos were left out, under `text_only`."""
+
     duplicates: int
     """Number of training records with the tokens of an earlier one; `data.deduplicate` leaves them out."""
 
@@ -175,13 +178,14 @@ def prepare_data(recipe: Recipe, tokenizer: Any, places: Sequence[Mapping[str, i
         chosen = [some[~again] for some, again in zip(chosen, is_again, strict=True)]
     parts = [_divide(*each, data) for each in zip(sources, chosen, names, strict=True)]
     skipped = sum(source.skipped for source in sources)
+    num_media = sum(source.num_media for source in sources)
     held_out, questions = [Examples(Rows.of([]))], tuple[Prompt, ...]()
     if held_out_reader is not None:
         other = prepare_source(held_out_reader, tokenizer, **how)
         whole = _divide(other, np.arange(len(other.documents)), held_out_reader.source, data)
         held_out = [_take_evenly(whole, data.validation_limit)]
         questions = find_questions([(record for _, record in held_out_reader)], recipe, tokenizer)
-        skipped += other.skipped
+        skipped, num_media = skipped + other.skipped, num_media + other.num_media
         for reader, source in zip(readers, sources, strict=True):
             if held_out_reader.source != reader.source:  # which is meant
                 is_seen = np.isin(source.documents.digests, other.documents.digests)
@@ -205,6 +209,7 @@ def prepare_data(recipe: Recipe, tokenizer: Any, places: Sequence[Mapping[str, i
         order=order,
         steps=steps,
         skipped=skipped,
+        num_media=num_media,
         duplicates=sum(int(again.sum()) for again in is_again),
         is_chat=any(source.is_chat for source in sources),
         records=" + ".join(kinds),
@@ -231,6 +236,7 @@ def _prepare_stream(recipe: Recipe, tokenizer: Any, places: Sequence[Mapping[str
     cache = tokens_folder(data.cache)
     stream = Stream(data, tokenizer, seed=run.seed, batch_size=run.batch_size, cache=cache)
     validation, questions, skipped = Examples(Rows.of([])), tuple[Prompt, ...](), 0
+    num_media = 0
     how: dict[str, Any] = {"loss_on": data.loss_on, "date": data.date}
     lengths: dict[str, Any] = {"max_length": data.max_length, "long": data.long}
     if data.validation is not None:
@@ -239,7 +245,7 @@ def _prepare_stream(recipe: Recipe, tokenizer: Any, places: Sequence[Mapping[str
         other = prepare_source(reader, tokenizer, folder=cache, **how)
         validation = _divide(other, np.arange(len(other.documents)), reader.source, data)
         questions = find_questions([(record for _, record in reader)], recipe, tokenizer)
-        skipped = other.skipped
+        skipped, num_media = other.skipped, other.num_media
     elif data.holds_out:
         assert data.validation_limit is not None
         records = stream.hold_out(data.validation_limit)
@@ -256,6 +262,7 @@ def _prepare_stream(recipe: Recipe, tokenizer: Any, places: Sequence[Mapping[str
         order=Order(len(window.examples.rows), run.batch_size * ranks.count(), run.seed),
         steps=run.steps,
         skipped=skipped + window.end.skipped,
+        num_media=num_media + window.end.media,
         duplicates=0,
         is_chat=window.is_chat,
         records=_describe_kind(window, data.loss_on, tokenizer),
@@ -275,15 +282,15 @@ def _describe_kind(source: Prepared | Window, loss_on: str, tokenizer: Any) -> s
 def _prepare_pairs(recipe: Recipe, tokenizer: Any) -> RunData:
     """Read, split and tokenise pairs of answers; they are held in memory, and not in the cache."""
     data, run = recipe.data, recipe.run
-    how: dict[str, Any] = {"split": data.split, "on_bad_row": data.on_bad_row}
+    how: dict[str, Any] = {key: getattr(data, key) for key in ("split", "on_bad_row", "text_only")}
     train = read_pairs(data.train_name, limit=data.limit, **how)
-    validation = replace(train, rows=[], skipped=0)
+    validation = replace(train, rows=[], skipped=0, num_media=0)
     if data.validation is not None:
         validation = read_pairs(data.validation, limit=data.validation_limit, **how)
     elif data.holds_out:
         most = data.validation_limit
         train, validation = split_records(train, data.validation_share, run.seed, most=most)
-        validation = replace(validation, rows=validation.rows[:most], skipped=0)
+        validation = replace(validation, rows=validation.rows[:most], skipped=0, num_media=0)
     lengths: dict[str, Any] = {"max_length": data.max_length, "long": data.long, "date": data.date}
     rows = tokenize_pairs(train, tokenizer, **lengths)
     pairs = len(rows.rows) // 2
@@ -299,6 +306,7 @@ def _prepare_pairs(recipe: Recipe, tokenizer: Any) -> RunData:
         order=order,
         steps=steps,
         skipped=train.skipped + validation.skipped,
+        num_media=train.num_media + validation.num_media,
         duplicates=0,
         is_chat=uses_template,
         records=f"pairs, {template}; {recipe.loss.name} with β {recipe.loss.beta:g}",

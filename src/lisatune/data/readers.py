@@ -61,14 +61,15 @@ def open_readers(recipe: Recipe) -> tuple[list[RecordReader], RecordReader | Non
     held_out = data.validation
     if held_out is None and data.train == "python-docs" and data.holds_out:
         held_out = "python-docs:validation"
-    keys = ("kind", "split", "limit", "fields")
+    keys = ("kind", "split", "limit", "fields", "text_only")
     train = [
         RecordReader(source.path, on_bad_row=data.on_bad_row, **{key: getattr(source, key) for key in keys})
         for source in data.sources
     ]
     if held_out is None:
         return train, None
-    how: dict[str, Any] = {key: getattr(data, key) for key in ("kind", "split", "on_bad_row", "fields")}
+    shared = ("kind", "split", "on_bad_row", "fields", "text_only")
+    how: dict[str, Any] = {key: getattr(data, key) for key in shared}
     return train, RecordReader(held_out, limit=data.validation_limit, **how)
 
 

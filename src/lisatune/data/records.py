@@ -14,7 +14,8 @@ while it is read, and an unusable one is reported with file and line.
 Fields that carry meaning are honoured or refused by name, never dropped: a column `system` or `history`
 becomes messages; calls of functions, their results and `tools` go through the chat template; an answer with
 `weight: 0` or `train: false` stays in the conversation and carries no loss; separate reasoning, images and
-labels of bad answers are refused. All other columns are named once.
+labels of bad answers are refused. `text_only` leaves images, sound and videos out instead. All other columns
+are named once.
 """
 
 import warnings
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lisatune.data.kinds import KINDS, Record, normalise, recognise_kind, rename_fields
+from lisatune.data.media import take_text
 from lisatune.data.oasst import plant_trees
 from lisatune.data.sources import BadRowError, read_rows
 from lisatune.data.turns import EMPTY, answer_text
@@ -46,6 +48,8 @@ class Records:
     """Place of the first record that was left out, and what is wrong with it."""
     unused: tuple[str, ...] = ()
     """Fields that hold something and that nothing reads, in the order in which they were met."""
+    num_media: int = 0
+    """Number of records whose images, sound or videos were left out under `text_only`."""
 
 
 def read_records(
@@ -56,6 +60,7 @@ def read_records(
     limit: int | None = None,
     on_bad_row: Literal["error", "skip"] = "error",
     fields: Mapping[str, str] | None = None,
+    text_only: bool = False,
 ) -> Records:
     """Read and check records.
 
@@ -67,6 +72,7 @@ def read_records(
         limit: stop after this many usable records.
         on_bad_row: raise at an unusable record (`error`), or leave it out and count it (`skip`).
         fields: the records' own names of fields, by the names that a kind needs: `{"question": "problem"}`.
+        text_only: leave images, sound and videos out of records, and keep their text.
 
     Returns:
         The records in one of three forms: `{"text": …}`, `{"prompt": …, "completion": …}` or
@@ -87,10 +93,19 @@ def read_records(
         >>> records.kind, records.rows
         ('prompt-completion', [{'prompt': '2 + 2 =', 'completion': ' 4'}])
     """
-    reader = RecordReader(source, kind=kind, split=split, limit=limit, on_bad_row=on_bad_row, fields=fields)
+    how: dict[str, Any] = {"kind": kind, "split": split, "limit": limit, "fields": fields}
+    reader = RecordReader(source, on_bad_row=on_bad_row, text_only=text_only, **how)
     rows = [record for _, record in reader]
     reader.warn()
-    return Records(rows, reader.kind, reader.skipped, source, reader.first_skipped, tuple(reader.unused))
+    return Records(
+        rows,
+        reader.kind,
+        reader.skipped,
+        source,
+        reader.first_skipped,
+        tuple(reader.unused),
+        reader.num_media,
+    )
 
 
 def _read_rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
@@ -114,6 +129,7 @@ class RecordReader:
         limit: int | None = None,
         on_bad_row: Literal["error", "skip"] = "error",
         fields: Mapping[str, str] | None = None,
+        text_only: bool = False,
         rows: Callable[[str, str], Iterator[tuple[str, Any]]] = _read_rows,
     ) -> None:
         if kind != "auto" and kind not in KINDS:
@@ -125,19 +141,21 @@ class RecordReader:
         self.fields = dict(fields or {})
         self.source, self.split, self.limit, self.on_bad_row = source, split, limit, on_bad_row
         self.asked_kind = self.kind = kind
+        self.text_only = text_only
         self._rows = rows
         self.skipped, self.first_skipped = 0, ""
         self.unused: dict[str, None] = {}
         """Fields that hold something and that nothing reads, in the order in which they were met."""
-        self.num_answers = self.num_empty = 0
+        self.num_answers = self.num_empty = self.num_media = 0
 
     def __iter__(self) -> Iterator[tuple[str, Record]]:
         self.kind, self.skipped, self.first_skipped, self.unused = self.asked_kind, 0, "", {}
-        self.num_answers = self.num_empty = num_records = 0
+        self.num_answers = self.num_empty = self.num_media = num_records = 0
         for place, row in plant_trees(_rename(self._rows(self.source, self.split), self.fields)):
             try:
                 if isinstance(row, BadRowError):
                     raise row
+                row, has_media = take_text(row) if self.text_only else (row, False)
                 if self.kind == "auto":
                     self.kind = recognise_kind(row)
                 record = normalise(row, self.kind)
@@ -155,6 +173,7 @@ class RecordReader:
             self.num_answers += len(answers)
             self.num_empty += sum(not answer.strip() for answer in answers)
             num_records += 1
+            self.num_media += has_media
             yield place, record
             if num_records == self.limit:
                 break

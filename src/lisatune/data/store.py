@@ -48,6 +48,8 @@ class Prepared:
     """Form in which the records came."""
     skipped: int
     """Number of records that cannot be used."""
+    num_media: int
+    """Number of records whose images, sound or videos were left out."""
     is_chat: bool
     """Whether the first record is a conversation."""
     prompts: NDArray[np.bytes_] | None
@@ -106,7 +108,7 @@ def prepare_source(
         if not file.exists():
             _add_prompts(file, reader, seed)
         prompts = np.fromfile(file, "S16")
-    return Prepared(documents, meta["kind"], meta["skipped"], meta["is_chat"], prompts)
+    return Prepared(documents, meta["kind"], meta["skipped"], meta["num_media"], meta["is_chat"], prompts)
 
 
 def _make_entry(
@@ -149,6 +151,7 @@ def _make_entry(
             "kind": reader.kind,
             "skipped": reader.skipped,
             "first_skipped": reader.first_skipped,
+            "num_media": reader.num_media,
             "is_chat": is_chat(first),
             "dtype": dtype,
             "records": count,

@@ -67,6 +67,8 @@ class Place:
     """Records of all windows before it that were cut at max_length."""
     dropped: int = 0
     """Records of all windows before it that were left out: too long, or no answer left."""
+    media: int = 0
+    """Records without their images, sound or videos, of all shards that were read to their end before it."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ class Stream:
         self._reading: Iterator[tuple[int, int, Record, str]] | None = None
         self._notes: list[str] = []
         self._said: set[str] = set()
-        self._skipped = 0
+        self._skipped = self._media = 0
         self._stop = threading.Event()
         self._folder = ShardFolder(cache, self.shards, self._stop.is_set)
         self._thread = ThreadPoolExecutor(1, "lisatune-stream")
@@ -194,8 +196,8 @@ class Stream:
     def describe(self, micro_step: int) -> str:
         """Say how much was read before a micro-step, and what was left out of it, for a reader."""
         places = [Place(**each) for each in self.places(micro_step)]
-        skipped, cut, dropped = (
-            sum(getattr(place, name) for place in places) for name in ("skipped", "cut", "dropped")
+        skipped, cut, dropped, media = (
+            sum(getattr(place, name) for place in places) for name in ("skipped", "cut", "dropped", "media")
         )
         often = sum(place.shard for place in places) / len(self.shards)
         shards = plural(len(self.shards), "shard")
@@ -203,6 +205,7 @@ class Stream:
         parts += [f"{plural(skipped, 'record')} skipped: not usable"] if skipped else []
         parts += [f"{plural(cut, 'record')} cut at max_length"] if cut else []
         parts += [f"{plural(dropped, 'record')} dropped: too long, or no answer left"] * bool(dropped)
+        parts += [f"{plural(media, 'record')} without images, sound or videos"] if media else []
         return "; ".join(parts)
 
     def batch(self, micro_step: int) -> list[TokenRow]:
@@ -304,9 +307,10 @@ class Stream:
             skipped=place.skipped + self._skipped,
             cut=place.cut + examples.num_cut,
             dropped=place.dropped + dropped,
+            media=place.media + self._media,
         )
         self._notes.clear()
-        self._skipped = 0
+        self._skipped = self._media = 0
         assert first is not None
         return Window(
             place=place,
@@ -350,7 +354,8 @@ class Stream:
             StreamError: it cannot be read, or a record is bad.
         """
         shard, data, done = self.shards[index], self._data, 0
-        how: dict[str, Any] = {key: getattr(data, key) for key in ("kind", "on_bad_row", "fields")}
+        keys = ("kind", "on_bad_row", "fields", "text_only")
+        how: dict[str, Any] = {key: getattr(data, key) for key in keys}
         for wait in (*WAITS, None):
             path = ""
             try:
@@ -383,6 +388,7 @@ class Stream:
             if (short := note.replace(path, "")) not in self._said:  # once, and not for every shard
                 self._said.add(short)
                 self._notes.append(note.replace(path, shard))
+        self._media += reader.num_media
         if reader.skipped:
             self._skipped += reader.skipped
             first = reader.first_skipped.replace(path, shard)

@@ -13,6 +13,7 @@ templates write them as JSON themselves.
 import json
 from typing import Any, TypeAlias
 
+from lisatune.data.media import MEDIA_PARTS, TAKE_TEXT, TEXT_FIELDS, part_type
 from lisatune.data.sources import BadRowError
 
 __all__ = [
@@ -34,7 +35,6 @@ EMPTY: tuple[Any, ...] = (None, "", [], {}, "[]", "{}", "null")
 """Values of a field that is there and says nothing, also as JSON in text."""
 
 ROLE_FIELDS = ("role", "from", "speaker")
-TEXT_FIELDS = ("content", "value", "text")
 
 ROLES = {
     "system": ("system", "developer"),
@@ -173,10 +173,11 @@ def _join_parts(content: Any, place: str, field: str | None, may_be_empty: bool)
     if isinstance(content, list) and content:
         texts = []
         for part in content:
-            kind = part.get("type", "text") if isinstance(part, dict) else "text"
+            kind = part_type(part)
             if kind != "text":
+                instead = TAKE_TEXT if kind in MEDIA_PARTS else "leave it out"
                 raise BadRowError(
-                    f"{place} has a part of type {kind!r}, and only text can be trained on; leave it out"
+                    f"{place} has a part of type {kind!r}, and only text can be trained on; {instead}"
                 )
             texts.append(check_text(part.get("text") if isinstance(part, dict) else part, f"{place}, part"))
         return "".join(texts)

@@ -38,6 +38,7 @@ BEFORE_IT_EXISTED: dict[str, Any] = {
     "data.streaming": False,
     "data.window": 8192,
     "data.fields": {},
+    "data.text_only": False,
     "model.new_tokens": [],
     "optimizer.warmup_share": 0.0,
     "optimizer.min_lr_share": 0.0,

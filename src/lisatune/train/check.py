@@ -150,14 +150,14 @@ def _check_data(recipe: Recipe, report: CheckReport) -> RunData | None:
         report.warnings.append("data.validation is data.train: held-out loss will be loss on training data")
     sources = [] if config.streaming else list(config.sources)
     if config.validation is not None:
-        keys = ("kind", "split", "fields")
+        keys = ("kind", "split", "fields", "text_only")
         how: dict[str, Any] = {key: getattr(config, key) for key in keys}
         sources.append(SourceConfig(path=config.validation, limit=config.validation_limit, **how))
     for source in sources:
         found: RecordReader | Records | None
         if recipe.loss.rows_per_record == 2:
-            how = {"split": source.split, "limit": source.limit, "on_bad_row": "skip"}
-            found = report.attempt(read_pairs, source.path, **how)
+            how = {key: getattr(source, key) for key in ("split", "limit", "text_only")}
+            found = report.attempt(read_pairs, source.path, on_bad_row="skip", **how)
         else:
             found = report.attempt(_read_through, source)
         if found is not None and found.skipped and config.on_bad_row == "error":
@@ -175,7 +175,8 @@ def _check_data(recipe: Recipe, report: CheckReport) -> RunData | None:
 
 def _read_through(source: SourceConfig) -> RecordReader:
     """Read and check all records of a source."""
-    how: dict[str, Any] = {key: getattr(source, key) for key in ("kind", "split", "limit", "fields")}
+    keys = ("kind", "split", "limit", "fields", "text_only")
+    how: dict[str, Any] = {key: getattr(source, key) for key in keys}
     reader = RecordReader(source.path, on_bad_row="skip", **how)
     reader.read_through()
     return reader

@@ -85,6 +85,8 @@ class Outline:
     """Training records dropped because the cut left no answer."""
     skipped: int
     """Records left out because they cannot be used."""
+    num_media: int
+    """Records whose images, sound or videos are left out."""
     duplicates: int
     """Training records that are equal to an earlier one."""
     deduplicates: bool
@@ -163,6 +165,7 @@ def make_outline(
         lost_share=data.train.lost_share,
         num_without_loss=data.train.num_without_loss,
         skipped=data.skipped,
+        num_media=data.num_media,
         duplicates=data.duplicates,
         deduplicates=recipe.data.deduplicate,
         validation_rows=len(data.validation.rows) // data.rows_per_record,
@@ -231,6 +234,7 @@ def print_outline(outline: Outline, console: Console | None = None) -> None:
     why = "no answer left" if outline.row_word == "row" else "equal answers left"
     left_out += [f"{outline.num_without_loss:,} dropped: {why}"] if outline.num_without_loss else []
     left_out += [f"{outline.skipped:,} skipped: not usable"] if outline.skipped else []
+    left_out += [f"{outline.num_media:,} without images, sound or videos"] if outline.num_media else []
     if outline.duplicates:
         what = "left out" if outline.deduplicates else "kept (data.deduplicate)"
         left_out.append(f"{plural(outline.duplicates, 'duplicate')} {what}")

@@ -177,6 +177,19 @@ def test_duplicates_are_found_across_sources(tmp_path: Path) -> None:
         prepare(first, third, validation_share=0, deduplicate=True)
 
 
+def test_a_source_says_for_itself_whether_images_are_left_out(tmp_path: Path) -> None:
+    seen = tmp_path / "seen.jsonl"
+    seen.write_text('{"prompt": "<image>See", "completion": "it", "image": "a.png"}\n' * 3)
+    texts = write_texts(tmp_path / "texts.jsonl", "one", "two")
+    how = {"validation_share": 0}
+    own = prepare({"path": str(seen), "text_only": True}, texts, **how)
+    assert TOKENIZER.decode(own.train.rows[0]["input_ids"]) == "Seeit<eos>"
+    assert own.num_media == 3
+    assert prepare(str(seen), texts, **how, text_only=True).hashes == own.hashes
+    with pytest.raises(ValueError, match=r"seen\.jsonl, line 1: 'image' holds an image"):
+        prepare({"path": str(seen), "text_only": False}, texts, **how, text_only=True)
+
+
 def test_a_source_of_weight_0_is_not_read(tmp_path: Path) -> None:
     texts = write_texts(tmp_path / "a.jsonl", "one", "two", "three")
     data = prepare({"path": texts, "weight": 2}, {"path": str(tmp_path / "absent"), "weight": 0})
@@ -216,6 +229,7 @@ def recipe_of(*train: Any, **data: Any) -> Recipe:
         ("[{path: a, wieght: 1}]", "source 1 has an unknown key 'wieght'. Did you mean 'weight'?"),
         ("[{path: a, kind: txt}]", "data.train a: kind must be one of auto, "),
         ("[{path: a, limit: 0}]", "data.train a: limit must be a whole number >= 1, got 0"),
+        ("[{path: a, text_only: 3}]", "data.train a: text_only must be true or false, got 3"),
         ("[{path: a, fields: [q]}]", "data.train a: fields must be keys and values"),
         ("[{weight: 1}]", "data.train: source 1 has no path; add it"),
         ("[a, ./a]", "data.train names ./a twice; name it once, with a larger weight or more epochs"),

@@ -82,6 +82,17 @@ def test_fields_that_nothing_reads_are_named(tmp_path: Path) -> None:
         read(tmp_path, {"prompt": "Hi", "chosen": "Hey", "rejected": "No", "score": 3})
 
 
+def test_text_beside_images_is_taken_alone_if_it_is_asked_for(tmp_path: Path) -> None:
+    seen = USER | {"content": [{"type": "image"}, {"type": "text", "text": "Hi"}]}
+    row = {"prompt": [seen], "chosen": [GOOD], "rejected": [BAD], "images": ["a.png"]}
+    records = read(tmp_path, row, {"prompt": "Hi", "chosen": "a", "rejected": "b"}, text_only=True)
+    assert (records.rows[0], records.num_media) == (THREE, 1)
+    with pytest.raises(
+        ValueError, match=r"'images' holds images, .* set data.text_only to train on the text"
+    ):
+        read(tmp_path, row)
+
+
 def test_pairs_of_one_prompt_stay_on_one_side_of_the_split(tmp_path: Path) -> None:
     rows = [{"prompt": f"Q{i % 4}", "chosen": str(i), "rejected": "no"} for i in range(12)]
     train, held_out = split_records(read(tmp_path, *rows), 0.25, 0)

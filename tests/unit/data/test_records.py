@@ -181,9 +181,16 @@ def test_fields_that_carry_meaning_are_honoured(tmp_path: Path, row: Any, normal
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, BOT]},
-            "message 1 has a part of type 'image_url', and only text can be trained on",
+            "message 1 has a part of type 'image_url', and only text can be trained on; set data.text_only",
         ),
-        ({"messages": [USER, BOT], "images": ["a.png"]}, "'images' holds images, and only text"),
+        (
+            {"messages": [{"role": "user", "content": [{"image": "x"}]}, BOT]},
+            "message 1 has a part of type 'image', and only text",
+        ),
+        (
+            {"messages": [USER, BOT], "images": ["a.png"]},
+            "'images' holds images, and only text can be trained on; set data.text_only to train on the text",
+        ),
         ({"messages": [USER, BOT | {"weight": 0}]}, "every assistant turn is marked not to be learned from"),
         ({"messages": [USER, BOT | {"weight": 0.5}]}, "message 2 has the weight 0.5; only 0 and 1"),
         ({"messages": [SYSTEM, USER, BOT], "system": "x"}, "are both a system message; keep one"),
@@ -202,6 +209,77 @@ def test_fields_that_carry_meaning_and_cannot_be_honoured_are_refused_by_name(
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(problem)):
         read_records(save(tmp_path, row))
+
+
+IMAGE = {"type": "image", "text": None}
+SEEN = {"role": "user", "content": [IMAGE, {"type": "text", "text": "Hi"}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "normalised"),
+    [
+        ({"messages": [SEEN, BOT], "images": ["a.png"]}, {"messages": [USER, BOT]}),
+        ({"messages": [SEEN, BOT], "images": None}, {"messages": [USER, BOT]}),
+        ({"prompt": [SEEN], "completion": [BOT]}, {"prompt": [USER], "completion": [BOT]}),
+        (
+            {"messages": [{"role": "user", "content": [{"image": "a.png"}, {"text": "Hi"}]}, BOT]},
+            {"messages": [USER, BOT]},
+        ),
+        (  # LLaVA's: marks in the text
+            {
+                "image": "a.png",
+                "conversations": [
+                    {"from": "human", "value": "<image>\nHi"},
+                    {"from": "gpt", "value": "Hello"},
+                ],
+            },
+            {"messages": [USER, BOT]},
+        ),
+        ({"question": "Hi<image>", "answer": "Hello", "image": {"bytes": "x"}}, ASKED),
+    ],
+)
+def test_text_beside_images_trains_alone_if_it_is_asked_for(
+    tmp_path: Path, row: Any, normalised: Any
+) -> None:
+    records = read_records(save(tmp_path, row, {"text": "never read"}), text_only=True, limit=1)
+    assert (records.rows, records.num_media) == ([normalised], 1)
+    with pytest.raises(ValueError, match=r"set data.text_only to train on the text alone"):
+        read_records(save(tmp_path, row))
+
+
+def test_a_record_without_images_is_read_as_ever(tmp_path: Path) -> None:
+    rows = [{"messages": [USER | {"content": "What is <image>?"}, BOT], "images": []}, CHAT_OF_TOOLS]
+    source = save(tmp_path, *rows)
+    records = read_records(source, text_only=True)
+    assert records.rows == read_records(source).rows
+    assert records.num_media == 0
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        (
+            {"messages": [USER | {"content": [IMAGE]}, BOT]},
+            "a message has no text beside its part of type 'image'",
+        ),
+        (
+            {"messages": [USER | {"content": "<image>\n"}, BOT], "images": ["a"]},
+            "a text is nothing but <image>",
+        ),
+        (
+            {"messages": [USER | {"content": [IMAGE, {"type": "refusal", "refusal": "No"}]}, BOT]},
+            "message 1 has a part of type 'refusal', and only text can be trained on; leave it out",
+        ),
+    ],
+)
+def test_a_message_without_text_is_refused_with_its_place_or_skipped(
+    tmp_path: Path, row: Any, problem: str
+) -> None:
+    source = save(tmp_path, {"messages": [USER, BOT]}, row)
+    with pytest.raises(ValueError, match=rf"line 2: .*{re.escape(problem)}; fix it, or set data.on_bad_row"):
+        read_records(source, text_only=True)
+    records = read_records(source, text_only=True, on_bad_row="skip")
+    assert (records.skipped, records.num_media) == (1, 0)
 
 
 def test_a_label_of_plain_text_is_no_verdict_on_an_answer(tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ def test_whatever_changes_tokens_makes_another_entry(tmp_path: Path, counted: li
         {"tokenizer": byte_tokenizer(CHATML.replace("\n", " "))},
         {"loss_on": "all"},
         {"limit": 5},
+        {"text_only": True},
         {"fields": {"system": "input"}},
         {"tokenizer": byte_tokenizer(dated), "date": "2026-01-02"},
         {"tokenizer": byte_tokenizer(dated), "date": "2026-01-03"},

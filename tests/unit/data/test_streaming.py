@@ -370,9 +370,16 @@ def test_what_is_left_out_is_counted_through_all_windows(
     for shard in range(3):
         rows = [{"prompt": "2 + 2 =", "completion": " 4" * count} for count in (1, 40, 0, 1)]
         rows[2] = {"prompt": "no answer"}
+        rows[3] |= {"image": "a.png"}
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / f"{shard}.jsonl").write_text(text)
-    how = {"train": str(tmp_path / "*.jsonl"), "on_bad_row": "skip", "window": 3, "max_length": 20}
+    how = {
+        "train": str(tmp_path / "*.jsonl"),
+        "on_bad_row": "skip",
+        "window": 3,
+        "max_length": 20,
+        "text_only": True,
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         cut, dropped = open_stream(**how), open_stream(**how, long="drop")
@@ -381,8 +388,9 @@ def test_what_is_left_out_is_counted_through_all_windows(
         read(cut, 3, 6)
         read(dropped, 0, 6)
         place = cut.places(6)[0]
-        assert (place["skipped"], place["cut"], place["dropped"]) == (3, 4, 0)
+        assert (place["skipped"], place["cut"], place["dropped"], place["media"]) == (3, 4, 0, 3)
         assert "3 records skipped: not usable; 4 records cut at max_length" in cut.describe(6)
+        assert "3 records without images, sound or videos" in cut.describe(6)
         assert dropped.places(6)[0]["dropped"] == 6
         again = open_stream(**how, place=middle)
         read(again, 3, 6)
