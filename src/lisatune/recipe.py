@@ -12,7 +12,7 @@ import datetime
 import difflib
 import math
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ __all__ = [
     "OptimizerConfig",
     "Precision",
     "Recipe",
+    "Role",
     "RunConfig",
     "SourceConfig",
     "check_steps",
@@ -58,7 +59,8 @@ class ModelConfig:
     """Attention: a name in transformers (sdpa, eager, …) or lisatune_cpu. Default: transformers' choice."""
 
     new_tokens: tuple[str, ...] = ()
-    """Tokens to add to the tokenizer. Their rows in embedding and head begin as the mean of the others."""
+    """Tokens to add to the tokenizer. Their rows in embedding and head begin as the mean of the others.
+    With `method.ends: frozen` these rows train alone."""
 
     @property
     def location(self) -> dict[str, Any]:
@@ -75,6 +77,8 @@ class ModelConfig:
         """Arguments of `load_model` and `meta_model`: those of `tokenizer`, and `attention`."""
         return self.tokenizer | {"attention": self.attention}
 
+
+Role = Literal["system", "user", "assistant", "tool"]
 
 Kind = Literal[
     "auto",
@@ -181,8 +185,9 @@ class DataConfig:
     packing: bool = False
     """Pack several records into one sequence of `max_length` tokens. Attention does not cross records."""
 
-    loss_on: Literal["auto", "answers", "last", "all"] = "auto"
-    """Tokens that carry loss. last: the last answer alone. auto: the answers, or all tokens of plain text."""
+    loss_on: Literal["auto", "answers", "last", "all"] | tuple[Role, ...] = "auto"
+    """Tokens that carry loss. last: the last answer alone. auto: the answers, or all tokens of plain text.
+    Or roles whose messages carry it, such as [assistant, tool]."""
 
     date: str | None = None
     """Day that a chat template which writes the date sees, as YYYY-MM-DD. Default: the run's first day."""
@@ -205,6 +210,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.train, str):
             object.__setattr__(self, "train", _read_sources(self.train))
+        if isinstance(self.loss_on, list | tuple):
+            object.__setattr__(self, "loss_on", _read_roles(self.loss_on))
         _check_choices("data", self)
         if not 0 <= self.validation_share < 1:
             raise ValueError(f"data.validation_share must be >= 0 and below 1, got {self.validation_share}")
@@ -313,6 +320,22 @@ def _read_sources(given: Any) -> tuple[SourceConfig, ...]:
                 f"data.train names {path} twice; name it once, with a larger weight or more epochs"
             )
     return tuple(sources)
+
+
+def _read_roles(given: Sequence[Any]) -> tuple[Role, ...]:
+    """Read the roles of `data.loss_on`.
+
+    Raises:
+        ValueError: there is none, or one is unknown or named twice.
+    """
+    for number, role in enumerate(given):
+        if role not in get_args(Role):
+            raise ValueError(f"data.loss_on: {unknown('role', role, get_args(Role))}")
+        if role in given[:number]:
+            raise ValueError(f"data.loss_on names {role} twice; leave one out")
+    if not given:
+        raise ValueError("data.loss_on names no role, so nothing would train; name one, such as [assistant]")
+    return tuple(given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -635,7 +658,7 @@ class Recipe:
             "data.kind": (data.kind != "auto", "its records have chosen and rejected", "auto"),
             "data.fields": (bool(data.fields), "its records have chosen and rejected", "{}"),
             "data.deduplicate": (data.deduplicate, "pairs are not compared with each other", "false"),
-            "data.loss_on": (data.loss_on in ("all", "last"), "only answers are compared", "answers"),
+            "data.loss_on": (data.loss_on not in ("auto", "answers"), "only answers are compared", "answers"),
             "data.long": (data.long == "split", "a piece of an answer cannot be preferred", "cut or drop"),
             "data.train": (
                 data.train == "python-docs" or not isinstance(data.train, str),
@@ -654,6 +677,9 @@ class Recipe:
                 value = getattr(getattr(self, section), field_name)
                 value = data.train_name if key == "data.train" else value
                 value = str(value).lower() if isinstance(value, bool) else value
+                value = (
+                    f"[{', '.join(value)}]" if key == "data.loss_on" and isinstance(value, tuple) else value
+                )
                 raise ValueError(
                     f"{key}={value} cannot work with loss.name={name}: {why}; set it to {instead}"
                 )
@@ -736,6 +762,6 @@ def _check_choices(section: str, config: Any, *, separator: str = ".") -> None:
         value = getattr(config, name)
         kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
         choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
-        others = tuple(kind for kind in kinds if get_origin(kind) is None)
+        others = tuple(get_origin(kind) or kind for kind in kinds if get_origin(kind) is not Literal)
         if choices and value not in choices and not isinstance(value, others):
             raise ValueError(f"{section}{separator}{name} must be one of {', '.join(choices)}, got {value!r}")

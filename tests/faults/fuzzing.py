@@ -28,7 +28,7 @@ from lisatune import LISA, AdamW
 from lisatune.cli import app
 from lisatune.console import USER_ERRORS
 from lisatune.data.records import read_records
-from lisatune.data.tokens import tokenize
+from lisatune.data.tokens import is_chat, tokenize
 from lisatune.files import yaml
 from lisatune.models.load import load_model, load_tokenizer
 from lisatune.runs.checkpoint import load_checkpoint, save_checkpoint
@@ -155,7 +155,10 @@ class Fuzz:
             on_bad_row = generator.choice(["error", "skip"])
             text_only = kind == "images" or generator.random() < 0.5
             records = read_records(str(path), on_bad_row=on_bad_row, text_only=text_only)  # type: ignore[arg-type]
-            tokenize(records, self.tokenizer, max_length=64)
+            loss_on: Any = "auto"
+            if is_chat(records.rows[0]):
+                loss_on = generator.choice(["auto", "all", ("user",), ("assistant", "tool")])
+            tokenize(records, self.tokenizer, max_length=64, loss_on=loss_on)
 
         return feed
 

@@ -189,6 +189,7 @@ def test_check_outlines_pairs(recipe: Path) -> None:
     [
         (["data.packing=true"], "data.packing=true cannot work with loss.name=dpo: an answer is scored"),
         (["data.loss_on=all"], "data.loss_on=all cannot work with loss.name=dpo"),
+        (["data.loss_on=[user]"], r"data.loss_on=\[user\] cannot work with loss.name=dpo: only answers are"),
         (["data.long=split"], "data.long=split cannot work"),
         (["data.kind=alpaca"], "data.kind=alpaca cannot work"),
         (["data.train=python-docs"], "data.train=python-docs cannot work"),

@@ -61,7 +61,9 @@ def tokens_folder(asked: str | None = None) -> Path:
     return cache_folder() / "tokens"
 
 
-def collect_facts(reader: RecordReader, tokenizer: Any, loss_on: str, date: str | None) -> dict[str, Any]:
+def collect_facts(
+    reader: RecordReader, tokenizer: Any, loss_on: str | tuple[str, ...], date: str | None
+) -> dict[str, Any]:
     """Collect everything that the tokens of a source depend on, as JSON values.
 
     Raises:

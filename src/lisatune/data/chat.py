@@ -169,6 +169,12 @@ class Chat:
         """Return the special token that rendered text ends with, without anything after it; empty if none."""
         return max((stop for stop in self._stops if text.endswith(stop)), key=len, default="")
 
+    def first_stop(self, text: str) -> str:
+        """Return the special token that text begins with, and the blanks before it; empty if none."""
+        blank = len(text) - len(text.lstrip())
+        stops = (stop for stop in self._stops if text.startswith(stop, blank))
+        return text[:blank] + stop if (stop := max(stops, key=len, default="")) else ""
+
     def render_prefixes(
         self, messages: Messages, first_answer: int, *, tools: Tools = None, last: bool = False
     ) -> list[tuple[str, bool]]:
@@ -281,15 +287,15 @@ class Chat:
         Returns:
             Number of characters up to the end of the stop; 0 if there is none.
         """
-        blank = len(rest) - len(rest.lstrip())
-        stop = max((token for token in self._stops if rest.startswith(token, blank)), key=len, default=None)
-        if stop is None:
+        found = self.first_stop(rest)
+        stop = found.lstrip()
+        if not stop:
             return 0
         ends_turns = self.render(messages[:index], tools=tools).rstrip().endswith(stop)
         with suppress(ValueError):  # the template may refuse a conversation of this one message
             following = messages[index + 1]
             ends_turns |= stop not in self.render([following]).partition(following["content"])[0]
-        return blank + len(stop) if ends_turns else 0
+        return len(found) if ends_turns else 0
 
 
 def encode_prompt(

@@ -75,8 +75,7 @@ def divide(
     Raises:
         ValueError: no row is left.
     """
-    starts = documents.offsets[chosen]
-    lengths = documents.offsets[chosen + 1] - starts
+    starts, lengths = _span(documents, chosen)
     num_tokens, is_long = int(lengths.sum()), lengths > max_length
     num_long, num_dropped = int(is_long.sum()), 0
     if long == "drop" and num_long:
@@ -98,6 +97,10 @@ def divide(
             f"all {num_dropped} records of {source} are longer than max_length={max_length} tokens "
             "and are dropped; set max_length well above that, or long to split or cut"
         )
+    if not len(rows) and not documents.count_loss(*_span(documents, chosen)).any():
+        raise ValueError(
+            f"nothing in {source} carries loss: no record has a message of a role that data.loss_on names"
+        )
     if not len(rows):
         shortest = min(documents.first_loss(chosen).tolist(), default=0)
         raise ValueError(
@@ -112,6 +115,12 @@ def divide(
         num_dropped=num_dropped,
         num_lost_tokens=num_tokens - int(rows.lengths.sum()),
     )
+
+
+def _span(documents: Documents, chosen: Ints) -> tuple[Ints, Ints]:
+    """Return where documents begin, and their lengths."""
+    starts = documents.offsets[chosen]
+    return starts, documents.offsets[chosen + 1] - starts
 
 
 def pack(examples: Examples, max_length: int, advance: Callable[[int], None] = lambda done: None) -> Examples:

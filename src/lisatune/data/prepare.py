@@ -36,7 +36,7 @@ from lisatune.data.shown import MarkedText, mark_loss
 from lisatune.data.splitting import split_records
 from lisatune.data.store import Prepared, prepare_source
 from lisatune.data.streaming import Stream, Window
-from lisatune.data.tokens import check_wishes, is_chat, tokenize
+from lisatune.data.tokens import LossOn, check_wishes, is_chat, tokenize
 from lisatune.distributed import ranks
 from lisatune.recipe import DataConfig, Recipe, check_steps
 
@@ -271,10 +271,12 @@ def _prepare_stream(recipe: Recipe, tokenizer: Any, places: Sequence[Mapping[str
     )
 
 
-def _describe_kind(source: Prepared | Window, loss_on: str, tokenizer: Any) -> str:
+def _describe_kind(source: Prepared | Window, loss_on: LossOn, tokenizer: Any) -> str:
     """Say what a source's records are, what writes them, and what is learned."""
     learns_all = loss_on == "all" or source.kind == "text"
     where = "all tokens" if learns_all else "the last answer" if loss_on == "last" else "the answers"
+    if isinstance(loss_on, tuple):
+        where = f"messages of {' and '.join(loss_on)}"
     template = f"written by {Chat(tokenizer).name}" if source.is_chat else "without a template"
     return f"{source.kind}, {template}; loss on {where}"
 

@@ -19,7 +19,7 @@ are named once.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ from lisatune.data.sources import BadRowError, read_rows
 from lisatune.data.turns import EMPTY, answer_text
 from lisatune.recipe import unknown
 
-__all__ = ["Record", "RecordReader", "Records", "read_records"]
+__all__ = ["Record", "RecordReader", "Records", "count_characters", "read_records"]
 
 
 @dataclass(frozen=True)
@@ -236,3 +236,12 @@ def _take_answers(row: Record) -> list[str]:
     return [
         answer_text(turn) for turn in turns if turn["role"] == "assistant" and turn.get("train") is not False
     ]
+
+
+def count_characters(value: Any) -> int:
+    """Count the characters of all texts in a record."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(count_characters, value.values()))
+    return sum(map(count_characters, value)) if isinstance(value, Sequence) else 0

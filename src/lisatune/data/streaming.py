@@ -29,7 +29,7 @@ from lisatune.console import first_line, plural
 from lisatune.data.batches import shuffle
 from lisatune.data.cache import hash_tokenizer
 from lisatune.data.examples import Examples, divide, pack
-from lisatune.data.records import Record, RecordReader
+from lisatune.data.records import Record, RecordReader, count_characters
 from lisatune.data.rows import Documents, TokenRow
 from lisatune.data.shards import ShardFolder, is_gone, is_worth_another_try, list_shards, read_shard
 from lisatune.data.tokens import check_wishes, encode, is_chat
@@ -280,7 +280,7 @@ class Stream:
                 if kind not in kinds:
                     kinds[kind] = self._shard(shard)
                 end = replace(end, shard=shard, record=done)
-                num_characters += _count_characters(record)
+                num_characters += count_characters(record)
                 yield record
                 if number == data.window or num_characters >= WINDOW_CHARACTERS:
                     return
@@ -393,12 +393,3 @@ class Stream:
             self._skipped += reader.skipped
             first = reader.first_skipped.replace(path, shard)
             self._notes.append(f"{plural(reader.skipped, 'record')} skipped, the first is {first}")
-
-
-def _count_characters(value: Any) -> int:
-    """Count the characters of all texts in a record."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, dict):
-        return sum(map(_count_characters, value.values()))
-    return sum(map(_count_characters, value)) if isinstance(value, Sequence) else 0

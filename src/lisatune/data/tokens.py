@@ -16,7 +16,9 @@ import numpy as np
 from lisatune.data.chat import Chat, common_length, drop_second_bos
 from lisatune.data.examples import Examples, divide
 from lisatune.data.records import Record, Records
+from lisatune.data.roles import mark_roles
 from lisatune.data.rows import Documents, Encoded
+from lisatune.recipe import Role
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,7 +28,7 @@ __all__ = ["check_wishes", "encode", "is_chat", "tokenize"]
 BATCH_RECORDS, BATCH_CHARACTERS = 512, 2**21
 """The most records, and about the most text, that one call of the tokenizer gets."""
 
-LossOn = Literal["auto", "answers", "last", "all"]
+LossOn = Literal["auto", "answers", "last", "all"] | tuple[Role, ...]
 Long = Literal["auto", "split", "cut", "drop"]
 
 
@@ -52,7 +54,8 @@ def tokenize(
         loss_on: which tokens carry loss. `answers`: every assistant turn from its first token to the token
             that ends the turn, or a plain completion up to and with the end-of-sequence token. `last`: the
             last of these turns alone. `all`: every token but the first. `auto`: `all` for records of text,
-            `answers` for all others.
+            `answers` for all others. Roles: every message of one of them, from the first token of its text to
+            the token that ends the turn; of `assistant`, what `answers` means.
         long: what happens to a record of more tokens. `split`: it becomes several rows of at most
             `max_length` tokens, one after the other, and the first token of each carries no loss. `cut`: its
             end is cut off. `drop`: it is left out. `auto`: `split` for records of text, `cut` for all others.
@@ -82,14 +85,15 @@ def check_wishes(source: str, kind: str, loss_on: LossOn, long: Long) -> Literal
     """Refuse what records of a kind cannot do, and return what happens to long ones.
 
     Raises:
-        ValueError: a value is unknown, or answers are asked for in plain text.
+        ValueError: a value is unknown, or answers or roles are asked for in plain text.
     """
-    if loss_on not in ("auto", "answers", "last", "all"):
-        raise ValueError(f"loss_on must be auto, answers, last or all, got {loss_on!r}")
+    if loss_on not in ("auto", "answers", "last", "all") and not isinstance(loss_on, tuple):
+        raise ValueError(f"loss_on must be auto, answers, last, all or a tuple of roles, got {loss_on!r}")
     if long not in ("auto", "split", "cut", "drop"):
         raise ValueError(f"long must be auto, split, cut or drop, got {long!r}")
-    if loss_on in ("answers", "last") and kind == "text":
-        raise ValueError(f"{source} is plain text, which has no answers; set loss_on to all or auto")
+    if loss_on not in ("auto", "all") and kind == "text":
+        what = "roles" if isinstance(loss_on, tuple) else "answers"
+        raise ValueError(f"{source} is plain text, which has no {what}; set loss_on to all or auto")
     if long == "auto":
         return "split" if kind == "text" else "cut"
     return long
@@ -164,14 +168,19 @@ def _write(record: Record, chat: Chat | None, loss_on: LossOn) -> _Text:
                 "a message is marked not to be learned from (weight: 0 or train: false), but loss_on all "
                 "would learn from it; use loss_on answers"
             )
-        parts = (
-            [(chat.render(messages, tools=tools), True)]
-            if everywhere
-            else chat.render_prefixes(messages, first_answer, tools=tools, last=loss_on == "last")
-        )
+        if everywhere:
+            parts = [(chat.render(messages, tools=tools), True)]
+        elif isinstance(loss_on, tuple):
+            parts = mark_roles(chat, messages, first_answer, loss_on, tools=tools)
+        else:
+            parts = chat.render_prefixes(messages, first_answer, tools=tools, last=loss_on == "last")
         texts, learned = map(list, zip(*parts, strict=True))
         stops_at = [chat.find_stop(text) for text in texts]
         return _Text(texts, learned, stops_at, is_chat=True, stops=chat.ends_turn(texts[-1]))
+    if isinstance(loss_on, tuple):
+        raise ValueError(
+            "a plain prompt and completion have no roles; set loss_on to answers or all, or give messages"
+        )
     if "prompt" in record:
         texts = [record["prompt"], record["prompt"] + record["completion"]]
         return _Text(texts, [everywhere, True], ["", ""], is_chat=False, stops=False)

@@ -22,7 +22,7 @@ from lisatune.data.shown import MarkedText, show_loss
 from lisatune.distributed.ranks import pick_device
 from lisatune.models.hf import announce_remote_code
 from lisatune.models.load import load_tokenizer
-from lisatune.recipe import Recipe, SourceConfig
+from lisatune.recipe import DataConfig, Recipe, SourceConfig
 from lisatune.runs.folder import check_output
 from lisatune.train.assemble import check_fits, rehearse
 from lisatune.train.beginning import choose_start, find_checkpoint, fix_compile, fix_date, read_finished
@@ -169,7 +169,7 @@ def _check_data(recipe: Recipe, report: CheckReport) -> RunData | None:
     usable = dataclasses.replace(recipe, data=dataclasses.replace(config, on_bad_row="skip"))
     data = report.attempt(prepare_data, usable, tokenizer)
     if data is not None:
-        report.warnings += _warn_of_long_records(data, config.max_length)
+        report.warnings += _warn_of_long_records(data, config)
     return data
 
 
@@ -182,8 +182,9 @@ def _read_through(source: SourceConfig) -> RecordReader:
     return reader
 
 
-def _warn_of_long_records(data: RunData, max_length: int) -> list[str]:
+def _warn_of_long_records(data: RunData, config: DataConfig) -> list[str]:
     """Say what happens to records that are longer than `max_length`."""
+    max_length = config.max_length
     examples = data.train
     long, lost = f"more than data.max_length={max_length} tokens", f"{examples.lost_share:.1%} of all tokens"
     warnings = []
@@ -195,6 +196,8 @@ def _warn_of_long_records(data: RunData, max_length: int) -> list[str]:
         warnings.append(f"{records} of {long} will be left out; {lost} will not train (data.long)")
     if examples.num_without_loss:
         what = "the whole answer" if data.rows_per_record == 1 else "all in which the answers differ"
+        if isinstance(config.loss_on, tuple):
+            what = "all messages of the roles in data.loss_on, or there are none"
         warnings.append(
             f"{plural(examples.num_without_loss, 'training record')} will be left out: data.max_length="
             f"{max_length} cuts off {what}"

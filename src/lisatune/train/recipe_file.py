@@ -130,7 +130,8 @@ def build_recipe(path: str, from_file: Sections, overrides: Sequence[str]) -> Re
                 _refuse(where(section, key), sections, section, key, value)
             if (section, key) == ("method", "name"):  # no field
                 continue
-            if isinstance(value, dict) or (key == "train" and isinstance(value, list)):  # of the user's own
+            is_list = isinstance(value, list) and key in ("train", "loss_on")
+            if isinstance(value, dict) or is_list:  # of the user's own
                 converted[section][key] = value
                 continue
             try:
@@ -355,11 +356,9 @@ def _explain_unknown_key(section: str, key: object, sections: Mapping[str, Any])
 
 def _refuse(where: str, sections: Mapping[str, type], section: str, key: str, value: Any) -> NoReturn:
     hint = str if key == "train" else typing.get_type_hints(sections[section])[key]  # or a list
-    if isinstance(value, str) and value in ("", "null"):
-        shown = "nothing"
-    else:
-        shown = "null" if value is None else repr(value)
-    choices = [str(item) for item in typing.get_args(hint)] if typing.get_origin(hint) is Literal else []
+    shown = "nothing" if value in ("", "null") else "null" if value is None else repr(value)
+    literals = [each for each in (hint, *typing.get_args(hint)) if typing.get_origin(each) is Literal]
+    choices = [str(item) for each in literals for item in typing.get_args(each)]
     close = difflib.get_close_matches(str(value), choices, n=1)
     tail = f". Did you mean {close[0]!r}?" if close else ""
     if hint in (str, str | None) and not isinstance(value, str | list | dict | None):

@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trl
@@ -12,6 +13,7 @@ from trl.chat_template_utils import get_training_chat_template, qwen2_5_chat_tem
 
 from lisatune.data.chat import PLAIN_CHAT_TEMPLATE, Chat, common_length, encode_prompt, set_chat_template
 from lisatune.data.records import Records
+from lisatune.data.roles import mark_roles
 from lisatune.data.tokens import tokenize
 from lisatune.losses.causal_lm import IGNORE
 from tiny_text import CHATML, byte_tokenizer
@@ -275,6 +277,64 @@ def test_a_template_that_leaves_out_calls_or_tools_is_refused() -> None:
         chat.render_prefixes([USER, BOT], 1, tools=[TOOL])
 
 
+def roles_learned(
+    tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], roles: tuple[str, ...], **how: Any
+) -> list[str]:
+    """Return what carries loss by role, as text of the tokens, and check the tokens against the whole."""
+    records = Records([{"messages": messages} | how], "messages", 0, "records")
+    (row,) = tokenize(records, tokenizer, max_length=9999, loss_on=roles).rows
+    (whole,) = tokenize(records, tokenizer, max_length=9999, loss_on="all").rows
+    assert row["input_ids"].tolist() == whole["input_ids"][: len(row["input_ids"])].tolist()
+    return spans(tokenizer, row["input_ids"].tolist(), (row["labels"] != IGNORE).tolist())
+
+
+def test_messages_of_named_roles_are_learned_to_the_token_that_ends_their_turn() -> None:
+    tokenizer = byte_tokenizer(CHATML, extra=["<|im_start|>"])
+    messages = [SYSTEM, USER, BOT, USER | {"content": " Why?\n"}, BOT | {"content": "So."}, USER]
+    hello, so = "Hello<eos>", "So.<eos>"
+    users = ["Hi<eos>", " Why?\n<eos>", "Hi<eos>"]
+    assert roles_learned(tokenizer, messages, ("assistant",)) == [hello, so]
+    assert roles_learned(tokenizer, messages, ("user",)) == users
+    assert roles_learned(tokenizer, messages, ("system",)) == ["Be brief.<eos>"]
+    both = [users[0], hello, users[1], so, users[2]]
+    assert roles_learned(tokenizer, messages, ("user", "assistant")) == both
+    messages[3] = messages[3] | {"train": False}
+    records = Records([{"messages": messages}], "messages", 0, "records")
+    (row,) = tokenize(records, tokenizer, max_length=9999, loss_on=("user",)).rows
+    learned = (row["labels"] != IGNORE).tolist()
+    assert spans(tokenizer, row["input_ids"].tolist(), learned) == [users[0], users[2]]
+
+
+def test_the_answer_of_a_tool_is_found_where_a_template_writes_it_in_a_turn_of_the_user() -> None:
+    tokenizer = byte_tokenizer(qwen2_5_chat_template, extra=["<|im_start|>", "<|im_end|>"])
+    results = [{"role": "tool", "content": text} for text in ("3", "", "Hi")]
+    messages = [USER, CALLS, *results, BOT]
+    found = roles_learned(tokenizer, messages, ("tool",), tools=[TOOL])
+    assert found == ["3", "Hi"]
+    both = roles_learned(tokenizer, messages, ("assistant", "tool"), tools=[TOOL])
+    assert both[0].startswith("<tool_call>")
+    assert both[1:] == ["3", "Hi", "Hello<|im_end|>"]
+
+
+def test_a_text_that_a_template_writes_as_json_is_found() -> None:
+    template = CHATML.replace("message['content']", "message['content'] | tojson")
+    said = 'Say "é" now\n'
+    found = roles_learned(byte_tokenizer(template), [USER | {"content": said}, BOT], ("user",))
+    assert found == [json.dumps(said, ensure_ascii=False)[1:-1]]
+
+
+def test_a_text_that_a_template_changes_cannot_be_learned_by_role() -> None:
+    twice = CHATML.replace("message['content']", "message['content'] + '.' + message['content']")
+    with pytest.raises(ValueError, match=r"changes the text of message 1, .*; leave user out of loss_on"):
+        roles_learned(byte_tokenizer(twice), [USER, BOT], ("user",))
+
+
+def test_what_begins_the_next_turn_is_not_learned_as_the_end_of_a_message() -> None:
+    template = "{% for m in messages %}{{ '<turn>' + m['role'] + ':' + m['content'] }}{% endfor %}"
+    found = roles_learned(byte_tokenizer(template, extra=["<turn>"]), [USER, BOT, USER, BOT], ("user",))
+    assert found == ["Hi", "Hi"]
+
+
 MARKED = """\
 {%- for message in messages -%}
 {{- '<|im_start|>' + message['role'] + '\\n' -}}
@@ -308,3 +368,18 @@ def test_marks_of_a_template_and_our_own_say_the_same(name: str) -> None:
     assert marks is not None
     assert marks == chat.find_answers(messages, [2, 4], None)
     assert len(found) == 2
+    by_role = mark_roles(chat, messages, 1, ("assistant",))
+    assert learned_of(by_role) == learned_of(marks)
+    both = mark_roles(chat, messages, 1, ("user", "assistant"))
+    answers_and_users = learned_of(both)
+    assert [span for span in answers_and_users if span in learned_of(marks)] == learned_of(marks)
+    users = [
+        both[-1][0][start:end] for start, end in answers_and_users if (start, end) not in learned_of(marks)
+    ]
+    assert [text.removesuffix(chat.find_stop(text)) for text in users] == ["Hi"] * 3
+
+
+def learned_of(marked: list[tuple[str, bool]]) -> list[tuple[int, int]]:
+    """Return begin and end of what carries loss."""
+    lengths = [0, *(len(text) for text, _ in marked)]
+    return [span for span, (_, learned) in zip(itertools.pairwise(lengths), marked, strict=True) if learned]

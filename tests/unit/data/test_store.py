@@ -68,6 +68,7 @@ def test_whatever_changes_tokens_makes_another_entry(tmp_path: Path, counted: li
         {"loss_on": "all"},
         {"limit": 5},
         {"text_only": True},
+        {"loss_on": ("user", "assistant")},
         {"fields": {"system": "input"}},
         {"tokenizer": byte_tokenizer(dated), "date": "2026-01-02"},
         {"tokenizer": byte_tokenizer(dated), "date": "2026-01-03"},

@@ -192,8 +192,25 @@ def test_wrong_wishes_are_refused() -> None:
         ValueError, match=r"data\.jsonl is plain text, which has no answers; set loss_on to all"
     ):
         tokenize(records(FORMS["text"], kind="text"), tokenizer, max_length=9, loss_on="answers")
-    with pytest.raises(ValueError, match="loss_on must be auto, answers, last or all, got 'answer'"):
+    with pytest.raises(ValueError, match="loss_on must be auto, answers, last, all or a tuple of"):
         tokenize(records(FORMS["text"]), tokenizer, max_length=9, loss_on="answer")  # type: ignore[arg-type]
+
+
+def test_roles_that_records_do_not_have_are_refused() -> None:
+    tokenizer = byte_tokenizer(CHATML)
+    how: dict[str, Any] = {"max_length": 99, "loss_on": ("user", "tool")}
+    with pytest.raises(
+        ValueError, match=r"data\.jsonl is plain text, which has no roles; set loss_on to all"
+    ):
+        tokenize(records(FORMS["text"], kind="text"), tokenizer, **how)
+    with pytest.raises(ValueError, match=r"record 1: a plain prompt and completion have no roles; set"):
+        tokenize(records(FORMS["plain"]), tokenizer, **how)
+    with pytest.raises(
+        ValueError, match=r"nothing in data\.jsonl carries loss: no record has a message of a"
+    ):
+        tokenize(records(FORMS["chat"]), tokenizer, max_length=99, loss_on=("tool",))
+    examples = tokenize(records(FORMS["chat"]), tokenizer, **how)
+    assert learned(examples.rows[0], tokenizer) == "Hi<eos>"
 
 
 def test_a_record_the_template_refuses_is_named() -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -81,6 +82,15 @@ def test_the_outline_says_what_the_records_are_and_how_they_are_written(
     outline = report_on(recipe, f"model.name={folder}").outline
     assert outline is not None
     assert says in outline.records
+
+
+def test_roles_with_loss_are_shown(recipe: Path) -> None:
+    report = check(load_recipe(recipe, ["data.loss_on=[user]"]), show=1)
+    assert report.outline is not None
+    assert report.outline.records.endswith("; loss on messages of user")
+    learned = [text for text, has_loss in report.shown[0] if has_loss]
+    assert len(learned) == 1
+    assert re.fullmatch(r"Count to \d+\.<eos>", learned[0])
 
 
 def test_all_problems_are_found_in_one_go(recipe: Path, tmp_path: Path) -> None:

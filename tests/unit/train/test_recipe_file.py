@@ -177,6 +177,21 @@ def test_a_wrong_file_is_refused_in_one_sentence(tmp_path: Path, text: str, mess
         ("run.steps=x", "command line: run.steps must be a whole number or null, got 'x'"),
         ("run.steps=", "command line: run.steps must be a whole number or null, got nothing"),
         ("optimizer.lr=-1", "command line: optimizer.lr must be a positive number, got -1.0"),
+        (
+            "data.loss_on=[user, asistant]",
+            "command line: data.loss_on: unknown role 'asistant'. Did you mean 'assistant'? Known: system, "
+            "user, assistant, tool",
+        ),
+        ("data.loss_on=[tool, tool]", "command line: data.loss_on names tool twice; leave one out"),
+        (
+            "data.loss_on=[]",
+            "command line: data.loss_on names no role, so nothing would train; name one, such as [assistant]",
+        ),
+        (
+            "data.loss_on=answer",
+            "command line: data.loss_on must be one of auto, answers, last, all or a list (each one of "
+            "system, user, assistant, tool), got 'answer'. Did you mean 'answers'?",
+        ),
         ("optimizer.betas=[0.9", "override 'optimizer.betas=[0.9': a list is written [a, b]"),
         (
             "method.name=lsia",
@@ -190,6 +205,14 @@ def test_a_wrong_override_is_refused_and_said_to_come_from_the_command_line(
     with pytest.raises(ValueError, match=r".") as caught:
         load_recipe(write(tmp_path, BASE), [override])
     assert str(caught.value) == message
+
+
+def test_loss_may_be_on_roles_and_is_read_again_from_its_own_record(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, BASE), ["data.loss_on=[tool, assistant]"])
+    assert recipe.data.loss_on == ("tool", "assistant")
+    stored = recipe.as_dict()
+    assert stored["data"]["loss_on"] == ["tool", "assistant"]
+    assert load_recipe(write(tmp_path, yaml.dump(stored))) == recipe
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
