@@ -530,6 +530,9 @@ class RunConfig:
     save_every: int | None = None
     """Steps between two checkpoints; 0: only when interrupted. Default: one every ten minutes."""
 
+    save_async: bool = False
+    """Copy what a checkpoint holds to host memory, and write it while training goes on."""
+
     keep_best: bool = False
     """Keep the checkpoint of lowest held-out loss and write its model at the end. Needs `eval_every`."""
 
@@ -636,6 +639,11 @@ class Recipe:
             raise ValueError(
                 "model.new_tokens cannot work with method.frozen_weights yet: exact weights come from the "
                 "model's files, which lack the new rows; set frozen_weights to exact"
+            )
+        if self.run.save_async and self.method.masters == "disk":
+            raise ValueError(
+                "run.save_async copies exact weights to host memory, and method.master=disk keeps them on "
+                "disk because host memory is short; set run.save_async to false, or method.master to ram"
             )
         if self.data.streaming and self.run.steps is None:
             raise ValueError("data.streaming has no end, so run.steps must say how long to train; set it")

@@ -23,6 +23,7 @@ from typing import Any
 
 import safetensors.torch
 
+import lisatune.files.parts
 from faults.runs import STEPS, Killer, at_steps, attempt, die, outcome, prepare
 from forks import ended
 from lisatune.runs.manifest import newest_checkpoint
@@ -89,17 +90,24 @@ def inside_file(number: int) -> Killer:
     """Die when half of the `number`-th safetensors file is written, from 1."""
 
     def set_up(run: Path) -> None:
-        count, save_file = 0, safetensors.torch.save_file
+        count, save_file, write_stream = 0, safetensors.torch.save_file, lisatune.files.parts.write_stream
 
-        def half(tensors: Any, path: Any, *rest: Any, **options: Any) -> None:
+        def die_in(path: Path) -> None:
             nonlocal count
             count += 1
-            save_file(tensors, path, *rest, **options)
             if count == number:
-                os.truncate(path, Path(path).stat().st_size // 2)
+                os.truncate(path, path.stat().st_size // 2)
                 die()
 
-        safetensors.torch.save_file = half
+        def save(tensors: Any, path: Any, *rest: Any, **options: Any) -> None:
+            save_file(tensors, path, *rest, **options)
+            die_in(Path(path))
+
+        def stream(path: Path, *rest: Any) -> None:
+            write_stream(path, *rest)
+            die_in(path)
+
+        safetensors.torch.save_file, lisatune.files.parts.write_stream = save, stream
 
     return set_up
 

@@ -36,6 +36,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
         "{active: 2, period: 2, frozen_weights: int8, ends: frozen, master: disk}",
         ["run.precision=bf16"],
     ),
+    "lisa, saved while it trains": ("{active: 2, period: 3, state: cpu}", ["run.save_async=true"]),
     "lisa, packed, evaluated": ("{active: 2, period: 4}", ["data.packing=true", "run.eval_every=3"]),
     "full": ("{name: full}", ["run.eval_every=4", "run.save_every=3"]),
     "lora": ("{name: lora}", ["run.save_every=2"]),

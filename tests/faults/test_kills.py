@@ -11,7 +11,10 @@ from faults import kills, runs
 from forks import ended
 
 
-@pytest.mark.parametrize("variant", ["lisa", "lisa, packed, evaluated", "lisa, codes, exact weights on disk"])
+@pytest.mark.parametrize(
+    "variant",
+    ["lisa, saved while it trains", "lisa, packed, evaluated", "lisa, codes, exact weights on disk"],
+)
 def test_killed_and_resumed_runs_end_bit_equal(variant: str, tmp_path: Path) -> None:
     series = kills.Series(tmp_path, variant)
     generator, tally = random.Random(variant), kills.Tally()

@@ -136,7 +136,7 @@ def test_sigterm_on_a_full_disk_says_from_where_to_go_on(
 
         def step(parts: Any, done: Any, folder: Any) -> Any:
             if done.step == 2:
-                patch.setattr("lisatune.train.resume.save_checkpoint", no_space)
+                patch.setattr("lisatune.train.saving.begin_checkpoint", no_space)
                 term()
             return make_step(parts, done, folder)
 

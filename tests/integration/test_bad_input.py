@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -21,6 +20,7 @@ import lisatune.train.loop
 import tiny_run
 from forks import ended, forked
 from lisatune.cli.app import main
+from lisatune.files.tensors import write_stream
 from lisatune.losses.causal_lm import CausalLMLoss
 from lisatune.runs.manifest import newest_checkpoint
 
@@ -389,15 +389,15 @@ def test_a_disk_full_while_a_checkpoint_is_saved_costs_that_checkpoint_alone(
     straight = trained(recipe, "straight")
     run, saved = recipe.parent / "run", {}
 
-    def fill_up(tensors: dict[str, torch.Tensor], path: Path, **options: Any) -> None:
+    def fill_up(path: Path, *rest: Any) -> None:
         if (run / "checkpoints" / "step-000002").exists() and path.name == "optimizer.safetensors":
             saved.update(content(run / "checkpoints" / "step-000002"))
             path.write_bytes(b"half of it")
             no_space()
-        save_file(tensors, path, **options)
+        write_stream(path, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(safetensors.torch, "save_file", fill_up)
+        patch.setattr("lisatune.files.parts.write_stream", fill_up)
         capfd.readouterr()
         assert main(["train", str(recipe), "run.save_every=2"]) == 2
     one_sentence(capfd, f"could not write {run}/checkpoints/step-000004", "No space left", "free some space")

@@ -115,8 +115,8 @@ def two(runs: Runs) -> dict[str, list[Any]]:
     )
     jobs["broken"] = runs.job("broken", HALF, *IN_BACKWARD, "run.on_nonfinite=skip") | {"breaks": True}
     small = ["run.batch_size=2", "optimizer.schedule=constant", "run.save_every=3", *LEAST]
-    for name in ("small", "small-resumed"):
-        jobs[name] = runs.job(name, *small, "run.steps=3")
+    for name, is_async in (("small", "false"), ("small-resumed", "true")):
+        jobs[name] = runs.job(name, *small, "run.steps=3", f"run.save_async={is_async}")
     jobs["resumed"] = runs.job("small-resumed", *small, "run.steps=6", resume=True)
     jobs["small-straight"] = runs.job("small-straight", *small, "run.steps=6")
     jobs["narrow"] = runs.job("narrow", HALF, "run.save_dtype=bf16")
@@ -273,6 +273,16 @@ def test_compact_state_resumes_bit_for_bit_on_as_many_ranks(runs: Runs, two: dic
     got = runs.weights("small-resumed")
     for key, weight in runs.weights("small-straight").items():
         assert torch.equal(got[key], weight), key
+
+
+def test_what_ranks_write_while_they_train_has_the_same_bytes(runs: Runs, two: dict[str, Any]) -> None:
+    assert [each.get("steps") for each in two["small-resumed"]] == [3, 3], two["small-resumed"]
+    folders = [runs.folder / name / "checkpoints" / "step-000003" for name in ("small", "small-resumed")]
+    files = [sorted(file.name for file in folder.iterdir()) for folder in folders]
+    assert files[0] == files[1]
+    for name in files[0]:
+        if name not in ("state.json", "manifest.json"):  # which tell the time
+            assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
 
 
 def test_two_copies_on_two_ranks_each_are_one_rank(runs: Runs, four: dict[str, Any]) -> None:

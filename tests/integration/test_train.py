@@ -28,7 +28,8 @@ from lisatune.train import progress
 from lisatune.train.assemble import Parts, assemble
 from lisatune.train.loop import TrainingError, train
 from lisatune.train.recipe_file import load_recipe
-from lisatune.train.resume import RunState, SaveClock
+from lisatune.train.resume import RunState
+from lisatune.train.saving import SaveClock
 
 
 @pytest.fixture(scope="module")
@@ -474,8 +475,8 @@ def test_a_checkpoint_that_nobody_asked_for_cannot_stop_a_run(
     def fail(*arguments: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lisatune.train.resume.save_checkpoint", fail)
-    monkeypatch.setattr("lisatune.train.resume.AUTOSAVE_SECONDS", 0)
+    monkeypatch.setattr("lisatune.train.saving.begin_checkpoint", fail)
+    monkeypatch.setattr("lisatune.train.saving.AUTOSAVE_SECONDS", 0)
     assert run(recipe, "run", "run.steps=4")["failed_saves"] == 4
     with pytest.raises(OSError, match="No space left"):
         run(recipe, "asked", "run.steps=4", "run.save_every=1")

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -38,7 +39,7 @@ from lisatune.nn.blocks import BlockForward, num_graphs
 from lisatune.optim.adamw import AdamW
 from lisatune.optim.meter import state_bytes, tensors_bytes
 from lisatune.recipe import OptimizerConfig
-from lisatune.runs.checkpoint import load_checkpoint, save_checkpoint
+from lisatune.runs.checkpoint import begin_checkpoint, load_checkpoint, save_checkpoint
 from lisatune.runs.manifest import DamagedCheckpointError
 from lisatune.train.assemble import assemble
 from lisatune.train.loop import train
@@ -227,7 +228,10 @@ def held(folder: str, largest_file: str) -> dict[str, Any]:
 
 
 def saving(folder: str) -> dict[str, Any]:
-    """Save a checkpoint and damage it, fail to save one on rank 1, and let rank 1 die while it saves one."""
+    """Save a checkpoint and damage it, fail to save one on rank 1, and let rank 1 die while it saves one.
+
+    All but the first are written by a thread that may not send anything to another rank.
+    """
     model = tiny.llama(seed=0)
     shard(model, find_layers(model).blocks, device=torch.device("cpu"))
     optimizer = build_optimizer(model, find_layers(model), OptimizerConfig(lr=1e-3))
@@ -253,7 +257,14 @@ def saving(folder: str) -> dict[str, Any]:
     with on_rank_1:
         for step in (2, 3):
             try:
-                save_checkpoint(folder, step=step, **parts)
+                writer = begin_checkpoint(folder, step=step, **parts, copies=True)
+                thread = threading.Thread(target=writer.write)
+                with mock.patch.multiple(
+                    "torch.distributed", all_reduce=None, all_gather=None, broadcast=None
+                ):
+                    thread.start()
+                    thread.join()
+                writer.finish()
             except (OSError, RuntimeError) as error:
                 errors[step] = f"{type(error).__name__}: {error}"
             errors[f"left after {step}"] = sorted(path.name for path in Path(folder).iterdir())

@@ -107,7 +107,9 @@ def _print_table(recipe: "Recipe", plan: "MemoryPlan", fit: "Fit | None", room: 
     if plan.host_bytes:
         kept = "optimizer state" if recipe.method.masters is None else "exact weights and optimizer state"
         disk = ", or disk for the weights" if recipe.method.masters in ("auto", "disk") else ""
-        rows.append(("host memory", f"{byte_text(plan.host_bytes)} of {kept}{disk}"))
+        copy = f"{byte_text(plan.copy_bytes)} for the copy of a checkpoint" if plan.copy_bytes else ""
+        text = f"{byte_text(plan.host_bytes)} of {kept}{disk}" + (f", with {copy}" if copy else "")
+        rows.append(("host memory", copy if plan.copy_bytes == plan.host_bytes else text))
     if plan.switch_bytes:
         moved = f"moves {byte_text(plan.switch_bytes)} onto the device and as much back, between two steps"
         rows.append(("a draw", moved))

@@ -32,43 +32,21 @@ def part_name(name: str, number: int, count: int) -> str:
     return f"{name}-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
-def write_rows(path: Path | None, tensors: Mapping[str, DividedTensor], *, is_first: bool) -> None:
-    """Write this rank's rows of tensors; every rank must call it.
+def write_rows(path: Path, tensors: Mapping[str, DividedTensor], *, is_first: bool) -> None:
+    """Write this rank's rows of tensors. Exchanges nothing with other ranks, so any thread may call it.
 
     Args:
-        path: the file; None on a rank that writes nothing.
+        path: the file.
         tensors: whole tensors by name.
         is_first: also write tensors that are not divided.
 
     Raises:
-        OSError: the file could not be written. What the other ranks need from this one is still sent.
-        TypeError: a value is not a plain dense tensor.
+        OSError: the file could not be written.
     """
-    rows = _take_rows(tensors, is_first=is_first)
-    try:
-        if path is not None:
-            mine = {
-                name: (
-                    tensor.dtype,
-                    tuple(tensor.shape) if tensor.rows is None else tuple(tensor.rows[1].shape),
-                )
-                for name, tensor in tensors.items()
-                if tensor.rows is not None or is_first
-            }
-            write_stream(path, mine, (tensor for tensor in rows if tensor is not None))
-    finally:
-        for _ in rows:
-            pass
-
-
-def _take_rows(tensors: Mapping[str, DividedTensor], *, is_first: bool) -> Iterator[Tensor | None]:
-    for name in sort_names({name: tensor.dtype for name, tensor in tensors.items()}):
-        tensor = tensors[name]
-        if tensor.rows is not None:
-            yield tensor.rows[1]
-        else:
-            whole = tensor.gather()  # of a few numbers; every rank takes part
-            yield whole if is_first else None
+    parts = {name: tensor.part for name, tensor in tensors.items() if tensor.rows is not None or is_first}
+    order = sort_names({name: part.dtype for name, part in parts.items()})
+    kinds = {name: (part.dtype, tuple(part.shape)) for name, part in parts.items()}
+    write_stream(path, kinds, (parts[name] for name in order))
 
 
 def index_rows(tensors: Mapping[str, DividedTensor], starts: list[list[int]]) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """Safetensors files of tensors that are divided among ranks: no process ever holds a whole file.
 
 To write a model, all ranks gather one tensor at a time, and rank 0 appends it to the file. To read, each rank
-takes its own rows of each tensor. On one rank, safetensors itself writes the files. Several ranks write their
-checkpoints together (`lisatune.files.parts`).
+takes its own rows of each tensor. Ranks write their checkpoints together (`lisatune.files.parts`).
 """
 
 import json
@@ -15,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lisatune.distributed import ranks
 from lisatune.distributed.shards import full_tensor, is_sharded, like_shard, local_part
 from lisatune.nn.coded import exact_parameters
 
 __all__ = [
+    "NAMES",
     "DividedTensor",
     "collect",
     "describe_tensors",
@@ -33,18 +32,24 @@ __all__ = [
 ]
 
 NAMES = {
+    torch.uint64: "U64",
+    torch.int64: "I64",
     torch.float64: "F64",
+    torch.complex64: "C64",
     torch.float32: "F32",
+    torch.uint32: "U32",
+    torch.int32: "I32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
+    torch.uint16: "U16",
     torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""Names of dtypes in a safetensors header."""
+"""Names of dtypes in a safetensors header, in the order in which the library sorts tensors."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,12 @@ class DividedTensor:
     gather: Callable[[], Tensor]
     """Puts the whole tensor together; every rank must call it."""
     rows: tuple[int, Tensor] | None = None
-    """Where this rank's rows begin, and the rows; None for what is not divided into rows."""
+    """Where this rank's rows begin, and the rows; None for what every rank has whole."""
+
+    @property
+    def part(self) -> Tensor:
+        """This rank's rows, or all of what is not divided. Exchanges nothing with other ranks."""
+        return self.gather() if self.rows is None else self.rows[1]
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -120,17 +130,11 @@ def write_file(
         path: the file.
         tensors: what the file will hold, by name.
         wholes: gives the whole tensors in the order of `gather_tensors`; those of this file are taken.
-        metadata: text for the header of the file. On one rank it is left out.
+        metadata: text for the header of the file.
 
     Raises:
         OSError: the file could not be written.
-        TypeError: a value is not a plain dense tensor.
     """
-    if ranks.count() == 1:
-        from safetensors.torch import save_file
-
-        save_file(_make_storable(collect(tensors, wholes)), path)
-        return
     write_stream(path, {name: (t.dtype, t.shape) for name, t in tensors.items()}, wholes, metadata)
 
 
@@ -140,7 +144,7 @@ def write_stream(
     tensors: Iterator[Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a file from one tensor at a time.
+    """Write a file from one tensor at a time: the same bytes as safetensors' `save_file`.
 
     Args:
         path: the file.
@@ -197,22 +201,9 @@ def read_part(file: Any, name: str, like: Tensor | None) -> Tensor:
 
 def sort_names(dtypes: Mapping[str, torch.dtype]) -> list[str]:
     """Sort as safetensors does: wide dtypes first, so that every tensor starts at a multiple of its width."""
-    return sorted(dtypes, key=lambda name: (-dtypes[name].itemsize, name))
+    order = list(NAMES)
+    return sorted(dtypes, key=lambda name: (order.index(dtypes[name]), name))
 
 
 def _sort_names(tensors: Mapping[str, DividedTensor]) -> list[str]:
     return sort_names({name: tensor.dtype for name, tensor in tensors.items()})
-
-
-def _make_storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Make tensors contiguous, and clone those that share memory, because safetensors refuses them."""
-    storable: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
-            raise TypeError(f"cannot save {name}: {type(tensor).__name__} is not a plain dense tensor")
-        dense = tensor.detach().contiguous()
-        address = dense.untyped_storage().data_ptr()
-        storable[name] = dense.clone() if address in seen else dense
-        seen.add(address)
-    return storable

@@ -94,7 +94,8 @@ class MemoryCheck:
         if ranks.max_over_ranks(int(lacks_host)):
             raise ValueError(
                 f"the run needs {byte_text(host)} of host memory by its plan ({self.plan.kind}){_on_each()} "
-                f"and {byte_text(host_free or 0)} are free: keep less optimizer state there, or set "
+                f"and {byte_text(host_free or 0)} are free: keep less optimizer state there"
+                f"{', set run.save_async=false' if self.plan.copy_bytes else ''}, or set "
                 "run.check_memory=false to run it as it is"
             )
         self._resident_before = process.resident_bytes()

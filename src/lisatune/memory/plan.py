@@ -35,7 +35,8 @@ from lisatune.optim.adamw import CHUNK, CHUNK_ELSEWHERE, AdamW
 from lisatune.optim.group import Group
 from lisatune.optim.rows import sparse_rows
 from lisatune.optim.state import prepare as prepare_state
-from lisatune.recipe import Recipe
+from lisatune.recipe import Recipe, RunConfig
+from lisatune.runs.checkpoint import copied_bytes
 
 __all__ = [
     "RESERVE_BYTES",
@@ -87,6 +88,9 @@ class MemoryPlan(StepMemory):
 
     loaded_bytes: int
     """Weights as they load into host memory, before a method quantises them; 0 on several ranks."""
+
+    copy_bytes: int
+    """Bytes of `host_bytes` that `run.save_async` takes while a checkpoint is written."""
 
     switch_bytes: int
     """Bytes of exact weights that a draw moves onto the device, and off it; 0 if no weight is codes."""
@@ -235,14 +239,19 @@ def _plan(
         kind, note = "traced", None
         try:
             memory = _trace_costliest(built, batches, blocks, steps, run.accumulation, is_too_large)
+            copied = _count_copy(built, batches, run) if run.save_async else 0
         except Exception as error:  # on tensors without values a model's own code can raise anything
             if is_divided:
                 raise
             kind, note = "arithmetic", explain_untraced(built, batches, error)
             memory = estimate_step(built, recipe, length)
+            kept = memory.at_peak["weights"] + memory.at_peak["optimizer state"]
+            copied = kept if run.save_async else 0
         if ranks > 1 and not is_divided:
             kind = f"{kind}, divided by ranks"
             memory = divide_among_ranks(memory, built.model, built.layers, shards)
+            copied = -(-copied // shards)
+        memory = replace(memory, host_bytes=memory.host_bytes + copied)
         return MemoryPlan(
             **asdict(memory),
             kind=kind,
@@ -255,10 +264,17 @@ def _plan(
             word=built.schedule.word,
             trainable=count_trainable(built.model),
             loaded_bytes=loaded_bytes,
+            copy_bytes=copied,
             switch_bytes=_count_switch(built),
             seconds=0.0,
             note=note,
         )
+
+
+def _count_copy(built: Built, batches: list[dict[str, Tensor]], run: RunConfig) -> int:
+    """Count the host memory of a checkpoint's copy, once the active blocks have made their state."""
+    _make_state(built, batches[0]["input_ids"].numel() * run.accumulation)
+    return copied_bytes(built.model, built.step.optimizer, run.device)
 
 
 def _count_switch(built: Built) -> int:

@@ -117,7 +117,8 @@ class StepMemory:
     """Bytes at the end of the step: weights and optimizer state."""
 
     host_bytes: int = 0
-    """Bytes of optimizer state with `state_device: cpu`; in a plan also those of exact frozen weights. In the
+    """Bytes of optimizer state with `state_device: cpu`; in a plan also those of exact frozen weights and
+    of the copy of a checkpoint. In the
     step that makes the state, `peak_bytes` includes the state; otherwise no other figure has these bytes."""
 
 

@@ -12,6 +12,8 @@ Several ranks write it together, each the rows that it holds, and nothing is gat
 two files each rank then has one of each (`lisatune.files.parts`), and index.json says which rows they hold.
 Any number of ranks reads a checkpoint, whoever wrote it: each rank its own rows.
 
+`begin_checkpoint` can copy all values to host memory first, so that the run trains on while they are written.
+
 A folder is written under another name, synced and renamed, so a folder with its final name is complete.
 Loading checks these files against the manifest, and opens no other file and never a link.
 
@@ -32,23 +34,16 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lisatune.console import first_line
-from lisatune.distributed import ranks
 from lisatune.distributed.shards import holds_first_copy, local_part, reshard
-from lisatune.files.disk import write_aside
+from lisatune.files.copies import Files, copy_files, copy_size
 from lisatune.files.parts import open_tensors
 from lisatune.files.states import describe_states, read_states
-from lisatune.files.tensors import (
-    describe_tensors,
-    gather_tensors,
-    named_weights,
-    read_part,
-    write_file,
-)
+from lisatune.files.tensors import NAMES, describe_tensors, named_weights, read_part
 from lisatune.lisa.correction import find_correction
 from lisatune.lisa.rates import MARK
 from lisatune.nn.coded import coded_weights
 from lisatune.optim.meter import restore_dtypes
-from lisatune.runs.manifest import DamagedCheckpointError, checkpoint_name, verify, write_manifest
+from lisatune.runs.manifest import DamagedCheckpointError, checkpoint_name, verify
 from lisatune.runs.named_state import (
     MisfitError,
     check_kinds,
@@ -58,9 +53,16 @@ from lisatune.runs.named_state import (
     to_json,
     to_names,
 )
-from lisatune.runs.together import write_together
+from lisatune.runs.together import CheckpointWriter
 
-__all__ = ["load_checkpoint", "load_weights", "save_checkpoint", "translate_group"]
+__all__ = [
+    "begin_checkpoint",
+    "copied_bytes",
+    "load_checkpoint",
+    "load_weights",
+    "save_checkpoint",
+    "translate_group",
+]
 
 OURS = frozenset(("rounding", "moments", "state_device", "rows", "seed", "steps_done"))
 """Options of a param group that `lisatune.AdamW` has and torch's AdamW lacks."""
@@ -110,34 +112,85 @@ def save_checkpoint(
         >>> load_checkpoint(path, model=model, optimizer=optimizer)
         {'batch': 48}
     """
+    writer = begin_checkpoint(
+        folder, step=step, model=model, optimizer=optimizer, scheduler=scheduler, extra=extra
+    )
+    writer.write()
+    writer.finish()
+    return writer.target
+
+
+def begin_checkpoint(
+    folder: str | Path,
+    *,
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: LRScheduler | None = None,
+    extra: Mapping[str, Any] | None = None,
+    copies: bool = False,
+) -> CheckpointWriter:
+    """Take down what a checkpoint holds; `write` and `finish` of the result then write it.
+
+    Args:
+        folder, step, model, optimizer, scheduler, extra: as for `save_checkpoint`.
+        copies: copy the values to host memory, so that they may change before `write` ends. Parameters that
+            the optimizer does not hold never change, and are not copied.
+
+    Raises:
+        OSError, TypeError, ValueError: as in `save_checkpoint`.
+    """
     reshard(model)
-    weights = named_weights(model)
-    other: dict[str, Tensor] = {}
-    optimizer_state, optimizer_tensors = to_names(model, optimizer)
-    state = {
+    other = {
         "step": step,
-        "weights": _describe(weights),
-        "optimizer": to_json(optimizer_state, "optimizer", other),
-        "scheduler": None if scheduler is None else to_json(scheduler.state_dict(), "scheduler", other),
-        "rng": to_json(_rng_states(), "rng", other),
-        "extra": to_json(dict(extra or {}), "extra", other),
+        "scheduler": None if scheduler is None else scheduler.state_dict(),
+        "rng": _rng_states(),
+        "extra": dict(extra or {}),
     }
-    parameters = dict(model.named_parameters())
-    files = {
+    state, files = _take_down(model, optimizer, other)
+    _check_storable(files)
+    files, wait = copy_files(files, _fixed(model, optimizer)) if copies else (files, None)
+    target, writes = Path(folder) / checkpoint_name(step), holds_first_copy(model.parameters())
+    return CheckpointWriter(target, files, state, writes=writes, wait=wait)
+
+
+def copied_bytes(model: nn.Module, optimizer: Optimizer, device: str) -> int:
+    """Count the bytes of host memory that this rank's copies take in `begin_checkpoint`.
+
+    Args:
+        model, optimizer: those of the run; their tensors may have shapes alone.
+        device: kind of device that the run trains on.
+    """
+    files, fixed = _take_down(model, optimizer, {})[1], _fixed(model, optimizer)
+    return sum(
+        copy_size(tensor.part.nbytes, device)
+        for tensors in files.values()
+        for name, tensor in tensors.items()
+        if name not in fixed
+    )
+
+
+def _take_down(
+    model: nn.Module, optimizer: Optimizer, other: Mapping[str, Any]
+) -> tuple[dict[str, Any], Files]:
+    """Collect what a checkpoint holds: the contents of state.json, and the tensors of each file."""
+    weights = named_weights(model)
+    optimizer_state, optimizer_tensors = to_names(model, optimizer)
+    tensors: dict[str, Tensor] = {}
+    state = {
+        name: to_json(value, name, tensors) for name, value in {**other, "optimizer": optimizer_state}.items()
+    }
+    return state | {"weights": _describe(weights)}, {
         "weights": describe_tensors(weights),
-        "optimizer": describe_states(optimizer_tensors, parameters),
-        "other": describe_tensors(other),
+        "optimizer": describe_states(optimizer_tensors, dict(model.named_parameters())),
+        "other": describe_tensors(tensors),
     }
-    target = Path(folder) / checkpoint_name(step)
-    if ranks.count() > 1:
-        write_together(target, files, state, writes=holds_first_copy(parameters.values()))
-        return target
-    with write_aside(target) as aside:
-        for name, tensors in files.items():
-            write_file(aside / f"{name}.safetensors", tensors, gather_tensors(tensors))
-        (aside / "state.json").write_text(json.dumps(state))
-        write_manifest(aside, step)
-    return target
+
+
+def _fixed(model: nn.Module, optimizer: Optimizer) -> set[str]:
+    """Name the parameters that never change, because the optimizer does not hold them."""
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    return {name for name, p in model.named_parameters() if p not in held}
 
 
 def load_checkpoint(
@@ -256,6 +309,21 @@ def translate_group(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, Any
             shared = {key: value for key, value in saved.items() if key not in theirs}
             return shared | {key: now[key] for key in mine}
     return saved
+
+
+def _check_storable(files: Files) -> None:
+    """Refuse tensors that safetensors cannot hold.
+
+    Raises:
+        TypeError: there is such a tensor.
+    """
+    for tensors in files.values():
+        for name, tensor in tensors.items():
+            part = tensor.part
+            if type(part) not in (Tensor, nn.Parameter) or part.layout != torch.strided:
+                raise TypeError(f"cannot save {name}: {type(part).__name__} is not a plain dense tensor")
+            if part.dtype not in NAMES:
+                raise TypeError(f"cannot save {name}: safetensors files hold no {part.dtype}")
 
 
 def _check_plain(state: dict[str, Any], optimizer: Optimizer, scheduler: LRScheduler | None) -> None:

@@ -10,6 +10,7 @@ __all__ = ["differences"]
 
 MAY_CHANGE = frozenset(
     {"run.output", "run.steps", "run.epochs", "run.log_every", "run.eval_every", "run.save_every"}
+    | {"run.save_async"}
     | {"run.keep_checkpoints", "run.samples", "run.sample_tokens", "run.report_to", "run.check_memory"}
     | {"run.on_save_error", "run.on_nonfinite", "run.max_skipped_steps", "run.activation_checkpointing"}
     | {

@@ -200,6 +200,11 @@ def _load(recipe: Recipe, device: torch.device, rehearsed: nn.Module) -> tuple[A
     folder = next(each for each in (folder, *folder.parents) if each.is_dir())
     needed = sum(p.nbytes for p in rehearsed.parameters())
     where = _choose_masters(asked, needed, folder)
+    if where == "disk" and recipe.run.save_async:
+        raise ValueError(
+            f"the exact weights of frozen blocks ({byte_text(needed)}) go to disk because host memory is "
+            "short, and run.save_async would copy them there; set it to false, or method.master to ram"
+        )
     if where == "ram" and device.type == "cpu":
         return load_model(**source, dtype=dtype), None
     model, mapped = load_mapped(**source, dtype=dtype)

@@ -47,13 +47,11 @@ from lisatune.train.progress import Log, check_trackers, trackers
 from lisatune.train.reference import attach_reference
 from lisatune.train.resume import (
     RunState,
-    SaveClock,
     begin,
     restore,
     restore_best,
-    save,
-    save_best,
 )
+from lisatune.train.saving import SaveClock, Saver
 from lisatune.train.stopping import agree_to_stop, explain_interruption, interruptible, resume_hint
 
 __all__ = ["TrainingError", "train"]
@@ -175,7 +173,7 @@ def _loop(
     run, last = parts.recipe.run, parts.data.steps
     bar.start_clock()
     clock = SaveClock(run.save_every)
-    with interruptible() as asked_here:
+    with interruptible() as asked_here, Saver(parts, state, folder, bar.print) as saver:
         asked_to_stop = agree_to_stop(asked_here)
 
         def note(record: dict[str, Any]) -> None:
@@ -190,7 +188,7 @@ def _loop(
         def evaluate() -> bool:
             """Take this step's held-out loss, if it has one and a run before a break has not taken it.
 
-            Returns whether it is the lowest so far, and its checkpoint was saved.
+            Returns whether it is the lowest so far, and its checkpoint was saved or begun.
             """
             has_one = run.eval_every and state.step % run.eval_every == 0 and 0 < state.step < last
             if has_one and state.evaluated_step < state.step:
@@ -201,7 +199,7 @@ def _loop(
                     bar.print(f"step {state.step}: held-out loss {held_out:.3f}")
                     if run.keep_best and has_gained:
                         with clock.saving():
-                            return save_best(parts, state, folder, bar.print)
+                            return saver.save(is_best=True)
             return False
 
         evaluate()
@@ -210,21 +208,23 @@ def _loop(
                 with check.step(parts.device):
                     record = _step(parts, state, folder)
             except StreamError as error:
-                saved = save(parts, state, folder, bar.print, must=False)
+                saved = saver.save(must=False, now=True)
                 what = "which is saved" if saved else "which could not be saved"
                 ended = f"stopped after step {state.step} of {last}, {what}; {resume_hint(folder)}"
                 raise StreamError(f"{error}; {ended}") from error
             if state.step % run.log_every == 0 or state.step == last:
                 note(record)
                 bar.update(**record)
+            saver.collect()
             after_step(state)
             saved = evaluate()
             stop = asked_to_stop()
             if not saved and (clock.is_due(state.step) or stop):
                 must = bool(stop) or clock.is_asked_for
                 with clock.saving():
-                    saved = save(parts, state, folder, bar.print, must=must)
+                    saved = saver.save(must=must, now=bool(stop))
             if stop:
+                saved = saver.collect(wait=True) and saved
                 what = "which is saved" if saved else "which could not be saved"
                 raise stop(f"stopped after step {state.step} of {last}, {what}; {resume_hint(folder)}")
 

@@ -2,44 +2,32 @@
 
 import dataclasses
 import math
-import time
 import typing
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lisatune.distributed import ranks
 from lisatune.optim.meter import StateMeter
-from lisatune.runs.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from lisatune.runs.checkpoint import load_checkpoint, load_weights
 from lisatune.runs.folder import NEW_FOLDER, RunFolder
 from lisatune.runs.manifest import (
     DamagedCheckpointError,
     checkpoint_name,
     list_checkpoints,
-    prune,
 )
 from lisatune.train.assemble import Parts
 from lisatune.train.schedule import lr_factor
 
 __all__ = [
     "RunState",
-    "SaveClock",
     "begin",
     "read_state",
     "restore",
     "restore_best",
-    "save",
-    "save_best",
 ]
-
-AUTOSAVE_SECONDS = 600
-"""Seconds between two checkpoints where `run.save_every` is not set."""
-
-AUTOSAVE_FACTOR = 20
-"""How many times as long as a checkpoint takes the next one waits at least."""
 
 
 @dataclass
@@ -122,41 +110,6 @@ class RunState:
         return [int(step) for step in self.best if step.isdecimal()]
 
 
-class SaveClock:
-    """Tells when a checkpoint is due: every so many steps, or by the clock.
-
-    By the clock it is due `AUTOSAVE_SECONDS` after the last one, or later if saving took more than a
-    twentieth of that time. So a kill costs minutes, and saving costs at most 5 % of the time.
-
-    Args:
-        every: `run.save_every`.
-    """
-
-    def __init__(self, every: int | None) -> None:
-        self._every = every
-        self._since = time.monotonic()
-        self._wait: float = AUTOSAVE_SECONDS
-
-    @property
-    def is_asked_for(self) -> bool:
-        """Whether the recipe asks for these checkpoints."""
-        return self._every is not None
-
-    def is_due(self, step: int) -> bool:
-        """Whether a checkpoint is due after `step`; the same on all ranks, which must all call it."""
-        if self._every is not None:
-            return self._every > 0 and step % self._every == 0
-        return bool(ranks.max_over_ranks(int(time.monotonic() - self._since >= self._wait)))
-
-    @contextmanager
-    def saving(self) -> Iterator[None]:
-        """Measure how long saving takes, and start the clock again."""
-        began = time.monotonic()
-        yield
-        self._since = time.monotonic()
-        self._wait = max(AUTOSAVE_SECONDS, AUTOSAVE_FACTOR * (self._since - began))
-
-
 def begin(parts: Parts) -> RunState:
     """Return the state of a new run."""
     return RunState(total_steps=parts.data.steps, batch=parts.data.order.batch_size, data=parts.data.hashes)
@@ -200,56 +153,6 @@ def restore(parts: Parts, output: Path) -> tuple[RunState, list[Path]]:
         parts.set_learning_rates()
         return state, damaged
     raise ValueError(f"{problem}, and no other is intact; {NEW_FOLDER}")
-
-
-def save(
-    parts: Parts, state: RunState, folder: RunFolder, say: Callable[[str], None], *, must: bool = True
-) -> bool:
-    """Save a checkpoint, then delete the oldest ones.
-
-    Args:
-        parts, state, folder: the run.
-        say: prints a line.
-        must: whether a checkpoint that cannot be saved may stop the run at all.
-
-    Returns:
-        Whether it was saved.
-
-    Raises:
-        OSError: it could not be saved, it must be, and `run.on_save_error` is `stop`; earlier ones are
-            unchanged.
-    """
-    run = parts.recipe.run
-    if parts.data.stream is not None:
-        state.stream = parts.data.stream.places(state.step * run.accumulation)
-    try:
-        save_checkpoint(
-            folder.checkpoints,
-            step=state.step,
-            model=parts.built.model,
-            optimizer=parts.built.step.optimizer,
-            scheduler=parts.scheduler,
-            extra=asdict(state),
-        )
-        if ranks.is_rank0():
-            prune(folder.checkpoints, run.keep_checkpoints, best=state.best_steps())
-    except OSError as error:
-        if must and run.on_save_error == "stop":
-            raise
-        state.failed_saves += 1
-        why = "because run.save_every is not set" if not must else "as run.on_save_error says"
-        say(f"step {state.step}: {error}; continuing, {why}")
-        return False
-    return True
-
-
-def save_best(parts: Parts, state: RunState, folder: RunFolder, say: Callable[[str], None]) -> bool:
-    """Save the checkpoint with the lowest held-out loss so far; see `save`."""
-    state.best[str(state.step)] = state.held_out
-    is_saved = save(parts, state, folder, say)
-    if not is_saved:
-        del state.best[str(state.step)]
-    return is_saved
 
 
 def restore_best(parts: Parts, state: RunState, folder: RunFolder) -> int:

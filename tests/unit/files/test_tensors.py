@@ -7,11 +7,18 @@ from unittest import mock
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lisatune.distributed import ranks
-from lisatune.files.tensors import describe_tensors, gather_tensors, write_file
+from lisatune.files.tensors import (
+    NAMES,
+    describe_tensors,
+    gather_tensors,
+    sort_names,
+    write_file,
+    write_stream,
+)
 
 TENSORS = {
     "a": torch.arange(6.0).reshape(2, 3),
@@ -59,3 +66,13 @@ def test_one_tensor_is_there_at_a_time(tmp_path: Path, rank: int, fails: bool) -
         assert written.keys() == TENSORS.keys()
         assert all(torch.equal(written[name], tensor) for name, tensor in TENSORS.items())
     assert not any(held)
+
+
+def test_files_have_the_bytes_that_safetensors_itself_writes(tmp_path: Path) -> None:
+    tensors = {str(dtype): torch.zeros(3 * dtype.itemsize, dtype=torch.uint8).view(dtype) for dtype in NAMES}
+    tensors |= TENSORS | {"é": torch.ones(2, 2)}
+    save_file(tensors, tmp_path / "theirs.safetensors")
+    kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    order = sort_names({name: tensor.dtype for name, tensor in tensors.items()})
+    write_stream(tmp_path / "ours.safetensors", kinds, (tensors[name] for name in order))
+    assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()

@@ -2,10 +2,12 @@
 
 import itertools
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lisatune.memory.plan
@@ -16,8 +18,9 @@ from lisatune.memory.costly_draws import find_costly_draws
 from lisatune.memory.plan import _batch, plan_memory
 from lisatune.memory.tracker import measure
 from lisatune.methods import METHODS
-from lisatune.methods.build import build
+from lisatune.methods.build import build, weight_dtype
 from lisatune.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe, RunConfig
+from lisatune.runs.checkpoint import save_checkpoint
 from plans import PlansOnce
 
 BLOCKS = 4
@@ -275,3 +278,24 @@ def test_a_plan_for_cuda_counts_the_whole_pinned_area() -> None:
     assert cpu.active_blocks is not None
     assert cpu.switch_bytes == 2 * len(cpu.active_blocks) * linear
     assert plan_memory(make_recipe(), config=CONFIG).switch_bytes == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"frozen_weights": "int8", "precision": "bf16", "state": "cpu"}])
+def test_the_copy_of_a_checkpoint_is_what_it_writes(options: dict[str, Any], tmp_path: Path) -> None:
+    recipe = make_recipe({"rounding": "stochastic"}, save_async=True, **options)
+    planned = plan_memory(recipe, config=CONFIG)
+    without = planned_once(make_recipe({"rounding": "stochastic"}, **options), config=CONFIG)
+    model = LlamaForCausalLM(CONFIG).to(weight_dtype(recipe))
+    built = build(recipe, model, CausalLMLoss(model), steps=400, device=torch.device("cpu"))
+    for blocks in (range(BLOCKS), planned.active_blocks or ()):
+        built.schedule.hold(tuple(blocks))
+        built.step.backward([_batch(recipe, model, 96)])
+        built.step.update()
+        built.step.skip()
+    path = save_checkpoint(tmp_path, step=1, model=built.model, optimizer=built.step.optimizer)
+    names = ("weights", "optimizer")
+    tensors = [tensor for name in names for tensor in load_file(path / f"{name}.safetensors").values()]
+    assert planned.copy_bytes == sum(tensor.nbytes for tensor in tensors)
+    assert planned.host_bytes == without.host_bytes + planned.copy_bytes
+    assert planned.needed_bytes > without.needed_bytes + planned.copy_bytes
+    assert without.copy_bytes == 0

@@ -15,7 +15,15 @@ from transformers.optimization import Adafactor
 
 import tiny
 from lisatune import LISA, AdamW, build_adamw, find_layers, scale_block_lr
-from lisatune.runs.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from lisatune.files.tensors import write_stream
+from lisatune.lisa.frozen_state import StatePolicy
+from lisatune.runs.checkpoint import (
+    begin_checkpoint,
+    copied_bytes,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+)
 from lisatune.runs.manifest import FILES, DamagedCheckpointError, newest_checkpoint, prune
 
 
@@ -313,14 +321,13 @@ def test_a_full_disk_leaves_earlier_checkpoints_and_no_rubbish(
 ) -> None:
     run = Run().train(1)
     path = run.save(tmp_path, 1)
-    real = safetensors.torch.save_file
 
-    def failing(tensors: dict[str, Tensor], file: Path) -> None:
-        real(tensors, file)
+    def failing(file: Path, *rest: Any) -> None:
+        write_stream(file, *rest)
         if file.name == "optimizer.safetensors":
             raise error
 
-    monkeypatch.setattr(safetensors.torch, "save_file", failing)
+    monkeypatch.setattr("lisatune.files.parts.write_stream", failing)
     for step in (1, 2):
         with pytest.raises(OSError, match=f"could not write .*step-00000{step} .*{error.strerror}"):
             run.save(tmp_path, step)
@@ -384,3 +391,35 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     path = run.save(tmp_path, 1, note="second")
     assert run.load(path) == {"note": "second"}
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.filterwarnings("ignore:.*units will never train:UserWarning")
+@pytest.mark.parametrize("kept", ["keep", "cpu"])
+def test_copies_hold_what_was_there_although_training_goes_on(kept: StatePolicy, tmp_path: Path) -> None:
+    model = tiny.llama()
+    base = model.model.embed_tokens.weight
+    optimizer = build_adamw(model, find_layers(model), lr=1e-2)
+    LISA(model, optimizer, active=2, period=2, state=kept)
+    tiny.fit(model, optimizer, 3)
+    path = save_checkpoint(tmp_path / "now", step=3, model=model, optimizer=optimizer)
+    writer = begin_checkpoint(tmp_path, step=3, model=model, optimizer=optimizer, copies=True)
+    before = base.detach().clone()
+    tiny.fit(model, optimizer, range(3, 8))
+    assert not torch.equal(base, before)
+    writer.write()
+    writer.finish()
+    for file in path.iterdir():
+        assert file.read_bytes() == (writer.target / file.name).read_bytes(), file.name
+    assert copied_bytes(model, optimizer, "cpu") < copied_bytes(model, optimizer, "cuda")
+
+
+def test_what_the_optimizer_does_not_hold_is_not_copied(tmp_path: Path) -> None:
+    model = tiny.llama()
+    optimizer = torch.optim.SGD(model.lm_head.parameters(), lr=0.1)
+    assert copied_bytes(model, optimizer, "cpu") == model.lm_head.weight.nbytes
+    writer = begin_checkpoint(tmp_path, step=3, model=model, optimizer=optimizer, copies=True)
+    writer.write()
+    writer.finish()
+    other = tiny.llama(seed=1)
+    load_weights(writer.target, model=other)
+    tiny.assert_same_weights(other, model)
