@@ -9,7 +9,7 @@ from torch import nn
 
 from lisatune import AdamW
 from lisatune.optim import adamw
-from lisatune.optim.adamw_triton import update_chunk
+from lisatune.optim.adamw_triton import update_chunk, update_together
 
 pytestmark = [
     pytest.mark.gpu,
@@ -64,6 +64,64 @@ def test_one_kernel_makes_the_update(moments: Any, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(adamw, "update_chunk", lambda *args: chunks.append(update_chunk(*args)))
     train("cuda", torch.bfloat16, moments=moments, chunk_size=1 << 18)
     assert len(chunks) == 5 * 4
+
+
+def train_small(device: str, *, is_group_each: bool = False, **options: Any) -> list[torch.Tensor]:
+    random = torch.Generator().manual_seed(0)
+    sizes = [64, 4096, 5000, 16 * 1024] * 16
+    weights = [nn.Parameter(torch.randn(size, generator=random).to(device, torch.bfloat16)) for size in sizes]
+    groups: Any = [{"params": [weight]} for weight in weights] if is_group_each else weights
+    optimizer = AdamW(groups, lr=1e-3, **options)
+    for _ in range(5):
+        for weight in weights:
+            weight.grad = torch.randn(weight.shape, generator=random).to(weight)
+        optimizer.step()
+    return [weight.detach().cpu() for weight in weights]
+
+
+@pytest.mark.parametrize(
+    ("rounding", "moments", "launches"),
+    [("exact", "fp32", 1), ("stochastic", "bf16", 1), ("nearest", "fp32", 1), ("exact", "8bit", 2)],
+)
+def test_small_parameters_share_a_launch(
+    rounding: Any, moments: Any, launches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if moments == "8bit":  # parameters below 4096 elements keep float32 moments: a second launch
+        pytest.importorskip("bitsandbytes")
+    options = {"rounding": rounding, "moments": moments}
+    counted = []
+    monkeypatch.setattr(adamw, "update_together", lambda *args: counted.append(update_together(*args)))
+    on_cuda = train_small("cuda", **options)
+    assert len(counted) == 5 * launches
+    if (
+        rounding != "stochastic" and moments != "bf16"
+    ):  # random numbers follow from the place in the optimizer
+        one_each = train_small("cuda", is_group_each=True, **options)
+        assert len(counted) == 5 * (launches + 64)
+        assert all(torch.equal(a, b) for a, b in zip(on_cuda, one_each, strict=True))
+    differs = (torch.cat(on_cuda) != torch.cat(train_small("cpu", **options))).float().mean()
+    assert differs < 0.01  # as above
+
+
+def test_a_cuda_graph_repeats_the_update_of_small_parameters() -> None:
+    def make() -> tuple[list[nn.Parameter], AdamW]:
+        weights = [nn.Parameter(torch.ones(size, dtype=torch.bfloat16, device="cuda")) for size in (300, 500)]
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        optimizer = AdamW(weights, lr=1e-2)
+        optimizer.step()
+        return weights, optimizer
+
+    want, optimizer = make()
+    optimizer.step()
+    optimizer.step()
+    weights, recorded = make()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded.step()
+    graph.replay()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(weights, want, strict=True))
 
 
 @pytest.mark.parametrize("rounding", ["exact", "stochastic", "nearest"])

@@ -2,7 +2,7 @@
 
 A parameter is updated in chunks. Each chunk of weight, gradient and moments is converted to float32, updated
 by torch's fused AdamW kernel, and stored again in its own format (see `codecs`). On CUDA one
-kernel does all of that (`lisatune.optim.adamw_triton`):
+kernel does all of that, for many small parameters in one launch (`lisatune.optim.adamw_triton`):
 
     rounding, for bf16 weights      bytes   the weight after a step is
         exact                         2     the float32 weight rounded to nearest; a remainder holds the rest
@@ -40,7 +40,7 @@ from torch.optim import Optimizer
 
 from lisatune.distributed.shards import Part, part_of, part_to_update
 from lisatune.optim import codecs
-from lisatune.optim.adamw_triton import can_update, update_chunk
+from lisatune.optim.adamw_triton import Chunk, can_update, is_small, kind_of, update_chunk, update_together
 from lisatune.optim.chunks import flatten, on_device
 from lisatune.optim.factored import update_factored
 from lisatune.optim.group import Group, Moments, Rounding, StateDevice
@@ -280,6 +280,7 @@ class AdamW(Optimizer):
         """Update parameters of a group, each given with its place in the optimizer."""
         whole: list[Tensor] = []
         states: list[dict[str, Any]] = []
+        small: dict[tuple[Any, ...], list[Chunk]] = {}
         for place, parameter in ready:
             state, p, part = self.state[parameter], part_to_update(parameter), part_of(parameter)
             ids = self._row_gradients.take(parameter) if group["rows"] else None
@@ -290,8 +291,15 @@ class AdamW(Optimizer):
             elif _is_whole(group, p, state):
                 whole.append(p)
                 states.append(state)
+            elif can_update(group, p) and is_small(group, p, self.chunk_size):
+                weight, gradient, stored = p.detach().view(-1), _flat_gradient(p), _flat_state(state)
+                chunk = weight, gradient, stored, state["step"], key, part.start
+                small.setdefault(kind_of(weight, gradient, stored), []).append(chunk)
             else:
                 self._update_alone(group, p, state, key, part)
+        for chunks in small.values():
+            torch._foreach_add_([step for _, _, _, step, _, _ in chunks], 1)
+            update_together(group, chunks)
         if whole:
             steps = [state["step"] for state in states]
             torch._foreach_add_(steps, 1)
@@ -305,13 +313,11 @@ class AdamW(Optimizer):
             self._update_in_chunks(group, p, state, key, part.start)
 
     def _update_in_chunks(self, group: Group, p: Tensor, state: dict[str, Any], key: int, start: int) -> None:
-        assert p.grad is not None
         state["step"].add_(1)
-        gradient = p.grad.contiguous().view(-1)
+        gradient, stored = _flat_gradient(p), _flat_state(state)
         is_one_kernel, chunk_size = can_update(group, p), self._chunk(p)
         if is_one_kernel and group["state_device"] is None:
             chunk_size = self.chunk_size or CHUNK_OF_KERNEL
-        stored = {name: value.view(-1) for name, value in state.items() if name in CHUNKED}
         update = update_chunk if is_one_kernel else _update_chunk
         with flatten(p) as weight:
             for at, chunk in on_device(stored, p.numel(), chunk_size, p.device):
@@ -319,6 +325,15 @@ class AdamW(Optimizer):
 
     def _chunk(self, p: Tensor) -> int:
         return self.chunk_size or CHUNK.get(p.device.type, CHUNK_ELSEWHERE)
+
+
+def _flat_gradient(p: Tensor) -> Tensor:
+    assert p.grad is not None
+    return p.grad.contiguous().view(-1)
+
+
+def _flat_state(state: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: value.view(-1) for name, value in state.items() if name in CHUNKED}
 
 
 def _update_chunk(

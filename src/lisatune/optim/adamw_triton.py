@@ -1,15 +1,20 @@
-"""One kernel for a chunk of AdamW on CUDA: it does the work of `codecs` and torch's AdamW in one pass.
+"""One kernel for chunks of AdamW on CUDA: it does the work of `codecs` and torch's AdamW in one pass.
 
 The cost of an update on a GPU is its passes over memory, and the chain in `adamw.py` makes 10 to 55
 passes. This kernel reads weight, gradient and state once and writes weight and state once. It stores the same
 numbers, with random bits equal to those of the chain; its arithmetic may differ from the chain's in the last
 bit.
 
+Small chunks share a launch, because starting a kernel takes longer than updating them. The kernel's grid is
+then programs x chunks, and each program reads from a table where its chunk is.
+
 16-bit numbers come as int16, and are widened and rounded by their bits: the same in Triton's interpreter, in
 which the tests run without a GPU.
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +22,7 @@ from torch import Tensor
 from lisatune.optim import codecs
 from lisatune.optim.group import Group
 
-__all__ = ["can_update", "update_chunk"]
+__all__ = ["SMALL", "Chunk", "can_update", "is_small", "kind_of", "update_chunk", "update_together"]
 
 try:
     import triton
@@ -30,7 +35,16 @@ SIZE = 1024
 """Elements of a program, a multiple of the 256 that share a scale."""
 
 
+SMALL = 1 << 20
+"""Elements of the largest parameter that shares a launch. On an H100 a launch took about 90 µs of the host's
+time (docs/results/h100.md); a million elements move at most 27 MB, which takes its memory 8 µs."""
+
+
 NARROW = torch.bfloat16
+
+
+Chunk = tuple[Tensor, Tensor, dict[str, Tensor], Tensor, int, int]
+"""Arguments of `update_chunk` after the group."""
 
 
 def can_update(group: Group, p: Tensor) -> bool:
@@ -40,6 +54,23 @@ def can_update(group: Group, p: Tensor) -> bool:
     dtypes = {p.dtype, p.grad.dtype}
     is_lr_here = not isinstance(group["lr"], Tensor) or group["lr"].device.type == "cpu"
     return is_here and dtypes <= {NARROW, torch.float32} and is_lr_here and min(group["betas"]) > 0
+
+
+def is_small(group: Group, p: Tensor, chunk_size: int | None) -> bool:
+    """Whether a parameter that `can_update` covers may share a launch with others.
+
+    Not in a CUDA graph, which would replay an old table, and not under torch.compile, which has no addresses.
+    """
+    is_in_place = p.is_contiguous() and group["state_device"] is None and group["moments"] != "factored"
+    if not is_in_place or not 0 < p.numel() <= min(SMALL, chunk_size or SMALL):
+        return False
+    is_recorded = p.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return not is_recorded and not torch.compiler.is_compiling()
+
+
+def kind_of(weight: Tensor, gradient: Tensor, chunk: dict[str, Tensor]) -> tuple[Any, ...]:
+    """Return what chunks of one group must have in common to share a launch."""
+    return weight.device, weight.dtype, gradient.dtype, "exp_avg_codes" in chunk
 
 
 def update_chunk(
@@ -61,29 +92,22 @@ def update_chunk(
         step: float32 [], counted up already.
         key, start: name the random numbers, as in `codecs.random_bits`.
     """
+    update_together(group, [(weight, gradient, chunk, step, key, start)])
+
+
+def update_together(group: Group, chunks: Sequence[Chunk]) -> None:
+    """Make a step of several chunks of one kind (`kind_of`) in one launch, which changes no number."""
+    weight, gradient, chunk, step, _, _ = chunks[0]
     is_8bit = "exp_avg_codes" in chunk
-    ending = "_codes" if is_8bit else ""
-    exp_avg, exp_avg_sq = chunk[f"exp_avg{ending}"], chunk[f"exp_avg_sq{ending}"]
-    none = step  # any pointer
-    scales, tables = [none] * 2, [none] * 4
+    codes = [step] * 4  # any pointer
     if is_8bit:
-        scales = [chunk["exp_avg_scales"], chunk["exp_avg_sq_scales"]]
-        tables = [*codecs.load_tables(True, weight), *codecs.load_tables(False, weight)]
-    first, low, high = codecs.split_key(key, start)
+        codes = [*codecs.load_tables(True, weight), *codecs.load_tables(False, weight)]
+    rows = [_row(*each) for each in chunks]
     beta1, beta2 = group["betas"]
-    _kernel[(triton.cdiv(weight.numel(), SIZE),)](
-        _bits(weight),
-        _bits(gradient),
-        chunk.get("remainder", none),
-        _bits(exp_avg),
-        _bits(exp_avg_sq),
-        *scales,
-        *tables,
-        step,
-        weight.numel(),
-        first,
-        low,
-        high,
+    _kernel[(triton.cdiv(max(each[0].numel() for each in chunks), SIZE), len(chunks))](
+        step if len(chunks) == 1 else _make_table(rows, weight.device),
+        *rows[0],
+        *codes,
         float(group["lr"]),
         float(group["weight_decay"]),
         float(group["eps"]),
@@ -93,11 +117,38 @@ def update_chunk(
         LOG_BETA2=math.log(beta2),
         LARGEST=codecs.LARGEST if group["rounding"] == "exact" else codecs.LARGEST_BF16,
         ROUNDING=group["rounding"] if weight.dtype == NARROW else "none",
-        MOMENTS="8bit" if is_8bit else "bf16" if exp_avg.dtype == NARROW else "fp32",
+        MOMENTS="8bit" if is_8bit else "bf16" if chunk["exp_avg"].dtype == NARROW else "fp32",
         NARROW_GRADIENT=gradient.dtype == NARROW,
+        HAS_TABLE=len(chunks) > 1,
         ROWS=SIZE // codecs.BLOCK,
         COLUMNS=codecs.BLOCK,
     )
+
+
+def _row(
+    weight: Tensor, gradient: Tensor, chunk: dict[str, Tensor], step: Tensor, key: int, start: int
+) -> list[Any]:
+    """What the kernel must know of a chunk, in the order of its arguments: 8 tensors and 4 numbers."""
+    ending = "_codes" if "exp_avg_codes" in chunk else ""
+    return [
+        _bits(weight),
+        _bits(gradient),
+        chunk.get("remainder", step),  # any pointer where there is none
+        _bits(chunk[f"exp_avg{ending}"]),
+        _bits(chunk[f"exp_avg_sq{ending}"]),
+        chunk.get("exp_avg_scales", step),
+        chunk.get("exp_avg_sq_scales", step),
+        step,
+        weight.numel(),
+        *codecs.split_key(key, start),
+    ]
+
+
+def _make_table(rows: Sequence[Sequence[Any]], device: torch.device) -> Tensor:
+    """Rows of `_row` as int64 [chunks, 12], tensors as addresses; the host does not wait for the copy."""
+    numbers = [[each.data_ptr() if isinstance(each, Tensor) else each for each in row] for row in rows]
+    table = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return table.to(device, non_blocking=True)
 
 
 def _bits(values: Tensor) -> Tensor:
@@ -149,8 +200,14 @@ if triton is not None:
         code = tl.load(table_ptr + (near.to(tl.int32) & 0xFFFF))
         tl.store(codes_ptr + at, code, mask=inside)
 
+    @triton.jit
+    def _pointer(row_ptr, like):  # type: ignore[no-untyped-def]
+        """The address at `row_ptr`, as a pointer to what `like` points to."""
+        return tl.load(row_ptr).to(like.dtype)
+
     @triton.jit(do_not_specialize=["size", "key_first", "key_low", "key_high"])  # type: ignore[untyped-decorator]
     def _kernel(  # type: ignore[no-untyped-def]
+        table_ptr,  # [chunks, 12] int64 where HAS_TABLE: the next 12 arguments of each chunk
         weight_ptr,  # [N], float32, or bf16 as int16; written
         gradient_ptr,  # [N], float32, or bf16 as int16
         remainder_ptr,  # [N] int16, read and written where ROUNDING is exact
@@ -158,15 +215,15 @@ if triton is not None:
         exp_avg_sq_ptr,  # [N], as exp_avg_ptr
         exp_avg_scales_ptr,  # [⌈N/256⌉] float32, read and written where MOMENTS is 8bit
         exp_avg_sq_scales_ptr,  # the same
-        signed_codes_ptr,  # [65536] uint8, the code of every bf16 number
-        signed_values_ptr,  # [256] float32, the value of every code
-        unsigned_codes_ptr,  # [65536] uint8
-        unsigned_values_ptr,  # [256] float32
         step_ptr,  # [] float32, counted up already
         size,  # N
         key_first,  # int32, as in `codecs.split_key`
         key_low,  # int32, the lower half of the key
         key_high,  # int32, the upper half
+        signed_codes_ptr,  # [65536] uint8, the code of every bf16 number
+        signed_values_ptr,  # [256] float32, the value of every code
+        unsigned_codes_ptr,  # [65536] uint8
+        unsigned_values_ptr,  # [256] float32
         lr,
         weight_decay,
         eps,
@@ -178,9 +235,26 @@ if triton is not None:
         ROUNDING: tl.constexpr,
         MOMENTS: tl.constexpr,
         NARROW_GRADIENT: tl.constexpr,
+        HAS_TABLE: tl.constexpr,
         ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
     ):
+        if HAS_TABLE:
+            row_ptr = table_ptr + tl.program_id(1) * 12
+            size = tl.load(row_ptr + 8).to(tl.int32)
+            if tl.program_id(0) * ROWS * COLUMNS >= size:
+                return
+            weight_ptr = _pointer(row_ptr, weight_ptr)
+            gradient_ptr = _pointer(row_ptr + 1, gradient_ptr)
+            remainder_ptr = _pointer(row_ptr + 2, remainder_ptr)
+            exp_avg_ptr = _pointer(row_ptr + 3, exp_avg_ptr)
+            exp_avg_sq_ptr = _pointer(row_ptr + 4, exp_avg_sq_ptr)
+            exp_avg_scales_ptr = _pointer(row_ptr + 5, exp_avg_scales_ptr)
+            exp_avg_sq_scales_ptr = _pointer(row_ptr + 6, exp_avg_sq_scales_ptr)
+            step_ptr = _pointer(row_ptr + 7, step_ptr)
+            key_first = tl.load(row_ptr + 9).to(tl.int32)
+            key_low = tl.load(row_ptr + 10).to(tl.int32)
+            key_high = tl.load(row_ptr + 11).to(tl.int32)
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         rows = tl.cdiv(size, COLUMNS)
         at = row[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]

@@ -7,10 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lisatune.optim.state
 from lisatune import AdamW
-from lisatune.optim import adamw, codecs
+from lisatune.optim import adamw, adamw_triton, codecs
 
 pytest.importorskip("triton")
+# A block of zeros in 8 bits is 0 / 0; numpy, which computes in the interpreter, warns of that.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Torch's kernel on CUDA takes 1 - beta2 in float32: 1.3e-5 off. That on the CPU takes it in double, as ours.
@@ -109,3 +112,64 @@ def test_lr_may_be_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
         other.grad = gradient.to(DEVICE, other.dtype)
         optimizer.step()
     assert torch.equal(weight, other.detach().cpu())
+
+
+def train_many(
+    patch: pytest.MonkeyPatch, *, together: bool, in_backward: bool = False, **options: Any
+) -> Any:
+    """Make two steps of parameters in two groups; return what is stored, and the chunks of each launch."""
+    launches: list[int] = []
+
+    def update_together(group: Any, chunks: Any) -> None:
+        launches.append(len(chunks))
+        adamw_triton.update_together(group, chunks)
+
+    patch.setattr(adamw, "can_update", lambda group, p: True)
+    patch.setattr(adamw, "update_together", update_together)
+    patch.setattr(adamw_triton, "SMALL", 1200 if together else 0)
+    patch.setattr(lisatune.optim.state, "SMALLEST_8BIT", 1000)
+    random = torch.Generator().manual_seed(0)
+    shapes = [(1,), (257,), (0,), (30, 40), (1200,), (1201,), (40, 30), (1,), (30, 40)]
+    makes = [(torch.bfloat16, shape) for shape in shapes] + [(torch.float32, (2, 513))] * 2
+    parameters = [
+        nn.Parameter(torch.randn(shape, generator=random).to(DEVICE, dtype)) for dtype, shape in makes
+    ]
+    parameters[6].data = parameters[6].data.t()  # not contiguous
+    second = {"params": parameters[7:], "lr": 3e-3, "weight_decay": 0.0, "betas": (0.8, 0.95), "seed": 7}
+    optimizer = AdamW([{"params": parameters[:7]}, second], lr=1e-2, weight_decay=0.1, **options)
+    if in_backward:
+        optimizer.update_in_backward()
+    for step in range(2):
+        gradients = [torch.randn(p.shape, generator=random).to(p) for p in parameters]
+        used = [i for i in range(len(parameters)) if (step, i) != (0, 3)]  # one counts a step less
+        torch.stack([(parameters[i] * gradients[i]).sum().float() for i in used]).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    stored = [[p.detach(), *(value for _, value in sorted(optimizer.state[p].items()))] for p in parameters]
+    return stored, launches
+
+
+@pytest.mark.parametrize(("rounding", "moments"), list(itertools.product(ROUNDINGS, MOMENTS)))
+def test_small_parameters_share_a_launch_that_changes_no_number(
+    rounding: Any, moments: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"rounding": rounding, "moments": moments}
+    one_each, none = train_many(monkeypatch, together=False, **options)
+    shared, launches = train_many(monkeypatch, together=True, **options)
+    assert none == []
+    # Without the empty one, the large one, the one that is not contiguous, and what torch's kernel takes.
+    expected = {"fp32": [4, 2], "bf16": [4, 2, 2], "8bit": [2, 2, 1, 1, 2]}[moments]
+    assert launches[-len(expected) :] == expected  # of the last step
+    for mine, want in zip(shared, one_each, strict=True):
+        assert len(mine) == len(want)
+        assert all(torch.equal(a, b) for a, b in zip(mine, want, strict=True))
+
+
+def test_updates_in_backward_and_state_in_host_memory_launch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared, _ = train_many(monkeypatch, together=True)
+    alone, launches = train_many(monkeypatch, together=True, in_backward=True)
+    assert set(launches) == {1}
+    brought, none = train_many(monkeypatch, together=True, state_device="cpu")
+    assert none == []
+    for one, other, third in zip(shared, alone, brought, strict=True):
+        assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(one, other, third, strict=True))
