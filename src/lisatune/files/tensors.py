@@ -20,6 +20,7 @@ from lisatune.nn.coded import exact_parameters
 __all__ = [
     "NAMES",
     "DividedTensor",
+    "check_storable",
     "collect",
     "describe_tensors",
     "gather_tensors",
@@ -87,6 +88,20 @@ def describe_tensors(tensors: Mapping[str, Tensor]) -> dict[str, DividedTensor]:
         name: DividedTensor(tensor.dtype, tuple(tensor.shape), partial(full_tensor, tensor), rows_of(tensor))
         for name, tensor in tensors.items()
     }
+
+
+def check_storable(tensors: Mapping[str, DividedTensor]) -> None:
+    """Refuse tensors that safetensors files cannot hold.
+
+    Raises:
+        TypeError: there is such a tensor.
+    """
+    for name, tensor in tensors.items():
+        part = tensor.part
+        if type(part) not in (Tensor, nn.Parameter) or part.layout != torch.strided:
+            raise TypeError(f"cannot save {name}: {type(part).__name__} is not a plain dense tensor")
+        if part.dtype not in NAMES:
+            raise TypeError(f"cannot save {name}: safetensors files hold no {part.dtype}")
 
 
 def rows_of(like: Any, part: Tensor | None = None) -> tuple[int, Tensor] | None:

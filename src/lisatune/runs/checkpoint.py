@@ -38,7 +38,7 @@ from lisatune.distributed.shards import holds_first_copy, local_part, reshard
 from lisatune.files.copies import Files, copy_files, copy_size
 from lisatune.files.parts import open_tensors
 from lisatune.files.states import describe_states, read_states
-from lisatune.files.tensors import NAMES, describe_tensors, named_weights, read_part
+from lisatune.files.tensors import check_storable, describe_tensors, named_weights, read_part
 from lisatune.lisa.correction import find_correction
 from lisatune.lisa.rates import MARK
 from lisatune.nn.coded import coded_weights
@@ -148,7 +148,8 @@ def begin_checkpoint(
         "extra": dict(extra or {}),
     }
     state, files = _take_down(model, optimizer, other)
-    _check_storable(files)
+    for tensors in files.values():
+        check_storable(tensors)
     files, wait = copy_files(files, _fixed(model, optimizer)) if copies else (files, None)
     target, writes = Path(folder) / checkpoint_name(step), holds_first_copy(model.parameters())
     return CheckpointWriter(target, files, state, writes=writes, wait=wait)
@@ -309,21 +310,6 @@ def translate_group(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, Any
             shared = {key: value for key, value in saved.items() if key not in theirs}
             return shared | {key: now[key] for key in mine}
     return saved
-
-
-def _check_storable(files: Files) -> None:
-    """Refuse tensors that safetensors cannot hold.
-
-    Raises:
-        TypeError: there is such a tensor.
-    """
-    for tensors in files.values():
-        for name, tensor in tensors.items():
-            part = tensor.part
-            if type(part) not in (Tensor, nn.Parameter) or part.layout != torch.strided:
-                raise TypeError(f"cannot save {name}: {type(part).__name__} is not a plain dense tensor")
-            if part.dtype not in NAMES:
-                raise TypeError(f"cannot save {name}: safetensors files hold no {part.dtype}")
 
 
 def _check_plain(state: dict[str, Any], optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
