@@ -130,9 +130,8 @@ def build_recipe(path: str, from_file: Sections, overrides: Sequence[str]) -> Re
                 _refuse(where(section, key), sections, section, key, value)
             if (section, key) == ("method", "name"):  # no field
                 continue
-            is_list = isinstance(value, list) and key in ("train", "loss_on")
-            if isinstance(value, dict) or is_list:  # of the user's own
-                converted[section][key] = value
+            if isinstance(value, dict) or (key in ("train", "loss_on") and isinstance(value, list)):
+                converted[section][key] = value  # the user's own keys, or checked by their section
                 continue
             try:
                 converted[section][key] = _convert(hints[key], value)
