@@ -93,12 +93,9 @@ def test_small_parameters_share_a_launch(
     monkeypatch.setattr(adamw, "update_together", lambda *args: counted.append(update_together(*args)))
     on_cuda = train_small("cuda", **options)
     assert len(counted) == 5 * launches
-    if (
-        rounding != "stochastic" and moments != "bf16"
-    ):  # random numbers follow from the place in the optimizer
-        one_each = train_small("cuda", is_group_each=True, **options)
-        assert len(counted) == 5 * (launches + 64)
-        assert all(torch.equal(a, b) for a, b in zip(on_cuda, one_each, strict=True))
+    one_each = train_small("cuda", is_group_each=True, **options)
+    assert len(counted) == 5 * (launches + 64)
+    assert all(torch.equal(a, b) for a, b in zip(on_cuda, one_each, strict=True))
     differs = (torch.cat(on_cuda) != torch.cat(train_small("cpu", **options))).float().mean()
     assert differs < 0.01  # as above
 
