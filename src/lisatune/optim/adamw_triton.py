@@ -122,6 +122,7 @@ def update_together(group: Group, chunks: Sequence[Chunk]) -> None:
         HAS_TABLE=len(chunks) > 1,
         ROWS=SIZE // codecs.BLOCK,
         COLUMNS=codecs.BLOCK,
+        enable_fp_fusion=False,  # the compiler fuses other products and sums with a table than without
     )
 
 
