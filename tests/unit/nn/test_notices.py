@@ -8,10 +8,10 @@ import pytest
 
 from lisatune.nn.notices import silence_import_notices
 
-PROGRAMS = {
-    "8-bit moments": "from lisatune.optim.codecs import check_8bit; check_8bit()",
-    "4-bit weights": "import torch; from lisatune.nn.nf4 import check_nf4; check_nf4(torch.device('cpu'))",
-    "peft": """
+PROGRAMS = [
+    "from lisatune.optim.codecs import check_8bit; check_8bit()",
+    "import torch; from lisatune.nn.nf4 import check_nf4; check_nf4(torch.device('cpu'))",
+    """
 from lisatune.methods import METHODS
 from lisatune.models.hf import import_transformers
 transformers = import_transformers()
@@ -19,12 +19,24 @@ size = dict(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers
 model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**size, bos_token_id=0, eos_token_id=0))
 METHODS["lora"]().prepare(model)
 """,
-}
+]
 
 
-@pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
-def test_a_fresh_process_says_nothing(program: str) -> None:
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+EACH_IN_A_PROCESS = """
+import os, sys
+import torch  # once for all; what the programs import besides is not imported yet
+for program in sys.argv[1:]:
+    if not (pid := os.fork()):
+        exec(program, {})
+        sys.exit()
+    if code := os.waitpid(pid, 0)[1]:
+        sys.exit(f"ends with {code}: {program}")
+"""
+
+
+def test_a_fresh_process_says_nothing() -> None:
+    command = [sys.executable, "-c", EACH_IN_A_PROCESS, *PROGRAMS]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
