@@ -1,10 +1,12 @@
 """What every test gets: one thread, no hub, random numbers that neither leak in nor out."""
 
+import gc
 import os
 import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -13,16 +15,10 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # one cache of prepared tokens for 
     os.environ["LISATUNE_TOKENS"] = tempfile.mkdtemp(prefix="lisatune-tokens-")
 
 import pytest
-import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU, where triton is installed
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
-from transformers import LlamaForCausalLM
-
-import tiny
-
-torch.set_num_threads(1)
 # A job that a shell started in the background inherits a Ctrl-C that is ignored; tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -33,26 +29,52 @@ def pytest_unconfigure() -> None:
         shutil.rmtree(os.environ["LISATUNE_TOKENS"], ignore_errors=True)
 
 
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """Import torch where tests are collected: not in the process that only hands them out."""
+    if not isinstance(collector, pytest.Session):
+        return
+    gc.disable()  # imports make a million objects and no garbage
+    import torch
+
+    torch.set_num_threads(1)
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU, where triton is installed
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of every garbage collection: to look through it takes 0.3 s."""
+    gc.freeze()
+    gc.enable()
+
+
 @pytest.fixture(autouse=True)
 def _own_random_numbers() -> Iterator[None]:
+    import torch
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
 
 
 @pytest.fixture
-def untied_llama() -> LlamaForCausalLM:
+def untied_llama() -> "LlamaForCausalLM":
     """6 blocks, hidden size 32, vocabulary 128."""
+    import tiny
+
     return tiny.llama(tied=False)
 
 
 @pytest.fixture
-def tied_llama() -> LlamaForCausalLM:
+def tied_llama() -> "LlamaForCausalLM":
     """6 blocks, hidden size 32, vocabulary 128, embedding and head are one parameter."""
+    import tiny
+
     return tiny.llama(tied=True)
 
 
 @pytest.fixture(params=[False, True], ids=["untied", "tied"])
-def tiny_llama(request: pytest.FixtureRequest) -> LlamaForCausalLM:
+def tiny_llama(request: pytest.FixtureRequest) -> "LlamaForCausalLM":
     """Either of the two."""
+    import tiny
+
     return tiny.llama(tied=request.param)
