@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,13 @@ from transformers import AutoModelForCausalLM
 
 import rank_worker
 import tiny_run
+import tiny_tasks
 from forks import ended, forked
 from lisatune.cli import app
+from lisatune.evaluate import evaluate_tasks
 from lisatune.files.parts import open_tensors
-from lisatune.models.load import stored_dtype
+from lisatune.models.load import load_model, load_tokenizer, stored_dtype
+from lisatune.train.benchmarks import main_scores
 from lisatune.train.loop import train
 from lisatune.train.recipe_file import load_recipe
 from rank_launcher import launch, start
@@ -113,6 +117,9 @@ def two(runs: Runs) -> dict[str, list[Any]]:
     jobs["saved"] = runs.job(
         "saved", "run.batch_size=2", "run.steps=3", "run.save_every=3", "optimizer.schedule=constant"
     )
+    data = tiny_tasks.write_data(runs.folder / "questions")
+    evaluate = ["run.evaluate=arc_easy,winogrande", f"run.evaluate_data={data}"]
+    jobs["evaluate"] = runs.job("two-evaluate", HALF, *(evaluate if find_spec("lm_eval") else []))
     jobs["broken"] = runs.job("broken", HALF, *IN_BACKWARD, "run.on_nonfinite=skip") | {"breaks": True}
     small = ["run.batch_size=2", "optimizer.schedule=constant", "run.save_every=3", *LEAST]
     for name, is_async in (("small", "false"), ("small-resumed", "true")):
@@ -273,6 +280,22 @@ def test_compact_state_resumes_bit_for_bit_on_as_many_ranks(runs: Runs, two: dic
     got = runs.weights("small-resumed")
     for key, weight in runs.weights("small-straight").items():
         assert torch.equal(got[key], weight), key
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_ranks_ask_benchmark_tasks_together(runs: Runs, two: dict[str, Any]) -> None:
+    pytest.importorskip("lm_eval")
+    assert "error" not in two["evaluate"][0], two["evaluate"][0]
+    scores = [each["scores"] for each in two["evaluate"]]
+    assert scores[0] == scores[1]
+    folder = runs.folder / "two-evaluate"
+    assert json.loads((folder / "summary.json").read_text())["scores"] == scores[0]
+    model, data = str(folder / "model"), str(runs.folder / "questions")
+    alone = evaluate_tasks(load_model(model), load_tokenizer(model), "arc_easy,winogrande", data=data)
+    assert main_scores(alone) == scores[0]
+    assert any(score["value"] > 0 for score in scores[0].values())
+    written = json.loads((folder / "evaluation" / "evaluation.json").read_text())["tasks"]
+    assert {name: written[name]["metrics"] for name in written} == {n: alone[n]["metrics"] for n in alone}
 
 
 def test_what_ranks_write_while_they_train_has_the_same_bytes(runs: Runs, two: dict[str, Any]) -> None:

@@ -195,8 +195,6 @@ def check_recipe(recipe: Recipe) -> None:
         )
     if recipe.loss.name != "causal_lm":
         raise ValueError(f"loss.name: {recipe.loss.name} runs in one process only yet; use causal_lm")
-    if recipe.run.evaluate:
-        raise ValueError("run.evaluate works on one rank only; use `lisatune evaluate` after the run")
 
 
 def _set_block_forward(recipe: Recipe, model: nn.Module) -> BlockForward | None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from lisatune.distributed import ranks
 from lisatune.evaluate.benchmark import Progress, score_tasks
 from lisatune.evaluate.scores import ScoreFolder, TaskScore, identify, write_evaluation
 from lisatune.evaluate.tasks import open_tasks
@@ -44,6 +45,9 @@ def evaluate_model(
 ) -> dict[str, TaskScore]:
     """Evaluate a model on tasks.
 
+    Ranks that divide a model must all call it. Each asks every question, because a forward pass needs the
+    parts of all, and rank 0 alone writes scores.
+
     Args:
         model, tokenizer: the model, on `device`.
         text: as `run.evaluate`.
@@ -55,12 +59,19 @@ def evaluate_model(
         progress: is told how far it is.
     """
     most = MOST_ON_CPU if device.type == "cpu" else MOST
+    output = output if ranks.is_rank0() else None
+
+    def batch(length: int) -> int:
+        """Return what fits on every rank."""
+        free = available_bytes(device, processes=ranks.on_this_machine())
+        return -ranks.max_over_ranks(-largest_batch(model, length, free, most=most))
+
     with open_tasks(text, data=data) as tasks:
         scores = score_tasks(
             model,
             tokenizer,
             tasks,
-            batch=lambda length: largest_batch(model, length, available_bytes(device), most=most),
+            batch=batch,
             chat_template=lambda task: is_chat and task.OUTPUT_TYPE == "generate_until",
             folder=_score_folder(output, written),
             progress=progress,
@@ -82,7 +93,7 @@ def evaluate_run(parts: Parts, output: Path, written: Path) -> dict[str, Score]:
 
     The whole scores go to `output`. Scores of an earlier model of this run there are deleted.
     """
-    for name in ("model.json", "evaluation.json", "tasks"):
+    for name in ("model.json", "evaluation.json", "tasks") if ranks.is_rank0() else ():
         delete(output / name)
     run = parts.recipe.run
     assert run.evaluate is not None
