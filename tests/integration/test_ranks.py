@@ -91,7 +91,7 @@ WAYS = {
 }
 NARROW = ("mixed", "bf16", "stochastic", "least")
 REFUSED = {
-    "optimizer": ("optimizer.name=sgd", "optimizer.name sgd runs in one process only; use adamw"),
+    "optimizer": ("optimizer.name=sgd", "optimizer.name sgd runs in one process only, because"),
 }
 BEST = ["run.steps=6", "run.eval_every=1", "run.keep_best=true", "run.stop_after=2"]
 BEST += ["optimizer.lr=0.2", "optimizer.schedule=constant"]  # falls for two steps, then rises

@@ -185,16 +185,21 @@ def check_recipe(recipe: Recipe) -> None:
     """
     if not recipe.method.shards:
         raise ValueError(
-            f"method.name: {recipe.method.name} runs in one process only; use lisa, full or lora"
+            f"method.name: {recipe.method.name} runs in one process only, because its steps, schedule or "
+            "vectors know nothing of divided weights; use lisa, full or lora"
         )
     count_copies(recipe.run.sharding, recipe.run.copies)
     if recipe.model.new_tokens:
         raise ValueError(
-            "model.new_tokens does not work on several ranks yet; add them in a run of one step on one rank, "
-            "and continue from its model"
+            "model.new_tokens does not work on several ranks yet, because each rank reads its rows from the "
+            "model's files, which lack the new ones; add them in a run of one step on one rank, and continue "
+            "from its model"
         )
     if recipe.loss.name != "causal_lm":
-        raise ValueError(f"loss.name: {recipe.loss.name} runs in one process only yet; use causal_lm")
+        raise ValueError(
+            f"loss.name: {recipe.loss.name} runs in one process only yet, because the forward pass of a "
+            "divided model gives next-token losses alone; use causal_lm"
+        )
 
 
 def _set_block_forward(recipe: Recipe, model: nn.Module) -> BlockForward | None:

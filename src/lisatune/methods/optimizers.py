@@ -72,7 +72,10 @@ def build_from_groups(groups: Groups, config: OptimizerConfig) -> Optimizer:
             "adamw"
         )
     if ranks.count() > 1:
-        raise ValueError(f"optimizer.name {config.name} runs in one process only; use adamw")
+        raise ValueError(
+            f"optimizer.name {config.name} runs in one process only, because each of several ranks has rows "
+            "of a matrix and it may need the whole; use adamw"
+        )
     _refuse_keys_of_adamw(groups, config)
     try:
         return OPTIMIZERS.get(config.name, build_imported)(groups, config)
