@@ -220,6 +220,10 @@ def test_statistics_of_divided_blocks_are_those_of_whole_ones_on_every_rank(two:
     assert first["drawn"] == [list(blocks) for blocks in alone["drawn"]]
     for name, norms in alone["norms"].items():
         assert first["norms"][name] == pytest.approx(norms, rel=1e-5, nan_ok=True)
+    assert first["history"].keys() == alone["history"].keys() == set(map(str, alone["drawn"][-1]))
+    for block, records in alone["history"].items():
+        for got, expected in zip(first["history"][block], records, strict=True):
+            assert got == pytest.approx(expected, abs=2e-5, nan_ok=True)
 
 
 def test_frozen_blocks_hold_no_gradient_and_no_state_on_any_rank(two: dict[str, Any]) -> None:

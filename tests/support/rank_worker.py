@@ -105,7 +105,8 @@ def statistics() -> dict[str, Any]:
         optimizer.zero_grad()
     saved = optimizer.state_dict()["lisa"]["statistics"]
     norms = {name: values.tolist() for name, values in saved["norms"].items()}
-    return {"drawn": drawn, "norms": norms, "steps": saved["steps"]}
+    history = {block: kept.tolist() for block, kept in saved["history"].items()}
+    return {"drawn": drawn, "norms": norms, "history": history, "steps": saved["steps"]}
 
 
 def seeds() -> None:

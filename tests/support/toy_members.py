@@ -117,7 +117,7 @@ class LargestGradient(Sampler):
 
     num_blocks: int
     active: int
-    reads = ("gradient_norm", "update_norm", "weight_norm", "visits")
+    reads = ("gradient_norm", "update_norm", "weight_norm", "visits", "weight_history")
 
     def draw(self, period: int, *, seed: int, statistics: BlockStatistics) -> tuple[int, ...]:  # type: ignore[override]
         norms = statistics.gradient_norm

@@ -1,5 +1,6 @@
 """The draws of a sampler: of a period, and of a whole run before it begins."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,6 +10,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lisatune.lisa.samplers import Sampler
 from lisatune.lisa.statistics import BlockStatistics
+from lisatune.lisa.weight_history import SAMPLES
 
 __all__ = ["choose_period", "count_visits", "draw_blocks", "simulate_draws"]
 
@@ -88,4 +90,6 @@ def _make_even_statistics(
             if name in read:
                 numbers = [counted.get(block, 0) for block in range(sampler.num_blocks)]
                 read[name] = torch.tensor(numbers, dtype=torch.float64)
+        if "weight_history" in read:  # nothing recorded yet
+            read["weight_history"] = torch.full((sampler.num_blocks, sampler.records, SAMPLES), math.nan)
     return BlockStatistics(**read)

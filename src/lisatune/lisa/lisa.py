@@ -226,6 +226,7 @@ class LISA(BlockSchedule):
                 exact,
                 keeps=self.sampler.keeps,
                 spectra=lambda: measure_spectra(drawn, exact),
+                records=self.sampler.records,
             )
             if self.sampler.reads
             else None

@@ -83,6 +83,9 @@ class Sampler(ABC):
     keeps: float = 0.8
     """Share of the old value that `gradient_average` keeps at the end of a period, 0 <= keeps < 1."""
 
+    records: int = 2
+    """Records of a block that `weight_history` keeps, >= 1."""
+
     @abstractmethod
     def draw(self, period: int, *, seed: int) -> tuple[int, ...]:
         """Return the blocks of `period` (0, 1, …) as different indices in rising order."""

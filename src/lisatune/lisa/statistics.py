@@ -16,6 +16,7 @@ L2 norm over all parameters of the block:
                    η_l = |s_l - s_l'| / s_l', where s_l = ‖Σ g_l‖₁ is the L1 norm of the sum of the gradients
                    over the steps of its last period, and s_l' that of the period before
     spectrum       signal-to-noise ratio of θ_l (`lisatune.lisa.spectrum`), once, when LISA is attached
+    weight history the last records of a sample of θ_l, one after each period (`lisatune.lisa.weight_history`)
 
 The gradient and update norms of a block that has not trained yet are NaN. On several ranks a norm is that of
 the whole block, so all ranks read equal numbers.
@@ -23,7 +24,7 @@ the whole block, so all ranks read equal numbers.
 Cost for each step: one pass over the gradients of the active blocks for the gradient norm; a copy of the
 active blocks' weights while the optimizer updates them, and one pass over both, for the update norm; 4 bytes
 for each number of the active blocks, all the time, and a pass over them and their gradients, for the gradient
-change.
+change. The weight history costs nothing in a step.
 
 Shapes: N blocks.
 """
@@ -41,6 +42,7 @@ from torch.optim import Optimizer
 
 from lisatune.distributed import ranks
 from lisatune.distributed.shards import full_tensor, has_values, local_part
+from lisatune.lisa.weight_history import WeightHistory
 from lisatune.nn.layers import find_layers
 
 __all__ = [
@@ -48,7 +50,7 @@ __all__ = [
     "BlockStatistics",
     "Collector",
     "Readable",
-    "collected_sums",
+    "collected_tensors",
     "measure_movement",
     "watch",
 ]
@@ -62,6 +64,7 @@ Readable = Literal[
     "gradient_average",
     "gradient_change",
     "spectrum",
+    "weight_history",
 ]
 """What a sampler may name in `reads`."""
 
@@ -71,7 +74,7 @@ PER_STEP = ("gradient_norm", "gradient_average", "gradient_change", "update_norm
 
 @dataclass(frozen=True, kw_only=True)
 class BlockStatistics:
-    """Numbers about each block: float64 [N] on the CPU, equal on all ranks.
+    """Numbers about each block: float64 [N] on the CPU, equal on all ranks; `weight_history` is [N, R, S].
 
     A field is None unless the sampler names it in `reads`. NaN: not known yet.
     """
@@ -84,6 +87,7 @@ class BlockStatistics:
     gradient_change: Tensor | None = None
     update_norm: Tensor | None = None
     spectrum: Tensor | None = None
+    weight_history: Tensor | None = None
 
 
 class Collector:
@@ -95,6 +99,7 @@ class Collector:
         exact: returns the numbers of a parameter that may be frozen. Default: the parameter.
         keeps: share of the old value that `gradient_average` keeps.
         spectra: measures the spectrum of each block.
+        records: how many records `weight_history` keeps.
 
     Raises:
         ValueError: `reads` names something that is not collected, or not on several ranks.
@@ -108,6 +113,7 @@ class Collector:
         *,
         keeps: float = 0.0,
         spectra: Callable[[], Sequence[float]] | None = None,
+        records: int = 0,
     ) -> None:
         for name in reads:
             if name not in get_args(Readable):
@@ -123,7 +129,7 @@ class Collector:
             self._norms = {
                 name: torch.full((len(blocks),), math.nan, dtype=torch.float64)
                 for name in reads
-                if name != "visits"
+                if name not in ("visits", "weight_history")
             }
             if "idle" in reads:
                 self._norms["idle"].zero_()
@@ -134,22 +140,25 @@ class Collector:
         self._before: dict[nn.Parameter, Tensor] = {}
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._sum_norms = [math.nan] * len(blocks)
+        self._history = WeightHistory(blocks, records) if "weight_history" in reads else None
         if "weight_norm" in reads:
             self._measure_weights(range(len(blocks)))
 
     def make_room(self, active: Iterable[int]) -> None:
-        """Hold sums of gradients for these blocks and no others, if the sampler reads gradient changes."""
+        """Hold sums of gradients, and weight histories, for these blocks and no others, if they are read."""
         if "gradient_change" in self._reads:
             parameters = [p for block in active for p in self._blocks[block]]
             self._sums = {
                 p: self._sums[p] if p in self._sums else torch.zeros_like(p, dtype=torch.float32)
                 for p in parameters
             }
+        if self._history is not None:
+            self._history.make_room(active)
 
     @property
-    def sums(self) -> list[Tensor]:
-        """The sums of gradients that are held: float32, in the shapes of the active blocks' parameters."""
-        return list(self._sums.values())
+    def tensors(self) -> list[Tensor]:
+        """What is held of the active blocks: float32 sums of their gradients, and weight histories."""
+        return [*self._sums.values(), *([] if self._history is None else self._history.tensors)]
 
     def before_step(self, active: Iterable[int]) -> None:
         """Keep the weights that the optimizer is about to update, if the sampler reads update norms."""
@@ -190,6 +199,8 @@ class Collector:
             self._norms["idle"][list(active)] = 0
         if "weight_norm" in self._reads:
             self._measure_weights(active)
+        if self._history is not None:
+            self._history.record(active)
         self._steps = 0
 
     def _average(self, block: int, mean: float) -> float:
@@ -215,6 +226,8 @@ class Collector:
             read = {name: norms.clone() for name, norms in self._norms.items()}
             if "visits" in self._reads:
                 read["visits"] = torch.tensor(visits, dtype=torch.float64)
+        if self._history is not None:
+            read["weight_history"] = self._history.stack()
         return BlockStatistics(**read)
 
     def state_dict(self) -> dict[str, Any]:
@@ -234,6 +247,7 @@ class Collector:
                 for place, p in enumerate(parameters)
                 if p in self._sums
             },
+            "history": {} if self._history is None else self._history.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -254,6 +268,8 @@ class Collector:
             block, _, place = key.partition(".")
             p = self._blocks[int(block)][int(place)]
             self._sums[p] = value.clone().to(p.device)
+        if self._history is not None:
+            self._history.load_state_dict(state["history"])
 
     def _measure_weights(self, blocks: Iterable[int]) -> None:
         for block in blocks:
@@ -273,14 +289,14 @@ _collectors: "WeakKeyDictionary[Optimizer, Collector]" = WeakKeyDictionary()
 
 
 def watch(optimizer: Optimizer, collector: Collector) -> None:
-    """Let `collected_sums` find what is collected beside an optimizer."""
+    """Let `collected_tensors` find what is collected beside an optimizer."""
     _collectors[optimizer] = collector
 
 
-def collected_sums(optimizer: Optimizer) -> list[Tensor]:
-    """Return the sums of gradients that are held beside an optimizer, for the count of memory."""
+def collected_tensors(optimizer: Optimizer) -> list[Tensor]:
+    """Return what is collected beside an optimizer as large tensors, for the count of memory."""
     collector = _collectors.get(optimizer)
-    return [] if collector is None else collector.sums
+    return [] if collector is None else collector.tensors
 
 
 def _compute_squared_norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -34,7 +34,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lisatune.distributed.shards import has_values
 from lisatune.lisa.correction import find_correction
-from lisatune.lisa.statistics import collected_sums
+from lisatune.lisa.statistics import collected_tensors
 from lisatune.nn.coded import coded_weights
 from lisatune.optim.meter import host_state, plain_tensors, tensors_bytes
 
@@ -338,7 +338,7 @@ class StorageTracker(TorchDispatchMode):
     def _mark_state(self) -> None:
         """Mark the optimizer's state. The part that lives in host memory is no longer counted."""
         self.mark("optimizer state", _list_state(self._optimizer))
-        self.mark("optimizer state", collected_sums(self._optimizer))
+        self.mark("optimizer state", collected_tensors(self._optimizer))
         if self._correction is not None and self._correction.optimizer is not None:
             self.mark("optimizer state", _list_state(self._correction.optimizer))
         for plain in (each for value in host_state(self._optimizer) for each in plain_tensors(value)):

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import tiny
 from lisatune import LISA, find_layers, param_groups
 from lisatune.lisa.freezing import AutoFreeze, FreezeOut
-from lisatune.lisa.statistics import BlockStatistics, collected_sums
+from lisatune.lisa.statistics import BlockStatistics, collected_tensors
 from lisatune.memory import plan_memory
 from lisatune.methods import METHODS
 from lisatune.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe, RunConfig
@@ -140,7 +140,7 @@ def test_autofreeze_measures_as_the_paper_does() -> None:
         assert lisa.active_blocks == tuple(range(first, BLOCKS))
     assert 0 < first < BLOCKS
     held = sum(p.numel() for block in list(model.model.layers)[first:] for p in block.parameters())
-    assert sum(each.numel() for each in collected_sums(optimizer)) == held
+    assert sum(each.numel() for each in collected_tensors(optimizer)) == held
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
