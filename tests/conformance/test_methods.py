@@ -93,6 +93,7 @@ SETTINGS = [
     "lisa, correction: sign | max_grad_norm: null",
     "lisa, unit: module, sampler: misa",
     "autofreeze, intervals: 4, percentile: 90",  # a run breaks off inside an interval
+    "smartfrz, intervals: 4, confidence: 0.01",
     "badam, switch_every: 3",  # by default it does not switch in so few steps
 ]
 

@@ -54,7 +54,7 @@ PUBLIC = {
             "Lora",
         ),
         *("METHODS", "MeZO", "Method"),
-        *("OPTIMIZERS", "Prefix", "Prompt", "QLora", "TrainingStep"),
+        *("OPTIMIZERS", "Prefix", "Prompt", "QLora", "SmartFRZ", "TrainingStep"),
     ),
     "lisatune.evaluate": ("PRESETS", "evaluate_tasks", "generate_answers", "held_out_loss"),
     "lisatune.memory": ("find_fit", "measure", "plan_memory"),

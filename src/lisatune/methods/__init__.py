@@ -18,6 +18,7 @@ from lisatune.methods.optimizers import OPTIMIZERS
 from lisatune.methods.prefix import Prefix
 from lisatune.methods.prompt import Prompt
 from lisatune.methods.qlora import QLora
+from lisatune.methods.smartfrz import SmartFRZ
 from lisatune.methods.step import TrainingStep
 
 __all__ = [
@@ -40,13 +41,14 @@ __all__ = [
     "Prefix",
     "Prompt",
     "QLora",
+    "SmartFRZ",
     "TrainingStep",
 ]
 
 METHODS: dict[str, type[Method]] = {
     kind.name: kind
     for kind in (
-        *(Full, Lisa, EndsOnly, BAdam, FreezeOut, AutoFreeze, Greedy),
+        *(Full, Lisa, EndsOnly, BAdam, FreezeOut, AutoFreeze, SmartFRZ, Greedy),
         *(Lora, Dora, QLora, Ia3, Bottleneck, Prompt, Prefix, GaLore, MeZO),
     )
 }
