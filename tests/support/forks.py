@@ -1,5 +1,6 @@
 """Processes forked from this one, which has done the imports: they take six CPU seconds."""
 
+import gc
 import os
 import select
 import signal
@@ -25,6 +26,7 @@ def forked(act: Callable[[], int], log: Path, environment: Mapping[str, str] | N
     pid = os.fork()
     if pid:
         return pid
+    gc.freeze()  # a collection would write to all that this process shares with the other, and so copy it
     code = 70
     try:
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
