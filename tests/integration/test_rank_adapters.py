@@ -21,7 +21,7 @@ from rank_launcher import launch
 PLAIN = [
     "optimizer.eps=1e-3",
     "optimizer.lr=1e-2",
-    "run.samples=1",
+    "run.samples=0",
     "run.check_memory=false",
     "optimizer.schedule=constant",
 ]
@@ -83,6 +83,7 @@ def two(adapters: Adapters) -> dict[str, list[Any]]:
     """Results of each of two ranks by name."""
     half, saves = "run.batch_size=1", ["run.steps=3", "run.save_every=3"]
     jobs = {name: adapters.job(name, f"two-{name}", half) for name in METHODS}
+    jobs["lora"]["overrides"].append("run.samples=1")
     jobs["narrow"] = adapters.job("dora", "two-narrow", half, NARROW, "run.save_dtype=bf16")
     jobs["saved"] = adapters.job("dora", "saved", half, *saves)
     adapters.alone("lora", "started", *saves)

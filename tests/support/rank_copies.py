@@ -17,7 +17,7 @@ import tiny
 from lisatune import LISA
 from lisatune.distributed import ranks
 
-PERIOD, PERIODS, MICRO_STEPS = 2, 4, 2
+PERIOD, PERIODS, MICRO_STEPS = 2, 3, 2
 STEPS = PERIOD * PERIODS
 
 
