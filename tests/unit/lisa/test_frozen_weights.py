@@ -106,8 +106,10 @@ def test_disk_and_memory_give_the_same_weights(tmp_path: Path) -> None:
 
 
 @BITS
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("ends", ["train", "frozen", "head", "every:2+8bit"])
+@pytest.mark.parametrize(
+    ("ends", "tied"),
+    [("train", True), ("train", False), ("frozen", True), ("head", False), ("every:2+8bit", True)],
+)
 def test_evaluation_is_that_of_the_saved_model(bits: str, tied: bool, ends: str, tmp_path: Path) -> None:
     model = tiny.llama(tied=tied)
     optimizer, lisa = attach(model, frozen_weights=bits, ends=ends)

@@ -135,8 +135,13 @@ SCHEDULES: dict[str, Callable[[Optimizer], lr_scheduler.LRScheduler]] = {
 }
 
 
-@pytest.mark.parametrize("kind", SCHEDULES)
-@pytest.mark.parametrize("lr", [1e-2, torch.tensor(1e-2)], ids=["float", "tensor"])
+@pytest.mark.parametrize(
+    ("kind", "lr"),
+    [
+        *((kind, 1e-2) for kind in SCHEDULES),
+        *((kind, torch.tensor(1e-2)) for kind in ("lambda", "recursive")),
+    ],
+)
 def test_schedules_do_not_notice_and_blocks_follow_them(
     untied_llama: nn.Module, kind: str, lr: float | Tensor
 ) -> None:
