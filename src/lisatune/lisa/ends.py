@@ -12,6 +12,8 @@ several joined by "+":
     cpu         moments of the ends in host memory
     rows        only the rows of the (untied) embedding that a step reads have a gradient and moments
                 (`lisatune.optim.rows`); moments of the embedding start anew at each draw
+    rows:A-B    only the rows from A to B of embedding and head train, tied or not, in every step, with
+                moments for these rows alone; all else of the ends is frozen. For new tokens
 
 In periods in which no parameter before the blocks trains, autograd records nothing below the lowest active
 block: forward keeps no activations there and backward stops at it.
@@ -33,14 +35,14 @@ from lisatune.optim.adamw import AdamW
 
 __all__ = ["ROW_OPTIONS", "Ends", "EndsPolicy", "find_row_embedding"]
 
-WORDS = ("train", "head", "frozen", "every:M", "8bit", "factored", "cpu", "rows")
+WORDS = ("train", "head", "frozen", "every:M", "8bit", "factored", "cpu", "rows", "rows:A-B")
 
 
 @dataclass(frozen=True)
 class EndsPolicy:
     """A policy of the ends, read from a text such as "head+8bit" or "every:5"."""
 
-    trains: Literal["all", "head", "none"] = "all"
+    trains: Literal["all", "head", "rows", "none"] = "all"
     """Which of the ends train."""
 
     every: int = 1
@@ -55,6 +57,9 @@ class EndsPolicy:
     rows: bool = False
     """Whether the embedding has a gradient and moments only for rows that a step reads. `moments` and
     `state_device` then concern the other ends."""
+
+    span: tuple[int, int] | None = None
+    """First and last row of embedding and head that train, if `trains` is "rows"."""
 
     @classmethod
     def parse(cls, text: "str | EndsPolicy") -> "EndsPolicy":
@@ -86,6 +91,12 @@ class EndsPolicy:
                 f"ends {text!r}: frozen ends have neither periods nor state, so {others} does nothing; "
                 f"write frozen alone. {_list_words()}"
             )
+        if policy.span is not None and len(words) > 1:
+            others = " and ".join(word for word in words if not word.startswith("rows:"))
+            raise ValueError(
+                f"ends {text!r}: rows:A-B has a state of its own and trains in every step, so {others} does "
+                f"nothing; write rows:A-B alone. {_list_words()}"
+            )
         if policy.trains == "head" and policy.rows:
             raise ValueError(
                 f"ends {text!r}: head freezes the embedding, and rows trains rows of it; keep one of them. "
@@ -94,6 +105,8 @@ class EndsPolicy:
         return policy
 
     def __str__(self) -> str:
+        if self.span is not None:
+            return f"rows:{self.span[0]}-{self.span[1]}"
         words = [] if self.trains == "all" else [{"head": "head", "none": "frozen"}[self.trains]]
         words += [f"every:{self.every}"] if self.every > 1 else []
         words += [word for word in (self.moments, self.state_device, "rows" if self.rows else None) if word]
@@ -102,6 +115,10 @@ class EndsPolicy:
     def trains_in(self, period: int) -> bool:
         """Whether ends train in this period."""
         return self.trains != "none" and period % self.every == 0
+
+    def row_options(self) -> dict[str, Any]:
+        """Return the options of a `lisatune.AdamW` param group of which only rows train."""
+        return ROW_OPTIONS | ({} if self.span is None else {"span": self.span})
 
     def state_options(self) -> dict[str, Any]:
         """Return the options of a `lisatune.AdamW` param group that store moments as the policy says."""
@@ -123,7 +140,7 @@ class Ends:
 
     Raises:
         ValueError: `head` for a model whose embedding or head is unknown; `rows` for one whose embedding is
-            unknown, frozen or tied.
+            unknown, frozen or tied; `rows:A-B` for one whose embedding or head has no such rows.
     """
 
     def __init__(self, policy: EndsPolicy, model: nn.Module, layers: LayerMap) -> None:
@@ -132,6 +149,8 @@ class Ends:
         resting = {name for name, p in named.items() if not p.requires_grad}
         if policy.trains == "head":
             resting |= _name_frozen_by_head(model, layers)
+        if policy.span is not None:
+            resting |= named.keys() - find_span_weights(policy.span, model, layers).keys()
         self.parameters = tuple(p for name, p in named.items() if name not in resting)
         """Ends that train when the policy says so. Under `frozen`: all of them, and they never do."""
         self.resting = tuple(p for name, p in named.items() if name in resting)
@@ -155,18 +174,29 @@ class Ends:
 
     @property
     def rows_of(self) -> tuple[nn.Parameter, ...]:
-        """The embedding's weight, if its rows train; else empty."""
+        """The embedding's weight, if the rows that a step reads train; else empty."""
         wanted = None if self._row_embedding is None else self._row_embedding.weight
         return tuple(p for p in self.parameters if p is wanted)
 
+    @property
+    def other_rows(self) -> tuple[nn.Parameter, ...]:
+        """Views of the rows that do not train, of weights of which some do."""
+        if self.policy.span is None:
+            return ()
+        first, last = self.policy.span
+        parts = [(p.detach()[:first], p.detach()[last + 1 :]) for p in self.parameters]
+        return tuple(nn.Parameter(part, requires_grad=False) for both in parts for part in both if len(part))
+
     def check_state(self, optimizer: Optimizer) -> None:
         """Raise ValueError unless the optimizer stores the ends' state as the policy says."""
-        mine, of_rows = set(self.parameters), set(self.rows_of)
+        mine = set(self.parameters)
+        of_rows = set(self.rows_of) if self.policy.span is None else mine
         for group in optimizer.param_groups:
             if mine.isdisjoint(group["params"]):
                 continue
-            has_rows = of_rows == set(group["params"])
+            has_rows = of_rows.issuperset(group["params"])
             wanted: dict[str, Any] = {"rows": True} if has_rows else self.policy.state_options()
+            wanted |= {"span": self.policy.span} if has_rows and self.policy.span is not None else {}
             seen = {key: group.get(key) for key in wanted}
             is_misfit = seen != wanted or (wanted and not isinstance(optimizer, AdamW))
             if is_misfit or (not has_rows and (group.get("rows") or not of_rows.isdisjoint(group["params"]))):
@@ -201,6 +231,11 @@ def _read(word: str, text: object) -> dict[str, Any]:
             return {"state_device": word}
         case ("rows", "", ""):
             return {"rows": True}
+        case ("rows", ":", span):
+            first, _, last = span.partition("-")
+            if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+                raise ValueError(f"ends {text!r}: rows:A-B needs two row numbers A <= B, got {span!r}")
+            return {"trains": "rows", "span": (int(first), int(last))}
         case ("every", ":", number) if number.isascii() and number.isdigit() and int(number) >= 1:
             return {"every": int(number)}
         case ("every", _, number):
@@ -227,6 +262,25 @@ def _name_frozen_by_head(model: nn.Module, layers: LayerMap) -> set[str]:
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     named = layers.end_parameters(model)
     return {name for name, p in named.items() if id(p) in embeddings and name != layers.head}
+
+
+def find_span_weights(span: tuple[int, int], model: nn.Module, layers: LayerMap) -> dict[str, nn.Parameter]:
+    """Return embedding and head, of which the rows from A to B train; a tied weight comes once.
+
+    Raises:
+        ValueError: the model names no embedding, or one of them is frozen or has fewer rows.
+    """
+    named = layers.end_parameters(model)
+    wanted = {name for name in (layers.embedding, layers.head) if name is not None}
+    if layers.embedding is None or not wanted <= named.keys():
+        raise ValueError(
+            f"ends 'rows:A-B' needs embedding and head of {type(model).__name__} among the ends that train, "
+            f"and these are {', '.join(named) or 'none'}; use frozen"
+        )
+    for name in sorted(wanted):
+        if span[1] >= len(named[name]):
+            raise ValueError(f"ends 'rows:{span[0]}-{span[1]}': {name} has {len(named[name])} rows (from 0)")
+    return {name: named[name] for name in wanted}
 
 
 def find_row_embedding(model: nn.Module, layers: LayerMap) -> nn.Embedding:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lisatune.lisa.ends import ROW_OPTIONS, EndsPolicy, find_row_embedding
+from lisatune.lisa.ends import EndsPolicy, find_row_embedding, find_span_weights
 from lisatune.nn.layers import LayerMap
 
 __all__ = [
@@ -35,7 +35,8 @@ def param_groups(
         layers: its blocks and ends.
         weight_decay: of the groups that are decayed.
         ends: policy of the ends (`EndsPolicy`). Its state formats become options of their groups, which
-            `lisatune.AdamW` reads. With `rows` the embedding has a group of its own.
+            `lisatune.AdamW` reads. With `rows` the embedding has a group of its own, and with
+            `rows:A-B` embedding and head.
         ends_lr: learning rate of the ends' groups; None uses the optimizer's.
 
     Returns:
@@ -47,6 +48,8 @@ def param_groups(
     """
     policy = EndsPolicy.parse(ends or "train")
     of_rows = {id(find_row_embedding(model, layers).weight)} if policy.rows else set()
+    if policy.span is not None:
+        of_rows = {id(p) for p in find_span_weights(policy.span, model, layers).values()}
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     named_layers = [("ends", layers.end_parameters(model))]
     named_layers += [(f"block {i}", block) for i, block in enumerate(layers.block_parameters(model))]
@@ -62,7 +65,7 @@ def param_groups(
             pairs = [(name, p) for name, p in parameters.items() if name in names]
             rows = [pair for pair in pairs if id(pair[1]) in of_rows]
             others = [pair for pair in pairs if id(pair[1]) not in of_rows]
-            for chosen, own in ((rows, ROW_OPTIONS), (others, options)):
+            for chosen, own in ((rows, policy.row_options()), (others, options)):
                 if chosen:
                     groups.append({"params": chosen, "weight_decay": decay, "layer": layer, **shared, **own})
     return groups

@@ -307,7 +307,12 @@ class LISA(BlockSchedule):
     @property
     def ends_rest(self) -> bool:
         """Whether there are periods in which nothing before the blocks trains."""
-        return self._ends.policy.trains != "all" or self._ends.policy.every > 1
+        return self._ends.policy.trains in ("head", "none") or self._ends.policy.every > 1
+
+    @property
+    def idle_row_numbers(self) -> int:
+        """How many numbers of trainable weights never move, because only some of the rows train."""
+        return sum(p.numel() for p in self._ends.other_rows)
 
     @property
     def coverage_is_exact(self) -> bool:
@@ -575,7 +580,8 @@ class LISA(BlockSchedule):
     def _name_layers(self) -> dict[str, Sequence[nn.Parameter]]:
         blocks = {self._name(i): block for i, block in enumerate(self._blocks)}
         adapters = {} if self._correction is None else self._correction.layers()
-        return {**blocks, "ends": self._ends.parameters, "frozen part": self._others, **adapters}
+        resting = (*self._others, *self._ends.other_rows)
+        return {**blocks, "ends": self._ends.parameters, "frozen part": resting, **adapters}
 
     def _name_moving(self) -> set[str]:
         """Return the names of the layers that train in this period."""

@@ -42,6 +42,11 @@ class BlockSchedule:
         """Whether nothing before the blocks trains in some steps, so that backward can stop at a block."""
         return False
 
+    @property
+    def idle_row_numbers(self) -> int:
+        """How many numbers of trainable weights never move, because only some of the rows train."""
+        return 0
+
     def lr_factor(self, block: int) -> float:
         """Return what the learning rate of a block's param group is multiplied by in a step."""
         return 1.0

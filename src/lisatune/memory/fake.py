@@ -94,6 +94,8 @@ class _RealIds(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return 1.0
         if function in SPARSE and args[0].layout == torch.sparse_coo:
             return _compute_sparse(function, args)
+        if function is aten.add.Tensor and len(tensors) == 2 and tensors[1].layout == torch.sparse_coo:
+            return torch.empty_like(tensors[0])  # a dense gradient, and rows of the micro-steps before
         if function in INDEXING:
             args = (args[0], _find_indices(args[1]), *args[2:])
         return function(*args, **kwargs)

@@ -8,7 +8,7 @@ the live tensors. Memory outside of tensors comes on top: `RESERVE_BYTES` and `R
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -262,7 +262,7 @@ def _plan(
             active_blocks=built.schedule.active_blocks,
             num_blocks=built.drawn.num_blocks,
             word=built.schedule.word,
-            trainable=count_trainable(built.model),
+            trainable=count_trainable(built.model) - built.schedule.idle_row_numbers,
             loaded_bytes=loaded_bytes,
             copy_bytes=copied,
             switch_bytes=_count_switch(built),
@@ -351,8 +351,9 @@ def _trace(
     """
     ids = batches[0]["input_ids"].numel()
     _make_state(built, ids * micro_steps)
-    for p in _find_row_parameters(built) if micro_steps > len(batches) else ():
-        p.grad = sparse_rows(p, ids * (micro_steps - len(batches)))  # of the micro-steps before
+    if micro_steps > len(batches):
+        for p, rows in _find_row_parameters(built, ids * (micro_steps - len(batches))):
+            p.grad = sparse_rows(p, rows)  # of the micro-steps before
     paths = built.layers.blocks if leaves_out and not ranks_are_fake() else ()
     blocks = [built.model.get_submodule(path) for path in paths]
     with FewerBlocks(built.model, built.step.optimizer, blocks) as tracker:
@@ -366,10 +367,14 @@ def _trace(
     return memory if tracker.is_exact else _trace(built, batches, micro_steps, leaves_out=False)
 
 
-def _find_row_parameters(built: Built) -> list[nn.Parameter]:
-    """Return the parameters that train only the rows that a step reads."""
+def _find_row_parameters(built: Built, ids: int) -> list[tuple[nn.Parameter, int]]:
+    """Return the parameters of which only rows train, and how many: those of `ids`, or always the same."""
     groups = [group for group in built.step.optimizer.param_groups if group.get("rows")]
-    return [p for group in groups for p in group["params"] if p.requires_grad]
+    return [(p, _count_rows(group, ids)) for group in groups for p in group["params"] if p.requires_grad]
+
+
+def _count_rows(group: Mapping[str, Any], ids: int) -> int:
+    return group["span"][1] - group["span"][0] + 1 if "span" in group else ids
 
 
 def _make_state(built: Built, ids: int) -> None:
@@ -383,7 +388,8 @@ def _make_state(built: Built, ids: int) -> None:
     for group in optimizer.param_groups:
         for p in group["params"]:
             if p.requires_grad and not (correction is not None and correction.is_stateless(p)):
-                p.grad = sparse_rows(p, ids) if group.get("rows") else torch.empty_like(p)
+                rows = _count_rows(group, ids)
+                p.grad = sparse_rows(p, rows) if group.get("rows") else torch.empty_like(p)
                 if isinstance(optimizer, AdamW):
                     state, size = optimizer.state[p], part_of(p).size
                     prepare_state(cast(Group, group), part_to_update(p), state, size=size)

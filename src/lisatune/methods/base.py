@@ -103,6 +103,11 @@ class Method:
         """Where exact weights of frozen blocks are kept; None if the device holds all weights as they are."""
         return None
 
+    @property
+    def freezes_ends(self) -> bool:
+        """Whether it has a key `ends`, which says that no end trains."""
+        return False
+
     def place(self, model: nn.Module, device: torch.device, masters: Masters | None = None) -> None:
         """Move a loaded model onto the device, in place. Default: all of its weights, as they are.
 

@@ -4,7 +4,7 @@ What several ranks cannot do yet is refused here: settings by `check_recipe`, op
 `check_optimizer`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from lisatune.lisa.schedule import BlockSchedule
 from lisatune.losses.causal_lm import CausalLMLoss, ShardedLoss
 from lisatune.losses.dpo import DPOLoss
 from lisatune.methods.step import TrainingStep
-from lisatune.models.load import stored_dtype
+from lisatune.models.load import load_tokenizer, stored_dtype
 from lisatune.nn.blocks import BlockForward, enable_activation_checkpointing
 from lisatune.nn.bottleneck import has_adapters
 from lisatune.nn.layers import LayerMap, find_layers
@@ -130,12 +130,20 @@ def attach(
 def attach_method(
     recipe: Recipe, model: nn.Module, layers: LayerMap, steps: int
 ) -> tuple[Optimizer, StateMeter, BlockSchedule]:
-    """Build the optimizer of a prepared model and attach the method's schedule to it."""
-    optimizer = recipe.method.build_optimizer(model, layers, recipe.optimizer)
+    """Build the optimizer of a prepared model and attach the method's schedule to it.
+
+    Where ends are frozen, the rows of new tokens train nevertheless, and nothing else of the ends.
+    """
+    method = recipe.method
+    if recipe.model.new_tokens and method.freezes_ends:
+        tokenizer = load_tokenizer(**recipe.model.tokenizer)
+        ids = tokenizer.convert_tokens_to_ids(list(recipe.model.new_tokens))
+        method = replace(method, ends=f"rows:{min(ids)}-{max(ids)}")
+    optimizer = method.build_optimizer(model, layers, recipe.optimizer)
     if ranks.count() > 1:
         check_optimizer(optimizer)
     state = StateMeter(optimizer)  # before the schedule, whose hook may release state
-    schedule = recipe.method.attach(model, optimizer, layers, total_steps=steps)
+    schedule = method.attach(model, optimizer, layers, total_steps=steps)
     correction = find_correction(model)
     if correction is not None and correction.optimizer is not None:
         state.beside = (correction.optimizer,)

@@ -67,7 +67,8 @@ class Lisa(Method):
     """A block's learning rate is lr/√π, lr/π or lr, π its chance to train; `lr` is full fine-tuning's."""
 
     ends: str = "train"
-    """Which ends train, when, with what state: train head frozen every:M 8bit factored cpu rows, by +."""
+    """Which ends train, when, with what state: train head frozen every:M 8bit factored cpu rows, by +. Or
+    rows:A-B alone: these rows of embedding and head."""
 
     frozen_weights: Literal["exact", "int8", "nf4"] = "exact"
     """What the device holds of frozen blocks and ends; int8 and nf4 are codes, exact ones are elsewhere."""
@@ -191,6 +192,11 @@ class Lisa(Method):
         """Refuse a device on which bitsandbytes cannot store NF4, and an environment without it."""
         if self.frozen_weights == "nf4":
             check_nf4(device, otherwise="method.frozen_weights: int8")
+
+    @property
+    def freezes_ends(self) -> bool:
+        """Whether no end trains. Rows of new tokens then train alone (`ends: rows:A-B`)."""
+        return EndsPolicy.parse(self.ends).trains == "none"
 
     def place(self, model: nn.Module, device: torch.device, masters: Masters | None = None) -> None:
         """Move a model onto the device: blocks and resting ends as codes, one weight at a time."""

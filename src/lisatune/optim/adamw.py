@@ -165,7 +165,7 @@ class AdamW(Optimizer):
 
     def _watch_rows(self, group: Group) -> None:
         for p in group["params"] if group["rows"] else ():
-            self._row_gradients.watch(p)
+            self._row_gradients.watch(p, group.get("span"))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

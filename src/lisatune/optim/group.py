@@ -34,6 +34,8 @@ class Group(TypedDict):
     state_device: StateDevice | None
     rows: bool
     """Whether gradients are sparse and only their rows are updated (`lisatune.optim.rows`)."""
+    span: NotRequired[tuple[int, int]]
+    """First and last row that train, if `rows` are always the same; the rest of the gradient is dropped."""
     seed: int
     """Names the random numbers of stochastic rounding."""
     steps_done: int

@@ -15,9 +15,13 @@ counted, so that it holds the rows of a step and, because text repeats its words
 before. If it is full, the row that was read longest ago is dropped; its state starts anew when it is read
 again.
 
+A group with `span` A, B trains the rows from A to B of any matrix, each in every step. Its gradient is dense;
+as soon as it is there, these rows of it are kept and the rest is dropped.
+
 Shapes: V rows of the embedding, D its width, R rows of the table, n different rows in a step.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,9 +44,10 @@ class RowGradients:
     def __init__(self) -> None:
         self._ids: dict[Tensor, int] = {}
 
-    def watch(self, parameter: nn.Parameter) -> None:
-        """Merge the gradients of this parameter, which must require grad."""
-        parameter.register_post_accumulate_grad_hook(self._merge)  # type: ignore[no-untyped-call]
+    def watch(self, parameter: nn.Parameter, span: tuple[int, int] | None = None) -> None:
+        """Merge the gradients of this parameter, which must require grad, or keep the rows of `span`."""
+        hook = self._merge if span is None else partial(_pick, span=span)
+        parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     def take(self, parameter: Tensor) -> int:
         """Return the number of ids in the gradient before merging, 0 if nothing was merged. Forget it."""
@@ -57,6 +62,18 @@ class RowGradients:
         if gradient is not None and gradient.is_sparse:
             self._ids[parameter] = max(self._ids.get(parameter, 0), gradient._nnz())
             parameter.grad = gradient.coalesce()
+
+
+def _pick(parameter: Tensor, *, span: tuple[int, int]) -> None:
+    """Keep the rows of `span` of a dense gradient, as a sparse one."""
+    first, last = span
+    gradient = parameter.grad
+    assert gradient is not None
+    ids_1n = torch.arange(first, last + 1, device=gradient.device).unsqueeze(0)
+    values_nD = gradient[first : last + 1].clone()  # a view would keep all of the gradient
+    parameter.grad = torch.sparse_coo_tensor(
+        ids_1n, values_nD, gradient.shape, check_invariants=False, is_coalesced=True
+    )
 
 
 def sparse_rows(like: Tensor, rows: int) -> Tensor:

@@ -241,7 +241,7 @@ def _step(parts: Parts, state: RunState, folder: RunFolder) -> dict[str, Any]:
     # Noted before the update, which may draw the next blocks.
     record = parts.learning_rates() | schedule.describe()
     flops = step_flops(parts.built.model, parts.built.layers, batches, parts.device)
-    trainable = count_trainable(parts.built.model)
+    trainable = count_trainable(parts.built.model) - schedule.idle_row_numbers
 
     # The only wait for the device in a step: a number that is not finite must not reach the weights.
     is_finite = bool(torch.isfinite(loss + grad_norm))

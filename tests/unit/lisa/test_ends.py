@@ -51,6 +51,7 @@ def names_of(model: nn.Module, parameters: Any) -> set[str]:
         ("every:1", EndsPolicy()),
         ("8bit", EndsPolicy(moments="8bit")),
         ("train+factored", EndsPolicy(moments="factored")),
+        ("rows:5-6", EndsPolicy(trains="rows", span=(5, 6))),
         ("every:3 + head+ cpu+8bit", EndsPolicy(trains="head", every=3, moments="8bit", state_device="cpu")),
     ],
 )
@@ -76,6 +77,10 @@ def test_text_and_policy_are_the_same(text: str, policy: EndsPolicy) -> None:
         ("every:2+every:3", "says twice when they train"),
         ("8bit+factored", "says twice how moments are stored: 8bit and factored"),
         ("cpu+cpu", "says twice where moments are"),
+        ("rows:6-5", "rows:A-B needs two row numbers A <= B, got '6-5'"),
+        ("rows:", "rows:A-B needs two row numbers A <= B, got ''"),
+        ("rows:5-6+head", "says twice which ends train: rows:5-6 and head"),
+        ("rows:5-6+8bit", "trains in every step, so 8bit does nothing; write rows:A-B alone"),
         ("frozen+8bit", "so 8bit does nothing; write frozen alone"),
         ("every:2+frozen", "so every:2 does nothing; write frozen alone"),
     ],
@@ -335,6 +340,90 @@ def test_resume_is_bit_equal_in_every_period(ends: str, state: str) -> None:
         tiny.fit(resumed.model, resumed.optimizer, range(step, 11))
         tiny.assert_same_weights(resumed.model, run.model)
         assert resumed.lisa.periods_proven == run.lisa.periods_proven
+
+
+# ---- some rows alone
+
+
+def build_rows(model: nn.Module, ends: str = "rows:5-6", **options: Any) -> tuple[AdamW, LISA]:
+    layers = find_layers(model)
+    optimizer = AdamW(param_groups(model, layers, ends=ends, weight_decay=0.1), lr=1e-2)
+    how = {"active": 2, "period": PERIOD, "verify": "full", **options}
+    return optimizer, LISA(model, optimizer, ends=ends, **how)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_of_embedding_and_head_only_the_rows_named_move_and_have_state(
+    tied: bool, precision: torch.dtype
+) -> None:
+    model = tiny.llama(tied=tied).to(precision)
+    before = tiny.weights(model)
+    first = int(tiny.tokens(0).min())  # a row that is read
+    optimizer, lisa = build_rows(model, f"rows:{first}-{first + 1}")
+    for step in range(2 * PERIOD):
+        for part in range(2):  # micro-steps
+            tiny.backward(model, 2 * step + part)
+        optimizer.step()
+        optimizer.zero_grad()
+    ends = {"model.embed_tokens.weight"} | (set() if tied else {"lm_head.weight"})
+    assert tiny.moved(before, model) - block_names_of_all(lisa, model) == ends
+    for name in ends:
+        weight = model.get_parameter(name)
+        moved = (weight != before[name]).any(dim=1).nonzero().flatten().tolist()
+        assert moved == [first, first + 1][: len(moved)]
+        assert len(moved) == 2 or name == "model.embed_tokens.weight"
+        assert optimizer.state[weight]["exp_avg"].shape == (2, weight.shape[1])
+    assert lisa.periods_proven == 2
+    assert lisa.idle_row_numbers == sum(before[name].numel() - 2 * before[name].shape[1] for name in ends)
+
+
+def block_names_of_all(lisa: LISA, model: nn.Module) -> set[str]:
+    return {name for block in lisa.layers.block_parameters(model) for name in block}
+
+
+def test_rows_named_train_as_adamw_trains_them(untied_llama: nn.Module) -> None:
+    """As one whose gradients are zero but for these rows."""
+    other = copy.deepcopy(untied_llama)
+    optimizer = torch.optim.AdamW([other.lm_head.weight, other.model.embed_tokens.weight], lr=1e-2)
+    other.requires_grad_(False)
+    ours, _ = build_rows(untied_llama, active=1, verify="off")
+    for group in ours.param_groups:
+        group["weight_decay"] = 0.0 if group["rows"] else group["weight_decay"]
+        group["lr"] = 1e-2 if group["rows"] else 0.0
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0
+        for p in group["params"]:
+            p.requires_grad_(True)
+            p.register_hook(lambda grad: grad * row_mask(grad))
+    tiny.fit(untied_llama, ours, 4)
+    tiny.fit(other, optimizer, 4)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        torch.testing.assert_close(untied_llama.get_parameter(name), other.get_parameter(name))
+
+
+def row_mask(grad: torch.Tensor) -> torch.Tensor:
+    mask = torch.zeros(len(grad), 1)
+    mask[5:7] = 1
+    return mask
+
+
+def test_another_row_that_moves_is_found(untied_llama: nn.Module) -> None:
+    optimizer, _ = build_rows(untied_llama)
+    tiny.fit(untied_llama, optimizer, 1)
+    with torch.no_grad():
+        untied_llama.lm_head.weight[7] += 1  # type: ignore[operator, index, union-attr]
+    with pytest.raises(ProofError, match="frozen part"):
+        tiny.fit(untied_llama, optimizer, range(1, PERIOD))
+
+
+def test_rows_that_are_not_there_are_refused(untied_llama: nn.Module) -> None:
+    rows = len(untied_llama.get_parameter("lm_head.weight"))
+    with pytest.raises(ValueError, match=rf"ends 'rows:5-{rows}': lm_head.weight has {rows} rows \(from 0\)"):
+        build_rows(untied_llama, f"rows:5-{rows}")
+    other = AdamW(param_groups(untied_llama, find_layers(untied_llama), ends="rows:5-7"))
+    with pytest.raises(ValueError, match=r"says? rows=True and span=\(5, 7\)|span=\(5, 7\)"):
+        LISA(untied_llama, other, ends="rows:5-6")
 
 
 # ---- state formats are the optimizer's

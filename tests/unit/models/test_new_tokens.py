@@ -1,12 +1,15 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 import tiny_run
-from lisatune.memory.plan import plan_memory
+from lisatune.memory.plan import _batch, plan_memory
+from lisatune.memory.tracker import measure
 from lisatune.models.load import load_model, load_tokenizer, meta_model
+from lisatune.train.assemble import assemble
 from lisatune.train.check import check
 from lisatune.train.loop import train
 from lisatune.train.recipe_file import load_recipe
@@ -63,6 +66,69 @@ def test_new_tokens_are_trained_saved_and_resumed(recipe: Path, tmp_path: Path) 
     assert load_model(str(tmp_path / "run/model")).config.vocab_size == len(tokenizer)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.filterwarnings("ignore:2 of 4 blocks will never train")
+def test_where_ends_are_frozen_only_the_new_rows_train_and_resume_is_bit_equal(
+    recipe: Path, tmp_path: Path, tied: bool
+) -> None:
+    if not tied:
+        untie(tmp_path / "tiny")
+    frozen = overrides("method.ends=frozen", "method.active=1", "method.period=2", "run.save_every=3")
+    train(load_recipe(recipe, frozen))
+    written = load_model(str(tmp_path / "run/model"))
+    started = load_model(str(tmp_path / "tiny"), new_tokens=NEW)
+    tokenizer = load_tokenizer(str(tmp_path / "run/model"))
+    rows = sorted(tokenizer.convert_tokens_to_ids(list(NEW)))
+    for name, p in written.named_parameters():
+        before = started.get_parameter(name)
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            assert (p != before).any(dim=1).nonzero().flatten().tolist() == rows, name
+        elif "layers" not in name:
+            assert torch.equal(p, before), name
+    whole = json.loads((tmp_path / "run/summary.json").read_text())
+    assert whole["proof"].startswith("2 periods: drawn blocks moved"), whole["proof"]
+    checkpoints = sorted((tmp_path / "run/checkpoints").iterdir())
+    shutil.rmtree(checkpoints[-1])
+    train(load_recipe(recipe, frozen), resume=True)
+    resumed = load_model(str(tmp_path / "run/model"))
+    for name, p in resumed.named_parameters():
+        assert torch.equal(p, written.get_parameter(name)), name
+
+
+def untie(folder: Path) -> None:
+    """Give the model a head of its own."""
+    model = load_model(str(folder))
+    model.config.tie_word_embeddings = False
+    other = type(model)(model.config)
+    other.load_state_dict(model.state_dict())
+    other.save_pretrained(folder)
+
+
+@pytest.mark.filterwarnings("ignore:2 of 4 blocks will never train")
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_the_plan_counts_the_new_rows_alone_where_ends_are_frozen(recipe: Path, accumulation: int) -> None:
+    settings = [f"method.{each}" for each in ("ends=frozen", "active=1", "verify=off")]
+    settings.append(f"run.accumulation={accumulation}")
+    asked = load_recipe(recipe, overrides(*settings))
+    plan = plan_memory(asked, length=32)
+    assert plan.kind == "traced"
+    assert plan.trainable == plan_memory(load_recipe(recipe, settings), length=32).trainable + len(NEW) * 16
+    outline = check(asked).outline
+    assert outline is not None
+    assert outline.trainable == plan.trainable
+    built = assemble(asked).built
+    assert plan.active_blocks is not None
+    built.schedule.hold(plan.active_blocks)
+    with measure(built.model, built.step.optimizer) as tracker:
+        for _ in range(2):
+            built.step.backward([_batch(asked, built.model, 32)] * accumulation)
+            built.step.clip()
+            built.step.update()
+            memory = tracker.end_step()
+    assert memory.at_peak["optimizer state"] == pytest.approx(plan.at_peak["optimizer state"], rel=0.03)
+    assert memory.peak_bytes == pytest.approx(plan.peak_bytes, rel=0.03)
+
+
 def test_the_plan_counts_the_new_rows(recipe: Path) -> None:
     many = [f"model.new_tokens={json.dumps([f'<{n}>' for n in range(200)])}"]
     more = plan_memory(load_recipe(recipe, many)).trainable - plan_memory(load_recipe(recipe)).trainable
@@ -76,7 +142,6 @@ def test_the_plan_counts_the_new_rows(recipe: Path) -> None:
         ('model.new_tokens=["a"]', "the tokenizer has 'a' already, as number"),
         ('model.new_tokens=["<x>","<x>"]', "names '<x>' twice; leave one out"),
         ('model.new_tokens=[" "]', "a token must be text, got ' '"),
-        ("method.ends=frozen", "which method lisa does not train as it is set"),
         ("method.name=lora", "which method lora does not train as it is set"),
         ("method.frozen_weights=int8", "cannot work with method.frozen_weights yet"),
     ],
