@@ -656,6 +656,13 @@ class Recipe:
     def _check_pairs(self) -> None:
         """Refuse settings that cannot work where records are pairs of answers."""
         data, name = self.data, self.loss.name
+        kinds = [source.kind for source in data.sources if source.kind != "auto"]
+        fields = [source.fields for source in data.sources if source.fields]
+        shown: dict[str, list[Any]] = {
+            "data.kind": kinds[:1],
+            "data.fields": fields[:1],
+            "data.train": [data.train_name],
+        }
         reasons = {
             "data.streaming": (data.streaming, "its reference is computed before training", "false"),
             "data.packing": (
@@ -663,15 +670,15 @@ class Recipe:
                 "an answer is scored as a whole, in a sequence of its own",
                 "false",
             ),
-            "data.kind": (data.kind != "auto", "its records have chosen and rejected", "auto"),
-            "data.fields": (bool(data.fields), "its records have chosen and rejected", "{}"),
+            "data.kind": (bool(kinds), "its records have chosen and rejected", "auto"),
+            "data.fields": (bool(fields), "its records have chosen and rejected", "{}"),
             "data.deduplicate": (data.deduplicate, "pairs are not compared with each other", "false"),
             "data.loss_on": (data.loss_on not in ("auto", "answers"), "only answers are compared", "answers"),
             "data.long": (data.long == "split", "a piece of an answer cannot be preferred", "cut or drop"),
             "data.train": (
-                data.train == "python-docs" or not isinstance(data.train, str),
-                "it has no pairs of answers" if data.train == "python-docs" else "pairs cannot be mixed yet",
-                "a file that has" if data.train == "python-docs" else "one source",
+                any(source.path == "python-docs" for source in data.sources),
+                "it has no pairs of answers",
+                "a file that has",
             ),
             "optimizer.name": (
                 self.optimizer.name == "sophia",
@@ -682,12 +689,10 @@ class Recipe:
         for key, (is_set, why, instead) in reasons.items():
             if is_set:
                 section, field_name = key.split(".")
-                value = getattr(getattr(self, section), field_name)
-                value = data.train_name if key == "data.train" else value
+                own = shown.get(key)
+                value = own[0] if own else getattr(getattr(self, section), field_name)
                 value = str(value).lower() if isinstance(value, bool) else value
-                value = (
-                    f"[{', '.join(value)}]" if key == "data.loss_on" and isinstance(value, tuple) else value
-                )
+                value = f"[{', '.join(value)}]" if isinstance(value, tuple) else value
                 raise ValueError(
                     f"{key}={value} cannot work with loss.name={name}: {why}; set it to {instead}"
                 )

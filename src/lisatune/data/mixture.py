@@ -138,7 +138,10 @@ def describe_sources(
         shares: from `plan_shares`.
         train: examples of each source.
         held_out: the same that are held out; empty if the sources hold out nothing.
+
+    A pair of answers counts as one row.
     """
+    per_row = [len(part.rows) // share.num_rows for part, share in zip(train, shares, strict=True)]
     passes = [share.per_epoch / share.num_rows for share in shares]
     tokens = [part.num_tokens * often for part, often in zip(train, passes, strict=True)]
     rows = sum(share.per_epoch for share in shares)
@@ -146,7 +149,7 @@ def describe_sources(
         MixedSource(
             name=name,
             num_rows=shares[index].num_rows,
-            num_held_out=len(held_out[index].rows) if held_out else 0,
+            num_held_out=len(held_out[index].rows) // per_row[index] if held_out else 0,
             passes=passes[index],
             row_share=shares[index].per_epoch / rows,
             token_share=tokens[index] / sum(tokens),

@@ -7,11 +7,12 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lisatune.console import follow, plural, terminal
 from lisatune.data.batches import Order, Share
@@ -33,7 +34,7 @@ from lisatune.data.readers import open_readers, read_marked, warn_of_seen_record
 from lisatune.data.records import Records
 from lisatune.data.rows import Ints, Rows, TokenRow
 from lisatune.data.shown import MarkedText, mark_loss
-from lisatune.data.splitting import split_records
+from lisatune.data.splitting import hash_prompt
 from lisatune.data.store import Prepared, prepare_source
 from lisatune.data.streaming import Stream, Window
 from lisatune.data.tokens import LossOn, check_wishes, is_chat, tokenize
@@ -41,6 +42,12 @@ from lisatune.distributed import ranks
 from lisatune.recipe import DataConfig, Recipe, check_steps
 
 __all__ = ["RunData", "prepare_data"]
+
+
+NOTHING_LEFT = (
+    "{} has no record left to train on: other sources hold all of its prompts out, or have all of its "
+    "records; leave it out"
+)
 
 
 @dataclass(frozen=True)
@@ -117,16 +124,16 @@ class RunData:
         """
         each = self.rows_per_record
         is_train = examples is self.train
+        if each == 2:
+            first = 0 if is_train else len(self.train.rows)
+            indices = [each * index + side for index in records for side in range(each)]
+            return [examples.rows[index] | {"number": torch.tensor([first + index])} for index in indices]
         sizes = [source.num_rows if is_train else source.num_held_out for source in self.sources]
         if any(sizes):
             borders = list(accumulate(sizes))
             numbers = torch.tensor([[bisect_right(borders, index)] for index in records])
             return [examples.rows[i] | {"source": number} for i, number in zip(records, numbers, strict=True)]
-        if each == 1:
-            return [examples.rows[index] for index in records]
-        first = 0 if is_train else len(self.train.rows)
-        indices = [each * index + side for index in records for side in range(each)]
-        return [examples.rows[index] | {"number": torch.tensor([first + index])} for index in indices]
+        return [examples.rows[index] for index in records]
 
     def mark(self, index: int) -> MarkedText:
         """Return the text of a training row, in parts with and without loss."""
@@ -284,37 +291,63 @@ def _describe_kind(source: Prepared | Window, loss_on: LossOn, tokenizer: Any) -
 def _prepare_pairs(recipe: Recipe, tokenizer: Any) -> RunData:
     """Read, split and tokenise pairs of answers; they are held in memory, and not in the cache."""
     data, run = recipe.data, recipe.run
-    how: dict[str, Any] = {key: getattr(data, key) for key in ("split", "on_bad_row", "text_only")}
-    train = read_pairs(data.train_name, limit=data.limit, **how)
-    validation = replace(train, rows=[], skipped=0, num_media=0)
+    keys = ("split", "limit", "text_only")
+    sources = [
+        read_pairs(source.path, on_bad_row=data.on_bad_row, **{key: getattr(source, key) for key in keys})
+        for source in data.sources
+    ]
+    other = None
     if data.validation is not None:
-        validation = read_pairs(data.validation, limit=data.validation_limit, **how)
-    elif data.holds_out:
-        most = data.validation_limit
-        train, validation = split_records(train, data.validation_share, run.seed, most=most)
-        validation = replace(validation, rows=validation.rows[:most], skipped=0, num_media=0)
+        how: dict[str, Any] = {key: getattr(data, key) for key in ("split", "on_bad_row", "text_only")}
+        other = read_pairs(data.validation, limit=data.validation_limit, **how)
+    held_out, train = [other] if other is not None else [], sources
+    splits = data.holds_out and other is None
+    if splits:
+        prompts = [
+            np.array([hash_prompt(row, run.seed) for row in source.rows], dtype="S16") for source in sources
+        ]
+        limits = divide_limit(data.validation_limit, data.sources, [len(keys) for keys in prompts])
+        names = [source.source for source in sources]
+        marks = hold_out_of_each(prompts, names, data.validation_share, limits)
+        train = [_take_rows(source, ~is_out) for source, is_out in zip(sources, marks, strict=True)]
+        held_out = [_take_rows(*each) for each in zip(sources, marks, limits, strict=True)]
     lengths: dict[str, Any] = {"max_length": data.max_length, "long": data.long, "date": data.date}
-    rows = tokenize_pairs(train, tokenizer, **lengths)
-    pairs = len(rows.rows) // 2
-    order, steps = _plan_steps(recipe, [Share(pairs, pairs)])
-    uses_template = is_chat(train.rows[0])
+    for source in train:
+        if not source.rows:
+            raise ValueError(NOTHING_LEFT.format(source.source))
+    parts = [tokenize_pairs(source, tokenizer, **lengths) for source in train]
+    validation = [
+        tokenize_pairs(source, tokenizer, **lengths) if source.rows else Examples(Rows.of([]))
+        for source in held_out
+    ]
+    shares = plan_shares(data.sources, [len(part.rows) // 2 for part in parts])
+    order, steps = _plan_steps(recipe, shares)
+    uses_template = any(is_chat(source.rows[0]) for source in train)
     template = f"written by {Chat(tokenizer).name}" if uses_template else "without a template"
+    read = [*sources, *([] if other is None else [other])]
     return RunData(
-        train=rows,
-        validation=tokenize_pairs(validation, tokenizer, **lengths)
-        if validation.rows
-        else Examples(Rows.of([])),
-        questions=find_questions([validation.rows], recipe, tokenizer),
+        train=join(parts),
+        validation=join(validation or [Examples(Rows.of([]))]),
+        questions=find_questions([source.rows for source in held_out], recipe, tokenizer),
         order=order,
         steps=steps,
-        skipped=train.skipped + validation.skipped,
-        num_media=train.num_media + validation.num_media,
+        skipped=sum(source.skipped for source in read),
+        num_media=sum(source.num_media for source in read),
         duplicates=0,
         is_chat=uses_template,
         records=f"pairs, {template}; {recipe.loss.name} with β {recipe.loss.beta:g}",
         tokenizer=tokenizer,
         rows_per_record=2,
+        sources=()
+        if isinstance(data.train, str)
+        else describe_sources(data.sources, shares, parts, validation if splits else []),
     )
+
+
+def _take_rows(records: Records, is_wanted: NDArray[np.bool_], most: int | None = None) -> Records:
+    """Take the records that are marked, at most so many."""
+    wanted = (row for row, is_one in zip(records.rows, is_wanted.tolist(), strict=True) if is_one)
+    return replace(records, rows=list(islice(wanted, most)))
 
 
 def _plan_steps(recipe: Recipe, shares: Sequence[Share]) -> tuple[Order, int]:
@@ -329,10 +362,7 @@ def _plan_steps(recipe: Recipe, shares: Sequence[Share]) -> tuple[Order, int]:
 
 def _divide(source: Prepared, chosen: Ints, name: str, data: DataConfig) -> Examples:
     if not len(chosen):
-        raise ValueError(
-            f"{name} has no record left to train on: other sources hold all of its prompts out, or have all "
-            "of its records; leave it out"
-        )
+        raise ValueError(NOTHING_LEFT.format(name))
     long = check_wishes(name, source.kind, data.loss_on, data.long)
     return divide(source.documents, chosen, max_length=data.max_length, long=long, source=name)
 

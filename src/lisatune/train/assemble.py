@@ -174,7 +174,7 @@ def assemble(
     scheduler = make_scheduler(recipe.optimizer, built.step.optimizer, data.steps)
     parts = Parts(recipe, device, tokenizer, data, scheduler, built, compiling)
     parts.save_dtype = save_dtype(recipe, built.model)
-    if data.sources:
+    if data.sources and data.rows_per_record == 1:
         parts.source_losses = SourceLosses([source.name for source in data.sources])
         built.step.loss.watch = parts.source_losses
     if run.compile and built.blocks is not None:
@@ -247,7 +247,7 @@ def rehearse(recipe: Recipe, steps: int) -> tuple[nn.Module, LayerMap, BlockSche
     if recipe.model.new_tokens and not any(p.requires_grad for p in embedding.parameters()):
         raise ValueError(
             f"model.new_tokens adds rows to the embedding, which method {recipe.method.name} does not train "
-            "as it is set, so they would stay what they are; use method lisa with ends that train, or full"
+            "as it is set, so they would stay what they are; use method lisa, also with frozen ends, or full"
         )
     return model, layers, schedule
 

@@ -144,7 +144,7 @@ def make_outline(
         block_parameters=sum(p.numel() for block in layers.block_parameters(model) for p in block.values()),
         frozen_parameters=sum(p.numel() for p in layers.frozen_parameters(model).values()),
         is_tied=layers.is_tied,
-        trainable=count_trainable(model),
+        trainable=count_trainable(model) - schedule.idle_row_numbers,
         active_blocks=schedule.active_blocks,
         word=schedule.word,
         steps=data.steps,
@@ -265,8 +265,8 @@ def print_outline(outline: Outline, console: Console | None = None) -> None:
 def _mixture_text(outline: Outline) -> str:
     """Say what an epoch takes of each source, a line for each."""
     return "\n".join(
-        f"{source.name}: {source.row_share:.1%} of rows, {source.token_share:.1%} of tokens; "
-        f"{plural(source.num_rows, 'row')}, read {source.passes:.3g} × in an epoch"
+        f"{source.name}: {source.row_share:.1%} of {outline.row_word}s, {source.token_share:.1%} of tokens; "
+        f"{plural(source.num_rows, outline.row_word)}, read {source.passes:.3g} × in an epoch"
         for source in outline.sources
     )
 

@@ -260,18 +260,50 @@ def test_a_mixture_is_given_on_the_command_line_and_read_again_from_its_own_reco
     assert [source.fields for source in recipe.data.sources] == [{"text": "body"}] * 2
 
 
-def test_a_source_without_a_usable_row_and_pairs_of_answers_are_refused(tmp_path: Path) -> None:
+def test_a_source_without_a_usable_row_is_refused(tmp_path: Path) -> None:
     good = write_texts(tmp_path / "good.jsonl", "one", "two")
     empty = write_texts(tmp_path / "empty.jsonl")
     with pytest.raises(ValueError, match=r"empty\.jsonl is empty: it has no records"):
         prepare(good, empty)
-    with pytest.raises(ValueError, match="pairs cannot be mixed yet; set it to one source"):
-        Recipe(
-            model=ModelConfig(name="tiny"),
-            data=DataConfig(train=("a", "b")),  # type: ignore[arg-type]
-            method=Full(),
-            loss=LossConfig(name="dpo"),
+
+
+def test_pairs_of_answers_are_mixed(tmp_path: Path) -> None:
+    files = []
+    for name, size in (("a", 8), ("b", 20)):
+        file = tmp_path / f"{name}.jsonl"
+        rows = ({"prompt": f"{name}{i}", "chosen": "yes", "rejected": "no"} for i in range(size))
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        files.append(str(file))
+
+    def prepare_pairs(*train: Any, **data: Any) -> RunData:
+        config = DataConfig(train=train, **data)
+        recipe = Recipe(
+            model=ModelConfig(name="tiny"), data=config, method=Full(), loss=LossConfig(name="dpo")
         )
+        return prepare_data(recipe, TOKENIZER)
+
+    weighted = [{"path": file, "weight": weight} for file, weight in zip(files, (3, 1), strict=True)]
+    data = prepare_pairs(*weighted, validation_share=0.25, validation_limit=8)
+    assert [source.name for source in data.sources] == ["a.jsonl", "b.jsonl"]
+    assert data.sources[0].row_share == pytest.approx(0.75, abs=0.03)
+    pairs = [source.num_rows for source in data.sources]
+    held_out = [source.num_held_out for source in data.sources]
+    assert len(data.train.rows) == 2 * sum(pairs)
+    assert len(data.validation.rows) == 2 * sum(held_out)
+    assert all(held_out)
+    rows = [row for step in range(6) for row in data.batch(step)]
+    texts = [TOKENIZER.decode(row["input_ids"]) for row in rows]
+    for chosen, rejected in zip(texts[::2], texts[1::2], strict=True):
+        assert chosen.removesuffix("yes<eos>") == rejected.removesuffix("no<eos>") != chosen
+    numbers = {text: row["number"].item() for text, row in zip(texts, rows, strict=True)}
+    assert len(set(numbers.values())) == len(numbers)
+    assert {text[0] for text in texts} == {"a", "b"}
+    alone = prepare_pairs(files[1], validation_share=0.25)
+    assert alone.hashes == prepare_pairs(files[1], validation_share=0.25, validation_limit=5).hashes
+    with pytest.raises(
+        ValueError, match=r"data\.kind=text cannot work with loss\.name=dpo: its records have"
+    ):
+        prepare_pairs({"path": files[0], "kind": "text"})
 
 
 def test_losses_are_means_over_the_tokens_of_each_source() -> None:
