@@ -1,7 +1,7 @@
 """Images, sound and videos in records, and how the text beside them is taken alone.
 
-They come as parts of a message's content (`{"type": "image_url", …}`) or in a field of the record (`images`),
-and then the texts may hold marks such as `<image>`.
+They come as parts of a message's content (`{"type": "image_url", …}`) or in a field of the record or of a
+message (`images`), and then the texts may hold marks such as `<image>`.
 """
 
 import re
@@ -18,7 +18,7 @@ MEDIA_FIELDS = {
     "videos": f"videos, and only text can be trained on; {TAKE_TEXT}",
     "audios": f"sound, and only text can be trained on; {TAKE_TEXT}",
 }
-"""Fields of a record that hold what is no text, and what they hold."""
+"""Fields of a record or a message that hold what is no text, and what they hold."""
 
 MEDIA_PARTS = (
     *("image", "image_url", "input_image"),
@@ -58,19 +58,25 @@ def take_text(row: Any) -> tuple[Any, bool]:
     """
     if not isinstance(row, dict):
         return row, False
-    kept = {name: each for name, each in row.items() if name not in MEDIA_FIELDS or each in NOTHING}
+    kept = _leave_out_fields(row)
     has_media = len(kept) < len(row)
     for name, turns in kept.items():
         if isinstance(turns, list):
-            kept[name] = [_leave_out_parts(turn) for turn in turns]
+            kept[name] = [_leave_out_of_turn(turn) for turn in turns]
             has_media |= any(new is not old for new, old in zip(kept[name], turns, strict=True))
     return (_leave_out_marks(kept), True) if has_media else (row, False)
 
 
-def _leave_out_parts(turn: Any) -> Any:
-    """Leave out the parts of a message that are no text; the message itself if it has none."""
+def _leave_out_fields(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: each for name, each in row.items() if name not in MEDIA_FIELDS or each in NOTHING}
+
+
+def _leave_out_of_turn(turn: Any) -> Any:
+    """Leave out fields and parts of a message that are no text; the message itself if it has none."""
     if not isinstance(turn, dict):
         return turn
+    kept = _leave_out_fields(turn)
+    turn = turn if len(kept) == len(turn) else kept
     for name in TEXT_FIELDS:
         if isinstance(parts := turn.get(name), list):
             texts = [part for part in parts if part_type(part) not in MEDIA_PARTS]

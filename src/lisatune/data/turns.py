@@ -13,7 +13,7 @@ templates write them as JSON themselves.
 import json
 from typing import Any, TypeAlias
 
-from lisatune.data.media import MEDIA_PARTS, TAKE_TEXT, TEXT_FIELDS, part_type
+from lisatune.data.media import MEDIA_FIELDS, MEDIA_PARTS, TAKE_TEXT, TEXT_FIELDS, part_type
 from lisatune.data.sources import BadRowError
 
 __all__ = [
@@ -142,6 +142,9 @@ def _check_turn(turn: Any, place: str) -> dict[str, Any]:
     for key in REFUSED:
         if turn.get(key) not in EMPTY:
             raise BadRowError(f"{place} has {key!r}, which cannot be trained on; write it into its text")
+    for field, holds in MEDIA_FIELDS.items():
+        if turn.get(field) not in EMPTY:
+            raise BadRowError(f"{place}: {field!r} holds {holds}")
     role_field = next((name for name in ROLE_FIELDS if name in turn), None)
     text_field = next((name for name in TEXT_FIELDS if name in turn), None)
     calls = _read_calls(turn, place)

@@ -188,6 +188,10 @@ def test_fields_that_carry_meaning_are_honoured(tmp_path: Path, row: Any, normal
             "message 1 has a part of type 'image', and only text",
         ),
         (
+            {"messages": [USER | {"images": ["a.png"]}, BOT]},
+            "message 1: 'images' holds images, and only text can be trained on; set data.text_only",
+        ),
+        (
             {"messages": [USER, BOT], "images": ["a.png"]},
             "'images' holds images, and only text can be trained on; set data.text_only to train on the text",
         ),
@@ -219,6 +223,7 @@ SEEN = {"role": "user", "content": [IMAGE, {"type": "text", "text": "Hi"}]}
     ("row", "normalised"),
     [
         ({"messages": [SEEN, BOT], "images": ["a.png"]}, {"messages": [USER, BOT]}),
+        ({"messages": [SEEN | {"images": ["a.png"]}, BOT]}, {"messages": [USER, BOT]}),
         ({"messages": [SEEN, BOT], "images": None}, {"messages": [USER, BOT]}),
         ({"prompt": [SEEN], "completion": [BOT]}, {"prompt": [USER], "completion": [BOT]}),
         (
