@@ -178,7 +178,9 @@ def read_comparison(
     for key, value in (("general", text), ("evaluate", evaluate), ("evaluate_data", evaluate_data)):
         if value is not None and not isinstance(value, str):
             raise ValueError(f"{path}: compare.{key} must be text, got {value!r}; put it in quotes")
-    reference = reference if reference is not None else asked.get("reference")
+    # The file's reference is one of the file's arms, of which --methods may leave it out.
+    if reference is None and (methods is None or asked.get("reference") in given):
+        reference = asked.get("reference")
     if reference is not None and reference not in given:
         raise ValueError(unknown("reference", reference, given))
     return Comparison(

@@ -89,6 +89,14 @@ def test_a_comparison_that_continues_keeps_the_day_that_its_templates_see(tmp_pa
     assert fix_date(own, folder).recipe.data.date == "2021-01-01"
 
 
+def test_the_files_reference_counts_where_methods_leave_it_in(tmp_path: Path) -> None:
+    path = write(tmp_path, arms={"big": "lora:rank=4", "small": "lora:rank=1"}, reference="big")
+    assert read_comparison(path, methods="big,full").reference == "big"
+    assert read_comparison(path, methods="small,full").reference is None
+    with pytest.raises(ValueError, match="unknown reference 'bg'"):
+        read_comparison(path, methods="small,full", reference="bg")
+
+
 def test_folders_of_arms_tell_names_apart_that_differ_in_signs_alone(tmp_path: Path) -> None:
     arms = {"LISA γ": "lisa", "LISA K": "lisa", "LISA κ": "lisa"}
     folders = [arm.folder for arm in read_comparison(write(tmp_path, arms=arms)).arms]
