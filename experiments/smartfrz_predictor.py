@@ -1,6 +1,6 @@
 """Train the predictor of `method.name: smartfrz` from our own runs, and say how good it is.
 
-python experiments/smartfrz_predictor.py            # two minutes of one core; writes the package's weights
+python experiments/smartfrz_predictor.py            # three minutes of one core; writes the weights
 python experiments/smartfrz_predictor.py --real     # also follows a run of SmolLM2-135M, which is held out
 python experiments/smartfrz_predictor.py --smoke    # three tiny runs of a few steps; writes no predictor
 
