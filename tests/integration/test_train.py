@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,71 +79,65 @@ def press_ctrl_c(after: int) -> Callable[[RunState], None]:
     return press
 
 
-@pytest.mark.parametrize(
-    ("name", "after"), [*(("lisa", after) for after in (1, 4, 7)), *((name, 6) for name in METHODS)]
-)
-def test_resume_is_bit_equal_inside_a_period_and_an_epoch(
-    name: str, after: int, recipe: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", ["lisa", "lora"])  # all methods: tests/conformance
+def test_resume_is_bit_equal_inside_a_period_and_an_epoch(name: str, recipe: Path) -> None:
     # 11 training rows in batches of 2 make epochs of 6 micro-steps: with 2 per step they end at step 3, 6, …
     use_method(recipe, name)
     options = ["run.steps=11", "run.accumulation=2", "run.eval_every=5"]
     run(recipe, "straight", *options)
-    with pytest.raises(KeyboardInterrupt, match=f"stopped after step {after} of 11.*--resume"):
-        run(recipe, "resumed", *options, after_step=press_ctrl_c(after))
-    summary = run(recipe, "resumed", *options, resume=True)
-    assert summary["steps"] == 11
-    assert_same_model(recipe, "straight", "resumed")
-    assert metrics(recipe, "straight") == metrics(recipe, "resumed")
+    for after in (1, 4, 6, 7) if name == "lisa" else (6,):
+        output = f"resumed-{after}"
+        with pytest.raises(KeyboardInterrupt, match=f"stopped after step {after} of 11.*--resume"):
+            run(recipe, output, *options, after_step=press_ctrl_c(after))
+        summary = run(recipe, output, *options, resume=True)
+        assert summary["steps"] == 11
+        assert_same_model(recipe, "straight", output)
+        assert metrics(recipe, "straight") == metrics(recipe, output)
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        ["method.state=reset"],
-        ["method.state=cpu"],
-        ["method.state=second_moment"],
-        ["method.sampler=window", "method.lr_scaling=inverse"],
-        ["method.warmup=2"],
+        ["method.state=cpu", "method.sampler=window", "method.lr_scaling=inverse"],
+        ["method.state=second_moment", "run.precision=bf16-mixed"],
+        ["method.warmup=2", "run.activation_checkpointing=true"],
         ["method.warmup=1", "method.ends=every:2", "optimizer.ends_lr=1e-4"],
-        ["method.sampler=uniform", "method.ends=frozen"],
-        ["method.ends=every:2+8bit"],
+        ["method.sampler=uniform", "method.ends=frozen", "run.activation_checkpointing=frozen"],
+        ["method.ends=every:2+8bit", "data.packing=true", "optimizer.weight_decay=0.1"],
         ["method.ends=head+factored", "method.state=reset"],
         ["method.ends=every:2+cpu", "run.precision=bf16", "run.activation_checkpointing=true"],
-        ["run.precision=bf16-mixed"],
-        ["run.activation_checkpointing=true"],
-        ["run.activation_checkpointing=frozen"],
-        ["data.packing=true", "optimizer.weight_decay=0.1"],
     ],
     ids=lambda options: options[0],
 )
-def test_resume_is_bit_equal_with(options: list[str], recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_is_bit_equal_with(options: list[str], recipe: Path) -> None:
     options = ["run.steps=8", "method.period=3", *options]
-    run(recipe, "straight", *options)
-    with pytest.raises(KeyboardInterrupt):
-        run(recipe, "resumed", *options, after_step=press_ctrl_c(4))
-    run(recipe, "resumed", *options, resume=True)
-    assert_same_model(recipe, "straight", "resumed")
+
+    def keep(state: RunState) -> None:
+        """Keep the folder as a kill would leave it a step after a checkpoint."""
+        if state.step == 5:
+            shutil.copytree(recipe.parent / "straight", recipe.parent / "killed")
+
+    run(recipe, "straight", *options, "run.save_every=4", after_step=keep)
+    run(recipe, "killed", *options, resume=True)
+    assert_same_model(recipe, "straight", "killed")
 
 
+@pytest.mark.filterwarnings("ignore:.*blocks will never train")
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "bottleneck"])  # which PEFT lacks
-def test_loss_falls_and_the_model_loads_in_plain_transformers_or_peft(name: str, recipe: Path) -> None:
+def test_the_model_loads_in_plain_transformers_or_peft(name: str, recipe: Path) -> None:
     use_method(recipe, name)
-    lr = f"optimizer.lr={1e-2 * METHODS[name].lr_scale}"
-    options = ["run.steps=30", lr, "data.validation=" + str(recipe.parent / "rows.jsonl")]
-    summary = run(recipe, "run", *options)
-    assert summary["held_out_loss_after"] < summary["held_out_loss_before"] - 0.01
+    # At a high rate what has been trained shows after few steps.
+    run(recipe, "run", "run.steps=3", "run.samples=0", f"optimizer.lr={1e-2 * METHODS[name].lr_scale}")
     folder = recipe.parent / "run" / "model"
     kind = AutoPeftModelForCausalLM if (folder / "adapter_config.json").exists() else AutoModelForCausalLM
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name of old
         plain = kind.from_pretrained(folder)
     model = load_model(str(folder))
-    parts = assemble(load_recipe(recipe, options))
-    batch = parts.collate(parts.data.validation.rows[:2])
+    ids_BT = load_tokenizer(str(folder))("Count to 7. 1 1 1 1 1 1 1 1", return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        ours = model(input_ids=batch["input_ids"], use_cache=False).logits
-        theirs = plain(input_ids=batch["input_ids"], use_cache=False).logits
+        ours = model(input_ids=ids_BT, use_cache=False).logits
+        theirs = plain(input_ids=ids_BT, use_cache=False).logits
     # PEFT alone puts adapters beside the plain base, not the one in 4 bits that they were trained beside.
     rounding = 0.03 if (folder / "quantized_base.json").exists() else 0
     torch.testing.assert_close(ours, theirs, rtol=0, atol=rounding)
@@ -335,29 +330,25 @@ def test_a_damaged_best_checkpoint_leaves_the_last_model(
     assert_same_model(recipe, "plain", "best")
 
 
-@pytest.mark.parametrize("after", [1, 3, 4])
 def test_a_run_without_gain_ends_early_and_resumes_exactly(
-    after: int, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     set_held_out_losses(monkeypatch, LOSSES)
     options = [*BEST, "run.stop_after=2"]
     straight = run(recipe, "straight", *options)
     assert (straight["steps"], straight["planned_steps"], straight["best_step"]) == (4, 6, 2)
     assert "after step 4 of 6: the held-out loss no longer fell" in capsys.readouterr().out
-    assert [line["step"] for line in metrics(recipe, "straight") if "held_out_loss" in line] == [
-        0,
-        1,
-        2,
-        3,
-        4,
-    ]
-    with pytest.raises(KeyboardInterrupt):
-        run(recipe, "resumed", *options, after_step=press_ctrl_c(after))
-    resumed = run(recipe, "resumed", *options, resume=True)
-    same = ("steps", "best_step", "held_out_loss_after", "held_out_loss_last")
-    assert [resumed[key] for key in same] == [straight[key] for key in same]  # type: ignore[literal-required]
-    assert_same_model(recipe, "straight", "resumed")
-    assert metrics(recipe, "straight") == metrics(recipe, "resumed")
+    evaluated = [line["step"] for line in metrics(recipe, "straight") if "held_out_loss" in line]
+    assert evaluated == [0, 1, 2, 3, 4]
+    for after in (1, 3, 4):
+        output = f"resumed-{after}"
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, output, *options, after_step=press_ctrl_c(after))
+        resumed = run(recipe, output, *options, resume=True)
+        same = ("steps", "best_step", "held_out_loss_after", "held_out_loss_last")
+        assert [resumed[key] for key in same] == [straight[key] for key in same]  # type: ignore[literal-required]
+        assert_same_model(recipe, "straight", output)
+        assert metrics(recipe, "straight") == metrics(recipe, output)
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> None:
@@ -611,15 +602,3 @@ def test_recomputing_frozen_blocks_trains_the_same_weights(recipe: Path) -> None
     run(recipe, "recomputed", "run.activation_checkpointing=frozen")
     folders = [recipe.parent / name / "model" / "model.safetensors" for name in ("stored", "recomputed")]
     assert folders[0].read_bytes() == folders[1].read_bytes()
-
-
-@pytest.mark.smollm2
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
-def test_compiled_blocks_train_the_same_weights_and_say_how_long_compiling_took(recipe: Path) -> None:
-    plain = run(recipe, "plain")
-    compiled = run(recipe, "compiled", "run.compile=true", "run.activation_checkpointing=frozen")
-    assert compiled["compile_seconds"] > 0
-    assert "compile_seconds" not in plain
-    assert compiled["held_out_loss_before"] == plain["held_out_loss_before"]
-    assert compiled["held_out_loss_after"] == pytest.approx(plain["held_out_loss_after"], rel=1e-4)
