@@ -388,8 +388,7 @@ def _make_state(built: Built, ids: int) -> None:
     for group in optimizer.param_groups:
         for p in group["params"]:
             if p.requires_grad and not (correction is not None and correction.is_stateless(p)):
-                rows = _count_rows(group, ids)
-                p.grad = sparse_rows(p, rows) if group.get("rows") else torch.empty_like(p)
+                p.grad = sparse_rows(p, _count_rows(group, ids)) if group.get("rows") else torch.empty_like(p)
                 if isinstance(optimizer, AdamW):
                     state, size = optimizer.state[p], part_of(p).size
                     prepare_state(cast(Group, group), part_to_update(p), state, size=size)
