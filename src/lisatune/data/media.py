@@ -16,7 +16,9 @@ MEDIA_FIELDS = {
     "images": f"images, and only text can be trained on; {TAKE_TEXT}",
     "image": f"an image, and only text can be trained on; {TAKE_TEXT}",
     "videos": f"videos, and only text can be trained on; {TAKE_TEXT}",
+    "video": f"a video, and only text can be trained on; {TAKE_TEXT}",
     "audios": f"sound, and only text can be trained on; {TAKE_TEXT}",
+    "audio": f"sound, and only text can be trained on; {TAKE_TEXT}",
 }
 """Fields of a record or a message that hold what is no text, and what they hold."""
 
@@ -64,7 +66,13 @@ def take_text(row: Any) -> tuple[Any, bool]:
         if isinstance(turns, list):
             kept[name] = [_leave_out_of_turn(turn) for turn in turns]
             has_media |= any(new is not old for new, old in zip(kept[name], turns, strict=True))
-    return (_leave_out_marks(kept), True) if has_media else (row, False)
+    if not has_media:
+        return row, False
+    joined = {
+        name: [_join_texts(turn) for turn in turns] if isinstance(turns, list) else turns
+        for name, turns in kept.items()
+    }
+    return _leave_out_marks(joined), True
 
 
 def _leave_out_fields(row: dict[str, Any]) -> dict[str, Any]:
@@ -83,6 +91,19 @@ def _leave_out_of_turn(turn: Any) -> Any:
             if not texts and parts:
                 raise BadRowError(f"a message has no text beside its part of type {part_type(parts[0])!r}")
             turn = turn if len(texts) == len(parts) else turn | {name: texts}
+    return turn
+
+
+def _join_texts(turn: Any) -> Any:
+    """Join the parts of a message that are all text, because a mark may be a part, or the end of one."""
+    if not isinstance(turn, dict):
+        return turn
+    for name in TEXT_FIELDS:
+        if isinstance(parts := turn.get(name), list) and parts:
+            written = [part.get("text") if isinstance(part, dict) else part for part in parts]
+            texts = [text for text in written if isinstance(text, str)]
+            if len(texts) == len(parts) and all(part_type(part) == "text" for part in parts):
+                turn = turn | {name: "".join(texts)}
     return turn
 
 

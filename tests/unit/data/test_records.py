@@ -241,6 +241,21 @@ SEEN = {"role": "user", "content": [IMAGE, {"type": "text", "text": "Hi"}]}
             {"messages": [USER, BOT]},
         ),
         ({"question": "Hi<image>", "answer": "Hello", "image": {"bytes": "x"}}, ASKED),
+        ({"question": "<video>\nHi", "answer": "Hello", "video": "a.mp4"}, ASKED),
+        ({"question": "Hi <audio>", "answer": "Hello", "audio": {"path": "a.wav"}}, ASKED),
+        (  # a mark may be a part of its own, and blanks between parts stay
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [{"type": "text", "text": "<image>\n"}, "Hi <image> ", "you"],
+                    },
+                    BOT,
+                ],
+                "images": ["a.png"],
+            },
+            {"messages": [USER | {"content": "Hi  you"}, BOT]},
+        ),
     ],
 )
 def test_text_beside_images_trains_alone_if_it_is_asked_for(
