@@ -168,6 +168,10 @@ def test_a_class_that_counts_steps_per_group_is_refused_before_weights_load(
         (["optimizer.name=sgd", "optimizer.state_device=cpu"], "state_device 'cpu' belongs to adamw"),
         (["optimizer.name=sgd", "run.precision=bf16"], "would round its updates of bfloat16 weights"),
         (["optimizer.name=lion", "method.ends=8bit"], "method.ends 8bit belongs to adamw"),
+        (
+            ["optimizer.name=muon", "method.ends=frozen", "model.new_tokens=[<new>]"],
+            "model.new_tokens with frozen ends.* train with adamw alone, and optimizer.name is muon",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_in_a_sentence(folder: Path, asked: list[str], sentence: str) -> None:

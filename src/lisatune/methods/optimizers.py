@@ -259,6 +259,11 @@ def _build_bitsandbytes(name: str, groups: Groups, config: OptimizerConfig, **ow
 
 def _refuse_keys_of_adamw(groups: Groups, config: OptimizerConfig) -> None:
     """Refuse what only `lisatune.AdamW` can do."""
+    if any(group.get("rows") for group in groups):
+        raise ValueError(
+            "rows of embedding and head (method.ends rows, or model.new_tokens with frozen ends) train with "
+            f"adamw alone, and optimizer.name is {config.name}; set it to adamw"
+        )
     for word in {
         str(group[key]) for group in groups for key in ("moments", "state_device") if group.get(key)
     }:
