@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lisatune.distributed import ranks
+from lisatune.distributed.shards import has_values
 from lisatune.lisa.correction import Correction, FrozenCorrection
 from lisatune.lisa.proof import INTEGERS, fingerprint
 from lisatune.nn.adapter import Adapter
@@ -176,13 +177,17 @@ class LowRankCorrection(FrozenCorrection):
 
     def _describe(self, adapter: Adapter) -> dict[str, Any]:
         weight = adapter.weight
-        merged = adapter.add_to(weight)
-        places = _find_differing(adapter.add_to(merged, times=-1), weight)
-        return {
+        described = {
             "A": adapter.A.detach(),
             "B": adapter.B.detach(),
             "A_state": dict(self.optimizer.state.get(adapter.A, {})),
             "B_state": dict(self.optimizer.state.get(adapter.B, {})),
+        }
+        if not has_values(weight):  # in a memory plan
+            return described
+        merged = adapter.add_to(weight)
+        places = _find_differing(adapter.add_to(merged, times=-1), weight)
+        return described | {
             "base": _print_of(weight),
             "merged": _print_of(merged),
             "places": places.to(torch.int32),

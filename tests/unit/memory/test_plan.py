@@ -299,3 +299,12 @@ def test_the_copy_of_a_checkpoint_is_what_it_writes(options: dict[str, Any], tmp
     assert planned.host_bytes == without.host_bytes + planned.copy_bytes
     assert planned.needed_bytes > without.needed_bytes + planned.copy_bytes
     assert without.copy_bytes == 0
+
+
+def test_the_copy_of_a_checkpoint_holds_adapters_beside_frozen_blocks_and_the_step_is_still_traced() -> None:
+    corrected = plan_memory(make_recipe(correction="lora", save_async=True), config=CONFIG)
+    without = planned_once(make_recipe(correction="lora"), config=CONFIG)
+    plain = plan_memory(make_recipe(save_async=True), config=CONFIG)
+    assert (corrected.kind, corrected.peak_bytes) == ("traced", without.peak_bytes)
+    adapters = 3 * 4 * (corrected.trainable - plain.trainable)  # float32, both moments
+    assert corrected.copy_bytes - plain.copy_bytes == pytest.approx(adapters, rel=0.01)
