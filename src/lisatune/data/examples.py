@@ -99,7 +99,8 @@ def divide(
         )
     if not len(rows) and not documents.count_loss(*_span(documents, chosen)).any():
         raise ValueError(
-            f"nothing in {source} carries loss: no record has a message of a role that data.loss_on names"
+            f"nothing in {source} carries loss: no record has a message that data.loss_on names, or all of "
+            "these are marked not to be learned from (weight: 0 or train: false); name other messages"
         )
     if not len(rows):
         shortest = min(documents.first_loss(chosen).tolist(), default=0)

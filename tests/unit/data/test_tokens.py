@@ -205,12 +205,19 @@ def test_roles_that_records_do_not_have_are_refused() -> None:
         tokenize(records(FORMS["text"], kind="text"), tokenizer, **how)
     with pytest.raises(ValueError, match=r"record 1: a plain prompt and completion have no roles; set"):
         tokenize(records(FORMS["plain"]), tokenizer, **how)
-    with pytest.raises(
-        ValueError, match=r"nothing in data\.jsonl carries loss: no record has a message of a"
-    ):
+    nothing = r"nothing in data\.jsonl carries loss: no record has a message that data.loss_on names, or all"
+    with pytest.raises(ValueError, match=nothing):
         tokenize(records(FORMS["chat"]), tokenizer, max_length=99, loss_on=("tool",))
     examples = tokenize(records(FORMS["chat"]), tokenizer, **how)
     assert learned(examples.rows[0], tokenizer) == "Hi<eos>"
+
+
+def test_last_answers_that_are_all_marked_not_to_be_learned_from_are_refused_for_that() -> None:
+    answers = [{"role": "assistant", "content": text} for text in ("Yes", "No")]
+    question = {"role": "user", "content": "Hi"}
+    messages = [question, answers[0], question, answers[1] | {"train": False}]
+    with pytest.raises(ValueError, match=r"carries loss: .* marked not to be learned from \(weight: 0"):
+        tokenize(records({"messages": messages}), byte_tokenizer(CHATML), max_length=999, loss_on="last")
 
 
 def test_a_record_the_template_refuses_is_named() -> None:
