@@ -50,7 +50,8 @@ def write_slices(comparison: Comparison, folder: Path) -> None:
     slices: dict[str, Iterable[Record]] = dict(zip(names, train, strict=True))
     slices |= {"validation": validation.rows, "test": test.rows}
     if comparison.general is not None:
-        slices["general"] = read_records(comparison.general, limit=comparison.general_limit).rows
+        limit, text_only = comparison.general_limit, comparison.recipe.data.text_only
+        slices["general"] = read_records(comparison.general, limit=limit, text_only=text_only).rows
     with write_aside(folder) as aside:
         for name, rows in slices.items():
             with (aside / f"{name}.jsonl").open("w", encoding="utf-8") as file:
