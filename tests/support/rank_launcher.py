@@ -7,11 +7,15 @@ import socket
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from itertools import count as count_up
 from pathlib import Path
 from typing import Any
 
 import rank_worker
 from forks import ended, forked
+
+_numbers = count_up()
 
 
 def start(
@@ -28,9 +32,7 @@ def start(
     Returns:
         The numbers of their processes.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = find_port()
 
     def rank() -> int:
         warnings.resetwarnings()  # a process of its own would not make errors of them
@@ -48,6 +50,20 @@ def start(
         own = {"RANK": str(number), "LOCAL_RANK": str(number)}
         pids.append(forked(rank, folder / f"rank-{number}.log", {**given, **port_and_count, **own}))
     return pids
+
+
+def find_port() -> int:
+    """Find a free port, another one in each process that asks at the same time.
+
+    The system's own choice may be given to another process before the ranks listen there, and then ranks of
+    two tests meet. These ports are below those that the system chooses from.
+    """
+    for number in _numbers:
+        port = 10_000 + (os.getpid() * 101 + number) % 20_000
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 def launch(
