@@ -4,7 +4,8 @@ from dataclasses import replace
 from typing import Any
 
 from lisatune.memory.plan import MemoryPlan, plan_memory
-from lisatune.recipe import Recipe
+from lisatune.methods import METHODS
+from lisatune.recipe import DataConfig, ModelConfig, Recipe, RunConfig
 
 
 class PlansOnce:
@@ -26,3 +27,14 @@ class PlansOnce:
         if key not in self._made:
             self._made[key] = plan_memory(recipe, **options)
         return self._made[key]
+
+
+def peak_of(method: str, config: Any, precision: Any) -> int:
+    """Return the planned peak, in bytes, of a method with its defaults on a model of this config."""
+    recipe = Recipe(
+        model=ModelConfig(name="x"),
+        data=DataConfig(train="x", max_length=64),
+        method=METHODS[method](),
+        run=RunConfig(precision=precision, batch_size=2, device="cpu", steps=40),
+    )
+    return plan_memory(recipe, config=config).peak_bytes

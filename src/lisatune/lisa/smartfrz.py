@@ -74,7 +74,7 @@ class Predictor(nn.Module):
         return logits
 
     def __repr__(self) -> str:
-        """Name the network by its weights, so that a run does not go on with those of another version."""
+        """Name the network by its weights, so that a run cannot continue with those of another version."""
         values = b"".join(w.detach().float().numpy().tobytes() for w in self.state_dict().values())
         return f"Predictor({hashlib.blake2b(values, digest_size=6).hexdigest()})"
 

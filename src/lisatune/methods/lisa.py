@@ -14,7 +14,7 @@ from lisatune.lisa.importance import Measured
 from lisatune.lisa.lisa import LISA
 from lisatune.lisa.proof import Verify
 from lisatune.lisa.rates import Scaling
-from lisatune.lisa.samplers import Independent, SamplerName
+from lisatune.lisa.samplers import Independent, Sampler, SamplerName
 from lisatune.methods.base import Alternatives, Method, halve
 from lisatune.methods.optimizers import build_optimizer, check_thaw
 from lisatune.methods.sampler_file import STUDIES, FromFile, describe_layers, read_sampler_file
@@ -25,7 +25,7 @@ from lisatune.nn.nf4 import check_nf4
 from lisatune.nn.units import divide_blocks
 from lisatune.recipe import DataConfig, OptimizerConfig, RunConfig
 
-__all__ = ["AsLisa", "Lisa"]
+__all__ = ["AsLisa", "FreezesByInterval", "Lisa"]
 
 
 @final
@@ -328,3 +328,50 @@ class AsLisa(Method):
     def without_proof(self) -> Self:
         """Return the method without fingerprints."""
         return replace(self, verify="off")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreezesByInterval(AsLisa):
+    """All blocks train at first, and some freeze for good after an interval of the run.
+
+    The base of `AutoFreeze` and `SmartFRZ`. A subclass gives the sampler, which draws what is not frozen yet.
+    """
+
+    intervals: int = 20
+    """Number of intervals of a run; blocks may freeze at the end of each, from the second on."""
+
+    ends: str = "head"
+    """Which ends train, in the words of LISA's key. With `train` backward always goes to the embedding."""
+
+    def __post_init__(self) -> None:
+        if self.intervals < 1:
+            raise ValueError(f"method.intervals must be >= 1, got {self.intervals}")
+        self.as_lisa()
+        try:
+            self.make_sampler(1)
+        except ValueError as error:
+            raise ValueError(f"method.{error}") from error
+
+    def make_sampler(self, num_blocks: int) -> Sampler:
+        """Return the sampler that says which blocks still train."""
+        raise NotImplementedError
+
+    def as_lisa(self) -> Lisa:
+        """Return a LISA with these ends."""
+        return Lisa(ends=self.ends, lr_scaling="none", verify=self.verify)
+
+    def attach(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, layers: LayerMap, *, total_steps: int
+    ) -> LISA:
+        """Attach a LISA with that sampler and a period of an interval."""
+        return LISA(
+            model,
+            optimizer,
+            period=-(-total_steps // self.intervals),
+            sampler=self.make_sampler(layers.num_blocks),
+            ends=self.ends,
+            lr_scaling="none",
+            verify=self.verify,
+            total_steps=total_steps,
+            layers=layers,
+        )

@@ -26,9 +26,9 @@ AUTOSAVE_FACTOR = 20
 
 
 class SaveClock:
-    """Tells when a checkpoint is due: every so many steps, or by the clock.
+    """Tells when to save a checkpoint: every N steps, or by the clock.
 
-    By the clock it is due `AUTOSAVE_SECONDS` after the last one, or later if saving took more than a
+    By the clock that is `AUTOSAVE_SECONDS` after the last one, or later if saving took more than a
     twentieth of that time. So a kill costs minutes, and saving costs at most 5 % of the time.
 
     Args:
@@ -46,7 +46,7 @@ class SaveClock:
         return self._every is not None
 
     def is_due(self, step: int) -> bool:
-        """Whether a checkpoint is due after `step`; the same on all ranks, which must all call it."""
+        """Whether to save a checkpoint after `step`; the same on all ranks, which must all call it."""
         if self._every is not None:
             return self._every > 0 and step % self._every == 0
         return bool(ranks.max_over_ranks(int(time.monotonic() - self._since >= self._wait)))

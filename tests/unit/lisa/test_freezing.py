@@ -12,9 +12,9 @@ import tiny
 from lisatune import LISA, find_layers, param_groups
 from lisatune.lisa.freezing import AutoFreeze, FreezeOut
 from lisatune.lisa.statistics import BlockStatistics, collected_tensors
-from lisatune.memory import plan_memory
 from lisatune.methods import METHODS
-from lisatune.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe, RunConfig
+from lisatune.recipe import OptimizerConfig
+from plans import peak_of
 
 STEPS, BLOCKS = 200, 6
 
@@ -148,18 +148,7 @@ def test_the_sums_of_autofreeze_are_in_the_plan(precision: Any) -> None:
     config = LlamaConfig(
         vocab_size=64, hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4
     )
-    peaks = [
-        plan_memory(
-            Recipe(
-                model=ModelConfig(name="x"),
-                data=DataConfig(train="x", max_length=64),
-                method=METHODS[name](),
-                run=RunConfig(precision=precision, batch_size=2, device="cpu", steps=40),
-            ),
-            config=config,
-        ).peak_bytes
-        for name in ("autofreeze", "freezeout")
-    ]
+    peaks = [peak_of(name, config, precision) for name in ("autofreeze", "freezeout")]
     with torch.device("meta"):
         block = sum(p.numel() for p in LlamaForCausalLM(config).model.layers[0].parameters())
     assert peaks[0] - peaks[1] == pytest.approx(3 * 4 * block, rel=0.02)

@@ -13,10 +13,9 @@ from lisatune import LISA
 from lisatune.lisa.smartfrz import Predictor, SmartFRZ, describe_history
 from lisatune.lisa.statistics import BlockStatistics, collected_tensors
 from lisatune.lisa.weight_history import SAMPLES
-from lisatune.memory import plan_memory
 from lisatune.methods import METHODS
 from lisatune.methods.smartfrz import WEIGHTS, load_predictor
-from lisatune.recipe import DataConfig, ModelConfig, Recipe, RunConfig
+from plans import peak_of
 from reference.smartfrz_reference import find_chance, train_reference
 
 BLOCKS = 6
@@ -120,18 +119,7 @@ def test_the_plan_counts_the_records(precision: Any) -> None:
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4
     )
-    peaks = [
-        plan_memory(
-            Recipe(
-                model=ModelConfig(name="x"),
-                data=DataConfig(train="x", max_length=64),
-                method=METHODS[name](),
-                run=RunConfig(precision=precision, batch_size=2, device="cpu", steps=40),
-            ),
-            config=config,
-        ).peak_bytes
-        for name in ("smartfrz", "freezeout")
-    ]
+    peaks = [peak_of(name, config, precision) for name in ("smartfrz", "freezeout")]
     records = len(load_predictor().age)
     assert peaks[0] - peaks[1] == pytest.approx(6 * 4 * records * SAMPLES, rel=0.03)
 
