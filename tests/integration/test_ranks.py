@@ -27,6 +27,7 @@ from forks import ended, forked
 from lisatune.cli import app
 from lisatune.evaluate import evaluate_tasks
 from lisatune.files.parts import open_tensors
+from lisatune.memory.plan import plan_memory
 from lisatune.models.load import load_model, load_tokenizer, stored_dtype
 from lisatune.train.benchmarks import main_scores
 from lisatune.train.loop import train
@@ -102,7 +103,8 @@ CHECKS = ("draws", "statistics", "seeds", "updates")
 
 @pytest.fixture(scope="module")
 def two(runs: Runs) -> dict[str, list[Any]]:
-    """Results of each rank by name."""
+    """Results of each rank by name, in processes that have planned for two ranks before."""
+    plan_memory(load_recipe(runs.recipe, runs.job("planned")["overrides"]), ranks=2)
     full = runs.folder / "full.yaml"
     full.write_text(runs.recipe.read_text().replace("{active: 2, period: 2}", "{name: full}"))
     jobs = {name: runs.job(f"two-{name}", HALF, *keys) for name, keys in WAYS.items()}

@@ -225,12 +225,14 @@ def shard(
     from torch.distributed.fsdp import fully_shard
 
     num_ranks, number = ranks.count(), count_copies(how, copies)
+    shape: tuple[int, ...] = (num_ranks,)
+    names: tuple[str, ...] = ("shard",)
+    if number > 1:  # neighbours divide a copy
+        shape, names = (number, num_ranks // number), ("replicate", "shard")
+    if ranks.ranks_are_fake():  # torch keeps what it computed for a mesh, and looks it up by these names:
+        names = tuple(f"fake_{name}" for name in names)  # real ranks would all take themselves for rank 0
     with unset_fake_temporarily():  # a mesh is made of real numbers, also in a plan
-        if number > 1:  # neighbours divide a copy
-            shape = number, num_ranks // number
-            mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
-        else:
-            mesh = init_device_mesh(device.type, (num_ranks,))
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     for path in blocks:
         _check_dtypes(path, model.get_submodule(path))
         fully_shard(model.get_submodule(path), mesh=mesh)
