@@ -32,6 +32,7 @@ METHODS = {
     "bottleneck": "{name: bottleneck, size: 5}",
     "qlora": "{name: qlora}",
 }
+SAVED = ("dora", "qlora")
 NARROW = "run.precision=bf16"
 
 
@@ -85,7 +86,7 @@ def two(adapters: Adapters) -> dict[str, list[Any]]:
     jobs = {name: adapters.job(name, f"two-{name}", half) for name in METHODS}
     jobs["lora"]["overrides"].append("run.samples=1")
     jobs["narrow"] = adapters.job("dora", "two-narrow", half, NARROW, "run.save_dtype=bf16")
-    jobs["saved"] = adapters.job("dora", "saved", half, *saves)
+    jobs |= {f"saved-{name}": adapters.job(name, f"saved-{name}", half, *saves) for name in SAVED}
     adapters.alone("lora", "started", *saves)
     shutil.copytree(adapters.folder / "started", adapters.folder / "continued")
     jobs["continued"] = adapters.job("lora", "continued", half, resume=True)
@@ -126,8 +127,9 @@ def test_adapters_in_float32_beside_weights_of_16_bits(adapters: Adapters, two: 
 def test_a_run_continues_on_another_number_of_ranks(adapters: Adapters, two: dict[str, Any]) -> None:
     assert "error" not in two["continued"][0], two["continued"][0]
     adapters.compare("continued", "one-lora")
-    adapters.alone("dora", "saved", resume=True)
-    adapters.compare("saved", "one-dora")
+    for name in SAVED:
+        adapters.alone(name, f"saved-{name}", resume=True)
+        adapters.compare(f"saved-{name}", f"one-{name}")
 
 
 def test_adapters_begin_with_those_of_a_folder_on_every_rank(adapters: Adapters, two: dict[str, Any]) -> None:

@@ -43,11 +43,16 @@ class Runs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        model = tiny_run.write_model(folder / "model")
-        self.recipe = tiny_run.write_recipe(folder, model, tiny_run.write_rows(folder / "rows.jsonl", 13))
+        self.model = tiny_run.write_model(folder / "model")
+        self.recipe = tiny_run.write_recipe(
+            folder, self.model, tiny_run.write_rows(folder / "rows.jsonl", 13)
+        )
+        self.untied = tiny_run.write_model(folder / "untied", is_tied=False)
+        self.paths = {"model.name=untied": f"model.name={self.untied}"}
 
     def job(self, output: str, *overrides: str, **flags: bool) -> dict[str, Any]:
         keys = [*PLAIN, f"run.output={self.folder / output}", *overrides]
+        keys = [self.paths.get(key, key) for key in keys]
         return {"recipe": str(self.recipe), "overrides": keys, "flags": flags}
 
     def alone(self, output: str, *overrides: str, **flags: bool) -> Any:
@@ -68,6 +73,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 IN_BACKWARD = ["optimizer.in_backward=true", "optimizer.max_grad_norm=null"]
+UNTIED_ROWS = ["model.name=untied", "method.ends=every:2+rows"]
 FACTORED = [*IN_BACKWARD, "optimizer.moments=factored"]
 LEAST = ["run.precision=bf16", "optimizer.moments=8bit", "optimizer.rounding=stochastic"]
 WAYS = {
@@ -84,6 +90,9 @@ WAYS = {
     "8bit": ["optimizer.moments=8bit"],
     "ends": ["method.ends=every:2+8bit+cpu", "run.report_to=[tensorboard]"],
     "in-backward": IN_BACKWARD,
+    "rows": [*UNTIED_ROWS, "run.accumulation=2"],
+    "rows-copied": [*UNTIED_ROWS, *IN_BACKWARD, "run.sharding=replicate"],
+    "span": ["method.ends=rows:40-200", "run.accumulation=2"],
     "least": [*LEAST, *IN_BACKWARD, "optimizer.state_device=cpu", "run.sharding=replicate"],
     "compiled": ["run.activation_checkpointing=frozen", "run.compile=true"],
 }
@@ -98,6 +107,7 @@ FOUR = "run.batch_size=4"
 MORE = ["run.steps=6", "optimizer.schedule=constant", "run.save_every=3"]
 HSDP = ["run.sharding=hsdp", "run.copies=2"]
 LATER = ["run.accumulation=2", "optimizer.schedule=constant", "run.save_every=2"]
+RESUMED = ("rows", "factored")
 CHECKS = ("draws", "statistics", "seeds", "updates")
 
 
@@ -125,6 +135,10 @@ def two(runs: Runs) -> dict[str, list[Any]]:
         jobs[name] = runs.job(name, *small, "run.steps=3", f"run.save_async={is_async}")
     jobs["resumed"] = runs.job("small-resumed", *small, "run.steps=6", resume=True)
     jobs["small-straight"] = runs.job("small-straight", *small, "run.steps=6")
+    for name in RESUMED:
+        for few in (128, 12):
+            job = {"resumed": str(runs.folder / f"{name}-{few}"), "few": few, "name": name}
+            jobs |= {f"{name}-{few}": job, f"{name}-{few}-again": job}
     jobs["narrow"] = runs.job("narrow", HALF, "run.save_dtype=bf16")
     return dict(
         zip(jobs, map(list, zip(*launch(2, runs.folder, list(jobs.values())), strict=True)), strict=True)
@@ -156,7 +170,7 @@ def test_two_ranks_are_one_rank_on_the_same_global_batch(runs: Runs, two: dict[s
     for key in ("loss", "grad_norm", "held_out_loss"):
         pairs = [(a[key], b[key]) for a, b in zip(first, second, strict=True) if key in a]
         assert [b for _, b in pairs] == pytest.approx([a for a, _ in pairs], rel=rel)
-    before = load_file(runs.folder / "model" / "model.safetensors")
+    before = load_file((runs.untied if UNTIED_ROWS[0] in WAYS[name] else runs.model) / "model.safetensors")
     assert not all(torch.equal(weight.to(got[key].dtype), got[key]) for key, weight in before.items())
     assert one["steps"] == two[name][0]["steps"]
 
@@ -252,7 +266,9 @@ def four(runs: Runs, two: dict[str, list[Any]]) -> dict[str, list[Any]]:
         "wrong": runs.job("on-four", "run.batch_size=2", *MORE, resume=True),
         "right": runs.job("on-four", HALF, *MORE, resume=True),
         "small": runs.job("small-on-four", HALF, *MORE, *LEAST, resume=True),
+        **{name: {"resumed": str(runs.folder / f"{name}-12"), "few": 12, "name": name} for name in RESUMED},
         "hsdp": runs.job("four-hsdp", HALF, *HSDP, *LATER),
+        "hsdp-rows": runs.job("four-rows", HALF, *HSDP, *UNTIED_ROWS),
         "hsdp-factored": runs.job("four-factored", HALF, *HSDP, *FACTORED),
         "thirds": runs.job("no-thirds", HALF, "run.sharding=hsdp", "run.copies=3"),
         "one-machine": runs.job("no-machine", HALF, "run.sharding=hsdp"),
@@ -283,6 +299,25 @@ def test_compact_state_resumes_bit_for_bit_on_as_many_ranks(runs: Runs, two: dic
     got = runs.weights("small-resumed")
     for key, weight in runs.weights("small-straight").items():
         assert torch.equal(got[key], weight), key
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_other_state_resumes_on_any_number_of_ranks(
+    runs: Runs, two: dict[str, Any], four: dict[str, Any], name: str
+) -> None:
+    """On as many ranks bit for bit, also if tables of rows have dropped entries and will drop more."""
+    for few in (128, 12):
+        assert two[f"{name}-{few}"] == two[f"{name}-{few}-again"]
+    alone = torch.tensor(rank_worker.resumed(str(runs.folder / f"{name}-12"), 12, name))
+    for weights in (*two[f"{name}-12"], *four[name]):
+        torch.testing.assert_close(torch.tensor(weights), alone, **CLOSE)
+
+
+def test_copies_of_a_divided_embedding_train_the_same_rows(runs: Runs, four: dict[str, Any]) -> None:
+    assert "error" not in four["hsdp-rows"][0], four["hsdp-rows"][0]
+    runs.alone("one-hsdp-rows", FOUR, *UNTIED_ROWS)
+    for key, weight in runs.weights("one-hsdp-rows").items():
+        torch.testing.assert_close(runs.weights("four-rows")[key], weight, **CLOSE)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

@@ -25,7 +25,7 @@ from torch.distributed.tensor import distribute_tensor
 import rank_copies
 import tiny
 import toy_members
-from lisatune import LISA, find_layers
+from lisatune import LISA, find_layers, param_groups
 from lisatune.distributed import ranks
 from lisatune.distributed.shards import full_tensor, local_part, shard
 from lisatune.losses.causal_lm import ShardedLoss
@@ -137,6 +137,43 @@ def updates() -> dict[str, float]:
                 optimizer.step()
         apart[name] = float((full_tensor(weight) - whole.detach()).abs().max())
     return apart
+
+
+def resumed(folder: str, few: int, name: str) -> list[list[float]]:
+    """Train six steps, from the folder's checkpoint if it has one; return the embedding.
+
+    Without one, a checkpoint is saved after three steps.
+
+    Args:
+        folder: of checkpoints.
+        few: how many different ids the steps have. With many, rows fall out of a table of moments.
+        name: an optimizer, or of AdamW "factored" moments, or "rows" of the embedding that a step reads.
+    """
+    model = tiny.llama(seed=0)
+    layers, ends = find_layers(model), "rows" if name == "rows" else "train"
+    if ranks.count() > 1:
+        shard(model, layers.blocks, device=torch.device("cpu"))
+    if name == "rows":
+        optimizer: Any = AdamW(param_groups(model, layers, ends=ends), lr=1e-2, eps=1e-3)
+    elif name == "factored":
+        optimizer = build_optimizer(model, layers, OptimizerConfig(moments=name, lr=1e-2, eps=1e-3))
+    else:
+        optimizer = build_optimizer(model, layers, OptimizerConfig(name=name, lr=1e-2, options={"eps": 1e-3}))
+    LISA(model, optimizer, active=2, period=2, state="keep", ends=ends)
+    parts: dict[str, Any] = {"model": model, "optimizer": optimizer}
+    saved = Path(folder) / "step-000003"
+    begins = saved.is_dir()
+    if begins:
+        load_checkpoint(saved, **parts)
+    for step in range(3 if begins else 0, 6):
+        ids = tiny.tokens(step) % few * (tiny.VOCABULARY // few)
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 2:
+            save_checkpoint(folder, step=3, **parts)
+    weights: list[list[float]] = full_tensor(model.get_input_embeddings().weight).tolist()
+    return weights
 
 
 @contextmanager
@@ -273,10 +310,15 @@ def saving(folder: str) -> dict[str, Any]:
 
 
 def measured(job: dict[str, Any]) -> dict[str, Any]:
-    """Measure the second training step of a recipe with the given blocks active."""
+    """Measure the second training step of a recipe with the given blocks active. All its ids differ."""
     recipe = load_recipe(Path(job["measured"]), job["overrides"])
     parts = assemble(recipe)
-    batches = [_batch(recipe, parts.built.model, recipe.data.max_length)] * recipe.run.accumulation
+    batches = []
+    for number in range(recipe.run.accumulation):
+        batch = _batch(recipe, parts.built.model, recipe.data.max_length)
+        ids, place = batch["input_ids"], ranks.rank() * recipe.run.accumulation + number
+        ids = (torch.arange(ids.numel()).view(ids.shape) + place * ids.numel()) % job["vocabulary"]
+        batches.append(batch | {"input_ids": ids, "labels": ids})
     for _ in range(2):
         if job["blocks"] is not None:
             parts.built.schedule.hold(job["blocks"])
@@ -307,6 +349,8 @@ def work(job: dict[str, Any]) -> Any:
         return train(load_recipe(Path(job["recipe"]), job["overrides"]), **job.get("flags", {}))
     if "measured" in job:
         return measured(job)
+    if "resumed" in job:
+        return resumed(job["resumed"], job["few"], job["name"])
     if "saving" in job:
         return saving(job["saving"])
     if "held" in job:

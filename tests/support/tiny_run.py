@@ -16,7 +16,7 @@ DEVICE = os.environ.get("LISATUNE_TEST_DEVICE", "cpu")
 """Where runs train."""
 
 
-def write_model(folder: Path) -> Path:
+def write_model(folder: Path, *, is_tied: bool = True) -> Path:
     """Save a Llama of 4 blocks and hidden size 16 whose tokens are bytes; every call writes equal weights."""
     tokenizer = byte_tokenizer(CHATML, extra=["<|im_start|>"])
     config = LlamaConfig(
@@ -27,7 +27,7 @@ def write_model(folder: Path) -> Path:
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=256,
-        tie_word_embeddings=True,
+        tie_word_embeddings=is_tied,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -22,6 +22,7 @@ OWNERS: dict[str, Any] = {
 KNOWN = {
     "torch.Tensor._indices",
     "torch.Tensor._nnz",
+    "torch.Tensor._post_accumulate_grad_hooks",
     "torch.Tensor._values",
     "torch.UntypedStorage._cdata",
     "torch._C",

@@ -23,11 +23,15 @@ __all__ = [
     "holds_first_copy",
     "is_sharded",
     "is_stand_in",
+    "like_rows",
     "like_shard",
     "local_part",
+    "local_rows",
     "part_of",
     "part_to_update",
     "reshard",
+    "row_bounds",
+    "set_local_gradient",
     "shard",
     "stand_in",
 ]
@@ -63,7 +67,8 @@ def is_stand_in(tensor: Tensor) -> bool:
 def local_part(tensor: Any) -> Tensor:
     """Return this rank's part of a tensor, detached from the graph; for a plain tensor, all of it."""
     plain = tensor.detach()
-    part: Tensor = plain.to_local() if is_sharded(plain) else plain
+    with torch.no_grad():  # else torch makes a view, which a sparse gradient does not have
+        part: Tensor = plain.to_local() if is_sharded(plain) else plain
     return part
 
 
@@ -74,6 +79,17 @@ def part_to_update(parameter: nn.Parameter) -> Tensor:
     part = local_part(parameter)
     part.grad = local_part(parameter.grad)
     return part
+
+
+def set_local_gradient(parameter: Any, part: Tensor) -> None:
+    """Give a parameter this rank's part of a gradient, dense or sparse; a plain one all of it."""
+    if not is_sharded(parameter):
+        parameter.grad = part
+        return
+    from torch.distributed.tensor import DTensor
+
+    divided: Any = DTensor  # which takes no sparse part by its `from_local`
+    parameter.grad = divided(part, parameter._spec, requires_grad=False)
 
 
 @dataclass(frozen=True)
@@ -105,6 +121,12 @@ class Part:
             distributed.all_reduce(values, group=self.group)
         return values
 
+    def gather(self, number: int, device: torch.device) -> list[int]:
+        """Return the number of each part, of which `number` is this one's; every rank must call it."""
+        numbers = torch.zeros(len(self.bounds) - 1, dtype=torch.int64, device=device)
+        numbers[self.index] = number
+        return [int(each) for each in self.sum(numbers).tolist()]
+
 
 def part_of(parameter: Any) -> Part:
     """Say which elements of a parameter are on this rank; of a plain one, all."""
@@ -118,6 +140,19 @@ def part_of(parameter: Any) -> Part:
             mesh = parameter.device_mesh
             return Part(bounds, mesh.get_local_rank(dim), mesh.get_group(dim))
     return Part((0, parameter.numel()), 0, None)
+
+
+def row_bounds(parameter: Tensor) -> list[int]:
+    """Return where each rank's rows of a parameter begin, and at last the number of all rows."""
+    width = max(parameter.shape[1:].numel(), 1)
+    return [bound // width for bound in part_of(parameter).bounds]
+
+
+def local_rows(parameter: Tensor, span: tuple[int, int]) -> slice:
+    """Say which rows of this rank's part are among the rows from A to B of the whole; maybe none."""
+    bounds, index = row_bounds(parameter), part_of(parameter).index
+    first, end = (min(max(row, bounds[index]), bounds[index + 1]) for row in (span[0], span[1] + 1))
+    return slice(first - bounds[index], end - bounds[index])
 
 
 def full_tensor(tensor: Any) -> Tensor:
@@ -147,6 +182,25 @@ def like_shard(whole: Tensor, parameter: Any) -> Tensor:
     parts: Any = distribute_tensor(there, parameter.device_mesh, parameter.placements, src_data_rank=None)
     local: Tensor = parts.to_local()
     return local.clone()
+
+
+def like_rows(rows: Tensor, parameter: Any) -> Tensor:
+    """Let some rows of this rank's part stand for a tensor that is divided like `parameter`.
+
+    Its shape means nothing, but its norm is that of all ranks' rows.
+    """
+    from torch.distributed.tensor import DTensor
+
+    if not is_sharded(parameter):
+        return rows
+    return DTensor.from_local(
+        rows,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
 
 
 def reshard(model: nn.Module) -> None:

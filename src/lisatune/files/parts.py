@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lisatune.files.tensors import DividedTensor, sort_names, write_stream
 
-__all__ = ["INDEX", "Rows", "index_rows", "open_tensors", "part_name", "write_rows"]
+__all__ = ["INDEX", "Rows", "index_rows", "open_tensors", "part_name", "part_starts", "write_rows"]
 
 INDEX = "index.json"
 
@@ -70,7 +70,7 @@ class Rows:
 
     def __init__(self, files: list[Any], name: str, shape: list[int], starts: list[int]) -> None:
         self._slices = [file.get_slice(name) for file in files[: len(starts)]]
-        self._name, self._shape, self._starts = name, shape, starts
+        self._name, self._shape, self.starts = name, shape, starts
         held = [each.get_shape() for each in self._slices]
         ends = [start + rows[0] for start, rows in zip(starts, held, strict=True)]
         if [0, *ends] != [*starts, shape[0]] or any(rows[1:] != shape[1:] for rows in held):
@@ -86,7 +86,7 @@ class Rows:
 
     def __getitem__(self, rows: slice) -> Tensor:
         """Read the rows from `rows.start` up to `rows.stop`."""
-        bounds = [*self._starts, self._shape[0]]
+        bounds = [*self.starts, self._shape[0]]
         pieces = [
             each[max(rows.start, first) - first : min(rows.stop, end) - first]
             for each, first, end in zip(self._slices, bounds, bounds[1:], strict=False)
@@ -119,6 +119,17 @@ class _Parts:
             rows[0 : rows.get_shape()[0]] if isinstance(rows, Rows) else self._files[0].get_tensor(name)
         )
         return whole
+
+
+def part_starts(file: Any, name: str) -> list[int]:
+    """Return at which rows of a tensor the parts begin that ranks have written; [0] if it is one part.
+
+    Args:
+        file: from `open_tensors`.
+        name: name of the tensor in the file.
+    """
+    rows = file.get_slice(name)
+    return rows.starts if isinstance(rows, Rows) else [0]
 
 
 @contextmanager

@@ -1,19 +1,26 @@
 """Optimizer state in safetensors files, the same for any number of ranks.
 
-What has a weight's shape is divided as the weight is; sums of rows are divided with the rows, and sums of
-columns are equal on all ranks. 8-bit moments have a scale for each 256 numbers of a rank's part. If every
-part begins at a multiple of 256, joined parts are the state of one rank. If not, the tensor `block_starts`
-says where the parts began, and a rank whose blocks are others quantises the numbers anew.
+What has a weight's shape is divided as the weight is, whichever optimizer it belongs to; sums of rows are
+divided with the rows. All else is equal on all ranks, such as sums of columns.
+
+8-bit moments have a scale for each 256 numbers of a rank's part. If every part begins at a multiple of 256,
+joined parts are the state of one rank. If not, the tensor `block_starts` says where the parts began, and a
+rank whose blocks are others quantises the numbers anew.
+
+A table of rows (`lisatune.optim.rows`) is joined from the ranks' tables. A rank takes the entries of rows
+that it holds. As many ranks as wrote it take their own, empty ones included.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lisatune.distributed.shards import Part, is_sharded, part_of
-from lisatune.files.tensors import DividedTensor, read_part, rows_of
+from lisatune.distributed.shards import Part, is_sharded, local_part, part_of, row_bounds
+from lisatune.files.parts import part_starts
+from lisatune.files.tensors import DividedTensor, read_part
 from lisatune.optim import codecs
 from lisatune.optim.codecs import BLOCK
 
@@ -22,28 +29,43 @@ __all__ = ["describe_states", "read_states"]
 STARTS = "block_starts"
 """int64 [parts]: at which elements of the parameter blocks of 256 began anew. Missing: only at 0."""
 
+IDS = "row_ids"
+"""int64 [entries]: of a table of rows, the row that each entry is of, -1 if it is empty."""
+
 
 def describe_states(
     tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
 ) -> dict[str, DividedTensor]:
     """Describe optimizer state named "PARAMETER//KEY", of which this rank may hold only a part."""
-    divided = {}
+    divided, lengths = {}, _count_entries(tensors, parameters)
     for path, tensor in tensors.items():
         name, _, key = path.rpartition("//")
         parameter, part = parameters[name], part_of(parameters[name])
-        if not is_sharded(parameter) or tensor.ndim == 0 or key == "exp_avg_sq_columns":
+        if not is_sharded(parameter):
             divided[path] = _describe(tensor)
+        elif name in lengths:
+            divided[path] = _describe(tensor, part, lengths[name])
         elif key.endswith("_scales"):
             divided[path] = _describe(tensor, part, _count_blocks(part))
             starts = torch.tensor(part.bounds[:-1])
             if (starts % BLOCK).any():
                 divided[f"{name}//{STARTS}"] = _describe(starts)
-        elif key == "exp_avg_sq_rows":
-            divided[path] = _describe(tensor, part, _count_rows(part, parameter))
-        else:
-            shape, rows = tuple(parameter.shape), rows_of(parameter, tensor)
-            divided[path] = DividedTensor(tensor.dtype, shape, tensor.detach, rows)
+        elif key == "exp_avg_sq_rows" or tensor.shape == local_part(parameter).shape:
+            divided[path] = _describe(tensor, part, _count_rows(parameter))
+        else:  # equal on all ranks
+            divided[path] = _describe(tensor)
     return divided
+
+
+def _count_entries(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Count the entries of each rank's table of rows, for each divided parameter that has one."""
+    lengths = {}
+    for path in sorted(tensors):  # ranks exchange the numbers
+        name, _, key = path.rpartition("//")
+        if key == IDS and is_sharded(parameters[name]):
+            part, ids = part_of(parameters[name]), tensors[path]
+            lengths[name] = part.gather(len(ids), ids.device)
+    return lengths
 
 
 def read_states(file: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -80,13 +102,24 @@ def _read_one(
             _cut_blocks(codes, of_codes, starts.tolist(), part_of(parameter), signed=is_signed),
             strict=True,
         )
+    elif f"{name}//{IDS}" in names:
+        entries = _find_entries(file, f"{name}//{IDS}", parameter)
+        yield path, file.get_tensor(path)[entries]
     elif key == "exp_avg_sq_rows":
-        part = part_of(parameter)
-        rows = _count_rows(part, parameter)
-        first = sum(rows[: part.index])
-        yield path, file.get_slice(path)[first : first + rows[part.index]]
+        bounds, index = row_bounds(parameter), part_of(parameter).index
+        yield path, file.get_slice(path)[bounds[index] : bounds[index + 1]]
     elif key != STARTS and not (key.endswith("_scales") and f"{path.removesuffix('_scales')}_codes" in names):
         yield path, read_part(file, path, parameter)
+
+
+def _find_entries(file: Any, path: str, parameter: Tensor) -> slice | Tensor:
+    """Say which entries of a saved table of rows are this rank's."""
+    part, starts = part_of(parameter), part_starts(file, path)
+    ids = file.get_tensor(path)
+    if len(starts) == len(part.bounds) - 1:
+        return slice(*[*starts, len(ids)][part.index : part.index + 2])
+    first, end = row_bounds(parameter)[part.index : part.index + 2]
+    return torch.nonzero((ids >= first) & (ids < end)).squeeze(1)
 
 
 def _cut_blocks(
@@ -121,19 +154,19 @@ def _cut_blocks(
 
 
 def _describe(tensor: Tensor, part: Part | None = None, sizes: Sequence[int] = ()) -> DividedTensor:
-    """Describe a tensor that all ranks have, or a vector of which each part has `sizes[part]` numbers."""
+    """Describe a tensor that all ranks have, or one of which each part has `sizes[part]` rows."""
     if part is None:
         return DividedTensor(tensor.dtype, tuple(tensor.shape), tensor.detach)
     rows = sum(sizes[: part.index]), tensor.detach()
-    return DividedTensor(tensor.dtype, (sum(sizes),), tensor.detach, rows)
+    return DividedTensor(tensor.dtype, (sum(sizes), *tensor.shape[1:]), tensor.detach, rows)
 
 
 def _count_blocks(part: Part) -> list[int]:
     """Count the blocks of 256 in each rank's part."""
-    return [-(-(end - start) // BLOCK) for start, end in zip(part.bounds, part.bounds[1:], strict=False)]
+    return [-(-(end - start) // BLOCK) for start, end in pairwise(part.bounds)]
 
 
-def _count_rows(part: Part, parameter: Tensor) -> list[int]:
+def _count_rows(parameter: Tensor) -> list[int]:
     """Count the rows in each rank's part."""
-    width = max(parameter.shape[1:].numel(), 1)
-    return [(end - start) // width for start, end in zip(part.bounds, part.bounds[1:], strict=False)]
+    bounds = row_bounds(parameter)
+    return [end - start for start, end in pairwise(bounds)]

@@ -26,7 +26,6 @@ __all__ = [
     "gather_tensors",
     "named_weights",
     "read_part",
-    "rows_of",
     "sort_names",
     "write_file",
     "write_stream",
@@ -85,7 +84,7 @@ def named_weights(model: nn.Module) -> dict[str, Tensor]:
 def describe_tensors(tensors: Mapping[str, Tensor]) -> dict[str, DividedTensor]:
     """Describe tensors of which this rank may hold only a part."""
     return {
-        name: DividedTensor(tensor.dtype, tuple(tensor.shape), partial(full_tensor, tensor), rows_of(tensor))
+        name: DividedTensor(tensor.dtype, tuple(tensor.shape), partial(full_tensor, tensor), _rows_of(tensor))
         for name, tensor in tensors.items()
     }
 
@@ -104,16 +103,9 @@ def check_storable(tensors: Mapping[str, DividedTensor]) -> None:
             raise TypeError(f"cannot save {name}: safetensors files hold no {part.dtype}")
 
 
-def rows_of(like: Any, part: Tensor | None = None) -> tuple[int, Tensor] | None:
-    """Return where this rank's rows of a tensor begin, and the rows; None if it is not divided.
-
-    Args:
-        like: the tensor.
-        part: rows of another tensor that is divided like it. Default: its own.
-    """
-    if not is_sharded(like):
-        return None
-    return _find_rows(like)[0], local_part(like) if part is None else part.detach()
+def _rows_of(tensor: Tensor) -> tuple[int, Tensor] | None:
+    """Return where this rank's rows of a tensor begin, and the rows; None if it is not divided."""
+    return (_find_rows(tensor)[0], local_part(tensor)) if is_sharded(tensor) else None
 
 
 def _find_rows(divided: Any) -> tuple[int, int]:

@@ -24,12 +24,15 @@ alone. This approximates the gradient of the loss in W.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lisatune.distributed.rows import exchange_rows, exchange_span, take_gradients
+from lisatune.distributed.shards import is_sharded, local_part, local_rows
 from lisatune.nn.layers import LayerMap
 from lisatune.optim.adamw import AdamW
 
@@ -158,34 +161,54 @@ class Ends:
         needs_detach = policy.trains == "head" and layers.is_tied
         self._embedding = _find_embedding("head", model, layers) if needs_detach else None
         self._row_embedding = find_row_embedding(model, layers) if policy.rows else None
+        self._rows: dict[nn.Parameter, nn.Module] = {}  # weights of which rows train, and their modules
+        if self._row_embedding is not None:
+            self._rows = {p: self._row_embedding for p in self.parameters if p is self._row_embedding.weight}
+        if policy.span is not None:
+            spanned = find_span_weights(policy.span, model, layers).items()
+            self._rows = {p: model.get_submodule(name.rpartition(".")[0]) for name, p in spanned}
         self._was_sparse = False
-        self._hook: RemovableHandle | None = None
+        self._hooks: list[RemovableHandle] = []
 
     def attach(self) -> None:
-        """Hook into the embedding, to detach its output under `head` and for sparse gradients under `rows`.
+        """Hook into the embedding: to detach its output under `head`, for gradients of rows under `rows`.
 
-        The hook runs before all others, because that of reentrant checkpointing makes the output require grad
-        again, and it must come last. `detach` undoes both.
+        The first hook runs before all others, because that of reentrant checkpointing makes the output
+        require grad again, and it must come last. `detach` undoes it all.
         """
         if self._embedding is not None:
-            self._hook = self._embedding.register_forward_hook(_detach, prepend=True)
+            self._hooks.append(self._embedding.register_forward_hook(_detach, prepend=True))
         if self._row_embedding is not None:
             self._was_sparse, self._row_embedding.sparse = self._row_embedding.sparse, True
+        divided = {p: module for p, module in self._rows.items() if is_sharded(p)}
+        if divided:
+            span = self.policy.span
+            exchange = exchange_rows if span is None else partial(exchange_span, span=span)
+            self._hooks.append(take_gradients(next(iter(divided.values())), divided, exchange))
 
     @property
     def rows_of(self) -> tuple[nn.Parameter, ...]:
         """The embedding's weight, if the rows that a step reads train; else empty."""
-        wanted = None if self._row_embedding is None else self._row_embedding.weight
-        return tuple(p for p in self.parameters if p is wanted)
+        return tuple(p for p in self.parameters if p in self._rows) if self.policy.rows else ()
 
     @property
     def other_rows(self) -> tuple[nn.Parameter, ...]:
-        """Views of the rows that do not train, of weights of which some do."""
+        """Views of the rows that do not train, of weights of which some do; of divided ones, those here."""
         if self.policy.span is None:
             return ()
-        first, last = self.policy.span
-        parts = [(p.detach()[:first], p.detach()[last + 1 :]) for p in self.parameters]
-        return tuple(nn.Parameter(part, requires_grad=False) for both in parts for part in both if len(part))
+        views = []
+        for p in self.parameters:
+            rows, part = local_rows(p, self.policy.span), local_part(p)
+            views += [part[: rows.start], part[rows.stop :]]
+        return tuple(nn.Parameter(view, requires_grad=False) for view in views)
+
+    @property
+    def num_idle(self) -> int:
+        """How many numbers of weights that train never move, because only some of their rows train."""
+        if self.policy.span is None:
+            return 0
+        rows = self.policy.span[1] - self.policy.span[0] + 1
+        return sum((len(p) - rows) * p.shape[1:].numel() for p in self.parameters)
 
     def check_state(self, optimizer: Optimizer) -> None:
         """Raise ValueError unless the optimizer stores the ends' state as the policy says."""
@@ -211,9 +234,9 @@ class Ends:
         """Undo `attach`."""
         if self._row_embedding is not None:
             self._row_embedding.sparse = self._was_sparse
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
 
 def _read(word: str, text: object) -> dict[str, Any]:

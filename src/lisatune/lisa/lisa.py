@@ -312,7 +312,7 @@ class LISA(BlockSchedule):
     @property
     def idle_row_numbers(self) -> int:
         """How many numbers of trainable weights never move, because only some of the rows train."""
-        return sum(p.numel() for p in self._ends.other_rows)
+        return self._ends.num_idle
 
     @property
     def coverage_is_exact(self) -> bool:

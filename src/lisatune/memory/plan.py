@@ -8,7 +8,7 @@ the live tensors. Memory outside of tensors comes on top: `RESERVE_BYTES` and `R
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -33,7 +33,7 @@ from lisatune.nn.hidden import max_positions, unwrap_adapters
 from lisatune.nn.layers import find_layers
 from lisatune.optim.adamw import CHUNK, CHUNK_ELSEWHERE, AdamW
 from lisatune.optim.group import Group
-from lisatune.optim.rows import sparse_rows
+from lisatune.optim.rows import make_gradient
 from lisatune.optim.state import prepare as prepare_state
 from lisatune.recipe import Recipe, RunConfig
 from lisatune.runs.checkpoint import copied_bytes
@@ -352,8 +352,8 @@ def _trace(
     ids = batches[0]["input_ids"].numel()
     _make_state(built, ids * micro_steps)
     if micro_steps > len(batches):
-        for p, rows in _find_row_parameters(built, ids * (micro_steps - len(batches))):
-            p.grad = sparse_rows(p, rows)  # of the micro-steps before
+        for group, p in _find_row_parameters(built):  # of the micro-steps before
+            make_gradient(group, p, ids * (micro_steps - len(batches)))
     paths = built.layers.blocks if leaves_out and not ranks_are_fake() else ()
     blocks = [built.model.get_submodule(path) for path in paths]
     with FewerBlocks(built.model, built.step.optimizer, blocks) as tracker:
@@ -367,14 +367,10 @@ def _trace(
     return memory if tracker.is_exact else _trace(built, batches, micro_steps, leaves_out=False)
 
 
-def _find_row_parameters(built: Built, ids: int) -> list[tuple[nn.Parameter, int]]:
-    """Return the parameters of which only rows train, and how many: those of `ids`, or always the same."""
-    groups = [group for group in built.step.optimizer.param_groups if group.get("rows")]
-    return [(p, _count_rows(group, ids)) for group in groups for p in group["params"] if p.requires_grad]
-
-
-def _count_rows(group: Mapping[str, Any], ids: int) -> int:
-    return group["span"][1] - group["span"][0] + 1 if "span" in group else ids
+def _find_row_parameters(built: Built) -> Iterator[tuple[Mapping[str, Any], nn.Parameter]]:
+    """Yield the parameters of which only rows train, each with its param group."""
+    for group in built.step.optimizer.param_groups:
+        yield from ((group, p) for p in group["params"] if group.get("rows") and p.requires_grad)
 
 
 def _make_state(built: Built, ids: int) -> None:
@@ -388,7 +384,10 @@ def _make_state(built: Built, ids: int) -> None:
     for group in optimizer.param_groups:
         for p in group["params"]:
             if p.requires_grad and not (correction is not None and correction.is_stateless(p)):
-                p.grad = sparse_rows(p, _count_rows(group, ids)) if group.get("rows") else torch.empty_like(p)
+                if group.get("rows"):
+                    make_gradient(group, p, ids)
+                else:
+                    p.grad = torch.empty_like(p)
                 if isinstance(optimizer, AdamW):
                     state, size = optimizer.state[p], part_of(p).size
                     prepare_state(cast(Group, group), part_to_update(p), state, size=size)

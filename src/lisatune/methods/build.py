@@ -1,7 +1,6 @@
 """From a recipe and a loaded model to a model that is ready to train: for `train`, `compare` and `plan`.
 
-What several ranks cannot do yet is refused here: settings by `check_recipe`, optimizer state by
-`check_optimizer`.
+What several ranks cannot do yet is refused here, by `check_recipe`.
 """
 
 from dataclasses import dataclass, replace
@@ -10,7 +9,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lisatune.distributed import ranks
 from lisatune.distributed.shards import count_copies
 from lisatune.lisa.correction import find_correction
 from lisatune.lisa.schedule import BlockSchedule
@@ -30,7 +28,6 @@ __all__ = [
     "attach",
     "attach_method",
     "build",
-    "check_optimizer",
     "check_recipe",
     "make_loss",
     "prepare",
@@ -140,8 +137,6 @@ def attach_method(
         ids = tokenizer.convert_tokens_to_ids(list(recipe.model.new_tokens))
         method = replace(method, ends=f"rows:{min(ids)}-{max(ids)}")
     optimizer = method.build_optimizer(model, layers, recipe.optimizer)
-    if ranks.count() > 1:
-        check_optimizer(optimizer)
     state = StateMeter(optimizer)  # before the schedule, whose hook may release state
     schedule = method.attach(model, optimizer, layers, total_steps=steps)
     correction = find_correction(model)
@@ -170,19 +165,6 @@ def save_dtype(recipe: Recipe, model: nn.Module) -> torch.dtype | None:
     own = stored_dtype(**recipe.model.location)
     is_narrower = own in asked.values() and own is not None and own.itemsize < weight_dtype(recipe).itemsize
     return own if is_narrower else None
-
-
-def check_optimizer(optimizer: Optimizer) -> None:
-    """Refuse optimizer state that several ranks cannot have.
-
-    Raises:
-        ValueError: names the option.
-    """
-    if any(group.get("rows") for group in optimizer.param_groups):
-        raise ValueError(
-            "method.ends with rows does not work on several ranks, because a divided embedding gets a dense "
-            "gradient; leave rows out"
-        )
 
 
 def check_recipe(recipe: Recipe) -> None:

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lisatune.distributed import ranks
-from lisatune.distributed.shards import exchange_late, full_tensor
+from lisatune.distributed.shards import (
+    exchange_late,
+    full_tensor,
+    like_rows,
+    local_part,
+    set_local_gradient,
+)
 from lisatune.lisa.correction import find_correction
 from lisatune.losses.causal_lm import CausalLMLoss
 from lisatune.optim.chunks import strip_zero_rows
@@ -95,8 +101,9 @@ def _as_dense(parameter: nn.Parameter) -> Tensor:
     """Return what torch can clip: for a sparse gradient a stand-in, whose gradient shares its memory."""
     if parameter.grad is None or not parameter.grad.is_sparse:
         return parameter
-    parameter.grad = parameter.grad.coalesce()
-    values = strip_zero_rows(parameter.grad)
+    gradient = local_part(parameter.grad).coalesce()
+    set_local_gradient(parameter, gradient)
+    values = like_rows(strip_zero_rows(gradient), parameter)
     stand_in = values.detach()
     stand_in.grad = values
     return stand_in

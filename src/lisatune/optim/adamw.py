@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lisatune.distributed.shards import Part, part_of, part_to_update
+from lisatune.distributed.shards import Part, part_of, part_to_update, row_bounds
 from lisatune.optim import codecs
 from lisatune.optim.adamw_triton import Chunk, can_update, is_small, kind_of, update_chunk, update_together
 from lisatune.optim.chunks import flatten, on_device
@@ -287,7 +287,8 @@ class AdamW(Optimizer):
             prepare(group, p, state, size=part.size, ids=ids)
             key = codecs.key_of(group["seed"], group["steps_done"], place)
             if group["rows"]:
-                update_rows(group, p, state, key, self._chunk(p))
+                first = row_bounds(parameter)[part.index]
+                update_rows(group, p, state, key, self._chunk(p), first)
             elif _is_whole(group, p, state):
                 whole.append(p)
                 states.append(state)

@@ -121,13 +121,12 @@ def tensors_bytes(tensors: Iterable[Tensor]) -> int:
 
 def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
     """Yield the tensors inside a tensor: codes and scales, ids and rows, a rank's part, or itself."""
-    if tensor.layout == torch.sparse_coo:
-        yield from (tensor._indices(), tensor._values())
-        return
     if is_traceable_wrapper_subclass(tensor):
         parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
         for part in parts:
             if isinstance(part, Tensor):  # a sharded tensor also names its mesh
                 yield from plain_tensors(part)
+    elif tensor.layout == torch.sparse_coo:
+        yield from (tensor._indices(), tensor._values())
     else:
         yield tensor

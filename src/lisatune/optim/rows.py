@@ -18,24 +18,30 @@ again.
 A group with `span` A, B trains the rows from A to B of any matrix, each in every step. Its gradient is dense;
 as soon as it is there, these rows of it are kept and the rest is dropped.
 
+Several ranks that divide the matrix exchange these gradients (`lisatune.distributed.rows`), and each has a
+table for the rows that it holds. There an id that several ranks read counts once for each of them in R.
+
 Shapes: V rows of the embedding, D its width, R rows of the table, n different rows in a step.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lisatune.distributed import ranks
+from lisatune.distributed.shards import local_part, set_local_gradient
 from lisatune.optim import codecs
 from lisatune.optim.chunks import cut
 from lisatune.optim.group import Group
 
-__all__ = ["TABLE", "RowGradients", "make_table", "sparse_rows", "table_layout", "update_rows"]
+__all__ = ["TABLE", "RowGradients", "make_gradient", "make_table", "table_layout", "update_rows"]
 
 TABLE = ("row_ids", "row_steps", "row_used", "exp_avg", "exp_avg_sq")
-"""State of a parameter whose rows are updated: id of each row of the table, -1 where it is empty; t_r; the
-step that read it last, from 1; its moments."""
+"""State of a parameter whose rows are updated: id of each row of the table, in the whole matrix, -1 where it
+is empty; t_r; the step that read it last, from 1; its moments."""
 
 
 class RowGradients:
@@ -58,10 +64,10 @@ class RowGradients:
         self._ids.clear()
 
     def _merge(self, parameter: Tensor) -> None:
-        gradient = parameter.grad
-        if gradient is not None and gradient.is_sparse:
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            gradient = local_part(parameter.grad)
             self._ids[parameter] = max(self._ids.get(parameter, 0), gradient._nnz())
-            parameter.grad = gradient.coalesce()
+            set_local_gradient(parameter, gradient.coalesce())
 
 
 def _pick(parameter: Tensor, *, span: tuple[int, int]) -> None:
@@ -69,6 +75,9 @@ def _pick(parameter: Tensor, *, span: tuple[int, int]) -> None:
     first, last = span
     gradient = parameter.grad
     assert gradient is not None
+    if gradient.is_sparse:  # several ranks have picked them before they exchanged them
+        set_local_gradient(parameter, local_part(gradient).coalesce())
+        return
     ids_1n = torch.arange(first, last + 1, device=gradient.device).unsqueeze(0)
     values_nD = gradient[first : last + 1].clone()  # a view would keep all of the gradient
     parameter.grad = torch.sparse_coo_tensor(
@@ -76,12 +85,21 @@ def _pick(parameter: Tensor, *, span: tuple[int, int]) -> None:
     )
 
 
-def sparse_rows(like: Tensor, rows: int) -> Tensor:
-    """Make a sparse gradient of the first `rows` rows of `like` [V, D], at most V, with arbitrary values."""
-    rows = min(rows, len(like))
-    ids_1n = torch.arange(rows, device=like.device).unsqueeze(0)
-    values_nD = torch.empty(rows, *like.shape[1:], dtype=like.dtype, device=like.device)
-    return torch.sparse_coo_tensor(ids_1n, values_nD, like.shape, check_invariants=False, is_coalesced=True)
+def make_gradient(group: Mapping[str, Any], parameter: nn.Parameter, ids: int) -> None:
+    """Give a parameter a gradient of the most rows that can train in a step, with arbitrary values.
+
+    Args:
+        group: its param group.
+        parameter: of shape [V, D]; it may be divided, and then its part may have the ids of all ranks.
+        ids: number of token ids in a step; all count as different.
+    """
+    p = local_part(parameter)
+    first, last = group.get("span", (1, ids * ranks.count()))
+    rows = min(last - first + 1, len(p))
+    ids_1n = torch.arange(rows, device=p.device).unsqueeze(0)
+    values_nD = torch.empty(rows, *p.shape[1:], dtype=p.dtype, device=p.device)
+    gradient = torch.sparse_coo_tensor(ids_1n, values_nD, p.shape, check_invariants=False, is_coalesced=True)
+    set_local_gradient(parameter, gradient)
 
 
 def table_layout(p: Tensor, rows: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -104,7 +122,9 @@ def make_table(p: Tensor, state: dict[str, Any], rows: int) -> None:
         state[key] = new
 
 
-def update_rows(group: Group, p: Tensor, state: dict[str, Any], key: int, chunk_size: int) -> None:
+def update_rows(
+    group: Group, p: Tensor, state: dict[str, Any], key: int, chunk_size: int, first: int = 0
+) -> None:
     """Make one step for the rows that have a gradient.
 
     Args:
@@ -113,6 +133,7 @@ def update_rows(group: Group, p: Tensor, state: dict[str, Any], key: int, chunk_
         state: the table; it has at least as many rows as the gradient.
         key: names the random numbers of stochastic rounding.
         chunk_size: elements in float32 at a time; a row may be longer.
+        first: number of p's first row in the whole matrix, if p is this rank's part of it.
     """
     assert p.grad is not None
     gradient = p.grad.coalesce()
@@ -120,7 +141,8 @@ def update_rows(group: Group, p: Tensor, state: dict[str, Any], key: int, chunk_
     count = len(ids_n)
     if not count:
         return
-    slots_n, is_known_n = _find_slots(state, ids_n, group["steps_done"] + 1)
+    key = codecs.key_of(key, first) if first else key  # ranks draw other random numbers
+    slots_n, is_known_n = _find_slots(state, ids_n + first, group["steps_done"] + 1)
     steps_n = torch.where(is_known_n, state["row_steps"][slots_n], 0) + 1
     state["row_steps"][slots_n] = steps_n
 
