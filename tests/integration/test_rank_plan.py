@@ -30,6 +30,7 @@ CASES = {
     "factored": ["method.ends=factored", "optimizer.state_device=cpu"],
     "rows": ["method.ends=rows", "run.accumulation=2", "run.batch_size=1"],
     "span": ["method.ends=rows:300-420"],
+    "sgd": ["optimizer.name=sgd", "optimizer.options={momentum: 0.9}"],
     "full": [],
     "lora": [],
     "dora": ["run.precision=bf16"],
@@ -119,10 +120,10 @@ def test_ranks_of_several_copies_are_planned_by_those_of_one(
 
 
 def test_what_does_not_run_on_several_ranks_is_divided_and_says_so(recipes: dict[str, Path]) -> None:
-    planned = plan_memory(load_recipe(recipes["lisa"], ["optimizer.name=sgd"]), ranks=2)
+    planned = plan_memory(load_recipe(recipes["lisa"], ["optimizer.name=muon"]), ranks=2)
     assert planned.kind == "traced, divided by ranks"
     assert planned.note is not None
-    assert "optimizer.name sgd runs in one process only" in planned.note
+    assert "optimizer.name muon runs in one process only" in planned.note
 
 
 def test_runs_on_several_ranks_are_planned_and_refused_where_they_do_not_fit(

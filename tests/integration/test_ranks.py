@@ -73,6 +73,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 IN_BACKWARD = ["optimizer.in_backward=true", "optimizer.max_grad_norm=null"]
+SGD = ["optimizer.name=sgd", "optimizer.eps=1e-8", "optimizer.lr=0.1"]
 UNTIED_ROWS = ["model.name=untied", "method.ends=every:2+rows"]
 FACTORED = [*IN_BACKWARD, "optimizer.moments=factored"]
 LEAST = ["run.precision=bf16", "optimizer.moments=8bit", "optimizer.rounding=stochastic"]
@@ -94,11 +95,21 @@ WAYS = {
     "rows-copied": [*UNTIED_ROWS, *IN_BACKWARD, "run.sharding=replicate"],
     "span": ["method.ends=rows:40-200", "run.accumulation=2"],
     "least": [*LEAST, *IN_BACKWARD, "optimizer.state_device=cpu", "run.sharding=replicate"],
+    "sgd": [*SGD, "optimizer.options={momentum: 0.9}"],
     "compiled": ["run.activation_checkpointing=frozen", "run.compile=true"],
 }
 NARROW = ("mixed", "bf16", "stochastic", "least")
+WORSE = "and its step on them is not that on the whole"
 REFUSED = {
-    "optimizer": ("optimizer.name=sgd", "optimizer.name sgd runs in one process only, because"),
+    "muon": (["optimizer.name=muon"], WORSE),
+    "lamb": (["optimizer.name=lamb"], WORSE),
+    "lars": (["optimizer.name=lars", "optimizer.eps=1e-8"], WORSE),
+    "adafactor": (["optimizer.name=adafactor", "optimizer.eps=1e-8"], WORSE),
+    "sophia": (["optimizer.name=sophia", "optimizer.eps=1e-8"], "reads logits of the whole model"),
+    "lion": (
+        ["optimizer.name=lion", "optimizer.eps=1e-8", "optimizer.moments=8bit"],
+        "optimizer.name lion runs in one process only, because a checkpoint cannot cut its moments in 8bit",
+    ),
 }
 BEST = ["run.steps=6", "run.eval_every=1", "run.keep_best=true", "run.stop_after=2"]
 BEST += ["optimizer.lr=0.2", "optimizer.schedule=constant"]  # falls for two steps, then rises
@@ -107,7 +118,7 @@ FOUR = "run.batch_size=4"
 MORE = ["run.steps=6", "optimizer.schedule=constant", "run.save_every=3"]
 HSDP = ["run.sharding=hsdp", "run.copies=2"]
 LATER = ["run.accumulation=2", "optimizer.schedule=constant", "run.save_every=2"]
-RESUMED = ("rows", "factored")
+RESUMED = ("rows", "factored", "torch.optim.NAdam")
 CHECKS = ("draws", "statistics", "seeds", "updates")
 
 
@@ -120,7 +131,7 @@ def two(runs: Runs) -> dict[str, list[Any]]:
     jobs = {name: runs.job(f"two-{name}", HALF, *keys) for name, keys in WAYS.items()}
     jobs["full"] |= {"recipe": str(full), "overrides": jobs["full"]["overrides"][:-1]}
     jobs["compiled"]["backend"] = "eager"
-    jobs |= {name: runs.job(f"no-{name}", key) for name, (key, _) in REFUSED.items()}
+    jobs |= {name: runs.job(f"no-{name}", *keys) for name, (keys, _) in REFUSED.items()}
     jobs |= {name: {"check": name} for name in CHECKS}
     jobs["best"] = runs.job("two-best", HALF, *BEST)
     jobs["saved"] = runs.job(

@@ -31,7 +31,7 @@ from lisatune.distributed.shards import full_tensor, local_part, shard
 from lisatune.losses.causal_lm import ShardedLoss
 from lisatune.memory.plan import _batch
 from lisatune.memory.tracker import measure
-from lisatune.methods.optimizers import build_optimizer
+from lisatune.methods.optimizers import build_from_groups, build_optimizer
 from lisatune.models import sharded
 from lisatune.models.load import load_model, load_tokenizer
 from lisatune.models.sharded import load_for_ranks, save_from_ranks
@@ -50,6 +50,10 @@ UPDATES: dict[str, Any] = {
     f"{moments} {rounding}": {"moments": moments, "rounding": rounding}
     for moments in ("fp32", "bf16", "8bit", "factored")
     for rounding in ("exact", "stochastic")
+} | {
+    "sgd": {"name": "sgd", "options": {"momentum": 0.9}},
+    "lion": {"name": "lion"},
+    "nadam": {"name": "torch.optim.NAdam"},
 }
 
 
@@ -121,14 +125,20 @@ def updates() -> dict[str, float]:
     """Update a divided matrix and a whole one with the same gradients; say by how much they then differ."""
     apart = {}
     for name, options in UPDATES.items():
-        matrix = torch.nn.Linear(512, 24, bias=False, dtype=torch.bfloat16)
+        kind = options.get("name")
+        dtype = torch.bfloat16 if kind is None else torch.float32
+        matrix = torch.nn.Linear(512, 24, bias=False, dtype=dtype)
         torch.nn.init.normal_(matrix.weight, generator=torch.Generator().manual_seed(0))
         whole = torch.nn.Parameter(matrix.weight.detach().clone())
         shard(matrix, [], device=torch.device("cpu"), how="fsdp")
         weight: Any = matrix.weight
-        both = [AdamW([p], lr=1e-2, chunk_size=2048, **options) for p in (whole, weight)]
+        if kind is None:
+            both: Any = [AdamW([p], lr=1e-2, chunk_size=2048, **options) for p in (whole, weight)]
+        else:
+            config = OptimizerConfig(lr=1e-2, **options)
+            both = [build_from_groups([{"params": [("weight", p)]}], config) for p in (whole, weight)]
         for step in range(3):
-            gradient = torch.randn(24, 512, generator=torch.Generator().manual_seed(step)).bfloat16()
+            gradient = torch.randn(24, 512, generator=torch.Generator().manual_seed(step)).to(dtype)
             whole.grad = gradient
             weight.grad = distribute_tensor(
                 gradient, weight.device_mesh, weight.placements, src_data_rank=None

@@ -26,6 +26,7 @@ from lisatune.nn.layers import LayerMap
 from lisatune.nn.notices import silence_import_notices
 from lisatune.optim.adamw import AdamW
 from lisatune.optim.muon import MuonWithAdamW
+from lisatune.optim.parts import on_parts, works_on_parts
 from lisatune.optim.sophia import SophiaG
 from lisatune.recipe import OptimizerConfig, unknown
 
@@ -71,16 +72,29 @@ def build_from_groups(groups: Groups, config: OptimizerConfig) -> Optimizer:
             "to nearest, which loses most of them; use run.precision bf16-mixed or fp32, or optimizer.name "
             "adamw"
         )
-    if ranks.count() > 1:
-        raise ValueError(
-            f"optimizer.name {config.name} runs in one process only, because each of several ranks has rows "
-            "of a matrix and it may need the whole; use adamw"
-        )
     _refuse_keys_of_adamw(groups, config)
     try:
-        return OPTIMIZERS.get(config.name, build_imported)(groups, config)
+        optimizer = OPTIMIZERS.get(config.name, build_imported)(groups, config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"optimizer.name {config.name} cannot be built: {error}") from error
+    if ranks.count() > 1:
+        _check_parts(config)
+    return optimizer
+
+
+def _check_parts(config: OptimizerConfig) -> None:
+    """Refuse an optimizer other than AdamW that cannot update divided parameters."""
+
+    def build(named: list[tuple[str, nn.Parameter]]) -> Optimizer:
+        return OPTIMIZERS.get(config.name, build_imported)([{"params": named, "layer": "block 0"}], config)
+
+    why = ALONE.get(config.name)
+    if config.moments != "fp32":
+        why = f"a checkpoint cannot cut its moments in {config.moments}; set optimizer.moments: fp32"
+    if why is None and not works_on_parts(build):
+        why = "each of several ranks has rows of a matrix, and its step on them is not that on the whole"
+    if why is not None:
+        raise ValueError(f"optimizer.name {config.name} runs in one process only, because {why}; use adamw")
 
 
 def check_name(name: str) -> None:
@@ -163,7 +177,7 @@ def build_adamw(groups: Groups, config: OptimizerConfig, kind: type[AdamW] = Ada
 def build_sgd(groups: Groups, config: OptimizerConfig) -> Optimizer:
     """Build `torch.optim.SGD`, without momentum unless `optimizer.options` has it."""
     _refuse(config, "betas", "eps", "moments")
-    return torch.optim.SGD(groups, config.lr, **config.options)
+    return on_parts(torch.optim.SGD)(groups, lr=config.lr, **config.options)
 
 
 def build_adafactor(groups: Groups, config: OptimizerConfig) -> Optimizer:
@@ -235,7 +249,7 @@ def build_imported(groups: Groups, config: OptimizerConfig) -> Optimizer:
     if not (inspect.isclass(kind) and issubclass(kind, Optimizer)):
         raise ValueError(f"{module_name} has no torch.optim.Optimizer of the name {class_name}")
     _refuse(config, "betas", "eps", "moments")
-    build: Callable[..., Optimizer] = kind
+    build: Callable[..., Optimizer] = on_parts(kind)
     return build(groups, lr=config.lr, **config.options)
 
 
@@ -249,7 +263,7 @@ def _build_bitsandbytes(name: str, groups: Groups, config: OptimizerConfig, **ow
         raise ImportError(
             f'optimizer.name {config.name} needs bitsandbytes: pip install "lisatune[train,8bit]"'
         ) from error
-    kind = getattr(optim, f"{name}8bit" if config.moments == "8bit" else name)
+    kind = on_parts(getattr(optim, f"{name}8bit" if config.moments == "8bit" else name))
     has_shapes_only = not all(has_values(p) for group in groups for _, p in group["params"])
     built: Any = kind(groups, lr=config.lr, **own | config.options)
     if has_shapes_only:
@@ -304,3 +318,6 @@ OPTIMIZERS: dict[str, Callable[[Groups, OptimizerConfig], Optimizer]] = {
     "sgd": build_sgd,
     "sophia": build_sophia,
 }
+
+ALONE = {"sophia": "its pass with drawn labels reads logits of the whole model, which ranks divide"}
+"""Optimizers that several ranks refuse though their step is elementwise, and why."""
