@@ -95,6 +95,7 @@ WAYS = {
     "rows-copied": [*UNTIED_ROWS, *IN_BACKWARD, "run.sharding=replicate"],
     "span": ["method.ends=rows:40-200", "run.accumulation=2"],
     "least": [*LEAST, *IN_BACKWARD, "optimizer.state_device=cpu", "run.sharding=replicate"],
+    "new-tokens": ["model.new_tokens=[<call>,<result>]", "method.ends=frozen"],
     "sgd": [*SGD, "optimizer.options={momentum: 0.9}"],
     "compiled": ["run.activation_checkpointing=frozen", "run.compile=true"],
 }

@@ -179,12 +179,6 @@ def check_recipe(recipe: Recipe) -> None:
             "vectors know nothing of divided weights; use lisa, full or lora"
         )
     count_copies(recipe.run.sharding, recipe.run.copies)
-    if recipe.model.new_tokens:
-        raise ValueError(
-            "model.new_tokens does not work on several ranks yet, because each rank reads its rows from the "
-            "model's files, which lack the new ones; add them in a run of one step on one rank, and continue "
-            "from its model"
-        )
     if recipe.loss.name != "causal_lm":
         raise ValueError(
             f"loss.name: {recipe.loss.name} runs in one process only yet, because the forward pass of a "

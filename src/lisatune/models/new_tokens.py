@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["add_rows", "add_tokens", "grow_config"]
+from lisatune.distributed.shards import local_part, local_rows, part_of
+
+__all__ = ["add_rows", "add_tokens", "fill_rows", "grow_config"]
 
 
 def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
@@ -55,8 +57,21 @@ def add_rows(model: Any, tokenizer: Any, tokens: Sequence[str]) -> None:
     """
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    new = tokenizer.convert_tokens_to_ids(list(tokens))
+    fill_rows(model, tokenizer.convert_tokens_to_ids(list(tokens)))
+
+
+@torch.no_grad()
+def fill_rows(model: Any, new: Sequence[int]) -> None:
+    """Fill rows of embedding and head with the mean of all rows before the first of them.
+
+    Args:
+        model: a transformers model with its weights, which may be divided; then every rank must call it.
+        new: numbers of the rows.
+    """
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    weights: set[Tensor] = {end.weight for end in ends if end is not None}
+    weights: dict[Tensor, None] = {end.weight: None for end in ends if end is not None}
     for weight in weights:  # tied ones are one
-        weight[new] = weight[: min(new)].float().mean(dim=0).to(weight.dtype)
+        known, part = local_rows(weight, (0, min(new) - 1)), local_part(weight)
+        total_D = part_of(weight).sum(part[known].float().sum(dim=0))
+        for row in new:
+            part[local_rows(weight, (row, row))] = (total_D / min(new)).to(weight.dtype)

@@ -11,7 +11,7 @@ stand in for the weights (`zero_weights`).
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from lisatune.distributed import ranks
-from lisatune.distributed.shards import is_stand_in, local_part, reshard, stand_in
+from lisatune.distributed.shards import (
+    is_stand_in,
+    local_part,
+    local_rows,
+    part_of,
+    reshard,
+    row_bounds,
+    stand_in,
+)
 from lisatune.files.disk import write_aside
 from lisatune.files.tensors import (
     DividedTensor,
@@ -37,8 +45,9 @@ from lisatune.models.hf import (
     import_transformers,
     silence_transformers,
 )
-from lisatune.models.load import LARGEST_FILE, load_model, meta_model, save_model
+from lisatune.models.load import LARGEST_FILE, load_model, load_tokenizer, meta_model, save_model
 from lisatune.models.locate import locate
+from lisatune.models.new_tokens import fill_rows
 from lisatune.models.rounding import fits_range, note_dtype, round_parameters
 from lisatune.models.stored import INDEX, ONE_FILE, list_stored
 from lisatune.nn.bottleneck import has_adapters
@@ -57,7 +66,7 @@ def load_for_ranks(
 
     Args:
         name, dtype: as in `load_model`.
-        source: `revision`, `trust_remote_code` and `attention`, as in `load_model`.
+        source: `revision`, `trust_remote_code`, `attention` and `new_tokens`, as in `load_model`.
 
     Returns:
         The model, with its parameters on the meta device and its buffers computed, and a function that fills
@@ -66,7 +75,8 @@ def load_for_ranks(
     Raises:
         FileNotFoundError, ValueError, RuntimeError, ImportError: as in `load_model`.
     """
-    model, places = _open_empty(name, dtype=dtype, **source)
+    new = _number_new_tokens(name, **source)
+    model, places = _open_empty(name, dtype=dtype, new=new, **source)
     if places is None:
         warnings.warn(
             f"{name} does not store its weights under the model's own names: every rank loads all of them "
@@ -74,7 +84,13 @@ def load_for_ranks(
             stacklevel=2,
         )
         return load_model(name, dtype=dtype, **source), None
-    return model, lambda: _fill(name, model, places, dtype)
+
+    def fill() -> None:
+        _fill(name, model, places, dtype)
+        if new:
+            fill_rows(model, new)
+
+    return model, fill
 
 
 @contextmanager
@@ -222,12 +238,29 @@ def _save_adapters(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype 
     ranks.consume_on_rank0(gather_tensors(divided), write)
 
 
-def _open_empty(name: str, *, dtype: torch.dtype, **source: Any) -> tuple[Any, Places | None]:
-    """Build a model without its weights, in evaluation mode, and find where they are stored."""
+def _number_new_tokens(
+    name: str, *, new_tokens: Sequence[str] = (), attention: str | None = None, **source: Any
+) -> list[int]:
+    """Return the numbers of tokens that the model's tokenizer is to learn."""
+    if not new_tokens:
+        return []
+    numbers: list[int] = load_tokenizer(name, new_tokens=new_tokens, **source).convert_tokens_to_ids(
+        list(new_tokens)
+    )
+    return numbers
+
+
+def _open_empty(
+    name: str, *, dtype: torch.dtype, new: Sequence[int] = (), **source: Any
+) -> tuple[Any, Places | None]:
+    """Build a model without its weights, in evaluation mode, and find where they are stored.
+
+    `new`: rows that embedding and head may have beyond those that are stored.
+    """
     revision = source.get("revision")
     with torch.random.fork_rng(devices=[]):
         model = meta_model(name, dtype=dtype, with_buffers=True, **source)
-    places = _find_weights(_find_weight_folder(name, revision), model)
+    places = _find_weights(_find_weight_folder(name, revision), model, new)
     if places is not None and model.can_generate():
         with suppress(OSError), silence_transformers():
             model.generation_config = import_transformers().GenerationConfig.from_pretrained(
@@ -249,10 +282,11 @@ def _find_weight_folder(name: str, revision: str | None) -> Path:
         )
 
 
-def _find_weights(folder: Path, model: Any) -> Places | None:
+def _find_weights(folder: Path, model: Any, new: Sequence[int]) -> Places | None:
     """Find where each weight is stored.
 
-    None unless the files hold every weight exactly once, under the model's own name and in its shape.
+    None unless the files hold every weight exactly once, under the model's own name and in its shape; of
+    embedding and head they may lack `new` rows.
     """
     from safetensors import SafetensorError
 
@@ -265,10 +299,12 @@ def _find_weights(folder: Path, model: Any) -> Places | None:
     aliases: dict[Tensor, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         aliases.setdefault(tensor, []).append(name)
+    both = (model.get_input_embeddings(), model.get_output_embeddings())
+    ends = {end.weight for end in both if end is not None}
     places: Places = {}
     for tensor, names in aliases.items():
         found = [name for name in names if name in stored]
-        if len(found) != 1 or stored[found[0]][1] != tuple(tensor.shape):
+        if len(found) != 1 or not _has_shape(stored[found[0]][1], tensor, new if tensor in ends else ()):
             return None  # two names of one tensor may hold different numbers
         places[names[0]] = stored[found[0]][0], found[0]
     unused = stored.keys() - {key for _, key in places.values()}
@@ -276,6 +312,13 @@ def _find_weights(folder: Path, model: Any) -> Places | None:
     unused = {key for key in unused if not any(re.search(pattern, key) for pattern in ignored)}
     check_loaded(str(folder), {"missing_keys": (), "mismatched_keys": (), "unexpected_keys": unused})
     return places
+
+
+def _has_shape(stored: tuple[int, ...], tensor: Tensor, new: Sequence[int]) -> bool:
+    """Whether a stored tensor is a model's, but for `new` rows, which are its last ones."""
+    rows, *rest = stored or (1,)
+    lacks_new = bool(new) and min(new) <= rows < len(tensor) and tuple(rest) == tensor.shape[1:]
+    return stored == tuple(tensor.shape) or lacks_new
 
 
 def _fill(name: str, model: nn.Module, places: Places, dtype: torch.dtype) -> None:
@@ -292,4 +335,10 @@ def _fill(name: str, model: nn.Module, places: Places, dtype: torch.dtype) -> No
                     module.load(file.get_tensor(key).to(dtype))
                 else:
                     tensor = getattr(module, attribute)
-                    local_part(tensor).copy_(read_part(file, key, tensor))
+                    part, count = local_part(tensor), file.get_slice(key).get_shape()
+                    if tensor.ndim and count[0] < len(tensor):  # of the others `fill_rows` makes the values
+                        rows = local_rows(tensor, (0, count[0] - 1))
+                        first = row_bounds(tensor)[part_of(tensor).index]
+                        part[rows] = file.get_slice(key)[first : first + rows.stop].to(dtype)
+                    else:
+                        part.copy_(read_part(file, key, tensor))

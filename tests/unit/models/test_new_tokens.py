@@ -9,6 +9,7 @@ import tiny_run
 from lisatune.memory.plan import _batch, plan_memory
 from lisatune.memory.tracker import measure
 from lisatune.models.load import load_model, load_tokenizer, meta_model
+from lisatune.models.sharded import load_for_ranks
 from lisatune.train.assemble import assemble
 from lisatune.train.check import check
 from lisatune.train.loop import train
@@ -48,6 +49,20 @@ def test_new_rows_are_the_mean_of_the_others_and_shapes_agree(recipe: Path) -> N
     assert {name: p.shape for name, p in shapes.named_parameters()} == {
         name: p.shape for name, p in model.named_parameters()
     }
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_ranks_read_the_rows_that_are_stored_and_make_the_new_ones(recipe: Path, tied: bool) -> None:
+    folder = recipe.parent / "tiny"
+    if not tied:
+        untie(folder)
+    model, fill = load_for_ranks(str(folder), new_tokens=NEW)
+    assert fill is not None, "it would load all weights on every rank"
+    model.to_empty(device="cpu").tie_weights()
+    fill()
+    wanted = load_model(str(folder), new_tokens=NEW).state_dict()
+    assert model.state_dict().keys() == wanted.keys()
+    assert all(torch.equal(weight, wanted[name]) for name, weight in model.state_dict().items())
 
 
 @pytest.mark.filterwarnings("ignore:the run began with 4 steps")
