@@ -1,13 +1,18 @@
-"""`lisatune compare` accepts the comparisons in experiments/; schedules differ only in when blocks train."""
+"""`lisatune compare` accepts the comparisons in experiments/, and the scripts train what they say."""
 
+import copy
 import json
 import runpy
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+import tiny
 from lisatune.compare.arms import read_comparison
+from lisatune.nn.layers import find_layers
 
 EXPERIMENTS = Path(__file__).parents[3] / "experiments"
 
@@ -65,6 +70,82 @@ def test_schedules_train_as_many_blocks_on_average_as_the_constant_one() -> None
         sampler = script["Scheduled"](30, active)
         assert [len(set(sampler.draw(period, seed=0))) for period in range(40)] == list(active)
         assert sum(sampler.inclusion()) == pytest.approx(sum(active) / 40)
+
+
+def train_rows_slowly(
+    model: nn.Module, drawn: Sequence[int], *, slices: int, period: int, steps: int, lr: float
+) -> None:
+    """Train as row slices do: every gradient in full, a new AdamW over copies of the rows of each draw."""
+    blocks = {name: p for name, p in model.named_parameters() if ".layers." in name}
+    matrices = [p for p in blocks.values() if p.ndim == 2]
+    always = torch.optim.AdamW(set(model.parameters()) - set(blocks.values()), lr=lr, weight_decay=0)
+    for index, chosen in enumerate(drawn):
+        places = [(p, chosen * len(p) // slices, (chosen + 1) * len(p) // slices) for p in matrices]
+        copies = [nn.Parameter(p.detach()[i:j].clone()) for p, i, j in places]
+        norms = [p for p in blocks.values() if p.ndim == 1] if chosen == 0 else []
+        some = torch.optim.AdamW([*copies, *norms], lr=lr * slices**0.5, weight_decay=0)
+        for step in range(index * period, min((index + 1) * period, steps)):
+            tiny.backward(model, step)
+            for rows, (p, i, j) in zip(copies, places, strict=True):
+                assert p.grad is not None
+                rows.grad = p.grad[i:j]
+            some.step()
+            always.step()
+            with torch.no_grad():
+                for rows, (p, i, j) in zip(copies, places, strict=True):
+                    p[i:j] = rows
+            model.zero_grad()
+
+
+@pytest.mark.parametrize("ends", ["train", "frozen"])
+def test_slices_of_rows_train_as_their_slow_twin_and_no_other_row_moves(ends: str) -> None:
+    script = runpy.run_path(str(EXPERIMENTS / "row_slices.py"))
+    slices, period, steps, lr = 3, 2, 11, 1e-3
+    model = tiny.llama(blocks=2).double()
+    plain, twin = copy.deepcopy(model), copy.deepcopy(model)
+    layers = find_layers(model)
+    script["cut_rows"](model, slices)
+    drawn = script["map_slices"](model, find_layers(model))
+    assert drawn.ends == layers.ends
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0)
+    lisa = script["SlicedLISA"](
+        model, optimizer, active=1, period=period, ends=ends, layers=drawn, verify="full"
+    )
+    chosen: list[int] = []
+    whole = {name: each for name, each in model.named_modules() if type(each) is script["RowLinear"]}
+    for step in range(steps):
+        (now,) = lisa.active_blocks
+        if step % period == 0:
+            chosen.append(now)
+        before = {name: each.weight.clone() for name, each in whole.items()}
+        tiny.backward(model, step)
+        graded = [p for p in model.parameters() if p.grad is not None]
+        assert sum(p.numel() for p in graded) == sum(p.numel() for p in lisa.trainable_parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, each in whole.items():
+            rows = len(each.weight)
+            i, j = now * rows // slices, (now + 1) * rows // slices
+            moved = (each.weight != before[name]).any(dim=1)
+            assert moved[i:j].all()
+            assert not moved[:i].any()
+            assert not moved[j:].any()
+    assert len(set(chosen[:slices])) == slices
+    kept = sum(p.numel() for p in lisa.trainable_parameters())
+    held = {p for p, state in optimizer.state.items() if state}
+    assert sum(p.numel() for p in held) <= kept
+    lisa.check()
+    lisa.settle()
+    lisa.detach()
+    if ends == "frozen":
+        for name, p in twin.named_parameters():
+            p.requires_grad_(".layers." in name)
+    train_rows_slowly(twin, chosen, slices=slices, period=period, steps=steps, lr=lr)
+    trained = dict(model.named_parameters())
+    assert list(trained) == list(dict(plain.named_parameters()))
+    for name, p in twin.named_parameters():
+        torch.testing.assert_close(trained[name], p, rtol=1e-9, atol=1e-9)
+        assert not torch.equal(p, plain.get_parameter(name)) or (ends == "frozen" and ".layers." not in name)
 
 
 def test_source_code_is_held_out_by_its_path_and_tests_stay_out(
