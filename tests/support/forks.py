@@ -6,7 +6,7 @@ import select
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 
@@ -46,10 +46,16 @@ def forked(act: Callable[[], int], log: Path, environment: Mapping[str, str] | N
 
 def ended(pid: int, within: float | None = None) -> int | None:
     """Wait for a process; return its exit code, negative for a signal, or None if it still runs."""
-    watched = os.pidfd_open(pid)
+    return first_ended([pid], within).get(pid)
+
+
+def first_ended(pids: Collection[int], within: float | None = None) -> dict[int, int]:
+    """Wait until a process ends; return the exit codes of those that have, none if all still run."""
+    watched = {os.pidfd_open(pid): pid for pid in pids}
     try:
-        if not select.select([watched], [], [], within)[0]:
-            return None
+        over = select.select([*watched], [], [], within)[0]
     finally:
-        os.close(watched)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        for file in watched:
+            os.close(file)
+    pids = [watched[file] for file in over]
+    return {pid: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import rank_worker
-from forks import ended, forked
+from forks import ended, first_ended, forked
 
 _numbers = count_up()
 
@@ -75,17 +75,31 @@ def launch(
     """
     path = folder / f"jobs-{count}.json"
     path.write_text(json.dumps(jobs))
-    running = dict(enumerate(start(count, lambda: rank_worker.main(path), folder)))
-    try:
-        for number in list(running):
-            code = ended(running[number], 400)
-            log = (folder / f"rank-{number}.log").read_text()
-            assert code is not None, f"rank {number} hangs: {log}"
-            del running[number]
-            assert code == (-signal.SIGKILL if number == dies else 0), log
-    finally:
-        for pid in running.values():
-            os.kill(pid, signal.SIGKILL)
-            ended(pid)
+    wait_for_all(start(count, lambda: rank_worker.main(path), folder), folder, dies=dies)
     results = [json.loads(path.with_name(f"{path.name}.{number}").read_text()) for number in range(count)]
     return [[*each, *[None] * (len(jobs) - len(each))] for each in results]
+
+
+def wait_for_all(pids: Sequence[int], folder: Path, *, dies: int | None = None, within: float = 400) -> None:
+    """Wait until the ranks of `start` end; the first that fails ends the others, and its output is shown.
+
+    Args:
+        pids: the ranks' processes.
+        folder: has their output.
+        dies: the rank that must be killed; the exit code of the others must be 0.
+        within: seconds until one more of them must end.
+    """
+    running = {pid: number for number, pid in enumerate(pids)}
+    try:
+        while running:
+            codes = first_ended(running, within)
+            over = {running.pop(pid): code for pid, code in codes.items()}
+            wrong = {n: code for n, code in over.items() if code != (-signal.SIGKILL if n == dies else 0)}
+            hang = [] if over else sorted(running.values())
+            shown = {n: (folder / f"rank-{n}.log").read_text() for n in (*wrong, *hang)}
+            assert over, f"ranks hang: {shown}"
+            assert not wrong, f"exit codes of ranks {wrong}: {shown}"
+    finally:
+        for pid in running:
+            os.kill(pid, signal.SIGKILL)
+            ended(pid)
