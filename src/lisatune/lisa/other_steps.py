@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
 from lisatune.lisa.proof import ProofError
 
@@ -35,18 +36,13 @@ class OtherSteps:
     def __init__(self, optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
         self._optimizer, self._parameters = weakref.ref(optimizer), frozenset(parameters)
         self._count, self._other, self._has_warned = 0, "", False
-        this = weakref.ref(self)  # the hook belongs to torch, and must not keep the model alive
-
-        def see(other: Optimizer, *_: Any) -> None:
-            if (me := this()) is not None:
-                me._saw(other)
-
-        self._hook = register_optimizer_step_post_hook(see)
-        weakref.finalize(self, self._hook.remove)
+        if not _hooks:
+            _hooks.append(register_optimizer_step_post_hook(_tell))
+        _watching.add(self)
 
     def detach(self) -> None:
         """Look no more."""
-        self._hook.remove()
+        _watching.discard(self)
 
     def check(self, steps_done: int) -> None:
         """Raise ProofError if our optimizer has made none of the run's steps, or none of the last ones."""
@@ -75,3 +71,16 @@ class OtherSteps:
             "optimizer that LISA is attached to, so LISA draws no blocks; attach LISA to the one that the "
             "loop trains with (with Trainer: trainer.create_optimizer()), or call detach()"
         )
+
+
+_watching: "weakref.WeakSet[OtherSteps]" = weakref.WeakSet()
+"""Who is told of steps. Weak, because the hook belongs to torch and must not keep models alive."""
+
+_hooks: list[RemovableHandle] = []
+"""One hook for all, which stays: torch's dict of hooks must not change while a step goes through it, and a
+garbage collection may come just then."""
+
+
+def _tell(optimizer: Optimizer, *_: Any) -> None:
+    for each in list(_watching):
+        each._saw(optimizer)

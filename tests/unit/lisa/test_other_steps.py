@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import tiny
 from lisatune import LISA, ProofError
@@ -84,3 +85,23 @@ def test_a_detached_lisa_looks_no_more_and_a_forgotten_one_keeps_nothing_alive(t
     del mine
     gc.collect()
     assert alive() is None
+
+
+def test_a_forgotten_lisa_that_is_collected_during_a_step_does_not_stop_it(tiny_llama: nn.Module) -> None:
+    def forget() -> "weakref.ref[LISA]":
+        model = tiny.llama()
+        return weakref.ref(LISA(model, torch.optim.SGD(model.parameters(), lr=1e-2)))
+
+    gc.collect()
+    gc.disable()
+    try:
+        forgotten = forget()
+        assert forgotten() is not None
+        collects = register_optimizer_step_post_hook(lambda *_: gc.collect())
+        optimizer = torch.optim.SGD(tiny_llama.parameters(), lr=1e-2)
+        with LISA(tiny_llama, optimizer):
+            tiny.fit(tiny_llama, optimizer, 1)
+        collects.remove()
+    finally:
+        gc.enable()
+    assert forgotten() is None
