@@ -104,26 +104,27 @@ def update_together(group: Group, chunks: Sequence[Chunk]) -> None:
         codes = [*codecs.load_tables(True, weight), *codecs.load_tables(False, weight)]
     rows = [_row(*each) for each in chunks]
     beta1, beta2 = group["betas"]
-    _kernel[(triton.cdiv(max(each[0].numel() for each in chunks), SIZE), len(chunks))](
-        step if len(chunks) == 1 else _make_table(rows, weight.device),
-        *rows[0],
-        *codes,
-        float(group["lr"]),
-        float(group["weight_decay"]),
-        float(group["eps"]),
-        BETA1=beta1,
-        BETA2=beta2,
-        LOG_BETA1=math.log(beta1),
-        LOG_BETA2=math.log(beta2),
-        LARGEST=codecs.LARGEST if group["rounding"] == "exact" else codecs.LARGEST_BF16,
-        ROUNDING=group["rounding"] if weight.dtype == NARROW else "none",
-        MOMENTS="8bit" if is_8bit else "bf16" if chunk["exp_avg"].dtype == NARROW else "fp32",
-        NARROW_GRADIENT=gradient.dtype == NARROW,
-        HAS_TABLE=len(chunks) > 1,
-        ROWS=SIZE // codecs.BLOCK,
-        COLUMNS=codecs.BLOCK,
-        enable_fp_fusion=False,  # the compiler fuses other products and sums with a table than without
-    )
+    with torch.accelerator.device_index(weight.device.index):  # Triton launches on the current device
+        _kernel[(triton.cdiv(max(each[0].numel() for each in chunks), SIZE), len(chunks))](
+            step if len(chunks) == 1 else _make_table(rows, weight.device),
+            *rows[0],
+            *codes,
+            float(group["lr"]),
+            float(group["weight_decay"]),
+            float(group["eps"]),
+            BETA1=beta1,
+            BETA2=beta2,
+            LOG_BETA1=math.log(beta1),
+            LOG_BETA2=math.log(beta2),
+            LARGEST=codecs.LARGEST if group["rounding"] == "exact" else codecs.LARGEST_BF16,
+            ROUNDING=group["rounding"] if weight.dtype == NARROW else "none",
+            MOMENTS="8bit" if is_8bit else "bf16" if chunk["exp_avg"].dtype == NARROW else "fp32",
+            NARROW_GRADIENT=gradient.dtype == NARROW,
+            HAS_TABLE=len(chunks) > 1,
+            ROWS=SIZE // codecs.BLOCK,
+            COLUMNS=codecs.BLOCK,
+            enable_fp_fusion=False,  # the compiler fuses other products and sums with a table than without
+        )
 
 
 def _row(

@@ -216,11 +216,11 @@ def fused_adamw(
     steps: Sequence[Tensor],
 ) -> None:
     """Run torch's kernel. Gradient and moments have their weight's dtype; `steps` are counted up already."""
-    lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.device.type != "cpu":
-        lr = lr.to(weights[0].device, non_blocking=True)
     for kind in dict.fromkeys((weight.device, weight.dtype) for weight in weights):
         mine = [i for i, weight in enumerate(weights) if (weight.device, weight.dtype) == kind]
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and lr.device.type != "cpu":
+            lr = lr.to(kind[0], non_blocking=True)
         torch._fused_adamw_(
             [weights[i] for i in mine],
             [gradient for i in mine if (gradient := gradients[i]) is not None],

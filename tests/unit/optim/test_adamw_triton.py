@@ -1,11 +1,14 @@
 """The kernel for GPUs against the chain that it stands for, in Triton's interpreter where there is no GPU."""
 
 import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 import lisatune.optim.state
 from lisatune import AdamW
@@ -173,3 +176,28 @@ def test_updates_in_backward_and_state_in_host_memory_launch_alone(monkeypatch: 
     assert none == []
     for one, other, third in zip(shared, alone, brought, strict=True):
         assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(one, other, third, strict=True))
+
+
+def test_kernel_starts_on_the_card_that_holds_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    current, started = [0], []
+
+    @contextmanager
+    def device_index(index: int | None) -> Iterator[None]:
+        current.append(current[-1] if index is None else index)
+        yield
+        current.pop()
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *_, **__: started.append(current[-1])
+
+    monkeypatch.setattr(torch.accelerator, "device_index", device_index)
+    monkeypatch.setattr(adamw_triton, "_kernel", Kernel())
+    with FakeTensorMode():
+        for card in (1, 0):
+            weight = nn.Parameter(torch.ones(300, device=f"cuda:{card}", dtype=torch.bfloat16))
+            state = {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
+            group = AdamW([weight], rounding="stochastic", moments="bf16").param_groups[0]
+            chunk = weight, weight, state, torch.ones((), device=weight.device), 0, 0
+            adamw_triton.update_together(group, [chunk])
+    assert started == [1, 0]

@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from lisatune import AdamW
+from lisatune.optim.state import fused_adamw
 
 
 @pytest.mark.parametrize(
@@ -31,3 +33,17 @@ def test_half_precision_weights_are_refused() -> None:
     optimizer = AdamW([weight])
     with pytest.raises(ValueError, match=r"got torch\.float16; load the model in one of these"):
         optimizer.step()
+
+
+def test_rate_that_is_a_tensor_goes_to_the_card_of_each_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[torch.device, torch.device]] = []
+
+    def note(weights: list[Tensor], *_: Any, lr: Tensor, **__: Any) -> None:
+        seen.append((weights[0].device, lr.device))
+
+    monkeypatch.setattr(torch, "_fused_adamw_", note)
+    with FakeTensorMode():
+        weights = [nn.Parameter(torch.ones(3, device=f"cuda:{card}")) for card in (0, 1)]
+        group = AdamW(weights, lr=torch.tensor(1e-2, device="cuda:0")).param_groups[0]
+        fused_adamw(group, weights, weights, weights, weights, weights)
+    assert seen == [(torch.device("cuda", card), torch.device("cuda", card)) for card in (0, 1)]
