@@ -101,7 +101,7 @@ def measure_model(job: Job) -> Measured:
             del base
         gc.collect()
     model.to(device)
-    losses = {name: _measure_loss(recipe, model, file, device) for name, file in job["slices"].items()}
+    losses = {name: _measure_loss(recipe, model, name, file, device) for name, file in job["slices"].items()}
     measured["test_loss"] = losses["test"]
     if "general" in losses:
         measured["general_loss"] = losses["general"]
@@ -157,12 +157,13 @@ def _count_changed(base: nn.Module, model: nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in changed), sum(p.numel() * p.element_size() for p in changed)
 
 
-def _measure_loss(recipe: Recipe, model: nn.Module, file: str, device: torch.device) -> float:
+def _measure_loss(recipe: Recipe, model: nn.Module, name: str, file: str, device: torch.device) -> float:
     """Measure the loss per token of a slice. Rows are sorted by length, so that padding is short."""
     tokenizer = load_tokenizer(**recipe.model.tokenizer)
-    records = read_records(file)
-    loss_on = "all" if records.kind == "text" else recipe.data.loss_on
-    data = recipe.data
+    records, data = read_records(file), recipe.data
+    loss_on = "all" if records.kind == "text" else data.loss_on
+    if name == "general" and isinstance(loss_on, tuple):
+        loss_on = "answers"  # it need not have these roles
     examples = tokenize(
         records, tokenizer, max_length=data.max_length, loss_on=loss_on, long=data.long, date=data.date
     )
