@@ -148,6 +148,7 @@ class Stream:
                 self._held_out[index] = self._held_out.get(index, 0) + 1
                 if len(held_out) == most:
                     break
+        self._skipped = self._media = 0  # they are counted where the shards' other records are read
         return held_out
 
     def seek(self, places: Sequence[Mapping[str, int]]) -> Window:
@@ -343,8 +344,9 @@ class Stream:
                     yield number, done, record, kind
             if not num_records and number >= place.shard + len(self.shards):
                 raise ValueError(
-                    f"all records of {plural(len(self.shards), 'shard')} are held out and none is left to "
-                    "train on; lower data.validation_limit, or give data.validation"
+                    f"data.validation_limit={self._data.validation_limit} holds out all records of "
+                    f"{plural(len(self.shards), 'shard')}, and none is left to train on; lower it, or give "
+                    "data.validation"
                 )
 
     def _read(self, index: int) -> Iterator[tuple[Record, str]]:
@@ -392,4 +394,7 @@ class Stream:
         if reader.skipped:
             self._skipped += reader.skipped
             first = reader.first_skipped.replace(path, shard)
-            self._notes.append(f"{plural(reader.skipped, 'record')} skipped, the first is {first}")
+            note = f"{plural(reader.skipped, 'record')} skipped, the first is {first}"
+            if note not in self._said:
+                self._said.add(note)
+                self._notes.append(note)

@@ -211,7 +211,7 @@ def test_the_first_records_are_held_out_of_every_pass(
     stream = open_stream(write_shards(tmp_path / "shards"), hold_out=held_out, window=6)
     left = ALL - {f"0-{record}" for record in range(RECORDS)} - {f"1-{record}" for record in range(3)}
     assert Counter(read(stream, 0, len(left))) == dict.fromkeys(left, 2)
-    with pytest.raises(StreamError, match="all records of 4 shards are held out"):
+    with pytest.raises(StreamError, match="holds out all records of 4 shards, and none is left to train on"):
         open_stream(write_shards(tmp_path / "shards"), hold_out=len(ALL))
 
 
@@ -395,6 +395,25 @@ def test_what_is_left_out_is_counted_through_all_windows(
         again = open_stream(**how, place=middle)
         read(again, 3, 6)
         assert again.places(6)[0] == place
+
+
+def test_what_is_skipped_is_counted_once_where_a_whole_shard_is_held_out(
+    tmp_path: Path, open_stream: Callable[..., Stream]
+) -> None:
+    for shard in range(2):
+        rows = [{"prompt": f"{number} =", "completion": " 4", "image": "a.png"} for number in range(2)]
+        rows.append({"prompt": "no answer"})
+        (tmp_path / f"{shard}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    how = {"train": str(tmp_path / "*.jsonl"), "on_bad_row": "skip", "text_only": True, "window": 1}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        stream = open_stream(**how, hold_out=3)  # the first shard, and one record of the second
+        read(stream, 0, 3)
+    place = stream.places(3)[0]
+    assert place["shard"] > 4
+    assert (place["skipped"], place["media"]) == (place["shard"], 2 * place["shard"])
+    skipped = [str(each.message) for each in caught if "1 record skipped" in str(each.message)]
+    assert len(skipped) == len(set(skipped)) == 2
 
 
 def test_a_field_that_nothing_reads_is_named_once_and_not_for_every_shard(
