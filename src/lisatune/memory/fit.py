@@ -3,6 +3,7 @@
 `find_fit` tries these changes in turn, the ones that cost least first. Each comes on top of the last. The
 loss is not among them, because it never builds all its logits at once.
 
+    no copy of a checkpoint    `save_async: false`, on a CPU: training waits while one is written
     8-bit moments              a quarter of the bytes, and the same losses (docs/results.md)
     bf16 weights               half of the bytes, with updates that are as exact
     smaller micro-batches      the same step in more parts
@@ -44,6 +45,11 @@ Changes = dict[str, Any]
 
 Change = tuple[Changes, str]
 """Overrides that belong together, and the reason for them."""
+
+NO_COPY: Change = (
+    {"run.save_async": False},
+    "a checkpoint is not copied, and training waits while it is written",
+)
 
 EIGHT_BIT: Change = ({"optimizer.moments": "8bit"}, "moments take a quarter of the memory")
 
@@ -293,6 +299,7 @@ def _list_stages(recipe: Recipe, length: int, ranks: int, num_blocks: int) -> It
     """List the changes to try, in the order of the table above."""
     run, others = recipe.run, recipe.method.alternatives(num_blocks)
     coarser = _list_coarser_state(recipe)
+    yield [NO_COPY] if run.save_async and run.device == "cpu" else []  # it is in host memory
     yield [each for each in coarser if each is EIGHT_BIT]
     yield [each for each in coarser if each is BF16]
     halves = (2**power for power in range(1, run.batch_size.bit_length()))

@@ -91,6 +91,14 @@ def test_moments_of_8_bits_are_the_first_change(folder: Path, planned: PlansOnce
     assert find_fit(recipe, eight.needed_bytes).changes == {"optimizer.moments": "8bit"}
 
 
+def test_on_a_cpu_the_copy_of_a_checkpoint_is_the_first_to_go(folder: Path, planned: PlansOnce) -> None:
+    plain = apply_changes(make_recipe(folder), {"run.device": "cpu"})
+    copies = apply_changes(plain, {"run.save_async": True})
+    enough = planned(plain).needed_bytes
+    assert find_fit(copies, enough).changes == {"run.save_async": False}
+    assert find_fit(copies, planned(copies).needed_bytes).changes == {}
+
+
 def test_where_cheaper_ends_would_do_too_a_step_has_fewer_rows_at_a_time(
     folder: Path, planned: PlansOnce
 ) -> None:
