@@ -38,10 +38,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def recipe(model: Path, tmp_path: Path) -> Path:
-    rows = [{"prompt": f"Count to {i}.", "chosen": "1 " * (i % 5 + 1), "rejected": "no"} for i in range(16)]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = tiny_run.write_pairs(tmp_path / "pairs.jsonl", 16)
     more = "method: {active: 2, period: 3}\nloss: {name: dpo}\n"
-    return tiny_run.write_recipe(tmp_path, model, tmp_path / "pairs.jsonl", more)
+    return tiny_run.write_recipe(tmp_path, model, pairs, more)
 
 
 def load(recipe: Path, output: str = "run", *overrides: str, method: str = "lisa") -> Recipe:

@@ -31,6 +31,7 @@ CASES = {
     "rows": ["method.ends=rows", "run.accumulation=2", "run.batch_size=1"],
     "span": ["method.ends=rows:300-420"],
     "sgd": ["optimizer.name=sgd", "optimizer.options={momentum: 0.9}"],
+    "dpo": ["loss.name=dpo", "data.train=pairs"],
     "full": [],
     "lora": [],
     "dora": ["run.precision=bf16"],
@@ -58,6 +59,7 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     rows = tiny_run.write_rows(folder / "rows.jsonl")
+    tiny_run.write_pairs(folder / "pairs.jsonl")
     lisa = tiny_run.write_recipe(folder, folder / "model", rows, plans=True)
     full = folder / "full.yaml"
     full.write_text(lisa.read_text().replace("{active: 2, period: 2}", "{name: full}"))
@@ -74,6 +76,7 @@ def results(recipes: dict[str, Path]) -> dict[str, tuple[Any, list[Any]]]:
     plans, jobs = {}, []
     for name, keys in CASES.items():
         path = recipes.get(name, recipes["lisa"])
+        keys = [key.replace("=pairs", f"={path.parent / 'pairs.jsonl'}") for key in keys]
         plans[name] = plan_memory(load_recipe(path, keys), ranks=2)
         # Windows that the proof keeps, 4 KiB for a parameter, are too much beside weights this small.
         keys = keys if name in ("full", "lora", "dora", "qlora") else [*keys, "method.verify=off"]

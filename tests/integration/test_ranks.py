@@ -47,8 +47,10 @@ class Runs:
         self.recipe = tiny_run.write_recipe(
             folder, self.model, tiny_run.write_rows(folder / "rows.jsonl", 13)
         )
+        pairs = tiny_run.write_pairs(folder / "pairs.jsonl", 13)
+        self.paths = {"data.train=pairs": f"data.train={pairs}"}
         self.untied = tiny_run.write_model(folder / "untied", is_tied=False)
-        self.paths = {"model.name=untied": f"model.name={self.untied}"}
+        self.paths["model.name=untied"] = f"model.name={self.untied}"
 
     def job(self, output: str, *overrides: str, **flags: bool) -> dict[str, Any]:
         keys = [*PLAIN, f"run.output={self.folder / output}", *overrides]
@@ -96,6 +98,7 @@ WAYS = {
     "span": ["method.ends=rows:40-200", "run.accumulation=2"],
     "least": [*LEAST, *IN_BACKWARD, "optimizer.state_device=cpu", "run.sharding=replicate"],
     "new-tokens": ["model.new_tokens=[<call>,<result>]", "method.ends=frozen"],
+    "dpo": ["data.train=pairs", "loss.name=dpo", "run.accumulation=2"],
     "sgd": [*SGD, "optimizer.options={momentum: 0.9}"],
     "compiled": ["run.activation_checkpointing=frozen", "run.compile=true"],
 }
@@ -179,7 +182,7 @@ def test_two_ranks_are_one_rank_on_the_same_global_batch(runs: Runs, two: dict[s
     first, second = runs.metrics(f"one-{name}"), runs.metrics(f"two-{name}")
     assert [line.get("active_blocks") for line in first] == [line.get("active_blocks") for line in second]
     assert [line.get("tokens") for line in first] == [line.get("tokens") for line in second]
-    for key in ("loss", "grad_norm", "held_out_loss"):
+    for key in ("loss", "grad_norm", "held_out_loss", "held_out_accuracy"):
         pairs = [(a[key], b[key]) for a, b in zip(first, second, strict=True) if key in a]
         assert [b for _, b in pairs] == pytest.approx([a for a, _ in pairs], rel=rel)
     before = load_file((runs.untied if UNTIED_ROWS[0] in WAYS[name] else runs.model) / "model.safetensors")

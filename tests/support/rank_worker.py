@@ -28,7 +28,7 @@ import toy_members
 from lisatune import LISA, find_layers, param_groups
 from lisatune.distributed import ranks
 from lisatune.distributed.shards import full_tensor, local_part, shard
-from lisatune.losses.causal_lm import ShardedLoss
+from lisatune.losses.causal_lm import CausalLMLoss
 from lisatune.memory.plan import _batch
 from lisatune.memory.tracker import measure
 from lisatune.methods.optimizers import build_from_groups, build_optimizer
@@ -203,16 +203,16 @@ def compiling_with(backend: str) -> Iterator[None]:
 @contextmanager
 def infinite_loss() -> Iterator[None]:
     """Let the loss of rank 1 be infinite in the second step."""
-    plain, calls = ShardedLoss.__call__, []
+    plain, calls = CausalLMLoss.__call__, []
 
-    def call(self: ShardedLoss, batch: Any) -> Any:
+    def call(self: CausalLMLoss, batch: Any) -> Any:
         loss_sum, count = plain(self, batch)
         if torch.is_grad_enabled():
             calls.append(count)
         is_broken = torch.is_grad_enabled() and len(calls) == 2 and ranks.rank() == 1
         return loss_sum * float("inf") if is_broken else loss_sum, count
 
-    with mock.patch.object(ShardedLoss, "__call__", call):
+    with mock.patch.object(CausalLMLoss, "__call__", call):
         yield
 
 

@@ -51,6 +51,16 @@ def write_rows(path: Path, rows: int = 12, *, bad: tuple[int, ...] = ()) -> Path
     return path
 
 
+def write_pairs(path: Path, pairs: int = 12) -> Path:
+    """Write pairs of answers as .jsonl, for DPO."""
+    rows = [
+        {"prompt": f"Count to {row}.", "chosen": "1 " * (row % 5 + 1), "rejected": "no"}
+        for row in range(pairs)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def write_recipe(folder: Path, model: Path, train: Path, more: str = "", *, plans: bool = False) -> Path:
     """Write recipe.yaml; its run folder is `folder`/run.
 

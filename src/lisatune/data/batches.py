@@ -142,12 +142,16 @@ def shuffle(count: int, name: str) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(int.from_bytes(key, "big")))
 
 
-def my_share(rows: Sequence[TokenRow]) -> Sequence[TokenRow]:
-    """Take this rank's rows of a batch; if there are none, a row without loss, as every rank must compute."""
-    mine = rows[ranks.rank() :: ranks.count()]
-    if mine:
-        return mine
-    ids = rows[0]["input_ids"][:2]
+def my_share(rows: Sequence[TokenRow], rows_per_record: int = 1) -> Sequence[TokenRow]:
+    """Take this rank's records of a batch; if there are none, one without loss: every rank must compute."""
+    records = [rows[first : first + rows_per_record] for first in range(0, len(rows), rows_per_record)]
+    mine = [row for record in records[ranks.rank() :: ranks.count()] for row in record]
+    return mine or [_without_loss(row) for row in records[0]]
+
+
+def _without_loss(row: TokenRow) -> TokenRow:
+    """Make the shortest row that a model can read, without loss and with all that the given row has."""
+    ids = row["input_ids"][:2]
     blank = {"input_ids": ids, "labels": torch.full_like(ids, IGNORE)}
-    blank |= {"source": rows[0]["source"]} if "source" in rows[0] else {}
-    return [blank | ({"seq_lengths": torch.tensor([len(ids)])} if "seq_lengths" in rows[0] else {})]
+    blank |= {name: row[name] for name in LABELS if name in row}
+    return blank | ({"seq_lengths": torch.tensor([len(ids)])} if "seq_lengths" in row else {})

@@ -75,13 +75,17 @@ def held_out_loss(
             num_tokens += int(count)
             more = {name: more.get(name, 0.0) + float(value) for name, value in others.items()}
     reshard(loss_fn.model)
-    total, all_tokens = ranks.sum_over_ranks(total, num_tokens)
+    total, all_tokens, *sums = ranks.sum_over_ranks(total, num_tokens, *more.values())
     num_tokens = int(all_tokens)
     if num_tokens == 0:
         raise ValueError(
             "no token of the held-out data carries loss; give it more rows or a larger max_length"
         )
-    return HeldOut(total / num_tokens, num_tokens, {name: value / num_tokens for name, value in more.items()})
+    return HeldOut(
+        total / num_tokens,
+        num_tokens,
+        {name: value / num_tokens for name, value in zip(more, sums, strict=True)},
+    )
 
 
 def generate_answers(

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from lisatune.distributed.shards import has_values, local_part, reshard
+from lisatune.distributed.shards import has_values, is_sharded, local_part, reshard
 from lisatune.losses.cross_entropy import linear_cross_entropy
 from lisatune.nn.coded import CodedLinear, exact_parameters
 from lisatune.nn.hidden import hidden_states, logits, num_virtual_tokens, unwrap_adapters
 
-__all__ = ["CausalLMLoss", "ShardedLoss", "chunked_cross_entropy", "evaluation_mode"]
+__all__ = ["CausalLMLoss", "chunked_cross_entropy", "evaluation_mode"]
 
 IGNORE = -100
 """Label of a position that carries no loss."""
@@ -144,8 +144,8 @@ class CausalLMLoss:
     position_ids that start again at 0. The auxiliary loss of
     mixture-of-experts routers is not part of this loss.
 
-    For FSDP2, register the method that calls this with `register_fsdp_forward_method`, since the model's own
-    `forward` is bypassed.
+    Of a model that FSDP2 has divided, a call is the forward pass: every rank must make this object, and call
+    it.
 
     Args:
         model: a `transformers` causal language model on its device. It is called twice; without weights (on
@@ -192,6 +192,14 @@ class CausalLMLoss:
                 f"the router's auxiliary loss of {type(model).__name__} is left out of the loss",
                 stacklevel=2,
             )
+        self._divided: Any = None
+        if any(is_sharded(p) for p in model.parameters()):
+            from torch.distributed.fsdp import register_fsdp_forward_method
+
+            reshard(model)
+            self._divided = unwrap_adapters(model)  # whose ends a call makes whole
+            self._divided._sum_token_losses = self._compute_losses
+            register_fsdp_forward_method(self._divided, "_sum_token_losses")
 
     def __call__(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Sum the token losses of a batch.
@@ -218,6 +226,11 @@ class CausalLMLoss:
 
     def _sum_losses(self, batch: Mapping[str, Tensor], *, by_row: bool) -> tuple[Tensor, Tensor]:
         """Sum the token losses of a batch, or of each row, [B]; and count the tokens."""
+        compute = self._compute_losses if self._divided is None else self._divided._sum_token_losses
+        result: tuple[Tensor, Tensor] = compute(batch, by_row=by_row)
+        return result
+
+    def _compute_losses(self, batch: Mapping[str, Tensor], *, by_row: bool) -> tuple[Tensor, Tensor]:
         input_ids_BT, position_ids_BT = batch["input_ids"], batch["position_ids"]
         how: dict[str, Any] = {"chunk_size": self.chunk_size, "by_row": by_row}
         if not self.is_chunked:
@@ -235,7 +248,8 @@ class CausalLMLoss:
         """Prove on some tokens that documents packed into one sequence do not see each other.
 
         Of three documents a, b, c, the logits of c must be the same after a, after b and alone. What rounding
-        may change is measured on c before a, before b and alone: no token sees what follows it.
+        may change is measured on c before a, before b and alone: no token sees what follows it. On several
+        ranks every rank must call it.
 
         Raises:
             ValueError: the documents see each other, as in models without position ids, with recurrent
@@ -260,6 +274,7 @@ class CausalLMLoss:
                 f"{self.model.config._attn_implementation}: packed records would see each other; "
                 "set data.packing: false"
             )
+        reshard(self.model)
 
     def follow(self, model: nn.Module) -> None:
         """From now on compute the loss of `model`, a wrapper that a method has put around the old model.
@@ -301,34 +316,6 @@ class CausalLMLoss:
         embedding = self.model.get_input_embeddings().weight
         ids_BT = torch.arange(16, device=embedding.device).view(2, 8) % embedding.shape[0]
         return ids_BT, torch.arange(8, device=embedding.device).expand(2, -1)
-
-
-class ShardedLoss(CausalLMLoss):
-    """Next-token loss of a sharded model; FSDP2 treats a call as the forward pass.
-
-    Args:
-        model: a sharded model. Every rank must create this object.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        from torch.distributed.fsdp import register_fsdp_forward_method
-
-        super().__init__(model)
-        reshard(model)
-        root: Any = unwrap_adapters(model)  # which was divided, and whose ends a call makes whole
-        self._root = root
-        root._sharded_loss = super().__call__
-        register_fsdp_forward_method(root, "_sharded_loss")
-
-    def check_packing(self) -> None:
-        """Do the check of `CausalLMLoss`; every rank must call it."""
-        super().check_packing()
-        reshard(self.model)
-
-    def __call__(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Sum the token losses of this rank's batch; every rank must call it."""
-        result: tuple[Tensor, Tensor] = self._root._sharded_loss(batch)
-        return result
 
 
 @contextmanager

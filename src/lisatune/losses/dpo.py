@@ -15,11 +15,10 @@ Shapes: P = pairs, B = 2 P rows in the order chosen, rejected, chosen, …, T = 
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from lisatune.losses.causal_lm import CausalLMLoss
+from lisatune.losses.causal_lm import IGNORE, CausalLMLoss
 
 __all__ = ["DPOLoss"]
 
@@ -55,14 +54,18 @@ class DPOLoss(CausalLMLoss):
         return self.evaluate(batch)[:2]
 
     def count(self, batch: Mapping[str, Tensor]) -> int:
-        """Count what a step's loss is the mean over: the pairs."""
-        return len(batch["input_ids"]) // 2
+        """Count what a step's loss is the mean over: the pairs that have labels."""
+        return int(_find_pairs(batch).sum())
 
     def evaluate(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return loss sum and count, and the sums of `accuracy` (1 if the margin is > 0) and `margin`."""
         margins_P = self.margins(batch)
+        is_pair_P = _find_pairs(batch)
+        margins_P = (
+            margins_P * is_pair_P
+        )  # a rank whose share of a batch is empty computes a pair all the same
         more = {"accuracy": (margins_P > 0).sum(), "margin": margins_P.detach().sum()}
-        return -logsigmoid(margins_P).sum(), torch.tensor(len(margins_P), device=margins_P.device), more
+        return -(logsigmoid(margins_P) * is_pair_P).sum(), is_pair_P.sum(), more
 
     def margins(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return m of each pair, float32 [P]."""
@@ -76,3 +79,8 @@ class DPOLoss(CausalLMLoss):
     def log_probs(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return log π of each row's answer, float32 [B]: the sum over the tokens that have a label."""
         return -self._sum_losses(batch, by_row=True)[0]
+
+
+def _find_pairs(batch: Mapping[str, Tensor]) -> Tensor:
+    """Say which pairs of a batch have labels, bool [P]."""
+    return (batch["labels"] != IGNORE).view(len(batch["labels"]) // 2, -1).any(dim=1)

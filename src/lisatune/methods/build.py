@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lisatune.distributed.shards import count_copies
 from lisatune.lisa.correction import find_correction
 from lisatune.lisa.schedule import BlockSchedule
-from lisatune.losses.causal_lm import CausalLMLoss, ShardedLoss
+from lisatune.losses.causal_lm import CausalLMLoss
 from lisatune.losses.dpo import DPOLoss
 from lisatune.methods.step import TrainingStep
 from lisatune.models.load import load_tokenizer, stored_dtype
@@ -110,7 +110,7 @@ def attach(
     model, layers = prepared.model, prepared.layers
     optimizer, state, schedule = attach_method(recipe, model, layers, steps)
     if loss is None:
-        loss = ShardedLoss(model)
+        loss = make_loss(recipe, model)
     else:
         loss.follow(model)
     step = recipe.method.build_step(
@@ -179,11 +179,6 @@ def check_recipe(recipe: Recipe) -> None:
             "vectors know nothing of divided weights; use lisa, full or lora"
         )
     count_copies(recipe.run.sharding, recipe.run.copies)
-    if recipe.loss.name != "causal_lm":
-        raise ValueError(
-            f"loss.name: {recipe.loss.name} runs in one process only yet, because the forward pass of a "
-            "divided model gives next-token losses alone; use causal_lm"
-        )
 
 
 def _set_block_forward(recipe: Recipe, model: nn.Module) -> BlockForward | None:

@@ -235,7 +235,8 @@ def _step(parts: Parts, state: RunState, folder: RunFolder) -> dict[str, Any]:
     started = time.perf_counter()
     batches = [parts.data.batch(state.step * run.accumulation + i) for i in range(run.accumulation)]
     is_mine = parts.data.stream is not None
-    loss = step.backward([parts.collate(batch if is_mine else my_share(batch)) for batch in batches])
+    each = parts.data.rows_per_record
+    loss = step.backward([parts.collate(batch if is_mine else my_share(batch, each)) for batch in batches])
     grad_norm = step.clip()
 
     # Noted before the update, which may draw the next blocks.
@@ -300,7 +301,7 @@ def _held_out(
         for some in parts.data.by_length(held_out, size):
             if asked_to_stop():
                 raise _NoTimeError
-            yield parts.collate(my_share(some))
+            yield parts.collate(my_share(some, parts.data.rows_per_record))
             advance()
 
     step = parts.built.step

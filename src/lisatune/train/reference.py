@@ -12,6 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lisatune.data.batches import my_share
+from lisatune.distributed import ranks
+from lisatune.distributed.shards import reshard
 from lisatune.files.disk import sha256_of, write_aside
 from lisatune.losses.causal_lm import evaluation_mode
 from lisatune.losses.dpo import DPOLoss
@@ -47,8 +50,12 @@ def attach_reference(parts: Parts, folder: Path, hash_before: str | None, bar: B
         return ""
     if hash_before is None:
         log_probs = _compute(parts, loss, bar)
-        with write_aside(folder) as aside:
-            save_file({NAME: log_probs}, aside / FILE)
+
+        def write() -> None:
+            with write_aside(folder) as aside:
+                save_file({NAME: log_probs}, aside / FILE)
+
+        ranks.on_rank0(write)
     now = ""
     with suppress(OSError):
         now = sha256_of(file)
@@ -66,15 +73,16 @@ def _compute(parts: Parts, loss: DPOLoss, bar: Bar) -> Tensor:
     """Compute the log-probability of every row of the run, float32 [rows] on the CPU."""
     data, size, step = parts.data, parts.recipe.run.batch_size, parts.built.step
     num_rows = len(data.train.rows) + len(data.validation.rows)
-    log_probs = torch.full((num_rows,), math.nan)
+    log_probs = torch.zeros(num_rows)
     with (
         evaluation_mode(step.model),
         torch.autocast(parts.device.type, dtype=step.autocast, enabled=step.autocast is not None),
         bar.follow("reference", math.ceil(num_rows / (2 * size))) as advance,
     ):
         for some in chain(data.by_length(data.train, size), data.by_length(data.validation, size)):
-            batch = parts.collate(some)
+            batch = parts.collate(my_share(some, data.rows_per_record))
             found = loss.log_probs({name: each.to(parts.device) for name, each in batch.items()})
-            log_probs[batch["number"]] = found.float().cpu()
+            log_probs[batch["number"]] = found.float().cpu()  # zeros for a row without loss
             advance()
-    return log_probs
+    reshard(step.model)
+    return torch.tensor(ranks.sum_over_ranks(*log_probs.tolist()))

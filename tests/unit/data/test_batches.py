@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import tensor
 
-from lisatune.data.batches import Order, collate
+from lisatune.data.batches import IGNORE, Order, collate, my_share
+from lisatune.distributed import ranks
 
 
 def test_collate_pads_on_the_right_without_loss() -> None:
@@ -28,6 +29,24 @@ def test_positions_of_packed_rows_restart_at_each_document_and_each_padding_toke
         {"input_ids": torch.ones(7), "labels": torch.ones(7), "seq_lengths": tensor([7])},
     ]
     assert collate(rows)["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 0], [0, 1, 2, 3, 4, 5, 6]]
+
+
+@pytest.mark.parametrize("rows_per_record", [1, 2])
+def test_ranks_share_whole_records_and_an_empty_share_has_no_loss(
+    monkeypatch: pytest.MonkeyPatch, rows_per_record: int
+) -> None:
+    rows = [
+        {"input_ids": tensor([i, i, i]), "labels": tensor([i, i, i]), "number": tensor([i])}
+        for i in range(3 * rows_per_record)
+    ]
+    monkeypatch.setattr(ranks, "count", lambda: 4)
+    shares = []
+    for rank in range(4):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        shares.append(collate(my_share(rows, rows_per_record)))
+    numbers = [share["number"].tolist() for share in shares]
+    assert numbers == [[*range(i, i + rows_per_record)] for i in (0, rows_per_record, 2 * rows_per_record, 0)]
+    assert [bool((share["labels"] == IGNORE).all()) for share in shares] == [False, False, False, True]
 
 
 @settings(max_examples=50, deadline=None)
