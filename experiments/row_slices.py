@@ -1,6 +1,6 @@
 """Train a slice of the rows of every matrix, in place of blocks: every block learns in each step.
 
-python experiments/row_slices.py [section.key=value …] [--seeds 0 1 2] [--arms …] [--general FILE] [--smoke]
+python experiments/row_slices.py [section.key=value …] [--seeds 0 1 2] [--arms …] [--lr 1e-4 …] [--smoke]
 
 With S slices, slice i of a matrix W [out, in] is its rows from i·out/S to (i + 1)·out/S. One slice of every
 matrix of every block trains in a period, with norms and biases as part of slice 0, and LISA draws it as it
@@ -12,9 +12,9 @@ y = x Wᵀ and the active rows a to b, backward computes
 so gradients and optimizer state are those of 1/S of the blocks, as with γ = N/S. What is not saved: backward
 goes through all blocks, and keeps the input of every matrix.
 
-Model and held-out slices are those of gap.yaml; the learning rate is 1e-4, and a slice's 1e-4·√S. Each run
-appends its figures and the memory of a step as a line to FOLDER/runs.jsonl, and a run with a line is not
-repeated.
+Model and held-out slices are those of gap.yaml; the learning rate is 1e-4 by default, and a slice's √S times
+as large. Each run appends its figures and the memory of a step as a line to FOLDER/runs.jsonl, and a run with
+a line is not repeated.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import shutil
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,6 @@ from lisatune.nn.units import UnitMap
 from lisatune.recipe import Recipe
 from lisatune.train.loop import train
 
-LR = 1e-4
 PERIOD = 5
 ARMS: dict[str, dict[str, Any]] = {
     "1/15 of the rows with frozen ends": {"slices": 15, "ends": "frozen"},
@@ -194,18 +193,23 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--general", help="text to measure forgetting on")
+    parser.add_argument("--lr", nargs="+", type=float, default=[1e-4])
     parser.add_argument("--tokens", type=int, default=100_000, help="length of a run")
     parser.add_argument("--folder", type=Path, default=Path("runs/row-slices"))
     parser.add_argument("--smoke", action="store_true", help="a few steps of one arm, to see that it runs")
-    args = parser.parse_args()
+    parser.add_argument("--list-arms", action="store_true", help="print the names of the arms")
+    args = parser.parse_intermixed_args()
+    if args.list_arms:
+        print("\n".join(ARMS))
+        return
     budget = {"tokens": args.tokens}
     if args.smoke:
-        args.arms, args.seeds, budget = [next(iter(ARMS))], [0], {"steps": PERIOD + 1}
+        args.arms, args.seeds, args.lr, budget = args.arms[:1], [0], args.lr[:1], {"steps": PERIOD + 1}
         args.folder = args.folder.with_name(args.folder.name + "-smoke")
         args.overrides += ["data.max_length=64", "data.limit=64", "data.validation_limit=16"]
 
     gap = Path(__file__).with_name("gap.yaml")
-    comparison = read_comparison(gap, [*args.overrides, f"optimizer.lr={LR}"], general=args.general)
+    comparison = read_comparison(gap, args.overrides, general=args.general)
     asked, slices = args.folder / "recipe.yaml", args.folder / "data"
     text = yaml.dump(comparison.recipe.as_dict())
     if not asked.exists():
@@ -216,15 +220,15 @@ def main() -> None:
     recipe = replace(comparison.recipe, data=use_slices(comparison.recipe.data, slices))
     figures, lengths = args.folder / "runs.jsonl", Lengths(recipe, budget)
     lines = figures.read_text(encoding="utf-8").splitlines() if figures.exists() else []
-    done = {(line["arm"], line["seed"], line["tokens"]) for line in map(json.loads, lines)}
-    for seed in args.seeds:
+    done = {(line["arm"], line["lr"], line["seed"], line["tokens"]) for line in map(json.loads, lines)}
+    for seed, arm, lr in product(args.seeds, args.arms, args.lr):
         totals = lengths.count_tokens(seed)
-        for arm in args.arms:
-            if (arm, seed, totals[-1]) not in done:
-                line = {"arm": arm, "lr": LR, "seed": seed} | run(recipe, arm, seed, len(totals), args.folder)
-                with figures.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
-                print(json.dumps(line))
+        if (arm, lr, seed, totals[-1]) not in done:
+            rated = replace(recipe, optimizer=replace(recipe.optimizer, lr=lr))
+            line = {"arm": arm, "lr": lr, "seed": seed} | run(rated, arm, seed, len(totals), args.folder)
+            with figures.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            print(json.dumps(line))
 
 
 def run(recipe: Recipe, arm: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:

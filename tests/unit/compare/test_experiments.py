@@ -2,9 +2,13 @@
 
 import copy
 import json
+import os
 import runpy
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +47,91 @@ def test_smoke_asks_one_question_of_each_task() -> None:
     make_arguments = runpy.run_path(str(EXPERIMENTS / "compare.py"))["make_arguments"]
     tasks = "arc_easy:limit=1,winogrande:limit=1,mmlu:limit=1,agieval:limit=1"
     assert make_arguments(["benchmarks", "--smoke"])[-2:] == ["--evaluate", tasks]
+
+
+def test_rates_are_widened_beyond_the_best_one_and_others_stay(tmp_path: Path) -> None:
+    script = runpy.run_path(str(EXPERIMENTS / "compare.py"))
+    assert script["widen"]([1e-4, 3e-4, 1e-3], 1e-3) == [1e-4, 3e-4, 1e-3, pytest.approx(1e-2 / 3, rel=1e-2)]
+    assert script["widen"]([1e-4, 2e-4], 1e-4) == [5e-5, 1e-4, 2e-4]
+    ground = EXPERIMENTS / "ground.yaml"
+    other = script["set_rates"](ground, {"LoRA r=16": [2e-3]}, tmp_path / "ground.yaml")
+    before, after = ({arm.name: arm for arm in read_comparison(each).arms} for each in (ground, other))
+    assert after["LoRA r=16"].lrs == (2e-3,)
+    assert after.keys() == before.keys()
+    assert all(after[name] == before[name] for name in before if name != "LoRA r=16")
+
+
+def test_every_cell_of_learning_sh_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, out, calls = tmp_path / "data", tmp_path / "out", tmp_path / "calls"
+    data.mkdir()
+    for name in ("math", "code", "gsm8k", "alpaca", "dolly"):
+        for file in (f"{name}.jsonl", f"{name}-val.jsonl", "general.jsonl"):
+            (data / file).touch()
+    arms = {
+        path.stem: [arm.name for arm in read_comparison(path).arms]
+        for path in sorted(EXPERIMENTS.glob("*.yaml"))
+    }
+    stub = tmp_path / "python"
+    stub.write_text(
+        f"""#!{sys.executable} -S
+import json, sys
+arms = {json.dumps(arms)}
+if "--list-arms" in sys.argv:
+    print(*arms.get(sys.argv[2], ["some rows"])[:2], sep="\\n")
+else:
+    with open({str(calls)!r}, "a") as file:
+        file.write(json.dumps(sys.argv[1:]) + "\\n")
+"""
+    )
+    stub.chmod(0o755)
+    for smoke in ("", "1"):
+        done = subprocess.run(
+            [EXPERIMENTS / "learning.sh", data, out],
+            env=os.environ | {"PYTHON": str(stub), "JOBS": "1", "SMOKE": smoke},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.count("ended with 0") >= 30
+
+    begun: list[Any] = []
+
+    def begin(comparison: Any, *_: Any, **__: Any) -> None:
+        begun.append(comparison)
+        raise ValueError("begun")
+
+    monkeypatch.setattr("lisatune.compare.stages.compare", begin)
+    monkeypatch.setattr("lisatune.compare.read_results", lambda folder: {"arms": []})
+    run = runpy.run_path(str(EXPERIMENTS / "compare.py"))["run"]
+    given = [json.loads(line) for line in calls.read_text().splitlines()]
+    assert sum(path.endswith("row_slices.py") for path, *_ in given) == 4
+    for path, *arguments in given:
+        if path.endswith("compare.py"):
+            if "--rates-of" in arguments:
+                found = Path(arguments[arguments.index("--rates-of") + 1])
+                assert found.is_relative_to(out)
+                found.mkdir(parents=True, exist_ok=True)
+                (found / "results.json").touch()
+            assert run(arguments) == 2
+            assert [arm.name for arm in begun[-1].arms] == [arguments[arguments.index("--methods") + 1]]
+            assert ("--smoke" in arguments) == (begun[-1].budget == {"steps": 2})
+    assert len(begun) == len(given) - 4
+
+
+def test_the_chosen_runs_of_a_comparison_become_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = {"arm": "full", "lr": 1e-4, "seed": 0, "tokens": 9, "validation_loss": 2.0, "test_loss": 1.5}
+    run |= {"general_loss": 3.0, "trainable": 7, "train_seconds": 1.0, "chosen": True}
+    arm = {"name": "full", "overrides": ["method.name=full"], "memory": {"peak_bytes": 5}}
+    results = {"runs": [run | {"lr": 3e-4, "chosen": False}, run], "arms": [arm]}
+    monkeypatch.setattr("lisatune.compare.read_results", lambda folder: results)
+    gather = runpy.run_path(str(EXPERIMENTS / "gather.py"))["gather"]
+    kept = json.loads((EXPERIMENTS / "runs.jsonl").read_text().splitlines()[0])
+    (line,) = gather("math", tmp_path)
+    assert list(line) == list(kept)
+    assert (line["data"], line["lr"], line["step_peak_bytes"]) == ("math", 1e-4, 5)
 
 
 def test_rows_are_asked_as_the_benchmarks_ask() -> None:
