@@ -50,6 +50,15 @@ ARMS = {
     "QLISA int8 γ=8, frozen ends": f"method.active=8 method.ends=frozen method.frozen_weights=int8 {SMALL}",
     "QLISA NF4 γ=2, frozen ends": f"method.active=2 method.ends=frozen method.frozen_weights=nf4 {SMALL}",
     "QLISA NF4 γ=8, frozen ends": f"method.active=8 method.ends=frozen method.frozen_weights=nf4 {SMALL}",
+    "LISA γ=2 + adapters r=8, 8-bit, frozen ends": (
+        f"method.active=2 method.ends=frozen method.correction=lora {SMALL}"
+    ),
+    "LISA γ=2 + adapters r=8 above, 8-bit, frozen ends": (
+        f"method.active=2 method.ends=frozen method.correction=lora method.correction_blocks=above {SMALL}"
+    ),
+    "LISA γ=2 + sign, 8-bit, frozen ends": (
+        f"method.active=2 method.ends=frozen method.correction=sign optimizer.max_grad_norm=null {SMALL}"
+    ),
     "QLoRA r=16": "method.name=qlora method.rank=16",
     "full, 8-bit": f"method.name=full {SMALL}",
     "full": "method.name=full",

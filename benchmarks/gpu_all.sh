@@ -1,20 +1,23 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, section by section, into one file: OUT/gpu_all.json. Under 9 minutes on an H200.
+# Everything that needs a GPU, section by section, into one file: OUT/gpu_all.json. Limits add up to 14 minutes.
 #
 #   benchmarks/gpu_all.sh [OUT]                        OUT: default $OUT, else ./gpu-out
 #   benchmarks/gpu_all.sh --only plans OUT             one section
 #   benchmarks/gpu_all.sh --fresh OUT                  again, also what is complete
 #   benchmarks/gpu_all.sh --device cpu --tiny OUT      does every section run? Before a GPU's minute is spent
+#   DATA=FOLDER benchmarks/gpu_all.sh OUT              also the section `ground`: FOLDER as in experiments/learning.sh
 #
 # Started again, it skips the sections that are complete. A section that fails or takes too long is written
 # down with the end of its output, and the next one runs; the script then ends with 1. COMMIT names the commit
-# where there is no repository. Without bitsandbytes what needs it is left out.
+# where there is no repository. Without bitsandbytes what needs it is left out. `ground` has the first cells of
+# experiments/learning.sh, continues with them when it is started again, and leaves them in OUT/learning.
 #
 # To add a section: one call of `section NAME SECONDS COMMAND…` at the end of this file. In COMMAND, @JSON
 # stands for a file whose JSON is kept with the section; what --tiny makes smaller is set above the sections.
-# Keep the sum of SECONDS at 540 or below.
+# Keep the sum of SECONDS at 840 or below.
 
 set -uo pipefail
+[ -z "${DATA:-}" ] || DATA=$(cd "$DATA" && pwd) || exit 2
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 [ -x .venv/bin/python ] && [ -z "${PYTHON:-}" ] && python=.venv/bin/python
@@ -39,7 +42,7 @@ results=$out/gpu_all.json
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export PYTHONPATH=$PWD/src${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 LISATUNE_TEST_DEVICE=$device
-export COMMIT=${COMMIT:-$(git rev-parse HEAD 2>/dev/null || echo unknown)}
+export DATA=${DATA:-} COMMIT=${COMMIT:-$(git rev-parse HEAD 2>/dev/null || echo unknown)}
 failed=0 seen=0
 
 # record NAME: is that section complete, for this commit?
@@ -108,11 +111,13 @@ if "$python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("bitsandb
 else
   methods='not qlora'
 fi
+corrected='LoRA r=16;LISA γ=2 + adapters r=8, 8-bit, frozen ends;LISA γ=2 + adapters r=8 above, 8-bit, frozen ends;LISA γ=2 + sign, 8-bit, frozen ends'
+cells=(ground-math/{full,LoRA\ r=64,LoRA\ r=16,LISA\ γ={20,8}\ with\ frozen\ ends} correction-math/γ=8\ +\ r={8,32}\ with\ frozen\ ends)
 few='LoRA r=16;LISA γ=2, frozen ends'
 [ -z "$qlisa" ] || few="$few;LISA γ=8, 8-bit;full, 8-bit"
 shape=llama-3.1-8b length=2048 steps=20 batch=4 rank=16 blocks=32
 if [ -n "$tiny" ]; then
-  arms='LISA γ=2' qlisa=${qlisa:+QLISA NF4 γ=2, frozen ends} methods='bit_equal and ends' shape=smollm2-135m length=16 steps=2 few='LISA γ=2, frozen ends' batch=2 rank=1 blocks=1
+  arms='LISA γ=2' qlisa=${qlisa:+QLISA NF4 γ=2, frozen ends} methods='bit_equal and ends' shape=smollm2-135m length=16 steps=2 few='LISA γ=2, frozen ends' batch=2 rank=1 blocks=1 corrected=${corrected##*;} cells=(ground-math/full)
 fi
 
 section gpu-tests 75 "${pytest[@]}" tests/gpu tests/unit/optim/test_adamw_triton.py
@@ -124,12 +129,20 @@ section plans 45 "$python" benchmarks/gpu.py --device "$device" --shape smollm2-
   --length "$length" --steps "$steps" --checkpointing all --arms "$qlisa" --output @JSON
 section steps-8b 105 "$python" benchmarks/gpu.py --device "$device" --shape "$shape" --length "$length" \
   --steps "$steps" --arms "$arms" --output @JSON
+[ -z "$qlisa" ] || section corrections-8b 60 "$python" benchmarks/gpu.py --device "$device" --shape "$shape" \
+  --length "$length" --steps "$steps" --arms "$corrected" --output @JSON
 section compiled-8b 50 "$python" benchmarks/gpu.py --device "$device" --shape "$shape" --length "$length" \
   --steps "$steps" --compile --arms "$few" --output @JSON
 section batch-4-8b 50 "$python" benchmarks/gpu.py --device "$device" --shape "$shape" --length "$length" --batch "$batch" \
   --checkpointing all --steps "$((steps / 2))" --arms "$few" --output @JSON
 section compiled-batch-4-8b 50 "$python" benchmarks/gpu.py --device "$device" --shape "$shape" --length "$length" \
   --batch "$batch" --checkpointing all --steps "$((steps / 2))" --compile --arms "$few" --output @JSON
+
+[ -z "${DATA:-}" ] || section ground 240 bash -c '
+  PYTHON=$0 DEVICE=$2 SMOKE=$3 LIMIT=220 experiments/learning.sh "$DATA" "$1" "${@:5}"
+  code=$?
+  "$0" experiments/gather.py --json math "$1" >"$4" && exit "$code"
+' "$python" "$out/learning" "$device" "$tiny" @JSON "${cells[@]}"
 
 [ "$seen" -gt 0 ] || { echo "gpu_all.sh: no section $only" >&2; exit 2; }
 exit "$failed"

@@ -11,11 +11,13 @@ from pathlib import Path
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_all.sh"
 
 
-def run(out: Path, *options: str, python: str = sys.executable) -> tuple[int, list[str]]:
+def run(
+    out: Path, *options: str, python: str = sys.executable, data: Path | str = ""
+) -> tuple[int, list[str]]:
     """The exit code, and the lines of stdout and stderr."""
     done = subprocess.run(
         ["bash", str(SCRIPT), "--device", "cpu", "--tiny", *options, str(out)],
-        env=os.environ | {"PYTHON": python, "COMMIT": "abc"},
+        env=os.environ | {"PYTHON": python, "COMMIT": "abc", "DATA": str(data)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -39,12 +41,16 @@ def test_a_section_that_fails_is_written_down_and_the_next_one_runs(tmp_path: Pa
     stub.write_text(f"""#!/bin/bash
 case "$1 $2" in
   "-m pytest") echo broken; exit 3 ;;
+  "experiments/compare.py ground") [ "$3" != --list-arms ] && echo "$*" >>{tmp_path}/cells || echo full ;;
+  experiments/gather.py*) echo '["gathered"]' ;;
   benchmarks/*) echo '{{"arms": 1}}' >"${{!#}}" ;;
   *) exec {sys.executable} "$@" ;;
 esac
 """)
     stub.chmod(stub.stat().st_mode | stat.S_IXUSR)
-    code, _ = run(tmp_path, python=str(stub))
+    for name in ("math.jsonl", "math-val.jsonl", "general.jsonl"):
+        (tmp_path / name).touch()
+    code, _ = run(tmp_path, python=str(stub), data=tmp_path)
     sections = json.loads((tmp_path / "gpu_all.json").read_text())["sections"]
     assert code == 1
     assert {name: each["status"] for name, each in sections.items()} == {
@@ -54,12 +60,16 @@ esac
         "plans": "complete",
         "qlisa-8b": "complete",
         "steps-8b": "complete",
+        "corrections-8b": "complete",
         "compiled-8b": "complete",
         "batch-4-8b": "complete",
         "compiled-batch-4-8b": "complete",
+        "ground": "complete",
     }
     assert sections["gpu-tests"]["log"] == ["broken"]
     assert sections["plans"]["figures"] == {"arms": 1}
+    assert sections["ground"]["figures"] == ["gathered"]
+    assert "--methods full" in (tmp_path / "cells").read_text()
 
 
 def test_a_section_that_does_not_exist_is_named(tmp_path: Path) -> None:
