@@ -23,7 +23,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 [ -x "$python" ] || python=python3
 jobs=${JOBS:-8} device=${DEVICE:-cuda} seeds=${SEEDS:-1} ends=$(($(date +%s) + ${LIMIT:-540}))
-export PYTHONPATH=$PWD/src${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=2
+export PYTHONPATH=$PWD/src${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 
 short="data.max_length=512 data.packing=true data.validation_limit=160 run.batch_size=1 run.precision=bf16"
 rows="data.max_length=512 data.packing=true data.validation_limit=160"
