@@ -3,10 +3,11 @@
 import dataclasses
 import datetime
 import json
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lisatune.distributed import ranks
 from lisatune.recipe import Recipe
@@ -80,6 +81,8 @@ def choose_start(output: Path) -> tuple[bool, bool]:
 def read_finished(output: Path, recipe: Mapping[str, Any]) -> Summary | None:
     """Read the summary of a finished run; None if it is not finished, or if the recipe makes it longer.
 
+    Warns of tasks that would be asked after training.
+
     Args:
         output: the run folder.
         recipe: `Recipe.as_dict()`; only its `run.steps`, `run.epochs` and `run.stop_after` are compared.
@@ -91,7 +94,7 @@ def read_finished(output: Path, recipe: Mapping[str, Any]) -> Summary | None:
     try:
         before = yaml.load((output / "recipe.yaml").read_text(encoding="utf-8"))["run"]
         values = json.loads((output / "summary.json").read_text(encoding="utf-8"))
-        summary: Any = {key: value for key, value in values.items() if value is not None}
+        summary = cast("Summary", {key: value for key, value in values.items() if value is not None})
     except (
         ValueError,
         LookupError,
@@ -100,4 +103,12 @@ def read_finished(output: Path, recipe: Mapping[str, Any]) -> Summary | None:
     ):  # damaged, so it is resumed from its newest checkpoint
         return None
     is_as_long = all(before.get(key) == recipe["run"][key] for key in ("steps", "epochs", "stop_after"))
-    return summary if is_as_long else None
+    if not is_as_long:
+        return None
+    if (tasks := recipe["run"]["evaluate"]) and "scores" not in summary:
+        warnings.warn(
+            f"the run in {output} had ended, so run.evaluate={tasks} is not asked; use `lisatune evaluate "
+            f"{output} --tasks {tasks}`",
+            stacklevel=3,
+        )
+    return summary

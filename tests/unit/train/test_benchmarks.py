@@ -81,3 +81,13 @@ def test_errors_are_averaged_over_seeds_because_all_answer_the_same_questions() 
     mean = mean_gains([run(0.5, 0.01), run(0.52, 0.03), {}])["arc_easy"]
     assert gain_text(mean) == "51.0 ± 3.5 (+2.0 ± 2.0)"
     assert mean_gains([]) == {}
+
+
+def test_a_run_that_had_ended_says_that_its_tasks_are_not_asked(recipe: Path, data: Path) -> None:
+    pytest.importorskip("lm_eval")
+    train(load_recipe(recipe))
+    overrides = ["run.evaluate=arc_easy", f"run.evaluate_data={data}"]
+    with pytest.warns(
+        UserWarning, match="had ended, so run.evaluate=arc_easy is not asked; use `lisatune eval"
+    ):
+        train(load_recipe(recipe, overrides), resume=True)
