@@ -375,12 +375,17 @@ class Stream:
             except StreamError:
                 raise
             except (OSError, ValueError) as error:
-                problem = first_line(error).replace(path, shard) if path else first_line(error)
+                inner = getattr(error, "reason", None)  # of urllib's URLError
+                problem = first_line(inner if isinstance(inner, Exception) else error)
+                problem = problem.replace(path, shard) if path else problem
                 if not is_worth_another_try(error):
                     raise StreamError(problem) from error
                 if wait is None or is_gone(error):
                     often = "" if wait is not None else f" after {len(WAITS) + 1} tries"
-                    raise StreamError(f"cannot read the shard {shard}{often} ({problem})") from error
+                    raise StreamError(
+                        f"cannot read the shard {shard}{often} ({problem}); check its name and the "
+                        "connection, then give the same command, with --resume if the run had begun"
+                    ) from error
             if self._stop.wait(wait):
                 raise StreamError("the run is over")
 

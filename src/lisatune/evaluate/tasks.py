@@ -114,6 +114,10 @@ def split_tasks(text: str) -> dict[str, int | None]:
     last = None
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, limits, limit = part.partition(":limit=")
+        if "=" in name:
+            raise ValueError(
+                f"{part!r} sets something else than a limit; write {name.split(':')[0]}:limit=200"
+            )
         if not name.isprintable() or not name:
             raise ValueError(f"{part!r} names no task; known: {', '.join(PRESETS)}, lm:NAME")
         if limits and (not limit.isdecimal() or int(limit) < 1):
@@ -164,7 +168,9 @@ def open_tasks(
         if data is not None:
             folder = Path(data).expanduser()
             if not folder.is_dir():
-                raise FileNotFoundError(f"there is no folder {data}; --data needs one with a folder per task")
+                raise FileNotFoundError(
+                    f"there is no folder {data} of questions; give one with a folder per task"
+                )
         where = Path(stack.enter_context(TemporaryDirectory(prefix="lisatune-tasks-")))
         with no_trace():
             opened = [_open_task(name, shots, folder, where / f"{i}") for i, name in enumerate(limits)]
@@ -276,7 +282,7 @@ def _all_tasks() -> Any:
 
 def _check_known(manager: Any, target: str) -> None:
     if target not in manager.all_tasks:
-        near = difflib.get_close_matches(target, [*PRESETS, *manager.all_tasks], n=4)
+        near = difflib.get_close_matches(target, dict.fromkeys([*PRESETS, *manager.all_tasks]), n=4)
         hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise ValueError(
             f"unknown task {target!r}.{hint} Presets: {', '.join(PRESETS)}; `lm-eval ls tasks` lists the rest"
@@ -291,7 +297,7 @@ def _load(manager: Any, name: str, target: str) -> Any:
     except (ConnectionError, FileNotFoundError) as error:
         raise FileNotFoundError(
             f"the questions of task {name} are not on this machine ({first_line(error)}); connect to the "
-            "hub, or give --data FOLDER"
+            "hub, or give a folder of questions (--data, in a recipe run.evaluate_data)"
         ) from error
     except Exception as error:  # definitions are code and can raise anything
         raise ValueError(f"the harness cannot open task {name}: {first_line(error)}") from error

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lisatune.files import yaml
 from lisatune.models.hf import explain_load_errors
-from lisatune.models.locate import find_snapshot, is_adapter, locate
+from lisatune.models.locate import BOTTLENECKS, find_snapshot, is_adapter, locate
 from lisatune.models.stored import Stored, list_stored
 from lisatune.recipe import Recipe
 from lisatune.runs.card import rewrite_card
@@ -48,8 +48,13 @@ class Source:
         """Refuse a folder of adapters.
 
         Raises:
-            ValueError: it is one; the message ends with `why`.
+            ValueError: it is one; the message ends with `why`, if its adapters are PEFT's.
         """
+        if is_adapter(str(self.model)) and (self.model / BOTTLENECKS).is_file():
+            raise ValueError(
+                f"{self.model} holds bottleneck adapters, which are no change of weights and cannot be "
+                "merged into them; copy the folder"
+            )
         if is_adapter(str(self.model)):
             raise ValueError(f"{self.model} holds adapters, not a model: {why}")
 

@@ -219,7 +219,7 @@ def warn_of_untrained_blocks(
         warnings.warn(
             f"{len(never)} of {len(visits)} {word}s will never train in {total_steps} steps with "
             f"period={period}: {', '.join(map(str, never))}; "
-            f"lower `period` (or 'auto'), raise `active`, or train longer",
+            "train longer, draw more often, or let more train at a time",
             stacklevel=3,
         )
 

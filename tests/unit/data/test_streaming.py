@@ -416,6 +416,12 @@ def test_what_is_skipped_is_counted_once_where_a_whole_shard_is_held_out(
     assert len(skipped) == len(set(skipped)) == 2
 
 
+def test_a_server_that_is_not_there_is_named_with_what_to_do(open_stream: Callable[..., Stream]) -> None:
+    says = r"x\.jsonl after 4 tries \(\[Errno \d+\] Connection refused\); check its name and the connection"
+    with pytest.raises(StreamError, match=says):
+        open_stream("http://127.0.0.1:9/x.jsonl")
+
+
 def test_a_field_that_nothing_reads_is_named_once_and_not_for_every_shard(
     tmp_path: Path, open_stream: Callable[..., Stream]
 ) -> None:

@@ -105,7 +105,8 @@ def test_an_unknown_task_is_refused_with_the_nearest_names(monkeypatch: pytest.M
     stock = Path(tasks.import_harness().__file__).parent / "tasks"
     monkeypatch.setattr(tasks, "_all_tasks", lambda: tasks._manager([stock / "winogrande", stock / "gsm8k"]))
     with pytest.raises(
-        ValueError, match=r"unknown task 'winogrand'. Did you mean 'winogrande'.*Presets: mmlu"
+        ValueError,
+        match=r"unknown task 'winogrand'. Did you mean 'winogrande'(?! or 'winogrande'\b).*Presets: mmlu",
     ):
         open_tasks(["winogrand"]).__enter__()
 
@@ -155,6 +156,8 @@ def test_names_are_split_and_a_limit_at_the_end_counts_for_all_without_their_own
     for text in (":limit=5", "mm\nlu"):
         with pytest.raises(ValueError, match="names no task"):
             split_tasks(text)
+    with pytest.raises(ValueError, match=r"'mmlu:limt=5' sets .* write mmlu:limit=200"):
+        split_tasks("mmlu:limt=5")
     with pytest.raises(ValueError, match="name mmlu twice"):
         split_tasks("mmlu,mmlu")
     with pytest.raises(ValueError, match=r"limit of 'mmlu:limit=0.5' must be a number >= 1"):

@@ -158,6 +158,11 @@ def test_what_is_no_model_is_refused(base: Path, tuned: Path, tmp_path: Path) ->
     (tmp_path / "adapters" / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="holds adapters, not a model: they are the difference already"):
         write_delta(open_source(str(tmp_path / "adapters"), str(base)), tmp_path / "delta")
+    (tmp_path / "adapters" / "bottleneck.json").write_text("{}")
+    with pytest.raises(
+        ValueError, match=r"holds bottleneck adapters, .* cannot be merged .*; copy the folder"
+    ):
+        write_delta(open_source(str(tmp_path / "adapters"), str(base)), tmp_path / "delta")
     with pytest.raises(ValueError, match="does not say which model it began with; give it with --base"):
         write_delta(open_source(str(tuned)), tmp_path / "delta")
     with pytest.raises(FileNotFoundError, match=r"holds no delta: it has no delta\.json"):
