@@ -50,8 +50,8 @@ def list_shards(source: str, split: str = "train") -> list[str]:
     """List the shards that a source names, in a fixed order.
 
     Args:
-        source: a file, a glob such as `data/*.jsonl.gz`, a folder, an address, also with numbers such as
-            `https://host/part-{000..127}.jsonl.gz`, or a hub id, also as `id:config`.
+        source: a file, a glob such as `data/*.jsonl.gz`, a folder, an address, or a hub id, also as
+            `id:config`. Files and addresses may have numbers, such as `part-{000..127}.jsonl.gz`.
         split: split of a hub data set.
 
     Raises:
@@ -60,6 +60,12 @@ def list_shards(source: str, split: str = "train") -> list[str]:
     """
     if source.startswith(("http://", "https://")):
         shards = _count_up(source)
+    elif RANGE.search(source):
+        shards = _count_up(expand_home(source))
+        if missing := next((shard for shard in shards if not Path(shard).is_file()), None):
+            raise FileNotFoundError(
+                f"data.train: {source} names {missing}, which is not there; check the numbers"
+            )
     elif any(sign in source for sign in "*?["):
         found = glob(expand_home(source), recursive=True)  # noqa: PTH207 - a pattern may begin anywhere
         shards = sorted(path for path in found if Path(path).is_file())
@@ -177,6 +183,8 @@ class ShardFolder:
         except urllib.error.HTTPError as error:
             error.close()  # it holds the connection
             raise
+        except urllib.error.URLError as error:
+            raise OSError(str(error.reason)) from error
         except http.client.HTTPException as error:
             raise OSError(f"the connection broke: {error}") from error
         size = file.stat().st_size

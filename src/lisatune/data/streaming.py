@@ -375,9 +375,7 @@ class Stream:
             except StreamError:
                 raise
             except (OSError, ValueError) as error:
-                inner = getattr(error, "reason", None)  # of urllib's URLError
-                problem = first_line(inner if isinstance(inner, Exception) else error)
-                problem = problem.replace(path, shard) if path else problem
+                problem = first_line(error).replace(path, shard) if path else first_line(error)
                 if not is_worth_another_try(error):
                     raise StreamError(problem) from error
                 if wait is None or is_gone(error):
@@ -391,15 +389,12 @@ class Stream:
 
     def _note(self, reader: RecordReader, path: str, shard: str) -> None:
         """Keep what there is to say about a shard that was read to its end."""
-        for note in reader.notes:
-            if (short := note.replace(path, "")) not in self._said:  # once, and not for every shard
-                self._said.add(short)
-                self._notes.append(note.replace(path, shard))
-        self._media += reader.num_media
+        notes = {note.replace(path, ""): note.replace(path, shard) for note in reader.notes}
         if reader.skipped:
-            self._skipped += reader.skipped
             first = reader.first_skipped.replace(path, shard)
             note = f"{plural(reader.skipped, 'record')} skipped, the first is {first}"
-            if note not in self._said:
-                self._said.add(note)
-                self._notes.append(note)
+            notes[note] = note
+        self._notes += [note for short, note in notes.items() if short not in self._said]
+        self._said |= notes.keys()  # once, and not for every shard
+        self._skipped += reader.skipped
+        self._media += reader.num_media

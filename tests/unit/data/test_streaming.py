@@ -534,3 +534,14 @@ def test_several_paths_make_one_stream(tmp_path: Path, open_stream: Callable[...
     write_shards(tmp_path / "shards")
     paths = [f"{tmp_path}/shards/part-{shard}.jsonl" for shard in (0, 2)]
     assert {text[0] for text in read(open_stream(paths), 0, 9)} == {"0", "2"}
+
+
+def test_numbers_in_braces_name_files_too(tmp_path: Path) -> None:
+    for number in ("08", "09", "10"):
+        (tmp_path / f"part-{number}.jsonl").write_bytes(texts_of(0))
+    found = [Path(shard).name for shard in list_shards(f"{tmp_path}/part-{{08..10}}.jsonl")]
+    assert found == ["part-08.jsonl", "part-09.jsonl", "part-10.jsonl"]
+    with pytest.raises(
+        FileNotFoundError, match=r"names .*part-11\.jsonl, which is not there; check the numb"
+    ):
+        list_shards(f"{tmp_path}/part-{{08..12}}.jsonl")
