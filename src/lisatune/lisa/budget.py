@@ -38,7 +38,7 @@ class Budget:
     def of_count(cls, num_blocks: int, active: int) -> Self:
         """Make the budget of γ blocks, whatever their size."""
         if not isinstance(active, int) or not 0 <= active <= num_blocks:
-            raise ValueError(f"active must be between 0 and the model's {num_blocks} blocks, got {active}")
+            raise ValueError(f"active must be between 0 and the model's {num_blocks} blocks, got {active!r}")
         return cls((1,) * num_blocks, active)
 
     @classmethod
@@ -54,7 +54,7 @@ class Budget:
             ValueError: γ is out of range, or the largest unit is larger than the budget.
         """
         if not isinstance(active, int) or not 0 <= active <= num_blocks:
-            raise ValueError(f"active must be between 0 and the model's {num_blocks} blocks, got {active}")
+            raise ValueError(f"active must be between 0 and the model's {num_blocks} blocks, got {active!r}")
         most = sum(sizes) * active // num_blocks
         if 0 < most < max(sizes):
             least = -(-max(sizes) * num_blocks // sum(sizes))

@@ -303,7 +303,7 @@ def _integrate_inclusion(probabilities: tuple[float, ...], active: int) -> tuple
 
 def _check_active(active: int, num_blocks: int) -> None:
     if not isinstance(active, int) or not 0 <= active <= num_blocks:
-        raise ValueError(f"active must be between 0 and the model's {num_blocks} blocks, got {active}")
+        raise ValueError(f"active must be between 0 and the model's {num_blocks} blocks, got {active!r}")
 
 
 def _take_probabilities(sampler: "Weighted | Independent", *, most: float) -> None:

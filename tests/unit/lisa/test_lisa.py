@@ -721,6 +721,7 @@ def test_ranks_that_appear_later_are_refused_at_the_next_step(
     ("options", "complaint"),
     [
         ({"active": 7}, "active must be between 0 and the model's 6 blocks, got 7"),
+        ({"active": "2"}, "active must be between 0 and the model's 6 blocks, got '2'"),
         ({"active": -1}, "active must be between 0 and the model's 6 blocks, got -1"),
         ({"period": 0}, 'period must be a number of optimizer steps >= 1 or "auto", got 0'),
         ({"period": 2.5}, 'period must be a number of optimizer steps >= 1 or "auto", got 2.5'),
