@@ -38,6 +38,16 @@ PLAIN = ["optimizer.eps=1e-3", "run.samples=0", "run.check_memory=false"]
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 
 
+METHODS = {
+    "full": "full",
+    "badam": "badam, switch_every: 2",
+    "ends": "ends",
+    "freezeout": "freezeout",
+    "greedy": "greedy",
+    "smartfrz": "smartfrz, intervals: 4, confidence: 0.01",
+}
+
+
 class Runs:
     """A folder with a recipe, and what came of it on one rank, on two, and on four."""
 
@@ -52,14 +62,20 @@ class Runs:
         self.untied = tiny_run.write_model(folder / "untied", is_tied=False)
         self.paths["model.name=untied"] = f"model.name={self.untied}"
 
+        self.recipes = {f"method.name={name}": folder / f"{name}.yaml" for name in METHODS}
+        for name, method in METHODS.items():
+            text = self.recipe.read_text().replace("{active: 2, period: 2}", f"{{name: {method}}}")
+            (folder / f"{name}.yaml").write_text(text)
+
     def job(self, output: str, *overrides: str, **flags: bool) -> dict[str, Any]:
         keys = [*PLAIN, f"run.output={self.folder / output}", *overrides]
-        keys = [self.paths.get(key, key) for key in keys]
-        return {"recipe": str(self.recipe), "overrides": keys, "flags": flags}
+        recipe = next((path for key, path in self.recipes.items() if key in keys), self.recipe)
+        keys = [self.paths.get(key, key) for key in keys if key not in self.recipes]
+        return {"recipe": str(recipe), "overrides": keys, "flags": flags}
 
     def alone(self, output: str, *overrides: str, **flags: bool) -> Any:
         job = self.job(output, *overrides, **flags)
-        return train(load_recipe(self.recipe, job["overrides"]), **flags)
+        return train(load_recipe(Path(job["recipe"]), job["overrides"]), **flags)
 
     def weights(self, output: str) -> dict[str, torch.Tensor]:
         return load_file(self.folder / output / "model" / "model.safetensors")
@@ -88,10 +104,10 @@ WAYS = {
     "head": ["method.ends=head", "optimizer.moments=factored"],
     "every": ["method.ends=every:2", "run.activation_checkpointing=frozen"],
     "modules": ["method.unit=module", "method.sampler=spectrum"],
-    "full": ["method.name=full"],
+    **{name: [f"method.name={name}"] for name in METHODS},
     "stochastic": ["run.precision=bf16", "optimizer.rounding=stochastic"],
     "8bit": ["optimizer.moments=8bit"],
-    "ends": ["method.ends=every:2+8bit+cpu", "run.report_to=[tensorboard]"],
+    "ends-cpu": ["method.ends=every:2+8bit+cpu", "run.report_to=[tensorboard]"],
     "in-backward": IN_BACKWARD,
     "rows": [*UNTIED_ROWS, "run.accumulation=2"],
     "rows-copied": [*UNTIED_ROWS, *IN_BACKWARD, "run.sharding=replicate"],
@@ -130,10 +146,7 @@ CHECKS = ("draws", "statistics", "seeds", "updates")
 def two(runs: Runs) -> dict[str, list[Any]]:
     """Results of each rank by name, in processes that have planned for two ranks before."""
     plan_memory(load_recipe(runs.recipe, runs.job("planned")["overrides"]), ranks=2)
-    full = runs.folder / "full.yaml"
-    full.write_text(runs.recipe.read_text().replace("{active: 2, period: 2}", "{name: full}"))
     jobs = {name: runs.job(f"two-{name}", HALF, *keys) for name, keys in WAYS.items()}
-    jobs["full"] |= {"recipe": str(full), "overrides": jobs["full"]["overrides"][:-1]}
     jobs["compiled"]["backend"] = "eager"
     jobs |= {name: runs.job(f"no-{name}", *keys) for name, (keys, _) in REFUSED.items()}
     jobs |= {name: {"check": name} for name in CHECKS}
@@ -161,18 +174,14 @@ def two(runs: Runs) -> dict[str, list[Any]]:
 
 
 @pytest.mark.parametrize("name", WAYS)
-@pytest.mark.filterwarnings("ignore:.*units will never train:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*will never train:UserWarning")
 def test_two_ranks_are_one_rank_on_the_same_global_batch(runs: Runs, two: dict[str, Any], name: str) -> None:
     assert "error" not in two[name][0], two[name][0]
-    if name == "full":
-        job = runs.job("one-full")
-        one = train(load_recipe(runs.folder / "full.yaml", job["overrides"]))
-    else:
-        one = runs.alone(f"one-{name}", *(key for key in WAYS[name] if key != "run.compile=true"))
+    one = runs.alone(f"one-{name}", *(key for key in WAYS[name] if key != "run.compile=true"))
     # bf16 products and weights round at 2^-9; one spacing of a weight of 0.06 is 2.4e-4.
     close = {"atol": 5e-4, "rtol": 1e-2} if name in NARROW else CLOSE
     rel = 1e-2 if name in NARROW else 1e-4
-    if name in ("8bit", "ends"):  # the second half of the embedding begins inside one rank's block of 256
+    if name in ("8bit", "ends-cpu"):  # the second half of the embedding begins inside one rank's block of 256
         close = {"atol": 2e-4, "rtol": 1e-2}
     expected, got = runs.weights(f"one-{name}"), runs.weights(f"two-{name}")
     assert expected.keys() == got.keys()
@@ -212,8 +221,8 @@ def test_no_rank_updates_in_backward_if_the_loss_of_one_is_not_finite(
 
 
 def test_the_first_rank_alone_reports_to_trackers(runs: Runs, two: dict[str, Any]) -> None:
-    assert "error" not in two["ends"][0]
-    folder = runs.folder / "two-ends" / "trackers" / "two-ends"
+    assert "error" not in two["ends-cpu"][0]
+    folder = runs.folder / "two-ends-cpu" / "trackers" / "two-ends-cpu"
     assert len(list(folder.glob("events*"))) == 1
 
 
