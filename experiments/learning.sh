@@ -66,7 +66,7 @@ cells() { # NAME, ARM, EXPERIMENT and ARGUMENTS of every cell that was asked for
       [ -f "$data/$file.jsonl" ] || { echo "$name: no $file.jsonl in $data" >&2; continue 2; }
     done
     "$python" $(script "$experiment") --list-arms | while read -r arm; do
-      [[ $# -eq 0 || " $* " == *" $name "* || " $* " == *" $name/$arm "* ]] || continue
+      [ $# -eq 0 ] || printf '%s\n' "$@" | grep -qxF -e "$name" -e "$name/$arm" || continue
       printf '%s\t%s\t%s\t%s\n' "$name" "$arm" "$experiment" \
         "data.train=$data/$from.jsonl data.validation=$data/$from-val.jsonl --general $data/general.jsonl $rest"
     done
@@ -79,7 +79,7 @@ run() { # a line of `cells`
   IFS=$'\t' read -r name arm experiment rest <<<"$1"
   folder=$out/$name/$(slug "$arm")
   mkdir -p "$out/$name"
-  read -ra given <<<"${rest//\/ARM/\/$(slug "$arm")} run.device=$device ${SMOKE:+--smoke}"
+  read -ra given <<<"run.device=$device ${SMOKE:+--smoke} ${rest//\/ARM/\/$(slug "$arm")}"
   if [ "$experiment" = row_slices ]; then
     given+=(--arms "$arm" --folder "$folder" --seeds $(seq 0 $((seeds - 1))))
   else

@@ -186,8 +186,8 @@ class RowSlices(Lisa):  # type: ignore[misc]  # the experiment alone adds a key 
         )
 
 
-def main() -> None:
-    """Make and measure the runs that are missing."""
+def parse(given: list[str]) -> argparse.Namespace:
+    """Read the arguments of the command line."""
     parser = argparse.ArgumentParser(description="Train slices of the rows of every matrix.")
     parser.add_argument("overrides", nargs="*", help="section.key=value, as in the comparisons")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
@@ -198,7 +198,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/row-slices"))
     parser.add_argument("--smoke", action="store_true", help="a few steps of one arm, to see that it runs")
     parser.add_argument("--list-arms", action="store_true", help="print the names of the arms")
-    args = parser.parse_intermixed_args()
+    return parser.parse_intermixed_args(given)
+
+
+def main() -> None:
+    """Make and measure the runs that are missing."""
+    args = parse(sys.argv[1:])
     if args.list_arms:
         print("\n".join(ARMS))
         return

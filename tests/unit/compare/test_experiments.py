@@ -18,6 +18,7 @@ import tiny
 from lisatune.compare.arms import read_comparison
 from lisatune.nn.layers import find_layers
 
+ROWS = "1/15 of the rows with frozen ends"
 EXPERIMENTS = Path(__file__).parents[3] / "experiments"
 
 
@@ -77,7 +78,7 @@ def test_every_cell_of_learning_sh_begins(tmp_path: Path, monkeypatch: pytest.Mo
 import json, sys
 arms = {json.dumps(arms)}
 if "--list-arms" in sys.argv:
-    print(*arms.get(sys.argv[2], ["some rows"])[:2], sep="\\n")
+    print(*arms.get(sys.argv[2], [{ROWS!r}])[:2], sep="\\n")
 else:
     with open({str(calls)!r}, "a") as file:
         file.write(json.dumps(sys.argv[1:]) + "\\n")
@@ -106,7 +107,12 @@ else:
     run = runpy.run_path(str(EXPERIMENTS / "compare.py"))["run"]
     given = [json.loads(line) for line in calls.read_text().splitlines()]
     assert sum(path.endswith("row_slices.py") for path, *_ in given) == 4
+    parse = runpy.run_path(str(EXPERIMENTS / "row_slices.py"))["parse"]
     for path, *arguments in given:
+        if path.endswith("row_slices.py"):
+            asked = parse(arguments)
+            assert f"run.device={os.environ.get('DEVICE', 'cuda')}" in asked.overrides
+            assert (asked.seeds, asked.arms, asked.smoke) == ([0], [ROWS], "--smoke" in arguments)
         if path.endswith("compare.py"):
             if "--rates-of" in arguments:
                 found = Path(arguments[arguments.index("--rates-of") + 1])
