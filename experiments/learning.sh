@@ -8,8 +8,8 @@
 # DATA has NAME.jsonl and NAME-val.jsonl of math, code (code_data.py), gsm8k (benchmark_rows.py), alpaca and dolly, and
 # general.jsonl; cells whose data is missing are left out. A cell is one arm of one experiment on one data set, in
 # OUT/NAME/ARM; JOBS cells run at a time. After LIMIT seconds no cell begins and those that run are stopped. The same
-# command continues with what is missing, in the middle of a run too; it ends with 0 once nothing is. `python experiments/gather.py NAME OUT/NAME` prints
-# the figures of all arms.
+# command continues with what is missing, in the middle of a run too; it ends with 0 once nothing is.
+# `python experiments/gather.py NAME OUT/NAME` prints the figures of all arms.
 #
 # ground-DATA chooses each arm's learning rate, with further rates while the best is at the edge; ground-DATA-long trains
 # with it. The best of these deserve more seeds: SEEDS=3 experiments/learning.sh DATA OUT ground-math-long/full …
