@@ -15,7 +15,7 @@
 # with it. The best of these deserve more seeds: SEEDS=3 experiments/learning.sh DATA OUT ground-math-long/full …
 
 set -uo pipefail
-[ $# -ge 2 ] || { sed -n "2,16p" "$0"; exit 2; }
+[ $# -ge 2 ] || { sed -n "2,15p" "$0"; exit 2; }
 data=$(cd "$1" && pwd) && mkdir -p "$2" && out=$(cd "$2" && pwd) || exit 2
 shift 2
 [ -z "${SMOKE:-}" ] || out=$out/smoke
