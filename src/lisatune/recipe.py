@@ -362,6 +362,16 @@ class LossConfig:
         """Sequences that a record makes: 2 if records are pairs of answers, else 1."""
         return 1 if self.name == "causal_lm" else 2
 
+    @property
+    def has_reference(self) -> bool:
+        """Whether it compares with the model before training."""
+        return self.name == "dpo"
+
+    @property
+    def text(self) -> str:
+        """The loss and its settings for a reader."""
+        return f"{self.name} with β {self.beta:g}" if self.has_reference else self.name
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:

@@ -335,7 +335,7 @@ def _prepare_pairs(recipe: Recipe, tokenizer: Any) -> RunData:
         num_media=sum(source.num_media for source in read),
         duplicates=0,
         is_chat=uses_template,
-        records=f"pairs, {template}; {recipe.loss.name} with β {recipe.loss.beta:g}",
+        records=f"pairs, {template}; {recipe.loss.text}",
         tokenizer=tokenizer,
         rows_per_record=2,
         sources=()

@@ -11,7 +11,8 @@ from torch import Tensor
 from lisatune.data.chat import encode_prompt
 from lisatune.distributed import ranks
 from lisatune.distributed.shards import reshard
-from lisatune.losses.causal_lm import CausalLMLoss, evaluation_mode
+from lisatune.losses.base import Loss
+from lisatune.losses.causal_lm import evaluation_mode
 from lisatune.nn.hidden import max_positions
 
 __all__ = ["HeldOut", "generate_answers", "held_out_loss"]
@@ -28,11 +29,11 @@ class HeldOut:
     """Number of tokens that carried loss; of a loss of pairs, number of pairs."""
 
     more: dict[str, float] = field(default_factory=dict)
-    """Further means of `DPOLoss`: `accuracy`, the share of pairs ordered rightly, and `margin`."""
+    """Further means of a loss of pairs: `accuracy`, the share of pairs ordered rightly, and `margin`."""
 
 
 def held_out_loss(
-    loss_fn: CausalLMLoss,
+    loss_fn: Loss,
     batches: Iterable[Mapping[str, Tensor]],
     *,
     device: torch.device | str,

@@ -24,6 +24,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from lisatune.distributed.shards import has_values, is_sharded, local_part, reshard
+from lisatune.losses.base import Loss
 from lisatune.losses.cross_entropy import linear_cross_entropy
 from lisatune.nn.coded import CodedLinear, exact_parameters
 from lisatune.nn.hidden import hidden_states, logits, num_virtual_tokens, unwrap_adapters
@@ -132,7 +133,7 @@ def _is_plain_parameter(weight: Tensor) -> bool:
     return type(weight) is nn.Parameter and type(weight.data) is Tensor
 
 
-class CausalLMLoss:
+class CausalLMLoss(Loss):
     """Next-token loss of a Hugging Face causal language model, without its full logits.
 
     The decoder computes hidden states and the head is applied in chunks. The result must equal the model's
@@ -156,7 +157,6 @@ class CausalLMLoss:
     Attributes:
         is_chunked: False if the model needs its full logits.
         transform: elementwise change that the model makes to its head's output; None if it makes none.
-        watch: if set, a call with a batch also calls it with the batch and the loss sum of each row, [B].
 
     Raises:
         ValueError: the model computes NaN, or needs its full logits and `on_obstacle` is "raise".
@@ -174,10 +174,9 @@ class CausalLMLoss:
         chunk_size: int = 128,
         on_obstacle: Literal["warn", "raise"] = "warn",
     ) -> None:
-        self.model: Any = model
+        super().__init__(model)
         self.chunk_size = chunk_size
         self.transform: Callable[[Tensor], Tensor] | None = None
-        self.watch: Callable[[Mapping[str, Tensor], Tensor], None] | None = None
         obstacle = self._find_transform()
         self.is_chunked = obstacle is None
         if obstacle is not None and on_obstacle == "raise":
@@ -211,8 +210,8 @@ class CausalLMLoss:
             Loss sum (float32 scalar) and number of tokens with loss (int64 scalar).
         """
         if self.watch is None:
-            return self._sum_losses(batch, by_row=False)
-        sums_B, num_tokens = self._sum_losses(batch, by_row=True)
+            return self.sum_losses(batch, by_row=False)
+        sums_B, num_tokens = self.sum_losses(batch, by_row=True)
         self.watch(batch, sums_B.detach())
         return sums_B.sum(), num_tokens
 
@@ -224,7 +223,7 @@ class CausalLMLoss:
         """Return loss sum and count, and sums of further held-out figures by name: none."""
         return *self(batch), {}
 
-    def _sum_losses(self, batch: Mapping[str, Tensor], *, by_row: bool) -> tuple[Tensor, Tensor]:
+    def sum_losses(self, batch: Mapping[str, Tensor], *, by_row: bool) -> tuple[Tensor, Tensor]:
         """Sum the token losses of a batch, or of each row, [B]; and count the tokens."""
         compute = self._compute_losses if self._divided is None else self._divided._sum_token_losses
         result: tuple[Tensor, Tensor] = compute(batch, by_row=by_row)
@@ -282,7 +281,7 @@ class CausalLMLoss:
         Raises:
             ValueError: with virtual tokens, decoder and head no longer give the model's own logits.
         """
-        self.model = model
+        super().follow(model)
         obstacle = self._find_transform() if num_virtual_tokens(model) else None
         if obstacle is not None:
             raise ValueError(f"virtual tokens do not work with this model ({obstacle}); use another method")

@@ -16,14 +16,15 @@ Shapes: P = pairs, B = 2 P rows in the order chosen, rejected, chosen, …, T = 
 from collections.abc import Mapping
 
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid
 
-from lisatune.losses.causal_lm import IGNORE, CausalLMLoss
+from lisatune.losses.base import Sums
+from lisatune.losses.causal_lm import CausalLMLoss
+from lisatune.losses.pairs import PairLoss, bradley_terry, find_pairs
 
 __all__ = ["DPOLoss"]
 
 
-class DPOLoss(CausalLMLoss):
+class DPOLoss(PairLoss):
     """The loss of Direct Preference Optimization.
 
     Args:
@@ -39,33 +40,17 @@ class DPOLoss(CausalLMLoss):
     def __init__(self, model: nn.Module, *, beta: float) -> None:
         super().__init__(model)
         self.beta = beta
+        self._next_tokens = CausalLMLoss(model)
         self.reference: Tensor | None = None
 
-    def __call__(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Sum the losses of a batch.
+    def evaluate(self, batch: Mapping[str, Tensor]) -> Sums:
+        """Return loss sum, number of pairs, and the sums of `accuracy` (1 if the margin is > 0) and `margin`.
 
         Args:
             batch: `input_ids`, `labels` (-100 on the prompt) and `position_ids`, int64 [2 P, T], and
                 `number`, int64 [2 P].
-
-        Returns:
-            Loss sum (float32 scalar) and number of pairs (int64 scalar).
         """
-        return self.evaluate(batch)[:2]
-
-    def count(self, batch: Mapping[str, Tensor]) -> int:
-        """Count what a step's loss is the mean over: the pairs that have labels."""
-        return int(_find_pairs(batch).sum())
-
-    def evaluate(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return loss sum and count, and the sums of `accuracy` (1 if the margin is > 0) and `margin`."""
-        margins_P = self.margins(batch)
-        is_pair_P = _find_pairs(batch)
-        margins_P = (
-            margins_P * is_pair_P
-        )  # a rank whose share of a batch is empty computes a pair all the same
-        more = {"accuracy": (margins_P > 0).sum(), "margin": margins_P.detach().sum()}
-        return -(logsigmoid(margins_P) * is_pair_P).sum(), is_pair_P.sum(), more
+        return bradley_terry(self.margins(batch), find_pairs(batch))
 
     def margins(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return m of each pair, float32 [P]."""
@@ -78,9 +63,9 @@ class DPOLoss(CausalLMLoss):
 
     def log_probs(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return log π of each row's answer, float32 [B]: the sum over the tokens that have a label."""
-        return -self._sum_losses(batch, by_row=True)[0]
+        return -self._next_tokens.sum_losses(batch, by_row=True)[0]
 
-
-def _find_pairs(batch: Mapping[str, Tensor]) -> Tensor:
-    """Say which pairs of a batch have labels, bool [P]."""
-    return (batch["labels"] != IGNORE).view(len(batch["labels"]) // 2, -1).any(dim=1)
+    def follow(self, model: nn.Module) -> None:
+        """From now on compute the loss of `model`; see `CausalLMLoss.follow`."""
+        super().follow(model)
+        self._next_tokens.follow(model)

@@ -168,10 +168,10 @@ class VirtualTokens(Method):
     def check_loss(self, loss: LossConfig) -> None:
         """Refuse losses that compare with the model before training: new virtual tokens change it at once."""
         super().check_loss(loss)
-        if loss.name == "dpo":
+        if loss.has_reference:
             raise ValueError(
-                f"loss.name=dpo cannot work with method {self.name}: it compares with the model before "
-                "training, which new virtual tokens have changed already; use lora, lisa or full"
+                f"loss.name={loss.name} cannot work with method {self.name}: it compares with the model "
+                "before training, which new virtual tokens have changed already; use lora, lisa or full"
             )
 
     def make_config(self, model: nn.Module) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lisatune.lisa.schedule import BlockSchedule
-from lisatune.losses.causal_lm import CausalLMLoss
+from lisatune.losses.base import Loss
 from lisatune.methods.optimizers import build_optimizer
 from lisatune.methods.sampled_labels import SophiaStep
 from lisatune.methods.step import TrainingStep
@@ -168,7 +168,7 @@ class Method:
     def build_step(
         self,
         model: nn.Module,
-        loss: CausalLMLoss,
+        loss: Loss,
         optimizer: torch.optim.Optimizer,
         *,
         device: torch.device,
@@ -182,7 +182,7 @@ class Method:
 
         Args:
             model: the prepared model, everything attached.
-            loss: sums next-token losses of that model.
+            loss: sums the recipe's loss of that model.
             optimizer: from `build_optimizer`.
             device: where batches are moved.
             autocast: dtype of matrix products; None computes in the weights' dtype.

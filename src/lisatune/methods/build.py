@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lisatune.distributed.shards import count_copies
 from lisatune.lisa.correction import find_correction
 from lisatune.lisa.schedule import BlockSchedule
+from lisatune.losses.base import Loss
 from lisatune.losses.causal_lm import CausalLMLoss
 from lisatune.losses.dpo import DPOLoss
 from lisatune.methods.step import TrainingStep
@@ -68,7 +69,7 @@ class Prepared:
     blocks: BlockForward | None
 
 
-def build(recipe: Recipe, model: nn.Module, loss: CausalLMLoss, *, steps: int, device: torch.device) -> Built:
+def build(recipe: Recipe, model: nn.Module, loss: Loss, *, steps: int, device: torch.device) -> Built:
     """Place a loaded model, prepare it, and attach everything that trains it.
 
     Args:
@@ -80,7 +81,7 @@ def build(recipe: Recipe, model: nn.Module, loss: CausalLMLoss, *, steps: int, d
     return attach(recipe, prepare(recipe, model), loss, steps=steps, device=device)
 
 
-def make_loss(recipe: Recipe, model: nn.Module) -> CausalLMLoss:
+def make_loss(recipe: Recipe, model: nn.Module) -> Loss:
     """Make the recipe's loss for a model on its device; see `CausalLMLoss` for its warnings and errors."""
     if recipe.loss.name == "dpo":
         return DPOLoss(model, beta=recipe.loss.beta)
@@ -96,7 +97,7 @@ def prepare(recipe: Recipe, model: nn.Module) -> Prepared:
 
 
 def attach(
-    recipe: Recipe, prepared: Prepared, loss: CausalLMLoss | None, *, steps: int, device: torch.device
+    recipe: Recipe, prepared: Prepared, loss: Loss | None, *, steps: int, device: torch.device
 ) -> Built:
     """Build the optimizer, the schedule and the step of a prepared model.
 

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lisatune.lisa.groups import param_groups
-from lisatune.losses.causal_lm import CausalLMLoss, evaluation_mode
+from lisatune.losses.base import Loss
+from lisatune.losses.causal_lm import evaluation_mode
 from lisatune.methods.base import Alternatives, Method
 from lisatune.methods.lora import Lora
 from lisatune.methods.prefix import Prefix
@@ -168,7 +169,7 @@ class MeZO(Method):
     def build_step(
         self,
         model: nn.Module,
-        loss: CausalLMLoss,
+        loss: Loss,
         optimizer: Optimizer,
         *,
         device: torch.device,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lisatune.distributed.shards import has_values
+from lisatune.losses.causal_lm import CausalLMLoss
 from lisatune.methods.step import TrainingStep
 from lisatune.nn.hidden import hidden_states, logits
 from lisatune.optim.sophia import SophiaG
@@ -43,6 +44,7 @@ class SophiaStep(TrainingStep):
         generator = torch.Generator(self.device)
         generator.manual_seed(self.optimizer.steps_done * 1_000_003 + index)
         ids, positions = batch["input_ids"], batch["position_ids"]
+        assert isinstance(self.loss, CausalLMLoss)
         with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             if self.loss.is_chunked:
                 parts = torch.split(hidden_states(self.model, ids, positions).flatten(0, 1), TOKENS_AT_ONCE)

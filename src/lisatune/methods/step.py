@@ -21,7 +21,7 @@ from lisatune.distributed.shards import (
     set_local_gradient,
 )
 from lisatune.lisa.correction import find_correction
-from lisatune.losses.causal_lm import CausalLMLoss
+from lisatune.losses.base import Loss
 from lisatune.optim.chunks import strip_zero_rows
 from lisatune.optim.in_backward import UpdateInBackward
 
@@ -36,7 +36,7 @@ class TrainingStep:
     """
 
     model: nn.Module
-    loss: CausalLMLoss
+    loss: Loss
     optimizer: Optimizer
     device: torch.device
     autocast: torch.dtype | None = None

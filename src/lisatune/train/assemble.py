@@ -26,6 +26,7 @@ from lisatune.distributed.ranks import pick_device
 from lisatune.distributed.shards import shard
 from lisatune.files.masters import DiskMasters
 from lisatune.lisa.schedule import BlockSchedule
+from lisatune.losses.causal_lm import CausalLMLoss
 from lisatune.memory.process import available_bytes
 from lisatune.methods.build import (
     Built,
@@ -155,6 +156,7 @@ def assemble(
         recipe.method.place(model, device, masters)
         loss = make_loss(recipe, model)
         if recipe.data.packing:
+            assert isinstance(loss, CausalLMLoss)
             loss.check_packing()
     else:  # block by block, each rank its part
         model, fill = load_for_ranks(**source.source, dtype=dtype)
@@ -169,6 +171,7 @@ def assemble(
         recipe.method.take_weights(prepared.model)
     built = attach(recipe, prepared, loss, steps=data.steps, device=device)
     if recipe.data.packing and loss is None:
+        assert isinstance(built.step.loss, CausalLMLoss)
         built.step.loss.check_packing()
     warn_of_long_warmup(recipe.optimizer, data.steps)
     scheduler = make_scheduler(recipe.optimizer, built.step.optimizer, data.steps)

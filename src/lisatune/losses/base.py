@@ -1,0 +1,55 @@
+"""What every loss has.
+
+A loss sums over a batch, and says how many tokens or pairs the sum is over. A step divides by their number in
+all of its batches, so that how they are spread over micro-steps and ranks makes no difference.
+
+Shapes: B = rows, T = tokens.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["Loss", "Sums"]
+
+Sums = tuple[Tensor, Tensor, dict[str, Tensor]]
+"""Loss sum (float32 scalar), number of tokens or pairs (int64 scalar), sums of further figures by name."""
+
+
+class Loss:
+    """What training minimises.
+
+    Args:
+        model: a transformers model on its device.
+
+    Attributes:
+        watch: if set, `CausalLMLoss` also calls it with each batch and the loss sum of each row, [B].
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model
+        self.watch: Callable[[Mapping[str, Tensor], Tensor], None] | None = None
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Sum the losses of a batch.
+
+        Args:
+            batch: `input_ids`, `labels` and `position_ids`, each int64 [B, T].
+
+        Returns:
+            Loss sum (float32 scalar) and number of tokens or pairs (int64 scalar).
+        """
+        return self.evaluate(batch)[:2]
+
+    def count(self, batch: Mapping[str, Tensor]) -> int:
+        """Count what a step's loss is the mean over."""
+        raise NotImplementedError
+
+    def evaluate(self, batch: Mapping[str, Tensor]) -> Sums:
+        """Return loss sum and count, and sums of further held-out figures by name."""
+        raise NotImplementedError
+
+    def follow(self, model: nn.Module) -> None:
+        """From now on compute the loss of `model`, a wrapper that a method has put around the old model."""
+        self.model = model
