@@ -12,7 +12,7 @@ import datetime
 import difflib
 import math
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -74,7 +74,7 @@ class ModelConfig:
 
     @property
     def source(self) -> dict[str, Any]:
-        """Arguments of `load_model` and `meta_model`: those of `tokenizer`, and `attention`."""
+        """Those of `tokenizer`, and `attention`; `Recipe.model_source` has all of `load_model`."""
         return self.tokenizer | {"attention": self.attention}
 
 
@@ -180,7 +180,8 @@ class DataConfig:
     """Longest sequence in tokens. `long` says what happens to longer records."""
 
     long: Literal["auto", "split", "cut", "drop"] = "auto"
-    """Longer records: split into pieces, cut at the end, or drop. auto: split plain text, cut all others."""
+    """Longer records: split into pieces, cut at the end, or drop. auto: split plain text, cut all others;
+    with loss.name reward drop, because the score is read at an answer's end."""
 
     packing: bool = False
     """Pack several records into one sequence of `max_length` tokens. Attention does not cross records."""
@@ -342,11 +343,15 @@ def _read_roles(given: Sequence[Any]) -> tuple[Role, ...]:
 class LossConfig:
     """What is minimised."""
 
-    name: Literal["causal_lm", "dpo"] = "causal_lm"
-    """causal_lm: the next token of every answer. dpo: prefer one answer of a pair (chosen, rejected)."""
+    name: Literal["causal_lm", "dpo", "reward"] = "causal_lm"
+    """causal_lm: the next token of every answer. dpo: prefer one answer of a pair (chosen, rejected).
+    reward: give the chosen answer a higher score; the result is a reward model."""
 
     beta: float = 0.1
     """β of dpo, > 0: how strongly the model is held to what it was before training."""
+
+    center: float = 0.0
+    """c of reward, >= 0: how strongly the mean of a pair's scores is drawn to 0."""
 
     def __post_init__(self) -> None:
         _check_choices("loss", self)
@@ -355,6 +360,13 @@ class LossConfig:
         if self.name != "dpo" and self.beta != LossConfig.beta:
             raise ValueError(
                 f"loss.beta={self.beta:g} does nothing with loss.name={self.name}; leave it out, or use dpo"
+            )
+        if not (self.center >= 0 and math.isfinite(self.center)):
+            raise ValueError(f"loss.center must be a number >= 0, got {self.center}")
+        if not self.has_score and self.center:
+            raise ValueError(
+                f"loss.center={self.center:g} does nothing with loss.name={self.name}; leave it out, or use "
+                "reward"
             )
 
     @property
@@ -368,9 +380,16 @@ class LossConfig:
         return self.name == "dpo"
 
     @property
+    def has_score(self) -> bool:
+        """Whether the model gives a score to a whole answer, and writes no text."""
+        return self.name == "reward"
+
+    @property
     def text(self) -> str:
         """The loss and its settings for a reader."""
-        return f"{self.name} with β {self.beta:g}" if self.has_reference else self.name
+        if self.has_reference:
+            return f"{self.name} with β {self.beta:g}"
+        return f"{self.name} centred with c {self.center:g}" if self.center else self.name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -562,7 +581,7 @@ class RunConfig:
     """Number of newest checkpoints to keep."""
 
     samples: int = 3
-    """Number of held-out prompts to answer before and after training."""
+    """Number of held-out prompts to answer before and after training; none with loss.name reward."""
 
     sample_tokens: int = 64
     """Longest sample answer in tokens."""
@@ -659,13 +678,15 @@ class Recipe:
             raise ValueError("data.streaming has no end, so run.steps must say how long to train; set it")
         if self.loss.rows_per_record == 2:
             self._check_pairs()
+        if self.loss.has_score:
+            self._check_score()
         self.method.check_mix(self.data, self.run)
         self.method.check_loss(self.loss)
         self.method.check_optimizer(self.optimizer)
 
     def _check_pairs(self) -> None:
         """Refuse settings that cannot work where records are pairs of answers."""
-        data, name = self.data, self.loss.name
+        data = self.data
         kinds = [source.kind for source in data.sources if source.kind != "auto"]
         fields = [source.fields for source in data.sources if source.fields]
         shown: dict[str, list[Any]] = {
@@ -674,7 +695,7 @@ class Recipe:
             "data.train": [data.train_name],
         }
         reasons = {
-            "data.streaming": (data.streaming, "its reference is computed before training", "false"),
+            "data.streaming": (data.streaming, "pairs are read before training", "false"),
             "data.packing": (
                 data.packing,
                 "an answer is scored as a whole, in a sequence of its own",
@@ -696,16 +717,48 @@ class Recipe:
                 "another optimizer",
             ),
         }
+        self._refuse(reasons, shown)
+
+    def _check_score(self) -> None:
+        """Refuse settings that cannot work where the model gives scores and writes no text."""
+        run = self.run
+        self._refuse(
+            {
+                "run.samples": (
+                    run.samples not in (0, RunConfig.samples),
+                    "a reward model writes no text",
+                    "0",
+                ),
+                "run.evaluate": (run.evaluate is not None, "a reward model writes no text", "null"),
+            }
+        )
+
+    def _refuse(
+        self,
+        reasons: Mapping[str, tuple[bool, str, str]],
+        shown: Mapping[str, Sequence[Any]] | None = None,
+    ) -> None:
+        """Refuse the first key that is set to what cannot work with the loss.
+
+        Args:
+            reasons: by key whether it is set so, why it cannot work, and what to set instead.
+            shown: values of keys that stand elsewhere, by key.
+        """
         for key, (is_set, why, instead) in reasons.items():
             if is_set:
                 section, field_name = key.split(".")
-                own = shown.get(key)
+                own = (shown or {}).get(key)
                 value = own[0] if own else getattr(getattr(self, section), field_name)
                 value = str(value).lower() if isinstance(value, bool) else value
                 value = f"[{', '.join(value)}]" if isinstance(value, tuple) else value
                 raise ValueError(
-                    f"{key}={value} cannot work with loss.name={name}: {why}; set it to {instead}"
+                    f"{key}={value} cannot work with loss.name={self.loss.name}: {why}; set it to {instead}"
                 )
+
+    @property
+    def model_source(self) -> dict[str, Any]:
+        """Arguments of `load_model` and `meta_model`: those of `model.source`, and `score_seed`."""
+        return self.model.source | {"score_seed": self.run.seed if self.loss.has_score else None}
 
     def as_dict(self) -> dict[str, Any]:
         """Return the recipe with every default filled in, as plain dicts, lists, numbers and strings."""

@@ -28,7 +28,7 @@ PUBLIC = {
     "lisatune.distributed": (),
     "lisatune.nn": ("BlockForward", "LayerMap", "compile_blocks", "find_layers", "use_cpu_attention"),
     "lisatune.optim": ("AdamW", "GaLoreAdamW"),
-    "lisatune.losses": ("CausalLMLoss", "DPOLoss", "Loss", "use_chunked_loss"),
+    "lisatune.losses": ("CausalLMLoss", "DPOLoss", "Loss", "RewardLoss", "use_chunked_loss"),
     "lisatune.lisa": (
         *("Cyclic", "EndsPolicy", "Independent", "LISA", "Permutation", "ProofError", "Sampler", "Uniform"),
         *("Weighted", "Window", "build_adamw", "param_groups", "scale_block_lr"),

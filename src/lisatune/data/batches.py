@@ -16,8 +16,8 @@ from lisatune.losses.causal_lm import IGNORE
 
 __all__ = ["Order", "Share", "collate", "my_share", "shuffle"]
 
-LABELS = ("number", "source")
-"""What a row may have beside its tokens: its number among all rows, and that of its source; int64 [1]."""
+LABELS = ("number", "last", "source")
+"""What a row may have beside its tokens, int64 [1]: its number among all, its end, its source's number."""
 
 
 def collate(rows: Sequence[TokenRow], *, length: int | None = None) -> dict[str, Tensor]:
@@ -41,8 +41,8 @@ def collate(rows: Sequence[TokenRow], *, length: int | None = None) -> dict[str,
 
     Returns:
         `input_ids`, `labels` (-100 on padding) and `position_ids`, each int64 of shape [B, T]. Pass
-        `use_cache=False` to the model with them: with a cache, transformers ignores the borders. Of rows with
-        a number also `number`, int64 [B]; of rows with a source also `source`.
+        `use_cache=False` to the model with them: with a cache, transformers ignores the borders. Of rows that
+        have them also `number`, `last` and `source`, int64 [B].
 
     Raises:
         ValueError: there are no rows.

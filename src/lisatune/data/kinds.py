@@ -64,7 +64,7 @@ KINDS: dict[str, Kind] = {
     "text": Kind(("text",)),
 }
 
-PREFERENCE = "so this is preference data; set loss.name: dpo to train on it"
+PREFERENCE = "so this is preference data; set loss.name: dpo, or reward, to train on it"
 REFUSED = {
     "chosen": f"a preferred answer, {PREFERENCE}",
     "rejected": f"a rejected answer, {PREFERENCE}",

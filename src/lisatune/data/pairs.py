@@ -1,10 +1,11 @@
-"""Pairs of answers to one prompt, of which people prefer one: records and tokens for DPO.
+"""Pairs of answers to one prompt, of which people prefer one: records and tokens.
 
 A record has `chosen` and `rejected`, and the prompt in one of three ways:
 
     prompt, chosen, rejected: text                      plain text, without a chat template
     prompt: text or messages; chosen, rejected: the answers, as messages or text
     chosen, rejected: whole conversations as messages   the prompt is what both begin with
+    chosen, rejected: text                              for a loss that scores whole texts: no prompt
 
 It leaves as a record of prompt and completion, which is the chosen answer, with `rejected` beside them:
 
@@ -46,11 +47,13 @@ def read_pairs(
     limit: int | None = None,
     on_bad_row: Literal["error", "skip"] = "error",
     text_only: bool = False,
+    needs_prompt: bool = True,
 ) -> Records:
     """Read and check pairs of answers.
 
     Args:
         source, split, limit, on_bad_row, text_only: as for `read_records`.
+        needs_prompt: whether it must be known where answers of plain text begin.
 
     Returns:
         Records of the kind "pairs": prompt, completion (the chosen answer) and rejected.
@@ -68,7 +71,7 @@ def read_pairs(
             if isinstance(row, BadRowError):
                 raise row
             row, has_media = take_text(row) if text_only else (row, False)
-            rows.append(_read_pair(row))
+            rows.append(_read_pair(row, needs_prompt))
             num_media += has_media
             unused |= dict.fromkeys(
                 key for key, value in row.items() if key not in USED and value not in EMPTY
@@ -91,7 +94,7 @@ def read_pairs(
     return Records(rows, "pairs", skipped, source, first_skipped, tuple(unused), num_media)
 
 
-def _read_pair(row: Any) -> Record:
+def _read_pair(row: Any, needs_prompt: bool) -> Record:
     if not isinstance(row, dict):
         raise BadRowError("a record must be an object with the fields prompt, chosen and rejected")
     for field, holds in REFUSED.items():
@@ -109,7 +112,7 @@ def _read_pair(row: Any) -> Record:
     system = row.get("system") or ""
     before = [{"role": "system", "content": check_text(system, "system")}] if system else []
     prompt, chosen, rejected = (row.get(field) for field in USED[:3])
-    if prompt in EMPTY and isinstance(chosen, str):
+    if prompt in EMPTY and isinstance(chosen, str) and needs_prompt:
         raise BadRowError("the field 'prompt' is missing or empty, so it is unknown where the answers begin")
     if any(isinstance(part, list) for part in (prompt, chosen, rejected)):
         prompt, chosen, rejected = _read_messages(prompt, chosen, rejected)
@@ -121,6 +124,7 @@ def _read_pair(row: Any) -> Record:
             "'system' cannot stand before plain text; write it into the prompt, or use messages"
         )
     else:
+        prompt = prompt if prompt not in EMPTY else ""
         texts = zip(USED, (prompt, chosen, rejected), strict=False)
         prompt, chosen, rejected = (check_text(text, field) for field, text in texts)
     if chosen == rejected:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lisatune.console import follow, plural, terminal
 from lisatune.data.batches import Order, Share
@@ -31,7 +32,7 @@ from lisatune.data.mixture import (
 from lisatune.data.pairs import read_pairs, tokenize_pairs
 from lisatune.data.prompts import Prompt, find_questions
 from lisatune.data.readers import open_readers, read_marked, warn_of_seen_records
-from lisatune.data.records import Records
+from lisatune.data.records import Record, Records
 from lisatune.data.rows import Ints, Rows, TokenRow
 from lisatune.data.shown import MarkedText, mark_loss
 from lisatune.data.splitting import hash_prompt
@@ -120,20 +121,30 @@ class RunData:
     def _take(self, examples: Examples, records: Sequence[int]) -> list[TokenRow]:
         """Take the rows of records.
 
-        Rows of pairs get their `number` among all rows of the run, those of a mixture that of their `source`.
+        Rows of pairs get their `number` among all rows of the run, and where they end as `last`: at the last
+        token that is not the padding token, as in transformers. Rows of a mixture get that of their `source`.
         """
         each = self.rows_per_record
         is_train = examples is self.train
         if each == 2:
             first = 0 if is_train else len(self.train.rows)
             indices = [each * index + side for index in records for side in range(each)]
-            return [examples.rows[index] | {"number": torch.tensor([first + index])} for index in indices]
+            rows = [examples.rows[index] for index in indices]
+            return [
+                row | {"number": torch.tensor([first + index]), "last": self._find_last(row)}
+                for row, index in zip(rows, indices, strict=True)
+            ]
         sizes = [source.num_rows if is_train else source.num_held_out for source in self.sources]
         if any(sizes):
             borders = list(accumulate(sizes))
             numbers = torch.tensor([[bisect_right(borders, index)] for index in records])
             return [examples.rows[i] | {"source": number} for i, number in zip(records, numbers, strict=True)]
         return [examples.rows[index] for index in records]
+
+    def _find_last(self, row: TokenRow) -> Tensor:
+        """Return the place of a row's last token that is not the padding token, int64 [1]."""
+        is_text = torch.as_tensor(row["input_ids"]) != self.tokenizer.pad_token_id
+        return is_text.nonzero().flatten()[-1:] if is_text.any() else torch.zeros(1, dtype=torch.int64)
 
     def mark(self, index: int) -> MarkedText:
         """Return the text of a training row, in parts with and without loss."""
@@ -290,28 +301,31 @@ def _describe_kind(source: Prepared | Window, loss_on: LossOn, tokenizer: Any) -
 
 def _prepare_pairs(recipe: Recipe, tokenizer: Any) -> RunData:
     """Read, split and tokenise pairs of answers; they are held in memory, and not in the cache."""
-    data, run = recipe.data, recipe.run
+    data, run, scores = recipe.data, recipe.run, recipe.loss.has_score
     keys = ("split", "limit", "text_only")
+    common: dict[str, Any] = {"on_bad_row": data.on_bad_row, "needs_prompt": not scores}
     sources = [
-        read_pairs(source.path, on_bad_row=data.on_bad_row, **{key: getattr(source, key) for key in keys})
+        read_pairs(source.path, **common, **{key: getattr(source, key) for key in keys})
         for source in data.sources
     ]
     other = None
     if data.validation is not None:
-        how: dict[str, Any] = {key: getattr(data, key) for key in ("split", "on_bad_row", "text_only")}
-        other = read_pairs(data.validation, limit=data.validation_limit, **how)
+        how: dict[str, Any] = {key: getattr(data, key) for key in ("split", "text_only")}
+        other = read_pairs(data.validation, limit=data.validation_limit, **common, **how)
     held_out, train = [other] if other is not None else [], sources
     splits = data.holds_out and other is None
     if splits:
         prompts = [
-            np.array([hash_prompt(row, run.seed) for row in source.rows], dtype="S16") for source in sources
+            np.array([hash_prompt(_named(row), run.seed) for row in source.rows], dtype="S16")
+            for source in sources
         ]
         limits = divide_limit(data.validation_limit, data.sources, [len(keys) for keys in prompts])
         names = [source.source for source in sources]
         marks = hold_out_of_each(prompts, names, data.validation_share, limits)
         train = [_take_rows(source, ~is_out) for source, is_out in zip(sources, marks, strict=True)]
         held_out = [_take_rows(*each) for each in zip(sources, marks, limits, strict=True)]
-    lengths: dict[str, Any] = {"max_length": data.max_length, "long": data.long, "date": data.date}
+    long = "drop" if scores and data.long == "auto" else data.long
+    lengths: dict[str, Any] = {"max_length": data.max_length, "long": long, "date": data.date}
     for source in train:
         if not source.rows:
             raise ValueError(NOTHING_LEFT.format(source.source))
@@ -328,7 +342,7 @@ def _prepare_pairs(recipe: Recipe, tokenizer: Any) -> RunData:
     return RunData(
         train=join(parts),
         validation=join(validation or [Examples(Rows.of([]))]),
-        questions=find_questions([source.rows for source in held_out], recipe, tokenizer),
+        questions=() if scores else find_questions([s.rows for s in held_out], recipe, tokenizer),
         order=order,
         steps=steps,
         skipped=sum(source.skipped for source in read),
@@ -342,6 +356,11 @@ def _prepare_pairs(recipe: Recipe, tokenizer: Any) -> RunData:
         if isinstance(data.train, str)
         else describe_sources(data.sources, shares, parts, validation if splits else []),
     )
+
+
+def _named(row: Record) -> Record:
+    """Give a pair without a prompt its chosen text as one, so that the split can tell it from others."""
+    return row if row["prompt"] else {"text": row["completion"]}
 
 
 def _take_rows(records: Records, is_wanted: NDArray[np.bool_], most: int | None = None) -> Records:

@@ -164,11 +164,12 @@ def write_gguf(
         advance: is told what is being done.
 
     Raises:
-        ValueError: the model is adapters.
+        ValueError: the model is adapters, or a reward model.
         RuntimeError: the converter fails, or llama.cpp cannot load its file.
         OSError: the folder could not be written; an existing one is as it was.
     """
     source.refuse_adapters("merge them into their model first (peft: PeftModel.merge_and_unload)")
+    source.refuse_scores("the file could not be compared with it by answers; copy the folder")
     file = f"{name}-{kind}.gguf"
     with write_aside(output) as aside:
         advance(f"converting {source.model} with {converter[-1]}")

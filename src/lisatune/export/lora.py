@@ -103,12 +103,13 @@ def extract_lora(
         The table of ranks.
 
     Raises:
-        ValueError: the rank is out of range, base and model have other shapes, nothing changed, or PEFT
-            cannot adapt what did.
+        ValueError: it is a reward model, the rank is out of range, base and model have other shapes, nothing
+            changed, or PEFT cannot adapt what did.
         ImportError: PEFT is not installed.
         OSError: the folder could not be written; an existing one is as it was.
     """
     source.refuse_adapters("they are in low rank already; copy the folder")
+    source.refuse_scores("its score has nothing in the base to differ from; give --delta")
     trust: dict[str, Any] = {"trust_remote_code": source.trusts_remote_code}
     where: dict[str, Any] = {"name": source.need_base(), "revision": source.revision, **trust}
     if rank < 1:

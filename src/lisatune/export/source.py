@@ -6,7 +6,9 @@ from pathlib import Path
 
 from lisatune.files import yaml
 from lisatune.models.hf import explain_load_errors
+from lisatune.models.load import load_config
 from lisatune.models.locate import BOTTLENECKS, find_snapshot, is_adapter, locate
+from lisatune.models.reward import find_classifier
 from lisatune.models.stored import Stored, list_stored
 from lisatune.recipe import Recipe
 from lisatune.runs.card import rewrite_card
@@ -57,6 +59,16 @@ class Source:
             )
         if is_adapter(str(self.model)):
             raise ValueError(f"{self.model} holds adapters, not a model: {why}")
+
+    def refuse_scores(self, why: str) -> None:
+        """Refuse a reward model.
+
+        Raises:
+            ValueError: it is one, or another classifier; the message ends with `why`.
+        """
+        config = load_config(str(self.model), trust_remote_code=self.trusts_remote_code)
+        if find_classifier(config) is not None:
+            raise ValueError(f"{self.model} is a reward model, which gives scores and writes no text: {why}")
 
     def recipe(self) -> Recipe:
         """Read the recipe of the run.

@@ -288,12 +288,12 @@ def _count_switch(built: Built) -> int:
 
 def _build_meta_model(recipe: Recipe, config: Any) -> Any:
     """Build the recipe's model on the meta device."""
-    source, dtype = recipe.model, weight_dtype(recipe)
-    if config is None and not Path(source.name).exists():
-        config = shape_config(source.name)
+    name, dtype, scores = recipe.model.name, weight_dtype(recipe), recipe.loss.has_score
+    if config is None and not Path(name).exists():
+        config = shape_config(name)
     if config is None:
-        return meta_model(**source.source, dtype=dtype, needs_weights=False)
-    return model_from_config(config, attention=source.attention, dtype=dtype)
+        return meta_model(**recipe.model_source, dtype=dtype, needs_weights=False)
+    return model_from_config(config, attention=recipe.model.attention, scores=scores, dtype=dtype)
 
 
 def _batch(recipe: Recipe, model: nn.Module, length: int) -> dict[str, Tensor]:

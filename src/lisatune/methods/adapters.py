@@ -17,7 +17,7 @@ from lisatune.distributed.shards import has_values
 from lisatune.methods.base import Method
 from lisatune.methods.optimizers import build_from_groups
 from lisatune.models.locate import ADAPTER_CONFIG
-from lisatune.nn.layers import LayerMap, find_layers
+from lisatune.nn.layers import LayerMap, find_layers, find_score
 from lisatune.nn.notices import silence_import_notices
 from lisatune.recipe import DataConfig, LossConfig, OptimizerConfig, RunConfig
 
@@ -26,7 +26,9 @@ __all__ = [
     "add_adapters",
     "build_adapter_optimizer",
     "find_linear_layers",
+    "refuse_score",
     "select_named",
+    "task_type",
 ]
 
 
@@ -166,8 +168,12 @@ class VirtualTokens(Method):
             )
 
     def check_loss(self, loss: LossConfig) -> None:
-        """Refuse losses that compare with the model before training: new virtual tokens change it at once."""
+        """Refuse losses that compare with the model before training, which new virtual tokens change at once.
+
+        And those that need a score, which would not train.
+        """
         super().check_loss(loss)
+        refuse_score(self.name, loss)
         if loss.has_reference:
             raise ValueError(
                 f"loss.name={loss.name} cannot work with method {self.name}: it compares with the model "
@@ -187,6 +193,24 @@ class VirtualTokens(Method):
     ) -> torch.optim.Optimizer:
         """Build the recipe's optimizer over the virtual tokens."""
         return build_adapter_optimizer(model, config)
+
+
+def refuse_score(method: str, loss: LossConfig) -> None:
+    """Refuse a loss that needs a score, for a method that trains what it adds and nothing else.
+
+    Raises:
+        ValueError: it needs one.
+    """
+    if loss.has_score:
+        raise ValueError(
+            f"loss.name={loss.name} cannot work with method {method}: it trains what it adds and nothing "
+            "else, so the score would stay random; use lora, lisa or full"
+        )
+
+
+def task_type(model: nn.Module) -> str:
+    """Return PEFT's name for what a model is for. A score, if there is one, trains beside the adapters."""
+    return "CAUSAL_LM" if find_score(model) is None else "SEQ_CLS"
 
 
 def find_linear_layers(model: nn.Module) -> list[str]:

@@ -6,11 +6,12 @@ from typing import final
 import torch
 from torch import nn
 
+from lisatune.methods.adapters import refuse_score
 from lisatune.methods.base import Alternatives, Method, halve
 from lisatune.methods.optimizers import build_from_groups
 from lisatune.nn.bottleneck import add_bottlenecks, find_outputs, find_tuned
 from lisatune.nn.layers import LayerMap
-from lisatune.recipe import OptimizerConfig
+from lisatune.recipe import LossConfig, OptimizerConfig
 
 __all__ = ["Bottleneck"]
 
@@ -36,6 +37,11 @@ class Bottleneck(Method):
     def __post_init__(self) -> None:
         if self.size < 1:
             raise ValueError(f"method.size must be >= 1, got {self.size}")
+
+    def check_loss(self, loss: LossConfig) -> None:
+        """Refuse losses that need a score, which would not train."""
+        super().check_loss(loss)
+        refuse_score(self.name, loss)
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Add the adapters, and freeze all that does not train.

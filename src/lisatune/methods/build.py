@@ -15,6 +15,7 @@ from lisatune.lisa.schedule import BlockSchedule
 from lisatune.losses.base import Loss
 from lisatune.losses.causal_lm import CausalLMLoss
 from lisatune.losses.dpo import DPOLoss
+from lisatune.losses.reward import RewardLoss
 from lisatune.methods.step import TrainingStep
 from lisatune.models.load import load_tokenizer, stored_dtype
 from lisatune.nn.blocks import BlockForward, enable_activation_checkpointing
@@ -82,9 +83,11 @@ def build(recipe: Recipe, model: nn.Module, loss: Loss, *, steps: int, device: t
 
 
 def make_loss(recipe: Recipe, model: nn.Module) -> Loss:
-    """Make the recipe's loss for a model on its device; see `CausalLMLoss` for its warnings and errors."""
-    if recipe.loss.name == "dpo":
+    """Make the recipe's loss for a model on its device; each class says its warnings and errors."""
+    if recipe.loss.has_reference:
         return DPOLoss(model, beta=recipe.loss.beta)
+    if recipe.loss.has_score:
+        return RewardLoss(model, center=recipe.loss.center)
     return CausalLMLoss(model)
 
 
@@ -180,6 +183,11 @@ def check_recipe(recipe: Recipe) -> None:
             "vectors know nothing of divided weights; use lisa, full or lora"
         )
     count_copies(recipe.run.sharding, recipe.run.copies)
+    if recipe.loss.has_score:
+        raise ValueError(
+            f"loss.name: {recipe.loss.name} runs in one process only yet, because a divided model's ends are "
+            "made whole for losses of tokens, and not for a score; start one process"
+        )
 
 
 def _set_block_forward(recipe: Recipe, model: nn.Module) -> BlockForward | None:

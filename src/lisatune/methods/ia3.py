@@ -11,6 +11,7 @@ from lisatune.methods.adapters import (
     build_adapter_optimizer,
     find_linear_layers,
     select_named,
+    task_type,
 )
 from lisatune.methods.base import Method
 from lisatune.nn.layers import LayerMap
@@ -64,7 +65,7 @@ class Ia3(Method):
         if self.targets:
             targets = select_named(linear, self.targets, "method.targets")
             inputs = select_named(linear, self.feedforward, "method.feedforward")
-            return IA3Config(target_modules=targets, feedforward_modules=inputs, task_type="CAUSAL_LM")
+            return IA3Config(target_modules=targets, feedforward_modules=inputs, task_type=task_type(model))
         kind = model.config.get_text_config().model_type  # type: ignore[operator,union-attr]
         if kind not in KNOWN:
             names = ", ".join(sorted({path.rpartition(".")[2] for path in linear}))
@@ -73,4 +74,4 @@ class Ia3(Method):
                 f"values and the last of the feed-forward, and method.feedforward to that last one. The "
                 f"layers are {names}"
             )
-        return IA3Config(task_type="CAUSAL_LM")
+        return IA3Config(task_type=task_type(model))

@@ -23,7 +23,7 @@ from lisatune.nn.codes import Scales
 from lisatune.nn.layers import LayerMap, find_layers
 from lisatune.nn.nf4 import check_nf4
 from lisatune.nn.units import divide_blocks
-from lisatune.recipe import DataConfig, OptimizerConfig, RunConfig
+from lisatune.recipe import DataConfig, LossConfig, OptimizerConfig, RunConfig
 
 __all__ = ["AsLisa", "FreezesByInterval", "Lisa"]
 
@@ -188,6 +188,15 @@ class Lisa(Method):
         """Where exact frozen weights are kept; None if the device holds them."""
         return None if self.frozen_weights == "exact" else self.master
 
+    def check_loss(self, loss: LossConfig) -> None:
+        """Refuse losses that need a score, if the ends do not train: it is one of them."""
+        super().check_loss(loss)
+        if loss.has_score and EndsPolicy.parse(self.ends).trains in ("none", "rows"):
+            raise ValueError(
+                f"method.ends={self.ends} cannot work with loss.name={loss.name}: the score would stay "
+                "random; set it to head"
+            )
+
     def check_device(self, device: torch.device) -> None:
         """Refuse a device on which bitsandbytes cannot store NF4, and an environment without it."""
         if self.frozen_weights == "nf4":
@@ -312,6 +321,11 @@ class AsLisa(Method):
     def as_lisa(self) -> Lisa:
         """Return the LISA that this method is."""
         raise NotImplementedError
+
+    def check_loss(self, loss: LossConfig) -> None:
+        """Refuse what that LISA refuses."""
+        super().check_loss(loss)
+        self.as_lisa().check_loss(loss)
 
     def build_optimizer(
         self, model: nn.Module, layers: LayerMap, config: OptimizerConfig

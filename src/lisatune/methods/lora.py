@@ -11,6 +11,7 @@ from lisatune.methods.adapters import (
     build_adapter_optimizer,
     find_linear_layers,
     select_named,
+    task_type,
 )
 from lisatune.methods.base import Alternatives, Method, halve
 from lisatune.nn.layers import LayerMap
@@ -91,7 +92,7 @@ class LowRank(Method):
             lora_dropout=self.dropout,
             target_modules=self._find_targets(model),
             use_dora=self.has_magnitudes,
-            task_type="CAUSAL_LM",
+            task_type=task_type(model),
         )
 
     def _find_targets(self, model: nn.Module) -> list[str]:
@@ -102,6 +103,7 @@ class LowRank(Method):
         ends: list[Any] = []
         if self.ends:
             hf: Any = model
+            # A score is no output embedding: it trains as it is.
             ends = [hf.get_input_embeddings(), hf.get_output_embeddings()]
         return linear + [path for path, module in model.named_modules() if any(module is end for end in ends)]
 

@@ -42,10 +42,15 @@ def adapter_base(name: str) -> tuple[str, str | None] | None:
     return base, config.get("revision")
 
 
-def check_adapters(name: str) -> None:
+def check_adapters(name: str, *, scores: bool = False) -> None:
     """Look for what `put_adapters` needs, before the model of a folder of adapters loads.
 
+    Args:
+        name: the folder.
+        scores: whether its model is opened as a reward model.
+
     Raises:
+        ValueError: they belong to a reward model and `scores` is False, or the reverse.
         FileNotFoundError: the folder has no adapters in safetensors.
         ImportError: they need PEFT, and it is not installed.
     """
@@ -55,6 +60,10 @@ def check_adapters(name: str) -> None:
     if not (path / weights).is_file():
         raise FileNotFoundError(f"adapter folder {name} has no {weights}; save the adapters under that name")
     if not is_bottleneck:
+        config = json.loads((path / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        if (config.get("task_type") == "SEQ_CLS") != scores:
+            what = "write text and give no scores" if scores else "give scores and write no text (SEQ_CLS)"
+            raise ValueError(f"the adapters in {name} {what}; give a folder of the other kind")
         try:
             import peft  # noqa: F401
         except ImportError as error:

@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,15 @@ def import_transformers() -> Any:
     return transformers
 
 
-def import_auto_model() -> Any:
-    """Import the class that opens causal language models, with our attention for CPUs registered."""
+def import_auto_model(*, scores: bool = False) -> Any:
+    """Import the class that opens causal language models, with our attention for CPUs registered.
+
+    Args:
+        scores: import the one for sequence classification instead, which opens reward models.
+    """
     transformers = import_transformers()
     attention.register()
-    return transformers.AutoModelForCausalLM
+    return transformers.AutoModelForSequenceClassification if scores else transformers.AutoModelForCausalLM
 
 
 def check_attention(name: str | None) -> None:
@@ -91,25 +95,31 @@ def check_index(index: Path) -> None:
             raise ValueError(f"{index} names {name!r}; only .safetensors files beside it are ever opened")
 
 
-def check_loaded(name: str, info: dict[str, Any]) -> None:
+def check_loaded(
+    name: str, info: dict[str, Any], *, drawn: Collection[str] = (), left_out: Collection[str] = ()
+) -> None:
     """Check the `output_loading_info` of transformers; warn about stored weights that the model lacks.
+
+    Args:
+        name: the model.
+        info: what transformers has found.
+        drawn: weights that may be missing, because they are meant to be random then.
+        left_out: stored weights that the model is meant to lack.
 
     Raises:
         RuntimeError: weights are missing or have another shape, so that they would be random; names some.
     """
-    if info["missing_keys"]:
-        raise RuntimeError(
-            f"model {name} lacks weights, which would be random: {_list_some(info['missing_keys'])}"
-        )
+    if missing := set(info["missing_keys"]) - set(drawn):
+        raise RuntimeError(f"model {name} lacks weights, which would be random: {_list_some(missing)}")
     if info["mismatched_keys"]:
         raise RuntimeError(
             f"model {name} has weights in another shape: "
             f"{_list_some(key for key, *_ in info['mismatched_keys'])}"
         )
-    if info["unexpected_keys"]:
+    if unexpected := set(info["unexpected_keys"]) - set(left_out):
         warnings.warn(
             f"model {name} holds weights that its architecture does not use and that the result will lack: "
-            f"{_list_some(info['unexpected_keys'])}",
+            f"{_list_some(unexpected)}",
             stacklevel=3,
         )
 

@@ -4,7 +4,7 @@ Weights are read only from safetensors, in float32 unless another dtype is asked
 lack is an error, never a random number. GGUF files are converted once into a cache folder (`models.gguf`).
 
 Every function that opens something takes `name`, `revision` and `trust_remote_code`, and those that build a
-model also `attention`, `new_tokens` and `dtype`. `recipe.ModelConfig` gives all but `dtype` as dicts.
+model also `attention`, `new_tokens`, `score_seed` and `dtype`. `Recipe.model_source` gives all but `dtype`.
 """
 
 from collections.abc import Sequence
@@ -34,6 +34,7 @@ from lisatune.models.locate import (
     name_elsewhere,
 )
 from lisatune.models.new_tokens import add_rows, add_tokens, grow_config
+from lisatune.models.reward import choose_kind, drawing_from, drawn_weights, set_padding
 from lisatune.models.rounding import held_in
 from lisatune.models.stored import find_untied, is_tied, says_tied, untie
 from lisatune.nn.bottleneck import find_bottlenecks
@@ -178,9 +179,10 @@ def load_model(
     trust_remote_code: bool = False,
     attention: str | None = None,
     new_tokens: Sequence[str] = (),
+    score_seed: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Any:
-    """Load a causal language model onto the CPU, in evaluation mode.
+    """Load a causal language model, or a reward model, onto the CPU, in evaluation mode.
 
     A folder of adapters gives the model that they belong to, with the adapters in it.
 
@@ -188,6 +190,8 @@ def load_model(
         name, revision, trust_remote_code: as in `load_config`.
         attention: attention implementation by its transformers name; None leaves the choice to transformers.
         new_tokens: tokens that its tokenizer is to learn; they get rows in embedding and head.
+        score_seed: open it as a reward model, with a score in place of the head. A score that the files
+            lack is drawn from this seed. None: as a causal language model.
         dtype: dtype of the weights in memory, whatever dtype they are stored in.
 
     Returns:
@@ -204,15 +208,17 @@ def load_model(
         134515008
     """
     if is_adapter(name):
-        check_adapters(name)
+        check_adapters(name, scores=score_seed is not None)
         base, revision = adapter_base(name) or ("", None)
-        options: dict[str, Any] = {"attention": attention, "dtype": dtype}
+        options: dict[str, Any] = {"attention": attention, "score_seed": score_seed, "dtype": dtype}
         model = load_model(base, revision=revision, trust_remote_code=trust_remote_code, **options)
         return put_adapters(model, name)
     check_attention(attention)
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
-    with explain_load_errors(name):
-        model, info = import_auto_model().from_pretrained(
+    scores = score_seed is not None
+    choose_kind(name, config, scores=scores)
+    with explain_load_errors(name), drawing_from(score_seed):
+        model, info = import_auto_model(scores=scores).from_pretrained(
             locate(name, revision=revision),
             config=config,
             revision=revision,
@@ -223,18 +229,22 @@ def load_model(
             ignore_mismatched_sizes=True,  # check_loaded reports them by name
             output_loading_info=True,
         )
-    check_loaded(name, info)
+    drawn, left_out = drawn_weights(model) if scores else ((), ())
+    check_loaded(name, info, drawn=drawn, left_out=left_out)
     if says_tied(model.config) and model._tied_weights_keys and not is_tied(model):
         untie(name, model.config)
     model.name_or_path, commit = name_elsewhere(name)
     model.config.name_or_path = model.name_or_path  # PEFT writes both beside adapters
     if commit is not None:
         model.config._commit_hash = commit
-    if new_tokens:
+    if new_tokens or scores:
         tokenizer = load_tokenizer(
             name, revision=revision, trust_remote_code=trust_remote_code, new_tokens=new_tokens
         )
-        add_rows(model, tokenizer, new_tokens)
+        if new_tokens:
+            add_rows(model, tokenizer, new_tokens)
+        if scores:
+            set_padding(name, model, tokenizer)
     return model
 
 
@@ -245,6 +255,7 @@ def meta_model(
     trust_remote_code: bool = False,
     attention: str | None = None,
     new_tokens: Sequence[str] = (),
+    score_seed: int | None = None,
     dtype: torch.dtype = torch.float32,
     needs_weights: bool = True,
     with_buffers: bool = False,
@@ -252,7 +263,7 @@ def meta_model(
     """Build a model on the meta device: modules, names and shapes, but no weights.
 
     Args:
-        name, revision, trust_remote_code, attention, new_tokens, dtype: as in `load_model`.
+        name, revision, trust_remote_code, attention, new_tokens, score_seed, dtype: as in `load_model`.
         needs_weights: as in `load_config`.
         with_buffers: as in `model_from_config`.
 
@@ -263,6 +274,7 @@ def meta_model(
     config = load_config(
         name, revision=revision, trust_remote_code=trust_remote_code, needs_weights=needs_weights
     )
+    choose_kind(name, config, scores=score_seed is not None)
     if new_tokens:
         tokenizer = load_tokenizer(
             name, revision=revision, trust_remote_code=trust_remote_code, new_tokens=new_tokens
@@ -274,6 +286,7 @@ def meta_model(
             return model_from_config(
                 config,
                 attention=attention,
+                scores=score_seed is not None,
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
                 with_buffers=with_buffers,
@@ -293,14 +306,16 @@ def model_from_config(
     config: Any,
     *,
     attention: str | None = None,
+    scores: bool = False,
     dtype: torch.dtype,
     trust_remote_code: bool = False,
     with_buffers: bool = False,
 ) -> Any:
-    """Build a causal language model on the meta device.
+    """Build a causal language model, or a reward model, on the meta device.
 
     Args:
         config: a transformers config.
+        scores: build a reward model.
         attention, dtype, trust_remote_code: as in `load_model`.
         with_buffers: compute the buffers, on the CPU, instead of leaving them on the meta device too.
 
@@ -308,13 +323,15 @@ def model_from_config(
         ValueError: transformers does not know the attention.
     """
     check_attention(attention)
+    if scores:
+        config.num_labels = 1
     without_weights: AbstractContextManager[Any] = torch.device("meta")
     if with_buffers:
         from accelerate import init_empty_weights
 
         without_weights = init_empty_weights(include_buffers=False)
     with without_weights:
-        model = import_auto_model().from_config(
+        model = import_auto_model(scores=scores).from_config(
             config, attn_implementation=attention, dtype=dtype, trust_remote_code=trust_remote_code
         )
     model.tie_weights()

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["LayerMap", "find_layers"]
+__all__ = ["LayerMap", "find_layers", "find_score"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class LayerMap:
     """Name of the input embedding's weight, None if the model does not name it."""
 
     head: str | None = None
-    """Name of the output head's weight; the embedding's when the two are tied."""
+    """Name of the output head's weight, or of a classifier's score; the embedding's when the two are tied."""
 
     tied: tuple[tuple[str, str], ...] = ()
     """Pairs (alias, name): the alias is the same parameter under another name."""
@@ -137,12 +137,23 @@ def find_layers(
         ends=tuple(end_names),
         frozen=tuple(name for name in outside if name not in set(trained)),
         embedding=canonical.get(f"{_path_from(model, 'get_input_embeddings')}.weight"),
-        head=canonical.get(f"{_path_from(model, 'get_output_embeddings')}.weight"),
+        head=canonical.get(f"{_path_from(model, 'get_output_embeddings') or find_score(model)}.weight"),
         tied=tuple((alias, own[0]) for own in names for alias in own[1:]),
     )
     if blocks is not None or _config(model) is None:
         _warn_of_lists_in_ends(model, layers)
     return layers
+
+
+def find_score(model: nn.Module) -> str | None:
+    """Return the path of a classifier's or reward model's linear layer; None for any other model.
+
+    It is the last module that a transformers model without output embeddings registers.
+    """
+    if _config(model) is None or _path_from(model, "get_output_embeddings") is not None:
+        return None
+    last = list(model.named_children())[-1:]
+    return next((name for name, module in last if isinstance(module, nn.Linear)), None)
 
 
 def _warn_of_lists_in_ends(model: nn.Module, layers: LayerMap) -> None:

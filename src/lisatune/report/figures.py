@@ -193,7 +193,7 @@ def _show_losses(entries: Sequence[Entry], key: str, label: str) -> Figure | Non
         title=f"Held-out loss against {what}",
         svg=charts.draw_lines(named, x=label, y="held-out loss"),
         alt=f"Line chart of held-out loss against {label}: {falls}.",
-        note="Nats per token, with loss.name: dpo per pair of answers; lower is better."
+        note="Nats per token, with loss.name: dpo or reward per pair of answers; lower is better."
         + (" One curve for each seed." if is_repeated else "")
         + (" Evaluation, loading and compiling are not in the time." if key == "seconds" else ""),
         table=Table(["", "first loss", "last loss", key], rows),

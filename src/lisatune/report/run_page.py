@@ -72,7 +72,7 @@ def make_runs_page(folders: Sequence[Path], *, card_bytes: int | None = None, we
         problems=[problem for run in runs for problem in run.problems],
         overview=_make_overview(found),
         overview_note="Loss is measured on each run's own held-out records, in nats per token, or per "
-        "pair of answers with loss.name: dpo. "
+        "pair of answers with loss.name: dpo or reward. "
         + (
             "Marked: the best of each column; runs on different data or lengths cannot be compared. "
             if found[1:]
@@ -186,10 +186,17 @@ def _measure_movement(run: _RunFiles) -> list[float] | None:
     try:
         # Both in the dtype of the written model, so that rounding to it does not count as movement.
         dtype = stored_dtype(str(folder)) or torch.float32
-        return measure_movement(load_model(base, dtype=dtype), load_model(str(folder), dtype=dtype))
+        how: dict[str, Any] = {"dtype": dtype, "score_seed": _score_seed(run.recipe)}
+        return measure_movement(load_model(base, **how), load_model(str(folder), **how))
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         run.problems.append(f"{run.name}: weight movement is left out: {first_line(error)}")
         return None
+
+
+def _score_seed(recipe: dict[str, Any]) -> int | None:
+    """Return the seed that a reward model's score was drawn from; None if the run made another model."""
+    scores = recipe.get("loss", {}).get("name") == "reward"
+    return int(recipe.get("run", {}).get("seed", 0)) if scores else None
 
 
 def _describe(run: _RunFiles) -> str:

@@ -38,9 +38,8 @@ def make_training_figures(runs: Sequence[tuple[str, Metrics]]) -> list[Figure]:
             "Training loss",
             "training loss",
             [(name, _extract(metrics, "loss")) for name, metrics in runs],
-            "Nats per token that carries loss, or per pair of answers with dpo, of the rows of the step "
-            "itself: noisy, and no measure of what "
-            "the model has learned.",
+            "Nats per token that carries loss, or per pair of answers with dpo and reward, of the rows of "
+            "the step itself: noisy, and no measure of what the model has learned.",
         ),
         _show(
             "Training loss by source",

@@ -130,7 +130,8 @@ def make_card(
     front |= dict(base.license)
     library = {"model": "transformers", "adapters": "peft"}.get(kind)
     front |= {} if library is None else {"library_name": library}
-    front["pipeline_tag"] = "text-generation"
+    scores = _has_score(recipe)
+    front["pipeline_tag"] = "text-classification" if scores else "text-generation"
     on_hub = [text for text in data if re.fullmatch(r"[\w.-]+/[\w.-]+", text)]
     front |= {"datasets": on_hub} if on_hub else {}
     front["tags"] = ["lisatune", method]
@@ -142,7 +143,7 @@ def make_card(
         f"# {_escape(name)}\n",
         f"{_escape(base.name)}, fine-tuned with lisatune by the method `{method}`.{' ' * bool(note)}{note}\n",
         "\n".join(["| | |", "| --- | --- |", *rows]) + "\n",
-        *_uses(kind, base),
+        *_uses(kind, base, scores=scores),
         f"## Recipe\n\n{fence}yaml\n{recipe_text}{fence}\n",
     ]
     return "\n".join(parts)
@@ -228,8 +229,28 @@ def _facts(
     yield "made with", ", ".join(known)
 
 
-def _uses(kind: str, base: Base) -> Iterator[str]:
+def _has_score(recipe: Mapping[str, Any]) -> bool:
+    """Whether a recipe, which an older version may have written, makes a reward model."""
+    return bool(recipe.get("loss", {}).get("name") == "reward")
+
+
+def _uses(kind: str, base: Base, *, scores: bool) -> Iterator[str]:
     """Say how a folder is used."""
+    if scores and kind in ("model", "adapters"):
+        auto = "AutoModelForSequenceClassification"
+        load = f"from transformers import {auto}, AutoTokenizer\n\n"
+        load += f'model = {auto}.from_pretrained("PATH OR HUB ID")'
+        if kind == "adapters":
+            auto = "AutoPeftModelForSequenceClassification"
+            load = f"from peft import {auto}\nfrom transformers import AutoTokenizer\n\n"
+            load += f'model = {auto}.from_pretrained("PATH OR HUB ID", num_labels=1)'
+        yield (
+            "A reward model: the better an answer to its prompt, the higher the score of both together.\n\n"
+            f"```python\n{load}\n"
+            'tokenizer = AutoTokenizer.from_pretrained("PATH OR HUB ID")\n'
+            'score = model(**tokenizer("TEXT", return_tensors="pt")).logits[0, 0]\n```\n'
+        )
+        return
     if kind == "model":
         yield (
             "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"

@@ -32,6 +32,7 @@ Other steps or epochs stretch the learning-rate schedule. Another date that chan
 BEFORE_IT_EXISTED: dict[str, Any] = {
     "loss.name": "causal_lm",
     "loss.beta": 0.1,
+    "loss.center": 0.0,
     "optimizer.name": "adamw",
     "optimizer.options": {},
     "data.long": "auto",

@@ -82,7 +82,7 @@ class Summary(TypedDict, total=False):
     held_out_loss_last: float
     """Of the last step, with run.keep_best."""
     held_out_accuracy_before: float
-    """Share of held-out pairs whose chosen answer is preferred, 0 to 1; with loss.name dpo."""
+    """Share of held-out pairs whose chosen answer is preferred, 0 to 1; with loss.name dpo or reward."""
     held_out_accuracy_after: float
     held_out_margin_before: float
     """Mean difference of the rewards of chosen and rejected answer, over the held-out pairs."""

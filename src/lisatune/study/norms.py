@@ -97,7 +97,7 @@ def study_norms(
         optimizer=optimizer,
         run=replace(recipe.run, samples=0, check_memory=False, compile=False),
     )
-    layers = find_studied_layers(meta_model(**recipe.model.source, dtype=weight_dtype(recipe)), unit)
+    layers = find_studied_layers(meta_model(**recipe.model_source, dtype=weight_dtype(recipe)), unit)
     full = _train(recipe, layers, every, print_line)
     for layer, change in full.mean["full_change"].items():
         if change == 0:

@@ -64,7 +64,7 @@ def study_outliers(
         raise ValueError(f"--rows must be >= 1 and --threshold > 0, got {rows} and {threshold}")
     tokenizer = load_tokenizer(**recipe.model.tokenizer)
     examples = prepare_data(recipe, tokenizer).train.rows[:rows]
-    model = load_model(**recipe.model.source, dtype=weight_dtype(recipe))
+    model = load_model(**recipe.model_source, dtype=weight_dtype(recipe))
     layers = find_studied_layers(model, unit)
     device = pick_device(recipe.run.device)
     model.to(device).eval()

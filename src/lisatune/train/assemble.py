@@ -159,7 +159,7 @@ def assemble(
             assert isinstance(loss, CausalLMLoss)
             loss.check_packing()
     else:  # block by block, each rank its part
-        model, fill = load_for_ranks(**source.source, dtype=dtype)
+        model, fill = load_for_ranks(**recipe.model_source, dtype=dtype)
     _warn_of_widened_weights(recipe, model)
     with zero_weights(model):
         prepared = prepare(recipe, model)
@@ -194,7 +194,7 @@ def _load(recipe: Recipe, device: torch.device, rehearsed: nn.Module) -> tuple[A
     Raises:
         ValueError: host memory or disk is too small for them.
     """
-    source, dtype = recipe.model.source, weight_dtype(recipe)
+    source, dtype = recipe.model_source, weight_dtype(recipe)
     asked = recipe.method.masters
     if asked is None:
         return load_model(**source, dtype=dtype), None
@@ -239,7 +239,7 @@ def rehearse(recipe: Recipe, steps: int) -> tuple[nn.Module, LayerMap, BlockSche
         ValueError, RuntimeError, OSError: what `assemble` would raise with the weights loaded.
     """
     warn_of_long_warmup(recipe.optimizer, steps)
-    model = meta_model(**recipe.model.source, dtype=weight_dtype(recipe))
+    model = meta_model(**recipe.model_source, dtype=weight_dtype(recipe))
     _warn_of_widened_weights(recipe, model)
     if ranks.count() == 1:
         recipe.method.place(model, torch.device("meta"))

@@ -61,7 +61,7 @@ def needed_flops(model: Any, layers: LayerMap, lengths: Sequence[int]) -> int | 
     """
     config, output = model.config.get_text_config(), model.get_output_embeddings()
     heads, tokens = getattr(config, "num_attention_heads", None), sum(lengths)
-    if output is None or not isinstance(heads, int):
+    if not isinstance(heads, int):
         return None
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     attention = 2 * heads * head_size * sum(length**2 for length in lengths)
@@ -80,6 +80,8 @@ def needed_flops(model: Any, layers: LayerMap, lengths: Sequence[int]) -> int | 
         passes = passes or trained > 0
         flops += (2 * tokens * every + attention) + 2 * tokens * trained
         flops += passes * (2 * tokens * every + 2 * attention)
+    if output is None:  # a reward model's score, of one token in each sequence
+        return flops
     head: Tensor = output.weight
     return flops + 2 * tokens * head.numel() * (1 + passes + head.requires_grad)
 

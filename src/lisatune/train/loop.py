@@ -318,6 +318,8 @@ def _held_out(
 
 def _answers(parts: Parts) -> list[str]:
     prompts = [question.prompt for question in parts.data.questions]
+    if not prompts:
+        return []
     recipe = parts.recipe
     return generate_answers(
         parts.built.model,

@@ -72,7 +72,7 @@ class Outline:
     train_rows: int
     train_tokens: int
     loss_tokens: int
-    """Training tokens that carry loss."""
+    """Training tokens that carry loss; for a reward model the last one of each answer."""
     num_cut: int
     """Training records cut at max_length."""
     num_split: int
@@ -158,7 +158,7 @@ def make_outline(
         row_word=word,
         train_rows=len(data.train.rows) // data.rows_per_record,
         train_tokens=data.train.num_tokens,
-        loss_tokens=data.train.num_loss_tokens,
+        loss_tokens=len(data.train.rows) if recipe.loss.has_score else data.train.num_loss_tokens,
         num_cut=data.train.num_cut,
         num_split=data.train.num_split,
         num_dropped=data.train.num_dropped,

@@ -52,6 +52,11 @@ def test_all_forms_of_a_pair_are_read(tmp_path: Path, row: dict[str, Any], same:
     assert read(tmp_path, row).rows == [same]
 
 
+def test_whole_texts_need_no_prompt_if_answers_need_not_be_told_apart(tmp_path: Path) -> None:
+    rows = read(tmp_path, {"chosen": "Hey", "rejected": "No"}, needs_prompt=False).rows
+    assert rows == [{"prompt": "", "completion": "Hey", "rejected": "No"}]
+
+
 @pytest.mark.parametrize(
     ("row", "says"),
     [

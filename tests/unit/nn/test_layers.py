@@ -105,6 +105,7 @@ def test_classification_heads_are_ends(family: str) -> None:
     model = meta(AutoModelForSequenceClassification, family, num_hidden_layers=3)
     layers = find_layers(model)
     assert "score.weight" in layers.ends
+    assert layers.head == "score.weight"
     assert layers.frozen == ()
     assert_partition(model, layers)
 

@@ -60,6 +60,24 @@ def test_the_loss_of_pairs_is_that_of_a_pair() -> None:
     assert "held-out loss per pair of answers" in text
 
 
+@pytest.mark.parametrize(
+    ("kind", "opens"),
+    [
+        ("model", 'AutoModelForSequenceClassification.from_pretrained("PATH OR HUB ID")'),
+        (
+            "adapters",
+            'AutoPeftModelForSequenceClassification.from_pretrained("PATH OR HUB ID", num_labels=1)',
+        ),
+    ],
+)
+def test_the_card_of_a_reward_model_says_how_to_get_scores(kind: str, opens: str) -> None:
+    recipe = RECIPE | {"loss": {"name": "reward"}}
+    text = make_card(Base("some/base", "some/base", {}), recipe, SUMMARY, VERSIONS, kind=kind)
+    assert read(text).pipeline_tag == "text-classification"
+    assert f"model = {opens}\n" in text
+    assert "CausalLM" not in text
+
+
 def test_no_local_path_and_no_key_is_in_the_card() -> None:
     recipe = RECIPE | {
         "model": {"name": "/home/me/secret/base"},
