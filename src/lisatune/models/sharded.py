@@ -239,14 +239,20 @@ def _save_adapters(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype 
 
 
 def _number_new_tokens(
-    name: str, *, new_tokens: Sequence[str] = (), attention: str | None = None, **source: Any
+    name: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    new_tokens: Sequence[str] = (),
+    **_: Any,
 ) -> list[int]:
-    """Return the numbers of tokens that the model's tokenizer is to learn."""
+    """Return the numbers of tokens that the model's tokenizer is to learn. The rest is for the model."""
     if not new_tokens:
         return []
-    numbers: list[int] = load_tokenizer(name, new_tokens=new_tokens, **source).convert_tokens_to_ids(
-        list(new_tokens)
+    tokenizer = load_tokenizer(
+        name, revision=revision, trust_remote_code=trust_remote_code, new_tokens=new_tokens
     )
+    numbers: list[int] = tokenizer.convert_tokens_to_ids(list(new_tokens))
     return numbers
 
 
