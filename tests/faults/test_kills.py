@@ -19,10 +19,10 @@ def test_killed_and_resumed_runs_end_bit_equal(variant: str, tmp_path: Path) -> 
     series = kills.Series(tmp_path, variant)
     generator, tally = random.Random(variant), kills.Tally()
     for _ in range(2):
-        tally.add(series.kill_and_compare(generator, [*kills.KINDS, "before a file", "before a file"]))
+        tally.add(series.kill_and_compare(generator, ["before a file", *kills.KINDS, "before a file"]))
     assert tally.mismatches == []
     assert tally.finished == 2
-    assert sum(tally.kills.values()) >= 2, "on a busy machine a run can end before the clock strikes"
+    assert tally.kills["before a file"] >= 2, "on a busy machine a run can end before the clock strikes"
     assert tally.resumes >= 1
 
 

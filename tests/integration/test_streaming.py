@@ -101,7 +101,8 @@ def test_a_shard_that_stays_broken_ends_the_run_with_a_checkpoint_from_which_it_
     server.failures = {}
     problem = str(caught.value)
     assert f"cannot read the shard {server.url}/part-" in problem
-    assert "after 4 tries (HTTP Error 503: Service Unavailable); stopped after step " in problem
+    tried = "after 4 tries (HTTP Error 503: Service Unavailable); check its name and the connection"
+    assert f"{tried}; stopped after step " in problem
     assert f" of {STEPS}, which is saved; " in problem
     train(asked, resume=True)
     assert weights(tmp_path / "run") == weights(straight)

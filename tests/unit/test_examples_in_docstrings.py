@@ -40,10 +40,13 @@ def names_in_examples(folder: Path) -> dict[str, Any]:
     model: nn.Module = tiny.llama()
     ids = tiny.tokens(0)
     batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(ids.shape[1]).expand_as(ids)}
+    scored = tiny.llama().config
+    scored.num_labels = 1
     matrices = [p for name, p in model.named_parameters() if "proj" in name]
     return {
         "torch": torch,
         "model": model,
+        "reward_model": transformers.LlamaForSequenceClassification(scored),
         "batch": batch,
         "loader": [batch, batch],
         "matrices": matrices,

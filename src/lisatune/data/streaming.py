@@ -381,8 +381,7 @@ class Stream:
                 if wait is None or is_gone(error):
                     often = "" if wait is not None else f" after {len(WAITS) + 1} tries"
                     raise StreamError(
-                        f"cannot read the shard {shard}{often} ({problem}); check its name and the "
-                        "connection, then give the same command, with --resume if the run had begun"
+                        f"cannot read the shard {shard}{often} ({problem}); check its name and the connection"
                     ) from error
             if self._stop.wait(wait):
                 raise StreamError("the run is over")

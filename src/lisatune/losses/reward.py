@@ -44,7 +44,7 @@ class RewardLoss(PairLoss):
         ValueError: the model has no score, or reads it in another way.
 
     Example:
-        >>> loss = RewardLoss(model)
+        >>> loss = RewardLoss(reward_model)
         >>> loss_sum, num_pairs = loss(batch)
         >>> (loss_sum / num_pairs).backward()
     """
@@ -91,7 +91,8 @@ class RewardLoss(PairLoss):
         model = self.model
         embedding = model.get_input_embeddings().weight
         ids_T = torch.arange(9, device=embedding.device) % len(embedding)
-        ids_BT = ids_T[ids_T != model.config.get_text_config().pad_token_id][None, :8]
+        padding = model.config.get_text_config().pad_token_id
+        ids_BT = ids_T[ids_T != (-1 if padding is None else padding)][None, :8]
         position_ids_BT = torch.arange(ids_BT.shape[1], device=embedding.device)[None]
         with evaluation_mode(model):
             own = model(input_ids=ids_BT, use_cache=False).logits

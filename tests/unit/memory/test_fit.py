@@ -169,7 +169,7 @@ def test_command_takes_overrides_without_a_recipe(folder: Path, capsys: pytest.C
 def test_command_prints_a_table(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arithmetic = ("--ranks", "2", "method.ends=rows")
+    arithmetic = ("--ranks", "2", "optimizer.name=muon")
     assert main(["plan", "--model", str(folder), "--length", "256", *arithmetic]) == 0
     text = capsys.readouterr().out
     for word in ("weights", "activations", "peak", "divided by ranks"):
