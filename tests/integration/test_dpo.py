@@ -3,7 +3,6 @@
 import json
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,13 +18,12 @@ from lisatune.memory import measure
 from lisatune.memory.plan import _batch, plan_memory
 from lisatune.methods.build import build
 from lisatune.models.load import load_model, load_tokenizer
-from lisatune.recipe import Recipe
 from lisatune.runs.summary import Summary
 from lisatune.train.assemble import assemble
 from lisatune.train.check import check
 from lisatune.train.loop import train
-from lisatune.train.recipe_file import load_recipe
 from lisatune.train.resume import RunState
+from pair_runs import assert_resume_is_bit_equal, load_pairs, read_metrics
 from toy_members import ForwardMethod
 
 METHODS = ("full", "lisa", "lora")
@@ -43,24 +41,12 @@ def recipe(model: Path, tmp_path: Path) -> Path:
     return tiny_run.write_recipe(tmp_path, model, pairs, more)
 
 
-def load(recipe: Path, output: str = "run", *overrides: str, method: str = "lisa") -> Recipe:
-    if method != "lisa":
-        recipe.write_text(recipe.read_text().replace("{active: 2, period: 3}", f"{{name: {method}}}"))
-    return load_recipe(recipe, [f"run.output={recipe.parent / output}", *overrides])
-
-
-def read_metrics(recipe: Path, output: str = "run") -> list[dict[str, Any]]:
-    lines = (recipe.parent / output / "metrics.jsonl").read_text().splitlines()
-    timed = {"tokens_per_second", "seconds", "resident_bytes"}
-    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
-
-
 # PEFT asks transformers by an old name.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_learns_the_preference_and_says_how_well(method: str, recipe: Path) -> None:
     lr = "optimizer.lr=3e-2" if method == "lora" else "optimizer.lr=1e-2"
-    summary = train(load(recipe, "run", "run.steps=8", "run.eval_every=4", lr, method=method))
+    summary = train(load_pairs(recipe, "run", "run.steps=8", "run.eval_every=4", lr, method=method))
     assert summary["held_out_loss_before"] == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-6)
     assert summary["held_out_margin_before"] == pytest.approx(0, abs=1e-6)
     assert summary["held_out_loss_after"] < 0.66
@@ -75,26 +61,13 @@ def test_a_run_learns_the_preference_and_says_how_well(method: str, recipe: Path
 
 @pytest.mark.parametrize("method", METHODS)
 def test_resume_is_bit_equal(method: str, recipe: Path) -> None:
-    def press(state: RunState) -> None:
-        if state.step == 4:
-            signal.raise_signal(signal.SIGINT)
-
-    options = ("run.steps=7", "run.eval_every=2", "run.accumulation=2")
-    train(load(recipe, "straight", *options, method=method))
-    with pytest.raises(KeyboardInterrupt):
-        train(load(recipe, "resumed", *options), after_step=press)
-    train(load(recipe, "resumed", *options), resume=True)
-    assert read_metrics(recipe, "straight") == read_metrics(recipe, "resumed")
-    one, two = (
-        next((recipe.parent / name / "model").glob("*.safetensors")) for name in ("straight", "resumed")
-    )
-    assert one.read_bytes() == two.read_bytes()
+    assert_resume_is_bit_equal(recipe, method)
 
 
 def test_the_reference_is_of_the_model_before_training_and_is_kept(model: Path, recipe: Path) -> None:
-    train(load(recipe, "run", "optimizer.lr=1e-2"))
+    train(load_pairs(recipe, "run", "optimizer.lr=1e-2"))
     kept = load_file(recipe.parent / "run" / "reference" / "log_probs.safetensors")["log_probs"]
-    data = prepare_data(load(recipe), load_tokenizer(str(model)))
+    data = prepare_data(load_pairs(recipe), load_tokenizer(str(model)))
     rows = [*data.train.rows, *data.validation.rows]
     assert len(kept) == len(rows) == 32
     loss = DPOLoss(load_model(str(model)), beta=0.1)
@@ -108,24 +81,24 @@ def test_a_resume_without_the_reference_it_began_with_is_refused(recipe: Path) -
         signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        train(load(recipe), after_step=press)
+        train(load_pairs(recipe), after_step=press)
     file = recipe.parent / "run" / "reference" / "log_probs.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:-1] + b"\1")
     with pytest.raises(ValueError, match=r"log_probs.safetensors is not the one that the run began with"):
-        train(load(recipe), resume=True)
+        train(load_pairs(recipe), resume=True)
     file.unlink()
     with pytest.raises(ValueError, match=r"log_probs.safetensors is gone"):
-        train(load(recipe), resume=True)
+        train(load_pairs(recipe), resume=True)
     file.write_bytes(content)
-    assert train(load(recipe), resume=True)["steps"] == 4
+    assert train(load_pairs(recipe), resume=True)["steps"] == 4
 
 
 def test_the_best_model_is_written_with_its_own_figures(recipe: Path) -> None:
     other = recipe.parent / "other.jsonl"  # prefers what training teaches to avoid
     other.write_text(json.dumps({"prompt": "Count to 2.", "chosen": "no", "rejected": "1 1 "}) + "\n")
     best = ("run.steps=8", "run.eval_every=2", "run.keep_best=true", "optimizer.lr=1e-2")
-    summary = train(load(recipe, "run", *best, f"data.validation={other}"))
+    summary = train(load_pairs(recipe, "run", *best, f"data.validation={other}"))
     evaluated = {line["step"]: line for line in read_metrics(recipe) if "held_out_loss" in line}
     assert summary["best_step"] == 2
     for name in ("loss", "accuracy", "margin"):
@@ -135,7 +108,7 @@ def test_the_best_model_is_written_with_its_own_figures(recipe: Path) -> None:
 
 def test_how_pairs_are_spread_over_micro_steps_makes_no_difference(recipe: Path) -> None:
     def losses(output: str, *how: str) -> list[float]:
-        train(load(recipe, output, "run.steps=3", "optimizer.lr=1e-2", *how, method="full"))
+        train(load_pairs(recipe, output, "run.steps=3", "optimizer.lr=1e-2", *how, method="full"))
         return [line["loss"] for line in read_metrics(recipe, output) if "loss" in line]
 
     apart = losses("apart", "run.batch_size=2", "run.accumulation=2")
@@ -145,7 +118,7 @@ def test_how_pairs_are_spread_over_micro_steps_makes_no_difference(recipe: Path)
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_plan_counts_both_answers_of_each_pair(method: str, recipe: Path) -> None:
-    asked = load(
+    asked = load_pairs(
         recipe, "run", "run.batch_size=4", *(["method.verify=off"] if method == "lisa" else []), method=method
     )
     plan = plan_memory(asked)
@@ -165,7 +138,7 @@ def test_the_plan_counts_both_answers_of_each_pair(method: str, recipe: Path) ->
 
 
 def test_one_batch_holds_the_two_answers_side_by_side(recipe: Path) -> None:
-    parts = assemble(load(recipe))
+    parts = assemble(load_pairs(recipe))
     batch = parts.collate(parts.data.batch(0))
     assert batch["number"].view(-1, 2).diff(dim=1).tolist() == [[1], [1]]
     assert (batch["number"][::2] % 2 == 0).all()
@@ -174,7 +147,7 @@ def test_one_batch_holds_the_two_answers_side_by_side(recipe: Path) -> None:
 
 
 def test_check_outlines_pairs(recipe: Path) -> None:
-    report = check(load(recipe))
+    report = check(load_pairs(recipe))
     assert report.problems == []
     outline = report.outline
     assert outline is not None
@@ -203,27 +176,27 @@ def test_check_outlines_pairs(recipe: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*left out. keys of method lisa")
 def test_settings_that_cannot_work_are_refused_by_name(recipe: Path, overrides: list[str], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        load(recipe, "run", *overrides)
+        load_pairs(recipe, "run", *overrides)
 
 
 def test_a_method_with_a_step_of_its_own_is_refused(recipe: Path) -> None:
     says = r"loss.name=dpo cannot work with method .*which brings a training step of its own; use lisa, full"
     with pytest.raises(ValueError, match=says):
-        ForwardMethod().check_loss(load(recipe).loss)
+        ForwardMethod().check_loss(load_pairs(recipe).loss)
 
 
-def test_bad_pairs_are_refused_before_weights_load(recipe: Path) -> None:
+def test_bad_pairs_are_refused_before_weights_load_pairs(recipe: Path) -> None:
     with (recipe.parent / "pairs.jsonl").open("a") as file:
         file.write(json.dumps({"prompt": "x" * 200, "chosen": "a", "rejected": "b"}) + "\n")
     says = r"the prompt has 200 tokens, so data.max_length=96 leaves nothing of the answers"
     with pytest.raises(ValueError, match=says):
-        train(load(recipe, "run", "data.validation_share=0"))
-    assert any("the prompt has 200 tokens" in problem for problem in check(load(recipe)).problems)
+        train(load_pairs(recipe, "run", "data.validation_share=0"))
+    assert any("the prompt has 200 tokens" in problem for problem in check(load_pairs(recipe)).problems)
     assert not (recipe.parent / "run").exists()
-    dropped: Summary = train(load(recipe, "run", "data.long=drop", method="full"))
+    dropped: Summary = train(load_pairs(recipe, "run", "data.long=drop", method="full"))
     assert dropped["steps"] == 4
 
 
 def test_pairs_without_the_loss_for_them_are_refused_with_what_to_set(recipe: Path) -> None:
     with pytest.raises(ValueError, match=r"'chosen' holds a preferred answer.*set loss.name: dpo"):
-        train(load(recipe, "run", "loss.name=causal_lm"))
+        train(load_pairs(recipe, "run", "loss.name=causal_lm"))

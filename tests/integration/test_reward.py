@@ -1,9 +1,7 @@
 """Runs with `loss.name: reward`: they make reward models, resume exactly, and refuse what cannot work."""
 
 import json
-import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,13 +18,11 @@ from lisatune.memory.plan import _batch, plan_memory
 from lisatune.methods import METHODS
 from lisatune.methods.build import build, check_recipe
 from lisatune.models.load import load_model
-from lisatune.recipe import Recipe
 from lisatune.report.run_page import make_runs_page
 from lisatune.train.assemble import assemble
 from lisatune.train.check import check
 from lisatune.train.loop import train
-from lisatune.train.recipe_file import load_recipe
-from lisatune.train.resume import RunState
+from pair_runs import assert_resume_is_bit_equal, load_pairs, read_metrics
 from toy_members import ForwardMethod
 
 METHODS_TRIED = ("full", "lisa", "lora")
@@ -52,18 +48,6 @@ def recipe(model: Path, tmp_path: Path) -> Path:
     return path
 
 
-def load(recipe: Path, output: str = "run", *overrides: str, method: str = "lisa") -> Recipe:
-    if method != "lisa":
-        recipe.write_text(recipe.read_text().replace("{active: 2, period: 3}", f"{{name: {method}}}"))
-    return load_recipe(recipe, [f"run.output={recipe.parent / output}", *overrides])
-
-
-def read_metrics(recipe: Path, output: str = "run") -> list[dict[str, Any]]:
-    lines = (recipe.parent / output / "metrics.jsonl").read_text().splitlines()
-    timed = {"tokens_per_second", "seconds", "resident_bytes"}
-    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
-
-
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     (file,) = folder.glob("*.safetensors")
     return load_file(file)
@@ -72,7 +56,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("method", METHODS_TRIED)
 def test_a_run_makes_a_reward_model_that_plain_libraries_open(method: str, recipe: Path) -> None:
     lr = "optimizer.lr=3e-2" if method == "lora" else "optimizer.lr=1e-2"
-    asked = load(recipe, "run", "run.steps=8", "run.eval_every=4", lr, method=method)
+    asked = load_pairs(recipe, "run", "run.steps=8", "run.eval_every=4", lr, method=method)
     summary = train(asked)
     assert summary["held_out_loss_after"] < 0.4 < summary["held_out_loss_before"] < 1
     assert summary["held_out_margin_after"] > 1
@@ -105,26 +89,13 @@ def test_a_run_makes_a_reward_model_that_plain_libraries_open(method: str, recip
 
 @pytest.mark.parametrize("method", METHODS_TRIED)
 def test_resume_is_bit_equal(method: str, recipe: Path) -> None:
-    def press(state: RunState) -> None:
-        if state.step == 4:
-            signal.raise_signal(signal.SIGINT)
-
-    options = ("run.steps=7", "run.eval_every=2", "run.accumulation=2")
-    train(load(recipe, "straight", *options, method=method))
-    with pytest.raises(KeyboardInterrupt):
-        train(load(recipe, "resumed", *options), after_step=press)
-    train(load(recipe, "resumed", *options), resume=True)
-    assert read_metrics(recipe, "straight") == read_metrics(recipe, "resumed")
-    one, two = (
-        next((recipe.parent / name / "model").glob("*.safetensors")) for name in ("straight", "resumed")
-    )
-    assert one.read_bytes() == two.read_bytes()
+    assert_resume_is_bit_equal(recipe, method)
 
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - set(REFUSED)))
 def test_the_score_trains_with_every_method_that_is_not_refused(name: str, recipe: Path) -> None:
     keys = ("method.ends=head", "method.switch_every=1") if name == "badam" else ()
-    asked = load(recipe, "run", *keys, method=name)
+    asked = load_pairs(recipe, "run", *keys, method=name)
     before = assemble(asked)
     score = {
         key: p.detach().clone()
@@ -146,11 +117,11 @@ def test_the_score_is_drawn_from_the_runs_seed_and_one_that_is_there_is_kept(
     assert torch.equal(state, torch.random.get_rng_state())
     assert torch.equal(one.score.weight, same.score.weight)
     assert not torch.equal(one.score.weight, other.score.weight)
-    train(load(recipe))
+    train(load_pairs(recipe))
     folder = recipe.parent / "run" / "model"
     trained = load_model(str(folder), score_seed=5).score.weight
     assert torch.equal(trained, read_weights(folder)["score.weight"])
-    again = train(load(recipe, "again", f"model.name={folder}"))
+    again = train(load_pairs(recipe, "again", f"model.name={folder}"))
     assert again["held_out_loss_before"] == pytest.approx(read_metrics(recipe)[-1]["held_out_loss"], abs=1e-5)
 
 
@@ -158,7 +129,7 @@ def test_the_score_is_drawn_from_the_runs_seed_and_one_that_is_there_is_kept(
 @pytest.mark.parametrize("precision", ["fp32", "bf16-mixed"])
 def test_the_plan_is_what_a_step_takes(method: str, precision: str, recipe: Path) -> None:
     options = ["run.batch_size=4", f"run.precision={precision}"]
-    asked = load(recipe, "run", *options, *(["method.verify=off"] * (method == "lisa")), method=method)
+    asked = load_pairs(recipe, "run", *options, *(["method.verify=off"] * (method == "lisa")), method=method)
     plan = plan_memory(asked)
     assert plan.batch_size == 8
     base = load_model(asked.model.name, score_seed=0)
@@ -176,7 +147,7 @@ def test_the_plan_is_what_a_step_takes(method: str, precision: str, recipe: Path
 
 
 def test_with_ends_head_the_score_trains_and_the_embedding_does_not(model: Path, recipe: Path) -> None:
-    train(load(recipe, "run", "method.ends=head"))
+    train(load_pairs(recipe, "run", "method.ends=head"))
     before, after = read_weights(model), read_weights(recipe.parent / "run" / "model")
     assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
     drawn = load_model(str(model), score_seed=0).score.weight
@@ -186,7 +157,7 @@ def test_with_ends_head_the_score_trains_and_the_embedding_does_not(model: Path,
 @pytest.mark.parametrize("weights", ["nf4", "int8"])
 def test_frozen_blocks_may_be_codes(weights: str, recipe: Path) -> None:
     summary = train(
-        load(recipe, "run", f"method.frozen_weights={weights}", "optimizer.lr=1e-2", "run.steps=6")
+        load_pairs(recipe, "run", f"method.frozen_weights={weights}", "optimizer.lr=1e-2", "run.steps=6")
     )
     assert summary["held_out_loss_after"] < summary["held_out_loss_before"]
     AutoModelForSequenceClassification.from_pretrained(recipe.parent / "run" / "model")
@@ -196,14 +167,14 @@ def test_records_need_no_prompt_and_long_pairs_are_dropped(recipe: Path) -> None
     rows = [{"chosen": "yes " * (i + 1), "rejected": "no " * (i + 1)} for i in range(16)]
     rows.append({"chosen": "yes " * 40, "rejected": "no"})
     (recipe.parent / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report = check(load(recipe, "run", "data.validation_share=0"))
+    report = check(load_pairs(recipe, "run", "data.validation_share=0"))
     assert report.problems == []
     assert report.outline is not None
     assert (report.outline.row_word, report.outline.train_rows) == ("pair", 16)
     assert report.outline.loss_tokens == 32
     assert (report.outline.num_dropped, report.outline.num_cut) == (1, 0)
     assert report.outline.records == "pairs, without a template; reward"
-    held_out = check(load(recipe, "run", "data.long=cut", "loss.center=0.01")).outline
+    held_out = check(load_pairs(recipe, "run", "data.long=cut", "loss.center=0.01")).outline
     assert held_out is not None
     assert (held_out.train_rows, held_out.validation_rows) == (13, 4)
     assert held_out.records == "pairs, without a template; reward centred with c 0.01"
@@ -233,14 +204,14 @@ def test_records_need_no_prompt_and_long_pairs_are_dropped(recipe: Path) -> None
 @pytest.mark.filterwarnings("ignore:.*left out. keys of method lisa")
 def test_settings_that_cannot_work_are_refused_by_name(recipe: Path, overrides: list[str], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        load(recipe, "run", *overrides)
+        load_pairs(recipe, "run", *overrides)
 
 
 def test_a_step_of_its_own_a_comparison_and_several_ranks_are_refused(recipe: Path) -> None:
     with pytest.raises(ValueError, match=r"loss.name: reward runs in one process only yet"):
-        check_recipe(load(recipe))
+        check_recipe(load_pairs(recipe))
     with pytest.raises(ValueError, match=r"loss.name=reward cannot work with method .*a training step"):
-        ForwardMethod().check_loss(load(recipe).loss)
+        ForwardMethod().check_loss(load_pairs(recipe).loss)
     with pytest.raises(ValueError, match=r"compares next-token losses, and loss.name is reward"):
         read_comparison(recipe, methods="full,lisa")
 
@@ -249,7 +220,7 @@ def test_a_step_of_its_own_a_comparison_and_several_ranks_are_refused(recipe: Pa
 def test_what_needs_text_refuses_a_reward_model(
     method: str, recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(load(recipe, method=method))
+    train(load_pairs(recipe, method=method))
     run = str(recipe.parent / "run")
     converter = recipe.parent / "convert.py"
     converter.write_text("")
@@ -271,10 +242,10 @@ def test_what_needs_text_refuses_a_reward_model(
 
 
 def test_a_delta_holds_the_score_and_a_report_shows_the_run(recipe: Path) -> None:
-    train(load(recipe, "run", method="full"))
+    train(load_pairs(recipe, "run", method="full"))
     run, out = recipe.parent / "run", recipe.parent / "out"
     assert main(["export", str(run), "--delta", "--output", str(out / "delta")]) == 0
-    base = load(recipe).model.name
+    base = load_pairs(recipe).model.name
     apply = ["export", str(out / "delta"), "--apply", "--base", base]
     assert main([*apply, "--output", str(out / "model")]) == 0
     again, first = read_weights(out / "model"), read_weights(run / "model")

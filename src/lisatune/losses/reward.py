@@ -66,9 +66,10 @@ class RewardLoss(PairLoss):
             batch: as for `rewards`, and `labels`, int64 [B, T]; a pair without any does not count.
         """
         chosen_P, rejected_P = self.rewards(batch).view(-1, 2).unbind(dim=1)
-        loss, num_pairs, more = bradley_terry(chosen_P - rejected_P, find_pairs(batch))
+        is_pair_P = find_pairs(batch)
+        loss, num_pairs, more = bradley_terry(chosen_P - rejected_P, is_pair_P)
         if self.center:
-            loss = loss + self.center * (chosen_P + rejected_P).square().sum()
+            loss = loss + self.center * ((chosen_P + rejected_P).square() * is_pair_P).sum()
         return loss, num_pairs, more
 
     def rewards(self, batch: Mapping[str, Tensor]) -> Tensor:

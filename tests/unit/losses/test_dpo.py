@@ -17,21 +17,12 @@ from lisatune.data.pairs import tokenize_pairs
 from lisatune.data.records import Records
 from lisatune.losses.dpo import DPOLoss
 from lisatune.models.load import load_model
+from pair_runs import assert_gradients_are_theirs, make_pairs
 from tiny_text import CHATML, byte_tokenizer
 
 BETA = 0.3
 NO_LINE_BREAK = CHATML.replace(" + eos_token + '\n' }}", " + eos_token }}")
 """TRL counts what a template writes after the token that ends an answer as part of the answer."""
-
-
-def make_pairs(*, is_chat: bool) -> list[dict[str, Any]]:
-    rows = [
-        {"prompt": f"Count to {i}.", "chosen": "1 " * (i + 1), "rejected": "no" * (4 - i)} for i in range(4)
-    ]
-    if not is_chat:
-        return rows
-    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
-    return [{key: [{"role": roles[key], "content": text}] for key, text in row.items()} for row in rows]
 
 
 def shifted(model: nn.Module) -> nn.Module:
@@ -101,11 +92,7 @@ def test_loss_and_gradients_equal_trls(model: nn.Module, tmp_path: Path, is_chat
 
     assert num_pairs == len(rows) == loss.count(own_batch)
     torch.testing.assert_close(loss_sum / num_pairs, expected, rtol=1e-6, atol=1e-6)
-    gradients = {name: p.grad for name, p in ours.named_parameters()}
-    largest = max(float(grad.abs().max()) for grad in gradients.values())
-    assert largest > 1e-3
-    for name, p in theirs.named_parameters():
-        torch.testing.assert_close(gradients[name], p.grad, rtol=1e-4, atol=1e-6 * largest)
+    assert_gradients_are_theirs(ours, theirs)
     figures = trainer._metrics["eval"]
     _, _, more = loss.evaluate(own_batch)
     assert float(more["accuracy"] / 4) == figures["rewards/accuracies"][-1]

@@ -18,21 +18,17 @@ from lisatune.data.prepare import prepare_data
 from lisatune.losses.reward import RewardLoss
 from lisatune.models.load import load_model
 from lisatune.train.recipe_file import load_recipe
+from pair_runs import assert_gradients_are_theirs, make_pairs
 from tiny_text import CHATML, byte_tokenizer
 
 KINDS = ("text", "chat", "no prompt")
 
 
 def make_rows(kind: str) -> list[dict[str, Any]]:
-    rows = [
-        {"prompt": f"Count to {i}.", "chosen": "1 " * (i + 1), "rejected": "no" * (4 - i)} for i in range(4)
-    ]
+    rows = make_pairs(is_chat=kind == "chat")
     if kind == "no prompt":
         return [{"chosen": row["prompt"] + row["chosen"], "rejected": row["rejected"]} for row in rows]
-    if kind == "text":
-        return rows
-    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
-    return [{key: [{"role": roles[key], "content": text}] for key, text in row.items()} for row in rows]
+    return rows
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +83,7 @@ def test_loss_and_gradients_equal_trls(
 
     assert num_pairs == len(rows) == loss.count(batch)
     torch.testing.assert_close(loss_sum / num_pairs, expected, rtol=1e-6, atol=1e-6)
-    gradients = {name: p.grad for name, p in model.named_parameters()}
-    largest = max(float(grad.abs().max()) for grad in gradients.values() if grad is not None)
-    assert largest > 1e-3
-    for name, p in theirs.named_parameters():
-        torch.testing.assert_close(gradients[name], p.grad, rtol=1e-4, atol=1e-6 * largest)
+    assert_gradients_are_theirs(model, theirs)
     figures = trainer._metrics["train" if theirs.training else "eval"]
     _, _, more = loss.evaluate(batch)
     assert float(more["accuracy"] / 4) == figures["accuracy"][-1]
@@ -109,6 +101,16 @@ def test_rewards_are_the_models_own_whatever_is_padded(
         own = model(input_ids=ids[None, : last + 1]).logits[0, 0]
         tolerance = 1e-5 if dtype == torch.float32 else 3e-2
         torch.testing.assert_close(reward, own.float(), rtol=tolerance, atol=tolerance)
+
+
+def test_a_pair_without_labels_does_not_count(folder: Path, model: nn.Module, tmp_path: Path) -> None:
+    loss, rows = RewardLoss(model, center=0.3), make_rows("text")
+    batch = read_batch(folder, rows, tmp_path)
+    (wanted, _), without = loss({name: each[:6] for name, each in batch.items()}), batch["labels"].clone()
+    without[6:] = -100
+    found, num_pairs = loss(batch | {"labels": without})
+    assert num_pairs == loss.count(batch | {"labels": without}) == 3
+    torch.testing.assert_close(found, wanted)
 
 
 def test_only_the_last_token_of_a_row_is_scored(folder: Path, model: nn.Module, tmp_path: Path) -> None:

@@ -1,0 +1,71 @@
+"""What tests of the losses of pairs share: pairs, their runs, and the comparison with TRL's gradients."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lisatune.recipe import Recipe
+from lisatune.train.loop import train
+from lisatune.train.recipe_file import load_recipe
+from lisatune.train.resume import RunState
+
+LISA = "{active: 2, period: 3}"
+"""The section `method` of a recipe that `load_pairs` changes."""
+
+
+def make_pairs(*, is_chat: bool) -> list[dict[str, Any]]:
+    """Make four records with a prompt, as text or as messages."""
+    rows = [
+        {"prompt": f"Count to {i}.", "chosen": "1 " * (i + 1), "rejected": "no" * (4 - i)} for i in range(4)
+    ]
+    if not is_chat:
+        return rows
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    return [{key: [{"role": roles[key], "content": text}] for key, text in row.items()} for row in rows]
+
+
+def load_pairs(recipe: Path, output: str = "run", *overrides: str, method: str = "lisa") -> Recipe:
+    """Load a recipe with another output beside it, and from then on another method."""
+    if method != "lisa":
+        recipe.write_text(recipe.read_text().replace(LISA, f"{{name: {method}}}"))
+    return load_recipe(recipe, [f"run.output={recipe.parent / output}", *overrides])
+
+
+def read_metrics(recipe: Path, output: str = "run") -> list[dict[str, Any]]:
+    """Read what a run noted, without times."""
+    lines = (recipe.parent / output / "metrics.jsonl").read_text().splitlines()
+    timed = {"tokens_per_second", "seconds", "resident_bytes"}
+    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
+
+
+def assert_resume_is_bit_equal(recipe: Path, method: str) -> None:
+    """Train straight, and with a stop in the middle."""
+
+    def press(state: RunState) -> None:
+        if state.step == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    options = ("run.steps=7", "run.eval_every=2", "run.accumulation=2")
+    train(load_pairs(recipe, "straight", *options, method=method))
+    with pytest.raises(KeyboardInterrupt):
+        train(load_pairs(recipe, "resumed", *options), after_step=press)
+    train(load_pairs(recipe, "resumed", *options), resume=True)
+    assert read_metrics(recipe, "straight") == read_metrics(recipe, "resumed")
+    one, two = (
+        next((recipe.parent / name / "model").glob("*.safetensors")) for name in ("straight", "resumed")
+    )
+    assert one.read_bytes() == two.read_bytes()
+
+
+def assert_gradients_are_theirs(ours: nn.Module, theirs: nn.Module) -> None:
+    """Compare the gradients of two models, which must not all be next to 0."""
+    gradients = {name: p.grad for name, p in ours.named_parameters()}
+    largest = max(float(grad.abs().max()) for grad in gradients.values() if grad is not None)
+    assert largest > 1e-3
+    for name, p in theirs.named_parameters():
+        torch.testing.assert_close(gradients[name], p.grad, rtol=1e-4, atol=1e-6 * largest)
