@@ -85,7 +85,10 @@ def test_an_infinite_loss_stops_before_the_weights_take_it(
         train(recipe(tmp_path, model, options))
 
 
-def test_16_bit_models_loaded_wide_are_noticed(tmp_path: Path, model: Path) -> None:
+def test_16_bit_models_loaded_wide_are_noticed(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
     for precision in ("fp32", "bf16-mixed"):

@@ -49,7 +49,15 @@ from lisatune.recipe import Recipe
 from lisatune.train.compiling import Choice, build_graphs, choose
 from lisatune.train.schedule import make_scheduler, warn_of_long_warmup
 
-__all__ = ["Parts", "assemble", "batch_length", "check_fits", "rehearse", "seed_generators"]
+__all__ = [
+    "Parts",
+    "assemble",
+    "batch_length",
+    "check_fits",
+    "rehearse",
+    "seed_generators",
+    "warn_of_slow_bf16",
+]
 
 MASTERS_SHARE = 0.4
 """Share of free host memory that exact weights may take under `method.master: auto`."""
@@ -132,6 +140,7 @@ def assemble(
     check_attention(source.attention)
     device = pick_device(run.device)
     recipe.method.check_device(device)
+    warn_of_slow_bf16(recipe, device)
     if ranks.count() > 1:
         check_recipe(recipe)
     if run.compile is True and device.type == "cpu":
@@ -140,7 +149,7 @@ def assemble(
     data = prepare_data(recipe, tokenizer, places)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come again with the real model
-        rehearsed, layers, _ = rehearse(recipe, data.steps)
+        rehearsed, layers, _ = rehearse(recipe, data.steps, device)
         check_fits(rehearsed, data, recipe.data.max_length)
     compiling = choose(recipe, device, rehearsed, layers, data)
     run = dataclasses.replace(run, compile=compiling.compiles)
@@ -160,7 +169,7 @@ def assemble(
             loss.check_packing()
     else:  # block by block, each rank its part
         model, fill = load_for_ranks(**recipe.model_source, dtype=dtype)
-    _warn_of_widened_weights(recipe, model)
+    _warn_of_widened_weights(recipe, model, device)
     with zero_weights(model):
         prepared = prepare(recipe, model)
     if ranks.count() > 1:
@@ -232,15 +241,17 @@ def _choose_masters(
     return asked
 
 
-def rehearse(recipe: Recipe, steps: int) -> tuple[nn.Module, LayerMap, BlockSchedule]:
-    """Build the model without weights, its optimizer and its method, as `assemble` will.
+def rehearse(
+    recipe: Recipe, steps: int, device: torch.device | None = None
+) -> tuple[nn.Module, LayerMap, BlockSchedule]:
+    """Build the model without weights, its optimizer and its method, as `assemble` will on a device.
 
     Raises:
         ValueError, RuntimeError, OSError: what `assemble` would raise with the weights loaded.
     """
     warn_of_long_warmup(recipe.optimizer, steps)
     model = meta_model(**recipe.model_source, dtype=weight_dtype(recipe))
-    _warn_of_widened_weights(recipe, model)
+    _warn_of_widened_weights(recipe, model, device)
     if ranks.count() == 1:
         recipe.method.place(model, torch.device("meta"))
     model = recipe.method.prepare(model)
@@ -255,10 +266,27 @@ def rehearse(recipe: Recipe, steps: int) -> tuple[nn.Module, LayerMap, BlockSche
     return model, layers, schedule
 
 
-def _warn_of_widened_weights(recipe: Recipe, model: nn.Module) -> None:
-    """Warn if the 16-bit weights of a model are loaded as float32, which takes twice the memory."""
+def warn_of_slow_bf16(recipe: Recipe, device: torch.device) -> None:
+    """Warn if a run multiplies bf16 numbers on a CPU that has no fast way to."""
+    if recipe.run.precision != "fp32" and _multiplies_bf16_slowly(device):
+        warnings.warn(
+            "this CPU has no AVX-512, so that torch multiplies bf16 numbers about ten times as slowly as "
+            f"float32; run.precision: fp32 is faster here than {recipe.run.precision}",
+            stacklevel=2,
+        )
+
+
+def _multiplies_bf16_slowly(device: torch.device) -> bool:
+    capability = torch.backends.cpu.get_cpu_capability()
+    return device.type == "cpu" and capability in ("AVX2", "NO AVX")
+
+
+def _warn_of_widened_weights(recipe: Recipe, model: nn.Module, device: torch.device | None) -> None:
+    """Warn if 16-bit weights of a model are loaded as float32, in twice the memory, and need not be."""
     stored = stored_dtype(**recipe.model.location)
     if weight_dtype(recipe) != torch.float32 or stored not in (torch.bfloat16, torch.float16):
+        return
+    if device is not None and _multiplies_bf16_slowly(device):
         return
     more = 2 * sum(p.numel() for p in model.parameters())
     warnings.warn(

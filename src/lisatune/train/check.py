@@ -24,7 +24,7 @@ from lisatune.models.hf import announce_remote_code
 from lisatune.models.load import load_tokenizer
 from lisatune.recipe import DataConfig, Recipe, SourceConfig
 from lisatune.runs.folder import check_output
-from lisatune.train.assemble import check_fits, rehearse
+from lisatune.train.assemble import check_fits, rehearse, warn_of_slow_bf16
 from lisatune.train.beginning import choose_start, find_checkpoint, fix_compile, fix_date, read_finished
 from lisatune.train.benchmarks import check_tasks
 from lisatune.train.compiling import choose
@@ -107,11 +107,12 @@ def check(
     device = report.attempt(pick_device, recipe.run.device)
     if device is not None:
         report.attempt(recipe.method.check_device, device)
+        report.attempt(warn_of_slow_bf16, recipe, device)
     data = _check_data(recipe, report)
     if data is not None:
         report.shown = [data.mark(index) for index in range(min(show, len(data.train.rows)))]
     steps = recipe.run.steps if data is None else data.steps
-    attached = report.attempt(rehearse, recipe, steps or REHEARSED_STEPS)
+    attached = report.attempt(rehearse, recipe, steps or REHEARSED_STEPS, device)
     if attached is not None and data is not None:
         report.attempt(check_fits, attached[0], data, recipe.data.max_length)
     if attached is not None and data is not None and device is not None:

@@ -7,11 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import trl
 from rich.console import Console
 from transformers import AutoTokenizer
 
 import tiny_run
+from lisatune.models import load_model, load_tokenizer, save_model
 from lisatune.train.check import CheckReport, check, print_report
 from lisatune.train.recipe_file import load_recipe
 from tiny_text import CHATML
@@ -216,3 +218,20 @@ def test_resume_auto_is_no_problem_where_there_is_no_run(recipe: Path) -> None:
     assert not check(load_recipe(recipe), resume="auto").problems
     (problem,) = check(load_recipe(recipe), resume=True).problems
     assert "there is no run to resume in" in problem
+
+
+@pytest.mark.parametrize(("instructions", "warned"), [("AVX2", 1), ("AVX512", 0)])
+def test_a_cpu_that_multiplies_bf16_slowly_is_warned_of(
+    instructions: str, warned: int, recipe: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: instructions)
+    for precision in ("bf16", "bf16-mixed"):
+        slow = [
+            text for text in report_on(recipe, f"run.precision={precision}").warnings if "no AVX-512" in text
+        ]
+        assert len(slow) == warned
+    assert not report_on(recipe, "run.precision=fp32").warnings
+    # Nor is bf16 advised there, to a model whose files are in bf16.
+    save_model(load_model(str(model), dtype=torch.bfloat16), load_tokenizer(str(model)), tmp_path / "bf16")
+    advised = report_on(recipe, f"model.name={tmp_path / 'bf16'}").warnings
+    assert len(advised) == 1 - warned
