@@ -1,5 +1,7 @@
 """FreezeOut (Brock et al., arXiv 1706.04983) as a method: blocks freeze for good, the lowest first."""
 
+import math
+import warnings
 from dataclasses import dataclass
 from typing import final
 
@@ -59,10 +61,18 @@ class FreezeOut(AsLisa):
     def attach(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, layers: LayerMap, *, total_steps: int
     ) -> LISA:
-        """Attach a LISA that draws the blocks that are not frozen yet."""
+        """Attach a LISA that draws the blocks that are not frozen yet. Warns if none will freeze."""
         sampler = FreezeOutSampler(
             layers.num_blocks, total_steps, self.period, self.start, self.cubic, self.scaled
         )
+        if min(sampler.inclusion()) == 1:
+            first = math.ceil(sampler.until(0) * total_steps)
+            warnings.warn(
+                f"method freezeout will freeze no block: the first one may freeze after step {first} of "
+                f"{total_steps}, and method.period={self.period} brings no draw from then on; lower "
+                "method.period or method.start, or train longer",
+                stacklevel=2,
+            )
         return LISA(
             model,
             optimizer,

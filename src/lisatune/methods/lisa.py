@@ -1,5 +1,6 @@
 """LISA as a method of a recipe. The algorithm is in `lisatune.lisa`."""
 
+import warnings
 from dataclasses import dataclass, fields, replace
 from typing import Literal, Self, final
 
@@ -377,11 +378,19 @@ class FreezesByInterval(AsLisa):
     def attach(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, layers: LayerMap, *, total_steps: int
     ) -> LISA:
-        """Attach a LISA with that sampler and a period of an interval."""
+        """Attach a LISA with that sampler and a period of an interval. Warns if no block can freeze."""
+        period = -(-total_steps // self.intervals)
+        if total_steps <= 2 * period:
+            warnings.warn(
+                f"method {self.name} will freeze no block: blocks freeze from the end of the second interval "
+                f"on, and with method.intervals={self.intervals} the run of {total_steps} steps ends before; "
+                "set method.intervals >= 3, and run.steps too",
+                stacklevel=2,
+            )
         return LISA(
             model,
             optimizer,
-            period=-(-total_steps // self.intervals),
+            period=period,
             sampler=self.make_sampler(layers.num_blocks),
             ends=self.ends,
             lr_scaling="none",

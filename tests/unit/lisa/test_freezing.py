@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -166,3 +167,28 @@ def test_autofreeze_refuses_what_cannot_work(options: dict[str, Any], said: str)
         METHODS["autofreeze"](**options)
     with pytest.raises(ValueError, match=r"optimizer.in_backward frees each gradient"):
         METHODS["autofreeze"]().check_optimizer(OptimizerConfig(in_backward=True, max_grad_norm=None))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "steps", "said"),
+    [
+        ("freezeout", {"period": 3}, 9, None),
+        ("freezeout", {"period": 5}, 9, "after step 6 of 9, and method.period=5"),
+        ("freezeout", {"period": 10}, 9, "method.period=10"),
+        ("autofreeze", {}, 3, None),
+        ("autofreeze", {}, 2, "the run of 2 steps"),
+        ("smartfrz", {"intervals": 3}, 30, None),
+        ("smartfrz", {"intervals": 2}, 30, "method.intervals=2"),
+    ],
+)
+def test_a_run_in_which_no_block_can_freeze_is_warned_of(
+    name: str, options: dict[str, Any], steps: int, said: str | None
+) -> None:
+    model = tiny.llama(blocks=BLOCKS)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        METHODS[name](**options).attach(model, optimizer, find_layers(model), total_steps=steps)
+    about = [str(each.message) for each in caught if "will freeze no block" in str(each.message)]
+    assert len(about) == (said is not None)
+    assert said is None or said in about[0]
