@@ -42,7 +42,7 @@ def compare(
             evaluate --tasks`.
         evaluate_data: Folder with their questions. Default: the hub's.
         reference: Arm to compare the others to. Default: the first arm of method full.
-        output: Folder. Default: runs/NAME-compare.
+        output: Folder. Default: run.output with "-compare" behind it, so runs/NAME-compare.
         keep_models: Keep the models of chosen runs.
         retry_failed: Repeat failed runs.
     """
@@ -66,7 +66,8 @@ def compare(
         evaluate_data=evaluate_data,
         reference=reference,
     )
-    output = output or Path("runs") / f"{comparison.name}-compare"
+    beside = Path(comparison.recipe.run.output or f"runs/{comparison.name}")
+    output = output or Path(f"{beside}-compare")
     results = run(comparison, output, keep_models=keep_models, retry_failed=retry_failed)
     write_comparison_report(results, output)
     print_results(results, output)

@@ -34,14 +34,15 @@ def norms(
         lora_lr: Learning rate of LoRA. Default: optimizer.lr, as for full fine-tuning.
         every: Steps between two measurements.
         unit: What gets a probability: blocks, or modules of blocks.
-        output: JSON file. Default: runs/NAME-norms.json.
+        output: JSON file. Default: run.output with "-norms.json" behind it, so runs/NAME-norms.json.
     """
     from lisatune.study.norms import describe_skew, study_norms
     from lisatune.train.recipe_file import load_recipe
 
-    path = _check_output(output or Path("runs") / f"{recipe.stem}-norms.json")
+    config = load_recipe(recipe, overrides)
+    path = _check_output(output or Path(f"{Path(config.run.output or '')}-norms.json"))
     study = study_norms(
-        load_recipe(recipe, overrides),
+        config,
         rank=rank,
         lora_lr=lora_lr,
         every=every,
@@ -85,13 +86,14 @@ def outliers(
         rows: Calibration rows, the first ones of the training data.
         threshold: An entry is an outlier above so many times the mean of its layer.
         unit: What gets a probability: blocks, or modules of blocks.
-        output: JSON file. Default: runs/NAME-outliers.json.
+        output: JSON file. Default: run.output with "-outliers.json" behind it, so runs/NAME-outliers.json.
     """
     from lisatune.study.outliers import study_outliers
     from lisatune.train.recipe_file import load_recipe
 
-    path = _check_output(output or Path("runs") / f"{recipe.stem}-outliers.json")
-    study = study_outliers(load_recipe(recipe, overrides), rows=rows, threshold=threshold, unit=unit)
+    config = load_recipe(recipe, overrides)
+    path = _check_output(output or Path(f"{Path(config.run.output or '')}-outliers.json"))
+    study = study_outliers(config, rows=rows, threshold=threshold, unit=unit)
     _write(study, path)
     _print(str(path))
     return 0

@@ -31,8 +31,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def study(folder: Path) -> dict[str, Any]:
     """A study of a tiny model with tied ends, by the command."""
-    output = folder / "norms.json"
-    assert main(["study", "norms", str(folder / "recipe.yaml"), "--rank", "4", "--output", str(output)]) == 0
+    keys = ["--rank", "4", f"run.output={folder / 'tiny'}"]
+    assert main(["study", "norms", str(folder / "recipe.yaml"), *keys]) == 0
+    output = (folder / "tiny-norms.json").rename(folder / "norms.json")
     found: dict[str, Any] = json.loads(output.read_text())
     return found
 
@@ -109,6 +110,12 @@ def test_outliers_are_counted_and_trained_with(folder: Path) -> None:
     keys = ["run.steps=40", "method.sampler=outlier", f"method.sampler_file={output}"]
     keys.append(f"run.output={folder / 'outliers'}")
     assert main(["train", recipe, *keys]) == 0
+
+
+def test_a_study_stands_beside_run_output(folder: Path) -> None:
+    keys = [str(folder / "recipe.yaml"), f"run.output={folder / 'other'}/", "--threshold", "3"]
+    assert main(["study", "outliers", *keys]) == 0
+    assert (folder / "other-outliers.json").is_file()
 
 
 def test_an_outlier_is_an_entry_far_above_the_mean_of_its_layer() -> None:
