@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from lisatune import __version__
-from lisatune.console import byte_text, first_line
+from lisatune.console import USER_ERRORS, byte_text, first_line
 
 if TYPE_CHECKING:
     from lisatune.data.records import Records
@@ -22,8 +22,11 @@ HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SAMPLE = 5000
 """Records that are read to see what is in a file."""
 
+TOKENISED = 64
+"""How many of these records are tokenised, to learn how many bytes a token has."""
+
 BYTES_PER_TOKEN = 3
-"""Bytes of text per token. English has more, code and Chinese about as many."""
+"""Bytes of text per token if the model's tokenizer cannot be read. English has more, bytes as tokens 1."""
 
 COMMENTS = {
     "model.name": "hub id, local folder, .gguf file, or smollm2-135m",
@@ -112,15 +115,34 @@ def _make(data: str | None, model: str | None) -> tuple[str, str]:
 
 def _fit_data(sections: "Sections", comments: dict[str, str], records: "Records") -> str:
     """Choose length and epochs for the records, and say what they are."""
-    lengths = sorted(len(json.dumps(row, ensure_ascii=False).encode()) for row in records.rows)
-    tokens = lengths[int(0.99 * (len(lengths) - 1))] // BYTES_PER_TOKEN
+    texts = sorted((json.dumps(row, ensure_ascii=False) for row in records.rows), key=_count_bytes)
+    per_token = _measure_bytes_per_token(sections["model"]["name"], texts[:: -(-len(texts) // TOKENISED)])
+    tokens = int(_count_bytes(texts[int(0.99 * (len(texts) - 1))]) / (per_token or BYTES_PER_TOKEN))
     sections["data"]["max_length"] = min(max(-(-tokens // 64) * 64, 64), 2048)
     count = len(records.rows)
     sections["run"]["epochs"] = 3 if count < 1000 else 2 if count < SAMPLE else 1
-    comments["data.max_length"] = f"99 of 100 records have fewer than about {tokens:,} tokens"
+    comments["data.max_length"] = f"99 of 100 records have fewer than about {tokens:,} tokens" + (
+        "" if per_token else f", a guess at {BYTES_PER_TOKEN} bytes a token: no tokenizer could be read"
+    )
     number = f"{count:,}" if count < SAMPLE else f"{count:,} or more"
     skipped = f", {records.skipped:,} that cannot be used" if records.skipped else ""
     return f": {number} records of {records.kind}{skipped}"
+
+
+def _count_bytes(text: str) -> int:
+    return len(text.encode())
+
+
+def _measure_bytes_per_token(model: str, texts: list[str]) -> float | None:
+    """Return how many bytes a token of these texts has; None if the model's tokenizer cannot be read."""
+    from lisatune.models.load import load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(model)
+    except USER_ERRORS:  # `lisatune check` says what is wrong with the model
+        return None
+    num_tokens = sum(map(len, tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]))
+    return sum(map(_count_bytes, texts)) / num_tokens
 
 
 def _fit_machine(sections: "Sections", comments: dict[str, str]) -> str:
@@ -138,7 +160,7 @@ def _fit_machine(sections: "Sections", comments: dict[str, str]) -> str:
         recipe = build_recipe("init", sections, [])
         recipe = apply_changes(recipe, {"run.device": device.type})
         fit = find_fit(recipe, free)
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
+    except USER_ERRORS as error:
         return f"; memory not planned: {first_line(error)}"
     for key, why in zip(fit.changes, fit.reasons, strict=True):
         section, name = key.split(".")

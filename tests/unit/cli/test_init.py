@@ -6,10 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
+import tiny_run
 from lisatune.cli import init as module
 from lisatune.cli.app import main
 from lisatune.memory import process
 from lisatune.train.recipe_file import load_recipe
+from tiny_text import CHATML, byte_tokenizer
 
 SHIPPED = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
 
@@ -39,10 +41,25 @@ def test_the_recipe_fits_the_records(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (recipe.run.epochs, recipe.method.period) == (3, "auto")
     text = Path("recipe.yaml").read_text()
     assert "60 records of alpaca" in text
+    assert ", a guess at 3 bytes a token: no tokenizer could be read" in text
     assert text.count("#") > 8
     assert main(["init"]) == 2
     assert "recipe.yaml exists already; name another file with --output" in capsys.readouterr().err
     assert Path("recipe.yaml").read_text() == text
+
+
+@pytest.mark.usefixtures("unplanned")
+@pytest.mark.parametrize(("merges", "tokens"), [(None, 699), ([("x", "x"), ("y", "y")], 399)])
+def test_tokens_are_those_of_the_models_tokenizer(
+    merges: list[tuple[str, str]] | None, tokens: int, tmp_path: Path
+) -> None:
+    rows = [{"instruction": "x" * 300, "output": "y" * 300}] * 99
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny_run.write_model(tmp_path / "bytes")
+    byte_tokenizer(CHATML, merges=merges).save_pretrained(tmp_path / "bytes")
+    assert main(["init", "--data", "rows.jsonl", "--model", "bytes"]) == 0
+    assert f"99 of 100 records have fewer than about {tokens} tokens\n" in Path("recipe.yaml").read_text()
+    assert load_recipe("recipe.yaml").data.max_length == -(-tokens // 64) * 64
 
 
 @pytest.mark.usefixtures("unplanned")
