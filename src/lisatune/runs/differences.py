@@ -72,9 +72,17 @@ def differences(
         | {f"{section}.{key}": value for section, values in recipe.items() for key, value in values.items()}
         for recipe in (before, after)
     ]
-    absent = "not set"
     return [
-        f"{key}: {flat[0].get(key, absent)} → {flat[1].get(key, absent)}"
+        f"{key}: {' → '.join(_as_written(keys[key]) if key in keys else 'not set' for keys in flat)}"
         for key in sorted(flat[0] | flat[1])
         if key not in may_change and flat[0].get(key) != flat[1].get(key)
     ]
+
+
+def _as_written(value: Any) -> str:
+    """Write a value as a recipe has it, in one line: null, true, [{path: a.jsonl, weight: 2}]."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_as_written(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_as_written, value))}]"
+    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))

@@ -108,6 +108,16 @@ def test_resume_with_another_recipe_is_refused_with_the_keys_that_differ(tmp_pat
     assert differences(RECIPE, changed(run__seed=1)) == ["run.seed: 0 → 1"]
 
 
+def test_values_that_differ_are_written_as_in_a_recipe() -> None:
+    data = {"train": [{"path": "a.jsonl", "weight": 2.0}, {"path": "b.jsonl"}], "packing": False, "limit": 9}
+    now = {"train": "a.jsonl", "packing": True, "limit": None}
+    assert differences({"data": data}, {"data": now}) == [
+        "data.limit: 9 → null",
+        "data.packing: false → true",
+        "data.train: [{path: a.jsonl, weight: 2.0}, {path: b.jsonl}] → a.jsonl",
+    ]
+
+
 def test_a_run_from_before_there_were_other_optimizers_resumes_with_adamw_alone() -> None:
     before = {"optimizer": {"lr": 0.1}}
     assert differences(before, {"optimizer": {"lr": 0.1, "name": "adamw"}}) == []
