@@ -95,6 +95,8 @@ class Outline:
     validation_limit: int | None
     """The most held-out rows that the recipe allows; None: no limit."""
     validation_tokens: int
+    lacks_samples: bool
+    """Whether no sample is written, although `run.samples` is not 0: a reward model writes no text."""
     sources: tuple[MixedSource, ...]
     """Of a mixture."""
     shards: int
@@ -171,6 +173,7 @@ def make_outline(
         validation_rows=len(data.validation.rows) // data.rows_per_record,
         validation_limit=recipe.data.validation_limit,
         validation_tokens=data.validation.num_tokens,
+        lacks_samples=recipe.loss.has_score and run.samples > 0,
         sources=data.sources,
         shards=0 if data.stream is None else len(data.stream.shards),
         example=data.mark(0),
@@ -255,6 +258,7 @@ def print_outline(outline: Outline, console: Console | None = None) -> None:
         *([("mixture", _mixture_text(outline))] if outline.sources else []),
         ("example", show_loss(outline.example, most=EXAMPLE_CHARACTERS)),
         ("held out", _held_out_text(outline)),
+        *([("samples", "none, because a reward model writes no text")] if outline.lacks_samples else []),
         ("device", outline.device),
         *([("blocks", outline.blocks)] if outline.blocks else []),
         ("output", outline.output),

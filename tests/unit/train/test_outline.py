@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lisatune.methods import Full, Lisa, Method
 from lisatune.nn.layers import find_layers
-from lisatune.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe, RunConfig
+from lisatune.recipe import DataConfig, LossConfig, ModelConfig, OptimizerConfig, Recipe, RunConfig
 from lisatune.train.outline import Outline, make_outline, print_outline
 
 CONFIG = LlamaConfig(
@@ -28,8 +28,15 @@ ENDS = 128 * 32 + 32
 BLOCK = 32 * 32 * 2 + 16 * 32 * 2 + 3 * 64 * 32 + 2 * 32
 
 
-def outline_of(method: Method, device: str = "meta", start_step: int = 0, **run: Any) -> Outline:
+def outline_of(
+    method: Method,
+    device: str = "meta",
+    start_step: int = 0,
+    loss: LossConfig = LossConfig(),  # noqa: B008 (frozen)
+    **run: Any,
+) -> Outline:
     recipe = Recipe(
+        loss=loss,
         model=ModelConfig(name="tiny"),
         data=DataConfig(train="rows.jsonl", max_length=64),
         method=method,
@@ -132,3 +139,10 @@ def test_full_fine_tuning_has_no_periods() -> None:
     assert "100.0%" in out
     assert "period" not in out
     assert "blocks " in out
+
+
+def test_a_reward_model_without_the_samples_of_the_recipe_is_said() -> None:
+    reward = LossConfig(name="reward")
+    said = "samples   none, because a reward model writes no text"
+    assert said in shown(outline_of(Full(), loss=reward))
+    assert "samples" not in shown(outline_of(Full(), loss=reward, samples=0)) + shown(outline_of(Full()))
