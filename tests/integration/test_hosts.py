@@ -22,6 +22,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     default_data_collator,
     get_scheduler,
@@ -110,17 +111,18 @@ def make_schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.
     return get_scheduler("linear", optimizer, LR_WARMUP, STEPS)
 
 
-def plain_loop(data: Dataset, loss: Loss = model_loss) -> Run:
+def plain_loop(data: Dataset, loss: Loss = model_loss, **lisa_options: Any) -> Run:
     model = tiny.llama()
     if loss is fused_loss:
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
     optimizer = make_optimizer(model)
     scheduler = make_schedule(optimizer)
-    run = attach(model, optimizer)
+    run = attach(model, optimizer, **lisa_options)
     for window, num_tokens in windows(data):
         for batch in window:
             loss(model, batch, num_tokens).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        trained = run.lisa.trainable_parameters() if lisa_options else model.parameters()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
@@ -301,6 +303,23 @@ def test_trainer_saves_corrected_blocks_merged_and_resumes_from_that_bit_equal(
         base.load_state_dict({name: p.detach() for name, p in whole.model.named_parameters()}, strict=False)
         assert float((base.eval()(input_ids=ids_BT).logits - want).abs().max()) > 1e-3
         torch.testing.assert_close(saved(input_ids=ids_BT).logits, want, rtol=0, atol=1e-5)
+
+
+def test_a_callback_of_trainer_clips_the_adapters_of_a_correction_too(data: Dataset, tmp_path: Path) -> None:
+    """The callback is that of docs/methods/correction.md."""
+    norms: list[float] = []
+
+    class Clip(TrainerCallback):
+        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            norms.append(float(torch.nn.utils.clip_grad_norm_(run.lisa.trainable_parameters(), 1.0)))
+
+    options: dict[str, Any] = {"correction": Correction(lr=1e-2)}
+    trainer = make_trainer(data, tmp_path, max_grad_norm=0)
+    run = attach(trainer.model, trainer.create_optimizer(), **options)
+    trainer.add_callback(Clip())
+    trainer.train()
+    assert max(norms) > 1, "it has clipped"
+    assert_same(run, plain_loop(data, **options))
 
 
 def test_the_best_model_of_trainer_has_no_adapter_added_twice(data: Dataset, tmp_path: Path) -> None:
