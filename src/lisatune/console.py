@@ -160,8 +160,12 @@ def expand_home(path: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the name of its class where the message is empty."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip()
+    """Return the first line of an error's message, or the name of its class where the message is empty.
+
+    The system's number of an error, such as [Errno 13], is left out.
+    """
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip()
+    return re.sub(r"\[Errno -?\d+\] ", "", line)
 
 
 def split_override(text: str) -> tuple[str, str, str | None] | None:

@@ -123,6 +123,8 @@ def check(
     from lisatune.train.recipe_file import load_recipe
 
     how: bool | Literal["auto"] = "auto" if resume_auto else resume
+    if show < 0:
+        raise ValueError(f"--show must be >= 0, got {show}")
     report = check(load_recipe(recipe, overrides), resume=how, overwrite=overwrite, show=show)
     print_report(report)
     return 2 if report.problems else 0
@@ -255,7 +257,7 @@ def _run(tokens: list[str]) -> int:
         _print_keys(tokens[2])
         return 0
     app = build_app()
-    from cyclopts import CycloptsError
+    from cyclopts import CycloptsError, UnusedCliTokensError
 
     try:
         result = app(
@@ -265,7 +267,11 @@ def _run(tokens: list[str]) -> int:
             result_action="return_value",
         )
     except CycloptsError as error:
-        raise ValueError(f"{error} See `lisatune --help`.") from None
+        command = " ".join(["lisatune", *(error.command_chain or ())])
+        text = str(error)
+        if isinstance(error, UnusedCliTokensError):
+            text = f"{command} does not take {' '.join(error.unused_tokens or ())}; leave it out."
+        raise ValueError(f"{text} See `{command} --help`.") from None
     if asks_keys:
         _print_keys(None)
     return result if isinstance(result, int) else 0

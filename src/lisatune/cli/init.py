@@ -68,6 +68,7 @@ def init(
         raise ValueError(f"{output} exists already; name another file with --output")
     text, found = _make(data, model) if source is None else (_read_shipped(source), "")
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text, encoding="utf-8")
     except OSError as error:
         raise OSError(f"cannot write {output}: {error.strerror}") from None

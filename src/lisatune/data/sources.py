@@ -243,7 +243,9 @@ def _read_folder(folder: Path) -> Iterator[tuple[str, Any]]:
     if not paths:
         names = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
         hint = "name a file or another folder"
-        if any(folder.rglob("*.arrow")):
+        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+            hint = "it is the folder of a model; name one of data, or a file"
+        elif any(folder.rglob("*.arrow")):
             hint = "write the data set with its method to_parquet"
         elif files := sorted(path for path in folder.rglob("*") if file_type(path) in EXTENSIONS):
             hint = f"name one file, such as {files[0]}"

@@ -112,6 +112,10 @@ def _read_run(folder: Path, name: str) -> _RunFiles:
     if not folder.is_dir():
         run.problems.append(f"{folder} does not exist; name the folder of a run, its run.output")
         return run
+    files = ("recipe.yaml", "environment.json", "summary.json", "metrics.jsonl")
+    if not any((folder / file).exists() for file in files):
+        run.problems.append(f"{folder} holds no run; name the folder of one, its run.output")
+        return run
     if (text := _read_text(run, "recipe.yaml")) is not None:
         try:
             recipe = yaml.load(text)

@@ -156,6 +156,8 @@ def read_sections(path: Path, *, also: Sequence[str] = ()) -> Sections:
     """Read a recipe file; errors as in `load_recipe`. `also` names further sections that it may have."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give a recipe file, such as {path}/recipe.yaml")
+    if path.suffix in (".jsonl", ".csv", ".parquet"):
+        raise ValueError(f"{path} is data; give a recipe, such as `lisatune init --data {path}` writes")
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -176,9 +178,7 @@ def read_sections(path: Path, *, also: Sequence[str] = ()) -> Sections:
         if section not in (*SECTIONS, *also):
             raise ValueError(f"{path}: {unknown('section', section, SECTIONS)}")
         if not isinstance(values, dict | None):
-            raise ValueError(
-                f"{path}: section {section} must hold keys, a `key: value` per line, got {values!r}"
-            )
+            raise ValueError(f"{path}: section {section} must hold lines of `key: value`, got {values!r}")
     return {section: values or {} for section, values in root.items()}
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -232,6 +233,11 @@ def test_layers_shows_blocks_and_ends_without_weights(
         (["train", "RECIPE", "--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
         (["train", "RECIPE", "--resume"], "there is no run to resume in"),
         (["train", "RECIPE", "method.active=5"], "active must be between 0 and the model's 4 blocks, got 5"),
+        (["cache", "now"], "lisatune cache does not take now; leave it out. See `lisatune cache --help`."),
+        (["check", "RECIPE", "--show", "-1"], "--show must be >= 0, got -1"),
+        (["train", "rows.jsonl"], "rows.jsonl is data; give a recipe, such as `lisatune init --data rows.js"),
+        (["train", "RECIPE", "data.train=MODEL"], "it is the folder of a model; name one of data, or a file"),
+        (["report", "MODEL"], "nothing to report: MODEL holds no run; name the folder of one"),
         (["train", "absent.yaml"], "recipe absent.yaml does not exist"),
         (["check", "absent.yaml"], "recipe absent.yaml does not exist"),
         (["layers", "./absent"], "there is no model folder ./absent"),
@@ -244,13 +250,14 @@ def test_layers_shows_blocks_and_ends_without_weights(
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(
-    recipe: Path, arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+    recipe: Path, model: Path, arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = sorted(recipe.parent.iterdir())
-    assert main([str(recipe) if word == "RECIPE" else word for word in arguments]) == 2
+    places = {"RECIPE": str(recipe), "MODEL": str(model)}
+    assert main([re.sub("RECIPE|MODEL", lambda word: places[word[0]], each) for each in arguments]) == 2
     err = capsys.readouterr().err
     assert err.startswith("lisatune: error: ")
-    assert sentence in err
+    assert sentence.replace("MODEL", str(model)) in err
     assert err.count("\n") == 1
     assert sorted(recipe.parent.iterdir()) == before
 
@@ -264,6 +271,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
             'lisatune: error: no trl; pip install "lisatune[train]"\n',
         ),
         (OSError("cannot write runs/x: No space left on device"), 2, "No space left on device\n"),
+        (PermissionError(13, "Permission denied", "/proc/1"), 2, "error: Permission denied: '/proc/1'\n"),
         (RuntimeError("first\nsecond"), 2, "lisatune: error: first (--debug shows more)\n"),
         (KeyError("x"), 1, "lisatune: KeyError: 'x' (a defect; --debug shows the traceback)\n"),
         (

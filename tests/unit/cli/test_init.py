@@ -68,8 +68,8 @@ def test_without_data_there_is_a_place_for_it(monkeypatch: pytest.MonkeyPatch) -
         raise FileNotFoundError
 
     monkeypatch.setattr("lisatune.models.gguf.find_smollm2", absent)
-    assert main(["init", "--output", "mine.yaml"]) == 0
-    recipe = load_recipe("mine.yaml")
+    assert main(["init", "--output", "new/mine.yaml"]) == 0
+    recipe = load_recipe("new/mine.yaml")
     assert (recipe.model.name, recipe.data.train) == (module.HUB_MODEL, "rows.jsonl")
 
 

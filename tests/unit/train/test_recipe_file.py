@@ -102,7 +102,7 @@ def test_off_is_a_word_and_null_is_nothing(tmp_path: Path) -> None:
             BASE + "rum: {}\n",
             "{}: unknown section 'rum'. Did you mean 'run'? Known: model, data, method, loss, optimizer, run",
         ),
-        (BASE + "method: 5\n", "{}: section method must hold keys, a `key: value` per line, got 5"),
+        (BASE + "method: 5\n", "{}: section method must hold lines of `key: value`, got 5"),
         (BASE + "run: {stepz: 5}\n", "{}: unknown key 'run.stepz'. Did you mean 'run.steps'?"),
         (BASE + "run: {packing: true}\n", "{}: unknown key 'run.packing'. Did you mean 'data.packing'?"),
         (
