@@ -156,7 +156,8 @@ class DataConfig:
     """Held-out data, in the same forms as `train`. Default: a share of `train`."""
 
     validation_share: float = 0.05
-    """Share of `train` to hold out if `validation` is not given, at least one prompt. 0: evaluate nothing."""
+    """Share of `train` to hold out if `validation` is not given, at least one prompt. 0: evaluate nothing.
+    With `streaming` any other share means the first `validation_limit` records."""
 
     kind: Kind = "auto"
     """Format of the records. auto: recognised by their keys."""

@@ -16,7 +16,7 @@ import tiny_run
 from faults import kills, runs
 from lisatune.compare import slices
 from lisatune.compare.arms import read_comparison
-from lisatune.data import streaming
+from lisatune.data import shard_reader
 from lisatune.data.streaming import StreamError
 from lisatune.recipe import Recipe
 from lisatune.train import load_recipe, train
@@ -89,7 +89,7 @@ def test_a_run_stopped_within_a_window_continues_bit_equal(
 def test_a_shard_that_stays_broken_ends_the_run_with_a_checkpoint_from_which_it_continues(
     server: Shards, recipe: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streaming, "WAITS", (0, 0, 0))
+    monkeypatch.setattr(shard_reader, "WAITS", (0, 0, 0))
     asked: Recipe = load_recipe(recipe, given(server, tmp_path))
 
     def break_shards(state: RunState) -> None:
@@ -141,11 +141,11 @@ def test_a_stream_cannot_be_compared(server: Shards, recipe: Path, tmp_path: Pat
 READ_FROM_HUB = """
 import sys
 from pathlib import Path
-from lisatune.data import streaming
+from lisatune.data import shard_reader, streaming
 from lisatune.recipe import DataConfig
 from tiny_text import byte_tokenizer
 
-streaming.WAITS = (0, 0, 0)
+shard_reader.WAITS = (0, 0, 0)
 data = DataConfig(train=sys.argv[1], streaming=True, window=4)
 stream = streaming.Stream(data, byte_tokenizer(None), seed=0, batch_size=2, cache=Path(sys.argv[2]))
 stream.seek([])
@@ -155,24 +155,52 @@ stream.close()
 """
 
 
-def test_a_data_set_of_the_hub_is_streamed_shard_by_shard(tmp_path: Path) -> None:
-    with shard_server.serve() as hub:
-        hub.files["README.md"] = b"---\nlicense: mit\n---\n"
+@pytest.fixture
+def hub() -> Iterator[Shards]:
+    """A hub with a data set of three shards."""
+    with shard_server.serve() as served:
+        served.files["README.md"] = b"---\nlicense: mit\n---\n"
         for shard in range(3):
             text = b'{"text": "line one"}\n{"text": "line two"}\n' * (shard + 1)
-            hub.files[f"data/train-{shard}.jsonl.gz"] = gzip.compress(text)
-        hub.files["data/test-0.jsonl"] = b'{"text": "not for training"}\n'
-        hub.failures = {"data/train-1.jsonl.gz": 1}
-        names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
-        env = {name: value for name, value in os.environ.items() if name not in names}
-        env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
-        env["PYTHONPATH"] = os.pathsep.join(sys.path)
-        command = [sys.executable, "-c", READ_FROM_HUB, shard_server.HUB_ID, str(tmp_path / "cache")]
-        run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-        assert run.returncode == 0, run.stderr
-        at = f"hf://datasets/{shard_server.HUB_ID}@{shard_server.COMMIT}"
-        assert run.stdout.splitlines() == [
-            str([f"{at}/data/train-{shard}.jsonl.gz" for shard in range(3)]),
-            str(["line one<eos>"] * 6 + ["line two<eos>"] * 6),
-        ]
-        assert not list(tmp_path.rglob("*.jsonl.gz")), "a shard is not kept"
+            served.files[f"data/train-{shard}.jsonl.gz"] = gzip.compress(text)
+        served.files["data/test-0.jsonl"] = b'{"text": "not for training"}\n'
+        yield served
+
+
+def read_from(hub: Shards, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Stream the data set in a process that takes the server for the hub."""
+    names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+    env = {name: value for name, value in os.environ.items() if name not in names}
+    env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    env["PYTHONPATH"] = os.pathsep.join(sys.path)
+    command = [sys.executable, "-c", READ_FROM_HUB, shard_server.HUB_ID, str(folder / "cache")]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+
+
+AT = f"hf://datasets/{shard_server.HUB_ID}@{shard_server.COMMIT}/data"
+
+
+def test_a_data_set_of_the_hub_is_streamed_though_shards_fail_twice_and_break_off(
+    hub: Shards, tmp_path: Path
+) -> None:
+    hub.failures = {"data/train-1.jsonl.gz": 2}
+    hub.cuts = {"data/train-2.jsonl.gz": 1}
+    run = read_from(hub, tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == [
+        str([f"{AT}/train-{shard}.jsonl.gz" for shard in range(3)]),
+        str(["line one<eos>"] * 6 + ["line two<eos>"] * 6),
+    ]
+    assert hub.failures == {"data/train-1.jsonl.gz": 0}
+    assert hub.cuts == {"data/train-2.jsonl.gz": 0}
+    assert not list(tmp_path.rglob("*.jsonl.gz")), "a shard is not kept"
+
+
+def test_a_shard_of_the_hub_that_is_gone_is_named_at_once(hub: Shards, tmp_path: Path) -> None:
+    hub.gone = {"data/train-1.jsonl.gz"}
+    run = read_from(hub, tmp_path)
+    assert run.returncode == 1
+    said = run.stderr.strip().splitlines()[-1]
+    assert f"StreamError: cannot read the shard {AT}/train-1.jsonl.gz (" in said
+    assert "404" in said
+    assert "tries" not in said

@@ -25,6 +25,8 @@ class Shards:
     """How often a file is refused with status 503 before it is given."""
     cuts: dict[str, int] = field(default_factory=dict)
     """How often a file breaks off in its middle, with its whole length announced, before it is given."""
+    gone: set[str] = field(default_factory=set)
+    """Files that are listed and are not there."""
     requests: list[str] = field(default_factory=list)
     """Paths of files that were asked for by GET."""
     url: str = ""
@@ -58,7 +60,7 @@ def serve() -> Iterator[Shards]:
             path = urlsplit(self.path).path
             name = path.removeprefix("/").partition(f"/resolve/{COMMIT}/")[2] or path.removeprefix("/")
             self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            if name not in shards.files:
+            if name not in shards.files or name in shards.gone:
                 status, found = shards.answer(path)
                 self._send(status, json.dumps(found).encode())
                 return

@@ -128,7 +128,8 @@ def work_alone(entry: Path, what: str) -> Iterator[None]:
     """
     import fcntl  # POSIX only
 
-    file = os.open(entry.with_name(f"{entry.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    with explain_cache_errors(entry.parent):
+        file = os.open(entry.with_name(f"{entry.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -149,8 +150,15 @@ def work_alone(entry: Path, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def explain_cache_errors(folder: Path) -> Iterator[None]:
+def explain_cache_errors(
+    folder: Path, *, what: str = "prepared tokens", kind: type[OSError] = OSError
+) -> Iterator[None]:
     """Reword an OSError inside: it names the cache, and what helps.
+
+    Args:
+        folder: the cache.
+        what: what cannot be written.
+        kind: class of the new error.
 
     Raises:
         OSError: with that text.
@@ -159,8 +167,8 @@ def explain_cache_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
-        raise OSError(
-            f"cannot write prepared tokens into the cache {folder}: {cause.strerror or cause}; free space, "
+        raise kind(
+            f"cannot write {what} into the cache {folder}: {cause.strerror or cause}; free space, "
             f"such as with `lisatune cache --clear`, or name another folder with data.cache or {VARIABLE}"
         ) from error
 

@@ -262,6 +262,7 @@ def _prepare_stream(recipe: Recipe, tokenizer: Any, places: Sequence[Mapping[str
         assert reader is not None
         other = prepare_source(reader, tokenizer, folder=cache, **how)
         validation = _divide(other, np.arange(len(other.documents)), reader.source, data)
+        stream.watch_for(other.documents)
         questions = find_questions([(record for _, record in reader)], recipe, tokenizer)
         skipped, num_media = other.skipped, other.num_media
     elif data.holds_out:
@@ -269,6 +270,7 @@ def _prepare_stream(recipe: Recipe, tokenizer: Any, places: Sequence[Mapping[str
         records = stream.hold_out(data.validation_limit)
         kind = "text" if "text" in records[0] else data.kind
         validation = tokenize(Records(records, kind, 0, data.train_name), tokenizer, **lengths, **how)
+        stream.watch_for(validation.rows.documents)
         questions = find_questions([records], recipe, tokenizer)
     terminal().print(f"opening a stream of {plural(len(stream.shards), 'shard')}", soft_wrap=True)
     window = stream.seek(places)

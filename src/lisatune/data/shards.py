@@ -5,6 +5,7 @@ elsewhere is downloaded whole into a folder of the cache, read, and deleted. So 
 line as anywhere else, and a shard that is cut off is noticed.
 """
 
+import errno
 import gzip
 import http.client
 import lzma
@@ -31,6 +32,7 @@ __all__ = [
     "ShardFolder",
     "delete_left_behind",
     "is_gone",
+    "is_of_disk",
     "is_worth_another_try",
     "list_shards",
     "read_shard",
@@ -41,6 +43,9 @@ SECONDS = 60
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 """Numbers in an address: part-{000..127}.jsonl.gz."""
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+"""Numbers of errors that say that a file cannot be written here."""
 
 GONE = (401, 403, 404, 410)
 """Answers of a server that another try does not change."""
@@ -129,6 +134,13 @@ def is_gone(error: BaseException | None) -> bool:
         return True
     status = getattr(error, "code", None) or getattr(getattr(error, "response", None), "status_code", None)
     return status in GONE or (error is not None and is_gone(error.__cause__))
+
+
+def is_of_disk(error: BaseException | None) -> bool:
+    """Whether a shard did not arrive because this machine cannot keep it."""
+    if isinstance(error, OSError) and error.errno in DISK:
+        return True
+    return error is not None and is_of_disk(error.__cause__)
 
 
 class ShardFolder:

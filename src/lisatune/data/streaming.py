@@ -25,28 +25,22 @@ from typing import Any
 
 import numpy as np
 
-from lisatune.console import first_line, plural
+from lisatune.console import plural
 from lisatune.data.batches import shuffle
 from lisatune.data.cache import hash_tokenizer
 from lisatune.data.examples import Examples, divide, pack
-from lisatune.data.records import Record, RecordReader, count_characters
+from lisatune.data.records import Record, count_characters
 from lisatune.data.rows import Documents, TokenRow
-from lisatune.data.shards import ShardFolder, is_gone, is_worth_another_try, list_shards, read_shard
+from lisatune.data.shard_reader import ShardReader, StreamError
+from lisatune.data.shards import list_shards
 from lisatune.data.tokens import check_wishes, encode, is_chat
 from lisatune.distributed import ranks
 from lisatune.recipe import DataConfig
 
 __all__ = ["Place", "Stream", "StreamError", "Window"]
 
-WAITS = (1, 4, 16)
-"""Seconds before each further try to read a shard."""
-
 WINDOW_CHARACTERS = 2**25
 """Text at which a window ends before it has all its records, so that memory is bounded."""
-
-
-class StreamError(OSError):
-    """A stream cannot continue: a shard cannot be read, or a record is bad. The message names it."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +56,15 @@ class Place:
     record: int = 0
     """Records of that shard that are in windows before it, or are held out."""
     skipped: int = 0
-    """Records that could not be used, of all shards that were read to their end before it."""
+    """Records before it that could not be used."""
     cut: int = 0
     """Records of all windows before it that were cut at max_length."""
     dropped: int = 0
     """Records of all windows before it that were left out: too long, or no answer left."""
     media: int = 0
-    """Records without their images, sound or videos, of all shards that were read to their end before it."""
+    """Records before it without their images, sound or videos."""
+    seen: int = 0
+    """Records of all windows before it that are held out too."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +78,7 @@ class Window:
     kind: str
     is_chat: bool
     notes: tuple[str, ...]
-    """Warnings about the shards that it came to the end of."""
+    """Warnings about its records."""
 
 
 class Stream:
@@ -114,11 +110,10 @@ class Stream:
         self._windows: list[Window] = []
         self._next: Future[Window] | None = None
         self._reading: Iterator[tuple[int, int, Record, str]] | None = None
-        self._notes: list[str] = []
-        self._said: set[str] = set()
-        self._skipped = self._media = 0
+        self._held_out_digests = np.zeros(0, "S16")
+        self._has_told_of_seen = False
         self._stop = threading.Event()
-        self._folder = ShardFolder(cache, self.shards, self._stop.is_set)
+        self._reader = ShardReader(self.shards, data, cache, self._stop)
         self._thread = ThreadPoolExecutor(1, "lisatune-stream")
 
     @property
@@ -143,13 +138,17 @@ class Stream:
         for index in range(len(self.shards)):
             if len(held_out) == most:
                 break
-            for record, _ in self._read(index):
+            for record, _ in self._reader.read(index):
                 held_out.append(record)
                 self._held_out[index] = self._held_out.get(index, 0) + 1
                 if len(held_out) == most:
                     break
-        self._skipped = self._media = 0  # they are counted where the shards' other records are read
+        self._reader.take_counts()  # they are counted where the shards' other records are read
         return held_out
+
+    def watch_for(self, held_out: Documents) -> None:
+        """Count and name the records of the stream that are in the held-out data too."""
+        self._held_out_digests = held_out.digests
 
     def seek(self, places: Sequence[Mapping[str, int]]) -> Window:
         """Go to the window that begins at this rank's place, and return it.
@@ -173,6 +172,7 @@ class Stream:
         if self._next is not None:
             self._next.exception()  # wait until the thread has done what it was asked for
         self._windows, self._next, self._reading = [], None, None
+        self._reader.take_counts()
         self._fill(wanted.row + 1, wanted)
         return self._windows[0]
 
@@ -184,7 +184,10 @@ class Stream:
         row = micro_step * self._batch_size
         windows = (window for window in self._windows if window.place.row <= row < window.end.row)
         found = next(windows, None)
-        own = self._windows[-1].end if found is None else found.place
+        return self._gather(self._windows[-1].end if found is None else found.place)
+
+    def _gather(self, own: Place) -> list[dict[str, int]]:
+        """Return a place of each rank, or this one if each rank reads all shards."""
         names, numbers = zip(*asdict(own).items(), strict=True)
         if self._parts == 1:
             return [asdict(own)]
@@ -195,18 +198,21 @@ class Stream:
         return [dict(zip(names, map(int, every[start:]), strict=False)) for start in starts]
 
     def describe(self, micro_step: int) -> str:
-        """Say how much was read before a micro-step, and what was left out of it, for a reader."""
-        places = [Place(**each) for each in self.places(micro_step)]
-        skipped, cut, dropped, media = (
-            sum(getattr(place, name) for place in places) for name in ("skipped", "cut", "dropped", "media")
+        """Say for a reader how much was read for the micro-steps before one, and what was left out of it."""
+        row = micro_step * self._batch_size - 1
+        ends = (window.end for window in self._windows if window.place.row <= row < window.end.row)
+        places = [Place(**each) for each in self._gather(next(ends, self._windows[0].place))]
+        ended, skipped, cut, dropped, media, seen = (
+            sum(getattr(place, name) for place in places)
+            for name in ("shard", "skipped", "cut", "dropped", "media", "seen")
         )
-        often = sum(place.shard for place in places) / len(self.shards)
-        shards = plural(len(self.shards), "shard")
-        parts = [f"{often:.2f} passes over {shards}, without the window of the last step"]
+        of_all = f"{ended / len(self.shards):.2f} × all {len(self.shards):,}"
+        parts = [f"{plural(ended, 'shard')} read to the end ({of_all})"]
         parts += [f"{plural(skipped, 'record')} skipped: not usable"] if skipped else []
         parts += [f"{plural(cut, 'record')} cut at max_length"] if cut else []
         parts += [f"{plural(dropped, 'record')} dropped: too long, or no answer left"] * bool(dropped)
         parts += [f"{plural(media, 'record')} without images, sound or videos"] if media else []
+        parts += [f"{plural(seen, 'record')} in the held-out data too"] if seen else []
         return "; ".join(parts)
 
     def batch(self, micro_step: int) -> list[TokenRow]:
@@ -228,7 +234,7 @@ class Stream:
         """Stop reading ahead, and delete what was downloaded."""
         self._stop.set()
         self._thread.shutdown()
-        self._folder.close()
+        self._reader.close()
 
     def _row(self, number: int) -> TokenRow:
         window = next(each for each in self._windows if each.place.row <= number < each.end.row)
@@ -268,19 +274,19 @@ class Stream:
         """Read, tokenise and pack the records of a window; this runs in the thread."""
         self._reading = self._reading or self._read_endlessly(place)
         data = self._data
-        end = replace(place, window=place.window + 1)
         kinds: dict[str, str] = {}
+        taken: list[tuple[int, int]] = []
         first: Record | None = None
 
         def take() -> Iterator[Record]:
-            nonlocal end, first
+            nonlocal first
             assert self._reading is not None
             num_characters = 0
             for number, (shard, done, record, kind) in enumerate(self._reading, 1):
                 first = first or record
                 if kind not in kinds:
                     kinds[kind] = self._shard(shard)
-                end = replace(end, shard=shard, record=done)
+                taken.append((shard, done))
                 num_characters += count_characters(record)
                 yield record
                 if number == data.window or num_characters >= WINDOW_CHARACTERS:
@@ -289,6 +295,15 @@ class Stream:
         source = f"the stream after record {place.record:,} of {self._shard(place.shard)}"
         how: dict[str, Any] = {"loss_on": data.loss_on, "date": data.date}
         documents = Documents.gather(encode(take(), self._tokenizer, source=source, **how))
+        notes = self._reader.take_notes()
+        is_seen = np.isin(documents.digests, self._held_out_digests)
+        if is_seen.any() and not self._has_told_of_seen:
+            self._has_told_of_seen = True
+            shard, done = taken[int(is_seen.argmax())]
+            notes.append(
+                f"record {done:,} of {self._shard(shard)} is in the held-out data too, so held-out loss is "
+                "partly loss on training data; take it out. More of them are counted"
+            )
         if len(kinds) > 1:
             both = " and ".join(f"{kind} in {shard}" for kind, shard in kinds.items())
             raise ValueError(f"records of a stream must be of one kind, and there are {both}; set data.kind")
@@ -300,18 +315,20 @@ class Stream:
             examples = pack(examples, data.max_length)
         part = f"/{ranks.rank()}" if self._parts > 1 else ""
         order = shuffle(len(examples.rows), f"{self._seed}/window/{place.window}{part}").numpy()
-        notes = tuple(dict.fromkeys(self._notes))
+        skipped, media = self._reader.take_counts()
         dropped = examples.num_dropped + examples.num_without_loss
-        end = replace(
-            end,
+        shard, done = taken[-1]
+        end = Place(
+            window=place.window + 1,
             row=place.row + len(order),
-            skipped=place.skipped + self._skipped,
+            shard=shard,
+            record=done,
+            skipped=place.skipped + skipped,
             cut=place.cut + examples.num_cut,
             dropped=place.dropped + dropped,
-            media=place.media + self._media,
+            media=place.media + media,
+            seen=place.seen + int(is_seen.sum()),
         )
-        self._notes.clear()
-        self._skipped = self._media = 0
         assert first is not None
         return Window(
             place=place,
@@ -319,7 +336,7 @@ class Stream:
             end=end,
             kind=kind,
             is_chat=is_chat(first),
-            notes=notes,
+            notes=tuple(notes),
         )
 
     def _shard(self, number: int) -> str:
@@ -336,9 +353,9 @@ class Stream:
         num_records = 0
         for number in count(place.shard):
             index = self._index(number)
-            before = place.record if number == place.shard else 0
-            before = max(before, self._held_out.get(index, 0))
-            for done, (record, kind) in enumerate(self._read(index), 1):
+            counted = place.record if number == place.shard else 0
+            before = max(counted, self._held_out.get(index, 0))
+            for done, (record, kind) in enumerate(self._reader.read(index, counted), 1):
                 if done > before:
                     num_records += 1
                     yield number, done, record, kind
@@ -348,52 +365,3 @@ class Stream:
                     f"{plural(len(self.shards), 'shard')}, and none is left to train on; lower it, or give "
                     "data.validation"
                 )
-
-    def _read(self, index: int) -> Iterator[tuple[Record, str]]:
-        """Yield the records of a shard with their kind. One that breaks off is fetched and tried again.
-
-        Raises:
-            StreamError: it cannot be read, or a record is bad.
-        """
-        shard, data, done = self.shards[index], self._data, 0
-        keys = ("kind", "on_bad_row", "fields", "text_only")
-        how: dict[str, Any] = {key: getattr(data, key) for key in keys}
-        for wait in (*WAITS, None):
-            path = ""
-            try:
-                with self._folder.fetch(shard) as file:
-                    path = str(file)
-                    reader = RecordReader(path, **how, rows=read_shard)
-                    for number, (_, record) in enumerate(reader, 1):
-                        if self._stop.is_set():
-                            raise StreamError("the run is over")
-                        if number > done:
-                            done = number
-                            yield record, reader.kind
-                    self._note(reader, path, shard)
-                    return
-            except StreamError:
-                raise
-            except (OSError, ValueError) as error:
-                problem = first_line(error).replace(path, shard) if path else first_line(error)
-                if not is_worth_another_try(error):
-                    raise StreamError(problem) from error
-                if wait is None or is_gone(error):
-                    often = "" if wait is not None else f" after {len(WAITS) + 1} tries"
-                    raise StreamError(
-                        f"cannot read the shard {shard}{often} ({problem}); check its name and the connection"
-                    ) from error
-            if self._stop.wait(wait):
-                raise StreamError("the run is over")
-
-    def _note(self, reader: RecordReader, path: str, shard: str) -> None:
-        """Keep what there is to say about a shard that was read to its end."""
-        notes = {note.replace(path, ""): note.replace(path, shard) for note in reader.notes}
-        if reader.skipped:
-            first = reader.first_skipped.replace(path, shard)
-            note = f"{plural(reader.skipped, 'record')} skipped, the first is {first}"
-            notes[note] = note
-        self._notes += [note for short, note in notes.items() if short not in self._said]
-        self._said |= notes.keys()  # once, and not for every shard
-        self._skipped += reader.skipped
-        self._media += reader.num_media

@@ -1,8 +1,10 @@
 """Rows that are read while a run trains: every record once a pass, exact places, shards that fail."""
 
+import errno
 import gzip
 import json
 import lzma
+import os
 import threading
 import warnings
 from collections import Counter
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 
 import shard_server
-from lisatune.data import streaming
+from lisatune.data import shard_reader
 from lisatune.data.prepare import prepare_data
 from lisatune.data.shards import ShardFolder, list_shards
 from lisatune.data.streaming import Stream, StreamError
@@ -31,7 +33,7 @@ SHARDS, RECORDS = 4, 9
 
 @pytest.fixture(autouse=True)
 def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "WAITS", (0, 0, 0))
+    monkeypatch.setattr(shard_reader, "WAITS", (0, 0, 0))
 
 
 @pytest.fixture
@@ -171,7 +173,7 @@ def test_at_most_a_window_is_read_ahead_and_nothing_is_left_on_disk(
 def test_a_shard_that_failed_is_not_asked_for_again_after_the_run(
     server: Shards, open_stream: Callable[..., Stream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streaming, "WAITS", (60, 60, 60))
+    monkeypatch.setattr(shard_reader, "WAITS", (60, 60, 60))
     asked_twice = threading.Event()
 
     class Requests(list[str]):
@@ -303,8 +305,8 @@ def test_waits_between_tries_grow(
     server: Shards, open_stream: Callable[..., Stream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
-    assert list(streaming.WAITS) == sorted(set(streaming.WAITS))
-    assert len(streaming.WAITS) == 3
+    assert list(shard_reader.WAITS) == sorted(set(shard_reader.WAITS))
+    assert len(shard_reader.WAITS) == 3
 
 
 @pytest.mark.parametrize(
@@ -359,7 +361,7 @@ def test_a_bad_record_is_named_by_shard_and_line_and_never_skipped_silently(
         read(open_stream(every_shard(server)), 0, PASS)
     assert str(caught.value).startswith(f"{server.url}/part-2.jsonl.gz, line 10: the field 'text' is missing")
     assert server.requests.count("part-2.jsonl.gz") == 1, "another try cannot help"
-    with pytest.warns(UserWarning, match=r"1 record skipped, the first is .*/part-2\.jsonl\.gz, line 10"):
+    with pytest.warns(UserWarning, match=r"part-2\.jsonl\.gz, line 10: .*; skipped, and more"):
         texts = read(open_stream(every_shard(server), on_bad_row="skip", window=6), 0, PASS + 6)
     assert set(texts) == ALL
 
@@ -388,9 +390,9 @@ def test_what_is_left_out_is_counted_through_all_windows(
         read(cut, 3, 6)
         read(dropped, 0, 6)
         place = cut.places(6)[0]
-        assert (place["skipped"], place["cut"], place["dropped"], place["media"]) == (3, 4, 0, 3)
-        assert "3 records skipped: not usable; 4 records cut at max_length" in cut.describe(6)
-        assert "3 records without images, sound or videos" in cut.describe(6)
+        assert (place["skipped"], place["cut"], place["dropped"], place["media"]) == (4, 4, 0, 4)
+        assert "4 records skipped: not usable; 4 records cut at max_length" in cut.describe(6)
+        assert "4 records without images, sound or videos" in cut.describe(6)
         assert dropped.places(6)[0]["dropped"] == 6
         again = open_stream(**how, place=middle)
         read(again, 3, 6)
@@ -411,9 +413,89 @@ def test_what_is_skipped_is_counted_once_where_a_whole_shard_is_held_out(
         read(stream, 0, 3)
     place = stream.places(3)[0]
     assert place["shard"] > 4
-    assert (place["skipped"], place["media"]) == (place["shard"], 2 * place["shard"])
-    skipped = [str(each.message) for each in caught if "1 record skipped" in str(each.message)]
+    media = 2 * place["shard"] + place["record"]
+    assert (place["skipped"], place["media"]) == (place["shard"], media)
+    skipped = [str(each.message) for each in caught if "; skipped, and more" in str(each.message)]
     assert len(skipped) == len(set(skipped)) == 2
+
+
+def test_what_is_left_out_of_a_shard_that_never_ends_is_counted_and_named(
+    tmp_path: Path, open_stream: Callable[..., Stream]
+) -> None:
+    lines = [{"text": f"{number}", "stars": 5} if number % 4 else {"txt": ""} for number in range(200)]
+    (tmp_path / "one.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    how = {"train": str(tmp_path / "one.jsonl"), "on_bad_row": "skip", "window": 6}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        stream = open_stream(**how, hold_out=2)  # lines 2 and 3
+        read(stream, 0, 6)
+    told = [str(each.message).removeprefix(str(tmp_path)) for each in caught]
+    assert [text.split(": ")[0] for text in told] == ["/one.jsonl, line 1", "/one.jsonl"]
+    assert told[0].endswith("; skipped, and more of this shard are counted")
+    assert told[1].endswith("nothing reads the field stars")
+    middle, skipped = stream.places(6)[0], "0 shards read to the end (0.00 × all 1); 5 records skipped"
+    assert (middle["record"], middle["skipped"]) == (14, 5)
+    assert stream.describe(6).startswith(skipped), "the window of the last step counts"
+    read(stream, 6, 12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = open_stream(**how, place=middle)
+    read(again, 6, 12)
+    assert again.places(12) == stream.places(12)
+
+
+def test_records_that_are_held_out_too_are_counted_and_the_first_is_named(
+    tmp_path: Path, open_stream: Callable[..., Stream]
+) -> None:
+    texts = ["a", "b", "c", "b", "d", "a", "e"]
+    (tmp_path / "one.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in texts))
+
+    def prepare(**data: Any) -> tuple[list[str], str]:
+        config = DataConfig(train=str(tmp_path / "one.jsonl"), streaming=True, window=5, **data)
+        run = RunConfig(steps=5, batch_size=5)
+        recipe = Recipe(model=ModelConfig(name="tiny"), data=config, method=Full(), run=run)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            stream = prepare_data(recipe, TOKENIZER).stream
+        assert stream is not None
+        stream.batch(0)
+        stream.close()
+        return [str(each.message) for each in caught if "held-out" in str(each.message)], stream.describe(1)
+
+    (told,), said = prepare(validation_limit=2)
+    assert told.startswith(f"record 4 of {tmp_path}/one.jsonl is in the held-out data too, so held-out loss")
+    assert said.endswith("; 2 records in the held-out data too")
+    held_out = tmp_path / "held.jsonl"
+    held_out.write_text('{"text": "c"}\n')
+    (told,), said = prepare(validation=str(held_out))
+    assert told.startswith("record 3 of ")
+    assert said.endswith("; 1 record in the held-out data too")
+    assert prepare(validation_share=0)[0] == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_shard_for_which_there_is_no_space_is_one_sentence_without_another_try(
+    server: Shards,
+    open_stream: Callable[..., Stream],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refuse)
+        with pytest.raises(StreamError) as caught:
+            open_stream(every_shard(server))
+    assert f"cannot write the shard {server.url}/part-" in str(caught.value)
+    says = f"into the cache {tmp_path / 'cache'}: {os.strerror(number)}; free space, such as with"
+    assert says in str(caught.value)
+    assert len(server.requests) == 1
+    (tmp_path / "file").touch()
+    config = DataConfig(train=every_shard(server), streaming=True)
+    with pytest.raises(OSError, match=r"cannot write prepared tokens into the cache .*file: File exists"):
+        Stream(config, TOKENIZER, seed=3, batch_size=2, cache=tmp_path / "file")
 
 
 def test_a_server_that_is_not_there_is_named_with_what_to_do(open_stream: Callable[..., Stream]) -> None:
