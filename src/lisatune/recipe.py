@@ -689,10 +689,8 @@ class Recipe:
         """Refuse settings that cannot work where records are pairs of answers."""
         data = self.data
         kinds = [source.kind for source in data.sources if source.kind != "auto"]
-        fields = [source.fields for source in data.sources if source.fields]
         shown: dict[str, list[Any]] = {
             "data.kind": kinds[:1],
-            "data.fields": fields[:1],
             "data.train": [data.train_name],
         }
         reasons = {
@@ -703,7 +701,6 @@ class Recipe:
                 "false",
             ),
             "data.kind": (bool(kinds), "its records have chosen and rejected", "auto"),
-            "data.fields": (bool(fields), "its records have chosen and rejected", "{}"),
             "data.deduplicate": (data.deduplicate, "pairs are not compared with each other", "false"),
             "data.loss_on": (data.loss_on not in ("auto", "answers"), "only answers are compared", "answers"),
             "data.long": (data.long == "split", "a piece of an answer cannot be preferred", "cut or drop"),

@@ -14,7 +14,7 @@ The first kind whose fields are all there is taken. Fields that change what a re
 refused by name. A field that is null or empty counts as absent.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -31,8 +31,19 @@ from lisatune.data.turns import (
     describe,
     require_answer,
 )
+from lisatune.recipe import unknown
 
-__all__ = ["KINDS", "Kind", "Record", "normalise", "recognise_kind", "rename_fields"]
+__all__ = [
+    "KINDS",
+    "TURN_FIELDS",
+    "Kind",
+    "Record",
+    "check_names",
+    "normalise",
+    "recognise_kind",
+    "rename_fields",
+    "rename_rows",
+]
 
 Record: TypeAlias = dict[str, Any]
 """A record in one of the three forms that `lisatune.data.records` names."""
@@ -65,6 +76,9 @@ KINDS: dict[str, Kind] = {
 }
 
 PREFERENCE = "so this is preference data; set loss.name: dpo, or reward, to train on it"
+TURN_FIELDS = ("role", "content")
+"""Fields of a message that `data.fields` may name too."""
+
 REFUSED = {
     "chosen": f"a preferred answer, {PREFERENCE}",
     "rejected": f"a rejected answer, {PREFERENCE}",
@@ -101,18 +115,43 @@ def recognise_kind(row: Any) -> str:
     )
 
 
+def check_names(names: Mapping[str, str] | None, needed: Iterable[str]) -> dict[str, str]:
+    """Refuse names in `data.fields` that nothing needs, and return them.
+
+    Raises:
+        ValueError: one is unknown.
+    """
+    known = sorted({*needed, *TURN_FIELDS})
+    for name in names or {}:
+        if name not in known:
+            raise ValueError(f"data.fields: {unknown('field', name, known)}")
+    return dict(names or {})
+
+
+def rename_rows(rows: Iterable[tuple[str, Any]], names: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
+    """Rename the fields of rows with their places; in place of a row that lacks one comes the problem."""
+    for place, row in rows:
+        try:
+            yield place, rename_fields(row, names)
+        except BadRowError as problem:
+            yield place, problem
+
+
 def rename_fields(row: Any, names: Mapping[str, str]) -> Any:
     """Give fields the names that `data.fields` asks for.
 
     Args:
         row: the record as it was read.
-        names: by the name that a kind needs, the record's own; `a.b` is field b of field a.
+        names: by the name that a kind needs, the record's own; `a.b` is field b of field a. Those of
+            `TURN_FIELDS` are names in the record's messages.
 
     Raises:
         BadRowError: the record has no such field.
     """
     if not names or not isinstance(row, dict):
         return row
+    of_turns = {ours: theirs for ours, theirs in names.items() if ours in TURN_FIELDS}
+    names = {ours: theirs for ours, theirs in names.items() if ours not in TURN_FIELDS}
     taken = {theirs if theirs in row else theirs.partition(".")[0] for theirs in names.values()}
     renamed = {field: value for field, value in row.items() if field not in taken}
     for ours, theirs in names.items():
@@ -125,7 +164,18 @@ def rename_fields(row: Any, names: Mapping[str, str]) -> Any:
                 )
             value = value[part]
         renamed[ours] = value
-    return renamed
+    return {field: _rename_turns(value, of_turns) for field, value in renamed.items()}
+
+
+def _rename_turns(value: Any, names: Mapping[str, str]) -> Any:
+    """Give the fields of messages the names that they need; what is no list of messages stays."""
+    if not names or not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+        return value
+    return [
+        {field: each for field, each in turn.items() if field not in names.values()}
+        | {ours: turn[theirs] for ours, theirs in names.items() if theirs in turn}
+        for turn in value
+    ]
 
 
 def normalise(row: Any, kind: str) -> Record:

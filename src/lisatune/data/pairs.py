@@ -15,11 +15,12 @@ So whatever reads prompts and completions reads these too.
 """
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from lisatune.data.examples import Examples
-from lisatune.data.kinds import REFUSED
+from lisatune.data.kinds import REFUSED, check_names, rename_rows
 from lisatune.data.media import take_text
 from lisatune.data.records import Record, Records
 from lisatune.data.rows import Rows
@@ -46,13 +47,14 @@ def read_pairs(
     split: str = "train",
     limit: int | None = None,
     on_bad_row: Literal["error", "skip"] = "error",
+    fields: Mapping[str, str] | None = None,
     text_only: bool = False,
     needs_prompt: bool = True,
 ) -> Records:
     """Read and check pairs of answers.
 
     Args:
-        source, split, limit, on_bad_row, text_only: as for `read_records`.
+        source, split, limit, on_bad_row, fields, text_only: as for `read_records`.
         needs_prompt: whether it must be known where answers of plain text begin.
 
     Returns:
@@ -66,7 +68,8 @@ def read_pairs(
     rows: list[Record] = []
     skipped, first_skipped, num_media = 0, "", 0
     unused: dict[str, None] = {}
-    for place, row in read_rows(source, split=split):
+    names = check_names(fields, USED)
+    for place, row in rename_rows(read_rows(source, split=split), names):
         try:
             if isinstance(row, BadRowError):
                 raise row

@@ -304,7 +304,7 @@ def _describe_kind(source: Prepared | Window, loss_on: LossOn, tokenizer: Any) -
 def _prepare_pairs(recipe: Recipe, tokenizer: Any) -> RunData:
     """Read, split and tokenise pairs of answers; they are held in memory, and not in the cache."""
     data, run, scores = recipe.data, recipe.run, recipe.loss.has_score
-    keys = ("split", "limit", "text_only")
+    keys = ("split", "limit", "fields", "text_only")
     common: dict[str, Any] = {"on_bad_row": data.on_bad_row, "needs_prompt": not scores}
     sources = [
         read_pairs(source.path, **common, **{key: getattr(source, key) for key in keys})
@@ -312,7 +312,7 @@ def _prepare_pairs(recipe: Recipe, tokenizer: Any) -> RunData:
     ]
     other = None
     if data.validation is not None:
-        how: dict[str, Any] = {key: getattr(data, key) for key in ("split", "text_only")}
+        how: dict[str, Any] = {key: getattr(data, key) for key in ("split", "fields", "text_only")}
         other = read_pairs(data.validation, limit=data.validation_limit, **common, **how)
     held_out, train = [other] if other is not None else [], sources
     splits = data.holds_out and other is None

@@ -23,12 +23,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lisatune.data.kinds import KINDS, Record, normalise, recognise_kind, rename_fields
+from lisatune.data.kinds import KINDS, Record, check_names, normalise, recognise_kind, rename_rows
 from lisatune.data.media import take_text
 from lisatune.data.oasst import plant_trees
 from lisatune.data.sources import BadRowError, read_rows
 from lisatune.data.turns import EMPTY, answer_text
-from lisatune.recipe import unknown
 
 __all__ = ["Record", "RecordReader", "Records", "count_characters", "read_records"]
 
@@ -134,11 +133,8 @@ class RecordReader:
     ) -> None:
         if kind != "auto" and kind not in KINDS:
             raise ValueError(f"unknown kind of records {kind!r}; use auto, {', '.join(KINDS)}")
-        known = sorted({name for each in KINDS.values() for name in (*each.needed, *each.optional)})
-        for name in fields or {}:
-            if name not in known:
-                raise ValueError(f"data.fields: {unknown('field', name, known)}")
-        self.fields = dict(fields or {})
+        needed = (name for each in KINDS.values() for name in (*each.needed, *each.optional))
+        self.fields = check_names(fields, needed)
         self.source, self.split, self.limit, self.on_bad_row = source, split, limit, on_bad_row
         self.asked_kind = self.kind = kind
         self.text_only = text_only
@@ -151,7 +147,7 @@ class RecordReader:
     def __iter__(self) -> Iterator[tuple[str, Record]]:
         self.kind, self.skipped, self.first_skipped, self.unused = self.asked_kind, 0, "", {}
         self.num_answers = self.num_empty = self.num_media = num_records = 0
-        for place, row in plant_trees(_rename(self._rows(self.source, self.split), self.fields)):
+        for place, row in plant_trees(rename_rows(self._rows(self.source, self.split), self.fields)):
             try:
                 if isinstance(row, BadRowError):
                     raise row
@@ -218,14 +214,6 @@ class RecordReader:
                 f"{', '.join(self.unused)}"
             )
         return notes
-
-
-def _rename(rows: Iterator[tuple[str, Any]], names: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
-    for place, row in rows:
-        try:
-            yield place, rename_fields(row, names)
-        except BadRowError as problem:
-            yield place, problem
 
 
 def _take_answers(row: Record) -> list[str]:

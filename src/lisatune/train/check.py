@@ -157,7 +157,7 @@ def _check_data(recipe: Recipe, report: CheckReport) -> RunData | None:
     for source in sources:
         found: RecordReader | Records | None
         if recipe.loss.rows_per_record == 2:
-            how = {key: getattr(source, key) for key in ("split", "limit", "text_only")}
+            how = {key: getattr(source, key) for key in ("split", "limit", "fields", "text_only")}
             how["needs_prompt"] = not recipe.loss.has_score
             found = report.attempt(read_pairs, source.path, on_bad_row="skip", **how)
         else:

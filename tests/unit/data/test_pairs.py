@@ -52,6 +52,16 @@ def test_all_forms_of_a_pair_are_read(tmp_path: Path, row: dict[str, Any], same:
     assert read(tmp_path, row).rows == [same]
 
 
+def test_fields_of_other_names_are_mapped_by_hand(tmp_path: Path) -> None:
+    row = {"question": "Hi", "answers": {"good": "Hey", "bad": "No"}}
+    names = {"prompt": "question", "chosen": "answers.good", "rejected": "answers.bad"}
+    assert read(tmp_path, row, fields=names) == read(
+        tmp_path, {"prompt": "Hi", "chosen": "Hey", "rejected": "No"}
+    )
+    with pytest.raises(ValueError, match=r"data.fields: unknown field 'chose'. Did you mean 'chosen'\?"):
+        read(tmp_path, row, fields={"chose": "answers.good"})
+
+
 def test_whole_texts_need_no_prompt_if_answers_need_not_be_told_apart(tmp_path: Path) -> None:
     rows = read(tmp_path, {"chosen": "Hey", "rejected": "No"}, needs_prompt=False).rows
     assert rows == [{"prompt": "", "completion": "Hey", "rejected": "No"}]

@@ -470,6 +470,18 @@ def test_fields_of_other_names_are_mapped_by_hand(tmp_path: Path) -> None:
         read_records(source, fields={"questoin": "problem"})
 
 
+def test_names_in_messages_are_mapped_by_hand_too(tmp_path: Path) -> None:
+    turns = [{"author": "human", "body": "Hi"}, {"author": "bot", "body": "Hello", "weight": 1}]
+    source = save(tmp_path, {"dialogue": turns})
+    names = {"messages": "dialogue", "role": "author", "content": "body"}
+    (row,) = read_records(source, fields=names).rows
+    assert row == {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+    with pytest.raises(
+        ValueError, match=r"line 1: 'messages', message 1 has no role \(role, from, speaker\)"
+    ):
+        read_records(source, fields={"messages": "dialogue", "role": "who"})
+
+
 def _message(name: str, parent: str | None, role: str, **more: Any) -> Any:
     return {"message_id": name, "parent_id": parent, "role": role, "text": name, "lang": "en"} | more
 
