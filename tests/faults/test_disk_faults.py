@@ -94,6 +94,29 @@ def test_a_run_may_go_on_without_saving_until_the_disk_is_back(
         series.straight["checkpoint/state.json"]["extra"]["failed_saves"] = 0
 
 
+@pytest.mark.usefixtures("can_mount")
+@pytest.mark.parametrize("fault", ["full", "read-only"])
+def test_a_cache_of_tokens_that_cannot_be_written_is_one_sentence_and_one_that_is_there_is_read(
+    fault: str, series: kills.Series, tmp_path: Path
+) -> None:
+    def act(disk: mounts.Disk) -> int:
+        cache = disk.path / "cache"
+        cache.mkdir()
+        disk.fill(left=0) if fault == "full" else disk.read_only(cache)
+        assert train(series.recipe, tmp_path / "refused", f"data.cache={cache}") == 2
+        disk.empty() if fault == "full" else disk.writable(cache)
+        assert train(series.recipe, tmp_path / "prepared", f"data.cache={cache}") == 0
+        disk.fill(left=0) if fault == "full" else disk.read_only(cache)
+        return train(series.recipe, tmp_path / "run", f"data.cache={cache}")
+
+    assert mounts.on_a_disk(tmp_path, 2**21, act) == 0, (tmp_path / "log").read_text()
+    (said,) = [line for line in (tmp_path / "log").read_text().splitlines() if "lisatune: error" in line]
+    reason = {"full": "No space left on device", "read-only": "Read-only file system"}[fault]
+    cache = tmp_path / "disk/cache"
+    assert f"cannot write prepared tokens into the cache {cache}: {reason}; free space, such" in said
+    assert_as_undisturbed(series, tmp_path / "run")
+
+
 def test_a_file_that_may_not_grow_any_more_leaves_the_checkpoint_before(
     series: kills.Series, tmp_path: Path
 ) -> None:

@@ -3,12 +3,19 @@
 import random
 import shutil
 import signal
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
 
+import tiny_run
 from faults import kills, runs
-from forks import ended
+from forks import ended, forked
+from lisatune.data.records import RecordReader
+from lisatune.data.rows import Rows
+from lisatune.data.store import prepare_source
+from tiny_text import CHATML, byte_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -24,6 +31,32 @@ def test_killed_and_resumed_runs_end_bit_equal(variant: str, tmp_path: Path) -> 
     assert tally.finished == 2
     assert tally.kills["before a file"] >= 2, "on a busy machine a run can end before the clock strikes"
     assert tally.resumes >= 1
+
+
+def test_a_run_killed_at_any_change_of_the_cache_leaves_none_that_is_wrong(tmp_path: Path) -> None:
+    rows, cache = tiny_run.write_rows(tmp_path / "rows.jsonl"), tmp_path / "cache"
+
+    def read() -> str:
+        reader = RecordReader(str(rows))
+        prepared = prepare_source(reader, byte_tokenizer(CHATML), folder=cache, seed=0)
+        assert prepared.prompts is not None
+        return Rows.whole(prepared.documents).sha256 + prepared.prompts.tobytes().hex()
+
+    def act(change: int) -> int:
+        kills.before_file(change)(cache)
+        read()
+        return 0
+
+    whole = read()
+    for number in count(1):
+        shutil.rmtree(cache)
+        code = ended(forked(partial(act, number), tmp_path / "log"))
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL, (tmp_path / "log").read_text()
+        assert read() == whole
+        assert len([path for path in cache.iterdir() if path.is_dir()]) == 1
+    assert number > 8, "folder, tokens, spans, digests, offsets, prompts, meta, name"
 
 
 def test_a_run_killed_while_it_starts_or_overwrites_can_be_started_again(tmp_path: Path) -> None:
