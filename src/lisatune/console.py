@@ -56,12 +56,15 @@ def terminal() -> "Console":
 
 
 @contextmanager
-def follow(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+def follow(
+    what: str, total: int | None = None, *, share: Callable[[], float] = lambda: 0.0
+) -> Iterator[Callable[[int], None]]:
     """Show how far a long piece of work is, and how long the rest will take.
 
     Args:
         what: its name.
         total: number of its parts; None if it is unknown.
+        share: returns which share of it is done, 0 to 1, if the number of parts is unknown.
 
     Yields:
         A function to call with the number of parts done. If the output is not a terminal, a line is printed
@@ -72,10 +75,9 @@ def follow(what: str, total: int | None = None) -> Iterator[Callable[[int], None
     status = console.status(what) if console.is_terminal else None
 
     def describe(done: int, now: float) -> str:
-        if not total:
-            return f"{what}: {done:,}"
-        left = (now - began) / done * (total - done) if done else math.nan
-        return f"{what}: {done:,} of {total:,}, {clock_text(left)} left"
+        part = done / total if total else share()
+        left = (now - began) * (1 / part - 1) if part else math.nan
+        return f"{what}: {done:,}{f' of {total:,}' if total else ''}, {clock_text(left)} left"
 
     def advance(done: int) -> None:
         nonlocal said, shown

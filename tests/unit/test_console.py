@@ -1,8 +1,11 @@
 """Text for people, and overrides as they stand on a command line."""
 
+import time
+from typing import Any
+
 import pytest
 
-from lisatune.console import first_line, is_override, join_overrides, split_override
+from lisatune.console import first_line, follow, is_override, join_overrides, split_override
 
 
 @pytest.mark.parametrize(
@@ -17,6 +20,34 @@ from lisatune.console import first_line, is_override, join_overrides, split_over
 )
 def test_the_first_line_of_an_error_is_never_empty(error: BaseException, says: str) -> None:
     assert first_line(error) == says
+
+
+@pytest.mark.parametrize(
+    ("given", "done", "says"),
+    [
+        ({"total": 400}, 100, "work: 100 of 400, 3:00 left"),
+        ({"total": 400}, 400, "work: 400 of 400, 0:00 left"),
+        ({"share": lambda: 0.75}, 4000, "work: 4,000, 0:20 left"),
+        ({}, 4000, "work: 4,000, -:-- left"),
+    ],
+)
+def test_long_work_says_each_half_minute_how_long_the_rest_takes(
+    given: dict[str, Any],
+    done: int,
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with follow("work", **given) as advance:
+        now += 29
+        advance(1)
+        now += 31
+        advance(done)
+        now += 2
+        advance(done + 1)
+    assert capsys.readouterr().out == f"{says}\n"
 
 
 @pytest.mark.parametrize(

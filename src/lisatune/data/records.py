@@ -23,10 +23,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lisatune.console import follow
 from lisatune.data.kinds import KINDS, Record, check_names, normalise, recognise_kind, rename_rows
 from lisatune.data.media import take_text
 from lisatune.data.oasst import plant_trees
-from lisatune.data.sources import BadRowError, read_rows
+from lisatune.data.sources import BadRowError, Meter, read_rows
 from lisatune.data.turns import EMPTY, answer_text
 
 __all__ = ["Record", "RecordReader", "Records", "count_characters", "read_records"]
@@ -107,10 +108,6 @@ def read_records(
     )
 
 
-def _read_rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
-    return read_rows(source, split=split)
-
-
 class RecordReader:
     """Records that are read and checked one after the other, so that a source may be larger than memory.
 
@@ -129,7 +126,7 @@ class RecordReader:
         on_bad_row: Literal["error", "skip"] = "error",
         fields: Mapping[str, str] | None = None,
         text_only: bool = False,
-        rows: Callable[[str, str], Iterator[tuple[str, Any]]] = _read_rows,
+        rows: Callable[..., Iterator[tuple[str, Any]]] = read_rows,
     ) -> None:
         if kind != "auto" and kind not in KINDS:
             raise ValueError(f"unknown kind of records {kind!r}; use auto, {', '.join(KINDS)}")
@@ -139,6 +136,7 @@ class RecordReader:
         self.asked_kind = self.kind = kind
         self.text_only = text_only
         self._rows = rows
+        self.meter = Meter()
         self.skipped, self.first_skipped = 0, ""
         self.unused: dict[str, None] = {}
         """Fields that hold something and that nothing reads, in the order in which they were met."""
@@ -147,7 +145,8 @@ class RecordReader:
     def __iter__(self) -> Iterator[tuple[str, Record]]:
         self.kind, self.skipped, self.first_skipped, self.unused = self.asked_kind, 0, "", {}
         self.num_answers = self.num_empty = self.num_media = num_records = 0
-        for place, row in plant_trees(rename_rows(self._rows(self.source, self.split), self.fields)):
+        rows = self._rows(self.source, split=self.split, meter=self.meter)
+        for place, row in plant_trees(rename_rows(rows, self.fields)):
             try:
                 if isinstance(row, BadRowError):
                     raise row
@@ -187,7 +186,10 @@ class RecordReader:
 
     def read_through(self) -> int:
         """Read and check all records, give the warnings, and return the number of records."""
-        count = sum(1 for _ in self)
+        count = 0
+        with follow(f"reading {self.source}", share=self.meter.share) as advance:
+            for count, _ in enumerate(self, 1):
+                advance(count)
         self.warn()
         return count
 

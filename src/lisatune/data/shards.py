@@ -25,7 +25,16 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from lisatune.console import expand_home, first_line
-from lisatune.data.sources import BOM, COMPRESSED, EXTENSIONS, file_type, list_hub_files, open_file, read_rows
+from lisatune.data.sources import (
+    BOM,
+    COMPRESSED,
+    EXTENSIONS,
+    Meter,
+    file_type,
+    list_hub_files,
+    open_file,
+    read_rows,
+)
 from lisatune.files.disk import delete
 
 __all__ = [
@@ -111,10 +120,10 @@ def _name(shard: str) -> Path:
     return Path(shard) if is_local else Path(Path(unquote(urlsplit(shard).path)).name)
 
 
-def read_shard(path: str, split: str) -> Iterator[tuple[str, Any]]:
+def read_shard(path: str, *, split: str, meter: Meter) -> Iterator[tuple[str, Any]]:
     """Read the rows of a file as `read_rows` does; a .txt file is one row."""
     if file_type(Path(path)) != ".txt":
-        yield from read_rows(path, split=split)
+        yield from read_rows(path, split=split, meter=meter)
         return
     with open_file(Path(path)) as file:
         text = file.read().removeprefix(BOM)

@@ -13,9 +13,10 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, TypeVar, cast
 
 from lisatune.console import first_line
 from lisatune.data import python_docs
@@ -27,12 +28,15 @@ __all__ = [
     "COMPRESSED",
     "EXTENSIONS",
     "BadRowError",
+    "Meter",
     "file_type",
     "hash_content",
     "list_hub_files",
     "open_file",
     "read_rows",
 ]
+
+T = TypeVar("T")
 
 EXTENSIONS = (".jsonl", ".json", ".csv", ".parquet")
 """Types of files that can be read, also compressed."""
@@ -51,12 +55,40 @@ class BadRowError(ValueError):
     """A row that cannot be used. The message does not name the row's place."""
 
 
-def read_rows(source: str, *, split: str = "train") -> Iterator[tuple[str, Any]]:
+class Meter:
+    """How much of a source was read."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        """Its bytes, rows or files; 0 while that is unknown."""
+        self.read: Callable[[], int] = lambda: 0
+        """Returns how many of them were read."""
+
+    def share(self) -> float:
+        """Return the share that was read, 0 to 1."""
+        return self.read() / self.total if self.total else 0.0
+
+    def count(self, items: Sequence[T]) -> Iterator[T]:
+        """Yield items one after the other, as the parts of the source."""
+        done = 0
+        self.total, self.read = len(items), lambda: done
+        for done, item in enumerate(items):  # noqa: B007 - `read` reads it
+            yield item
+        self.end()
+
+    def end(self) -> None:
+        """Note that all was read."""
+        total = self.total
+        self.read = lambda: total
+
+
+def read_rows(source: str, *, split: str = "train", meter: Meter | None = None) -> Iterator[tuple[str, Any]]:
     """Read rows one after another.
 
     Args:
         source: as for `lisatune.data.records.read_records`.
         split: split of a hub dataset.
+        meter: shows how much was read.
 
     Yields:
         Place (`FILE, line N`) and row. In place of an unreadable row comes a `BadRowError`.
@@ -67,7 +99,7 @@ def read_rows(source: str, *, split: str = "train") -> Iterator[tuple[str, Any]]
         ImportError: reading this source needs a package of lisatune[train] that is not installed.
     """
     try:
-        yield from _open_source(source, split)
+        yield from _open_source(source, split, meter or Meter())
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         suffix = Path(source).suffix
         # pyarrow has no class of its own for a .zst file that is cut off or damaged.
@@ -103,7 +135,7 @@ def hash_content(source: str, split: str = "train") -> str:
     return digest.hexdigest()
 
 
-def _open_source(source: str, split: str) -> Iterator[tuple[str, Any]]:
+def _open_source(source: str, split: str, meter: Meter) -> Iterator[tuple[str, Any]]:
     name, _, part = source.partition(":")
     if name == "python-docs":
         pairs = python_docs.make_pairs(part or "train")  # type: ignore[arg-type]  # it checks the part
@@ -111,10 +143,10 @@ def _open_source(source: str, split: str) -> Iterator[tuple[str, Any]]:
     path = Path(source).expanduser()
     suffix = file_type(path)
     if path.is_dir():
-        return _read_folder(path)
+        return _read_folder(path, meter)
     if not path.exists():
         if _is_on_hub(source):
-            return _read_hub(source, split)
+            return _read_hub(source, split, meter)
         is_windows_path = "\\" in source or re.match("[A-Za-z]:/", source)
         hint = _suggest(source) or "; check the path"
         hint = "; give the path by which this machine knows it" if is_windows_path else hint
@@ -127,7 +159,7 @@ def _open_source(source: str, split: str) -> Iterator[tuple[str, Any]]:
             f"use {', '.join(EXTENSIONS)} (also {', '.join(COMPRESSED)}) or a folder of .txt files"
         )
     refuse_lfs_pointer(path)
-    return {".csv": _read_csv, ".parquet": _read_parquet}.get(suffix, _read_json)(path)
+    return {".csv": _read_csv, ".parquet": _read_parquet}.get(suffix, _read_json)(path, meter)
 
 
 def _is_on_hub(source: str) -> bool:
@@ -150,19 +182,33 @@ def file_type(path: Path) -> str:
     return Path(path.stem if path.suffix in COMPRESSED else path.name).suffix.lower()
 
 
-def open_file(path: Path) -> IO[bytes]:
-    if path.suffix == ".zst":
+@contextmanager
+def open_file(path: Path, meter: Meter | None = None) -> Iterator[IO[bytes]]:
+    """Open a file for reading its bytes as they were before they were compressed."""
+    with path.open("rb") as raw:
+        if meter is not None:
+            meter.total, meter.read = path.stat().st_size, raw.tell
+        try:
+            with _decompress(raw, path.suffix) as file:
+                yield file
+        finally:
+            if meter is not None:
+                meter.end()
+
+
+def _decompress(raw: IO[bytes], suffix: str) -> IO[bytes]:
+    if suffix == ".zst":
         try:
             import pyarrow
         except ImportError as error:
             raise ImportError('reading .zst needs pyarrow: pip install "lisatune[train]"') from error
-        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"))
-    if path.suffix == ".xz":
-        return cast(IO[bytes], lzma.open(path))
-    return cast(IO[bytes], gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+        return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))
+    if suffix == ".xz":
+        return cast(IO[bytes], lzma.open(raw))
+    return cast(IO[bytes], gzip.open(raw)) if suffix == ".gz" else raw
 
 
-def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_json(path: Path, meter: Meter) -> Iterator[tuple[str, Any]]:
     """One object per line, or in a .json file a list of objects."""
     if file_type(path) == ".json":
         with open_file(path) as file:
@@ -171,9 +217,9 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
             place, rows = _parse(text.removeprefix(BOM), path, 1)
             if isinstance(rows, BadRowError):
                 raise ValueError(f"{place}: {rows}")
-            yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
+            yield from ((f"{path}, row {number}", row) for number, row in enumerate(meter.count(rows), 1))
             return
-    with open_file(path) as file:
+    with open_file(path, meter) as file:
         for number, line in enumerate(file, 1):
             if line.strip(BOM + b" \t\r\n"):
                 yield _parse(line.removeprefix(BOM).rstrip(), path, number)
@@ -199,13 +245,16 @@ def _parse(text: bytes, path: Path, start_line: int) -> tuple[str, Any]:
     return f"{path}, line {line}", BadRowError(problem)
 
 
-def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_csv(path: Path, meter: Meter) -> Iterator[tuple[str, Any]]:
     limit = csv.field_size_limit(2**31 - 1)  # csv's own 128 KiB is less than a long document
     try:
         with open_file(path) as first:
             header = first.readline()
         delimiter = next((sign for sign in ",;\t" if sign.encode() in header), ",")
-        with io.TextIOWrapper(open_file(path), "utf-8-sig", errors="surrogateescape", newline="") as file:
+        with (
+            open_file(path, meter) as binary,
+            io.TextIOWrapper(binary, "utf-8-sig", errors="surrogateescape", newline="") as file,
+        ):
             reader = csv.DictReader(file, strict=True, delimiter=delimiter)
             for row in reader:
                 problem = BadRowError(f"more fields than the header's {len(reader.fieldnames or ())}")
@@ -218,7 +267,7 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
         csv.field_size_limit(limit)
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_parquet(path: Path, meter: Meter) -> Iterator[tuple[str, Any]]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -230,6 +279,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
             table = pyarrow.parquet.ParquetFile(
                 io.BytesIO(file.read()) if path.suffix in COMPRESSED else path
             )
+        meter.total, meter.read = table.metadata.num_rows, lambda: number
         for batch in table.iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 number += 1
@@ -238,7 +288,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
         raise ValueError(f"{path} is not a readable parquet file after row {number}: {error}") from error
 
 
-def _read_folder(folder: Path) -> Iterator[tuple[str, Any]]:
+def _read_folder(folder: Path, meter: Meter) -> Iterator[tuple[str, Any]]:
     paths = sorted(folder.rglob("*.txt"))
     if not paths:
         names = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
@@ -250,14 +300,14 @@ def _read_folder(folder: Path) -> Iterator[tuple[str, Any]]:
         elif files := sorted(path for path in folder.rglob("*") if file_type(path) in EXTENSIONS):
             hint = f"name one file, such as {files[0]}"
         raise ValueError(f"folder {folder} has no .txt file in it or below, it holds {names}; {hint}")
-    for path in paths:
+    for path in meter.count(paths):
         refuse_lfs_pointer(path)
         text = path.read_bytes().removeprefix(BOM)
         yield str(path), {"text": text.decode(errors="surrogateescape")}
 
 
-def _read_hub(source: str, split: str) -> Iterator[tuple[str, Any]]:
-    rows = _load_from_hub(source, split)
+def _read_hub(source: str, split: str, meter: Meter) -> Iterator[tuple[str, Any]]:
+    rows = meter.count(_load_from_hub(source, split))
     return ((f"{source}, {split} row {number}", row) for number, row in enumerate(rows, 1))
 
 

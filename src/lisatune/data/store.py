@@ -124,7 +124,7 @@ def _make_entry(
     first: Record | None = None
     prompts = bytearray()
     count = 0
-    with follow(f"reading {reader.source}") as advance:
+    with follow(f"reading {reader.source}", share=reader.meter.share) as advance:
         for _, record in reader:
             first = first or record
             count += 1
@@ -187,7 +187,7 @@ def _write(folder: Path, parts: Iterable[Encoded], dtype: str, advance: Callable
 
 def _add_prompts(file: Path, reader: RecordReader, seed: int) -> None:
     """Hash the prompts of an entry under another seed."""
-    with follow(f"reading {reader.source}") as advance:
+    with follow(f"reading {reader.source}", share=reader.meter.share) as advance:
         prompts = bytearray()
         for count, (_, record) in enumerate(reader, 1):
             prompts += hash_prompt(record, seed)

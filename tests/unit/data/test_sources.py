@@ -2,6 +2,7 @@ import csv
 import gzip
 import json
 import lzma
+import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Any
 
 import datasets
 import pyarrow
+import pyarrow.parquet
 import pytest
 
-from lisatune.data.sources import BadRowError, read_rows
+from lisatune.data.sources import BadRowError, Meter, read_rows
 from lisatune.files.hub import UNREACHABLE
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 99\n"
@@ -262,3 +264,36 @@ def test_python_docs_have_two_parts() -> None:
     assert len(train) > len(held_out) > 100
     with pytest.raises(ValueError, match="parts train and validation, not 'test'"):
         list(read_rows("python-docs:test"))
+
+
+@pytest.mark.parametrize(
+    "name", [*(f"a.jsonl{end}" for end in ("", ".gz", ".xz", ".zst")), "a.csv", "a.json"]
+)
+def test_reading_tells_which_share_of_the_bytes_or_rows_is_done(tmp_path: Path, name: str) -> None:
+    rows = [{"text": random.Random(number).randbytes(300).hex()} for number in range(3000)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if name.endswith((".csv", ".json")):
+        text = (
+            json.dumps(rows) if name == "a.json" else "text\n" + "".join(row["text"] + "\n" for row in rows)
+        )
+    (tmp_path / name).write_bytes(PACK.get(Path(name).suffix, bytes)(text.encode()))
+    assert_share_grows(str(tmp_path / name))
+
+
+def assert_share_grows(source: str) -> None:
+    meter = Meter()
+    assert meter.share() == 0
+    shares = [meter.share() for _ in read_rows(source, meter=meter)]
+    assert shares == sorted(shares)
+    assert shares[0] < 0.2 < 0.4 < shares[len(shares) // 2] < 0.7
+    assert 0.99 <= shares[-1] <= meter.share() == 1
+
+
+def test_reading_parquet_and_a_folder_tells_its_share_too(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(200):
+        (folder / f"{number:03}.txt").write_text("a")
+    assert_share_grows(str(folder))
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"] * 200}), tmp_path / "a.parquet")
+    assert_share_grows(str(tmp_path / "a.parquet"))
