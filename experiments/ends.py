@@ -26,7 +26,8 @@ from torch import nn
 
 from lisatune.methods import Lisa
 from lisatune.models.load import load_model, load_tokenizer, save_model
-from lisatune.recipe import DataConfig, ModelConfig, OptimizerConfig, Precision, Recipe, RunConfig
+from lisatune.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe, RunConfig
+from lisatune.recipe.run import Precision
 from lisatune.train.loop import train
 
 POLICIES = ("train", "every:2", "every:5", "head", "frozen", "8bit", "factored", "cpu", "every:5+8bit")

@@ -34,6 +34,17 @@ PUBLIC = {
         *("Weighted", "Window", "build_adamw", "param_groups", "scale_block_lr"),
         *("BlockSchedule", "BlockStatistics", "Correction"),
     ),
+    "lisatune.recipe": (
+        *(
+            "DataConfig",
+            "LossConfig",
+            "ModelConfig",
+            "OptimizerConfig",
+            "Recipe",
+            "RunConfig",
+            "SourceConfig",
+        ),
+    ),
     "lisatune.files": (),
     "lisatune.data": ("read_records", "tokenize"),
     "lisatune.models": ("SHAPES", "load_model", "load_tokenizer", "save_model"),

@@ -4,12 +4,7 @@ from typing import Any
 
 import pytest
 
-from lisatune.recipe import (
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-)
+from lisatune.recipe import DataConfig, ModelConfig, OptimizerConfig, RunConfig
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def init(
 
 def _read_shipped(name: str) -> str:
     """Read a recipe that is in the wheel, or in the repository of an editable install."""
-    from lisatune.recipe import unknown
+    from lisatune.recipe.values import unknown
 
     here = Path(__file__).parents[1]
     folders = (here / "recipes", here.parents[1] / "recipes")

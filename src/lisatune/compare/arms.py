@@ -20,7 +20,8 @@ from lisatune.compare.results import Slices
 from lisatune.console import expand_home, split_override
 from lisatune.files.disk import replace_file
 from lisatune.methods import METHODS
-from lisatune.recipe import Recipe, unknown
+from lisatune.recipe import Recipe
+from lisatune.recipe.values import unknown
 from lisatune.runs.differences import differences
 from lisatune.train.recipe_file import Sections, build_recipe, read_sections
 

@@ -11,7 +11,7 @@ from rich.text import Text
 from lisatune.compare.gains import gain_text
 from lisatune.compare.results import ArmResult, EqualTime, Results, Spread
 from lisatune.console import byte_text, count_text, plural, terminal
-from lisatune.recipe import describe_paths
+from lisatune.recipe.data import describe_paths
 
 __all__ = ["describe_scores", "format_markdown", "make_equal_time_table", "make_overview", "print_results"]
 

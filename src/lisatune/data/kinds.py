@@ -31,7 +31,7 @@ from lisatune.data.turns import (
     describe,
     require_answer,
 )
-from lisatune.recipe import unknown
+from lisatune.recipe.values import unknown
 
 __all__ = [
     "KINDS",

@@ -40,7 +40,8 @@ from lisatune.data.store import Prepared, prepare_source
 from lisatune.data.streaming import Stream, Window
 from lisatune.data.tokens import LossOn, check_wishes, is_chat, tokenize
 from lisatune.distributed import ranks
-from lisatune.recipe import DataConfig, Recipe, check_steps
+from lisatune.recipe import DataConfig, Recipe
+from lisatune.recipe.run import check_steps
 
 __all__ = ["RunData", "prepare_data"]
 

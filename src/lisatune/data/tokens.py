@@ -18,7 +18,7 @@ from lisatune.data.examples import Examples, divide
 from lisatune.data.records import Record, Records
 from lisatune.data.roles import mark_roles
 from lisatune.data.rows import Documents, Encoded
-from lisatune.recipe import Role
+from lisatune.recipe.data import Role
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

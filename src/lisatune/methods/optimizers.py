@@ -28,7 +28,8 @@ from lisatune.optim.adamw import AdamW
 from lisatune.optim.muon import MuonWithAdamW
 from lisatune.optim.parts import on_parts, works_on_parts
 from lisatune.optim.sophia import SophiaG
-from lisatune.recipe import OptimizerConfig, unknown
+from lisatune.recipe import OptimizerConfig
+from lisatune.recipe.values import unknown
 
 __all__ = ["OPTIMIZERS", "build_from_groups", "build_optimizer", "check_name", "check_thaw"]
 

@@ -10,7 +10,7 @@ from typing import Any
 from lisatune.console import first_line
 from lisatune.nn import attention
 from lisatune.nn.notices import silence_import_notices
-from lisatune.recipe import unknown
+from lisatune.recipe.values import unknown
 
 __all__ = [
     "announce_remote_code",

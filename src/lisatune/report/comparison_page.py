@@ -8,7 +8,7 @@ from lisatune.compare.results import ArmResult, Results, RunResult, Spread
 from lisatune.compare.tables import describe_scores, make_equal_time_table, make_overview
 from lisatune.console import plural
 from lisatune.files import yaml
-from lisatune.recipe import describe_paths
+from lisatune.recipe.data import describe_paths
 from lisatune.report.figures import (
     BlockHistory,
     Entry,

@@ -19,7 +19,7 @@ from lisatune.files.hub import SECONDS, ask_hub
 from lisatune.models.gguf import SMOLLM2, find_smollm2
 from lisatune.models.load import ABOUT_SMOLLM2
 from lisatune.models.locate import find_snapshot, is_adapter, name_elsewhere
-from lisatune.recipe import list_paths
+from lisatune.recipe.data import list_paths
 from lisatune.runs.summary import mask_secrets, package_versions
 
 __all__ = ["Base", "describe_base", "make_card", "rewrite_card", "shown_name", "write_card"]

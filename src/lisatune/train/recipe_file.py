@@ -28,15 +28,8 @@ from lisatune.console import expand_home, grid, split_override
 from lisatune.files import yaml
 from lisatune.methods import METHODS, Method
 from lisatune.methods.optimizers import check_name
-from lisatune.recipe import (
-    DataConfig,
-    LossConfig,
-    ModelConfig,
-    OptimizerConfig,
-    Recipe,
-    RunConfig,
-    unknown,
-)
+from lisatune.recipe import DataConfig, LossConfig, ModelConfig, OptimizerConfig, Recipe, RunConfig
+from lisatune.recipe.values import unknown
 
 __all__ = [
     "Sections",

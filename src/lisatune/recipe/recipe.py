@@ -1,0 +1,152 @@
+"""A whole recipe, and what must fit between its sections."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from lisatune.recipe.data import DataConfig
+from lisatune.recipe.loss import LossConfig
+from lisatune.recipe.model import ModelConfig
+from lisatune.recipe.optimizer import OptimizerConfig
+from lisatune.recipe.run import RunConfig
+
+__all__ = ["Recipe"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A run. `method` is an instance of a class in `lisatune.methods.METHODS`."""
+
+    model: ModelConfig
+    data: DataConfig
+    method: Any
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        if self.optimizer.ends_lr is not None and not self.method.has_ends:
+            raise ValueError(
+                f"optimizer.ends_lr={self.optimizer.ends_lr:g} does nothing with method {self.method.name}, "
+                "which trains no embedding, head or final norm; set it to null"
+            )
+        if self.run.eval_every is not None and not self.data.holds_out:
+            raise ValueError(
+                f"run.eval_every={self.run.eval_every} needs held-out data, and data.validation_share is 0; "
+                "hold out a share, give data.validation, or set run.eval_every to null"
+            )
+        if self.optimizer.in_backward and self.run.accumulation > 1:
+            raise ValueError(
+                "optimizer.in_backward frees a gradient before the next micro-step could add to it, so "
+                f"run.accumulation={self.run.accumulation} is impossible; set it to 1"
+            )
+        if self.model.new_tokens and self.method.masters is not None:
+            raise ValueError(
+                "model.new_tokens cannot work with method.frozen_weights yet: exact weights come from the "
+                "model's files, which lack the new rows; set frozen_weights to exact"
+            )
+        if self.run.save_async and self.method.masters == "disk":
+            raise ValueError(
+                "run.save_async copies exact weights to host memory, and method.master=disk keeps them on "
+                "disk because host memory is short; set run.save_async to false, or method.master to ram"
+            )
+        if self.data.streaming and self.run.steps is None:
+            raise ValueError("data.streaming has no end, so run.steps must say how long to train; set it")
+        if self.loss.rows_per_record == 2:
+            self._check_pairs()
+        if self.loss.has_score:
+            self._check_score()
+        self.method.check_mix(self.data, self.run)
+        self.method.check_loss(self.loss)
+        self.method.check_optimizer(self.optimizer)
+
+    def _check_pairs(self) -> None:
+        """Refuse settings that cannot work where records are pairs of answers."""
+        data = self.data
+        kinds = [source.kind for source in data.sources if source.kind != "auto"]
+        shown: dict[str, list[Any]] = {
+            "data.kind": kinds[:1],
+            "data.train": [data.train_name],
+        }
+        reasons = {
+            "data.streaming": (data.streaming, "pairs are read before training", "false"),
+            "data.packing": (
+                data.packing,
+                "an answer is scored as a whole, in a sequence of its own",
+                "false",
+            ),
+            "data.kind": (bool(kinds), "its records have chosen and rejected", "auto"),
+            "data.deduplicate": (data.deduplicate, "pairs are not compared with each other", "false"),
+            "data.loss_on": (data.loss_on not in ("auto", "answers"), "only answers are compared", "answers"),
+            "data.long": (data.long == "split", "a piece of an answer cannot be preferred", "cut or drop"),
+            "data.train": (
+                any(source.path == "python-docs" for source in data.sources),
+                "it has no pairs of answers",
+                "a file that has",
+            ),
+            "optimizer.name": (
+                self.optimizer.name == "sophia",
+                "its curvature is that of next-token losses",
+                "another optimizer",
+            ),
+        }
+        self._refuse(reasons, shown)
+
+    def _check_score(self) -> None:
+        """Refuse settings that cannot work where the model gives scores and writes no text."""
+        run = self.run
+        self._refuse(
+            {
+                "run.samples": (
+                    run.samples not in (0, RunConfig.samples),
+                    "a reward model writes no text",
+                    "0",
+                ),
+                "run.evaluate": (run.evaluate is not None, "a reward model writes no text", "null"),
+            }
+        )
+
+    def _refuse(
+        self,
+        reasons: Mapping[str, tuple[bool, str, str]],
+        shown: Mapping[str, Sequence[Any]] | None = None,
+    ) -> None:
+        """Refuse the first key that is set to what cannot work with the loss.
+
+        Args:
+            reasons: by key whether it is set so, why it cannot work, and what to set instead.
+            shown: values of keys that stand elsewhere, by key.
+        """
+        for key, (is_set, why, instead) in reasons.items():
+            if is_set:
+                section, field_name = key.split(".")
+                own = (shown or {}).get(key)
+                value = own[0] if own else getattr(getattr(self, section), field_name)
+                value = str(value).lower() if isinstance(value, bool) else value
+                value = f"[{', '.join(value)}]" if isinstance(value, tuple) else value
+                raise ValueError(
+                    f"{key}={value} cannot work with loss.name={self.loss.name}: {why}; set it to {instead}"
+                )
+
+    @property
+    def model_source(self) -> dict[str, Any]:
+        """Arguments of `load_model` and `meta_model`: those of `model.source`, and `score_seed`."""
+        return self.model.source | {"score_seed": self.run.seed if self.loss.has_score else None}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the recipe with every default filled in, as plain dicts, lists, numbers and strings."""
+        sections = asdict(self)
+        if not isinstance(self.data.train, str):
+            keys = [
+                {key: value for key, value in source.items() if value is not None}
+                for source in sections["data"]["train"]
+            ]
+            sections["data"]["train"] = keys
+        sections["method"] = {"name": self.method.name} | sections["method"]
+        return {name: _plain(section) for name, section in sections.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
