@@ -107,7 +107,7 @@ def measure_model(job: Job) -> Measured:
         measured["general_loss"] = losses["general"]
     if tasks := job.get("evaluate"):
         tokenizer = load_tokenizer(**recipe.model.tokenizer)
-        is_chat = any(map(is_conversation, read_records(job["slices"]["test"]).rows))
+        is_chat = any(map(is_conversation, read_records(job["slices"]["test"], needs_answer=False).rows))
         found = evaluate_model(
             model,
             tokenizer,
@@ -160,7 +160,8 @@ def _count_changed(base: nn.Module, model: nn.Module) -> tuple[int, int]:
 def _measure_loss(recipe: Recipe, model: nn.Module, name: str, file: str, device: torch.device) -> float:
     """Measure the loss per token of a slice. Rows are sorted by length, so that padding is short."""
     tokenizer = load_tokenizer(**recipe.model.tokenizer)
-    records, data = read_records(file), recipe.data
+    data = recipe.data
+    records = read_records(file, needs_answer=name == "general" or data.needs_answers)
     loss_on = "all" if records.kind == "text" else data.loss_on
     if name == "general" and isinstance(loss_on, tuple):
         loss_on = "answers"  # it need not have these roles

@@ -178,8 +178,13 @@ def _rename_turns(value: Any, names: Mapping[str, str]) -> Any:
     ]
 
 
-def normalise(row: Any, kind: str) -> Record:
+def normalise(row: Any, kind: str, *, needs_answer: bool = True) -> Record:
     """Bring a record of a kind into its form.
+
+    Args:
+        row: the record as it was read.
+        kind: one of `KINDS`.
+        needs_answer: whether to refuse a conversation without an answer to learn from.
 
     Raises:
         BadRowError: a field is missing, holds the wrong thing, or cannot be trained on.
@@ -207,20 +212,22 @@ def normalise(row: Any, kind: str) -> Record:
             raise BadRowError("'text' is empty")
         return {"text": text}
     if kind == "prompt-completion":
-        return _read_completion(fields, before)
+        return _read_completion(fields, before, needs_answer)
     field = "prompt" if kind == "oasst" else KINDS[kind].needed[0]
     messages = check_messages(follow_tree(fields[field]) if kind == "oasst" else fields[field], field)
-    require_answer(messages[1:])  # the first turn cannot be an answer: nothing was asked
+    if needs_answer:
+        require_answer(messages[1:])  # the first turn cannot be an answer: nothing was asked
     if before and messages[0]["role"] == "system":
         raise BadRowError(f"'system' and the first message of {field!r} are both a system message; keep one")
     return {"messages": before + messages} | _read_tools(fields)
 
 
-def _read_completion(fields: Record, before: Messages) -> Record:
+def _read_completion(fields: Record, before: Messages, needs_answer: bool) -> Record:
     if fields.get("label") is False:  # the form of KTO's data
         raise BadRowError("'label' is false: this is an example of a bad answer; leave it out")
     if isinstance(fields["prompt"], list) and isinstance(fields["completion"], list):
-        completion = require_answer(check_messages(fields["completion"], "completion"))
+        completion = check_messages(fields["completion"], "completion")
+        completion = require_answer(completion) if needs_answer else completion
         prompt = before + check_messages(fields["prompt"], "prompt")
         return {"prompt": prompt, "completion": completion} | _read_tools(fields)
     if _read_tools(fields):

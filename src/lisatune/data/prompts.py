@@ -52,8 +52,14 @@ def _choose_questions(records: Iterable[Record], recipe: Recipe, tokenizer: Any)
     data, wanted = recipe.data, recipe.run.samples
     if not wanted:
         return ()
-    prompts = (_cut_prompt(record, tokenizer, data.date) for record in islice(records, data.validation_limit))
+    some = (record for record in islice(records, data.validation_limit) if _has_answer(record))
+    prompts = (_cut_prompt(record, tokenizer, data.date) for record in some)
     return tuple(islice((prompt for prompt in prompts if 0 < len(prompt.ids) < data.max_length), wanted))
+
+
+def _has_answer(row: Record) -> bool:
+    """Whether the model can be asked for something; not where only other roles speak (`data.loss_on`)."""
+    return "messages" not in row or any(message["role"] == "assistant" for message in row["messages"][1:])
 
 
 def _cut_prompt(row: Record, tokenizer: Any, date: str | None) -> Prompt:

@@ -62,15 +62,15 @@ def open_readers(recipe: Recipe) -> tuple[list[RecordReader], RecordReader | Non
     if held_out is None and data.train == "python-docs" and data.holds_out:
         held_out = "python-docs:validation"
     keys = ("kind", "split", "limit", "fields", "text_only")
+    common: dict[str, Any] = {"on_bad_row": data.on_bad_row, "needs_answer": data.needs_answers}
     train = [
-        RecordReader(source.path, on_bad_row=data.on_bad_row, **{key: getattr(source, key) for key in keys})
+        RecordReader(source.path, **common, **{key: getattr(source, key) for key in keys})
         for source in data.sources
     ]
     if held_out is None:
         return train, None
-    shared = ("kind", "split", "on_bad_row", "fields", "text_only")
-    how: dict[str, Any] = {key: getattr(data, key) for key in shared}
-    return train, RecordReader(held_out, limit=data.validation_limit, **how)
+    how: dict[str, Any] = {key: getattr(data, key) for key in ("kind", "split", "fields", "text_only")}
+    return train, RecordReader(held_out, limit=data.validation_limit, **common, **how)
 
 
 def _read_all(reader: RecordReader) -> Iterator[Record]:

@@ -61,6 +61,7 @@ def read_records(
     on_bad_row: Literal["error", "skip"] = "error",
     fields: Mapping[str, str] | None = None,
     text_only: bool = False,
+    needs_answer: bool = True,
 ) -> Records:
     """Read and check records.
 
@@ -73,6 +74,7 @@ def read_records(
         on_bad_row: raise at an unusable record (`error`), or leave it out and count it (`skip`).
         fields: the records' own names of fields, by the names that a kind needs: `{"question": "problem"}`.
         text_only: leave images, sound and videos out of records, and keep their text.
+        needs_answer: whether a conversation without an answer to learn from is unusable.
 
     Returns:
         The records in one of three forms: `{"text": …}`, `{"prompt": …, "completion": …}` or
@@ -94,7 +96,8 @@ def read_records(
         ('prompt-completion', [{'prompt': '2 + 2 =', 'completion': ' 4'}])
     """
     how: dict[str, Any] = {"kind": kind, "split": split, "limit": limit, "fields": fields}
-    reader = RecordReader(source, on_bad_row=on_bad_row, text_only=text_only, **how)
+    how |= {"text_only": text_only, "needs_answer": needs_answer}
+    reader = RecordReader(source, on_bad_row=on_bad_row, **how)
     rows = [record for _, record in reader]
     reader.warn()
     return Records(
@@ -126,6 +129,7 @@ class RecordReader:
         on_bad_row: Literal["error", "skip"] = "error",
         fields: Mapping[str, str] | None = None,
         text_only: bool = False,
+        needs_answer: bool = True,
         rows: Callable[..., Iterator[tuple[str, Any]]] = read_rows,
     ) -> None:
         if kind != "auto" and kind not in KINDS:
@@ -134,7 +138,7 @@ class RecordReader:
         self.fields = check_names(fields, needed)
         self.source, self.split, self.limit, self.on_bad_row = source, split, limit, on_bad_row
         self.asked_kind = self.kind = kind
-        self.text_only = text_only
+        self.text_only, self.needs_answer = text_only, needs_answer
         self._rows = rows
         self.meter = Meter()
         self.skipped, self.first_skipped = 0, ""
@@ -153,7 +157,7 @@ class RecordReader:
                 row, has_media = take_text(row) if self.text_only else (row, False)
                 if self.kind == "auto":
                     self.kind = recognise_kind(row)
-                record = normalise(row, self.kind)
+                record = normalise(row, self.kind, needs_answer=self.needs_answer)
                 reads = KINDS[self.kind].reads
                 self.unused |= dict.fromkeys(
                     name for name, value in row.items() if not reads(name) and value not in EMPTY

@@ -59,6 +59,7 @@ class ShardReader:
         shard, data, done = self._shards[index], self._data, 0
         keys = ("kind", "on_bad_row", "fields", "text_only")
         how: dict[str, Any] = {key: getattr(data, key) for key in keys}
+        how["needs_answer"] = data.needs_answers
         left_out = (0, 0)
         for wait in (*WAITS, None):
             path = ""

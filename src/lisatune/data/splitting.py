@@ -83,5 +83,6 @@ def hash_prompt(row: Record, seed: int) -> bytes:
 
 
 def _take_question(messages: Messages) -> Messages:
-    """Take the turns before the first answer."""
-    return messages[: [message["role"] for message in messages].index("assistant", 1)]
+    """Take the turns before the first answer, or all of them where there is none."""
+    roles = [message["role"] for message in messages]
+    return messages[: roles.index("assistant", 1)] if "assistant" in roles[1:] else messages

@@ -191,6 +191,11 @@ class DataConfig:
         return self.validation is not None or self.validation_share > 0
 
     @property
+    def needs_answers(self) -> bool:
+        """Whether conversations must have an answer: not if `loss_on` names other roles alone."""
+        return not isinstance(self.loss_on, tuple) or "assistant" in self.loss_on
+
+    @property
     def sources(self) -> tuple[SourceConfig, ...]:
         """The sources of `train` that have a share, with what they leave out filled in."""
         given = (SourceConfig(path=self.train),) if isinstance(self.train, str) else self.train

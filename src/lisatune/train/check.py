@@ -161,7 +161,7 @@ def _check_data(recipe: Recipe, report: CheckReport) -> RunData | None:
             how["needs_prompt"] = not recipe.loss.has_score
             found = report.attempt(read_pairs, source.path, on_bad_row="skip", **how)
         else:
-            found = report.attempt(_read_through, source)
+            found = report.attempt(_read_through, source, needs_answer=config.needs_answers)
         if found is not None and found.skipped and config.on_bad_row == "error":
             more = f" (and {found.skipped - 1:,} more like it)" if found.skipped > 1 else ""
             report.problems.append(f"{found.first_skipped}{more}; fix it, or set data.on_bad_row=skip")
@@ -175,11 +175,11 @@ def _check_data(recipe: Recipe, report: CheckReport) -> RunData | None:
     return data
 
 
-def _read_through(source: SourceConfig) -> RecordReader:
+def _read_through(source: SourceConfig, *, needs_answer: bool) -> RecordReader:
     """Read and check all records of a source."""
     keys = ("kind", "split", "limit", "fields", "text_only")
     how: dict[str, Any] = {key: getattr(source, key) for key in keys}
-    reader = RecordReader(source.path, on_bad_row="skip", **how)
+    reader = RecordReader(source.path, on_bad_row="skip", needs_answer=needs_answer, **how)
     reader.read_through()
     return reader
 

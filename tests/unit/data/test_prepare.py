@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from lisatune.data.prepare import RunData, prepare_data
+from lisatune.data.streaming import StreamError
 from lisatune.methods import Full
-from lisatune.recipe import DataConfig, ModelConfig, Recipe
-from tiny_text import byte_tokenizer
+from lisatune.recipe import DataConfig, ModelConfig, Recipe, RunConfig
+from tiny_text import CHATML, byte_tokenizer
 
 
 def prepared(folder: Path, **data: float | str | None) -> RunData:
@@ -68,3 +69,31 @@ def test_training_records_that_are_held_out_too_are_counted_and_named(tmp_path: 
         f"4 training records are in the held-out data {held_out} too, so held-out loss is partly loss on "
         f"training data: {train}, line 1, {train}, line 2, {train}, line 3, …; take them out"
     )
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_conversation_needs_no_answer_where_only_other_roles_are_learned(
+    tmp_path: Path, streaming: bool
+) -> None:
+    asked = [[{"role": "user", "content": text}] for text in ("one", "two", "three", "four")]
+    file = tmp_path / "asked.jsonl"
+    file.write_text("".join(json.dumps({"messages": each}) + "\n" for each in asked))
+    config = DataConfig(train=str(file), validation_share=0.25, loss_on=("user",))
+    if streaming:
+        config = replace(config, streaming=True, validation_limit=1, window=3)
+    recipe = Recipe(
+        model=ModelConfig(name="tiny"),
+        data=config,
+        method=Full(),
+        run=RunConfig(steps=1 if streaming else None),
+    )
+    tokenizer = byte_tokenizer(CHATML)
+    data = prepare_data(recipe, tokenizer)
+    if data.stream is not None:
+        data.stream.close()
+    assert (len(data.train.rows), len(data.validation.rows), data.questions) == (3, 1, ())
+    rows = [*data.train.rows, *data.validation.rows]
+    learned = {tokenizer.decode(row["labels"][row["labels"] != -100]) for row in rows}
+    assert learned == {"one<eos>", "two<eos>", "three<eos>", "four<eos>"}
+    with pytest.raises((ValueError, StreamError), match="no assistant turn to learn from"):
+        prepare_data(replace(recipe, data=replace(config, loss_on=("user", "assistant"))), tokenizer)
