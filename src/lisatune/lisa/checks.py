@@ -217,8 +217,8 @@ def warn_of_untrained_blocks(
     never = [i for i, count in enumerate(visits) if count == 0 and chances[i] > 0]
     if never and any(visits):
         warnings.warn(
-            f"{len(never)} of {len(visits)} {word}s will never train in {total_steps} steps with "
-            f"period={period}: {', '.join(map(str, never))}; "
+            f"{len(never)} of {len(visits)} {word}s will never train in {total_steps} "
+            f"step{'' if total_steps == 1 else 's'} with period={period}: {', '.join(map(str, never))}; "
             "train longer, draw more often, or let more train at a time",
             stacklevel=3,
         )

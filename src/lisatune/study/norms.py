@@ -88,6 +88,8 @@ def study_norms(
     refuse_ranks(recipe)
     if every < 1:
         raise ValueError(f"--every must be >= 1, got {every}")
+    if rank < 1:
+        raise ValueError(f"--rank must be >= 1, got {rank}")
     own = recipe.method if isinstance(recipe.method, Lora) else Lora()
     lora = replace(own, rank=rank, ends=True, targets=(), adapter=None)
     optimizer = replace(recipe.optimizer, ends_lr=None, in_backward=False)

@@ -136,6 +136,9 @@ def make_outline(
     factors = {schedule.lr_factor(index) for index in range((schedule.layers or layers).num_blocks)}
     word = "row" if data.rows_per_record == 1 else "pair"
     rows = plural(run.batch_size, word) if word == "pair" else f"{run.batch_size} rows"
+    per_epoch = sum(share.per_epoch for share in data.order.shares)
+    if data.stream is None and per_epoch < data.order.batch_size:
+        rows = f"{plural(per_epoch, word)}, all that an epoch has,"
     rows = rows if run.accumulation == 1 else f"{run.accumulation} × {rows}"
     return Outline(
         model=recipe.model.name,

@@ -132,7 +132,7 @@ def test_an_outlier_is_an_entry_far_above_the_mean_of_its_layer() -> None:
     ("arguments", "message"),
     [
         (["norms", "--every", "0"], "--every must be >= 1, got 0"),
-        (["norms", "--rank", "0"], "method.rank must be >= 1, got 0"),
+        (["norms", "--rank", "0"], "--rank must be >= 1, got 0"),
         (["norms", "--output", "x.txt"], "--output x.txt must be a file that ends in .json"),
         (["outliers", "--rows", "0"], "--rows must be >= 1"),
         (["outliers", "--threshold", "1e9"], "is 1e+09 times the mean of its layer"),

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from lisatune.data.batches import Order
 from lisatune.methods import Full, Lisa, Method
 from lisatune.nn.layers import find_layers
 from lisatune.recipe import DataConfig, LossConfig, ModelConfig, OptimizerConfig, Recipe, RunConfig
@@ -56,6 +57,7 @@ def outline_of(
         rows_per_record=1,
         sources=(),
         stream=None,
+        order=Order(1200, run.get("batch_size", RunConfig.batch_size), 0),
         mark=lambda row: (("Why\x1b[31m?\n" + "so " * 50, False), ("Because", True)),
     )
     with torch.device(device):
@@ -146,3 +148,9 @@ def test_a_reward_model_without_the_samples_of_the_recipe_is_said() -> None:
     said = "samples   none, because a reward model writes no text"
     assert said in shown(outline_of(Full(), loss=reward))
     assert "samples" not in shown(outline_of(Full(), loss=reward, samples=0)) + shown(outline_of(Full()))
+
+
+def test_a_batch_larger_than_an_epoch_shows_the_rows_that_a_step_has() -> None:
+    assert outline_of(Full(), batch_size=1200).batch == "1200 rows of up to 64 tokens"
+    more = outline_of(Full(), batch_size=1201, accumulation=2).batch
+    assert more == "2 × 1,200 rows, all that an epoch has, of up to 64 tokens"
