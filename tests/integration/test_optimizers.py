@@ -149,6 +149,7 @@ def test_a_class_that_counts_steps_per_group_is_refused_before_weights_load(
         (["optimizer.name=sgdd"], r"unknown optimizer 'sgdd'. Did you mean 'sgd'\?.* class such as"),
         (["optimizer.name=nowhere.Lion"], "needs the module nowhere, which cannot be imported"),
         (["optimizer.name=torch.optim.Nope"], "torch.optim has no torch.optim.Optimizer of the name Nope"),
+        (["optimizer.name=torch.optim.Nadam"], r"of the name Nadam; did you mean NAdam\?"),
         (["optimizer.name=torch.nn.Linear"], "torch.nn has no torch.optim.Optimizer of the name Linear"),
         (["optimizer.name=torch.optim.LBFGS"], "cannot make a step from gradients.*closure"),
         (["optimizer.name=torch.optim.Muon"], "cannot be built: Muon only supports 2D"),

@@ -282,7 +282,9 @@ def _all_tasks() -> Any:
 
 def _check_known(manager: Any, target: str) -> None:
     if target not in manager.all_tasks:
-        near = difflib.get_close_matches(target, dict.fromkeys([*PRESETS, *manager.all_tasks]), n=4)
+        begun = [name for name in PRESETS if name.startswith(target)]
+        close = difflib.get_close_matches(target, dict.fromkeys([*PRESETS, *manager.all_tasks]), n=4)
+        near = list(dict.fromkeys([*begun, *close]))[:4]
         hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise ValueError(
             f"unknown task {target!r}.{hint} Presets: {', '.join(PRESETS)}; `lm-eval ls tasks` lists the rest"

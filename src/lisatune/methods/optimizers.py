@@ -7,6 +7,7 @@ An optimizer must give a block that thaws a right first step. Those that count s
 (`lisatune.lisa.group_state`), so each is tried on two small parameters before any weights load.
 """
 
+import difflib
 import importlib
 import inspect
 from collections.abc import Callable
@@ -247,11 +248,18 @@ def build_imported(groups: Groups, config: OptimizerConfig) -> Optimizer:
             f"({error}); install its package"
         ) from error
     kind = getattr(module, class_name, None)
-    if not (inspect.isclass(kind) and issubclass(kind, Optimizer)):
-        raise ValueError(f"{module_name} has no torch.optim.Optimizer of the name {class_name}")
+    if kind is None or not _is_optimizer(kind):
+        known = {name.lower(): name for name, each in vars(module).items() if _is_optimizer(each)}
+        near = difflib.get_close_matches(class_name.lower(), known, n=1)
+        hint = f"; did you mean {known[near[0]]}?" if near else ""
+        raise ValueError(f"{module_name} has no torch.optim.Optimizer of the name {class_name}{hint}")
     _refuse(config, "betas", "eps", "moments")
     build: Callable[..., Optimizer] = on_parts(kind)
     return build(groups, lr=config.lr, **config.options)
+
+
+def _is_optimizer(kind: Any) -> bool:
+    return inspect.isclass(kind) and issubclass(kind, Optimizer)
 
 
 def _build_bitsandbytes(name: str, groups: Groups, config: OptimizerConfig, **own: Any) -> Optimizer:

@@ -109,6 +109,8 @@ def test_an_unknown_task_is_refused_with_the_nearest_names(monkeypatch: pytest.M
         match=r"unknown task 'winogrand'. Did you mean 'winogrande'(?! or 'winogrande'\b).*Presets: mmlu",
     ):
         open_tasks(["winogrand"]).__enter__()
+    with pytest.raises(ValueError, match=r"unknown task 'arc'. Did you mean 'arc_easy'"):
+        open_tasks(["arc"]).__enter__()
 
 
 @pytest.mark.parametrize(
