@@ -152,6 +152,7 @@ def _open_source(source: str, split: str, meter: Meter) -> Iterator[tuple[str, A
         hint = "; give the path by which this machine knows it" if is_windows_path else hint
         is_stream = source.startswith(("http://", "https://")) or any(sign in source for sign in "*?")
         hint = "; addresses and patterns need data.streaming: true" if is_stream else hint
+        hint = f"; several sources are a list: [{source.replace(',', ', ')}]" if "," in source else hint
         raise FileNotFoundError(f"there is no file or folder {source}{hint}")
     if suffix not in EXTENSIONS:
         raise ValueError(

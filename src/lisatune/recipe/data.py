@@ -156,7 +156,8 @@ class DataConfig:
             at_least(1, f"data.{name}", getattr(self, name))
         for ours, theirs in self.fields.items():
             if not _are_names({ours: theirs}):
-                raise ValueError(f"data.fields must name the records' field for {ours!r}, got {theirs!r}")
+                how = "nothing; put a space after the colon" if theirs is None else repr(theirs)
+                raise ValueError(f"data.fields must name the records' field for {ours!r}, got {how}")
         if self.date is not None and not _is_day(self.date):
             raise ValueError(f"data.date must be a day such as 2026-01-31, got {self.date!r}")
         if self.streaming:

@@ -236,6 +236,8 @@ def test_layers_shows_blocks_and_ends_without_weights(
         (["cache", "now"], "lisatune cache does not take now; leave it out. See `lisatune cache --help`."),
         (["check", "RECIPE", "--show", "-1"], "--show must be >= 0, got -1"),
         (["train", "rows.jsonl"], "rows.jsonl is data; give a recipe, such as `lisatune init --data rows.js"),
+        (["train", "RECIPE", "data.train=a.csv,b.csv"], "several sources are a list: [a.csv, b.csv]"),
+        (["train", "RECIPE", "data.fields={text:body}"], "got nothing; put a space after the colon"),
         (["train", "RECIPE", "data.train=MODEL"], "it is the folder of a model; name one of data, or a file"),
         (["report", "MODEL"], "nothing to report: MODEL holds no run; name the folder of one"),
         (["train", "absent.yaml"], "recipe absent.yaml does not exist"),
