@@ -22,7 +22,7 @@ from lisatune.console import expand_home, terminal
 from lisatune.data.records import RecordReader
 from lisatune.data.shards import delete_left_behind
 from lisatune.data.sources import hash_content
-from lisatune.files.disk import cache_folder, delete, sha256_of
+from lisatune.files.disk import cache_folder, delete, is_full, sha256_of
 
 __all__ = [
     "Entry",
@@ -167,9 +167,10 @@ def explain_cache_errors(
         yield
     except OSError as error:
         cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+        space = "free space, such as with `lisatune cache --clear`, or " if is_full(cause) else ""
         raise kind(
-            f"cannot write {what} into the cache {folder}: {cause.strerror or cause}; free space, "
-            f"such as with `lisatune cache --clear`, or name another folder with data.cache or {VARIABLE}"
+            f"cannot write {what} into the cache {folder}: {cause.strerror or cause}; {space}name another "
+            f"folder with data.cache or {VARIABLE}"
         ) from error
 
 

@@ -1,5 +1,6 @@
 """Write files and folders complete or not at all, lock a folder, and hash a file's content."""
 
+import errno
 import hashlib
 import os
 import shutil
@@ -16,6 +17,7 @@ __all__ = [
     "cache_folder",
     "delete",
     "explain_write_errors",
+    "is_full",
     "name_aside",
     "refuse_lfs_pointer",
     "replace_file",
@@ -129,8 +131,13 @@ def explain_write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or error
-        raise OSError(f"cannot write {path}: {reason}; free space or name another run.output") from error
+        reason, what = error.strerror or error, "free space or name" if is_full(error) else "name"
+        raise OSError(f"cannot write {path}: {reason}; {what} another run.output") from error
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a disk is full, or the user's share of it."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def delete(path: Path) -> None:

@@ -129,7 +129,7 @@ def test_warnings_and_bad_records_are_told_each_time(tmp_path: Path) -> None:
 def test_a_file_in_place_of_the_folder_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("")
     with pytest.raises(
-        OSError, match=r"cannot write prepared tokens into the cache .*cache: File exists; free space"
+        OSError, match=r"cannot write prepared tokens into the cache .*cache: File exists; name another"
     ):
         prepare(write_rows(tmp_path / "rows.jsonl"), tmp_path / "cache")
 

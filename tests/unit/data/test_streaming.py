@@ -489,7 +489,8 @@ def test_a_shard_for_which_there_is_no_space_is_one_sentence_without_another_try
         with pytest.raises(StreamError) as caught:
             open_stream(every_shard(server))
     assert f"cannot write the shard {server.url}/part-" in str(caught.value)
-    says = f"into the cache {tmp_path / 'cache'}: {os.strerror(number)}; free space, such as with"
+    advice = "free space, such as with" if number == errno.ENOSPC else "name another folder"
+    says = f"into the cache {tmp_path / 'cache'}: {os.strerror(number)}; {advice}"
     assert says in str(caught.value)
     assert len(server.requests) == 1
     (tmp_path / "file").touch()
