@@ -103,6 +103,8 @@ def generate(
         prompts = [_make_prompt(text, system, uses_template) for text in texts]
         for model in models:
             options.check(model.name)
+        if output is not None:
+            output.parent.mkdir(parents=True, exist_ok=True)
         return _answer(models, prompts, batch, output, json, how)
 
 

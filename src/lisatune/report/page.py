@@ -76,10 +76,12 @@ def render(page: Page) -> str:
 
 
 def write_page(page: Page, path: Path) -> None:
-    """Write the page to a file, which appears complete or not at all.
+    """Write the page to a file, which appears complete or not at all, and make its folder.
 
     Raises:
         ImportError: Jinja2 is missing.
         OSError: the file cannot be written.
     """
-    replace_file(path, render(page))
+    text = render(page)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, text)

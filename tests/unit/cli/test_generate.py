@@ -83,12 +83,12 @@ def test_answers_go_into_a_new_file_of_json_lines(
         "--prompt",
         "b",
         "--output",
-        str(tmp_path / "x.jsonl"),
+        str(tmp_path / "new" / "x.jsonl"),
         *SHORT,
     ]
     assert main([*command, "--chat-template", "off"]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'x.jsonl'}\n"
-    assert [each["prompt"] for each in lines((tmp_path / "x.jsonl").read_text())] == ["a", "b"]
+    assert capsys.readouterr().out == f"{tmp_path / 'new' / 'x.jsonl'}\n"
+    assert [each["prompt"] for each in lines((tmp_path / "new" / "x.jsonl").read_text())] == ["a", "b"]
     assert main(command) == 2
     assert "exists; name a new file" in capsys.readouterr().err
 

@@ -219,7 +219,7 @@ def test_a_run_that_has_not_ended_is_reported_with_what_is_missing(
     with (half / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "lo')
     (whole / "environment.json").write_text("[")
-    output = tmp_path / "out.html"
+    output = tmp_path / "new" / "out.html"
     gone = tmp_path / "gone"
     assert app.main(["report", str(half), str(whole), str(gone), "--output", str(output)]) == 0
     said = capsys.readouterr()
