@@ -5,6 +5,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -14,12 +15,16 @@ from lisatune.data.turns import Messages
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Marked: TypeAlias = list[tuple[str, bool]]
+"""Longer and longer beginnings of a text, each with whether what it adds carries loss."""
+
 Tools: TypeAlias = list[dict[str, Any]] | None
 """Descriptions of functions, `{"type": "function", "function": {"name": …}}`; None: there are none."""
 
 __all__ = [
     "PLAIN_CHAT_TEMPLATE",
     "Chat",
+    "Marked",
     "common_length",
     "drop_second_bos",
     "encode_prompt",
@@ -180,9 +185,9 @@ class Chat:
     ) -> list[tuple[str, bool]]:
         """Write the conversation as longer and longer prefixes; the last one is the whole conversation.
 
-        Where answers cannot be told from what the template writes, its own marks (`{% generation %}`) are
-        taken, if it has any. They come second, because many templates also mark the header that asks for an
-        answer and the blanks after its stop, which a model does not have to write.
+        A template's own marks (`{% generation %}`) count where it has any. Most mark what is found without
+        them, or also the header that asks for an answer and the blanks after its stop, which a model does not
+        write. So they are read only where they are less, or where answers cannot be found without them.
 
         Args:
             messages: the conversation.
@@ -203,12 +208,34 @@ class Chat:
         if last:
             answers = answers[-1:]
         try:
-            return self.find_answers(messages, answers, tools)
+            found = self.find_answers(messages, answers, tools)
+            marks = self.read_marks(messages, answers, tools) if self._marks_less else None
+            return found if marks is None else self._narrow(found, marks)
         except RewrittenError:
             marked = self.read_marks(messages, answers, tools) if self._marks_answers else None
             if marked is None:
                 raise
             return marked
+
+    @cached_property
+    def _marks_less(self) -> bool:
+        """Whether the template marks less than whole answers."""
+        turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "First"}] * 2
+        with suppress(ValueError):  # it may refuse such a conversation
+            if self._marks_answers and (marks := self.read_marks(turns, [1, 3], None)):
+                return self._narrow(found := self.find_answers(turns, [1, 3], None), marks) != found
+        return False
+
+    def _narrow(self, found: Marked, marked: Marked) -> Marked:
+        """Leave out of answers what is not marked; a stop that follows what is marked stays."""
+        full, kept = found[-1][0], list(found)
+        for index in range(0, len(found) - 1, 2):
+            begin = max(len(part[index][0]) for part in (found, marked))
+            end, marked_end = (len(part[index + 1][0]) for part in (found, marked))
+            if marked_end < end and full[marked_end:end].strip() not in self._stops:
+                end = marked_end
+            kept[index : index + 2] = [(full[:begin], False), (full[: max(begin, end)], found[index + 1][1])]
+        return kept if kept[-1][0] == full else [*kept, (full, False)]
 
     def read_marks(
         self, messages: Messages, answers: list[int], tools: Tools

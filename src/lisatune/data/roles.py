@@ -10,13 +10,10 @@ import json
 from collections.abc import Collection
 from contextlib import suppress
 
-from lisatune.data.chat import Chat, Tools, common_length
+from lisatune.data.chat import Chat, Marked, Tools, common_length
 from lisatune.data.turns import Messages
 
 __all__ = ["mark_roles"]
-
-Marked = list[tuple[str, bool]]
-"""Longer and longer beginnings of a text, each with whether what it adds carries loss."""
 
 
 def mark_roles(

@@ -356,6 +356,23 @@ def test_marks_of_a_template_serve_where_it_writes_earlier_turns_differently() -
         answers(byte_tokenizer(unmarked), messages)
 
 
+@pytest.mark.parametrize(
+    ("marked", "learned"),
+    [
+        ("MARK{{- '(ok)' + message['content'] + eos_token + '\\n' -}}END", "(ok){}<eos>"),
+        ("MARK{{- '(ok)' + message['content'] -}}END{{- eos_token + '\\n' -}}", "(ok){}<eos>"),
+        ("{{- '(ok)' -}}MARK{{- message['content'] + eos_token -}}END{{- '\\n' -}}", "{}<eos>"),
+        ("MARK{{- '(ok)' + message['content'] -}}END{{- ' (end)' + eos_token + '\\n' -}}", "(ok){}"),
+    ],
+)
+def test_what_a_template_leaves_out_of_its_marks_is_not_learned(marked: str, learned: str) -> None:
+    marked = marked.replace("MARK", "{%- generation -%}").replace("END", "{%- endgeneration -%}")
+    whole, rest = MARKED.partition("{%- generation -%}")[0], MARKED.partition("{%- endgeneration -%}")[2]
+    messages = [USER, BOT, USER, BOT | {"content": "Bye"}, USER]
+    found = answers(byte_tokenizer(whole + marked + rest), messages)
+    assert found == [learned.format("Hello"), learned.format("Bye")]
+
+
 @pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "llama3", "gptoss", "glm4moe", "cohere", "lfm2"])
 def test_marks_of_a_template_and_our_own_say_the_same(name: str) -> None:
     template = getattr(trl.chat_template_utils, f"{name}_training_chat_template")
