@@ -5,10 +5,16 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from lisatune.data.examples import Examples
+from lisatune.data.pairs import PairReader, divide_pairs
+from lisatune.data.records import Record, Records
+from lisatune.data.rows import Documents
+from lisatune.data.tokens import encode
 from lisatune.recipe import Recipe
 from lisatune.train.loop import train
 from lisatune.train.recipe_file import load_recipe
@@ -27,6 +33,23 @@ def make_pairs(*, is_chat: bool) -> list[dict[str, Any]]:
         return rows
     roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
     return [{key: [{"role": roles[key], "content": text}] for key, text in row.items()} for row in rows]
+
+
+def read_pairs(source: str, **how: Any) -> Records:
+    """Read pairs of answers into memory."""
+    reader = PairReader(source, **how)
+    rows = [record for _, record in reader]
+    reader.warn()
+    return Records(rows, reader.kind, reader.skipped, source, num_media=reader.num_media)
+
+
+def tokenize_pairs(rows: list[Record], tokenizer: Any, *, max_length: int, long: Any = "cut") -> Examples:
+    """Turn pairs into rows, two each."""
+    reader = PairReader("pairs made here")
+    texts = [text for row in rows for text in reader.texts(row)]
+    documents = Documents.gather(encode(texts, tokenizer, source=reader.source, texts_per_record=2))
+    how: dict[str, Any] = {"max_length": max_length, "long": long, "source": reader.source}
+    return divide_pairs(documents, np.arange(len(rows)), **how)
 
 
 def load_pairs(recipe: Path, output: str = "run", *overrides: str, method: str = "lisa") -> Recipe:

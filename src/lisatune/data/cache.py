@@ -77,8 +77,7 @@ def collect_facts(
     return {
         "format": FORMAT,
         "content": hash_content(reader.source, reader.split),
-        "reading": [reader.asked_kind, reader.split, reader.limit, sorted(reader.fields.items())],
-        "text_only": reader.text_only,
+        "reading": reader.facts,
         "tokenizer": hash_tokenizer(tokenizer),
         "template": hashlib.sha256(template.encode()).hexdigest(),
         "loss_on": loss_on,

@@ -160,9 +160,7 @@ def describe_sources(
 
 def find_duplicates(sources: Sequence[Prepared], chosen: Sequence[Ints]) -> list[NDArray[np.bool_]]:
     """Tell which of the chosen records have the tokens of an earlier one, of the same source or another."""
-    digests = np.concatenate(
-        [source.documents.digests[some] for source, some in zip(sources, chosen, strict=True)]
-    )
+    digests = np.concatenate([source.digests[some] for source, some in zip(sources, chosen, strict=True)])
     is_again = np.ones(len(digests), bool)
     is_again[np.unique(digests, return_index=True)[1]] = False
     return np.split(is_again, np.cumsum([len(some) for some in chosen])[:-1])

@@ -14,87 +14,56 @@ It leaves as a record of prompt and completion, which is the chosen answer, with
 So whatever reads prompts and completions reads these too.
 """
 
-import warnings
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal
+
+import numpy as np
 
 from lisatune.data.examples import Examples
-from lisatune.data.kinds import REFUSED, check_names, rename_rows
-from lisatune.data.media import take_text
-from lisatune.data.records import Record, Records
-from lisatune.data.rows import Rows
-from lisatune.data.sources import BadRowError, read_rows
-from lisatune.data.tokens import tokenize
+from lisatune.data.kinds import REFUSED, Record, check_names
+from lisatune.data.records import RecordReader
+from lisatune.data.rows import Documents, Ints, Rows
+from lisatune.data.sources import BadRowError
 from lisatune.data.turns import EMPTY, Messages, check_messages, check_text, require_answer
-from lisatune.losses.causal_lm import IGNORE
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-__all__ = ["read_pairs", "tokenize_pairs"]
-
-Row: TypeAlias = dict[str, list[int]]
-"""`input_ids` and `labels` of one answer after its prompt."""
+__all__ = ["PairReader", "divide_pairs"]
 
 USED = ("prompt", "chosen", "rejected", "system")
 """Fields that are read."""
 
 
-def read_pairs(
-    source: str,
-    *,
-    split: str = "train",
-    limit: int | None = None,
-    on_bad_row: Literal["error", "skip"] = "error",
-    fields: Mapping[str, str] | None = None,
-    text_only: bool = False,
-    needs_prompt: bool = True,
-) -> Records:
-    """Read and check pairs of answers.
+class PairReader(RecordReader):
+    """Pairs that are read and checked one after the other.
 
     Args:
-        source, split, limit, on_bad_row, fields, text_only: as for `read_records`.
+        source: as for `read_records`, and so are all other arguments.
         needs_prompt: whether it must be known where answers of plain text begin.
-
-    Returns:
-        Records of the kind "pairs": prompt, completion (the chosen answer) and rejected.
-
-    Raises:
-        FileNotFoundError: there is no such file or folder.
-        ValueError: there is nothing to read, or a record is unusable; the message names file and line.
-        ImportError: reading this source needs a package of lisatune[train] that is not installed.
     """
-    rows: list[Record] = []
-    skipped, first_skipped, num_media = 0, "", 0
-    unused: dict[str, None] = {}
-    names = check_names(fields, USED)
-    for place, row in rename_rows(read_rows(source, split=split), names):
-        try:
-            if isinstance(row, BadRowError):
-                raise row
-            row, has_media = take_text(row) if text_only else (row, False)
-            rows.append(_read_pair(row, needs_prompt))
-            num_media += has_media
-            unused |= dict.fromkeys(
-                key for key, value in row.items() if key not in USED and value not in EMPTY
-            )
-        except BadRowError as problem:
-            if on_bad_row == "error":
-                raise ValueError(f"{place}: {problem}; fix it, or set data.on_bad_row=skip") from None
-            skipped, first_skipped = skipped + 1, first_skipped or f"{place}: {problem}"
-        if limit is not None and len(rows) >= limit:
-            break
-    if not rows and skipped:
-        raise ValueError(f"{source} has no usable record, all {skipped} were skipped; first: {first_skipped}")
-    if not rows:
-        raise ValueError(f"{source} is empty: it has no records")
-    if unused:
-        warnings.warn(
-            f"{source}: nothing reads the field{'s' if len(unused) > 1 else ''} {', '.join(unused)}",
-            stacklevel=2,
-        )
-    return Records(rows, "pairs", skipped, source, first_skipped, tuple(unused), num_media)
+
+    texts_per_record = 2
+
+    def __init__(
+        self, source: str, *, needs_prompt: bool = True, fields: Mapping[str, str] | None = None, **how: Any
+    ) -> None:
+        super().__init__(source, **how)
+        self.fields = check_names(fields, USED)
+        self.asked_kind = self.kind = "pairs"
+        self.needs_prompt = needs_prompt
+
+    def _normalise(self, row: Any) -> Record:
+        return _read_pair(row, self.needs_prompt)
+
+    def _reads(self, name: str) -> bool:
+        return name in USED
+
+    @property
+    def facts(self) -> list[Any]:
+        """What the records depend on besides the content of the source, as JSON values."""
+        return [*super().facts, self.needs_prompt]
+
+    def texts(self, record: Record) -> tuple[Record, ...]:
+        """Return the chosen answer with its prompt, and the rejected one."""
+        return (record, record | {"completion": record["rejected"]})
 
 
 def _read_pair(row: Any, needs_prompt: bool) -> Record:
@@ -166,71 +135,56 @@ def _read_messages(prompt: Any, chosen: Any, rejected: Any) -> tuple[Messages, M
     return first[:common], first[common:], second[common:]
 
 
-def tokenize_pairs(
-    records: Records,
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    max_length: int,
-    long: Literal["auto", "cut", "drop"] = "auto",
-    date: str | None = None,
+def divide_pairs(
+    documents: Documents, chosen: Ints, *, max_length: int, long: Literal["cut", "drop"], source: str
 ) -> Examples:
-    """Turn pairs into token ids and labels: two rows for each pair, first the chosen one.
+    """Make two rows of each pair, first the chosen answer; all counts are of pairs.
 
     Args:
-        records: from `read_pairs`.
-        tokenizer: as for `lisatune.data.tokens.tokenize`.
-        max_length: length of the longest sequence in tokens.
+        documents: two for each pair, of their whole length.
+        chosen: indices of the pairs to use, in the order of the rows.
+        max_length: length of the longest row in tokens.
         long: what happens to a pair with a longer answer. `cut`: the end of the answer is cut off, and a pair
-            that is equal then is left out. `drop`: the pair is left out. `auto`: `cut`.
-        date: as for `tokenize`.
-
-    Returns:
-        Rows of `input_ids` and `labels` (-100 on the prompt): chosen, rejected, chosen, … All counts are of
-        pairs.
+            that is equal then is left out. `drop`: the pair is left out.
+        source: name of the data for error messages.
 
     Raises:
-        ValueError: as in `tokenize`; or a prompt alone fills `max_length`.
+        ValueError: a prompt alone fills `max_length`, or no pair is left.
+
+    Shapes: P = pairs.
     """
-    whole: dict[str, Any] = {"max_length": 2**31 - 1, "long": "cut", "date": date}
-    other = [row | {"completion": row["rejected"]} for row in records.rows]
-    chosen = tokenize(records, tokenizer, **whole).rows
-    rejected = tokenize(replace(records, rows=other), tokenizer, **whole).rows
-    rows: list[Row] = []
-    num_cut = num_equal = num_dropped = num_lost = 0
-    for number, both in enumerate(zip(chosen, rejected, strict=True), 1):
-        pair = [{name: values.tolist() for name, values in row.items()} for row in both]
-        pieces = [_cut(row, max_length) for row in pair]
-        lost = sum(len(row["input_ids"]) for row in pair)
-        if pieces != pair and long == "drop":
-            num_dropped, num_lost = num_dropped + 1, num_lost + lost
-            continue
-        for row, piece in zip(pair, pieces, strict=True):
-            if all(label == IGNORE for label in piece["labels"]):
-                prompt = next(i for i, label in enumerate(row["labels"]) if label != IGNORE)
-                raise ValueError(
-                    f"{records.source}, record {number}: the prompt has {prompt} tokens, so data.max_length="
-                    f"{max_length} leaves nothing of the answers; raise it, or set data.long: drop to leave "
-                    "such records out"
-                )
-        if pieces[0] == pieces[1]:
-            num_equal, num_lost = num_equal + 1, num_lost + lost
-            continue
-        num_cut += pieces != pair
-        num_lost += lost - sum(len(piece["input_ids"]) for piece in pieces)
-        rows += pieces
-    if not rows:
+    texts_P2 = 2 * chosen[:, None] + np.arange(2)
+    starts_P2 = documents.offsets[texts_P2]
+    whole_P2 = documents.offsets[texts_P2 + 1] - starts_P2
+    lengths_P2 = np.minimum(whole_P2, max_length)
+    is_long_P = (whole_P2 > max_length).any(axis=1)
+    is_out_P = is_long_P if long == "drop" else np.zeros(len(chosen), bool)
+    has_loss_P2 = documents.count_loss(starts_P2.ravel(), lengths_P2.ravel()).reshape(-1, 2) > 0
+    if (without := ~has_loss_P2.all(axis=1) & ~is_out_P).any():
+        pair = int(without.argmax())
+        prompt = int(documents.first_loss(texts_P2[pair]).max())
         raise ValueError(
-            f"{records.source}: no pair is left after data.max_length={max_length}: {num_dropped} are longer "
-            f"and {num_equal} are equal up to there; raise it"
+            f"{source}, record {chosen[pair] + 1}: the prompt has {prompt} tokens, so data.max_length="
+            f"{max_length} leaves nothing of the answers; raise it, or set data.long: drop to leave such "
+            "records out"
         )
+    is_equal_P = documents.digests[texts_P2[:, 0]] == documents.digests[texts_P2[:, 1]]
+    for pair in np.flatnonzero(is_long_P & ~is_out_P & (lengths_P2[:, 0] == lengths_P2[:, 1])).tolist():
+        sides = zip(starts_P2[pair].tolist(), lengths_P2[pair].tolist(), strict=True)
+        chosen_row, rejected_row = (documents.read(*side) for side in sides)
+        is_equal_P[pair] = all(map(np.array_equal, chosen_row, rejected_row))
+    is_equal_P &= ~is_out_P
+    is_used_P = ~is_out_P & ~is_equal_P
+    if not is_used_P.any():
+        raise ValueError(
+            f"{source}: no pair is left after data.max_length={max_length}: {is_out_P.sum()} are longer "
+            f"and {is_equal_P.sum()} are equal up to there; raise it"
+        )
+    lengths = lengths_P2[is_used_P].ravel()
     return Examples(
-        Rows.of(rows),
-        num_cut=num_cut,
-        num_without_loss=num_equal,
-        num_dropped=num_dropped,
-        num_lost_tokens=num_lost,
+        Rows(documents, starts_P2[is_used_P].ravel(), lengths.astype(np.int32)),
+        num_cut=int((is_long_P & is_used_P).sum()),
+        num_without_loss=int(is_equal_P.sum()),
+        num_dropped=int(is_out_P.sum()),
+        num_lost_tokens=int(whole_P2.sum() - lengths.sum()),
     )
-
-
-def _cut(row: Row, max_length: int) -> Row:
-    return {name: values[:max_length] for name, values in row.items()}

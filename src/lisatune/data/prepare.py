@@ -7,12 +7,11 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, islice
-from typing import Any
+from itertools import accumulate
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lisatune.console import follow, plural, terminal
@@ -29,18 +28,17 @@ from lisatune.data.mixture import (
     join,
     plan_shares,
 )
-from lisatune.data.pairs import read_pairs, tokenize_pairs
+from lisatune.data.pairs import divide_pairs
 from lisatune.data.prompts import Prompt, find_questions
 from lisatune.data.readers import open_readers, read_marked, warn_of_seen_records
-from lisatune.data.records import Record, Records
+from lisatune.data.records import Records
 from lisatune.data.rows import Ints, Rows, TokenRow
 from lisatune.data.shown import MarkedText, mark_loss
-from lisatune.data.splitting import hash_prompt
 from lisatune.data.store import Prepared, prepare_source
 from lisatune.data.streaming import Stream, Window
-from lisatune.data.tokens import LossOn, check_wishes, is_chat, tokenize
+from lisatune.data.tokens import check_wishes, tokenize
 from lisatune.distributed import ranks
-from lisatune.recipe import DataConfig, Recipe
+from lisatune.recipe import Recipe
 from lisatune.recipe.run import check_steps
 
 __all__ = ["RunData", "prepare_data"]
@@ -174,11 +172,9 @@ def prepare_data(recipe: Recipe, tokenizer: Any, places: Sequence[Mapping[str, i
         FileNotFoundError: a file is missing.
         OSError: the cache cannot be written.
     """
-    if recipe.loss.rows_per_record == 2:
-        return _prepare_pairs(recipe, tokenizer)
     if recipe.data.streaming:
         return _prepare_stream(recipe, tokenizer, places)
-    data, run = recipe.data, recipe.run
+    data, run, each_record = recipe.data, recipe.run, recipe.loss.rows_per_record
     readers, held_out_reader = open_readers(recipe)
     splits = data.holds_out and held_out_reader is None
     how: dict[str, Any] = {"folder": tokens_folder(data.cache), "loss_on": data.loss_on, "date": data.date}
@@ -186,8 +182,8 @@ def prepare_data(recipe: Recipe, tokenizer: Any, places: Sequence[Mapping[str, i
         prepare_source(reader, tokenizer, **how, seed=run.seed if splits else None) for reader in readers
     ]
     names = [reader.source for reader in readers]
-    limits = divide_limit(data.validation_limit, data.sources, [len(source.documents) for source in sources])
-    is_held_out = [np.zeros(len(source.documents), bool) for source in sources]
+    limits = divide_limit(data.validation_limit, data.sources, [source.num_records for source in sources])
+    is_held_out = [np.zeros(source.num_records, bool) for source in sources]
     if splits:
         prompts = [source.prompts for source in sources if source.prompts is not None]
         is_held_out = hold_out_of_each(prompts, names, data.validation_share, limits)
@@ -195,31 +191,31 @@ def prepare_data(recipe: Recipe, tokenizer: Any, places: Sequence[Mapping[str, i
     is_again = find_duplicates(sources, chosen)
     if data.deduplicate:
         chosen = [some[~again] for some, again in zip(chosen, is_again, strict=True)]
-    parts = [_divide(*each, data) for each in zip(sources, chosen, names, strict=True)]
+    parts = [_divide(*each, recipe) for each in zip(sources, chosen, names, strict=True)]
     skipped = sum(source.skipped for source in sources)
     num_media = sum(source.num_media for source in sources)
     held_out, questions = [Examples(Rows.of([]))], tuple[Prompt, ...]()
     if held_out_reader is not None:
         other = prepare_source(held_out_reader, tokenizer, **how)
-        whole = _divide(other, np.arange(len(other.documents)), held_out_reader.source, data)
-        held_out = [_take_evenly(whole, data.validation_limit)]
+        whole = _divide(other, np.arange(other.num_records), held_out_reader.source, recipe)
+        held_out = [_take_evenly(whole, data.validation_limit, each_record)]
         questions = find_questions([(record for _, record in held_out_reader)], recipe, tokenizer)
         skipped, num_media = skipped + other.skipped, num_media + other.num_media
         for reader, source in zip(readers, sources, strict=True):
             if held_out_reader.source != reader.source:  # which is meant
-                is_seen = np.isin(source.documents.digests, other.documents.digests)
+                is_seen = np.isin(source.digests, other.digests)
                 warn_of_seen_records(reader, is_seen, held_out_reader.source)
     elif splits:
         some = [np.flatnonzero(is_out)[:most] for is_out, most in zip(is_held_out, limits, strict=True)]
-        whole_parts = [_divide(*each, data) for each in zip(sources, some, names, strict=True)]
-        held_out = [_take_evenly(*each) for each in zip(whole_parts, limits, strict=True)]
+        whole_parts = [_divide(*each, recipe) for each in zip(sources, some, names, strict=True)]
+        held_out = [_take_evenly(*each, each_record) for each in zip(whole_parts, limits, strict=True)]
         marked = [read_marked(*each) for each in zip(readers, is_held_out, strict=True)]
         questions = find_questions(marked, recipe, tokenizer)
     if data.packing:
         parts = _pack(parts, data.max_length)
-    shares = plan_shares(data.sources, [len(part.rows) for part in parts])
+    shares = plan_shares(data.sources, [len(part.rows) // each_record for part in parts])
     order, steps = _plan_steps(recipe, shares)
-    kinds = dict.fromkeys(_describe_kind(source, data.loss_on, tokenizer) for source in sources)
+    kinds = dict.fromkeys(_describe_kind(source, recipe, tokenizer) for source in sources)
     mixed = describe_sources(data.sources, shares, parts, held_out if splits else [])
     return RunData(
         train=join(parts),
@@ -233,6 +229,7 @@ def prepare_data(recipe: Recipe, tokenizer: Any, places: Sequence[Mapping[str, i
         is_chat=any(source.is_chat for source in sources),
         records=" + ".join(kinds),
         tokenizer=tokenizer,
+        rows_per_record=each_record,
         sources=() if isinstance(data.train, str) else mixed,
     )
 
@@ -262,7 +259,7 @@ def _prepare_stream(recipe: Recipe, tokenizer: Any, places: Sequence[Mapping[str
         reader = open_readers(recipe)[1]
         assert reader is not None
         other = prepare_source(reader, tokenizer, folder=cache, **how)
-        validation = _divide(other, np.arange(len(other.documents)), reader.source, data)
+        validation = _divide(other, np.arange(other.num_records), reader.source, recipe)
         stream.watch_for(other.documents)
         questions = find_questions([(record for _, record in reader)], recipe, tokenizer)
         skipped, num_media = other.skipped, other.num_media
@@ -278,7 +275,7 @@ def _prepare_stream(recipe: Recipe, tokenizer: Any, places: Sequence[Mapping[str
     assert run.steps is not None
     return RunData(
         train=window.examples,
-        validation=_take_evenly(validation, data.validation_limit),
+        validation=_take_evenly(validation, data.validation_limit, 1),
         questions=questions,
         order=Order(len(window.examples.rows), run.batch_size * ranks.count(), run.seed),
         steps=run.steps,
@@ -286,90 +283,22 @@ def _prepare_stream(recipe: Recipe, tokenizer: Any, places: Sequence[Mapping[str
         num_media=num_media + window.end.media,
         duplicates=0,
         is_chat=window.is_chat,
-        records=_describe_kind(window, data.loss_on, tokenizer),
+        records=_describe_kind(window, recipe, tokenizer),
         tokenizer=tokenizer,
         stream=stream,
     )
 
 
-def _describe_kind(source: Prepared | Window, loss_on: LossOn, tokenizer: Any) -> str:
+def _describe_kind(source: Prepared | Window, recipe: Recipe, tokenizer: Any) -> str:
     """Say what a source's records are, what writes them, and what is learned."""
+    loss_on = recipe.data.loss_on
     learns_all = loss_on == "all" or source.kind == "text"
     where = "all tokens" if learns_all else "the last answer" if loss_on == "last" else "the answers"
     if isinstance(loss_on, tuple):
         where = f"messages of {' and '.join(loss_on)}"
     template = f"written by {Chat(tokenizer).name}" if source.is_chat else "without a template"
-    return f"{source.kind}, {template}; loss on {where}"
-
-
-def _prepare_pairs(recipe: Recipe, tokenizer: Any) -> RunData:
-    """Read, split and tokenise pairs of answers; they are held in memory, and not in the cache."""
-    data, run, scores = recipe.data, recipe.run, recipe.loss.has_score
-    keys = ("split", "limit", "fields", "text_only")
-    common: dict[str, Any] = {"on_bad_row": data.on_bad_row, "needs_prompt": not scores}
-    sources = [
-        read_pairs(source.path, **common, **{key: getattr(source, key) for key in keys})
-        for source in data.sources
-    ]
-    other = None
-    if data.validation is not None:
-        how: dict[str, Any] = {key: getattr(data, key) for key in ("split", "fields", "text_only")}
-        other = read_pairs(data.validation, limit=data.validation_limit, **common, **how)
-    held_out, train = [other] if other is not None else [], sources
-    splits = data.holds_out and other is None
-    if splits:
-        prompts = [
-            np.array([hash_prompt(_named(row), run.seed) for row in source.rows], dtype="S16")
-            for source in sources
-        ]
-        limits = divide_limit(data.validation_limit, data.sources, [len(keys) for keys in prompts])
-        names = [source.source for source in sources]
-        marks = hold_out_of_each(prompts, names, data.validation_share, limits)
-        train = [_take_rows(source, ~is_out) for source, is_out in zip(sources, marks, strict=True)]
-        held_out = [_take_rows(*each) for each in zip(sources, marks, limits, strict=True)]
-    long = "drop" if scores and data.long == "auto" else data.long
-    lengths: dict[str, Any] = {"max_length": data.max_length, "long": long, "date": data.date}
-    for source in train:
-        if not source.rows:
-            raise ValueError(NOTHING_LEFT.format(source.source))
-    parts = [tokenize_pairs(source, tokenizer, **lengths) for source in train]
-    validation = [
-        tokenize_pairs(source, tokenizer, **lengths) if source.rows else Examples(Rows.of([]))
-        for source in held_out
-    ]
-    shares = plan_shares(data.sources, [len(part.rows) // 2 for part in parts])
-    order, steps = _plan_steps(recipe, shares)
-    uses_template = any(is_chat(source.rows[0]) for source in train)
-    template = f"written by {Chat(tokenizer).name}" if uses_template else "without a template"
-    read = [*sources, *([] if other is None else [other])]
-    return RunData(
-        train=join(parts),
-        validation=join(validation or [Examples(Rows.of([]))]),
-        questions=() if scores else find_questions([s.rows for s in held_out], recipe, tokenizer),
-        order=order,
-        steps=steps,
-        skipped=sum(source.skipped for source in read),
-        num_media=sum(source.num_media for source in read),
-        duplicates=0,
-        is_chat=uses_template,
-        records=f"pairs, {template}; {recipe.loss.text}",
-        tokenizer=tokenizer,
-        rows_per_record=2,
-        sources=()
-        if isinstance(data.train, str)
-        else describe_sources(data.sources, shares, parts, validation if splits else []),
-    )
-
-
-def _named(row: Record) -> Record:
-    """Give a pair without a prompt its chosen text as one, so that the split can tell it from others."""
-    return row if row["prompt"] else {"text": row["completion"]}
-
-
-def _take_rows(records: Records, is_wanted: NDArray[np.bool_], most: int | None = None) -> Records:
-    """Take the records that are marked, at most so many."""
-    wanted = (row for row, is_one in zip(records.rows, is_wanted.tolist(), strict=True) if is_one)
-    return replace(records, rows=list(islice(wanted, most)))
+    what = f"loss on {where}" if recipe.loss.rows_per_record == 1 else recipe.loss.text
+    return f"{source.kind}, {template}; {what}"
 
 
 def _plan_steps(recipe: Recipe, shares: Sequence[Share]) -> tuple[Order, int]:
@@ -382,16 +311,26 @@ def _plan_steps(recipe: Recipe, shares: Sequence[Share]) -> tuple[Order, int]:
     return order, max(1, math.ceil(wanted))
 
 
-def _divide(source: Prepared, chosen: Ints, name: str, data: DataConfig) -> Examples:
+def _divide(source: Prepared, chosen: Ints, name: str, recipe: Recipe) -> Examples:
+    """Make rows of some records of a source."""
     if not len(chosen):
         raise ValueError(NOTHING_LEFT.format(name))
+    data, scores = recipe.data, recipe.loss.has_score
     long = check_wishes(name, source.kind, data.loss_on, data.long)
-    return divide(source.documents, chosen, max_length=data.max_length, long=long, source=name)
+    if source.texts_per_record == 1:
+        return divide(source.documents, chosen, max_length=data.max_length, long=long, source=name)
+    # The score is read at an answer's end. A recipe refuses to split pairs.
+    long_pairs: Literal["cut", "drop"] = (
+        "drop" if long == "drop" or (scores and data.long == "auto") else "cut"
+    )
+    return divide_pairs(source.documents, chosen, max_length=data.max_length, long=long_pairs, source=name)
 
 
-def _take_evenly(examples: Examples, most: int | None) -> Examples:
-    """Take at most so many rows from all over the examples: the pieces of a few long texts are many rows."""
-    num_rows = len(examples.rows)
-    if most is None or num_rows <= most:
+def _take_evenly(examples: Examples, most: int | None, rows_per_record: int) -> Examples:
+    """Take at most so many records from all over the examples: the pieces of a few long texts are many."""
+    count = len(examples.rows) // rows_per_record
+    if most is None or count <= most:
         return examples
-    return replace(examples, rows=examples.rows.take(np.arange(most) * num_rows // most))
+    records = np.arange(most) * count // most
+    rows = (rows_per_record * records[:, None] + np.arange(rows_per_record)).ravel()
+    return replace(examples, rows=examples.rows.take(rows))

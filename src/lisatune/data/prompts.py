@@ -48,9 +48,9 @@ def find_questions(sources: Sequence[Iterable[Record]], recipe: Recipe, tokenize
 
 
 def _choose_questions(records: Iterable[Record], recipe: Recipe, tokenizer: Any) -> tuple[Prompt, ...]:
-    """Take the prompts that fit of the first records, as many as `run.samples`."""
+    """Take the first prompts that fit, as many as `run.samples`; none for a model that gives scores."""
     data, wanted = recipe.data, recipe.run.samples
-    if not wanted:
+    if not wanted or recipe.loss.has_score:
         return ()
     some = (record for record in islice(records, data.validation_limit) if _has_answer(record))
     prompts = (_cut_prompt(record, tokenizer, data.date) for record in some)

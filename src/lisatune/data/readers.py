@@ -4,18 +4,26 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lisatune.console import plural
 from lisatune.data.mixture import divide_limit, hold_out_of_each
+from lisatune.data.pairs import PairReader
 from lisatune.data.records import Record, RecordReader, Records
 from lisatune.data.splitting import hash_prompt
-from lisatune.recipe import Recipe
+from lisatune.recipe import Recipe, SourceConfig
 
-__all__ = ["open_readers", "read_data", "read_marked", "warn_of_seen_records"]
+__all__ = [
+    "held_out_source",
+    "open_reader",
+    "open_readers",
+    "read_data",
+    "read_marked",
+    "warn_of_seen_records",
+]
 
 NAMED_RECORDS = 3
 """Records that a warning names."""
@@ -57,20 +65,31 @@ def read_data(recipe: Recipe) -> tuple[list[Iterator[Record]], Records]:
 
 def open_readers(recipe: Recipe) -> tuple[list[RecordReader], RecordReader | None]:
     """Return the records to train on, and those of `data.validation`; the latter None if they are a share."""
+    train = [open_reader(recipe, source, recipe.data.on_bad_row) for source in recipe.data.sources]
+    held_out = held_out_source(recipe)
+    return train, None if held_out is None else open_reader(recipe, held_out, recipe.data.on_bad_row)
+
+
+def held_out_source(recipe: Recipe) -> SourceConfig | None:
+    """Return the source of `data.validation`; None if held-out data is a share of the training data."""
     data = recipe.data
-    held_out = data.validation
-    if held_out is None and data.train == "python-docs" and data.holds_out:
-        held_out = "python-docs:validation"
-    keys = ("kind", "split", "limit", "fields", "text_only")
-    common: dict[str, Any] = {"on_bad_row": data.on_bad_row, "needs_answer": data.needs_answers}
-    train = [
-        RecordReader(source.path, **common, **{key: getattr(source, key) for key in keys})
-        for source in data.sources
-    ]
-    if held_out is None:
-        return train, None
+    path = data.validation
+    if path is None and data.train == "python-docs" and data.holds_out:
+        path = "python-docs:validation"
+    if path is None:
+        return None
     how: dict[str, Any] = {key: getattr(data, key) for key in ("kind", "split", "fields", "text_only")}
-    return train, RecordReader(held_out, limit=data.validation_limit, **common, **how)
+    return SourceConfig(path=path, limit=data.validation_limit, **how)
+
+
+def open_reader(recipe: Recipe, source: SourceConfig, on_bad_row: Literal["error", "skip"]) -> RecordReader:
+    """Return the records of a source; pairs of answers if the recipe's loss needs them."""
+    how: dict[str, Any] = {key: getattr(source, key) for key in ("split", "limit", "fields", "text_only")}
+    if recipe.loss.rows_per_record == 2:
+        scores = recipe.loss.has_score
+        return PairReader(source.path, needs_prompt=not scores, on_bad_row=on_bad_row, **how)
+    how["needs_answer"] = recipe.data.needs_answers
+    return RecordReader(source.path, kind=source.kind or "auto", on_bad_row=on_bad_row, **how)
 
 
 def _read_all(reader: RecordReader) -> Iterator[Record]:

@@ -119,6 +119,9 @@ class RecordReader:
     reads the rows of a source with a split.
     """
 
+    texts_per_record = 1
+    """2 for pairs of answers."""
+
     def __init__(
         self,
         source: str,
@@ -155,12 +158,9 @@ class RecordReader:
                 if isinstance(row, BadRowError):
                     raise row
                 row, has_media = take_text(row) if self.text_only else (row, False)
-                if self.kind == "auto":
-                    self.kind = recognise_kind(row)
-                record = normalise(row, self.kind, needs_answer=self.needs_answer)
-                reads = KINDS[self.kind].reads
+                record = self._normalise(row)
                 self.unused |= dict.fromkeys(
-                    name for name, value in row.items() if not reads(name) and value not in EMPTY
+                    name for name, value in row.items() if not self._reads(name) and value not in EMPTY
                 )
             except BadRowError as problem:
                 if self.on_bad_row == "error":
@@ -187,6 +187,25 @@ class RecordReader:
             raise ValueError(
                 f"{self.source} has no answer to learn from: all {self.num_empty} answers are empty"
             )
+
+    def _normalise(self, row: Any) -> Record:
+        """Bring a row into its form."""
+        if self.kind == "auto":
+            self.kind = recognise_kind(row)
+        return normalise(row, self.kind, needs_answer=self.needs_answer)
+
+    def _reads(self, name: str) -> bool:
+        """Whether anything of a field is used."""
+        return KINDS[self.kind].reads(name)
+
+    @property
+    def facts(self) -> list[Any]:
+        """What the records depend on besides the content of the source, as JSON values."""
+        return [self.asked_kind, self.split, self.limit, sorted(self.fields.items()), self.text_only]
+
+    def texts(self, record: Record) -> tuple[Record, ...]:
+        """Return the `texts_per_record` records of one text each that are tokenised of a record."""
+        return (record,)
 
     def read_through(self) -> int:
         """Read and check all records, give the warnings, and return the number of records."""

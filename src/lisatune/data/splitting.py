@@ -69,10 +69,15 @@ def hold_out(
 
 
 def hash_prompt(row: Record, seed: int) -> bytes:
-    """Hash a record's prompt, 16 bytes: equal for prompts that are equal up to case and spacing."""
+    """Hash a record's prompt, 16 bytes: equal for prompts that are equal up to case and spacing.
+
+    A pair of answers without a prompt is told from others by its chosen text.
+    """
     prompt = (
         row["text"]
         if "text" in row
+        else row["prompt"] or row["completion"]
+        if "rejected" in row
         else row["prompt"]
         if "prompt" in row
         else _take_question(row["messages"])

@@ -43,7 +43,9 @@ class Prepared:
     """A source in tokens."""
 
     documents: Documents
-    """One for each usable record, in their order."""
+    """`texts_per_record` for each usable record, in their order."""
+    texts_per_record: int
+    """2 for pairs of answers: the chosen one with its prompt, then the rejected one."""
     kind: str
     """Form in which the records came."""
     skipped: int
@@ -53,7 +55,18 @@ class Prepared:
     is_chat: bool
     """Whether the first record is a conversation."""
     prompts: NDArray[np.bytes_] | None
-    """Hash of each record's prompt under the seed that was asked for, 16 bytes: [D]."""
+    """Hash of each record's prompt under the seed that was asked for, 16 bytes."""
+
+    @property
+    def num_records(self) -> int:
+        """Number of usable records."""
+        return len(self.documents) // self.texts_per_record
+
+    @property
+    def digests(self) -> NDArray[np.bytes_]:
+        """Hash of each record; equal records have equal hashes."""
+        digests = np.ascontiguousarray(self.documents.digests)
+        return digests.view(f"S{16 * self.texts_per_record}")
 
 
 def prepare_source(
@@ -108,7 +121,15 @@ def prepare_source(
         if not file.exists():
             _add_prompts(file, reader, seed)
         prompts = np.fromfile(file, "S16")
-    return Prepared(documents, meta["kind"], meta["skipped"], meta["num_media"], meta["is_chat"], prompts)
+    return Prepared(
+        documents=documents,
+        texts_per_record=reader.texts_per_record,
+        kind=meta["kind"],
+        skipped=meta["skipped"],
+        num_media=meta["num_media"],
+        is_chat=meta["is_chat"],
+        prompts=prompts,
+    )
 
 
 def _make_entry(
@@ -137,11 +158,12 @@ def _make_entry(
         _keeping_warnings() as caught,
         explain_cache_errors(entry.parent),
         write_aside(entry) as aside,
-        follow(f"tokenising {reader.source}", count) as advance,
+        follow(f"tokenising {reader.source}", count * reader.texts_per_record) as advance,
     ):
         reader.warn()
-        records = (record for _, record in reader)
-        encoded = encode(records, tokenizer, source=reader.source, loss_on=loss_on, date=date)
+        texts = (text for _, record in reader for text in reader.texts(record))
+        how: dict[str, Any] = {"loss_on": loss_on, "date": date, "texts_per_record": reader.texts_per_record}
+        encoded = encode(texts, tokenizer, source=reader.source, **how)
         dtype = "uint16" if max(tokenizer.get_vocab().values()) < 2**16 else "uint32"
         num_tokens = _write(aside, encoded, dtype, advance)
         if seed is not None:

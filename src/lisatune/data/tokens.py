@@ -6,7 +6,7 @@ from its length. No mask is ever made from `ids == pad`: in many models the padd
 ends an answer, and the model would never learn to stop.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
@@ -125,6 +125,7 @@ def encode(
     source: str,
     loss_on: LossOn = "auto",
     date: str | None = None,
+    texts_per_record: int = 1,
 ) -> Iterator[Encoded]:
     """Turn records into tokens of their whole length, several hundred records in a call of the tokenizer.
 
@@ -133,6 +134,7 @@ def encode(
         tokenizer: the tokenizer of the model to train.
         source: name of the data for error messages.
         loss_on, date: as for `tokenize`.
+        texts_per_record: so many of `records` are one record for a reader of messages.
 
     Raises:
         ValueError, ImportError: as in `tokenize`; the message names the record.
@@ -141,20 +143,24 @@ def encode(
     waiting: list[_Text] = []
     num_characters = 0
     number = 0
+
+    def name(number: int) -> str:
+        return f"{source}, record {(number - 1) // texts_per_record + 1}"
+
     for number, record in enumerate(records, 1):
         if chat is None and is_chat(record):
             chat = Chat(tokenizer, date)
         try:
             text = _write(record, chat, loss_on)
         except ValueError as error:
-            raise ValueError(f"{source}, record {number}: {error}") from error
+            raise ValueError(f"{name(number)}: {error}") from error
         waiting.append(text)
         num_characters += len(text.texts[-1])
         if len(waiting) >= BATCH_RECORDS or num_characters >= BATCH_CHARACTERS:
-            yield _encode_texts(waiting, tokenizer, source, number)
+            yield _encode_texts(waiting, tokenizer, name, number)
             waiting, num_characters = [], 0
     if waiting:
-        yield _encode_texts(waiting, tokenizer, source, number)
+        yield _encode_texts(waiting, tokenizer, name, number)
 
 
 def _write(record: Record, chat: Chat | None, loss_on: LossOn) -> _Text:
@@ -187,8 +193,8 @@ def _write(record: Record, chat: Chat | None, loss_on: LossOn) -> _Text:
     return _Text([record["text"]], [True], [""], is_chat=False, stops=False)
 
 
-def _encode_texts(waiting: list[_Text], tokenizer: Any, source: str, last: int) -> Encoded:
-    """Tokenise the texts of several records; the last is record number `last`."""
+def _encode_texts(waiting: list[_Text], tokenizer: Any, name: Callable[[int], str], last: int) -> Encoded:
+    """Tokenise the texts of several records; the last is number `last`, and `name` names them in messages."""
 
     def encode_all(texts: list[str], *, of_chat: bool) -> list[list[int]]:
         # A chat template writes all special tokens itself.
@@ -225,7 +231,7 @@ def _encode_texts(waiting: list[_Text], tokenizer: Any, source: str, last: int) 
         try:
             own, own_spans = _mark(encoded, text, tokenizer)
         except ValueError as error:
-            raise ValueError(f"{source}, record {number}: {error}") from error
+            raise ValueError(f"{name(number)}: {error}") from error
         ids.append(own)
         spans += [(start + begin, start + end) for begin, end in own_spans]
         start += len(own)

@@ -76,7 +76,6 @@ class Recipe:
                 "false",
             ),
             "data.kind": (bool(kinds), "its records have chosen and rejected", "auto"),
-            "data.deduplicate": (data.deduplicate, "pairs are not compared with each other", "false"),
             "data.loss_on": (data.loss_on not in ("auto", "answers"), "only answers are compared", "answers"),
             "data.long": (data.long == "split", "a piece of an answer cannot be preferred", "cut or drop"),
             "data.train": (

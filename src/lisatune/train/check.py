@@ -9,15 +9,15 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Literal, ParamSpec, TypeVar
 
 from rich.console import Console
 from rich.text import Text
 
 from lisatune.console import USER_ERRORS, plural, terminal
-from lisatune.data.pairs import read_pairs
 from lisatune.data.prepare import RunData, prepare_data
-from lisatune.data.records import RecordReader, Records
+from lisatune.data.readers import held_out_source, open_reader
+from lisatune.data.records import RecordReader
 from lisatune.data.shown import MarkedText, show_loss
 from lisatune.distributed.ranks import pick_device
 from lisatune.models.hf import announce_remote_code
@@ -149,19 +149,9 @@ def _check_data(recipe: Recipe, report: CheckReport) -> RunData | None:
     config = recipe.data
     if config.validation == config.train:
         report.warnings.append("data.validation is data.train: held-out loss will be loss on training data")
-    sources = [] if config.streaming else list(config.sources)
-    if config.validation is not None:
-        keys = ("kind", "split", "fields", "text_only")
-        how: dict[str, Any] = {key: getattr(config, key) for key in keys}
-        sources.append(SourceConfig(path=config.validation, limit=config.validation_limit, **how))
-    for source in sources:
-        found: RecordReader | Records | None
-        if recipe.loss.rows_per_record == 2:
-            how = {key: getattr(source, key) for key in ("split", "limit", "fields", "text_only")}
-            how["needs_prompt"] = not recipe.loss.has_score
-            found = report.attempt(read_pairs, source.path, on_bad_row="skip", **how)
-        else:
-            found = report.attempt(_read_through, source, needs_answer=config.needs_answers)
+    held_out = held_out_source(recipe) if config.validation is not None else None
+    for source in (*(() if config.streaming else config.sources), *(() if held_out is None else (held_out,))):
+        found = report.attempt(_read_through, recipe, source)
         if found is not None and found.skipped and config.on_bad_row == "error":
             more = f" (and {found.skipped - 1:,} more like it)" if found.skipped > 1 else ""
             report.problems.append(f"{found.first_skipped}{more}; fix it, or set data.on_bad_row=skip")
@@ -175,11 +165,9 @@ def _check_data(recipe: Recipe, report: CheckReport) -> RunData | None:
     return data
 
 
-def _read_through(source: SourceConfig, *, needs_answer: bool) -> RecordReader:
+def _read_through(recipe: Recipe, source: SourceConfig) -> RecordReader:
     """Read and check all records of a source."""
-    keys = ("kind", "split", "limit", "fields", "text_only")
-    how: dict[str, Any] = {key: getattr(source, key) for key in keys}
-    reader = RecordReader(source.path, on_bad_row="skip", needs_answer=needs_answer, **how)
+    reader = open_reader(recipe, source, "skip")
     reader.read_through()
     return reader
 

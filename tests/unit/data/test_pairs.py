@@ -4,9 +4,13 @@ from typing import Any
 
 import pytest
 
-from lisatune.data.pairs import read_pairs, tokenize_pairs
+from lisatune.data import store
+from lisatune.data.prepare import RunData, prepare_data
 from lisatune.data.records import Records
 from lisatune.data.splitting import split_records
+from lisatune.methods import Full
+from lisatune.recipe import DataConfig, LossConfig, ModelConfig, Recipe
+from pair_runs import read_pairs, tokenize_pairs
 from tiny_text import CHATML, byte_tokenizer
 
 USER, GOOD, BAD = (
@@ -119,7 +123,7 @@ def test_each_pair_makes_two_rows_with_labels_on_the_answers(tmp_path: Path) -> 
     tokenizer = byte_tokenizer(CHATML, extra=["<|im_start|>"])
     plain = {"prompt": "Hi", "chosen": "Hey", "rejected": "No"}
     for row in (plain, {"chosen": [USER, GOOD], "rejected": [USER, BAD]}):
-        examples = tokenize_pairs(read(tmp_path, row), tokenizer, max_length=64)
+        examples = tokenize_pairs(read(tmp_path, row).rows, tokenizer, max_length=64)
         answers = [[label for label in row["labels"] if label != -100] for row in examples.rows]
         assert tokenizer.batch_decode(answers) == ["Hey<eos>", "No<eos>"]
 
@@ -132,10 +136,10 @@ def test_answers_are_cut_and_pairs_that_are_equal_then_left_out(tmp_path: Path) 
         {"prompt": "1", "chosen": "a", "rejected": "x"},
     ]
     records = read(tmp_path, *rows)
-    cut = tokenize_pairs(records, tokenizer, max_length=11)
+    cut = tokenize_pairs(records.rows, tokenizer, max_length=11)
     assert [len(row["input_ids"]) for row in cut.rows] == [11, 11, 3, 3]
     assert (cut.num_cut, cut.num_without_loss, cut.num_lost_tokens) == (1, 1, 2 + 26)
-    dropped = tokenize_pairs(records, tokenizer, max_length=11, long="drop")
+    dropped = tokenize_pairs(records.rows, tokenizer, max_length=11, long="drop")
     assert (len(dropped.rows), dropped.num_dropped, dropped.num_cut) == (2, 2, 0)
 
 
@@ -144,8 +148,51 @@ def test_a_prompt_that_fills_max_length_is_an_error_unless_long_records_are_drop
     long = {"prompt": "12345678", "chosen": "abc", "rejected": "xyz"}
     short = {"prompt": "1", "chosen": "a", "rejected": "x"}
     with pytest.raises(ValueError, match=r"record 2: the prompt has 8 tokens.*max_length=8.*data.long: drop"):
-        tokenize_pairs(read(tmp_path, short, long), tokenizer, max_length=8)
-    kept = tokenize_pairs(read(tmp_path, short, long), tokenizer, max_length=8, long="drop")
+        tokenize_pairs(read(tmp_path, short, long).rows, tokenizer, max_length=8)
+    kept = tokenize_pairs(read(tmp_path, short, long).rows, tokenizer, max_length=8, long="drop")
     assert (len(kept.rows), kept.num_dropped) == (2, 1)
     with pytest.raises(ValueError, match=r"no pair is left after data.max_length=8: 1 are longer"):
-        tokenize_pairs(read(tmp_path, long), tokenizer, max_length=8, long="drop")
+        tokenize_pairs(read(tmp_path, long).rows, tokenizer, max_length=8, long="drop")
+
+
+def prepare(path: Path, *rows: Any, **data: Any) -> RunData:
+    config = DataConfig(train=write(path, *rows), **({"validation_share": 0, "max_length": 64} | data))
+    loss = LossConfig(name="dpo")
+    recipe = Recipe(model=ModelConfig(name="tiny"), data=config, method=Full(), loss=loss)
+    return prepare_data(recipe, byte_tokenizer(None))
+
+
+def answers(data: RunData) -> list[str]:
+    return [data.tokenizer.decode(row["input_ids"]) for row in data.train.rows]
+
+
+def test_equal_pairs_are_counted_and_left_out_if_asked(tmp_path: Path) -> None:
+    pair = {"prompt": "Hi ", "chosen": "Hey", "rejected": "No"}
+    rows = [pair, pair | {"rejected": "Ho"}, pair, pair | {"chosen": "Hello"}]
+    counted = prepare(tmp_path, *rows)
+    assert (counted.duplicates, len(counted.train.rows)) == (1, 8)
+    once = prepare(tmp_path, *rows, deduplicate=True)
+    assert once.duplicates == 1
+    assert answers(once) == answers(counted)[:4] + answers(counted)[6:]
+
+
+def test_pairs_that_are_held_out_too_are_counted_and_named(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{number} ", "chosen": "Hey", "rejected": "No"} for number in range(4)]
+    held_out = tmp_path / "held.jsonl"
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in (rows[2], rows[1] | {"chosen": "Hello"})))
+    with pytest.warns(
+        UserWarning, match=r"^1 training record is in the held-out data .*pairs.jsonl, line 3; "
+    ):
+        data = prepare(tmp_path, *rows, validation=str(held_out))
+    assert (len(data.train.rows), len(data.validation.rows)) == (8, 4)
+
+
+def test_pairs_are_tokenised_once_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"prompt": f"{number} ", "chosen": "Hey", "rejected": "No"} for number in range(40)]
+    first = prepare(tmp_path, *rows, validation_share=0.25)
+    monkeypatch.setattr(store, "encode", None)
+    again = prepare(tmp_path, *rows, validation_share=0.25)
+    assert again.hashes == first.hashes
+    assert (len(again.train.rows), len(again.validation.rows)) == (60, 20)
+    shorter = prepare(tmp_path, *rows[:40], max_length=5)
+    assert shorter.train.num_cut == 40

@@ -13,11 +13,9 @@ from trl import DPOConfig, DPOTrainer
 import tiny
 import tiny_run
 from lisatune.data.batches import collate
-from lisatune.data.pairs import tokenize_pairs
-from lisatune.data.records import Records
 from lisatune.losses.dpo import DPOLoss
 from lisatune.models.load import load_model
-from pair_runs import assert_gradients_are_theirs, make_pairs
+from pair_runs import assert_gradients_are_theirs, make_pairs, tokenize_pairs
 from tiny_text import CHATML, byte_tokenizer
 
 BETA = 0.3
@@ -38,13 +36,8 @@ def shifted(model: nn.Module) -> nn.Module:
 def make_loss(
     reference: nn.Module, model: nn.Module, rows: list[dict[str, Any]], tokenizer: Any
 ) -> tuple[DPOLoss, dict[str, Tensor]]:
-    records = Records(
-        [{"prompt": r["prompt"], "completion": r["chosen"], "rejected": r["rejected"]} for r in rows],
-        kind="pairs",
-        skipped=0,
-        source="made here",
-    )
-    examples = tokenize_pairs(records, tokenizer, max_length=64)
+    pairs = [{"prompt": r["prompt"], "completion": r["chosen"], "rejected": r["rejected"]} for r in rows]
+    examples = tokenize_pairs(pairs, tokenizer, max_length=64)
     batch = collate([row | {"number": torch.tensor([number])} for number, row in enumerate(examples.rows)])
     loss = DPOLoss(model, beta=BETA)
     with torch.no_grad():
