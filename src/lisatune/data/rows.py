@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lisatune.console import follow
 from lisatune.losses.causal_lm import IGNORE
 
 __all__ = ["Documents", "Encoded", "Rows", "TokenFile", "TokenRow"]
@@ -309,8 +310,10 @@ class Rows(Sequence[TokenRow]):
     def sha256(self) -> str:
         """Hash of the rows in their order: tokens, labels and documents' lengths."""
         digest = hashlib.sha256()
-        for row in self:
-            for name in sorted(row):
-                digest.update(f"{name} {len(row[name])} ".encode())
-                digest.update(row[name].numpy().astype("<i8", copy=False).tobytes())
+        with follow("hashing rows", len(self)) as advance:
+            for done, row in enumerate(self, 1):
+                for name in sorted(row):
+                    digest.update(f"{name} {len(row[name])} ".encode())
+                    digest.update(row[name].numpy().astype("<i8", copy=False).tobytes())
+                advance(done)
         return digest.hexdigest()
