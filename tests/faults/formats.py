@@ -4,7 +4,9 @@ import csv
 import gzip
 import io
 import json
+import lzma
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,9 @@ import pyarrow
 import pyarrow.parquet
 
 from faults import changing
+
+Writer = Callable[[Path, list[dict[str, Any]], random.Random], Path]
+"""Writes rows, some of them changed, into a folder."""
 
 CALL = {"name": "add", "arguments": '{"a": 1}'}
 QUESTION = {"message_id": "q", "parent_id": None, "role": "prompter", "text": "a"}
@@ -48,6 +53,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     ]
     * 3,
     "oasst": [{"message_tree_id": "q", "prompt": QUESTION | {"replies": [QUESTION | ANSWER]}}] * 3,
+    "pairs": [{"prompt": "a", "chosen": [{"role": "assistant", "content": "b"}], "rejected": "c"}] * 3,
     "oasst, one message a row": [QUESTION, QUESTION | ANSWER, QUESTION | {"message_id": "q2"}],
 }
 
@@ -96,11 +102,21 @@ def _parquet(folder: Path, rows: list[dict[str, Any]], generator: random.Random)
     return path
 
 
-def _gz(folder: Path, rows: list[dict[str, Any]], generator: random.Random) -> Path:
-    data = gzip.compress("\n".join(map(json.dumps, rows)).encode())
-    path = folder / "rows.jsonl.gz"
-    path.write_bytes(changing.mutate(data, generator))
-    return path
+def _compressed(suffix: str, compress: Callable[[bytes], bytes]) -> Writer:
+    def write(folder: Path, rows: list[dict[str, Any]], generator: random.Random) -> Path:
+        data = compress("\n".join(map(json.dumps, rows)).encode())
+        path = folder / f"rows.jsonl{suffix}"
+        path.write_bytes(changing.mutate(data, generator))
+        return path
+
+    return write
+
+
+def _zst(data: bytes) -> bytes:
+    written = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(written, "zstd") as file:
+        file.write(data)
+    return bytes(written.getvalue())
 
 
 def _folder(folder: Path, rows: list[dict[str, Any]], generator: random.Random) -> Path:
@@ -109,11 +125,13 @@ def _folder(folder: Path, rows: list[dict[str, Any]], generator: random.Random) 
     return folder
 
 
-FORMS = {
+FORMS: dict[str, Writer] = {
     ".jsonl": _jsonl,
     ".json": _json,
     ".csv": _csv,
     ".parquet": _parquet,
-    ".jsonl.gz": _gz,
+    ".jsonl.gz": _compressed(".gz", gzip.compress),
+    ".jsonl.xz": _compressed(".xz", lzma.compress),
+    ".jsonl.zst": _compressed(".zst", _zst),
     "folder": _folder,
 }

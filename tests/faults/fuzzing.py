@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -27,14 +28,18 @@ from faults.formats import FORMS, ROWS
 from lisatune import LISA, AdamW
 from lisatune.cli import app
 from lisatune.console import USER_ERRORS
+from lisatune.data import shard_reader
 from lisatune.data.records import read_records
+from lisatune.data.streaming import Stream
 from lisatune.data.tokens import is_chat, tokenize
 from lisatune.files import yaml
 from lisatune.models.load import load_model, load_tokenizer
+from lisatune.recipe import DataConfig
 from lisatune.runs.checkpoint import load_checkpoint, save_checkpoint
 from lisatune.runs.manifest import FILES, newest_checkpoint, write_manifest
 from lisatune.train.recipe_file import load_recipe
 from lisatune.train.resume import RunState, read_state
+from pair_runs import read_pairs, tokenize_pairs
 
 SECONDS = 20
 """Seconds after which a case counts as hanging."""
@@ -73,7 +78,9 @@ class Fuzz:
         self.kinds: dict[str, Callable[[random.Random], None]] = {
             "recipe": self.feed_recipe,
             "override": self.feed_override,
+            "mixture": self.feed_mixture,
             **{f"records, {form}": self._records(form) for form in FORMS},
+            "stream": self.feed_stream,
             "manifest.json": self.feed_manifest,
             "state.json": self.feed_state,
             "checkpoint, safetensors": self.feed_checkpoint_tensors,
@@ -122,6 +129,18 @@ class Fuzz:
             path.write_text(yaml.dump(changing.mutate_value(yaml.load(text), generator)))
         self._check(path)
 
+    def feed_mixture(self, generator: random.Random) -> None:
+        """Check a recipe with a changed list of sources."""
+        recipe = yaml.load(self.recipe.read_text())
+        sources = [
+            {"path": str(self.rows), "weight": 2, "limit": 8, "fields": {"system": "input"}},
+            {"path": str(self.rows), "split": "other", "weight": 0.5, "kind": "alpaca"},
+        ]
+        recipe["data"]["train"] = changing.mutate_value(sources, generator)
+        path = self.work / "recipe.yaml"
+        path.write_text(yaml.dump(recipe))
+        self._check(path)
+
     def feed_override(self, generator: random.Random) -> None:
         full = load_recipe(self.recipe).as_dict()
         section = generator.choice(list(full))
@@ -154,6 +173,10 @@ class Fuzz:
             path = FORMS[form](self.work, ROWS[kind], generator)
             on_bad_row = generator.choice(["error", "skip"])
             text_only = kind == "images" or generator.random() < 0.5
+            if kind == "pairs":
+                pairs = read_pairs(str(path), on_bad_row=on_bad_row, text_only=text_only)
+                tokenize_pairs(pairs.rows, self.tokenizer, max_length=64)
+                return
             records = read_records(str(path), on_bad_row=on_bad_row, text_only=text_only)  # type: ignore[arg-type]
             loss_on: Any = "auto"
             if is_chat(records.rows[0]):
@@ -161,6 +184,22 @@ class Fuzz:
             tokenize(records, self.tokenizer, max_length=64, loss_on=loss_on)
 
         return feed
+
+    def feed_stream(self, generator: random.Random) -> None:
+        """Stream from one to three files of changed records."""
+        kind = generator.choice([kind for kind in ROWS if kind != "pairs"])
+        for number in range(generator.randint(1, 3)):
+            folder = self.work / str(number)
+            folder.mkdir()
+            generator.choice(list(FORMS.values()))(folder, ROWS[kind], generator)
+        on_bad_row: Any = generator.choice(["error", "skip"])
+        data = DataConfig(train=str(self.work), streaming=True, window=4, on_bad_row=on_bad_row)
+        stream = Stream(data, self.tokenizer, seed=0, batch_size=2, cache=self.work / "cache")
+        # Else a damaged file would be read again after some seconds.
+        with patch.object(shard_reader, "WAITS", ()), contextlib.closing(stream):
+            stream.seek([])
+            for micro_step in range(5):
+                stream.batch(micro_step)
 
     # -- checkpoints
 

@@ -15,7 +15,7 @@ from faults.fuzzing import Fuzz, Outcome
 
 CASES = 25
 KINDS = [
-    *("recipe", "override", *(f"records, {form}" for form in FORMS)),
+    *("recipe", "override", "mixture", *(f"records, {form}" for form in FORMS), "stream"),
     *("manifest.json", "state.json", "checkpoint, safetensors", "model, safetensors"),
 ]
 

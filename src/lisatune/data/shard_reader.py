@@ -17,7 +17,7 @@ from lisatune.recipe import DataConfig
 
 __all__ = ["ShardReader", "StreamError"]
 
-WAITS = (1, 4, 16)
+WAITS: tuple[float, ...] = (1, 4, 16)
 """Seconds before each further try to read a shard."""
 
 
