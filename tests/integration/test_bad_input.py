@@ -228,7 +228,7 @@ def test_a_bad_row_is_named_by_file_and_line_or_skipped_and_counted(
         ("", "is empty: it has no records"),
         ("\n \n", "is empty: it has no records"),
         (GOOD, "has 1 different prompt, and holding it out leaves nothing to train on; give validation"),
-        ("{oops\n" * 3, "has no usable record, all 3 were skipped; first: "),
+        ("{oops\n" * 3, "has no usable record among 3; the first: "),
     ],
 )
 def test_data_of_which_nothing_is_left(

@@ -178,8 +178,7 @@ class RecordReader:
                 break
         if not num_records and self.skipped:
             raise ValueError(
-                f"{self.source} has no usable record, all {self.skipped} were skipped; first: "
-                f"{self.first_skipped}"
+                f"{self.source} has no usable record among {self.skipped}; the first: {self.first_skipped}"
             )
         if not num_records:
             raise ValueError(f"{self.source} is empty: it has no records")

@@ -519,7 +519,7 @@ def test_skipping_every_row_is_an_error(tmp_path: Path) -> None:
     source = save(tmp_path, {"text": 1}, {"text": 2})
     with pytest.raises(
         ValueError,
-        match=r"no usable record, all 2 were skipped; first: .*line 1: 'text' must be text, got the number 1",
+        match=r"no usable record among 2; the first: .*line 1: 'text' must be text, got the number 1",
     ):
         read_records(source, on_bad_row="skip")
 
