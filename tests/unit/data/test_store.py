@@ -81,6 +81,18 @@ def test_whatever_changes_tokens_makes_another_entry(tmp_path: Path, counted: li
     assert len(list_entries(cache)) == len(ways) + 1
 
 
+def test_what_the_first_call_switches_off_in_a_tokenizer_changes_nothing(
+    tmp_path: Path, counted: list[str]
+) -> None:
+    files = [write_rows(tmp_path / "a.jsonl"), write_rows(tmp_path / "b.jsonl", 5)]
+    for _ in range(2):
+        tokenizer = byte_tokenizer(CHATML)
+        tokenizer.backend_tokenizer.enable_truncation(512)
+        for file in files:
+            prepare(file, tmp_path / "cache", tokenizer=tokenizer)
+    assert counted == [str(file) for file in files]
+
+
 def test_a_date_that_the_template_does_not_read_changes_nothing(tmp_path: Path, counted: list[str]) -> None:
     file = write_rows(tmp_path / "rows.jsonl")
     for day in ("2026-01-02", "2026-01-03"):
