@@ -98,7 +98,7 @@ def test_a_run_stopped_in_the_middle_of_an_epoch_continues_bit_equal(
 
 def test_other_weights_are_refused_on_resume(run: dict[str, Any]) -> None:
     other = run["mixture"].replace("weight: 3", "weight: 4")
-    with pytest.raises(ValueError, match=r"data\.train: .*'weight': 3.* → .*'weight': 4"):
+    with pytest.raises(ValueError, match=r"data\.train: .*weight: 3.* → .*weight: 4"):
         train(load_recipe(run["recipe"], [other, "run.steps=8", "run.eval_every=3"]), resume=True)
 
 
