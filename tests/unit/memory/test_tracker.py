@@ -18,12 +18,12 @@ from lisatune.models.load import model_from_config
 from lisatune.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe, RunConfig
 
 SIZES = {"vocab_size": 1000, "max_position_embeddings": 256, "num_attention_heads": 4}
-LLAMA = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 5, "num_key_value_heads": 2}
+LLAMA = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3, "num_key_value_heads": 2}
 CONFIGS = {
     "tied": LlamaConfig(**SIZES, **LLAMA, tie_word_embeddings=True),
     "untied": LlamaConfig(**SIZES, **LLAMA, tie_word_embeddings=False),
     "gpt2": GPT2Config(
-        vocab_size=1000, n_embd=64, n_layer=5, n_head=4, n_positions=256, bos_token_id=0, eos_token_id=0
+        vocab_size=1000, n_embd=64, n_layer=3, n_head=4, n_positions=256, bos_token_id=0, eos_token_id=0
     ),
 }
 
