@@ -245,7 +245,7 @@ def test_codes_and_the_switch_between_two_draws_are_planned_as_in_a_run(bits: st
     options = {"ends": ends, "period": 1, "precision": "bf16", "verify": "off"}
     recipe = make_recipe({"rounding": "stochastic"}, frozen_weights=bits, **options)
     plan = plan_memory(recipe, config=CONFIG)
-    exact = plan_memory(make_recipe({"rounding": "stochastic"}, **options), config=CONFIG)
+    exact = planned_once(make_recipe({"rounding": "stochastic"}, **options), config=CONFIG)
     model = LlamaForCausalLM(CONFIG).to(torch.bfloat16)
     built = build(recipe, model, CausalLMLoss(model), steps=400, device=torch.device("cpu"))
     steps = []
@@ -277,7 +277,7 @@ def test_a_plan_for_cuda_counts_the_whole_pinned_area() -> None:
     assert cuda.host_bytes == 2 * BLOCKS * linear
     assert cpu.active_blocks is not None
     assert cpu.switch_bytes == 2 * len(cpu.active_blocks) * linear
-    assert plan_memory(make_recipe(), config=CONFIG).switch_bytes == 0
+    assert planned_once(make_recipe(), config=CONFIG).switch_bytes == 0
 
 
 @pytest.mark.parametrize("options", [{}, {"frozen_weights": "int8", "precision": "bf16", "state": "cpu"}])
