@@ -48,7 +48,7 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=192,
-        num_hidden_layers=5,
+        num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
