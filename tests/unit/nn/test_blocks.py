@@ -186,6 +186,18 @@ def test_compiled_blocks_give_the_same_gradients_and_no_draw_compiles_anew(
     assert list(model.state_dict()) == names
 
 
+@pytest.mark.parametrize("family", ["gemma3", "gpt2"])
+def test_one_graph_of_forward_and_backward_takes_batches_of_any_length(family: str) -> None:
+    model = build(family)
+    plain = copy.deepcopy(model)
+    BlockForward(model, find_layers(model), backend="aot_eager")
+    graphs = set()
+    for step, length in enumerate((40, 16, 64)):
+        torch.testing.assert_close(run(model, length, step), run(plain, length, step), rtol=1e-4, atol=1e-6)
+        graphs.add(num_graphs())
+    assert graphs == {2 if family == "gemma3" else 1}
+
+
 def test_evaluation_and_generation_are_not_compiled() -> None:
     model = build("llama")
     ids = tiny.tokens(0)
