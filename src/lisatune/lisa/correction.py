@@ -9,10 +9,10 @@ weight of a linear layer,
     sign    W_l ← W_l - lr·c·sign(dL/dW_l)    in backward, as soon as the gradient is there
 
 `lora`: A and B live for the whole run with their moments, in float32. B is zero at first, so training begins
-from the model as it is. A block that thaws keeps its adapters: they stay added and go on training beside its
-weights. Nothing is merged before the end, so codes of frozen weights (QLISA) stay valid, and a block's
-weights change only while it is drawn. The model's `state_dict` gives merged weights, round(W + s·BA), so
-everything that saves the model saves a plain one.
+from the model as it is. A block that thaws keeps its adapters: they stay added, and train beside its weights
+unless `blocks` says frozen. Nothing is merged before the end, so codes of frozen weights (QLISA) stay valid,
+and a block's weights change only while it is drawn. The model's `state_dict` gives merged weights,
+round(W + s·BA), so everything that saves the model saves a plain one.
 
 `sign` is what FRUGAL (Zmushko et al., arXiv 2411.07837) does with all that its optimizer holds no state of.
 It stores nothing: the gradient of a frozen weight is freed once it has moved it. A frozen block then moves
@@ -47,7 +47,7 @@ READ: dict[Kind, tuple[str, ...]] = {
 }
 """Settings that each kind reads."""
 
-Corrected = Literal["all", "above"]
+Corrected = Literal["all", "above", "frozen"]
 """Blocks whose adapters train in a step."""
 
 
@@ -73,7 +73,8 @@ class Correction:
     """B's learning rate is `lr_ratio` times A's, > 0 (LoRA+, Hayou et al., arXiv 2402.12354)."""
 
     blocks: Corrected = "all"
-    """`above`: only adapters of the lowest active block and of those above it train, the others rest."""
+    """`above`: only adapters of the lowest active block and of those above it train. `frozen`: only those of
+    frozen blocks. Adapters that rest stay added."""
 
     matrices: tuple[str, ...] = ()
     """Names of the linear layers that get adapters, such as o_proj. Default: all of the blocks."""
@@ -90,7 +91,7 @@ class Correction:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"correction_{name} must be > 0 and finite, got {getattr(self, name)}")
         if self.blocks not in get_args(Corrected):
-            raise ValueError(f"correction_blocks must be all or above, got {self.blocks!r}")
+            raise ValueError(f"correction_blocks must be all, above or frozen, got {self.blocks!r}")
         object.__setattr__(self, "matrices", tuple(self.matrices))
 
     @classmethod

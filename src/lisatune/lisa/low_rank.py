@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lisatune.distributed import ranks
 from lisatune.distributed.shards import has_values
-from lisatune.lisa.correction import Correction, FrozenCorrection
+from lisatune.lisa.correction import Corrected, Correction, FrozenCorrection
 from lisatune.lisa.proof import INTEGERS, fingerprint
 from lisatune.nn.adapter import Adapter
 from lisatune.nn.coded import CodedLinear
@@ -29,6 +29,14 @@ __all__ = ["LowRankCorrection"]
 
 SCALE = 2.0
 """s. A rank that is twice as large needs no other learning rate, because s does not depend on it."""
+
+
+WHICH: dict[Corrected, str] = {
+    "all": "all blocks",
+    "above": "active blocks and those above them",
+    "frozen": "frozen blocks",
+}
+"""Blocks whose adapters train, in words."""
 
 
 class LowRankCorrection(FrozenCorrection):
@@ -79,8 +87,7 @@ class LowRankCorrection(FrozenCorrection):
             self.blocks[block].append(adapter)
         self.optimizer = _build_optimizer(self.adapters, correction, optimizer)
         self._full_lr = _full_rate(optimizer)
-        which = "all blocks" if correction.blocks == "all" else "active blocks and those above them"
-        self.says = f"adapters of {which} moved"
+        self.says = f"adapters of {WHICH[correction.blocks]} moved"
         super().__init__(model, optimizer, correction)
 
     @property
@@ -112,6 +119,8 @@ class LowRankCorrection(FrozenCorrection):
 
     def trains(self, block: int, active: Sequence[int]) -> bool:
         """Tell whether a block's adapters train while the blocks `active` do."""
+        if self.correction.blocks == "frozen":
+            return block not in active
         return self.correction.blocks == "all" or (bool(active) and block >= min(active))
 
     def groups(self) -> list[Group]:

@@ -93,7 +93,8 @@ class Lisa(Method):
     """Learning rate of an adapter's matrix B, as a multiple of A's (LoRA+)."""
 
     correction_blocks: Corrected = "all"
-    """`above`: only adapters of the lowest active block and above it train, so that backward ends there."""
+    """`above`: only adapters of the lowest active block and above it train, so that backward ends there.
+    `frozen`: adapters of active blocks rest."""
 
     correction_matrices: tuple[str, ...] = ()
     """Names of the linear layers that get adapters, such as o_proj. Default: all of the blocks."""

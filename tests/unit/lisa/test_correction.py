@@ -117,6 +117,17 @@ def test_above_trains_the_adapters_that_backward_reaches_anyway() -> None:
     assert not adapter.A.requires_grad
 
 
+def test_adapters_rest_while_their_block_trains() -> None:
+    model = tiny.llama()
+    optimizer, lisa = attach(model, correction=Correction(blocks="frozen"), active=2, seed=1)
+    for _ in range(3):  # periods
+        active = set(lisa.active_blocks)
+        before = [p.detach().clone() for p in of(model).all_parameters()]
+        tiny.fit(model, optimizer, lisa.period)
+        assert blocks_that_moved(before, model) == set(range(6)) - active
+    assert lisa.periods_proven == 3
+
+
 def test_named_matrices_alone_get_adapters() -> None:
     model = tiny.llama()
     attach(model, correction=Correction(matrices=("o_proj", "mlp.down_proj")))
