@@ -94,7 +94,8 @@ def test_resume_is_bit_equal(method: str, recipe: Path) -> None:
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - set(REFUSED)))
 def test_the_score_trains_with_every_method_that_is_not_refused(name: str, recipe: Path) -> None:
-    keys = ("method.ends=head", "method.switch_every=1") if name == "badam" else ()
+    own = {"badam": ("method.ends=head", "method.switch_every=1"), "freezeout": ("method.period=1",)}
+    keys = own.get(name, ())
     asked = load_pairs(recipe, "run", *keys, method=name)
     before = assemble(asked)
     score = {
