@@ -151,9 +151,13 @@ def _fit_machine(sections: "Sections", comments: dict[str, str]) -> str:
     from lisatune.distributed.ranks import pick_device
     from lisatune.memory import process
     from lisatune.memory.fit import apply_changes, find_fit
+    from lisatune.train.assemble import multiplies_bf16_slowly
     from lisatune.train.recipe_file import build_recipe
 
     device = pick_device("auto")
+    if multiplies_bf16_slowly(device):
+        sections["run"]["precision"] = "fp32"
+        comments["run.precision"] = "this CPU has no AVX-512, so bf16 would take ten times as long"
     free = process.available_bytes(device)
     if free is None:
         return ""

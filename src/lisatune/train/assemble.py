@@ -54,6 +54,7 @@ __all__ = [
     "assemble",
     "batch_length",
     "check_fits",
+    "multiplies_bf16_slowly",
     "rehearse",
     "seed_generators",
     "warn_of_slow_bf16",
@@ -268,7 +269,7 @@ def rehearse(
 
 def warn_of_slow_bf16(recipe: Recipe, device: torch.device) -> None:
     """Warn if a run multiplies bf16 numbers on a CPU that has no fast way to."""
-    if recipe.run.precision != "fp32" and _multiplies_bf16_slowly(device):
+    if recipe.run.precision != "fp32" and multiplies_bf16_slowly(device):
         warnings.warn(
             "this CPU has no AVX-512, so that torch multiplies bf16 numbers about ten times as slowly as "
             f"float32; run.precision: fp32 is faster here than {recipe.run.precision}",
@@ -276,7 +277,8 @@ def warn_of_slow_bf16(recipe: Recipe, device: torch.device) -> None:
         )
 
 
-def _multiplies_bf16_slowly(device: torch.device) -> bool:
+def multiplies_bf16_slowly(device: torch.device) -> bool:
+    """Whether this is a CPU on which products of bf16 matrices take about ten times as long as of float32."""
     capability = torch.backends.cpu.get_cpu_capability()
     return device.type == "cpu" and capability in ("AVX2", "NO AVX")
 
@@ -286,7 +288,7 @@ def _warn_of_widened_weights(recipe: Recipe, model: nn.Module, device: torch.dev
     stored = stored_dtype(**recipe.model.location)
     if weight_dtype(recipe) != torch.float32 or stored not in (torch.bfloat16, torch.float16):
         return
-    if device is not None and _multiplies_bf16_slowly(device):
+    if device is not None and multiplies_bf16_slowly(device):
         return
     more = 2 * sum(p.numel() for p in model.parameters())
     warnings.warn(

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import tiny_run
 from lisatune.cli import init as module
@@ -60,6 +61,17 @@ def test_tokens_are_those_of_the_models_tokenizer(
     assert main(["init", "--data", "rows.jsonl", "--model", "bytes"]) == 0
     assert f"99 of 100 records have fewer than about {tokens} tokens\n" in Path("recipe.yaml").read_text()
     assert load_recipe("recipe.yaml").data.max_length == -(-tokens // 64) * 64
+
+
+@pytest.mark.usefixtures("unplanned")
+@pytest.mark.parametrize(("instructions", "precision"), [("AVX2", "fp32"), ("AVX512", "bf16-mixed")])
+def test_the_precision_is_one_in_which_this_cpu_is_fast(
+    instructions: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: instructions)
+    monkeypatch.setattr("lisatune.distributed.ranks.pick_device", lambda name: torch.device("cpu"))
+    assert main(["init", "--model", "null"]) == 0
+    assert load_recipe("recipe.yaml").run.precision == precision
 
 
 @pytest.mark.usefixtures("unplanned")
