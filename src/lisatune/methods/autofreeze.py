@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import final
 
 from lisatune.lisa.freezing import AutoFreeze as AutoFreezeSampler
-from lisatune.methods.lisa import FreezesByInterval
+from lisatune.methods.as_lisa import FreezesByInterval
 from lisatune.recipe import OptimizerConfig
 
 __all__ = ["AutoFreeze"]

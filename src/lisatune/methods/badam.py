@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal, final
 
+from lisatune.methods.as_lisa import AsLisa
 from lisatune.methods.base import Alternatives
-from lisatune.methods.lisa import AsLisa, Lisa
+from lisatune.methods.lisa import Lisa
 
 __all__ = ["BAdam"]
 

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import final
 
 from lisatune.lisa.ends import EndsPolicy
+from lisatune.methods.as_lisa import AsLisa
 from lisatune.methods.base import Alternatives
-from lisatune.methods.lisa import AsLisa, Lisa
+from lisatune.methods.lisa import Lisa
 
 __all__ = ["EndsOnly"]
 

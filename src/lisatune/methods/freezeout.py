@@ -11,7 +11,8 @@ from torch import nn
 from lisatune.lisa.ends import EndsPolicy
 from lisatune.lisa.freezing import FreezeOut as FreezeOutSampler
 from lisatune.lisa.lisa import LISA
-from lisatune.methods.lisa import AsLisa, Lisa
+from lisatune.methods.as_lisa import AsLisa
+from lisatune.methods.lisa import Lisa
 from lisatune.nn.layers import LayerMap
 
 __all__ = ["FreezeOut"]

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from lisatune.lisa.lisa import LISA
-from lisatune.methods.lisa import AsLisa, Lisa
+from lisatune.methods.as_lisa import AsLisa
+from lisatune.methods.lisa import Lisa
 from lisatune.nn.layers import LayerMap
 
 __all__ = ["Greedy"]

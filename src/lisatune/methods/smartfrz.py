@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lisatune.lisa.smartfrz import Predictor
 from lisatune.lisa.smartfrz import SmartFRZ as SmartFRZSampler
-from lisatune.methods.lisa import FreezesByInterval
+from lisatune.methods.as_lisa import FreezesByInterval
 
 __all__ = ["WEIGHTS", "SmartFRZ", "load_predictor"]
 
