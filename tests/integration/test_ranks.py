@@ -42,7 +42,7 @@ METHODS = {
     "full": "full",
     "badam": "badam, switch_every: 2",
     "ends": "ends",
-    "freezeout": "freezeout",
+    "freezeout": "freezeout, period: 1",
     "greedy": "greedy",
     "smartfrz": "smartfrz, intervals: 4, confidence: 0.01",
 }
