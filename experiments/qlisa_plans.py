@@ -18,9 +18,11 @@ ROWS: dict[str, list[tuple[str, str, int]]] = {
     "llama-3.1-8b": [
         ("exact", "frozen", 2),
         ("int8", "frozen", 2),
+        ("mixed", "frozen", 2),
         ("nf4", "frozen", 2),
         ("exact", "frozen", 8),
         ("int8", "frozen", 8),
+        ("mixed", "frozen", 8),
         ("nf4", "frozen", 8),
         ("nf4", "frozen", 20),
         ("exact", "train", 2),

@@ -17,6 +17,9 @@ With N blocks of P_b numbers, γ of them active, c bytes for a coded number (int
 
 and in the store (N - γ) · P_b · w. Frozen ends are stored as int8 rows, whatever format the blocks have:
 embedding and head lose more by NF4. Norms and biases stay exact.
+
+`mixed` stores the smallest matrices of a block as int8 rows, as many as have a third of its numbers together,
+and the others as NF4. In models of today the small ones are attention's, which lose most by NF4.
 """
 
 import weakref
@@ -38,6 +41,9 @@ __all__ = ["FrozenWeights", "RamMasters", "ShapeMasters"]
 
 LEAST_SHARE = 0.5
 """Share of a model's block parameters that codes must be able to replace."""
+
+SMALL_SHARE = 1 / 3
+"""Share of a block's coded numbers that are int8 under `mixed`, at most."""
 
 
 class RamMasters:
@@ -114,7 +120,7 @@ class FrozenWeights:
     Args:
         model: has its exact weights, on any device.
         layers: its blocks and ends.
-        name: format of the blocks' codes, `int8` or `nf4`.
+        name: format of the blocks' codes: `int8`, `nf4`, or `mixed`, which is both.
         scales: how NF4 stores its scales.
         masters: where exact weights go. Default: `RamMasters`.
         device: where the model will train. Default: where it is.
@@ -139,15 +145,20 @@ class FrozenWeights:
                 f"frozen_weights {name!r} works in one process only, because codes are not divided among "
                 "ranks; use frozen_weights exact"
             )
-        blocks = {p for block in layers.block_parameters(model) for p in block.values()}
+        by_block = [list(block.values()) for block in layers.block_parameters(model)]
+        blocks = {p for block in by_block for p in block}
         ends = set(layers.end_parameters(model).values())
-        layer_format, end_format = make_format(name, scales=scales), Int8Rows()
         owners = _find_owners(model)
-        formats = {
-            weight: layer_format if weight in blocks else end_format
+        coded = {
+            weight
             for weight, layers_of in owners.items()
             if weight in ends or (weight in blocks and all(type(each) is nn.Linear for each in layers_of))
         }
+        coarse, fine = make_format("nf4" if name == "mixed" else name, scales=scales), Int8Rows()
+        in_fine = coded - blocks
+        if name == "mixed":
+            in_fine |= {p for block in by_block for p in _find_small([p for p in block if p in coded])}
+        formats = {weight: fine if weight in in_fine else coarse for weight in coded}
         _check_share(model, blocks, formats.keys())
         named = {path: p for path, p in model.named_parameters() if p in formats}
         self.masters: Any = masters
@@ -230,6 +241,13 @@ def _find_owners(model: nn.Module) -> dict[nn.Parameter, list[nn.Module]]:
         for parameter, modules in owners.items()
         if all(can_be_coded(module) and module.weight is parameter for module in modules)
     }
+
+
+def _find_small(weights: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Return a block's smallest weights, as many as have `SMALL_SHARE` of its numbers together."""
+    ordered = sorted(weights, key=torch.Tensor.numel)
+    sums = list(accumulate(map(torch.Tensor.numel, ordered)))
+    return [weight for weight, so_far in zip(ordered, sums, strict=True) if so_far <= SMALL_SHARE * sums[-1]]
 
 
 def _check_share(model: nn.Module, blocks: set[nn.Parameter], coded: Iterable[nn.Parameter]) -> None:

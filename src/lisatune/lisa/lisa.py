@@ -119,7 +119,7 @@ class LISA(BlockSchedule):
         lr_scaling: in a step a block's learning rate is its group's times 1/√π ("sqrt"), 1/π ("inverse") or
             1 ("none", the paper's), π its chance to train; groups keep their rates (`lisatune.lisa.rates`).
         frozen_weights: what the device holds of a frozen block: "exact" weights, or codes of them, "int8" or
-            "nf4" (needs bitsandbytes), while `masters` keeps the exact ones. See
+            "nf4" (needs bitsandbytes), or "mixed" of both, while `masters` keeps the exact ones. See
             `lisatune.lisa.frozen_weights`. Frozen ends are int8.
         masters: where exact weights of coded blocks are kept. Default: host memory. `lisatune.DiskMasters`
             keeps them in a file.
@@ -162,7 +162,7 @@ class LISA(BlockSchedule):
         ends: str | EndsPolicy = "train",
         warmup: int = 0,
         lr_scaling: Scaling = "sqrt",
-        frozen_weights: Literal["exact", "int8", "nf4"] = "exact",
+        frozen_weights: Literal["exact", "int8", "mixed", "nf4"] = "exact",
         masters: Masters | None = None,
         correction: str | Correction = "none",
         verify: Verify = "sample",

@@ -9,7 +9,7 @@ loss is not among them, because it never builds all its logits at once.
     smaller micro-batches      the same step in more parts
     stochastic rounding        two bytes less for a bf16 weight, and nearly the same losses
     cheaper ends               no slower; the ends' moments are coarser, or fewer ends train
-    codes of frozen weights    int8 rows, then NF4; exact weights move to host memory
+    codes of frozen weights    int8 rows, then mixed, then NF4; exact weights move to host memory
     activation checkpointing   frozen blocks, then all: up to a third more computing
     fewer weights at once      smaller γ, or a smaller rank
     shorter sequences          longer records are cut

@@ -70,8 +70,8 @@ class Lisa(Method):
     """Which ends train, when, with what state: train head frozen every:M 8bit factored cpu rows, by +. Or
     rows:A-B alone: these rows of embedding and head."""
 
-    frozen_weights: Literal["exact", "int8", "nf4"] = "exact"
-    """What the device holds of frozen blocks and ends; int8 and nf4 are codes, exact ones are elsewhere."""
+    frozen_weights: Literal["exact", "int8", "mixed", "nf4"] = "exact"
+    """What the device holds of frozen blocks and ends: exact weights, or codes, with exact ones elsewhere."""
 
     frozen_scales: Scales = "8bit"
     """How NF4 stores its scales."""
@@ -200,7 +200,7 @@ class Lisa(Method):
 
     def check_device(self, device: torch.device) -> None:
         """Refuse a device on which bitsandbytes cannot store NF4, and an environment without it."""
-        if self.frozen_weights == "nf4":
+        if self.frozen_weights in ("mixed", "nf4"):
             check_nf4(device, otherwise="method.frozen_weights: int8")
 
     @property
@@ -272,7 +272,7 @@ class Lisa(Method):
         """
         order = ("train", "8bit", "factored", "head+factored", "frozen")
         later = order[order.index(self.ends) + 1 :] if self.ends in order else ("frozen",)
-        formats = ("exact", "int8", "nf4")
+        formats = ("exact", "int8", "mixed", "nf4")
         coarser = formats[formats.index(self.frozen_weights) + 1 :]
         is_free = self.sampler != "independent"
         return Alternatives(

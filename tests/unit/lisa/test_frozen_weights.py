@@ -27,7 +27,7 @@ from lisatune.nn.blocks import BlockForward, num_graphs
 from lisatune.nn.coded import coded_weights, exact_parameters
 from lisatune.nn.layers import LayerMap
 
-BITS = pytest.mark.parametrize("bits", ["int8", "nf4"])
+BITS = pytest.mark.parametrize("bits", ["int8", "mixed", "nf4"])
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*blocks will never train:UserWarning")
 
@@ -138,6 +138,16 @@ def test_frozen_ends_are_int8_whatever_the_blocks_are(tied: bool) -> None:
         ["model.embed_tokens.weight"] if tied else ["model.embed_tokens.weight", "lm_head.weight"], "int8"
     )
     assert {format for name, format in formats.items() if ".layers." in name} == {"nf4"}
+
+
+def test_mixed_codes_are_int8_for_a_third_of_a_block_that_is_its_smallest_matrices() -> None:
+    model = tiny.llama()
+    attach(model, frozen_weights="mixed", active=1)
+    coded = {name: weight for name, weight in coded_weights(model).items() if ".layers." in name}
+    by_kind = {name.split(".")[-2]: weight.format.name for name, weight in coded.items()}
+    # q has 1024 numbers and comes first, k and v 512: with o, of 1024, they would be 3072 of 7680.
+    small, large = ("k_proj", "v_proj", "q_proj"), ("o_proj", "gate_proj", "up_proj", "down_proj")
+    assert by_kind == dict.fromkeys(small, "int8") | dict.fromkeys(large, "nf4")
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -240,7 +240,7 @@ def test_a_compiled_run_is_planned_as_it_is_written() -> None:
 
 
 @pytest.mark.parametrize("ends", ["train", "frozen"])
-@pytest.mark.parametrize("bits", ["int8", "nf4"])
+@pytest.mark.parametrize("bits", ["int8", "mixed", "nf4"])
 def test_codes_and_the_switch_between_two_draws_are_planned_as_in_a_run(bits: str, ends: str) -> None:
     options = {"ends": ends, "period": 1, "precision": "bf16", "verify": "off"}
     recipe = make_recipe({"rounding": "stochastic"}, frozen_weights=bits, **options)
