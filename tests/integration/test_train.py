@@ -122,7 +122,7 @@ def test_resume_is_bit_equal_with(options: list[str], recipe: Path) -> None:
     assert_same_model(recipe, "straight", "killed")
 
 
-@pytest.mark.filterwarnings("ignore:.*blocks will never train")
+@pytest.mark.filterwarnings("ignore:.*blocks will never train", "ignore:.*will freeze no block")
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "bottleneck"])  # which PEFT lacks
 def test_the_model_loads_in_plain_transformers_or_peft(name: str, recipe: Path) -> None:
     use_method(recipe, name)
