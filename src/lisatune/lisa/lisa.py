@@ -216,7 +216,7 @@ class LISA(BlockSchedule):
         self._saved_state: dict[int, Any] = {}
         self._frozen_weights = FrozenWeights.of(model)
         if self._frozen_weights is None and frozen_weights != "exact":
-            self._frozen_weights = FrozenWeights(model, self.layers, frozen_weights, masters=masters)
+            self._frozen_weights = FrozenWeights(model, layers, frozen_weights, masters=masters)
         coded = self._frozen_weights
         exact = nn.Parameter.detach if coded is None else coded.exact
         self._collector = (

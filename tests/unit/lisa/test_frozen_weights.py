@@ -140,9 +140,10 @@ def test_frozen_ends_are_int8_whatever_the_blocks_are(tied: bool) -> None:
     assert {format for name, format in formats.items() if ".layers." in name} == {"nf4"}
 
 
-def test_mixed_codes_are_int8_for_a_third_of_a_block_that_is_its_smallest_matrices() -> None:
+@pytest.mark.parametrize("unit", ["block", "module"])
+def test_mixed_codes_are_int8_for_a_third_of_a_block_that_is_its_smallest_matrices(unit: str) -> None:
     model = tiny.llama()
-    attach(model, frozen_weights="mixed", active=1)
+    attach(model, frozen_weights="mixed", active=1, unit=unit)
     coded = {name: weight for name, weight in coded_weights(model).items() if ".layers." in name}
     by_kind = {name.split(".")[-2]: weight.format.name for name, weight in coded.items()}
     # q has 1024 numbers and comes first, k and v 512: with o, of 1024, they would be 3072 of 7680.
