@@ -29,7 +29,7 @@ Longer than 400 lines: the algorithm, its hooks and the state that they save bel
 
 import sys
 import weakref
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, Literal, Self, get_args
 
 from torch import nn
@@ -75,6 +75,9 @@ from lisatune.optim.adamw import AdamW
 from lisatune.optim.meter import host_state, state_bytes, tensors_bytes
 
 __all__ = ["LISA"]
+
+Unit = Literal["block", "module", "sized"]
+"""What is drawn; see `LISA`."""
 
 MOST_PERIODS = 1000
 """Periods whose draws the memory plan looks at: enough for every draw that is likely."""
@@ -154,7 +157,7 @@ class LISA(BlockSchedule):
         optimizer: Optimizer,
         *,
         active: int = 2,
-        unit: Literal["block", "module", "sized"] = "block",
+        unit: Unit = "block",
         period: int | Literal["auto"] = 10,
         sampler: str | Sequence[float] | Sampler = "permutation",
         seed: int = 0,
@@ -170,25 +173,25 @@ class LISA(BlockSchedule):
         layers: LayerMap | None = None,
     ) -> None:
         _check_choice("state", state, get_args(StatePolicy))
-        _check_choice("unit", unit, ("block", "module", "sized"))
+        _check_choice("unit", unit, get_args(Unit))
         policy = EndsPolicy.parse(ends)
         corrects = Correction.parse(correction)
         _check_choice("verify", verify, get_args(Verify))
         _check_choice("lr_scaling", lr_scaling, get_args(Scaling))
         self._model = model = unwrap_ddp(model)
         reshard(model)
-        optimizer = unwrap_optimizer(model, optimizer)
+        self._optimizer = optimizer = unwrap_optimizer(model, optimizer)
         refuse_second(model, optimizer, _attached)
         layers = find_layers(model) if layers is None else layers
-        self.unit = unit
         if unit == "module":
             refuse_compiled_blocks(model)
         self.layers: LayerMap = divide_blocks(layers, model) if unit == "module" else layers
-        drawn = self.layers.block_parameters(model)
-        sizes = [sum(p.numel() for p in each.values() if p.requires_grad) for each in drawn]
-        self._budget = None if unit == "block" else Budget.of_blocks(sizes, active, layers.num_blocks)
-        self.sampler = choose_sampler(sampler, active, sizes, self._budget)
-        self.seed, self.state, self.verify = seed, state, verify
+        named = self.layers.block_parameters(model)
+        self._blocks = [tuple(p for p in block.values() if p.requires_grad) for block in named]
+        self._sizes = [sum(p.numel() for p in block) for block in self._blocks]
+        self._budget = None if unit == "block" else Budget.of_blocks(self._sizes, active, layers.num_blocks)
+        self.sampler = choose_sampler(sampler, active, self._sizes, self._budget)
+        self.unit, self.seed, self.state, self.verify = unit, seed, state, verify
         self.warmup, self.lr_scaling = warmup, lr_scaling
         self.period: int = _choose_period(period, self.sampler, seed, total_steps)
         if not 0 <= warmup < self.period:
@@ -200,62 +203,35 @@ class LISA(BlockSchedule):
                 "might train nothing"
             )
 
-        self._optimizer = optimizer
         check_parameters(self.layers, model, optimizer)
         warn_of_rounding(model, optimizer)
-        blocks = [tuple(block.values()) for block in self.layers.block_parameters(model)]
-        self._blocks = [tuple(p for p in block if p.requires_grad) for block in blocks]
-        frozen = [p for block in blocks for p in block if not p.requires_grad]
+        frozen = [p for block in named for p in block.values() if not p.requires_grad]
         self._ends = Ends(policy, model, self.layers)
-        self._others = (*self._ends.resting, *frozen, *self.layers.frozen_parameters(model).values())
+        self._never_train = (*self._ends.resting, *frozen, *self.layers.frozen_parameters(model).values())
         self._ends.check_state(optimizer)
         self._param_groups = optimizer.param_groups
-
         self._frozen_state, self._group_state = FrozenState(optimizer, state), GroupState(optimizer, state)
         self._saved: dict[str, Any] = {}
         self._saved_state: dict[int, Any] = {}
         self._frozen_weights = FrozenWeights.of(model)
         if self._frozen_weights is None and frozen_weights != "exact":
             self._frozen_weights = FrozenWeights(model, layers, frozen_weights, masters=masters)
-        coded = self._frozen_weights
-        exact = nn.Parameter.detach if coded is None else coded.exact
-        self._collector = (
-            Collector(
-                self._blocks,
-                self.sampler.reads,
-                exact,
-                keeps=self.sampler.keeps,
-                spectra=lambda: measure_spectra(drawn, exact),
-                records=self.sampler.records,
-            )
-            if self.sampler.reads
-            else None
-        )
-        if self._collector is not None:
-            watch(optimizer, self._collector)
-        lost = [name for name in self.sampler.reads if name in PER_STEP]
-        if lost and isinstance(optimizer, AdamW) and optimizer.in_backward is not None:
-            raise ValueError(
-                f"the sampler reads {' and '.join(lost)}, which cannot be measured with update in backward, "
-                "because gradients are gone after it; update in step()"
-            )
-        self._correction = self._correct(corrects)
+        self._collector = self._make_collector(named) if self.sampler.reads else None
+        self._correction = None if corrects is None else self._make_correction(corrects)
         self._moved = MovedShare(optimizer)
-        read = None if coded is None else coded.read
-        self._proof = None if verify == "off" else Proof(self._name_layers(), verify, self._moved, read)
+        self._proof = None if verify == "off" else self._make_proof(verify)
         self._flags = {
-            p: p.requires_grad for p in (*self._ends.parameters, *self._others, *sum(self._blocks, ()))
+            p: p.requires_grad for p in (*self._ends.parameters, *self._never_train, *sum(self._blocks, ()))
         }
-
         self._num_ranks = ranks.count()
         self._exchange = (
             GradientExchange(model, self._flags, self.trainable_parameters, optimizer)
             if is_copied(model)
             else None
         )
-
         chances = [1.0] * len(self._blocks) if lr_scaling == "none" else self._find_chances()
         self._rates = StepRates(optimizer, self._blocks, chances, lr_scaling, warmup)
+
         self.steps_done = 0
         """Optimizer steps that were made."""
         self.visits = [0] * self.layers.num_blocks
@@ -267,10 +243,68 @@ class LISA(BlockSchedule):
         self.ends_train = False
         """Whether the ends (under `head`: all but the embedding) train in the current period."""
 
+        self._warned_of_compiling = False
+        self._attach()
+        self._draw()
+        if total_steps is not None:
+            counts = self.planned_visits(total_steps)
+            warn_of_untrained_blocks(self._find_chances(), counts, total_steps, self.period, self.word)
+
+    # ---- what __init__ builds
+
+    def _make_collector(self, named: Sequence[Mapping[str, nn.Parameter]]) -> Collector:
+        """Collect what the sampler reads; ValueError if an update in backward makes that impossible."""
+        exact = nn.Parameter.detach if self._frozen_weights is None else self._frozen_weights.exact
+        collector = Collector(
+            self._blocks,
+            self.sampler.reads,
+            exact,
+            keeps=self.sampler.keeps,
+            spectra=lambda: measure_spectra(named, exact),
+            records=self.sampler.records,
+        )
+        watch(self._optimizer, collector)
+        lost = [name for name in self.sampler.reads if name in PER_STEP]
+        if lost and isinstance(self._optimizer, AdamW) and self._optimizer.in_backward is not None:
+            raise ValueError(
+                f"the sampler reads {' and '.join(lost)}, which cannot be measured with update in backward, "
+                "because gradients are gone after it; update in step()"
+            )
+        return collector
+
+    def _make_correction(self, correction: Correction) -> FrozenCorrection:
+        """Add what corrects the frozen blocks to the model; ValueError if there are none."""
+        chances = self.sampler.inclusion()
+        if min(chances) >= 1:
+            raise ValueError(
+                f"correction {correction.kind} corrects frozen blocks, and all {len(chances)} blocks train "
+                "in every step; lower active, or use correction none"
+            )
+        if correction.kind == "sign":
+            return SignCorrection(self._model, self._blocks, self._optimizer, correction, seed=self.seed)
+        if correction.blocks == "above" and max(chances) <= 0:
+            raise ValueError("correction_blocks above needs blocks that train, and none does; use all")
+        return LowRankCorrection(self._model, self.layers, self._optimizer, correction, seed=self.seed)
+
+    def _make_proof(self, verify: Literal["sample", "full"]) -> Proof:
+        """Make a proof of the layers by name: blocks, ends, what never trains, adapters of a correction."""
+        names = [self._name(i) for i in range(len(self._blocks))]
+        adapters = {} if self._correction is None else self._correction.layers()
+        layers: dict[str, Sequence[nn.Parameter]] = {
+            **dict(zip(names, self._blocks, strict=True)),
+            "ends": self._ends.parameters,
+            "frozen part": (*self._never_train, *self._ends.other_rows),
+            **adapters,
+        }
+        read = None if self._frozen_weights is None else self._frozen_weights.read
+        return Proof(layers, verify, self._moved, counted=names, read=read)
+
+    def _attach(self) -> None:
+        """Hook into the optimizer and the model; `detach` undoes it."""
+        model, optimizer = self._model, self._optimizer
         self._other_steps = OtherSteps(optimizer, self._flags)
         _attached.add(optimizer)
         self._ends.attach()
-        self._warned_of_compiling = False
         self._hooks = [
             watch_compiling(model),
             optimizer.register_step_pre_hook(self._before_step),
@@ -282,10 +316,6 @@ class LISA(BlockSchedule):
         ]
         if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
             optimizer.load_state_dict = self._load_state_dict  # type: ignore[method-assign]
-        self._draw()
-        if total_steps is not None:
-            counts = self.planned_visits(total_steps)
-            warn_of_untrained_blocks(self._find_chances(), counts, total_steps, self.period, self.word)
 
     # ---- what users read
 
@@ -333,7 +363,9 @@ class LISA(BlockSchedule):
         share = {} if self.moved_share is None else {"moved_share": round(self.moved_share, 4)}
         resting, rest = self.layers.num_blocks - len(self.active_blocks), self.steps_done % self.period
         names = {"units": list(self.layers.blocks)} if self.unit == "module" else {}
-        return {"visits": self.visits, "proof": self._describe_proof(resting, rest), **names, **share}
+        says = "" if self._correction is None else self._correction.says
+        proof = describe_proof(self._proof, resting, rest, says, self.word)
+        return {"visits": self.visits, "proof": proof, **names, **share}
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Return what trains in this period: the ends, the active blocks, and adapters of a correction."""
@@ -368,9 +400,8 @@ class LISA(BlockSchedule):
     def possible_draws(self, total_steps: int) -> set[tuple[int, ...]]:
         """Return the draws of a run; for a sampler that reads statistics, the costliest possible ones."""
         if self.sampler.reads:
-            sizes = [sum(p.numel() for p in block) for block in self._blocks]
             most = None if self._budget is None else self._budget.most
-            return find_extreme_draws(sizes, len(self.active_blocks), most=most)
+            return find_extreme_draws(self._sizes, len(self.active_blocks), most=most)
         periods = min(-(-total_steps // self.period), MOST_PERIODS)
         return set(simulate_draws(self.sampler, seed=self.seed, periods=periods))
 
@@ -437,22 +468,6 @@ class LISA(BlockSchedule):
                 self.check()
         finally:
             self.detach()
-
-    def _correct(self, correction: Correction | None) -> FrozenCorrection | None:
-        """Add what corrects the frozen blocks to the model; ValueError if there are none."""
-        if correction is None:
-            return None
-        chances = self.sampler.inclusion()
-        if min(chances) >= 1:
-            raise ValueError(
-                f"correction {correction.kind} corrects frozen blocks, and all {len(chances)} blocks train "
-                "in every step; lower active, or use correction none"
-            )
-        if correction.kind == "sign":
-            return SignCorrection(self._model, self._blocks, self._optimizer, correction, seed=self.seed)
-        if correction.blocks == "above" and max(chances) <= 0:
-            raise ValueError("correction_blocks above needs blocks that train, and none does; use all")
-        return LowRankCorrection(self._model, self.layers, self._optimizer, correction, seed=self.seed)
 
     # ---- Algorithm 1
 
@@ -577,12 +592,6 @@ class LISA(BlockSchedule):
 
     # ---- proof
 
-    def _name_layers(self) -> dict[str, Sequence[nn.Parameter]]:
-        blocks = {self._name(i): block for i, block in enumerate(self._blocks)}
-        adapters = {} if self._correction is None else self._correction.layers()
-        resting = (*self._others, *self._ends.other_rows)
-        return {**blocks, "ends": self._ends.parameters, "frozen part": resting, **adapters}
-
     def _name_moving(self) -> set[str]:
         """Return the names of the layers that train in this period."""
         moving = {self._name(i) for i in self.active_blocks} | ({"ends"} if self.ends_train else set())
@@ -596,10 +605,6 @@ class LISA(BlockSchedule):
 
     def _name(self, index: int) -> str:
         return self.layers.blocks[index] if self.unit == "module" else f"block {index}"
-
-    def _describe_proof(self, resting: int, rest: int) -> str:
-        says = "" if self._correction is None else self._correction.says
-        return describe_proof(self._proof, resting, rest, says, self.word)
 
     def _find_updated(self) -> Set[nn.Parameter]:
         """Return the parameters that backward has updated; their gradients are gone."""

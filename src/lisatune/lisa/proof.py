@@ -65,6 +65,7 @@ class Proof:
         layers: name of each layer and its parameters.
         verify: "sample" or "full".
         moved: counts how many numbers of the drawn blocks move; None does not count.
+        counted: names of the layers that `moved` counts, the blocks.
         read: the tensors that hold a parameter's numbers now. Default: the parameter.
     """
 
@@ -73,11 +74,13 @@ class Proof:
         layers: Mapping[str, Sequence[nn.Parameter]],
         verify: Literal["sample", "full"],
         moved: MovedShare | None = None,
+        *,
+        counted: Iterable[str] = (),
         read: Callable[[nn.Parameter], Sequence[Tensor]] | None = None,
     ) -> None:
         self._read_parameter = read or (lambda parameter: (parameter,))
         self._layers = {name: tuple(parameters) for name, parameters in layers.items() if parameters}
-        self.verify, self.moved = verify, moved
+        self.verify, self.moved, self._counted = verify, moved, frozenset(counted)
         self._before: Tensor | None = None
         self._period = 0
         self._drawn: set[str] = set()
@@ -106,8 +109,8 @@ class Proof:
         self._idle, self._coarse = set(self._drawn), set()
         self._before = self._fingerprints()
         if self.moved is not None:
-            blocks = {name for name in self._drawn - {"ends"} if not name.startswith("adapters of ")}
-            self.moved.begin(period, {name: self._layers[name] for name in sorted(blocks)})
+            blocks = sorted(self._drawn & self._counted)
+            self.moved.begin(period, {name: self._layers[name] for name in blocks})
 
     def saw_step(
         self, groups: Iterable[Mapping[str, Any]], updated_before: Set[nn.Parameter] = frozenset()
