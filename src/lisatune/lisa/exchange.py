@@ -23,12 +23,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lisatune.distributed import ranks
+from lisatune.lisa.proof import INTEGERS
 from lisatune.optim.adamw import AdamW
 
 __all__ = ["GradientExchange"]
-
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integers by their bytes."""
 
 
 class GradientExchange:

@@ -17,10 +17,9 @@ from torch.optim import Optimizer
 
 from lisatune.distributed import ranks
 from lisatune.distributed.shards import local_part
+from lisatune.lisa.windows import locate_window
 
 __all__ = ["MovedShare", "rounds_to_nearest"]
-
-WINDOW = 1024
 
 FEW = 0.1
 """Share of the numbers below which a period is warned of, if updates are rounded to nearest."""
@@ -72,14 +71,13 @@ class MovedShare:
     def _read(self, parameter: nn.Parameter) -> list[Tensor]:
         """Return a window of a parameter and of its lasting state, zeros where it has none yet."""
         weight = local_part(parameter).reshape(-1)
-        windows = max(-(-weight.numel() // WINDOW), 1)
-        start = max(min(self._period % windows * WINDOW, weight.numel() - WINDOW), 0)
-        read = [weight[start : start + WINDOW].clone()]
+        at = locate_window(weight.numel(), self._period)
+        read = [weight[at].clone()]
         state = self._optimizer.state.get(parameter, {}) if self._lasting else {}
         for key in self._lasting:
             part = local_part(state[key]).reshape(-1) if key in state else torch.zeros_like(weight[:0])
             fits = part.numel() == weight.numel()
-            read.append(part[start : start + WINDOW].to(weight.device, copy=True) if fits else read[0] * 0)
+            read.append(part[at].to(weight.device, copy=True) if fits else read[0] * 0)
         return read
 
     def _compare(self, was: list[Tensor], now: list[Tensor]) -> Tensor:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from lisatune.distributed import ranks
 from lisatune.distributed.shards import local_part
 from lisatune.lisa.moved_share import MovedShare
+from lisatune.lisa.windows import locate_window, read_window
 
 __all__ = [
     "Proof",
@@ -36,19 +37,19 @@ __all__ = [
     "fingerprint",
     "has_reason_to_move",
     "may_hide",
-    "read_window",
 ]
 
 Verify = Literal["sample", "full", "off"]
 """How much of every parameter a proof reads; `off` takes none."""
 
-WINDOW = 1024
-
 CHUNK = 1 << 22
+"""Elements that are hashed at once, because that needs them in int64."""
 
 ODD = 0x1E3779B97F4A7C15
+"""An odd number whose multiples are far apart modulo 2^64."""
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers by their bytes."""
 
 
 class ProofError(RuntimeError):
@@ -236,7 +237,7 @@ def fingerprint(parameters: Sequence[Tensor], *, sample: int | None = None) -> T
     for index, parameter in enumerate(parameters):
         bits = parameter.reshape(-1).view(INTEGERS[parameter.element_size()])
         if sample is not None:
-            parts.append(read_window(bits, index, sample).to(device, torch.int64))
+            parts.append(read_window(bits, sample, index).to(device, torch.int64))
         else:
             for chunk in torch.split(bits, CHUNK):
                 total = total * ODD + _weighted_sum(chunk.to(torch.int64)).to(device)
@@ -286,35 +287,21 @@ def _read(weight: Tensor, gradient: Tensor, index: int, sample: int | None) -> t
     """Return the elements of a weight that the fingerprint reads, and their gradients."""
     if not gradient.is_sparse:
         pair = weight.reshape(-1), gradient.reshape(-1)
-        return (
-            pair
-            if sample is None
-            else (read_window(pair[0], index, sample), read_window(pair[1], index, sample))
-        )
+        if sample is None:
+            return pair
+        return read_window(pair[0], sample, index), read_window(pair[1], sample, index)
     gradient = gradient.coalesce()
     ids_n, values_nD = gradient._indices()[0], gradient._values()
     if sample is None:
         return weight[ids_n].reshape(-1), values_nD.reshape(-1)
     width = weight[0].numel()
-    at = _locate_window(weight.numel(), index, sample)
+    at = locate_window(weight.numel(), sample, index)
     first, last = at.start // width, (at.stop - 1) // width
     is_near_n = (ids_n >= first) & (ids_n <= last)
     near = values_nD.new_zeros(last + 1 - first, width)
     near[ids_n[is_near_n] - first] = values_nD[is_near_n]
     begin = at.start - first * width
     return weight.reshape(-1)[at], near.view(-1)[begin : begin + at.stop - at.start]
-
-
-def read_window(values: Tensor, index: int, sample: int) -> Tensor:
-    """Return up to WINDOW values. Counting `sample` up meets all of them; each `index` starts elsewhere."""
-    return values[_locate_window(values.numel(), index, sample)]
-
-
-def _locate_window(size: int, index: int, sample: int) -> slice:
-    windows = -(-size // WINDOW)
-    start = (sample + index * 104729) % max(windows, 1) * WINDOW
-    start = min(start, max(size - WINDOW, 0))
-    return slice(start, min(start + WINDOW, size))
 
 
 def _weighted_sum(values: Tensor) -> Tensor:

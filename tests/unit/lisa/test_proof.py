@@ -9,7 +9,8 @@ from torch import Tensor, nn
 import tiny
 from lisatune import LISA, ProofError, find_layers, param_groups
 from lisatune.lisa import proof
-from lisatune.lisa.proof import CHUNK, WINDOW, Proof, fingerprint, has_reason_to_move, read_window
+from lisatune.lisa.proof import CHUNK, Proof, fingerprint, has_reason_to_move
+from lisatune.lisa.windows import WINDOW, read_window
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float64)
 SHAPES = ((1,), (3,), (), (4, 5), (2, 3, 7), (WINDOW + 1,), (33, 65))
@@ -102,7 +103,7 @@ def test_windows_walk_through_every_element(size: int, index: int) -> None:
     places = torch.arange(size)
     needed = -(-size // WINDOW)
     for first in (0, 3):
-        windows = [read_window(places, index, period) for period in range(first, first + needed)]
+        windows = [read_window(places, period, index) for period in range(first, first + needed)]
         assert torch.equal(torch.cat(windows).unique(), places)
         assert {len(window) for window in windows} == {min(size, WINDOW)}
 
