@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal, Self
 
-from lisatune.lisa.samplers import Sampler, shuffle
+from lisatune.lisa.samplers import Sampler, check_active, shuffle
 
 __all__ = ["Budget", "Fitting", "Passes", "make_unit_sampler", "simulate_inclusion"]
 
@@ -37,8 +37,7 @@ class Budget:
     @classmethod
     def of_count(cls, num_blocks: int, active: int) -> Self:
         """Make the budget of γ blocks, whatever their size."""
-        if not isinstance(active, int) or not 0 <= active <= num_blocks:
-            raise ValueError(f"active must be between 0 and the model's {num_blocks} blocks, got {active!r}")
+        check_active(active, num_blocks)
         return cls((1,) * num_blocks, active)
 
     @classmethod
@@ -53,8 +52,7 @@ class Budget:
         Raises:
             ValueError: γ is out of range, or the largest unit is larger than the budget.
         """
-        if not isinstance(active, int) or not 0 <= active <= num_blocks:
-            raise ValueError(f"active must be between 0 and the model's {num_blocks} blocks, got {active!r}")
+        check_active(active, num_blocks)
         most = sum(sizes) * active // num_blocks
         if 0 < most < max(sizes):
             least = -(-max(sizes) * num_blocks // sum(sizes))

@@ -36,6 +36,7 @@ __all__ = [
     "Uniform",
     "Weighted",
     "Window",
+    "check_active",
     "make_sampler",
     "shuffle",
 ]
@@ -113,7 +114,7 @@ class _Even(Sampler):
     active: int
 
     def __post_init__(self) -> None:
-        _check_active(self.active, self.num_blocks)
+        check_active(self.active, self.num_blocks)
 
     def inclusion(self) -> tuple[float, ...]:
         """Return γ/N for every block."""
@@ -203,7 +204,7 @@ class Weighted(Sampler):
 
     def __post_init__(self) -> None:
         _take_probabilities(self, most=math.inf)
-        _check_active(self.active, self.num_blocks)
+        check_active(self.active, self.num_blocks)
         positive = sum(p > 0 for p in self.probabilities)
         if positive < self.active:
             raise ValueError(
@@ -301,7 +302,8 @@ def _integrate_inclusion(probabilities: tuple[float, ...], active: int) -> tuple
     return tuple(result)
 
 
-def _check_active(active: int, num_blocks: int) -> None:
+def check_active(active: int, num_blocks: int) -> None:
+    """Raise ValueError unless 0 <= γ <= N."""
     if not isinstance(active, int) or not 0 <= active <= num_blocks:
         raise ValueError(f"active must be between 0 and the model's {num_blocks} blocks, got {active!r}")
 
