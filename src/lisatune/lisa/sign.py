@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from lisatune.distributed import ranks
 from lisatune.lisa.correction import Correction, FrozenCorrection
 from lisatune.lisa.frozen_weights import FrozenWeights
-from lisatune.optim.adamw import CHUNK, CHUNK_ELSEWHERE, AdamW
+from lisatune.optim.adamw import AdamW, default_chunk_size
 from lisatune.optim.chunks import flatten
 from lisatune.optim.codecs import in_float32, key_of
 
@@ -138,7 +138,7 @@ class SignCorrection(FrozenCorrection):
         step = float(rate or 0.0) * self.correction.share
         key = key_of(self.seed, self.steps_done, self._places[parameter])
         with flatten(parameter) as flat:
-            at_once = CHUNK.get(flat.device.type, CHUNK_ELSEWHERE)
+            at_once = default_chunk_size(flat.device.type)
             for number, start in enumerate(range(0, flat.numel(), at_once) if step else ()):
                 part = slice(start, start + at_once)
                 with in_float32(flat[part], None, "stochastic", key_of(key, number)) as exact:

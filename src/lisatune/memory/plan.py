@@ -31,7 +31,7 @@ from lisatune.models.load import meta_model, model_from_config
 from lisatune.models.shapes import shape_config
 from lisatune.nn.hidden import max_positions, unwrap_adapters
 from lisatune.nn.layers import find_layers
-from lisatune.optim.adamw import CHUNK, CHUNK_ELSEWHERE, AdamW
+from lisatune.optim.adamw import AdamW, default_chunk_size
 from lisatune.optim.group import Group
 from lisatune.optim.rows import make_gradient
 from lisatune.optim.state import prepare as prepare_state
@@ -229,7 +229,7 @@ def _plan(
         with norms_are_one():  # bitsandbytes reads the values of its codes
             built = attach(recipe, prepared, loss, steps=steps, device=device)
         if isinstance(built.step.optimizer, AdamW):
-            built.step.optimizer.chunk_size = CHUNK.get(run.device, CHUNK_ELSEWHERE)
+            built.step.optimizer.chunk_size = default_chunk_size(run.device)
 
         def is_too_large(memory: StepMemory) -> bool:
             if ranks > 1 and not is_divided:  # these figures are of one rank

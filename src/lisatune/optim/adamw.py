@@ -1,8 +1,8 @@
 """AdamW that computes in float32, in whatever precision weights and moments are stored.
 
 A parameter is updated in chunks. Each chunk of weight, gradient and moments is converted to float32, updated
-by torch's fused AdamW kernel, and stored again in its own format (see `codecs`). On CUDA one
-kernel does all of that, for many small parameters in one launch (`lisatune.optim.adamw_triton`):
+by torch's fused AdamW kernel, and stored again in its own format (see `codecs`). On CUDA one kernel does all
+of that, for many small parameters in one launch (`lisatune.optim.adamw_triton`):
 
     rounding, for bf16 weights      bytes   the weight after a step is
         exact                         2     the float32 weight rounded to nearest; a remainder holds the rest
@@ -57,17 +57,21 @@ from lisatune.optim.state import (
     write_moments,
 )
 
-__all__ = ["AdamW"]
+__all__ = ["AdamW", "default_chunk_size"]
 
 CHUNK = {"cpu": 1 << 17}
 """Elements of a chunk by device. On a CPU a chunk fits in the cache."""
 
-
 CHUNK_ELSEWHERE = 1 << 22
-
+"""Elements of a chunk on all other devices."""
 
 CHUNK_OF_KERNEL = 1 << 24
 """Elements of a chunk if one kernel does it all: it takes no temporary memory, so only the launch counts."""
+
+
+def default_chunk_size(kind: str) -> int:
+    """Return the elements that are brought to float32 at a time on a kind of device, such as "cuda"."""
+    return CHUNK.get(kind, CHUNK_ELSEWHERE)
 
 
 class AdamW(Optimizer):
@@ -325,7 +329,7 @@ class AdamW(Optimizer):
                 update(group, weight[at], gradient[at], chunk, state["step"], key, start + at.start)
 
     def _chunk(self, p: Tensor) -> int:
-        return self.chunk_size or CHUNK.get(p.device.type, CHUNK_ELSEWHERE)
+        return self.chunk_size or default_chunk_size(p.device.type)
 
 
 def _flat_gradient(p: Tensor) -> Tensor:
