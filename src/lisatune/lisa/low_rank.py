@@ -6,7 +6,7 @@
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from lisatune.lisa.correction import Corrected, Correction, FrozenCorrection
 from lisatune.lisa.proof import INTEGERS, fingerprint
 from lisatune.nn.adapter import Adapter
 from lisatune.nn.coded import CodedLinear
-from lisatune.nn.layers import LayerMap
+from lisatune.nn.layers import LayerMap, select_named
 from lisatune.nn.units import UnitMap
 from lisatune.optim.adamw import AdamW
 from lisatune.optim.group import Group, Moments
@@ -66,7 +66,9 @@ class LowRankCorrection(FrozenCorrection):
                 "exchanged among ranks; use correction none"
             )
         linear = _find_linear(model, layers)
-        chosen = _select(linear, correction.matrices)
+        chosen = list(linear)
+        if correction.matrices:
+            chosen = select_named(chosen, correction.matrices, "correction_matrices")
         self.names: dict[Adapter, str] = {}
         self.optimizer: AdamW
         self.blocks: list[list[Adapter]] = [[] for _ in layers.blocks]
@@ -76,8 +78,7 @@ class LowRankCorrection(FrozenCorrection):
             for i, path in enumerate(layers.blocks)
         ]
         for name in chosen:
-            layer, block = linear[name]
-            _check_rank(name, layer, correction.rank)
+            _check_rank(name, linear[name][0], correction.rank)
         for name in chosen:
             layer, block = linear[name]
             key = hashlib.blake2b(f"{seed}/correction/{name}".encode(), digest_size=7).digest()
@@ -86,7 +87,7 @@ class LowRankCorrection(FrozenCorrection):
             self.names[adapter] = name
             self.blocks[block].append(adapter)
         self.optimizer = _build_optimizer(self.adapters, correction, optimizer)
-        self._full_lr = _full_rate(optimizer)
+        self._full_lr = _find_peak_lr(optimizer)
         self.says = f"adapters of {WHICH[correction.blocks]} moved"
         super().__init__(model, optimizer, correction)
 
@@ -111,10 +112,11 @@ class LowRankCorrection(FrozenCorrection):
     def train(self, active: Sequence[int]) -> None:
         """Let the right adapters train, now that these blocks do."""
         for i, block in enumerate(self.blocks):
+            trains = self.trains(i, active)
             for adapter in block:
-                adapter.A.requires_grad_(self.trains(i, active))
-                adapter.B.requires_grad_(self.trains(i, active))
-                if not self.trains(i, active):
+                adapter.A.requires_grad_(trains)
+                adapter.B.requires_grad_(trains)
+                if not trains:
                     adapter.A.grad = adapter.B.grad = None
 
     def trains(self, block: int, active: Sequence[int]) -> bool:
@@ -124,7 +126,7 @@ class LowRankCorrection(FrozenCorrection):
         return self.correction.blocks == "all" or (bool(active) and block >= min(active))
 
     def groups(self) -> list[Group]:
-        """Return A's and B's param group, with rates that are where in the schedule the optimizer's are."""
+        """Return A's and B's param group, with learning rates that follow the model's schedule."""
         for group, ratio in zip(self.optimizer.param_groups, (1.0, self.correction.lr_ratio), strict=True):
             group["lr"] = self.correction.lr * ratio * self._share()
         return self.optimizer.param_groups
@@ -154,8 +156,8 @@ class LowRankCorrection(FrozenCorrection):
 
     def detach(self, model: nn.Module) -> None:
         """Merge the adapters into the weights, once, and remove them."""
+        self.merge()
         for adapter in self.adapters:
-            adapter.merge()
             adapter.remove()
         super().detach(model)
 
@@ -165,9 +167,9 @@ class LowRankCorrection(FrozenCorrection):
             adapter.merge()
 
     def _share(self) -> float:
-        """Return at which share of its full learning rate the optimizer is, such as 0.5 in a warm-up."""
+        """Return the optimizer's learning rate as a share of its peak, such as 0.5 in a warm-up."""
         rate = self._follows.param_groups[-1]["lr"]
-        full = _full_rate(self._follows, self._full_lr)
+        full = _find_peak_lr(self._follows, self._full_lr)
         return 1.0 if rate is None or not full else float(rate) / full
 
     # ---- save and resume
@@ -288,16 +290,6 @@ def _find_linear(model: nn.Module, layers: LayerMap) -> dict[str, tuple[nn.Linea
     return found
 
 
-def _select(names: Iterable[str], wanted: Sequence[str]) -> list[str]:
-    """Return the layers whose paths end in one of the wanted names; all if none is named."""
-    names = list(names)
-    for each in wanted:
-        if not any(f".{name}".endswith(f".{each}") for name in names):
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
-            raise ValueError(f"correction_matrices names {each!r}, but the blocks' linear layers are {known}")
-    return [name for name in names if not wanted or any(f".{name}".endswith(f".{each}") for each in wanted)]
-
-
 def _check_rank(name: str, layer: nn.Linear, rank: int) -> None:
     if rank > min(layer.weight.shape):
         raise ValueError(
@@ -318,8 +310,8 @@ def _build_optimizer(adapters: Sequence[Adapter], correction: Correction, beside
     return AdamW(groups, lr=correction.lr, weight_decay=0.0, moments=moments)
 
 
-def _full_rate(optimizer: Optimizer, at_attach: float | None = None) -> float | None:
-    """Return the rate that schedules multiply: their highest one if they say so, or that at the start."""
+def _find_peak_lr(optimizer: Optimizer, at_attach: float | None = None) -> float | None:
+    """Return the peak learning rate of a schedule; without a schedule, the one at the start."""
     group = optimizer.param_groups[-1]
     for key in ("max_lr", "initial_lr"):  # of OneCycleLR; of every scheduler
         if group.get(key) is not None:
@@ -332,6 +324,6 @@ def _print_of(weight: Tensor) -> int:
 
 
 def _find_differing(one: Tensor, other: Tensor) -> Tensor:
-    """Return the places, int64, at which the bits of two tensors differ."""
+    """Return the places, int64, at which the bits of two tensors of one shape and dtype differ."""
     kind = INTEGERS[one.element_size()]
     return (one.reshape(-1).view(kind) != other.reshape(-1).view(kind)).nonzero()[:, 0]

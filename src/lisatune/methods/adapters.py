@@ -5,7 +5,7 @@ They differ in one function, which makes PEFT's config for a model: each passes 
 
 import json
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from lisatune.distributed.shards import has_values
 from lisatune.methods.base import Method
 from lisatune.methods.optimizers import build_from_groups
 from lisatune.models.locate import ADAPTER_CONFIG
-from lisatune.nn.layers import LayerMap, find_layers, find_score
+from lisatune.nn.layers import LayerMap, find_layers, find_score, is_linear
 from lisatune.nn.notices import silence_import_notices
 from lisatune.recipe import DataConfig, LossConfig, OptimizerConfig, RunConfig
 
@@ -27,7 +27,6 @@ __all__ = [
     "build_adapter_optimizer",
     "find_linear_layers",
     "refuse_score",
-    "select_named",
     "task_type",
 ]
 
@@ -216,26 +215,4 @@ def task_type(model: nn.Module) -> str:
 def find_linear_layers(model: nn.Module) -> list[str]:
     """Return the paths of the layers in blocks that PEFT can adapt: linear, and GPT-2's transposed ones."""
     blocks = tuple(f"{path}." for path in find_layers(model).blocks)
-    return [
-        path
-        for path, module in model.named_modules()
-        if path.startswith(blocks) and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
-    ]
-
-
-def select_named(paths: Iterable[str], names: Iterable[str], key: str) -> list[str]:
-    """Return those paths that end in one of `names`.
-
-    Raises:
-        ValueError: no path ends in a name; the message says `key` and the names that exist.
-    """
-    found = {name: [path for path in paths if _is_named(path, name)] for name in names}
-    for name, matching in found.items():
-        if not matching:
-            known = ", ".join(sorted({path.rpartition(".")[2] for path in paths}))
-            raise ValueError(f"{key} names {name!r}, but the blocks' linear layers are {known}")
-    return [path for path in paths if any(path in matching for matching in found.values())]
-
-
-def _is_named(path: str, name: str) -> bool:
-    return path == name or path.endswith(f".{name}")
+    return [path for path, module in model.named_modules() if path.startswith(blocks) and is_linear(module)]

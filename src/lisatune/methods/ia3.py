@@ -10,11 +10,10 @@ from lisatune.methods.adapters import (
     add_adapters,
     build_adapter_optimizer,
     find_linear_layers,
-    select_named,
     task_type,
 )
 from lisatune.methods.base import Method
-from lisatune.nn.layers import LayerMap
+from lisatune.nn.layers import LayerMap, select_named
 from lisatune.recipe import OptimizerConfig
 
 __all__ = ["Ia3"]

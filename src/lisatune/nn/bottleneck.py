@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear
 
-from lisatune.nn.layers import find_layers
+from lisatune.nn.layers import find_layers, is_linear
 
 __all__ = ["Bottleneck", "add_bottlenecks", "find_bottlenecks", "find_outputs", "find_tuned", "has_adapters"]
 
@@ -87,7 +87,7 @@ def find_outputs(model: nn.Module, names: Sequence[str] = ()) -> list[str]:
         inside = {
             path: layer
             for path, layer in model.get_submodule(block).named_modules(prefix=block)
-            if isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
+            if is_linear(layer)
         }
         known = ", ".join(sorted({path.rpartition(".")[2] for path in inside}))
         if names:
@@ -134,7 +134,7 @@ def find_tuned(model: nn.Module, *, norms: bool) -> dict[str, nn.Parameter]:
     tuned = {}
     for block in find_layers(model).blocks:
         for path, module in model.get_submodule(block).named_modules(prefix=block):
-            is_norm = not (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+            is_norm = not is_linear(module)
             for name, p in module.named_parameters(prefix=path, recurse=False):
                 if isinstance(module, Bottleneck) or (norms and is_norm and p.ndim == 1):
                     tuned[name] = p

@@ -14,13 +14,13 @@ A `LayerMap` holds module paths and parameter names, never parameters: sharding 
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-__all__ = ["LayerMap", "find_layers", "find_score"]
+__all__ = ["LayerMap", "find_layers", "find_score", "is_linear", "select_named"]
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,25 @@ def find_score(model: nn.Module) -> str | None:
         return None
     last = list(model.named_children())[-1:]
     return next((name for name, module in last if isinstance(module, nn.Linear)), None)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, or GPT-2's with a transposed weight (transformers' `Conv1D`)."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def select_named(paths: Collection[str], names: Iterable[str], key: str) -> list[str]:
+    """Return those paths of linear layers that end in one of `names`, in their order.
+
+    Raises:
+        ValueError: no path ends in a name; the message says `key` and the names that exist.
+    """
+    found = {name: [path for path in paths if f".{path}".endswith(f".{name}")] for name in names}
+    for name, matching in found.items():
+        if not matching:
+            known = ", ".join(sorted({path.rpartition(".")[2] for path in paths}))
+            raise ValueError(f"{key} names {name!r}, but the blocks' linear layers are {known}")
+    return [path for path in paths if any(path in matching for matching in found.values())]
 
 
 def _warn_of_lists_in_ends(model: nn.Module, layers: LayerMap) -> None:
