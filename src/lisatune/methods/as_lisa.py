@@ -1,4 +1,4 @@
-"""The bases of methods that are a LISA with settings of their own: freezing schedules, a block at a time."""
+"""The bases of methods that are LISA with other settings: a block at a time, blocks that freeze for good."""
 
 import warnings
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ __all__ = ["AsLisa", "FreezesByInterval"]
 
 @dataclass(frozen=True, kw_only=True)
 class AsLisa(Method):
-    """LISA with fixed settings, which a subclass gives in `as_lisa`: the base of `BAdam` and `EndsOnly`."""
+    """LISA with settings of its own, which a subclass gives in `as_lisa`: the base of `BAdam` and others."""
 
     shards = True
 
@@ -80,13 +80,13 @@ class FreezesByInterval(AsLisa):
         raise NotImplementedError
 
     def as_lisa(self) -> Lisa:
-        """Return a LISA with these ends."""
+        """Return the LISA with these ends; `attach` gives it sampler and period."""
         return Lisa(ends=self.ends, lr_scaling="none", verify=self.verify)
 
     def attach(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, layers: LayerMap, *, total_steps: int
     ) -> LISA:
-        """Attach a LISA with that sampler and a period of an interval. Warns if no block can freeze."""
+        """Attach that LISA with the sampler, and an interval as its period. Warns if no block can freeze."""
         period = -(-total_steps // self.intervals)
         if total_steps <= 2 * period:
             warnings.warn(
@@ -95,14 +95,6 @@ class FreezesByInterval(AsLisa):
                 "set method.intervals >= 3, and run.steps too",
                 stacklevel=2,
             )
-        return LISA(
-            model,
-            optimizer,
-            period=period,
-            sampler=self.make_sampler(layers.num_blocks),
-            ends=self.ends,
-            lr_scaling="none",
-            verify=self.verify,
-            total_steps=total_steps,
-            layers=layers,
-        )
+        sampler = self.make_sampler(layers.num_blocks)
+        lisa = replace(self.as_lisa(), period=period)
+        return lisa.attach(model, optimizer, layers, total_steps=total_steps, sampler=sampler)

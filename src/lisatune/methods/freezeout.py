@@ -56,8 +56,8 @@ class FreezeOut(AsLisa):
             )
 
     def as_lisa(self) -> Lisa:
-        """Return a LISA with these ends."""
-        return Lisa(ends=self.ends, lr_scaling="none", verify=self.verify)
+        """Return the LISA with these ends; `attach` gives it the sampler."""
+        return Lisa(period=self.period, ends=self.ends, lr_scaling="none", verify=self.verify)
 
     def attach(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, layers: LayerMap, *, total_steps: int
@@ -74,14 +74,4 @@ class FreezeOut(AsLisa):
                 "method.period or method.start, or train longer",
                 stacklevel=2,
             )
-        return LISA(
-            model,
-            optimizer,
-            period=self.period,
-            sampler=sampler,
-            ends=self.ends,
-            lr_scaling="none",
-            verify=self.verify,
-            total_steps=total_steps,
-            layers=layers,
-        )
+        return self.as_lisa().attach(model, optimizer, layers, total_steps=total_steps, sampler=sampler)

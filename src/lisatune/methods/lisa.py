@@ -14,7 +14,7 @@ from lisatune.lisa.importance import Measured
 from lisatune.lisa.lisa import LISA
 from lisatune.lisa.proof import Verify
 from lisatune.lisa.rates import Scaling
-from lisatune.lisa.samplers import Independent, SamplerName
+from lisatune.lisa.samplers import Independent, Sampler, SamplerName
 from lisatune.methods.base import Alternatives, Method, halve
 from lisatune.methods.optimizers import build_optimizer, check_thaw
 from lisatune.methods.sampler_file import STUDIES, FromFile, describe_layers, read_sampler_file
@@ -239,15 +239,21 @@ class Lisa(Method):
         layers: LayerMap,
         *,
         total_steps: int,
+        sampler: Sampler | None = None,
     ) -> LISA:
-        """Attach LISA to the optimizer. It draws the first blocks and freezes the rest."""
+        """Attach LISA to the optimizer. It draws the first blocks and freezes the rest.
+
+        Args:
+            model, optimizer, layers, total_steps: as in `Method.attach`.
+            sampler: draws the blocks. Default: the one that the keys name.
+        """
         return LISA(
             model,
             optimizer,
             active=self.active,
             unit=self.unit,
             period=self.period,
-            sampler=self._sampler(model, layers),
+            sampler=self._sampler(model, layers) if sampler is None else sampler,
             seed=self.seed,
             state=self.state,
             ends=self.ends,
