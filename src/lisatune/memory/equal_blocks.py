@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lisatune.memory.tracker import CATEGORIES, StepMemory, StorageTracker, runs_backward
+from lisatune.memory.torch_private import runs_backward
+from lisatune.memory.tracker import CATEGORIES, StepMemory, StorageTracker
 from lisatune.optim.adamw import AdamW
 
 __all__ = ["TRACED", "FewerBlocks", "set_aside"]

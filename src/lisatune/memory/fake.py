@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import arg_tree_leaves
 
+from lisatune.memory.torch_private import ASKS_DEVICE
 from lisatune.optim.meter import plain_tensors
 
 __all__ = ["fake_storage", "fake_tensors", "norms_are_one"]
@@ -32,9 +33,6 @@ INDEXING = (
     aten._index_put_impl_.default,
 )
 """Operations on a mask. The mask's values decide the output's shape."""
-
-ASKS_DEVICE = torch.ops.prim.device.default
-"""What `tensor.device` calls on a fake tensor."""
 
 SPARSE = (aten.clone.default, aten._coalesce.default, aten.add_.Tensor)
 """Operations of which torch's fake sparse tensors get the number of rows wrong."""

@@ -14,12 +14,10 @@ of a step:
 
 The same tracker runs over real tensors (`lisatune.memory.measure`) and over fake ones (`plan_memory`). It
 does not see memory that a kernel allocates inside.
-
-Longer than 400 lines: one count goes through all events of a step, and its parts mean nothing alone.
 """
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -35,6 +33,14 @@ from torch.utils.hooks import RemovableHandle
 from lisatune.distributed.shards import has_values
 from lisatune.lisa.correction import find_correction
 from lisatune.lisa.statistics import collected_tensors
+from lisatune.memory.torch_private import (
+    ASKS_DEVICE,
+    IN_PLACE,
+    ResizeHook,
+    identify,
+    run_first,
+    runs_backward,
+)
 from lisatune.nn.coded import coded_weights
 from lisatune.optim.meter import host_state, plain_tensors, tensors_bytes
 
@@ -44,57 +50,6 @@ __all__ = ["CATEGORIES", "PHASES", "StepMemory", "StorageTracker", "measure"]
 CATEGORIES = ("weights", "gradients", "optimizer state", "activations", "loss", "workspace")
 
 PHASES = ("forward", "loss", "backward", "clip", "optimizer step")
-
-# What follows down to `StepMemory` is all that this file uses of torch's private parts, besides the classes
-# imported above. Checked on torch 2.13.
-
-ASKS_DEVICE = torch.ops.prim.device.default
-"""What `tensor.device` calls on a fake tensor. More than half of a traced step's operations are these."""
-
-IN_PLACE = (
-    torch.ops.aten.add.Tensor,
-    torch.ops.aten.index_put.default,
-    torch.ops.aten._index_put_impl.default,
-)
-"""Operations that autograd does in place in backward, without memory of their own, unless a dispatch mode is
-active."""
-
-
-def runs_backward() -> bool:
-    """Return whether autograd's backward pass runs, a checkpointed forward pass inside it included."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def _identify(storage: torch.UntypedStorage) -> int:
-    """Return a number that no other living storage has."""
-    return int(storage._cdata)
-
-
-def _run_first(optimizer: Optimizer, hook: RemovableHandle) -> None:
-    """Let a step post-hook run before all others of the optimizer."""
-    hooks: Any = optimizer._optimizer_step_post_hooks
-    hooks.move_to_end(hook.id, last=False)
-
-
-class _ResizeHook:
-    """Calls back after a storage is resized, which no dispatch mode sees.
-
-    Args:
-        after: called with the storage.
-    """
-
-    def __init__(self, after: Callable[[torch.UntypedStorage], None]) -> None:
-        before = self._before = torch.UntypedStorage.resize_
-
-        def resize(storage: torch.UntypedStorage, size: int) -> Any:
-            result = before(storage, size)
-            after(storage)
-            return result
-
-        torch.UntypedStorage.resize_ = resize  # type: ignore[assignment, method-assign]
-
-    def remove(self) -> None:
-        torch.UntypedStorage.resize_ = self._before  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,9 +72,9 @@ class StepMemory:
     """Bytes at the end of the step: weights and optimizer state."""
 
     host_bytes: int = 0
-    """Bytes of optimizer state with `state_device: cpu`; in a plan also those of exact frozen weights and
-    of the copy of a checkpoint. In the
-    step that makes the state, `peak_bytes` includes the state; otherwise no other figure has these bytes."""
+    """Bytes of optimizer state with `state_device: cpu`; in a plan also those of exact frozen weights and of
+    the copy of a checkpoint. In the step that makes the state, `peak_bytes` includes the state; otherwise no
+    other figure has these bytes."""
 
 
 @dataclass(slots=True)
@@ -200,8 +155,8 @@ class StorageTracker(TorchDispatchMode):
                 if p.requires_grad
             ),
         ]
-        _run_first(self._optimizer, self._handles[3])  # a schedule's own hook may release state
-        self._resize_hook = _ResizeHook(self._after_resize)
+        run_first(self._optimizer, self._handles[3])  # a schedule's own hook may release state
+        self._resize_hook = ResizeHook(self._after_resize)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -266,13 +221,13 @@ class StorageTracker(TorchDispatchMode):
         for each in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(each, Tensor):
                 for plain in plain_tensors(each):
-                    if _identify(plain.untyped_storage()) not in self._masters:
+                    if identify(plain.untyped_storage()) not in self._masters:
                         self._note(plain)
         return out
 
     def _note(self, tensor: Tensor) -> _Storage:
         storage = tensor.untyped_storage()
-        key = _identify(storage)
+        key = identify(storage)
         known = self._live.get(key)
         if known is not None:
             return known if known.size == storage.nbytes() else self._resize(key, known, storage.nbytes())
@@ -299,7 +254,7 @@ class StorageTracker(TorchDispatchMode):
         return resized
 
     def _after_resize(self, storage: torch.UntypedStorage) -> None:
-        key = _identify(storage)
+        key = identify(storage)
         known = self._live.get(key)
         if known is not None and known.size != storage.nbytes():
             self._resize(key, known, storage.nbytes())
@@ -322,7 +277,7 @@ class StorageTracker(TorchDispatchMode):
     def _mark_weights(self) -> None:
         """Mark the weights. Exact weights of coded layers are outside the device and are not counted."""
         coded = [w for w in coded_weights(self._model).values() if has_values(w.parameter)]
-        self._masters = {_identify(weight.exact().untyped_storage()) for weight in coded}
+        self._masters = {identify(weight.exact().untyped_storage()) for weight in coded}
         for key in self._masters & self._live.keys():
             self._leave(self._live.pop(key))
         self.mark("weights", [*self._all_parameters(), *self._model.buffers()])
