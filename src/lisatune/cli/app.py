@@ -280,7 +280,7 @@ def _run(tokens: list[str]) -> int:
 def _print_keys(only: str | None) -> None:
     """Print the keys of one section or method with their help, or the names of all keys."""
     from lisatune.console import terminal
-    from lisatune.train.recipe_file import print_keys, print_sections
+    from lisatune.train.recipe_help import print_keys, print_sections
 
     if only is not None:
         print_keys(terminal(), only)

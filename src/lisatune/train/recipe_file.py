@@ -1,14 +1,13 @@
 """Read a recipe file and overrides into a `Recipe`.
 
 A recipe is YAML with the sections of `lisatune.recipe.Recipe`. An override is `section.key=value` and wins
-over the file. cyclopts turns each value that is given into what its field takes, and writes the help of all
-fields. Three faults are checked here because cyclopts accepts them: a section that is not a mapping, 1.5 for
-a whole number (cyclopts rounds it), and a bare number for a text (YAML reads `revision: 1.10` as 1.1).
+over the file. cyclopts turns each value that is given into what its field takes. Three faults are checked
+here because cyclopts accepts them: a section that is not a mapping, 1.5 for a whole number (cyclopts rounds
+it), and a bare number for a text (YAML reads `revision: 1.10` as 1.1).
 """
 
 import dataclasses
 import difflib
-import inspect
 import os
 import re
 import types
@@ -19,12 +18,9 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from cyclopts import App, CycloptsError, Group, Parameter, convert
-from rich.console import Console
-from rich.padding import Padding
-from rich.text import Text
+from cyclopts import CycloptsError, convert
 
-from lisatune.console import expand_home, grid, split_override
+from lisatune.console import expand_home, split_override
 from lisatune.files import yaml
 from lisatune.methods import METHODS, Method
 from lisatune.methods.optimizers import check_name
@@ -32,11 +28,12 @@ from lisatune.recipe import DataConfig, LossConfig, ModelConfig, OptimizerConfig
 from lisatune.recipe.values import unknown
 
 __all__ = [
+    "SECTIONS",
     "Sections",
     "build_recipe",
+    "is_required",
+    "list_keys",
     "load_recipe",
-    "print_keys",
-    "print_sections",
     "read_sections",
     "recipe_without_file",
 ]
@@ -117,7 +114,7 @@ def build_recipe(path: str, from_file: Sections, overrides: Sequence[str]) -> Re
     for section, values in given.items():
         hints = typing.get_type_hints(sections[section])
         for key, value in values.items():
-            if key not in _list_keys(sections[section]):
+            if key not in list_keys(sections[section]):
                 raise ValueError(f"{where(section, key)}: {_explain_unknown_key(section, key, sections)}")
             if isinstance(value, dict) != ((section, key) in MAPPINGS):
                 _refuse(where(section, key), sections, section, key, value)
@@ -131,7 +128,7 @@ def build_recipe(path: str, from_file: Sections, overrides: Sequence[str]) -> Re
             except (CycloptsError, ValueError):
                 _refuse(where(section, key), sections, section, key, value)
         for field in dataclasses.fields(sections[section]):
-            if _is_required(field) and field.name not in values:
+            if is_required(field) and field.name not in values:
                 raise ValueError(f"{path}: {section}.{field.name} is missing; add it")
     try:
         recipe = Recipe(**{name: section(**converted[name]) for name, section in sections.items()})
@@ -173,42 +170,6 @@ def read_sections(path: Path, *, also: Sequence[str] = ()) -> Sections:
         if not isinstance(values, dict | None):
             raise ValueError(f"{path}: section {section} must hold lines of `key: value`, got {values!r}")
     return {section: values or {} for section, values in root.items()}
-
-
-def print_keys(console: Console, only: str | None = None) -> None:
-    """Print keys with their help texts, in one panel per section and per method.
-
-    Args:
-        console: where to print.
-        only: a section, or a method, alone. Default: all.
-
-    Raises:
-        ValueError: `only` is neither.
-    """
-    panels: dict[str, type] = {}
-    for name, section in SECTIONS.items():
-        methods = {f"method ({method})": kind for method, kind in METHODS.items()}
-        panels |= methods if name == "method" else {name: section}
-    if only == "method":
-        only = "lisa"
-    if only is not None:
-        title = f"method ({only})" if only in METHODS else only
-        if title not in panels:
-            raise ValueError(unknown("section or method", only, (*SECTIONS, *METHODS)))
-        panels = {title: panels[title]}
-    _build_app(panels).help_print([], console=console)
-
-
-def print_sections(console: Console) -> None:
-    """Print the names of all keys, a line or two for each section."""
-    rows = []
-    default = METHODS["lisa"].name
-    for name, section in SECTIONS.items():
-        of_method = f" (of {default})" if name == "method" else ""
-        rows.append((name, ", ".join(_list_keys(section)) + of_method))
-    console.print(grid(rows))
-    others = ", ".join(name for name in METHODS if name != default)
-    console.print(Padding(Text(f"Other methods: {others}"), (1, 0, 0, 0)))
 
 
 def _read_overrides(overrides: Iterable[str]) -> Sections:
@@ -267,48 +228,6 @@ def _leave_out_other_method(path: str, from_file: Sections, from_overrides: Sect
     return from_file | {"method": {}}
 
 
-def _build_app(sections: Mapping[str, type]) -> App:
-    """Build a cyclopts app that takes the sections as keyword arguments, for its help alone."""
-    app = App(
-        usage="",
-        help="",
-        help_flags=[],
-        version_flags=[],
-        default_parameter=Parameter(negative=(), name_transform=lambda name: name),
-    )
-
-    def build(**given: Any) -> None: ...
-
-    parameters: list[inspect.Parameter] = []
-    for index, (title, section) in enumerate(sections.items()):
-        group = Group(title, sort_key=index)
-        if issubclass(section, Method):  # its name is a key, but no field
-            name = Parameter(name="--method.name", group=group, help="Way to fine-tune.")
-            parameters.append(
-                inspect.Parameter(
-                    f"name_{section.name}",
-                    inspect.Parameter.KEYWORD_ONLY,
-                    default=section.name,
-                    annotation=typing.Annotated[Literal[section.name], name],
-                )
-            )
-        has_keys = bool(dataclasses.fields(section))
-        parameter = Parameter(name=f"--{title.split()[0]}", group=group, show=has_keys)
-        required = any(map(_is_required, dataclasses.fields(section)))
-        parameters.append(
-            inspect.Parameter(
-                re.sub(r"\W+", "_", title),
-                inspect.Parameter.KEYWORD_ONLY,
-                default=inspect.Parameter.empty if required else section(),
-                annotation=typing.Annotated[section, parameter],
-            )
-        )
-    build.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    build.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    app.default(build)
-    return app
-
-
 def _convert(hint: Any, value: Any) -> Any:
     """Turn a value of YAML or of the command line into what a field takes; an error where it is not of it."""
     kinds = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
@@ -326,19 +245,21 @@ def _convert(hint: Any, value: Any) -> Any:
     return parsed
 
 
-def _is_required(field: dataclasses.Field[Any]) -> bool:
+def is_required(field: dataclasses.Field[Any]) -> bool:
+    """Whether a recipe must give a field, because it has no default."""
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def _list_keys(section: type) -> list[str]:
+def list_keys(section: type) -> list[str]:
+    """List the keys of a section's class; `name` of a method, which is no field, comes first."""
     name = ["name"] if issubclass(section, Method) else []
     return [*name, *(field.name for field in dataclasses.fields(section))]
 
 
 def _explain_unknown_key(section: str, key: object, sections: Mapping[str, Any]) -> str:
-    known = _list_keys(sections[section])
+    known = list_keys(sections[section])
     close = difflib.get_close_matches(str(key), known, n=1)
-    elsewhere = [other for other in sections if key in _list_keys(sections[other])]
+    elsewhere = [other for other in sections if key in list_keys(sections[other])]
     owner = f" of method {sections[section].name}" if section == "method" else ""
     if not close and not elsewhere:
         return f"unknown key '{section}.{key}'{owner}. Known: {', '.join(known)}"
