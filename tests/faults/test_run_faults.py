@@ -1,5 +1,6 @@
 """SIGTERM, two runs in one folder, clocks that jump, data that changes, numbers that are not finite."""
 
+import importlib
 import json
 import math
 import os
@@ -49,8 +50,10 @@ def term() -> None:
 
 
 def term_in(name: str, call: int) -> None:
-    """Send SIGTERM to this process in the `call`-th call of a function of the loop, from 1."""
-    calls, act = 0, getattr(lisatune.train.loop, name)
+    """Send SIGTERM to this process in the `call`-th call of a function in lisatune.train, from 1."""
+    file, _, function = name.partition(".")
+    module = importlib.import_module(f"lisatune.train.{file}")
+    calls, act = 0, getattr(module, function)
 
     def pressed(*arguments: Any) -> Any:
         nonlocal calls
@@ -59,31 +62,31 @@ def term_in(name: str, call: int) -> None:
             term()
         return act(*arguments)
 
-    setattr(lisatune.train.loop, name, pressed)
+    setattr(module, function, pressed)
 
 
 @pytest.mark.parametrize(
     ("function", "call", "says", "resumes"),
     [
         (
-            "_step",
+            "loop._step",
             5,
             "stopped after step 5 of 8, which is saved; resume from ",
             True,
         ),
         (
-            "_held_out",
+            "evaluation.held_out",
             2,
             "stopped after step 3 of 8, which is saved; resume from ",
             True,
         ),
         (
-            "_answers",
+            "evaluation.answer_samples",
             1,
             "stopped at once; no checkpoint was saved, so start over with the same command and",
             False,
         ),
-        ("assemble", 1, "interrupted", False),
+        ("loop.assemble", 1, "interrupted", False),
     ],
 )
 def test_sigterm_saves_and_ends_with_143_and_the_run_goes_on_bit_equal(

@@ -1,6 +1,7 @@
 """Bad input through the command line: one sentence, exit code 2, and nothing written or lost."""
 
 import errno
+import importlib
 import json
 import math
 import os
@@ -188,7 +189,7 @@ def test_recipe_files_that_cannot_be_read(
 def test_trackers_that_are_not_installed(
     recipe: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lisatune.train.progress.find_spec", lambda name: None)
+    monkeypatch.setattr("lisatune.train.trackers.find_spec", lambda name: None)
     refused(
         "train", recipe, "run.report_to=[mlflow]", says=("run.report_to: mlflow needs `pip install mlflow`",)
     )
@@ -553,9 +554,13 @@ def test_ctrl_c_saves_and_the_resumed_run_ends_bit_equal(recipe: Path) -> None:
 @pytest.mark.parametrize(
     ("function", "call", "says"),
     [
-        ("assemble", 1, "interrupted\n"),
-        ("_held_out", 1, "no checkpoint was saved, so start over with the same command and --overwrite\n"),
-        ("_answers", 2, "stopped after training; the model is in "),
+        ("loop.assemble", 1, "interrupted\n"),
+        (
+            "evaluation.held_out",
+            1,
+            "no checkpoint was saved, so start over with the same command and --overwrite\n",
+        ),
+        ("evaluation.answer_samples", 2, "stopped after training; the model is in "),
     ],
 )
 def test_ctrl_c_outside_the_loop_says_how_to_go_on(
@@ -566,7 +571,9 @@ def test_ctrl_c_outside_the_loop_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    calls, act = 0, getattr(lisatune.train.loop, function)
+    file, _, name = function.partition(".")
+    module = importlib.import_module(f"lisatune.train.{file}")
+    calls, act = 0, getattr(module, name)
 
     def press(*arguments: Any) -> Any:
         nonlocal calls
@@ -576,7 +583,7 @@ def test_ctrl_c_outside_the_loop_says_how_to_go_on(
         return act(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(lisatune.train.loop, function, press)
+        patch.setattr(module, name, press)
         assert main(["train", str(recipe)]) == 130
     one_sentence(capfd, says, start="lisatune: ")
     trained(recipe, "run", *(["--overwrite"] if (recipe.parent / "run").exists() else []))

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM
 
-import lisatune.train.loop
+import lisatune.train.evaluation
 import tiny_run
 from lisatune.losses.causal_lm import CausalLMLoss
 from lisatune.methods import METHODS
@@ -210,7 +210,7 @@ def test_the_model_is_written_in_the_dtype_of_its_source_unless_asked(
         parts = assemble(load_recipe(recipe, options))
         parts.built.step.loss.model = load_model(str(tmp_path / "run" / "model"))
         with progress.Bar(1) as bar:
-            assert lisatune.train.loop._held_out(parts, bar)[0] == summary["held_out_loss_after"]
+            assert lisatune.train.evaluation.held_out(parts, bar)[0] == summary["held_out_loss_after"]
 
 
 def test_loss_does_not_depend_on_how_a_step_is_cut_into_micro_steps(recipe: Path) -> None:
@@ -267,7 +267,7 @@ def set_held_out_losses(monkeypatch: pytest.MonkeyPatch, losses: list[float]) ->
     def look_up(parts: Parts, *_: Any) -> tuple[float, dict[str, float]]:
         return losses[parts.scheduler.last_epoch], {}
 
-    monkeypatch.setattr("lisatune.train.loop._held_out", look_up)
+    monkeypatch.setattr("lisatune.train.evaluation.held_out", look_up)
 
 
 BEST = ["run.steps=6", "optimizer.schedule=constant", "run.eval_every=1", "run.keep_best=true"]

@@ -29,7 +29,7 @@ from lisatune.train.beginning import choose_start, find_checkpoint, fix_compile,
 from lisatune.train.benchmarks import check_tasks
 from lisatune.train.compiling import choose
 from lisatune.train.outline import Outline, make_outline, print_outline
-from lisatune.train.progress import check_trackers
+from lisatune.train.trackers import check_trackers
 
 __all__ = ["CheckReport", "check", "print_report"]
 

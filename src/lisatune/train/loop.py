@@ -5,31 +5,25 @@ loop.
 """
 
 import json
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from lisatune.data.batches import my_share
 from lisatune.data.streaming import StreamError
 from lisatune.distributed import ranks
-from lisatune.evaluate.held_out import generate_answers, held_out_loss
 from lisatune.lisa.correction import count_trainable
 from lisatune.memory import process
 from lisatune.memory.check import MemoryCheck, say_what_fits
-from lisatune.models.load import save_model
-from lisatune.models.sharded import save_from_ranks
 from lisatune.recipe import Recipe
-from lisatune.runs.card import write_card
 from lisatune.runs.folder import RunFolder, check_output, open_folder
 from lisatune.runs.manifest import prune, set_aside
 from lisatune.runs.summary import Summary
-from lisatune.train import progress
+from lisatune.train import evaluation, progress
 from lisatune.train.assemble import Parts, assemble
 from lisatune.train.beginning import (
     choose_start,
@@ -39,26 +33,18 @@ from lisatune.train.beginning import (
     fix_date,
     read_finished,
 )
-from lisatune.train.benchmarks import check_tasks, evaluate_run
+from lisatune.train.benchmarks import check_tasks
 from lisatune.train.flops import step_flops, utilization
-from lisatune.train.nonfinite import TrainingError, check_skip, check_trained
+from lisatune.train.nonfinite import TrainingError, check_skip
 from lisatune.train.outline import make_outline, print_outline
-from lisatune.train.progress import Log, check_trackers, trackers
 from lisatune.train.reference import attach_reference
-from lisatune.train.resume import (
-    RunState,
-    begin,
-    restore,
-    restore_best,
-)
+from lisatune.train.result import finish
+from lisatune.train.resume import RunState, begin, restore
 from lisatune.train.saving import SaveClock, Saver
 from lisatune.train.stopping import agree_to_stop, explain_interruption, interruptible, resume_hint
+from lisatune.train.trackers import Log, check_trackers, open_trackers
 
 __all__ = ["TrainingError", "train"]
-
-
-class _NoTimeError(Exception):
-    """Raised inside an evaluation when a stop was requested."""
 
 
 def train(
@@ -126,7 +112,7 @@ def _train(
     state, damaged = restore(parts, output) if resume else (begin(parts), [])
     with (
         open_folder(output, recipe.as_dict(), resume=resume, overwrite=overwrite) as folder,
-        trackers(recipe.run.report_to, output, recipe.as_dict()) as log,
+        open_trackers(recipe.run.report_to, output, recipe.as_dict()) as log,
         explain_interruption(folder),
         progress.Bar(parts.data.steps, state.step) as bar,
         nullcontext() if parts.data.stream is None else closing(parts.data.stream),
@@ -151,12 +137,12 @@ def _train(
         print_outline(outline)
         state.reference = attach_reference(parts, folder.reference, state.reference if resume else None, bar)
         if not resume:
-            state.held_out_before, state.more_before = _held_out(parts, bar)
-            state.answers_before = _answers(parts)
+            state.held_out_before, state.more_before = evaluation.held_out(parts, bar)
+            state.answers_before = evaluation.answer_samples(parts)
             if recipe.data.holds_out:
                 folder.log({"step": 0, "held_out_loss": state.held_out_before} | state.more_before)
         _loop(parts, state, folder, log, check, bar, after_step)
-        summary = _finish(parts, state, folder, log, check, bar)
+        summary = finish(parts, state, folder, log, check, bar)
     progress.print_summary(summary)
     return summary
 
@@ -192,8 +178,8 @@ def _loop(
             """
             has_one = run.eval_every and state.step % run.eval_every == 0 and 0 < state.step < last
             if has_one and state.evaluated_step < state.step:
-                with suppress(_NoTimeError):
-                    held_out, state.more = _held_out(parts, bar, asked_to_stop)
+                with suppress(evaluation.StopRequestedError):
+                    held_out, state.more = evaluation.held_out(parts, bar, asked_to_stop)
                     has_gained = state.add_evaluation(held_out)
                     note({"step": state.step, "held_out_loss": held_out} | state.more)
                     bar.print(f"step {state.step}: held-out loss {held_out:.3f}")
@@ -234,9 +220,9 @@ def _step(parts: Parts, state: RunState, folder: RunFolder) -> dict[str, Any]:
     run, step, schedule = parts.recipe.run, parts.built.step, parts.built.schedule
     started = time.perf_counter()
     batches = [parts.data.batch(state.step * run.accumulation + i) for i in range(run.accumulation)]
-    is_mine = parts.data.stream is not None
-    each = parts.data.rows_per_record
-    loss = step.backward([parts.collate(batch if is_mine else my_share(batch, each)) for batch in batches])
+    has_own_rows = parts.data.stream is not None  # else all ranks take the same batch, and share it
+    shares = batches if has_own_rows else [my_share(b, parts.data.rows_per_record) for b in batches]
+    loss = step.backward([parts.collate(share) for share in shares])
     grad_norm = step.clip()
 
     # Noted before the update, which may draw the next blocks.
@@ -257,7 +243,7 @@ def _step(parts: Parts, state: RunState, folder: RunFolder) -> dict[str, Any]:
     by_source = {} if parts.source_losses is None else {"loss_by_source": parts.source_losses.take()}
     rows = [row for batch in batches for row in batch]
     num_tokens = sum(len(row["input_ids"]) for row in rows)
-    if is_mine:
+    if has_own_rows:
         num_tokens, flops = (int(ranks.sum_over_ranks(each)[0]) for each in (num_tokens, flops or 0))
     state.add_step(
         is_finite=is_finite,
@@ -282,117 +268,3 @@ def _step(parts: Parts, state: RunState, folder: RunFolder) -> dict[str, Any]:
         }
         | utilization(flops, seconds, parts.device, ranks=ranks.count())
     )
-
-
-def _held_out(
-    parts: Parts, bar: progress.Bar, asked_to_stop: Callable[[], object] = lambda: None
-) -> tuple[float, dict[str, Any]]:
-    """Return the held-out loss per token or pair (NaN if nothing is held out), and more figures by name.
-
-    Raises:
-        _NoTimeError: `asked_to_stop` said so between two batches.
-    """
-    if not parts.recipe.data.holds_out:
-        return math.nan, {}
-    held_out = parts.data.validation
-    size = parts.recipe.run.batch_size * ranks.count()
-
-    def batches(advance: Callable[[], None]) -> Iterator[dict[str, Tensor]]:
-        for some in parts.data.by_length(held_out, size):
-            if asked_to_stop():
-                raise _NoTimeError
-            yield parts.collate(my_share(some, parts.data.rows_per_record))
-            advance()
-
-    step = parts.built.step
-    if parts.source_losses is not None:
-        parts.source_losses.take()  # what a stopped evaluation left
-    num_batches = math.ceil(len(held_out.rows) / (size * parts.data.rows_per_record))
-    with bar.follow("held-out loss", num_batches) as advance:
-        found = held_out_loss(step.loss, batches(advance), device=parts.device, autocast=step.autocast)
-    more: dict[str, Any] = {f"held_out_{name}": value for name, value in found.more.items()}
-    if parts.source_losses is not None and (by_source := parts.source_losses.take()):
-        more["held_out_loss_by_source"] = by_source
-    return found.loss, more
-
-
-def _answers(parts: Parts) -> list[str]:
-    prompts = [question.prompt for question in parts.data.questions]
-    if not prompts:
-        return []
-    recipe = parts.recipe
-    return generate_answers(
-        parts.built.model,
-        parts.tokenizer,
-        prompts,
-        max_new_tokens=recipe.run.sample_tokens,
-        date=recipe.data.date,
-    )
-
-
-def _finish(
-    parts: Parts, state: RunState, folder: RunFolder, log: Log, check: MemoryCheck, bar: progress.Bar
-) -> Summary:
-    """Prove the last period, write the model, evaluate, write the summary."""
-    check_trained(state)
-    parts.built.schedule.check()
-    parts.built.schedule.settle()
-    write = save_model if ranks.count() == 1 else save_from_ranks
-    # First, because Ctrl-C may end the rest; it also rounds the weights that are evaluated to those written.
-    write(parts.built.model, parts.tokenizer, folder.model, dtype=parts.save_dtype)
-    held_out: Summary = {}
-    if parts.recipe.data.holds_out:
-        if state.evaluated_step < state.step:
-            state.held_out, state.more = _held_out(parts, bar)
-            folder.log({"step": state.step, "held_out_loss": state.held_out} | state.more)
-            log({"held_out_loss": state.held_out} | state.more, state.step)
-        held_out = {"held_out_loss_before": state.held_out_before, "held_out_loss_after": state.held_out}
-    if state.step < parts.data.steps:
-        held_out["planned_steps"] = parts.data.steps
-    if parts.recipe.run.keep_best:
-        best = restore_best(parts, state, folder)
-        held_out |= {"best_step": best, "held_out_loss_last": state.held_out}
-        if best != state.step:
-            parts.built.schedule.settle()
-            write(parts.built.model, parts.tokenizer, folder.model, dtype=parts.save_dtype)
-            held_out["held_out_loss_after"] = state.best[str(best)]
-            state.more = _held_out(parts, bar)[1] if state.more else {}
-    for name, value in state.more.items():
-        pair = {f"{name}_before": state.more_before[name], f"{name}_after": value}
-        held_out.update(pair)  # type: ignore[typeddict-item]
-    # Not strict: a resumed run may ask for more samples than were answered before.
-    questions = zip(parts.data.questions, state.answers_before, _answers(parts), strict=False)
-    summary = Summary(
-        steps=state.step,
-        skipped_steps=state.skipped_steps,
-        tokens=state.num_tokens,
-        train_seconds=state.train_seconds,
-        tokens_per_second=state.num_tokens / state.train_seconds,
-        peak_state_bytes=state.peak_state_bytes,
-        peak_state_elements=state.peak_state_elements,
-        peak_trainable=state.peak_trainable,
-        samples=[
-            {"prompt": question.text, "reference": question.answer, "before": before, "after": answer}
-            for question, before, answer in questions
-        ],
-        is_chat=parts.data.is_chat,
-        model=str(folder.model),
-    )
-    summary.update(held_out)
-    summary.update(check.outcome(parts.device))
-    if parts.data.stream is not None:
-        summary["stream"] = parts.data.stream.describe(state.step * parts.recipe.run.accumulation)
-    if state.failed_saves:
-        summary["failed_saves"] = state.failed_saves
-    if parts.save_dtype is not None:
-        summary["model_dtype"] = str(parts.save_dtype).removeprefix("torch.")
-    if parts.compile_seconds is not None:
-        summary["compile_seconds"] = parts.compile_seconds
-    summary.update(parts.built.schedule.summarize())  # type: ignore[typeddict-item]
-    ranks.on_rank0(lambda: write_card(folder.model, parts.recipe.as_dict(), summary))
-    folder.write_summary(summary)
-    if parts.recipe.run.evaluate is not None:
-        bar.print(f"asking {parts.recipe.run.evaluate}")
-        summary["scores"] = evaluate_run(parts, folder.path / "evaluation", folder.model)
-        folder.write_summary(summary)
-    return summary

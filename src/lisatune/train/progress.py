@@ -1,4 +1,4 @@
-"""The terminal during and after a run, and the trackers that a run reports to.
+"""The terminal during and after a run.
 
 This file turns plain data into Rich output and decides nothing. Lines have at most 100 columns. If the output
 is not a terminal, the live line becomes one plain line for each update, without colour.
@@ -6,12 +6,11 @@ is not a terminal, the live line becomes one plain line for each update, without
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from rich import box
 from rich.console import Console, Group
@@ -21,10 +20,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from lisatune.console import byte_text, clock_text, grid, plural, ranges_text, terminal
-from lisatune.distributed import ranks
 from lisatune.runs.summary import Sample, Summary, score_text
 
-__all__ = ["Bar", "Log", "check_trackers", "print_finished", "print_summary", "trackers"]
+__all__ = ["Bar", "print_finished", "print_summary"]
 
 LONGEST_SAMPLE = 400
 
@@ -138,9 +136,9 @@ class Bar:
             self._progress.stop()
 
 
-def print_finished(output: Path, summary: Summary, console: Console | None = None) -> None:
+def print_finished(output: Path, summary: Summary) -> None:
     """Say that a run needs no more steps, and print its result."""
-    console = console or terminal()
+    console = terminal()
     text = f"the run in {output} is finished; for more steps give a larger run.steps or run.epochs"
     console.print(Text(text), soft_wrap=True)
     print_summary(summary, console)
@@ -241,50 +239,3 @@ def _short(text: str) -> str:
 
 def _perplexity(loss: float) -> str:
     return "∞" if loss >= 50 else f"{math.exp(loss):,.1f}"
-
-
-TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow"}
-"""Tracker names and the package each needs."""
-
-
-class Log(Protocol):
-    """Sends one step's numbers to every tracker."""
-
-    def __call__(self, values: Mapping[str, float], step: int) -> None: ...
-
-
-def check_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers that are unknown (ValueError) or not installed (ImportError).
-
-    Accelerate leaves out a tracker that is not installed, without a warning.
-    """
-    for name in names:
-        if name not in TRACKERS:
-            raise ValueError(f"run.report_to has an unknown tracker {name!r}; known: {', '.join(TRACKERS)}")
-        if find_spec(TRACKERS[name]) is None:
-            raise ImportError(f"run.report_to: {name} needs `pip install {TRACKERS[name]}`")
-
-
-@contextmanager
-def trackers(names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> Iterator[Log]:
-    """Open trackers for the duration of a run; on several ranks, on the first one.
-
-    Args:
-        names: keys of `TRACKERS`; may be empty.
-        folder: run folder; trackers that write files write to `folder/trackers`.
-        config: the recipe with every default, stored with the run if the tracker can do that.
-    """
-    if not names or not ranks.is_rank0():
-        yield lambda values, step: None
-        return
-    from accelerate import Accelerator
-
-    check_trackers(names)
-    accelerator = Accelerator(cpu=True, log_with=list(names), project_dir=folder / "trackers")
-    flat = {f"{part}.{key}": str(value) for part, keys in config.items() for key, value in keys.items()}
-    accelerator.init_trackers(folder.name, config=flat)
-    try:
-        yield lambda values, step: accelerator.log(dict(values), step=step)
-    finally:
-        for tracker in accelerator.trackers:
-            tracker.finish()
