@@ -54,19 +54,13 @@ class Base:
     """Commit or revision of the hub id, if it is known."""
 
 
-def write_card(
-    folder: Path,
-    recipe: Mapping[str, Any],
-    summary: Mapping[str, Any],
-    versions: Mapping[str, str] | None = None,
-) -> None:
+def write_card(folder: Path, recipe: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
     """Write README.md into a model folder, in place of the one that is there.
 
     Args:
         folder: the folder of the written model, or of its adapters.
         recipe: `Recipe.as_dict()`.
         summary: as in summary.json.
-        versions: of packages by name. Default: those that are installed.
 
     Raises:
         OSError: the card could not be written; an earlier one is as it was.
@@ -74,7 +68,8 @@ def write_card(
     source = recipe["model"]
     base = describe_base(source["name"], source.get("revision"))
     kind = "adapters" if is_adapter(str(folder)) else "model"
-    replace_file(folder / "README.md", make_card(base, recipe, summary, versions or _versions(), kind=kind))
+    card = make_card(base, recipe, summary, package_versions(), kind=kind)
+    replace_file(folder / "README.md", card)
 
 
 def rewrite_card(folder: Path, run: Path, **more: str) -> bool:
@@ -94,7 +89,7 @@ def rewrite_card(folder: Path, run: Path, **more: str) -> bool:
         base = describe_base(recipe["model"]["name"], recipe["model"].get("revision"))
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
-    versions = _versions()
+    versions = package_versions()
     with suppress(OSError, ValueError, LookupError, TypeError):  # those that the run trained with
         versions = json.loads((run / "environment.json").read_text(encoding="utf-8"))["packages"]
     replace_file(folder / "README.md", make_card(base, recipe, summary, versions, **more))
@@ -206,7 +201,7 @@ def _facts(
     yield "training data", ", ".join(f"`{_escape(name)}`" for name in data)
     held_out = recipe["data"].get("validation")
     if held_out is not None:
-        yield "held-out data", ", ".join(f"`{_escape(shown_name(text))}`" for text in _texts(held_out))
+        yield "held-out data", f"`{_escape(shown_name(held_out))}`"
     elif recipe["data"].get("validation_share"):
         yield "held-out data", f"{100 * recipe['data']['validation_share']:g} % of the training data"
     seeds = {
@@ -281,17 +276,6 @@ def _shown(value: Any) -> Any:
     return shown_name(value) if isinstance(value, str) else value
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """Give the names in a recipe's value, which may be one or a list."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _texts([item for item in value.values() if isinstance(item, str)])
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _texts(item)
-
-
 def _escape(text: str) -> str:
     """Keep a name from ending its place in the page."""
     return re.sub(r"[`|<>\[\]\n\r\"]", "_", text)
@@ -326,8 +310,3 @@ def _fetch_card(name: str, revision: str | None) -> Path | None:
     with suppress(Exception):  # no network, no card, or whatever the HTTP library raises: no licence is said
         return Path(hf_hub_download(name, "README.md", revision=revision, etag_timeout=SECONDS))
     return None
-
-
-def _versions() -> dict[str, str]:
-    versions = package_versions()
-    return {name: versions[name] for name in ("lisatune", "torch", "transformers") if name in versions}

@@ -1,4 +1,4 @@
-"""In what two recipes differ, as a run that goes on and a comparison see it.
+"""In what two recipes differ, for a run that is resumed and for a comparison.
 
 A key that is new has, in a recipe from before, the value that says what older versions did.
 """
@@ -9,20 +9,33 @@ from typing import Any
 __all__ = ["differences"]
 
 MAY_CHANGE = frozenset(
-    {"run.output", "run.steps", "run.epochs", "run.log_every", "run.eval_every", "run.save_every"}
-    | {"run.save_async"}
-    | {"run.keep_checkpoints", "run.samples", "run.sample_tokens", "run.report_to", "run.check_memory"}
-    | {"run.on_save_error", "run.on_nonfinite", "run.max_skipped_steps", "run.activation_checkpointing"}
-    | {
-        "run.sharding",
-        "run.copies",
-        "run.batch_size",
-        "run.save_dtype",
-        "run.stop_after",
-        "data.date",
+    (
         "data.cache",
-    }
-    | {"run.evaluate", "run.evaluate_data"}
+        "data.date",
+        "run.activation_checkpointing",
+        "run.batch_size",
+        "run.check_memory",
+        "run.copies",
+        "run.epochs",
+        "run.eval_every",
+        "run.evaluate",
+        "run.evaluate_data",
+        "run.keep_checkpoints",
+        "run.log_every",
+        "run.max_skipped_steps",
+        "run.on_nonfinite",
+        "run.on_save_error",
+        "run.output",
+        "run.report_to",
+        "run.sample_tokens",
+        "run.samples",
+        "run.save_async",
+        "run.save_dtype",
+        "run.save_every",
+        "run.sharding",
+        "run.steps",
+        "run.stop_after",
+    )
 )
 """Keys that may differ on resume: lengths, intervals, outputs, and what a stopped run may need to change.
 
@@ -50,11 +63,12 @@ BEFORE_IT_EXISTED: dict[str, Any] = {
     "method.master": "auto",
     "method.unit": "block",
     "method.correction": "none",
-} | {
-    f"method.correction_{key}": value
-    for key, value in zip(
-        ("rank", "lr", "lr_ratio", "blocks", "matrices", "share"), (8, 1e-3, 1.0, "all", [], 0.1), strict=True
-    )
+    "method.correction_rank": 8,
+    "method.correction_lr": 1e-3,
+    "method.correction_lr_ratio": 1.0,
+    "method.correction_blocks": "all",
+    "method.correction_matrices": [],
+    "method.correction_share": 0.1,
 }
 """Keys that older versions lack, with the value that says what these did, if that is not null."""
 

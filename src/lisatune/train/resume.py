@@ -13,21 +13,11 @@ from lisatune.distributed import ranks
 from lisatune.optim.meter import StateMeter
 from lisatune.runs.checkpoint import load_checkpoint, load_weights
 from lisatune.runs.folder import NEW_FOLDER, RunFolder
-from lisatune.runs.manifest import (
-    DamagedCheckpointError,
-    checkpoint_name,
-    list_checkpoints,
-)
+from lisatune.runs.manifest import DamagedCheckpointError, checkpoint_name, list_checkpoints
 from lisatune.train.assemble import Parts
 from lisatune.train.schedule import lr_factor
 
-__all__ = [
-    "RunState",
-    "begin",
-    "read_state",
-    "restore",
-    "restore_best",
-]
+__all__ = ["RunState", "begin", "read_state", "restore", "restore_best"]
 
 
 @dataclass
@@ -35,7 +25,7 @@ class RunState:
     """The progress of a run. It goes into checkpoints, so it holds JSON values only."""
 
     step: int = 0
-    """Optimizer steps state, those that were left out included."""
+    """Optimizer steps that were made, those that were left out included."""
     num_tokens: int = 0
     skipped_steps: int = 0
     """Steps left out because loss or gradients were not finite."""
