@@ -46,7 +46,7 @@ from lisatune.nn.coded import Masters
 from lisatune.nn.hidden import max_positions, unwrap_adapters
 from lisatune.nn.layers import LayerMap, find_layers
 from lisatune.recipe import Recipe
-from lisatune.train.compiling import Choice, build_graphs, choose
+from lisatune.train.compiling import CompileChoice, build_graphs, choose_compile
 from lisatune.train.schedule import make_scheduler, warn_of_long_warmup
 
 __all__ = [
@@ -74,7 +74,7 @@ class Parts:
     data: RunData
     scheduler: LambdaLR
     built: Built
-    compiling: Choice
+    compiling: CompileChoice
     """Whether the blocks are compiled; `recipe.run.compile` says so too."""
     compile_seconds: float | None = None
     """Wall time of compiling the blocks before the first step; None if nothing was compiled."""
@@ -152,7 +152,7 @@ def assemble(
         warnings.simplefilter("ignore")  # they come again with the real model
         rehearsed, layers, _ = rehearse(recipe, data.steps, device)
         check_fits(rehearsed, data, recipe.data.max_length)
-    compiling = choose(recipe, device, rehearsed, layers, data)
+    compiling = choose_compile(recipe, device, rehearsed, layers, data)
     run = dataclasses.replace(run, compile=compiling.compiles)
     recipe = dataclasses.replace(recipe, run=run)
     if before_load is not None:

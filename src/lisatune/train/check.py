@@ -27,7 +27,7 @@ from lisatune.runs.folder import check_output
 from lisatune.train.assemble import check_fits, rehearse, warn_of_slow_bf16
 from lisatune.train.beginning import choose_start, find_checkpoint, fix_compile, fix_date, read_finished
 from lisatune.train.benchmarks import check_tasks
-from lisatune.train.compiling import choose
+from lisatune.train.compiling import choose_compile
 from lisatune.train.outline import Outline, make_outline, print_outline
 from lisatune.train.trackers import check_trackers
 
@@ -117,7 +117,7 @@ def check(
         report.attempt(check_fits, attached[0], data, recipe.data.max_length)
     if attached is not None and data is not None and device is not None:
         model, layers, schedule = attached
-        blocks = choose(recipe, device, model, layers, data).why
+        blocks = choose_compile(recipe, device, model, layers, data).why
         report.outline = make_outline(
             recipe, model, layers, schedule, data, device=str(device), blocks=blocks
         )

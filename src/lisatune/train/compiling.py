@@ -25,7 +25,7 @@ from lisatune.nn.layers import LayerMap
 from lisatune.recipe import Recipe
 from lisatune.train.flops import needed_flops, peak_flops
 
-__all__ = ["Choice", "build_graphs", "choose"]
+__all__ = ["CompileChoice", "build_graphs", "choose_compile"]
 
 WORTH_SECONDS = 20 * 60
 """Planned seconds of training from which compiling pays.
@@ -39,14 +39,16 @@ USUAL_SPEED = 0.4
 
 
 @dataclass(frozen=True)
-class Choice:
+class CompileChoice:
     """Whether the blocks are compiled, and why, for the outline. No reason where nobody would ask for one."""
 
     compiles: bool
     why: str = ""
 
 
-def choose(recipe: Recipe, device: torch.device, model: nn.Module, layers: LayerMap, data: RunData) -> Choice:
+def choose_compile(
+    recipe: Recipe, device: torch.device, model: nn.Module, layers: LayerMap, data: RunData
+) -> CompileChoice:
     """Decide about `run.compile`.
 
     Args:
@@ -58,21 +60,21 @@ def choose(recipe: Recipe, device: torch.device, model: nn.Module, layers: Layer
     """
     asked = recipe.run.compile
     if asked != "auto":
-        return Choice(asked, "compiled" if asked else "")
+        return CompileChoice(asked, "compiled" if asked else "")
     if device.type != "cuda":
-        return Choice(False)
+        return CompileChoice(False)
     try:
         dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, compile=True))
     except ValueError:
-        return Choice(False, f"not compiled: {recipe.method.name} as it is set cannot run compiled")
+        return CompileChoice(False, f"not compiled: {recipe.method.name} as it is set cannot run compiled")
     if not _has_triton():
-        return Choice(False)
+        return CompileChoice(False)
     seconds = _planned_seconds(recipe, device, model, layers, data)
     if seconds is None:
-        return Choice(False, "not compiled: the length of the run is not known for this card or model")
+        return CompileChoice(False, "not compiled: the length of the run is not known for this card or model")
     pays = seconds >= WORTH_SECONDS
     about = f"about {clock_text(seconds)} of steps, and compiling pays from {clock_text(WORTH_SECONDS)}"
-    return Choice(pays, f"{'compiled' if pays else 'not compiled'}: {about} (run.compile)")
+    return CompileChoice(pays, f"{'compiled' if pays else 'not compiled'}: {about} (run.compile)")
 
 
 def build_graphs(recipe: Recipe, built: Built, device: torch.device) -> float:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import lisatune.train.compiling
 import tiny_run
 from lisatune.nn.layers import find_layers
-from lisatune.train.compiling import USUAL_SPEED, WORTH_SECONDS, Choice, choose
+from lisatune.train.compiling import USUAL_SPEED, WORTH_SECONDS, CompileChoice, choose_compile
 from lisatune.train.flops import needed_flops
 from lisatune.train.loop import train
 from lisatune.train.recipe_file import load_recipe, recipe_without_file
@@ -35,14 +35,14 @@ def a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lisatune.train.compiling, "_has_triton", lambda: True)
 
 
-def decide(steps: int, *keys: str, device: torch.device = CARD) -> Choice:
+def decide(steps: int, *keys: str, device: torch.device = CARD) -> CompileChoice:
     """Decide for rows of 10 and 30 tokens, two in each step."""
     recipe = recipe_without_file(["model.name=tiny", "data.train=rows.jsonl", "run.batch_size=2", *keys])
     model = AutoModelForCausalLM.from_config(CONFIG)
     data: Any = SimpleNamespace(
         steps=steps, rows_per_record=1, train=SimpleNamespace(rows=[0, 0], num_tokens=40)
     )
-    return choose(recipe, device, model, find_layers(model), data)
+    return choose_compile(recipe, device, model, find_layers(model), data)
 
 
 def steps_that_pay() -> int:
@@ -61,8 +61,8 @@ def test_a_run_compiles_from_the_length_on_that_pays() -> None:
 
 
 def test_what_the_recipe_says_is_done() -> None:
-    assert decide(1, "run.compile=true") == Choice(True, "compiled")
-    assert decide(10**6, "run.compile=false") == Choice(False, "")
+    assert decide(1, "run.compile=true") == CompileChoice(True, "compiled")
+    assert decide(10**6, "run.compile=false") == CompileChoice(False, "")
 
 
 @pytest.mark.parametrize("keys", [["method.name=prefix"], ["method.unit=module"], ["method.name=mezo"]])
@@ -73,7 +73,7 @@ def test_a_method_that_cannot_run_compiled_is_left_as_it_is(keys: list[str]) -> 
 
 
 def test_a_cpu_and_an_unknown_card_do_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert decide(10**6, device=torch.device("cpu")) == Choice(False, "")
+    assert decide(10**6, device=torch.device("cpu")) == CompileChoice(False, "")
     monkeypatch.setattr(lisatune.train.compiling, "peak_flops", lambda device: None)
     assert "not known" in decide(10**6).why
 
@@ -95,9 +95,9 @@ def test_a_resumed_run_keeps_the_answer_that_it_began_with(
     assert "compile: false" in (tmp_path / "run" / "recipe.yaml").read_text()
     asked = []
 
-    def choose_and_note(recipe: Any, *args: Any) -> Choice:
+    def choose_and_note(recipe: Any, *args: Any) -> CompileChoice:
         asked.append(recipe.run.compile)
-        return Choice(recipe.run.compile)
+        return CompileChoice(recipe.run.compile)
 
     monkeypatch.setattr("lisatune.train.assemble.choose", choose_and_note)
     train(load_recipe(recipe, keys), resume=True)
