@@ -282,13 +282,14 @@ if triton is not None:
             exp_avg_sq = tl.load(unsigned_values_ptr + exp_avg_sq.to(tl.int32)) * scale[:, None]
 
         step = tl.load(step_ptr).to(tl.float64)
-        size_of_step = (lr / (1 - tl.exp(step * LOG_BETA1))).to(tl.float32)
-        correction = tl.sqrt(1 - tl.exp(step * LOG_BETA2)).to(tl.float32)
+        step_size = (lr / (1 - tl.exp(step * LOG_BETA1))).to(tl.float32)
+        bias_correction2_sqrt = tl.sqrt(1 - tl.exp(step * LOG_BETA2)).to(tl.float32)
         weight -= lr * weight_decay * weight
         exp_avg += (1 - BETA1) * (gradient - exp_avg)
         exp_avg_sq = BETA2 * exp_avg_sq + (1 - BETA2) * gradient * gradient
-        denominator = tl.div_rn(tl.sqrt_rn(exp_avg_sq), tl.broadcast_to(correction, exp_avg_sq.shape)) + eps
-        weight -= tl.div_rn(size_of_step * exp_avg, denominator)
+        root = tl.broadcast_to(bias_correction2_sqrt, exp_avg_sq.shape)
+        denom = tl.div_rn(tl.sqrt_rn(exp_avg_sq), root) + eps
+        weight -= tl.div_rn(step_size * exp_avg, denom)
 
         if ROUNDING == "stochastic" or MOMENTS == "bf16":
             noise = _random(at, key_first.to(tl.uint32), key_low.to(tl.uint32), key_high.to(tl.uint32))

@@ -159,11 +159,12 @@ def update_rows(
         exp_avg_sq.mul_(beta2).addcmul_(gradient_cD, gradient_cD, value=1 - beta2)
         state["exp_avg_sq"][slots] = exp_avg_sq
         rows_cD = p.detach()[ids_c]
-        size_c1 = (lr / (1 - beta1**steps_c1)).to(wide)
-        spread_c1 = (1 - beta2**steps_c1).sqrt().to(wide)
+        step_size_c1 = (lr / (1 - beta1**steps_c1)).to(wide)
+        bias_correction2_sqrt_c1 = (1 - beta2**steps_c1).sqrt().to(wide)
+        denom_cD = exp_avg_sq.sqrt_().div_(bias_correction2_sqrt_c1).add_(group["eps"])
         with codecs.in_float32(rows_cD, None, group["rounding"], codecs.key_of(key, number)) as exact_cD:
             exact_cD.mul_(1 - lr * group["weight_decay"])
-            exact_cD.sub_(exp_avg.mul_(size_c1).div_(exp_avg_sq.sqrt_().div_(spread_c1).add_(group["eps"])))
+            exact_cD.sub_(exp_avg.mul_(step_size_c1).div_(denom_cD))
         p.detach()[ids_c] = rows_cD
 
 
