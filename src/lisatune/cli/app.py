@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 __all__ = ["build_app", "main"]
 
+LONGEST_PATH = 48
+"""Characters of a path in the table of `lisatune cache`."""
+
 ABOUT = """Fine-tune all weights of a language model at the memory of a few layers: LISA.
 
 A recipe is a YAML file, here the shortest:
@@ -172,9 +175,9 @@ def cache(*, folder: str | None = None, clear: bool = False) -> int:
     return 0
 
 
-def _shorten_path(source: str, most: int = 48) -> str:
+def _shorten_path(source: str) -> str:
     """Leave the end of a long path, with the name of the file."""
-    text = source if len(source) <= most else f"…{source[-most + 1 :]}"
+    text = source if len(source) <= LONGEST_PATH else f"…{source[-LONGEST_PATH + 1 :]}"
     return text.replace(str(Path.home()), "~").replace("[", r"\[")
 
 

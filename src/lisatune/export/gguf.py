@@ -212,10 +212,10 @@ def _is_gguf(path: Path) -> bool:
         return file.read(4) == b"GGUF"
 
 
-def _last_lines(text: str, most: int = 4) -> str:
-    """Return the last lines of a program's output on one line."""
+def _last_lines(text: str) -> str:
+    """Return the last four lines of a program's output on one line."""
     lines = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
-    return " | ".join(lines[-most:]) or "it printed nothing"
+    return " | ".join(lines[-4:]) or "it printed nothing"
 
 
 def _compare(

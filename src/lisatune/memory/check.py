@@ -216,7 +216,7 @@ def _what_fits(recipe: Recipe) -> str:
             return f"`lisatune plan` finds nothing that fits {byte_text(size)}; {larger}"
         found = "" if fit["fits"] else f", which still needs too much: {larger}"
         return f"`lisatune plan` suggests {fit['overrides']} for {byte_text(size)}{found}"
-    except (ValueError, OSError, LookupError, RuntimeError, MemoryError, subprocess.SubprocessError):
+    except (ValueError, OSError, LookupError, RuntimeError, MemoryError, SubprocessError):
         return f"{plain}; `lisatune plan RECIPE --gpu SIZE` finds what fits"
 
 
@@ -232,7 +232,7 @@ def _plan_in_new_process(recipe: Recipe, *options: str, seconds: float) -> dict[
         The JSON object that the command prints.
 
     Raises:
-        subprocess.SubprocessError: the command failed or took too long.
+        SubprocessError: the command failed or took too long.
         ValueError, OSError: the command could not be run.
     """
     with tempfile.TemporaryDirectory() as folder:

@@ -108,8 +108,8 @@ def explain_untraced(built: Built, batches: list[dict[str, Tensor]], error: Exce
     return f"{where} cannot be traced ({first_line(error)}); the figures are estimates, rough for activations"
 
 
-def estimate_answering(model: Any, length: int, *, batch_size: int = 1) -> int:
-    """Estimate the bytes on top of the weights that a forward pass without gradients takes.
+def estimate_answering(model: Any, length: int) -> int:
+    """Estimate the bytes on top of the weights that a forward pass on one sequence takes, without gradients.
 
     Counted are the logits of every token twice, as the lm-evaluation-harness keeps them, the keys and values
     of all blocks, and what one block computes (34 bytes per token and hidden unit at two bytes a number, as
@@ -117,8 +117,7 @@ def estimate_answering(model: Any, length: int, *, batch_size: int = 1) -> int:
 
     Args:
         model: a transformers model or one without weights, in the dtype that it will have.
-        length: tokens of each sequence.
-        batch_size: number of sequences.
+        length: tokens of the sequence.
     """
     config: Any = model.config
     text = config.get_text_config()
@@ -130,7 +129,7 @@ def estimate_answering(model: Any, length: int, *, batch_size: int = 1) -> int:
     per_token += 2 * text.num_hidden_layers * kv_heads * head_dim
     if getattr(config, "_attn_implementation", None) == "eager":
         per_token += 2 * heads * length
-    return int(batch_size * length * per_token * width)
+    return int(length * per_token * width)
 
 
 def largest_batch(model: Any, length: int, free_bytes: int | None, *, most: int) -> int:

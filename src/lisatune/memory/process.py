@@ -116,23 +116,19 @@ def _cpu_limits() -> list[_Limit]:
     return [_Limit(machine.total, machine.available), *_cgroup_limits(), *_process_limits()]
 
 
-def _cgroup_limits(root: Path | None = None, own: Path | None = None) -> list[_Limit]:
+def _cgroup_limits() -> list[_Limit]:
     """Read the limits of this process's control groups, of version 1 or 2, and of the groups above them.
 
     Page cache counts as used in a group, but the kernel can take it back: here it counts as free.
-
-    Args:
-        root: folder of all groups. Default: CGROUPS.
-        own: file that names the process's groups. Default: that of PROC.
     """
-    root, own = root or CGROUPS, own or PROC / "cgroup"
+    own = PROC / "cgroup"
     limits = []
     lines = own.read_text().splitlines() if own.exists() else []
     for _, controllers, path in (line.split(":", 2) for line in lines):
         if not controllers:  # version 2
-            base, limit, used, cache = root, "memory.max", "memory.current", "inactive_file"
+            base, limit, used, cache = CGROUPS, "memory.max", "memory.current", "inactive_file"
         elif "memory" in controllers.split(","):
-            base, limit = root / "memory", "memory.limit_in_bytes"
+            base, limit = CGROUPS / "memory", "memory.limit_in_bytes"
             used, cache = "memory.usage_in_bytes", "total_inactive_file"
         else:
             continue

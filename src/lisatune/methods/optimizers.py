@@ -287,11 +287,10 @@ def _refuse_keys_of_adamw(groups: Groups, config: OptimizerConfig) -> None:
             "rows of embedding and head (method.ends rows, or model.new_tokens with frozen ends) train with "
             f"adamw alone, and optimizer.name is {config.name}; set it to adamw"
         )
-    for word in {
-        str(group[key]) for group in groups for key in ("moments", "state_device") if group.get(key)
-    }:
+    own = [group[key] for group in groups for key in ("moments", "state_device") if group.get(key)]
+    if own:
         raise ValueError(
-            f"method.ends {word} belongs to adamw, and optimizer.name is {config.name}; leave it out"
+            f"method.ends {own[0]} belongs to adamw, and optimizer.name is {config.name}; leave it out"
         )
     for key, plain in (("state_device", None), ("in_backward", False)):
         if getattr(config, key) != plain:

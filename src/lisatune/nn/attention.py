@@ -6,10 +6,9 @@
 Rows of Q are taken 64 at a time with the keys from the first to the last that any of them sees, all as
 torch's batched products and softmax; the query heads that share a key head go into one product. So the cost
 of packed records and sliding windows grows with the keys they see, not with the square of the length.
-Backward computes P again,
-so only Q, K and V are kept: no output, no logsumexp, no repeated K and V. Products are in the dtype of Q,
-softmax inside in float32, sums over chunks in float32. P is rounded to bf16 before it meets V, as in eager
-attention.
+Backward computes P again, so only Q, K and V are kept: no output, no logsumexp, no repeated K and V. Products
+are in the dtype of Q, softmax inside in float32, sums over chunks in float32. P is rounded to bf16 before it
+meets V, as in eager attention.
 
 It is registered in transformers as `lisatune_cpu`: set `model.attention: lisatune_cpu` in a recipe, or call
 `use_cpu_attention(model)`. Boolean masks are supported: packed records, padding, sliding windows. Dropout,

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from lisatune.distributed import ranks
-from lisatune.evaluate.benchmark import Progress, score_tasks
+from lisatune.evaluate.benchmark import score_tasks
 from lisatune.evaluate.scores import ScoreFolder, TaskScore, identify, write_evaluation
 from lisatune.evaluate.tasks import open_tasks
 from lisatune.files.disk import delete
@@ -41,7 +41,6 @@ def evaluate_model(
     is_chat: bool,
     output: Path | None = None,
     written: Path | None = None,
-    progress: Progress | None = None,
 ) -> dict[str, TaskScore]:
     """Evaluate a model on tasks.
 
@@ -56,7 +55,6 @@ def evaluate_model(
         is_chat: whether it trained on conversations: then tasks in which it writes go through the template.
         output: folder for the scores; None writes none.
         written: the model's folder, by whose hash its scores are known again.
-        progress: is told how far it is.
     """
     most = MOST_ON_CPU if device.type == "cpu" else MOST
     output = output if ranks.is_rank0() else None
@@ -74,7 +72,6 @@ def evaluate_model(
             batch=batch,
             chat_template=lambda task: is_chat and task.OUTPUT_TYPE == "generate_until",
             folder=_score_folder(output, written),
-            progress=progress,
         )
     if output is not None:
         write_evaluation(output, {"tasks": scores})

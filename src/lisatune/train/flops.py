@@ -40,7 +40,7 @@ PEAKS = {
 }
 """FLOP/s of dense bf16 products with sums in float32, from NVIDIA's data sheets, by a part of a card's name.
 
-The first part that the name has counts.
+The first entry that is a part of the name counts: "H100 PCIe" before "H100".
 """
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
