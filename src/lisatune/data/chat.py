@@ -182,7 +182,7 @@ class Chat:
 
     def render_prefixes(
         self, messages: Messages, first_answer: int, *, tools: Tools = None, last: bool = False
-    ) -> list[tuple[str, bool]]:
+    ) -> Marked:
         """Write the conversation as longer and longer prefixes; the last one is the whole conversation.
 
         A template's own marks (`{% generation %}`) count where it has any. Most mark what is found without
@@ -237,9 +237,7 @@ class Chat:
             kept[index : index + 2] = [(full[:begin], False), (full[: max(begin, end)], found[index + 1][1])]
         return kept if kept[-1][0] == full else [*kept, (full, False)]
 
-    def read_marks(
-        self, messages: Messages, answers: list[int], tools: Tools
-    ) -> list[tuple[str, bool]] | None:
+    def read_marks(self, messages: Messages, answers: list[int], tools: Tools) -> Marked | None:
         """Take the template's own marks; None if it does not mark every assistant's turn once."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -258,7 +256,7 @@ class Chat:
             return None
         asked = self.render(messages[: turns[0]], ask=True, tools=tools)
         header = asked[common_length(asked, self.render(messages[: turns[0]], tools=tools)) :]
-        found: list[tuple[str, bool]] = []
+        found: Marked = []
         for index, (start, end) in zip(turns, spans[0], strict=True):
             if index in answers:
                 text = full[start:end]
@@ -270,10 +268,10 @@ class Chat:
                 found += [(full[:begin], False), (full[:stop], messages[index].get("train") is not False)]
         return found if found and found[-1][0] == full else [*found, (full, False)]
 
-    def find_answers(self, messages: Messages, answers: list[int], tools: Tools) -> list[tuple[str, bool]]:
+    def find_answers(self, messages: Messages, answers: list[int], tools: Tools) -> Marked:
         """Find where answers begin and end by writing longer and longer parts of the conversation."""
         full = self.render(messages, tools=tools)
-        found: list[tuple[str, bool]] = []
+        found: Marked = []
         for index in answers:
             question = self.render(messages[:index], ask=True, tools=tools)
             is_last = index + 1 == len(messages)

@@ -1,6 +1,6 @@
 """Pairs of answers to one prompt, of which people prefer one: records and tokens.
 
-A record has `chosen` and `rejected`, and the prompt in one of three ways:
+A record has `chosen` and `rejected`, and the prompt in one of four ways:
 
     prompt, chosen, rejected: text                      plain text, without a chat template
     prompt: text or messages; chosen, rejected: the answers, as messages or text

@@ -44,12 +44,6 @@ from lisatune.recipe.run import check_steps
 __all__ = ["RunData", "prepare_data"]
 
 
-NOTHING_LEFT = (
-    "{} has no record left to train on: other sources hold all of its prompts out, or have all of its "
-    "records; leave it out"
-)
-
-
 @dataclass(frozen=True)
 class RunData:
     """The data that a run trains on and is evaluated on."""
@@ -314,7 +308,10 @@ def _plan_steps(recipe: Recipe, shares: Sequence[Share]) -> tuple[Order, int]:
 def _divide(source: Prepared, chosen: Ints, name: str, recipe: Recipe) -> Examples:
     """Make rows of some records of a source."""
     if not len(chosen):
-        raise ValueError(NOTHING_LEFT.format(name))
+        raise ValueError(
+            f"{name} has no record left to train on: other sources hold all of its prompts out, or have all "
+            "of its records; leave it out"
+        )
     data, scores = recipe.data, recipe.loss.has_score
     long = check_wishes(name, source.kind, data.loss_on, data.long)
     if source.texts_per_record == 1:

@@ -38,21 +38,18 @@ class Prompt:
 def find_questions(sources: Sequence[Iterable[Record]], recipe: Recipe, tokenizer: Any) -> tuple[Prompt, ...]:
     """Read held-out records, one of each source in turn, until enough of them have a prompt that fits.
 
+    A model that gives scores gets none.
+
     Args:
         sources: held-out records of each source.
         recipe: `run.samples` says how many are enough, `data.validation_limit` how many records count.
         tokenizer: the tokenizer of the recipe's model.
     """
-    in_turn = (record for some in zip_longest(*sources) for record in some if record is not None)
-    return _choose_questions(in_turn, recipe, tokenizer)
-
-
-def _choose_questions(records: Iterable[Record], recipe: Recipe, tokenizer: Any) -> tuple[Prompt, ...]:
-    """Take the first prompts that fit, as many as `run.samples`; none for a model that gives scores."""
     data, wanted = recipe.data, recipe.run.samples
     if not wanted or recipe.loss.has_score:
         return ()
-    some = (record for record in islice(records, data.validation_limit) if _has_answer(record))
+    in_turn = (record for some in zip_longest(*sources) for record in some if record is not None)
+    some = (record for record in islice(in_turn, data.validation_limit) if _has_answer(record))
     prompts = (_cut_prompt(record, tokenizer, data.date) for record in some)
     return tuple(islice((prompt for prompt in prompts if 0 < len(prompt.ids) < data.max_length), wanted))
 

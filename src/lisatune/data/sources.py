@@ -147,9 +147,8 @@ def _open_source(source: str, split: str, meter: Meter) -> Iterator[tuple[str, A
     if not path.exists():
         if _is_on_hub(source):
             return _read_hub(source, split, meter)
-        is_windows_path = "\\" in source or re.match("[A-Za-z]:/", source)
         hint = _suggest(source) or "; check the path"
-        hint = "; give the path by which this machine knows it" if is_windows_path else hint
+        hint = "; give the path by which this machine knows it" if _is_windows_path(source) else hint
         is_stream = source.startswith(("http://", "https://")) or any(sign in source for sign in "*?")
         hint = "; addresses and patterns need data.streaming: true" if is_stream else hint
         hint = f"; several sources are a list: [{source.replace(',', ', ')}]" if "," in source else hint
@@ -166,9 +165,12 @@ def _open_source(source: str, split: str, meter: Meter) -> Iterator[tuple[str, A
 def _is_on_hub(source: str) -> bool:
     """Whether the name of something that is not on this machine may be one of the hub."""
     path = Path(source)
-    is_windows_path = "\\" in source or re.match("[A-Za-z]:/", source)
     is_path = file_type(path) in (*EXTENSIONS, ".txt") or path.suffix in COMPRESSED
-    return not (is_path or is_windows_path or source.startswith((".", "/", "~")))
+    return not (is_path or _is_windows_path(source) or source.startswith((".", "/", "~")))
+
+
+def _is_windows_path(source: str) -> bool:
+    return "\\" in source or re.match("[A-Za-z]:/", source) is not None
 
 
 def _suggest(source: str) -> str:

@@ -73,15 +73,14 @@ def hash_prompt(row: Record, seed: int) -> bytes:
 
     A pair of answers without a prompt is told from others by its chosen text.
     """
-    prompt = (
-        row["text"]
-        if "text" in row
-        else row["prompt"] or row["completion"]
-        if "rejected" in row
-        else row["prompt"]
-        if "prompt" in row
-        else _take_question(row["messages"])
-    )
+    if "text" in row:
+        prompt = row["text"]
+    elif "messages" in row:
+        prompt = _take_question(row["messages"])
+    else:
+        prompt = row["prompt"]
+        if "rejected" in row:
+            prompt = prompt or row["completion"]
     if not isinstance(prompt, str):
         prompt = "\0".join(f"{message['role']}\0{message['content']}" for message in prompt)
     return hashlib.blake2b(f"{seed}/{' '.join(prompt.split()).casefold()}".encode(), digest_size=16).digest()

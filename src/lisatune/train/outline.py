@@ -234,24 +234,13 @@ def print_outline(outline: Outline, console: Console | None = None) -> None:
         often = f"{plural(low, 'period')}" if low == high else f"{low} to {plural(high, 'period')}"
         note = "" if outline.visits_are_exact else " (simulated)"
         rows.append(("visits", f"{_bars(outline.visits)} each {outline.word} trains in {often}{note}"))
-    left_out = [f"{outline.num_split:,} split at max_length"] if outline.num_split else []
-    left_out += [f"{outline.num_cut:,} cut at max_length"] if outline.num_cut else []
-    left_out += [f"{outline.num_dropped:,} dropped: longer than max_length"] if outline.num_dropped else []
-    why = "no answer left" if outline.row_word == "row" else "equal answers left"
-    left_out += [f"{outline.num_without_loss:,} dropped: {why}"] if outline.num_without_loss else []
-    left_out += [f"{outline.skipped:,} skipped: not usable"] if outline.skipped else []
-    left_out += [f"{outline.num_media:,} without images, sound or videos"] if outline.num_media else []
-    if outline.duplicates:
-        what = "left out" if outline.deduplicates else "kept (data.deduplicate)"
-        left_out.append(f"{plural(outline.duplicates, 'duplicate')} {what}")
-    left_out += [f"{outline.lost_share:.1%} of tokens lost"] if outline.lost_share else []
     tokens = f"{count_text(outline.train_tokens)} tokens, {count_text(outline.loss_tokens)} with loss"
     rows += [
         ("lr", outline.lr),
         ("records", outline.records),
         (
             "window" if outline.shards else "data",
-            "; ".join([f"{plural(outline.train_rows, outline.row_word)}, {tokens}", *left_out]),
+            "; ".join([f"{plural(outline.train_rows, outline.row_word)}, {tokens}", *_list_changes(outline)]),
         ),
         *(
             [("stream", f"{plural(outline.shards, 'shard')}, read while the run trains")]
@@ -267,6 +256,23 @@ def print_outline(outline: Outline, console: Console | None = None) -> None:
         ("output", outline.output),
     ]
     console.print(Panel(grid(rows), title="run", title_align="left", border_style="cyan", box=box.ROUNDED))
+
+
+def _list_changes(outline: Outline) -> list[str]:
+    """Say what of the training records was changed or left out, and of how many."""
+    no_loss = "no answer left" if outline.row_word == "row" else "equal answers left"
+    duplicates = "left out" if outline.deduplicates else "kept (data.deduplicate)"
+    counts = [
+        (outline.num_split, f"{outline.num_split:,} split at max_length"),
+        (outline.num_cut, f"{outline.num_cut:,} cut at max_length"),
+        (outline.num_dropped, f"{outline.num_dropped:,} dropped: longer than max_length"),
+        (outline.num_without_loss, f"{outline.num_without_loss:,} dropped: {no_loss}"),
+        (outline.skipped, f"{outline.skipped:,} skipped: not usable"),
+        (outline.num_media, f"{outline.num_media:,} without images, sound or videos"),
+        (outline.duplicates, f"{plural(outline.duplicates, 'duplicate')} {duplicates}"),
+        (outline.lost_share, f"{outline.lost_share:.1%} of tokens lost"),
+    ]
+    return [text for count, text in counts if count]
 
 
 def _mixture_text(outline: Outline) -> str:
