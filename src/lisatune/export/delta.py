@@ -11,17 +11,16 @@ is over names, dtypes, shapes and bytes of all weights, however these are divide
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lisatune.export.source import Source, find_weights, list_weights
 from lisatune.files.disk import write_aside
-from lisatune.files.tensors import NAMES
+from lisatune.files.tensors import NAMES, as_bytes, have_equal_bits
 from lisatune.models.gguf import SMOLLM2
 from lisatune.models.stored import INDEX, ONE_FILE
 from lisatune.runs.card import describe_base
@@ -84,7 +83,7 @@ def write_delta(source: Source, output: Path) -> Delta:
         weight = tuned.read(name)
         model_bytes += weight.nbytes
         places[name] = {"file": tuned.file_of(name), "dtype": NAMES[weight.dtype]}
-        if name in before.names and _same_bits(before.read(name).to(weight.dtype), weight):
+        if name in before.names and have_equal_bits(before.read(name).to(weight.dtype), weight):
             places[name]["from"] = "base"
             continue
         places[name]["from"] = "delta"
@@ -212,29 +211,15 @@ class _Files:
         for name in self.names:
             weight = self.read(name)
             hashed.update(f"{name}\0{NAMES[weight.dtype]}\0{tuple(weight.shape)}\0".encode())
-            hashed.update(_bytes_of(weight).numpy().data)
+            hashed.update(as_bytes(weight).numpy().data)
         return hashed.hexdigest()
 
 
-def _bytes_of(weight: Tensor) -> Tensor:
-    return weight.contiguous().reshape(-1).view(torch.uint8)
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two weights of one dtype have equal bits; unlike `torch.equal` it tells -0 from 0."""
-    return one.shape == other.shape and torch.equal(_bytes_of(one), _bytes_of(other))
-
-
-def _others(folder: Path) -> Iterator[Path]:
-    """List the files beside the weights."""
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix != ".safetensors" and path.name not in (DELTA, INDEX):
-            yield path
-
-
 def _copy_others(folder: Path, to: Path) -> None:
-    for path in _others(folder):
-        shutil.copyfile(path, to / path.name)
+    """Copy the files beside the weights."""
+    for path in folder.iterdir():
+        if path.is_file() and path.suffix != ".safetensors" and path.name not in (DELTA, INDEX):
+            shutil.copyfile(path, to / path.name)
 
 
 def _write_index(folder: Path, weight_map: dict[str, str]) -> None:

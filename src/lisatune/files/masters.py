@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lisatune.files.disk import explain_write_errors
+from lisatune.files.tensors import have_equal_bits
 
 __all__ = ["DiskMasters"]
 
@@ -54,7 +55,7 @@ class DiskMasters:
         """Store a weight from any device; raises OSError if it cannot be written."""
         source = self._sources.get(name)
         weight = weight.detach().cpu().contiguous()
-        if source is not None and (weight.data_ptr() == source.data_ptr() or _equal_bits(weight, source)):
+        if source is not None and (weight.data_ptr() == source.data_ptr() or have_equal_bits(weight, source)):
             self._current[name] = source
             return
         if name not in self._written:
@@ -107,9 +108,3 @@ def _open_nameless(folder: Path) -> int:
     file, path = tempfile.mkstemp(dir=folder, prefix=".lisatune-masters-")
     Path(path).unlink()
     return file
-
-
-def _equal_bits(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return torch.equal(a.view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))

@@ -20,10 +20,12 @@ from lisatune.nn.coded import exact_parameters
 __all__ = [
     "NAMES",
     "DividedTensor",
+    "as_bytes",
     "check_storable",
     "collect",
     "describe_tensors",
     "gather_tensors",
+    "have_equal_bits",
     "named_weights",
     "read_part",
     "sort_names",
@@ -173,8 +175,8 @@ def write_stream(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for _ in kinds:
-            plain = next(tensors).contiguous().cpu().reshape(-1)
-            file.write(plain.view(torch.uint8).numpy().data)
+            plain = next(tensors).cpu()
+            file.write(as_bytes(plain).numpy().data)
             del plain  # before the next one is gathered
 
 
@@ -214,3 +216,13 @@ def sort_names(dtypes: Mapping[str, torch.dtype]) -> list[str]:
 
 def _sort_names(tensors: Mapping[str, DividedTensor]) -> list[str]:
     return sort_names({name: tensor.dtype for name, tensor in tensors.items()})
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """Return a tensor's bytes, uint8 [nbytes]; a view if the tensor is contiguous."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def have_equal_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have one dtype, shape and equal bits; unlike `torch.equal` it tells -0 from 0."""
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(as_bytes(a), as_bytes(b))
