@@ -27,7 +27,6 @@ from lisatune.data.tokens import tokenize
 from lisatune.distributed.ranks import pick_device
 from lisatune.evaluate.held_out import held_out_loss
 from lisatune.files.disk import replace_file
-from lisatune.lisa.statistics import measure_movement
 from lisatune.losses.causal_lm import CausalLMLoss
 from lisatune.memory.costly_draws import list_costly_draws
 from lisatune.memory.tracker import measure as measure_memory
@@ -36,6 +35,7 @@ from lisatune.models.load import load_model, load_tokenizer
 from lisatune.models.locate import is_adapter
 from lisatune.recipe import Recipe
 from lisatune.runs.summary import Score
+from lisatune.study.movement import measure_movement
 from lisatune.train.assemble import Parts, assemble
 from lisatune.train.benchmarks import evaluate_model, main_metric, main_scores
 from lisatune.train.recipe_file import load_recipe

@@ -1,4 +1,4 @@
-"""Numbers about each block: those that a sampler may read during training, and how far a run moved it.
+"""Numbers about each block that a sampler may read during training.
 
 A sampler that names numbers in `Sampler.reads` gets them at each draw as `BlockStatistics`. A number that the
 sampler does not name is not collected. For a block l with weights θ_l and gradients g_l, where a norm is the
@@ -43,7 +43,6 @@ from torch.optim import Optimizer
 from lisatune.distributed import ranks
 from lisatune.distributed.shards import full_tensor, has_values, local_part
 from lisatune.lisa.weight_history import WeightHistory
-from lisatune.nn.layers import find_layers
 
 __all__ = [
     "PER_STEP",
@@ -51,7 +50,6 @@ __all__ = [
     "Collector",
     "Readable",
     "collected_tensors",
-    "measure_movement",
     "watch",
 ]
 
@@ -312,35 +310,3 @@ def _compute_squared_norm(tensors: Sequence[Tensor]) -> Tensor:
         norm = full_tensor(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float32))
         total = total + norm.to(device, wide).square()
     return total
-
-
-def measure_movement(before: nn.Module, after: nn.Module) -> list[float]:
-    """Measure how far training has moved each block from its first weights.
-
-        movement of block l = ‖θ_l - θ_l⁰‖ / ‖θ_l⁰‖
-
-    over all parameters of the block, in float64. It is 0 for a block that never trained.
-
-    Args:
-        before, after: the same model before and after training, on the CPU.
-
-    Raises:
-        ValueError: the two are not the same model.
-    """
-    old, layers = dict(before.named_parameters()), find_layers(after)
-    movements = []
-    for block in layers.block_parameters(after):
-        moved = size = 0.0
-        for name, parameter in block.items():
-            if name not in old or old[name].shape != parameter.shape:
-                raise ValueError(f"the base model has no {name} of shape {tuple(parameter.shape)}")
-            moved += _sum_squares(parameter.detach(), old[name].detach())
-            size += _sum_squares(old[name].detach())
-        movements.append(math.sqrt(moved / size) if size else 0.0)
-    return movements
-
-
-def _sum_squares(weight: Tensor, origin: Tensor | None = None) -> float:
-    """Sum the squares of a weight, or of its difference to `origin`."""
-    difference = weight.double() if origin is None else weight.double() - origin.double()
-    return float(torch.sum(difference * difference))

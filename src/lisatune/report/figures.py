@@ -64,7 +64,7 @@ class Entry:
 
     blocks: BlockHistory | None = None
     movement: list[float] | None = None
-    """How far each block's weights moved, as `lisatune.lisa.statistics.measure_movement` measures it."""
+    """How far each block's weights moved, as `lisatune.study.movement.measure_movement` measures it."""
 
     samples: Sequence[Mapping[str, str]] = ()
 

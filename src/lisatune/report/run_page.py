@@ -184,8 +184,8 @@ def _measure_movement(run: _RunFiles) -> list[float] | None:
         return None
     import torch
 
-    from lisatune.lisa.statistics import measure_movement
     from lisatune.models.load import load_model, stored_dtype
+    from lisatune.study.movement import measure_movement
 
     try:
         # Both in the dtype of the written model, so that rounding to it does not count as movement.

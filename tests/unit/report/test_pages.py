@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from lisatune.cli import app
 from lisatune.compare.results import Results
-from lisatune.lisa.statistics import measure_movement
 from lisatune.memory.fit import CARD_GB
 from lisatune.report import charts
 from lisatune.report.comparison_page import make_comparison_page
@@ -22,6 +21,7 @@ from lisatune.report.figures import Entry, find_pareto_front, make_figures, mark
 from lisatune.report.page import group_samples, render
 from lisatune.report.run_page import make_runs_page
 from lisatune.report.training import make_training_figures
+from lisatune.study.movement import measure_movement
 from tiny import llama
 from tiny_report import HOSTILE, results, write_run
 
