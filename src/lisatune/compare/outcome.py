@@ -81,7 +81,7 @@ def build_results(comparison: Comparison, runs: Path, slices: Slices, base: Meas
         schema=SCHEMA,
         made=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         name=comparison.name,
-        complete=_is_complete(arms, all_runs, len(seeds)),
+        complete=_is_complete(arms, all_runs),
         problems=_list_problems(arms, all_runs),
         recipe=comparison.recipe.as_dict(),
         budget=comparison.budget,
@@ -278,7 +278,7 @@ def _build_arm(
     )
 
 
-def _is_complete(arms: list[ArmResult], runs: list[RunResult], seeds: int) -> bool:
+def _is_complete(arms: list[ArmResult], runs: list[RunResult]) -> bool:
     if any(run["status"] == "missing" for run in runs):
         return False
     unmeasured = [run for run in runs if run["chosen"] and run["status"] == "done" and not run["test_loss"]]

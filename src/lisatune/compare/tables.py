@@ -71,9 +71,9 @@ def make_equal_time_table(times: EqualTime) -> tuple[list[str], list[list[str]]]
     return ["arm", head], rows
 
 
-def print_results(results: Results, folder: Path, console: Console | None = None) -> None:
+def print_results(results: Results, folder: Path) -> None:
     """Print the arms, losses at equal time and warnings. `folder` is the comparison's."""
-    console = console or terminal()
+    console = terminal()
     heads, rows = make_overview(results)
     wide = {"tensors in a step", "trainable", "touched", "to save", "training time"}
     shown = [i for i, head in enumerate(heads) if head not in wide]

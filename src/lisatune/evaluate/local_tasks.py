@@ -31,6 +31,9 @@ KINDS = ("train", "validation", "dev", "test")
 
 ENDINGS = (".jsonl", ".jsonl.gz")
 
+PLACE = "\0place"
+"""Key of a row's file and line, for messages; it is not written."""
+
 
 @dataclass
 class LocalTask:
@@ -171,10 +174,6 @@ def _read(file: Path) -> Iterator[Row]:
             raise ValueError(
                 f"{file} cannot be read ({error}); it must hold one JSON object per line"
             ) from None
-
-
-PLACE = "\0place"
-"""Key of a row's file and line, for messages; it is not written."""
 
 
 def _write_leaf(

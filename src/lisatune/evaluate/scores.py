@@ -201,7 +201,7 @@ def without_items(score: TaskScore) -> TaskScore:
     return short
 
 
-def identify(name: str, *, revision: str | None = None) -> dict[str, Any]:
+def identify(name: str) -> dict[str, Any]:
     """Name a model by the hash of each file of weights, so that another model in its place is noticed.
 
     Reads all weights once, about a second per GB.
@@ -209,8 +209,8 @@ def identify(name: str, *, revision: str | None = None) -> dict[str, Any]:
     Returns:
         The name, and `sha256` by file. It is empty for a model whose files are not found.
     """
-    place = name if is_adapter(name) else locate(name, revision=revision)
-    files = find_snapshot(place, revision)
+    place = name if is_adapter(name) else locate(name)
+    files = find_snapshot(place, None)
     weights = sorted(Path(files).glob("*.safetensors")) if files is not None else []
     return {"name": name, "sha256": {file.name: sha256_of(file) for file in weights}}
 
