@@ -97,4 +97,4 @@ class FreezesByInterval(AsLisa):
             )
         sampler = self.make_sampler(layers.num_blocks)
         lisa = replace(self.as_lisa(), period=period)
-        return lisa.attach(model, optimizer, layers, total_steps=total_steps, sampler=sampler)
+        return lisa.attach_with(sampler, model, optimizer, layers, total_steps)

@@ -74,4 +74,4 @@ class FreezeOut(AsLisa):
                 "method.period or method.start, or train longer",
                 stacklevel=2,
             )
-        return self.as_lisa().attach(model, optimizer, layers, total_steps=total_steps, sampler=sampler)
+        return self.as_lisa().attach_with(sampler, model, optimizer, layers, total_steps)

@@ -239,21 +239,26 @@ class Lisa(Method):
         layers: LayerMap,
         *,
         total_steps: int,
-        sampler: Sampler | None = None,
     ) -> LISA:
-        """Attach LISA to the optimizer. It draws the first blocks and freezes the rest.
+        """Attach LISA to the optimizer. It draws the first blocks and freezes the rest."""
+        return self.attach_with(self._sampler(model, layers), model, optimizer, layers, total_steps)
 
-        Args:
-            model, optimizer, layers, total_steps: as in `Method.attach`.
-            sampler: draws the blocks. Default: the one that the keys name.
-        """
+    def attach_with(
+        self,
+        sampler: Sampler,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        layers: LayerMap,
+        total_steps: int,
+    ) -> LISA:
+        """Attach LISA as `attach` does, but let this sampler draw the blocks and not the one of the keys."""
         return LISA(
             model,
             optimizer,
             active=self.active,
             unit=self.unit,
             period=self.period,
-            sampler=self._sampler(model, layers) if sampler is None else sampler,
+            sampler=sampler,
             seed=self.seed,
             state=self.state,
             ends=self.ends,
