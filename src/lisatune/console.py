@@ -5,11 +5,12 @@ Needs no torch, so that `lisatune --help` is fast.
 
 import math
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,7 +34,9 @@ __all__ = [
     "grid",
     "is_override",
     "join_overrides",
+    "percent_text",
     "plural",
+    "print_line",
     "ranges_text",
     "split_override",
     "terminal",
@@ -115,6 +118,18 @@ def byte_text(num_bytes: float) -> str:
     if num_bytes >= 2**30:
         return f"{num_bytes / 2**30:.2f} GiB"
     return f"{num_bytes / 2**20:.0f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:.0f} KiB"
+
+
+def percent_text(share: float, error: float | None = None, *, sign: str = "") -> str:
+    """Write a share and its standard error in percent: 51.0 ± 3.5; with sign "+" as +51.0 ± 3.5."""
+    return f"{100 * share:{sign}.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+
+
+def print_line(text: str, stream: TextIO | None = None) -> None:
+    """Print plain text and a line's end at once, to standard output or another stream."""
+    stream = stream or sys.stdout
+    stream.write(text + "\n")
+    stream.flush()
 
 
 def grid(rows: "Sequence[tuple[str, str | Text]]") -> "Table":

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lisatune import __version__
-from lisatune.console import BAD_INPUT, exit_code, expand_home, first_line, join_overrides
+from lisatune.console import BAD_INPUT, exit_code, expand_home, first_line, join_overrides, print_line
 
 if TYPE_CHECKING:
     from cyclopts import App
@@ -288,9 +288,9 @@ def _print_keys(only: str | None) -> None:
     if only is not None:
         print_keys(terminal(), only)
         return
-    _print("Keys of a recipe, each also an override:\n")
+    print_line("Keys of a recipe, each also an override:\n")
     print_sections(terminal())
-    _print(
+    print_line(
         "\n`lisatune train --help SECTION` or `… --help METHOD` says what each key does, with its default."
     )
 
@@ -316,7 +316,7 @@ def _report_failure(error: BaseException, debug: bool) -> int:
         sentence = f"error: {text}" if code == BAD_INPUT else f"{name}: {text} (a defect{hint})"
     if debug:
         traceback.print_exc()
-    sys.stderr.write(f"lisatune: {sentence}\n")
+    print_line(f"lisatune: {sentence}", sys.stderr)
     return code
 
 
@@ -326,7 +326,3 @@ def _format_warning(
     """Format a warning. One that is meant for users does not show the line of code that it comes from."""
     place = "" if category is UserWarning else f" ({category.__name__} in {filename}:{lineno})"
     return f"lisatune: warning: {message}{place}\n"
-
-
-def _print(text: str) -> None:
-    sys.stdout.write(text + "\n")

@@ -2,22 +2,18 @@
 
 import gc
 import json as json_text
-import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lisatune.cli.loading import LoadOptions
-from lisatune.console import terminal
+from lisatune.console import print_line, terminal
 
 if TYPE_CHECKING:
     from lisatune.evaluate.tasks import OpenTask
 
 __all__ = ["evaluate"]
-
-MOST = {"cpu": 16}
-"""Largest batch that `--batch auto` takes on a kind of device; 64 on all others."""
 
 
 def evaluate(
@@ -129,7 +125,7 @@ def evaluate(
     evaluation["tasks"] = {key: without_items(score) for key, score in evaluation["tasks"].items()}
     write_evaluation(output, evaluation)
     if json:
-        sys.stdout.write(json_text.dumps(evaluation) + "\n")
+        print_line(json_text.dumps(evaluation))
     else:
         print_scores(evaluation)
         terminal().print(f"{output}/evaluation.json", soft_wrap=True, markup=False)
@@ -187,7 +183,7 @@ def _evaluate(
     def rule(length: int) -> int:
         if batch is not None:
             return batch
-        return largest_batch(model, length, available_bytes(device), most=MOST.get(device.type, 64))
+        return largest_batch(model, length, available_bytes(device), device)
 
     progress = Progress() if quiet else ScoreLines(name, len(tasks))
     scores = score_tasks(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lisatune.cli.loading import LoadOptions
-from lisatune.console import byte_text, plural, terminal
+from lisatune.console import byte_text, plural, print_line, terminal
 
 if TYPE_CHECKING:
     from lisatune.export.lora import RankTable
@@ -109,10 +109,10 @@ def _push(target: "Target", folder: Path, source: "Source", yes: bool) -> None:
         source.write_card(folder, "model", "")
     question = target.question(folder)
     if yes:
-        _print(question.removesuffix("?"))
+        print_line(question.removesuffix("?"))
     elif input(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
         raise ValueError("nothing was uploaded, because the answer was not yes")
-    _print(push(target, folder))
+    print_line(push(target, folder))
 
 
 def _place(source: "Source", output: Path | None, name: str) -> Path:
@@ -129,11 +129,11 @@ def _write_delta(source: "Source", output: Path | None) -> Path:
 
     place = _place(source, output, "delta")
     found = write_delta(source, place)
-    _print(
+    print_line(
         f"{found.changed} of {plural(found.weights, 'weight')} changed: {byte_text(found.num_bytes)} of "
         f"{byte_text(found.model_bytes)}"
     )
-    _print(str(place))
+    print_line(str(place))
     return place
 
 
@@ -143,8 +143,8 @@ def _apply(folder: Path, output: Path | None, base: str | None) -> int:
     if output is None:
         raise ValueError("name the folder to write the model to with --output")
     used = apply_delta(folder, output, base)
-    _print(f"{folder} put into {used}; the hash of the result is that of the tuned model")
-    _print(str(output))
+    print_line(f"{folder} put into {used}; the hash of the result is that of the tuned model")
+    print_line(str(output))
     return 0
 
 
@@ -154,9 +154,9 @@ def _extract_lora(source: "Source", output: Path | None, rank: int, rows: int, o
     if rows < 1:
         raise ValueError(f"--rows must be >= 1, got {rows}")
     place = _place(source, output, f"lora-{rank}")
-    table = extract_lora(source, place, rank, rows=rows, device=options.pick(), advance=_print)
+    table = extract_lora(source, place, rank, rows=rows, device=options.pick(), advance=print_line)
     _print_ranks(table)
-    _print(str(place))
+    print_line(str(place))
     return place
 
 
@@ -168,20 +168,20 @@ def _write_gguf(
     command = find_converter(converter)
     name = (source.run or source.model).absolute().name
     written = write_gguf(
-        source, _place(source, output, f"gguf-{kind}"), kind, command, name=name, advance=_print
+        source, _place(source, output, f"gguf-{kind}"), kind, command, name=name, advance=print_line
     )
     for each in written.answers:
         same = f"all {each.words} words" if each.is_equal else f"{each.same_words} of {each.words} words"
-        _print(f"> {each.prompt}\n  model: {each.model}\n  gguf:  {each.gguf}\n  {same} the same")
+        print_line(f"> {each.prompt}\n  model: {each.model}\n  gguf:  {each.gguf}\n  {same} the same")
     if written.reason is not None:
-        _print(f"not compared with the model: {written.reason}")
+        print_line(f"not compared with the model: {written.reason}")
     elif not any(each.same_words >= min(SURELY, each.words) for each in written.answers):
         warnings.warn(
             "the GGUF file answers otherwise than the model from the first words on; do not use it before "
             "you know why",
             stacklevel=2,
         )
-    _print(f"{written.path} ({byte_text(written.num_bytes)})")
+    print_line(f"{written.path} ({byte_text(written.num_bytes)})")
     return written.path.parent
 
 
@@ -204,19 +204,14 @@ def _print_ranks(table: "RankTable") -> None:
         printed.add_row(name + " *" * (row.rank == table.rank), f"{100 * row.share:.1f} %", loss, gain)
     console = terminal()
     console.print(printed)
-    _print(f"* written: adapters of {plural(table.adapted, 'module')}, {byte_text(table.num_bytes)}")
+    print_line(f"* written: adapters of {plural(table.adapted, 'module')}, {byte_text(table.num_bytes)}")
     left_out = f"{100 * table.left_out:.2g} %"
-    _print(f"share of the change: of its squares; norms and biases, {left_out}, are in no adapter")
+    print_line(f"share of the change: of its squares; norms and biases, {left_out}, are in no adapter")
     if table.is_tied:
-        _print(
+        print_line(
             "embedding and head are one matrix: PEFT loads their adapter, but must not merge it (it warns)"
         )
     if table.reason is None:
-        _print(f"held-out loss per token on {plural(table.held_out, 'row')} of the run's held-out data")
+        print_line(f"held-out loss per token on {plural(table.held_out, 'row')} of the run's held-out data")
     else:
-        _print(f"no held-out losses: {table.reason}")
-
-
-def _print(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+        print_line(f"no held-out losses: {table.reason}")

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from lisatune.cli.loading import LoadOptions
-from lisatune.console import terminal
+from lisatune.console import print_line, terminal
 
 __all__ = ["generate"]
 
@@ -244,14 +244,14 @@ def _answer(
                     written.write(line + "\n")
                     written.flush()
                 if as_json:
-                    _print(line)
+                    print_line(line)
                 elif written is None:
                     _print_answer(models, prompts[i], both, alone=len(prompts) == 1)
     finally:
         if written is not None:
             written.close()
     if output is not None and not as_json:
-        _print(str(output))
+        print_line(str(output))
     return 0
 
 
@@ -274,10 +274,10 @@ def _json_line(models: list[_Model], prompt: Prompt, answers: list[str]) -> str:
 def _print_answer(models: list[_Model], prompt: Prompt, answers: list[str], *, alone: bool) -> None:
     text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     if len(models) > 1:
-        _print(f"> {text}")
+        print_line(f"> {text}")
         _print_side_by_side(models, answers)
     else:
-        _print(answers[0] if alone else f"> {text}\n{answers[0]}\n")
+        print_line(answers[0] if alone else f"> {text}\n{answers[0]}\n")
 
 
 def _print_side_by_side(models: list[_Model], answers: list[str]) -> None:
@@ -299,7 +299,7 @@ def _chat(models: list[_Model], system: str | None, how: dict[str, Any]) -> int:
         model.options.check(model.name)
         model.loaded = model.options.load(model.name)
     told = [list(begin) for _ in models]
-    _print(HOW_TO_CHAT)
+    print_line(HOW_TO_CHAT)
     while (text := _ask()) is not None:
         if text == "/reset":
             told = [list(begin) for _ in models]
@@ -307,14 +307,14 @@ def _chat(models: list[_Model], system: str | None, how: dict[str, Any]) -> int:
         for model, messages in zip(models, told, strict=True):
             messages.append({"role": "user", "content": text})
             if len(models) > 1:
-                _print(f"[{model.name}]")
+                print_line(f"[{model.name}]")
             try:
                 (answer,) = model.answer([messages], how | {"stream": _show})
             except ValueError as error:
                 messages.pop()
-                _print(f"{error}; {HOW_TO_CHAT}")
+                print_line(f"{error}; {HOW_TO_CHAT}")
                 continue
-            _show("\n")
+            print_line("")
             messages.append({"role": "assistant", "content": answer})
     return 0
 
@@ -335,7 +335,3 @@ def _ask() -> str | None:
 def _show(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
-
-
-def _print(text: str) -> None:
-    _show(text + "\n")

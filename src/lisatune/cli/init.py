@@ -1,14 +1,13 @@
 """The command `lisatune init`: write a recipe to start from."""
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from lisatune import __version__
-from lisatune.console import USER_ERRORS, byte_text, first_line
+from lisatune.console import USER_ERRORS, byte_text, first_line, print_line
 
 if TYPE_CHECKING:
     from lisatune.data.records import Records
@@ -72,7 +71,7 @@ def init(
         output.write_text(text, encoding="utf-8")
     except OSError as error:
         raise OSError(f"cannot write {output}: {error.strerror}") from None
-    sys.stdout.write(f"{output}{found}\nnext: lisatune check {output}\n")
+    print_line(f"{output}{found}\nnext: lisatune check {output}")
     return 0
 
 

@@ -1,13 +1,12 @@
 """MT-Bench by `lisatune evaluate --mt-bench`: what it prints, and the options of the judge."""
 
 import json as json_text
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from lisatune.cli.loading import LoadOptions
-from lisatune.console import grid, plural, terminal
+from lisatune.console import clock_text, grid, plural, print_line, terminal
 
 __all__ = ["answer", "judge"]
 
@@ -83,7 +82,7 @@ def judge(
     advance = (lambda done, of: None) if json else _Lines("judgements")
     scores = judge_answers(output, load_questions(limit), judge, price=prices, begin=begin, advance=advance)
     if json:
-        sys.stdout.write(json_text.dumps(scores) + "\n")
+        print_line(json_text.dumps(scores))
     else:
         _print_scores(scores)
     return 0
@@ -118,9 +117,7 @@ class _Lines:
         if done > self._first and now - self._said >= SECONDS_BETWEEN_LINES:
             self._said = now
             left = (now - self._began) / (done - self._first) * (of - done)
-            terminal().print(
-                f"    {done} of {of} {self._what}, about {left // 60:.0f}:{left % 60:02.0f} left"
-            )
+            terminal().print(f"    {done} of {of} {self._what}, about {clock_text(left)} left")
 
 
 def _print_scores(scores: dict[str, Any]) -> None:

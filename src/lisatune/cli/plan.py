@@ -1,10 +1,9 @@
 """The command `lisatune plan`: the memory that a run needs, as a table with bars or as one JSON object."""
 
 import json
-import sys
 from typing import TYPE_CHECKING
 
-from lisatune.console import byte_text, count_text, grid, is_override, plural, terminal
+from lisatune.console import byte_text, count_text, grid, is_override, plural, print_line, terminal
 
 if TYPE_CHECKING:
     from lisatune.memory.fit import Fit, Room
@@ -77,7 +76,7 @@ def _print_json(plan: "MemoryPlan", fit: "Fit | None", room: "Room | None") -> N
     values = plan.as_dict()
     if fit is not None:
         values["fit"] = fit.as_dict() | {"room": room and room.as_dict()}
-    sys.stdout.write(json.dumps(values) + "\n")
+    print_line(json.dumps(values))
 
 
 def _print_table(recipe: "Recipe", plan: "MemoryPlan", fit: "Fit | None", room: "Room | None") -> None:

@@ -5,6 +5,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lisatune.console import print_line
+
 if TYPE_CHECKING:
     from lisatune.compare.results import Results
 
@@ -52,8 +54,8 @@ def report(
     output = output or (Path("report.html") if len(runs) > 1 else first / "report.html")
     write_page(page, output)
     for problem in page.problems:
-        sys.stderr.write(f"lisatune: {problem}\n")
-    sys.stdout.write(f"{output}\n")
+        print_line(f"lisatune: {problem}", sys.stderr)
+    print_line(str(output))
     return 0
 
 

@@ -6,6 +6,8 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal
 
+from lisatune.console import print_line
+
 __all__ = ["norms", "outliers"]
 
 
@@ -47,18 +49,18 @@ def norms(
         lora_lr=lora_lr,
         every=every,
         unit=unit,
-        print_line=lambda line: _print(line, sys.stderr),
+        print_line=lambda line: print_line(line, sys.stderr),
     )
     _write(study, path)
     for sentence in describe_skew(study):
-        _print(sentence)
-    _print(str(path))
+        print_line(sentence)
+    print_line(str(path))
     try:
         from lisatune.report.norms_page import make_norms_page
         from lisatune.report.page import write_page
 
         write_page(make_norms_page(study), path.with_suffix(".html"))
-        _print(str(path.with_suffix(".html")))
+        print_line(str(path.with_suffix(".html")))
     except ImportError as error:
         warnings.warn(f"there is no page with charts: {error}", stacklevel=2)
     return 0
@@ -95,7 +97,7 @@ def outliers(
     path = _check_output(output or Path(f"{Path(config.run.output or '')}-outliers.json"))
     study = study_outliers(config, rows=rows, threshold=threshold, unit=unit)
     _write(study, path)
-    _print(str(path))
+    print_line(str(path))
     return 0
 
 
@@ -111,7 +113,3 @@ def _write(study: dict[str, Any], path: Path) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, json.dumps(study, indent=1, ensure_ascii=False) + "\n")
-
-
-def _print(text: str, stream: Any = None) -> None:
-    (stream or sys.stdout).write(text + "\n")

@@ -6,6 +6,7 @@ from typing import Any
 
 from lisatune.compare.measure import Measured
 from lisatune.compare.results import TaskGain
+from lisatune.console import percent_text
 from lisatune.evaluate.scores import TaskScore, difference
 
 __all__ = ["gain_text", "gains", "mean_gains"]
@@ -70,9 +71,7 @@ def gain_text(gain: TaskGain | None) -> str:
     """Write a score in percent: 51.0 ± 3.5 (+1.5 ± 1.2)."""
     if gain is None:
         return ""
-    error = "" if gain["stderr"] is None else f" ± {100 * gain['stderr']:.1f}"
-    text = f"{100 * gain['value']:.1f}{error}"
+    text = percent_text(gain["value"], gain["stderr"])
     if gain["gain"] is None:
         return text
-    error = "" if gain["gain_stderr"] is None else f" ± {100 * gain['gain_stderr']:.1f}"
-    return f"{text} ({100 * gain['gain']:+.1f}{error})"
+    return f"{text} ({percent_text(gain['gain'], gain['gain_stderr'], sign='+')})"

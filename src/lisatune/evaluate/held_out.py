@@ -15,7 +15,7 @@ from lisatune.losses.base import Loss
 from lisatune.losses.causal_lm import evaluation_mode
 from lisatune.nn.hidden import max_positions
 
-__all__ = ["HeldOut", "generate_answers", "held_out_loss"]
+__all__ = ["HeldOut", "generate_answers", "held_out_loss", "make_generation_config"]
 
 
 @dataclass(frozen=True)
@@ -129,20 +129,8 @@ def generate_answers(
         >>> question = [{"role": "user", "content": "What is the capital of France?"}]
         >>> generate_answers(model, tokenizer, [question, "Once upon a time"], max_new_tokens=32)
     """
-    from transformers import GenerationConfig
-
-    ends = {tokenizer.eos_token_id, *_as_list(model.generation_config.eos_token_id)} - {None}
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    config = GenerationConfig(
-        **sampling,
-        num_beams=1,
-        max_new_tokens=max_new_tokens,
-        use_cache=True,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else None
+    config = make_generation_config(model, tokenizer, max_new_tokens, sampling)
     answers, limit = [], max_positions(model)
     streamer = None if stream is None else _streamer(tokenizer, stream)
     encoded = [encode_prompt(tokenizer, prompt, date=date) for prompt in prompts]
@@ -171,6 +159,30 @@ def generate_answers(
     return answers
 
 
+def make_generation_config(
+    model: Any, tokenizer: Any, max_new_tokens: int, sampling: Mapping[str, float] | None
+) -> Any:
+    """Make transformers' config of an answer that ends with the tokenizer's or the model's own end of text.
+
+    Args:
+        model, tokenizer, max_new_tokens: as in `generate_answers`.
+        sampling: temperature, top_p and top_k; None decodes greedily.
+    """
+    from transformers import GenerationConfig
+
+    own = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    return GenerationConfig(
+        **(sampling or {}),
+        do_sample=sampling is not None,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        use_cache=True,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
 def _streamer(tokenizer: Any, stream: Callable[[str], None]) -> Any:
     """Make transformers' streamer, which waits for the end of a word, call a function."""
     from transformers import TextStreamer
@@ -178,7 +190,3 @@ def _streamer(tokenizer: Any, stream: Callable[[str], None]) -> Any:
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     streamer.on_finalized_text = lambda text, stream_end=False: stream(text)
     return streamer
-
-
-def _as_list(ids: int | list[int] | None) -> list[int]:
-    return ids if isinstance(ids, list) else [] if ids is None else [ids]

@@ -19,6 +19,7 @@ from typing import Any, TypedDict
 import torch
 
 from lisatune.data.chat import encode_prompt
+from lisatune.evaluate.held_out import make_generation_config
 from lisatune.evaluate.scores import check_model
 from lisatune.files.disk import explain_write_errors, replace_file
 from lisatune.losses.causal_lm import evaluation_mode
@@ -152,8 +153,7 @@ def read_answers(output: Path) -> list[Answer]:
     Raises:
         ValueError: another line is damaged.
     """
-    file = output / FOLDER / "answers.jsonl"
-    return read_lines(file)
+    return read_lines(output / FOLDER / "answers.jsonl")
 
 
 def read_lines(file: Path) -> list[Any]:
@@ -194,21 +194,10 @@ def _answer(
     model: Any, tokenizer: Any, question: Question, max_new_tokens: int, date: str | None
 ) -> list[str]:
     """Answer both turns of a question."""
-    from transformers import GenerationConfig
-
     temperature = TEMPERATURES[question["category"]]
-    own = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature >= GREEDY_BELOW:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": TOP_K, "top_p": 1.0}
-    config = GenerationConfig(
-        **sampling,
-        num_beams=1,
-        use_cache=True,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=tokenizer.pad_token_id,
+    sampling = {"temperature": temperature, "top_k": TOP_K, "top_p": 1.0}
+    config = make_generation_config(
+        model, tokenizer, max_new_tokens, sampling if temperature >= GREEDY_BELOW else None
     )
     limit, answers = max_positions(model), list[str]()
     messages: list[dict[str, Any]] = []

@@ -4,12 +4,11 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from lisatune.console import grid, plural, terminal
+from lisatune.console import clock_text, grid, percent_text, plural, terminal
 from lisatune.evaluate.benchmark import Progress
-from lisatune.evaluate.scores import Metric
 from lisatune.evaluate.tasks import OpenTask
 
-__all__ = ["ScoreLines", "figure_text", "print_scores"]
+__all__ = ["ScoreLines", "print_scores"]
 
 SECONDS_BETWEEN_LINES = 10
 """Seconds between two lines on how far a task is."""
@@ -39,7 +38,7 @@ class ScoreLines(Progress):
             self._said = now
             new = self._done - self._kept
             left = (now - self._began) / new * (self._questions - self._done)
-            clock = f", about {left // 60:.0f}:{left % 60:02.0f} left of this task" if new >= 1 else ""
+            clock = f", about {clock_text(left)} left of this task" if new >= 1 else ""
             self._console.print(f"    {self._done:,.0f} of {self._questions:,}{clock}")
 
 
@@ -60,11 +59,17 @@ def print_scores(evaluation: Mapping[str, Any]) -> None:
         settings = score["settings"]
         first = [name, str(settings["shots"]), f"{score['items']:,}"]
         for key, metric in score["metrics"].items():
-            row = [*first, key, figure_text(metric)]
+            row = [*first, key, percent_text(metric["value"], metric["stderr"])]
             if differences:
                 gain = differences[name].get(key)
-                base = None if gain is None else metric | {"value": metric["value"] - gain["value"]}
-                row += ["" if base is None else f"{100 * base['value']:.1f}", figure_text(gain, sign="+")]
+                row += (
+                    ["", ""]
+                    if gain is None
+                    else [
+                        percent_text(metric["value"] - gain["value"]),
+                        percent_text(gain["value"], gain["stderr"], sign="+"),
+                    ]
+                )
             table.add_row(*row)
             first = ["", "", ""]
     console = terminal()
@@ -87,11 +92,3 @@ def print_scores(evaluation: Mapping[str, Any]) -> None:
         if cut := score["settings"]["cut"]:
             rows.append((name, f"{plural(cut, 'prompt')} too long for the model lost the beginning"))
     console.print(grid(rows))
-
-
-def figure_text(metric: Metric | None, *, sign: str = "") -> str:
-    """Write a score in percent with its standard error."""
-    if metric is None:
-        return ""
-    error = "" if metric["stderr"] is None else f" ± {100 * metric['stderr']:.1f}"
-    return f"{100 * metric['value']:{sign}.1f}{error}"

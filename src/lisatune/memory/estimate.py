@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lisatune.console import first_line
@@ -132,14 +133,15 @@ def estimate_answering(model: Any, length: int) -> int:
     return int(length * per_token * width)
 
 
-def largest_batch(model: Any, length: int, free_bytes: int | None, *, most: int) -> int:
-    """Return how many sequences fit into half of the free memory by `estimate_answering`, from 1 to `most`.
+def largest_batch(model: Any, length: int, free_bytes: int | None, device: torch.device) -> int:
+    """Return how many sequences fit into half of the free memory by `estimate_answering`.
 
     Args:
         model, length: as in `estimate_answering`.
         free_bytes: free memory of the device; None if it is unknown.
-        most: the largest batch that is worth it.
+        device: where the model is. More than 64 sequences, on a CPU 16, are not worth it.
     """
+    most = 16 if device.type == "cpu" else 64
     if free_bytes is None:
         return min(8, most)
     return max(1, min(most, free_bytes // (2 * estimate_answering(model, length))))

@@ -20,6 +20,8 @@ from typing import Any, TypedDict
 
 import torch
 
+from lisatune.console import percent_text
+
 __all__ = [
     "Sample",
     "Score",
@@ -130,8 +132,7 @@ class Summary(TypedDict, total=False):
 
 def score_text(score: Score) -> str:
     """Write a score in percent with its standard error: 51.0 ± 3.5 %."""
-    error = "" if score["stderr"] is None else f" ± {100 * score['stderr']:.1f}"
-    return f"{100 * score['value']:.1f}{error} %"
+    return f"{percent_text(score['value'], score['stderr'])} %"
 
 
 def model_of(name: str) -> tuple[str, Path | None]:

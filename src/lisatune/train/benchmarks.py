@@ -17,9 +17,6 @@ from lisatune.train.assemble import Parts
 
 __all__ = ["check_tasks", "evaluate_model", "evaluate_run", "main_metric", "main_scores"]
 
-MOST_ON_CPU, MOST = 16, 64
-"""Largest batch on a CPU and elsewhere."""
-
 
 def check_tasks(text: str, data: str | None) -> None:
     """Open the tasks and read their questions, so that what is missing is said before a run begins.
@@ -56,13 +53,12 @@ def evaluate_model(
         output: folder for the scores; None writes none.
         written: the model's folder, by whose hash its scores are known again.
     """
-    most = MOST_ON_CPU if device.type == "cpu" else MOST
     output = output if ranks.is_rank0() else None
 
     def batch(length: int) -> int:
         """Return what fits on every rank."""
         free = available_bytes(device, processes=ranks.on_this_machine())
-        return -ranks.max_over_ranks(-largest_batch(model, length, free, most=most))
+        return -ranks.max_over_ranks(-largest_batch(model, length, free, device))
 
     with open_tasks(text, data=data) as tasks:
         scores = score_tasks(
