@@ -11,6 +11,7 @@ The published code has the numbers of one model in a file; they are measured her
 A block without an outlier would never train, so p is at least a tenth of the mean.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from lisatune.models.load import load_model, load_tokenizer
 from lisatune.recipe import Recipe
 from lisatune.study.layers import Unit, find_studied_layers, refuse_ranks
 
-__all__ = ["outlier_share", "study_outliers"]
+__all__ = ["measure_outliers", "outlier_share", "study_outliers"]
 
 LEAST = 0.1
 """Least p of a block, as a share of the mean."""
@@ -40,6 +41,44 @@ def outlier_share(weight_OI: Tensor, norm_I: Tensor, threshold: float) -> float:
     """
     score_OI = weight_OI.float().abs() * norm_I.float()
     return float((score_OI > threshold * score_OI.mean()).double().mean())
+
+
+def measure_outliers(
+    model: nn.Module, paths: Sequence[str], batches: Iterable[Tensor], threshold: float
+) -> dict[str, float]:
+    """Return D(W) of linear layers by path; one that no token reaches, such as an idle expert's, is missing.
+
+    Args:
+        model: in evaluation mode.
+        paths: linear layers; GPT-2's, with a transposed weight, too.
+        batches: input_ids, int64 [B, T], without padding.
+        threshold: M.
+    """
+    squares: dict[str, Tensor] = {}
+
+    def watch(path: str) -> Any:
+        def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            found = args[0].detach().float().flatten(0, -2).square().sum(dim=0).double()
+            squares[path] = squares[path] + found if path in squares else found
+
+        return add
+
+    hooks = [model.get_submodule(path).register_forward_pre_hook(watch(path)) for path in paths]
+    try:
+        with torch.no_grad():
+            for ids_BT in batches:
+                model(input_ids=ids_BT, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    shares = {}
+    for path in paths:
+        module: Any = model.get_submodule(path)
+        weight = module.weight.detach()
+        if path in squares:
+            weight_OI = weight if isinstance(module, nn.Linear) else weight.T
+            shares[path] = outlier_share(weight_OI, squares[path].sqrt(), threshold)
+    return shares
 
 
 def study_outliers(
@@ -68,35 +107,8 @@ def study_outliers(
     layers = find_studied_layers(model, unit)
     device = pick_device(recipe.run.device)
     model.to(device).eval()
-    linear = {
-        path: module
-        for block in layers.blocks
-        for path in block
-        if isinstance(module := model.get_submodule(path), nn.Linear)
-    }
-    squares: dict[str, Tensor] = {}
-
-    def watch(path: str) -> Any:
-        def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            found = args[0].detach().float().flatten(0, -2).square().sum(dim=0).double()
-            squares[path] = squares[path] + found if path in squares else found
-
-        return add
-
-    hooks = [module.register_forward_pre_hook(watch(path)) for path, module in linear.items()]
-    try:
-        with torch.no_grad():
-            for row in examples:
-                batch = collate([row], length=len(row["input_ids"]))
-                model(input_ids=batch["input_ids"].to(device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    shares = {
-        path: outlier_share(module.weight.detach(), squares[path].sqrt(), threshold)
-        for path, module in linear.items()
-        if path in squares
-    }
+    batches = (collate([row], length=len(row["input_ids"]))["input_ids"].to(device) for row in examples)
+    shares = measure_outliers(model, [path for block in layers.blocks for path in block], batches, threshold)
     found = [[shares[path] for path in block if path in shares] for block in layers.blocks]
     scores = [sum(each) / len(each) if each else 0.0 for each in found]
     mean = sum(scores) / len(scores)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import tiny
 import tiny_run
@@ -17,7 +18,7 @@ from lisatune.report.norms_page import make_norms_page
 from lisatune.report.page import render
 from lisatune.study import study_norms
 from lisatune.study.norms import describe_skew, measure_adapter
-from lisatune.study.outliers import outlier_share
+from lisatune.study.outliers import measure_outliers, outlier_share
 from lisatune.train.recipe_file import load_recipe
 
 
@@ -126,6 +127,15 @@ def test_an_outlier_is_an_entry_far_above_the_mean_of_its_layer() -> None:
     norms[3] = 200
     assert outlier_share(torch.ones(10, 10), norms, 9) == pytest.approx(0.1)
     assert outlier_share(torch.ones(10, 10), torch.ones(10), 13) == 0
+
+
+def test_outliers_of_gpt2_are_found_in_its_transposed_weights() -> None:
+    model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32, n_positions=8)).eval()
+    path = "transformer.h.0.mlp.c_fc"
+    with torch.no_grad():
+        model.get_submodule(path).weight.fill_(1)[3, 5] = 1000
+    shares = measure_outliers(model, [path], [torch.arange(8)[None]], 13)
+    assert shares == {path: pytest.approx(1 / (16 * 64))}
 
 
 @pytest.mark.parametrize(
