@@ -78,7 +78,6 @@ def make_comparison_page(results: Results, folder: Path, *, card_bytes: int | No
         figures=make_figures(
             entries,
             loss="test loss",
-            memory="tensors in a step",
             memory_note="Live tensors at the peak of one separate training step, measured.",
             card_bytes=card_bytes,
         ),

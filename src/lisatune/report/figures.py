@@ -32,6 +32,9 @@ CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)
 
 GB = 10**9
 
+MEMORY = "tensors in a step"
+"""Name of the sum of `Entry.memory`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockHistory:
@@ -136,22 +139,21 @@ def mark_best(values: Sequence[float | None], pick: Callable[..., float]) -> lis
 
 
 def make_figures(
-    entries: Sequence[Entry], *, loss: str, memory: str, memory_note: str, card_bytes: int | None
+    entries: Sequence[Entry], *, loss: str, memory_note: str, card_bytes: int | None
 ) -> list[Figure]:
     """Make every figure that there are values for.
 
     Args:
         entries: the arms or runs to show.
         loss: name of the quantity in `Entry.loss`.
-        memory: name of the sum of `Entry.memory`, or without it of `Entry.peak_bytes`.
         memory_note: how memory was counted.
         card_bytes: memory of the card to compare with. None: the smallest common card that is large enough.
     """
     made = [
         _show_losses(entries, "tokens", "tokens trained on"),
         _show_losses(entries, "seconds", "seconds in training steps"),
-        _show_memory(entries, memory, memory_note, card_bytes),
-        _show_quality(entries, loss, memory),
+        _show_memory(entries, memory_note, card_bytes),
+        _show_quality(entries, loss),
         *map(_show_active_blocks, entries),
         _show_movement(entries),
     ]
@@ -204,17 +206,16 @@ def _pick_x(point: Point, key: str) -> float:
     return point["tokens"] if key == "tokens" else point["seconds"]
 
 
-def _show_memory(entries: Sequence[Entry], memory: str, note: str, card_bytes: int | None) -> Figure | None:
-    shown = [(entry, entry.memory or {memory: round(entry.peak_bytes or 0)}) for entry in entries]
+def _show_memory(entries: Sequence[Entry], note: str, card_bytes: int | None) -> Figure | None:
+    shown = [(entry, entry.memory or {MEMORY: round(entry.peak_bytes or 0)}) for entry in entries]
     shown = [(entry, parts) for entry, parts in shown if any(parts.values())]
     if not shown:
         return None
     most = max(sum(parts.values()) for _, parts in shown)
     card = card_bytes or next((size * CARD_GB for size in CARDS if size * CARD_GB >= most), None)
-    fits = [entry.name for entry, parts in shown if card is None or sum(parts.values()) <= card]
     name = "" if card is None else f"card of {round(card / CARD_GB, 1):g} GB"
-    is_drawn = card is not None and (card_bytes is not None or card < 8 * most)
-    unit, divisor = ("GB", GB) if (card if is_drawn and card else most) >= GB else ("MB", 10**6)
+    limit = None if card is None or (card_bytes is None and card >= 8 * most) else card
+    unit, divisor = ("GB", GB) if (limit or most) >= GB else ("MB", 10**6)
     bars = {
         entry.name: {part: size / divisor for part, size in parts.items() if size} for entry, parts in shown
     }
@@ -223,30 +224,27 @@ def _show_memory(entries: Sequence[Entry], memory: str, note: str, card_bytes: i
         [entry.name, *(byte_text(parts.get(part, 0)) for part in parts_seen), byte_text(sum(parts.values()))]
         for entry, parts in shown
     ]
+    above = [entry.name for entry, parts in shown if card is not None and sum(parts.values()) > card]
     if card is None:
         verdict = f"No single card of up to {CARDS[-1]} GB holds the largest."
-    elif len(fits) == len(shown):
-        verdict = f"{'All fit' if len(shown) > 1 else 'It fits'} a {name}" + (
-            ": the dashed line." if is_drawn else ", far beyond the right edge of the chart."
-        )
+    elif above:
+        verdict = f"Above the {name}, the dashed line: {', '.join(above)}."
     else:
-        verdict = f"Above the {name}, the dashed line: " + ", ".join(
-            entry.name for entry, _ in shown if entry.name not in fits
-        )
-        verdict += "."
+        where = ", far beyond the right edge of the chart." if limit is None else ": the dashed line."
+        verdict = f"{'All fit' if len(shown) > 1 else 'It fits'} a {name}{where}"
     sums = "; ".join(f"{row[0]} {row[-1]}" for row in rows)
     return Figure(
         title="Memory by category" if any(entry.memory for entry, _ in shown) else "Memory",
         svg=charts.draw_stacked_bars(
-            bars, x=f"{memory}, {unit}", limit=card / divisor if is_drawn and card else None, limit_name=name
+            bars, x=f"{MEMORY}, {unit}", limit=None if limit is None else limit / divisor, limit_name=name
         ),
-        alt=f"Stacked bars of {memory}: {sums}. {verdict}",
+        alt=f"Stacked bars of {MEMORY}: {sums}. {verdict}",
         note=f"{note} {verdict}",
         table=Table(["", *parts_seen, "sum"], rows),
     )
 
 
-def _show_quality(entries: Sequence[Entry], loss: str, memory: str) -> Figure | None:
+def _show_quality(entries: Sequence[Entry], loss: str) -> Figure | None:
     by_part = all(entry.memory for entry in entries if entry.loss is not None)
     points = []
     for entry in entries:
@@ -258,7 +256,7 @@ def _show_quality(entries: Sequence[Entry], loss: str, memory: str) -> Figure | 
     front = find_pareto_front([point[1:] for point in points])
     unit, divisor = ("GB", GB) if max(size for _, size, _ in points) >= GB else ("MB", 10**6)
     best = [name for name, *point in points if tuple(point) in front]
-    label = memory if by_part else "peak memory of the run"
+    label = MEMORY if by_part else "peak memory of the run"
     rows = [
         [name, byte_text(size), f"{value:.4f}", "yes" if name in best else "no"]
         for name, size, value in points

@@ -85,7 +85,6 @@ def make_runs_page(folders: Sequence[Path], *, card_bytes: int | None = None, we
             *make_figures(
                 entries,
                 loss="held-out loss",
-                memory="tensors in a step",
                 memory_note="As planned before the run. `lisatune compare` measures them."
                 if any(entry.memory for entry in entries)
                 else "Peak memory of the whole run, undivided: its summary has no plan.",

@@ -158,7 +158,7 @@ def test_memory_is_held_against_a_card(card_bytes: int | None, words: str) -> No
         Entry(name="small", memory={"weights": 10**9}),
         Entry(name="large", memory={"loss": 5 * 10**9}),
     ]
-    (figure,) = make_figures(entries, loss="", memory="bytes", memory_note="", card_bytes=card_bytes)
+    (figure,) = make_figures(entries, loss="", memory_note="", card_bytes=card_bytes)
     assert words in figure.alt
     assert f"card of {4 if card_bytes else 8} GB" in figure.svg
     assert "small" not in figure.note
