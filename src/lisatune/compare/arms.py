@@ -153,17 +153,7 @@ def read_comparison(
     default_lrs = _parse_rates("--lr", lr.split(",")) if lr is not None else None
     if default_lrs is None:
         default_lrs = _parse_rates("compare.lr", asked["lr"]) if "lr" in asked else None
-    named = asked.get("arms", {})
-    if not isinstance(named, dict):
-        raise ValueError(f"{path}: compare.arms must be `name: arm` lines, got {named!r}")
-    given = {str(name): _parse_arm(str(name), arm) for name, arm in named.items()}
-    if methods is not None:
-        texts = [text.strip() for text in re.split(r",(?![^\[]*\])", methods)]
-        if len(set(texts)) < len(texts):
-            raise ValueError(f"--methods names an arm twice: {methods}")
-        given = {text: given.get(text) or _parse_arm(text, text) for text in texts}
-    if not given:
-        raise ValueError("there is nothing to compare; give --methods, such as --methods full,lora,lisa")
+    given = _parse_arms(str(path), asked.get("arms", {}), methods)
     arms = tuple(
         _build_arm(str(path), name, spec, sections, overrides, recipe, default_lrs)
         for name, spec in given.items()
@@ -197,6 +187,21 @@ def read_comparison(
         evaluations=_check_count("compare.evaluations", asked.get("evaluations", 8)),
         reference=reference,
     )
+
+
+def _parse_arms(path: str, named: Any, methods: str | None) -> dict[str, ArmSpec]:
+    """Read the arms of the file, or those that `--methods` names, which may be arms of the file too."""
+    if not isinstance(named, dict):
+        raise ValueError(f"{path}: compare.arms must be `name: arm` lines, got {named!r}")
+    given = {str(name): _parse_arm(str(name), arm) for name, arm in named.items()}
+    if methods is not None:
+        texts = [text.strip() for text in re.split(r",(?![^\[]*\])", methods)]
+        if len(set(texts)) < len(texts):
+            raise ValueError(f"--methods names an arm twice: {methods}")
+        given = {text: given.get(text) or _parse_arm(text, text) for text in texts}
+    if not given:
+        raise ValueError("there is nothing to compare; give --methods, such as --methods full,lora,lisa")
+    return given
 
 
 def _parse_arm(name: str, arm: Any) -> ArmSpec:

@@ -299,11 +299,7 @@ class Stream:
         is_seen = np.isin(documents.digests, self._held_out_digests)
         if is_seen.any() and not self._has_told_of_seen:
             self._has_told_of_seen = True
-            shard, done = taken[int(is_seen.argmax())]
-            notes.append(
-                f"record {done:,} of {self._shard(shard)} is in the held-out data too, so held-out loss is "
-                "partly loss on training data; take it out. More of them are counted"
-            )
+            notes.append(self._warn_of_seen(*taken[int(is_seen.argmax())]))
         if len(kinds) > 1:
             both = " and ".join(f"{kind} in {shard}" for kind, shard in kinds.items())
             raise ValueError(f"records of a stream must be of one kind, and there are {both}; set data.kind")
@@ -337,6 +333,12 @@ class Stream:
             kind=kind,
             is_chat=is_chat(first),
             notes=tuple(notes),
+        )
+
+    def _warn_of_seen(self, shard: int, record: int) -> str:
+        return (
+            f"record {record:,} of {self._shard(shard)} is in the held-out data too, so held-out loss is "
+            "partly loss on training data; take it out. More of them are counted"
         )
 
     def _shard(self, number: int) -> str:

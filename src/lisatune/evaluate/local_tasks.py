@@ -196,33 +196,8 @@ def _write_leaf(
     splits = {
         f"{key}_split": config.get(f"{key}_split") for key in ("training", "validation", "test", "fewshot")
     }
-    kinds = {"training_split": "train", "validation_split": "validation", "test_split": "test"}
-    sources = {split: kinds[key] for key, split in splits.items() if key in kinds and split}
-    examples = splits["fewshot_split"]
-    if examples and examples not in sources:
-        sources[examples] = "dev"
-    for split, kind in sources.items():
-        if kind == "validation" and kind not in rows and "dev" not in sources.values():
-            sources[split] = "dev"  # WinoGrande and others call it so
-    asked = splits["test_split"] or splits["validation_split"]
-    lacking = sources[asked] if asked and sources[asked] not in rows else None
-    has_examples = examples is None or sources[examples] in rows
-    fixed = "samples" in (config.get("fewshot_config") or {})
-    note = None
-    if shots and examples is None and not fixed and "train" not in rows:
-        others = {sources[split] for split in sources if split != asked} & rows.keys()
-        has_examples = (
-            bool(others) or splits["test_split"] is None
-        )  # the harness leaves out the question itself
-        note = f"examples from {(others or {sources[asked]}).pop()}*, because there is no train*"
-    if lacking is None and shots != 0 and not has_examples:
-        lacking = sources[examples] if examples else "train"
-    if lacking is not None:
-        have = ", ".join(f"{kind}*" for kind in sorted(rows))
-        way_out = "" if asked is None or lacking == sources[asked] else ", or set --shots 0"
-        raise FileNotFoundError(
-            f"task {leaf} needs {lacking}*, and {folder} has only {have}; add a file {lacking}.jsonl{way_out}"
-        )
+    has_samples = "samples" in (config.get("fewshot_config") or {})
+    sources, note = _match_splits(leaf, splits, has_samples, rows, folder, shots)
     where.mkdir(parents=True)
     data_files = {}
     for split, kind in sources.items():
@@ -242,6 +217,58 @@ def _write_leaf(
     generated |= {key: None for key, split in splits.items() if split and split not in data_files}
     (where / f"{leaf}.yaml").write_text(json.dumps(generated), encoding="utf-8")  # JSON is YAML
     return note
+
+
+def _match_splits(
+    leaf: str,
+    splits: dict[str, str | None],
+    has_samples: bool,
+    rows: dict[str, list[Row]],
+    folder: Path,
+    shots: int | None,
+) -> tuple[dict[str, str], str | None]:
+    """Say which kind of rows each split of a task takes.
+
+    Args:
+        leaf: the task.
+        splits: the names that its stock definition gives the splits, by key.
+        has_samples: whether that definition holds its examples itself.
+        rows: what there is, by kind.
+        folder: where it was found, for the message.
+        shots: examples before each question; None: the task's own number.
+
+    Returns:
+        The kind by name of split, and what differs from the stock task; None if nothing does.
+
+    Raises:
+        FileNotFoundError: rows that the task needs are missing.
+    """
+    kinds = {"training_split": "train", "validation_split": "validation", "test_split": "test"}
+    sources = {split: kinds[key] for key, split in splits.items() if key in kinds and split}
+    examples = splits["fewshot_split"]
+    if examples and examples not in sources:
+        sources[examples] = "dev"
+    for split, kind in sources.items():
+        if kind == "validation" and kind not in rows and "dev" not in sources.values():
+            sources[split] = "dev"  # WinoGrande and others call it so
+    asked = splits["test_split"] or splits["validation_split"]
+    lacking = sources[asked] if asked and sources[asked] not in rows else None
+    has_examples = examples is None or sources[examples] in rows
+    note = None
+    if shots and examples is None and not has_samples and "train" not in rows:
+        others = {sources[split] for split in sources if split != asked} & rows.keys()
+        # The harness leaves out the question itself.
+        has_examples = bool(others) or splits["test_split"] is None
+        note = f"examples from {(others or {sources[asked]}).pop()}*, because there is no train*"
+    if lacking is None and shots != 0 and not has_examples:
+        lacking = sources[examples] if examples else "train"
+    if lacking is not None:
+        have = ", ".join(f"{kind}*" for kind in sorted(rows))
+        way_out = "" if asked is None or lacking == sources[asked] else ", or set --shots 0"
+        raise FileNotFoundError(
+            f"task {leaf} needs {lacking}*, and {folder} has only {have}; add a file {lacking}.jsonl{way_out}"
+        )
+    return sources, note
 
 
 def _convert(leaf: str, row: Row) -> Row:

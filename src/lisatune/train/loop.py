@@ -195,9 +195,7 @@ def _loop(
                     record = _step(parts, state, folder)
             except StreamError as error:
                 saved = saver.save(must=False, now=True)
-                what = "which is saved" if saved else "which could not be saved"
-                ended = f"stopped after step {state.step} of {last}, {what}; {resume_hint(folder)}"
-                raise StreamError(f"{error}; {ended}") from error
+                raise StreamError(f"{error}; {_say_stopped(parts, state, folder, saved)}") from error
             if state.step % run.log_every == 0 or state.step == last:
                 note(record)
                 bar.update(**record)
@@ -211,8 +209,12 @@ def _loop(
                     saved = saver.save(must=must, now=bool(stop))
             if stop:
                 saved = saver.collect(wait=True) and saved
-                what = "which is saved" if saved else "which could not be saved"
-                raise stop(f"stopped after step {state.step} of {last}, {what}; {resume_hint(folder)}")
+                raise stop(_say_stopped(parts, state, folder, saved))
+
+
+def _say_stopped(parts: Parts, state: RunState, folder: RunFolder, saved: bool) -> str:
+    what = "which is saved" if saved else "which could not be saved"
+    return f"stopped after step {state.step} of {parts.data.steps}, {what}; {resume_hint(folder)}"
 
 
 def _step(parts: Parts, state: RunState, folder: RunFolder) -> dict[str, Any]:

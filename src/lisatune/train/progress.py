@@ -147,25 +147,7 @@ def print_finished(output: Path, summary: Summary) -> None:
 def print_summary(summary: Summary, console: Console | None = None) -> None:
     """Print the result of a run."""
     console = console or terminal()
-    rows: list[tuple[str, str | Text]] = []
-    if "held_out_loss_before" in summary and "held_out_loss_after" in summary:
-        before, after = summary["held_out_loss_before"], summary["held_out_loss_after"]
-        style = "bold green" if after < before else "bold red"
-        loss = Text.assemble(f"{before:.3f} → ", (f"{after:.3f}", style), f" ({after - before:+.3f})")
-        rows.append(("held-out loss", loss))
-        if "held_out_margin_after" not in summary:  # the loss of a pair is of no token
-            rows.append(("perplexity", f"{_perplexity(before)} → {_perplexity(after)}"))
-    if "held_out_accuracy_before" in summary and "held_out_accuracy_after" in summary:
-        shares = [100 * summary["held_out_accuracy_before"], 100 * summary["held_out_accuracy_after"]]
-        rows.append(("pairs in order", f"{shares[0]:.1f} % → {shares[1]:.1f} %"))
-    if "held_out_margin_before" in summary and "held_out_margin_after" in summary:
-        margins = summary["held_out_margin_before"], summary["held_out_margin_after"]
-        rows.append(("margin", f"{margins[0]:.3f} → {margins[1]:.3f}"))
-    for name, score in summary.get("scores", {}).items():
-        rows.append((name, f"{score_text(score)} {score['metric']}, {plural(score['items'], 'question')}"))
-    losses_before = summary.get("held_out_loss_by_source_before", {})
-    for name, after in summary.get("held_out_loss_by_source_after", {}).items():
-        rows.append((f"  {name}", f"{losses_before.get(name, math.nan):.3f} → {after:.3f}"))
+    rows = _quality_rows(summary)
     if "stream" in summary:
         rows.append(("stream", summary["stream"]))
     if "best_step" in summary:
@@ -208,6 +190,30 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
     console.print(
         Panel(grid(rows), title="result", title_align="left", border_style="green", box=box.ROUNDED)
     )
+
+
+def _quality_rows(summary: Summary) -> list[tuple[str, str | Text]]:
+    """Say how good the model was before and after training."""
+    rows: list[tuple[str, str | Text]] = []
+    if "held_out_loss_before" in summary and "held_out_loss_after" in summary:
+        before, after = summary["held_out_loss_before"], summary["held_out_loss_after"]
+        style = "bold green" if after < before else "bold red"
+        loss = Text.assemble(f"{before:.3f} → ", (f"{after:.3f}", style), f" ({after - before:+.3f})")
+        rows.append(("held-out loss", loss))
+        if "held_out_margin_after" not in summary:  # the loss of a pair is of no token
+            rows.append(("perplexity", f"{_perplexity(before)} → {_perplexity(after)}"))
+    if "held_out_accuracy_before" in summary and "held_out_accuracy_after" in summary:
+        shares = [100 * summary["held_out_accuracy_before"], 100 * summary["held_out_accuracy_after"]]
+        rows.append(("pairs in order", f"{shares[0]:.1f} % → {shares[1]:.1f} %"))
+    if "held_out_margin_before" in summary and "held_out_margin_after" in summary:
+        margins = summary["held_out_margin_before"], summary["held_out_margin_after"]
+        rows.append(("margin", f"{margins[0]:.3f} → {margins[1]:.3f}"))
+    for name, score in summary.get("scores", {}).items():
+        rows.append((name, f"{score_text(score)} {score['metric']}, {plural(score['items'], 'question')}"))
+    losses_before = summary.get("held_out_loss_by_source_before", {})
+    for name, after in summary.get("held_out_loss_by_source_after", {}).items():
+        rows.append((f"  {name}", f"{losses_before.get(name, math.nan):.3f} → {after:.3f}"))
+    return rows
 
 
 def _plan_text(summary: Summary) -> str:
