@@ -82,7 +82,7 @@ def test_a_failure_a_hang_and_a_file_left_behind_are_found(
 
 @pytest.mark.parametrize("override", ["run.steps=9223372036854775808", "run.steps=1000001"])
 def test_found_steps_that_could_not_be_planned(fuzz: Fuzz, override: str) -> None:
-    with pytest.raises(ValueError, match=r"makes a run of .* optimizer steps, the most is 1,000,000"):
+    with pytest.raises(ValueError, match=r"makes a run of .* optimizer steps, and the most is 1,000,000"):
         fuzz._check(fuzz.recipe, override)
 
 

@@ -323,7 +323,7 @@ def test_a_tokenizer_of_another_model_is_refused(
     weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:100].clone()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     change_config(folder, vocab_size=100, bos_token_id=0, eos_token_id=1, pad_token_id=1)
-    says = ("the tokenizer makes token 258, the model has 100 (from 0); give the model the tokenizer",)
+    says = ("the tokenizer makes token 258, and the model has 100 (from 0); give the model the tokenizer",)
     refused("train", recipe, f"model.name={folder}", says=says)
     assert main(["check", str(recipe), f"model.name={folder}"]) == 2
 

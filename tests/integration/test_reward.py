@@ -209,7 +209,7 @@ def test_settings_that_cannot_work_are_refused_by_name(recipe: Path, overrides: 
 
 
 def test_a_step_of_its_own_a_comparison_and_several_ranks_are_refused(recipe: Path) -> None:
-    with pytest.raises(ValueError, match=r"loss.name: reward runs in one process only yet"):
+    with pytest.raises(ValueError, match=r"loss.name: reward so far runs in one process only"):
         check_recipe(load_pairs(recipe))
     with pytest.raises(ValueError, match=r"loss.name=reward cannot work with method .*a training step"):
         ForwardMethod().check_loss(load_pairs(recipe).loss)

@@ -39,7 +39,7 @@ from lisatune.recipe import DataConfig, ModelConfig, OptimizerConfig, RunConfig
         ),
         (RunConfig, {"stop_after": 0, "eval_every": 1}, "run.stop_after must be >= 1, got 0"),
         (RunConfig, {"sharding": "ddp"}, "run.sharding must be one of fsdp, replicate, hsdp, got 'ddp'"),
-        (RunConfig, {"copies": 2}, "run.copies=2 is read by run.sharding=hsdp, and that is fsdp"),
+        (RunConfig, {"copies": 2}, "run.copies=2 does nothing with run.sharding=fsdp; set that to hsdp"),
         (RunConfig, {"copies": 0, "sharding": "hsdp"}, "run.copies must be >= 1, got 0"),
         (
             RunConfig,

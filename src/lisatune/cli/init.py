@@ -64,7 +64,7 @@ def init(
         raise ValueError("--from copies a recipe as it is; set keys in the copy, or leave --from out")
     output = output or Path("recipe.yaml" if source is None else f"{source}.yaml")
     if output.exists():
-        raise ValueError(f"{output} exists already; name another file with --output")
+        raise ValueError(f"{output} already exists; name another file with --output")
     text, found = _make(data, model) if source is None else (_read_shipped(source), "")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

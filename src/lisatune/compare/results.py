@@ -260,7 +260,7 @@ def read_results(path: str | Path) -> Results:
     found = values.get("schema") if isinstance(values, dict) else None
     if found != SCHEMA:
         raise ValueError(
-            f"{path} has schema {found!r}, this lisatune reads {SCHEMA}; use the version that made it"
+            f"{path} has schema {found!r}, and this lisatune reads {SCHEMA}; use the version that made it"
         )
     results: Results = values
     return results

@@ -247,6 +247,6 @@ def _check_tokens(run: Run, totals: list[int]) -> None:
         )
         raise FailedError(
             f"it trained on other records than the rest: after step {step} it logged "
-            f"{logged[step - 1] if step else 0} tokens in {len(logged)} steps, expected are "
-            f"{totals[step - 1]} in {len(totals)}"
+            f"{logged[step - 1] if step else 0} tokens in {len(logged)} steps, and {totals[step - 1]} in "
+            f"{len(totals)} were expected"
         )

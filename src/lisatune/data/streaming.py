@@ -263,8 +263,8 @@ class Stream:
         window = future.result()
         if self.vocabulary is not None and window.examples.rows.highest >= self.vocabulary:
             raise StreamError(
-                f"the tokenizer makes token {window.examples.rows.highest}, the model has {self.vocabulary} "
-                "(from 0); give the model the tokenizer that it was trained with"
+                f"the tokenizer makes token {window.examples.rows.highest}, and the model has "
+                f"{self.vocabulary} (from 0); give the model the tokenizer that it was trained with"
             )
         for note in window.notes:
             warnings.warn(note, stacklevel=4)

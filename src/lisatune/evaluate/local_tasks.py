@@ -168,7 +168,7 @@ def _read(file: Path) -> Iterator[Row]:
                 if line.strip():
                     row = json.loads(line)
                     if not isinstance(row, dict):
-                        raise ValueError("it is no JSON object")
+                        raise ValueError("it is not a JSON object")
                     yield row | {PLACE: f"{file}:{number}"}
         except (ValueError, EOFError, OSError) as error:
             raise ValueError(
@@ -221,7 +221,7 @@ def _write_leaf(
 
 def _match_splits(
     leaf: str,
-    splits: dict[str, str | None],
+    splits: dict[str, Any],
     has_samples: bool,
     rows: dict[str, list[Row]],
     folder: Path,

@@ -116,7 +116,7 @@ def split_tasks(text: str) -> dict[str, int | None]:
         name, limits, limit = part.partition(":limit=")
         if "=" in name:
             raise ValueError(
-                f"{part!r} sets something else than a limit; write {name.split(':')[0]}:limit=200"
+                f"{part!r} sets something other than a limit; write {name.split(':')[0]}:limit=200"
             )
         if not name.isprintable() or not name:
             raise ValueError(f"{part!r} names no task; known: {', '.join(PRESETS)}, lm:NAME")

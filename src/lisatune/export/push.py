@@ -75,7 +75,7 @@ def ask_target(hub_id: str, *, public: bool) -> Target:
     mine = [str(me["name"]), *(str(group["name"]) for group in me.get("orgs", []))]
     if owner not in mine:
         raise ValueError(
-            f"{hub_id} belongs to {owner}, and the token in {variable} is of {me['name']}, who may write to "
+            f"{hub_id} belongs to {owner}, and the token in {variable} to {me['name']}, who may write to "
             f"{', '.join(mine)}; give --push-to {me['name']}/{name}"
         )
     if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
@@ -155,7 +155,7 @@ def _open() -> tuple[Any, str]:
 
 
 def _check_id(hub_id: str) -> None:
-    """Refuse what can be no hub id."""
+    """Refuse what cannot be a hub id."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -164,7 +164,7 @@ def _check_id(hub_id: str) -> None:
     try:
         validate_repo_id(hub_id)
     except HFValidationError as error:
-        raise ValueError(f"--push-to {hub_id!r} can be no hub id: {first_line(error)}") from None
+        raise ValueError(f"--push-to {hub_id!r} is not a hub id: {first_line(error)}") from None
 
 
 @contextmanager

@@ -17,7 +17,7 @@ UNREACHABLE = "the Hugging Face hub cannot be reached"
 def ask_hub(name: str, kind: Literal["model", "dataset"], revision: str | None = None) -> str:
     """Ask the hub whether it has a model or a dataset; the answer is kept as long as the process runs.
 
-    A name that can be no hub id is never asked for, and nothing is under HF_HUB_OFFLINE.
+    A name that cannot be a hub id is never asked for, and nothing is under HF_HUB_OFFLINE.
 
     Args:
         name: hub id.

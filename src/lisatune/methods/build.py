@@ -185,8 +185,8 @@ def check_recipe(recipe: Recipe) -> None:
     count_copies(recipe.run.sharding, recipe.run.copies)
     if recipe.loss.has_score:
         raise ValueError(
-            f"loss.name: {recipe.loss.name} runs in one process only yet, because a divided model's ends are "
-            "made whole for losses of tokens, and not for a score; start one process"
+            f"loss.name: {recipe.loss.name} so far runs in one process only, because a divided model's ends "
+            "are made whole for losses of tokens, and not for a score; start one process"
         )
 
 

@@ -1,5 +1,6 @@
 """LISA as a method of a recipe. The algorithm is in `lisatune.lisa`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal, Self, final
 
@@ -245,7 +246,7 @@ class Lisa(Method):
 
     def attach_with(
         self,
-        sampler: Sampler,
+        sampler: str | Sequence[float] | Sampler,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         layers: LayerMap,

@@ -118,8 +118,8 @@ class RunConfig:
         at_least(1, "run.copies", self.copies)
         if self.copies is not None and self.sharding != "hsdp":
             raise ValueError(
-                f"run.copies={self.copies} is read by run.sharding=hsdp, and that is {self.sharding}; set it "
-                "to hsdp, or run.copies to null"
+                f"run.copies={self.copies} does nothing with run.sharding={self.sharding}; set that to hsdp, "
+                "or run.copies to null"
             )
         at_least(0, "run.save_every", self.save_every)
         if self.evaluate_data is not None and self.evaluate is None:
@@ -152,4 +152,4 @@ def check_steps(steps: float, asked: str) -> None:
         ValueError: more than a million steps.
     """
     if steps > MAX_STEPS:
-        raise ValueError(f"{asked} makes a run of {steps:.3g} optimizer steps, the most is {MAX_STEPS:,}")
+        raise ValueError(f"{asked} makes a run of {steps:.3g} optimizer steps, and the most is {MAX_STEPS:,}")

@@ -192,7 +192,7 @@ def _read_manifest(path: Path) -> dict[str, str]:
         ) from error
     if form not in (FORMAT, FORMAT_OF_PARTS):
         raise ValueError(
-            f"checkpoint {path} has format {form}, this version reads {FORMAT} and {FORMAT_OF_PARTS}"
+            f"checkpoint {path} has format {form}, and this version reads {FORMAT} and {FORMAT_OF_PARTS}"
         )
     if wrong:
         raise DamagedCheckpointError(

@@ -312,7 +312,7 @@ def check_fits(model: nn.Module, data: RunData, max_length: int) -> None:
     embedding: nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]
     if highest >= embedding.weight.shape[0]:
         raise ValueError(
-            f"the tokenizer makes token {highest}, the model has {embedding.weight.shape[0]} (from 0); "
+            f"the tokenizer makes token {highest}, and the model has {embedding.weight.shape[0]} (from 0); "
             "give the model the tokenizer that it was trained with"
         )
     longest = max(int(each.piece_lengths.max()) for each in rows)

@@ -45,7 +45,7 @@ def test_the_recipe_fits_the_records(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert ", a guess at 3 bytes a token: no tokenizer could be read" in text
     assert text.count("#") > 8
     assert main(["init"]) == 2
-    assert "recipe.yaml exists already; name another file with --output" in capsys.readouterr().err
+    assert "recipe.yaml already exists; name another file with --output" in capsys.readouterr().err
     assert Path("recipe.yaml").read_text() == text
 
 

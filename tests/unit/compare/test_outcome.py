@@ -116,5 +116,5 @@ def test_results_that_cant_be_read_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is damaged"):
         read_results(tmp_path)
     (tmp_path / "results.json").write_text('{"schema": 99}')
-    with pytest.raises(ValueError, match="has schema 99, this lisatune reads 1"):
+    with pytest.raises(ValueError, match="has schema 99, and this lisatune reads 1"):
         read_results(tmp_path / "results.json")

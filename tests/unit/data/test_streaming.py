@@ -528,7 +528,7 @@ def test_a_token_that_the_model_lacks_is_refused_in_a_later_window(
 ) -> None:
     stream = open_stream(write_shards(tmp_path / "shards"))
     stream.vocabulary = 100
-    with pytest.raises(StreamError, match="the tokenizer makes token 257, the model has 100"):
+    with pytest.raises(StreamError, match="the tokenizer makes token 257, and the model has 100"):
         read(stream, 0, PASS)
 
 

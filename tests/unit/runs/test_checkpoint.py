@@ -240,7 +240,7 @@ def damage(path: Path, kind: str) -> None:
         ("missing file", "no complete checkpoint in .*weights.safetensors"),
         ("torn manifest", "no complete checkpoint in"),
         ("no manifest", "no complete checkpoint in .*manifest.json"),
-        ("other format", "has format 3, this version reads 1 and 2"),
+        ("other format", "has format 3, and this version reads 1 and 2"),
     ],
 )
 def test_damage_is_detected_before_anything_changes(tmp_path: Path, kind: str, message: str) -> None:
