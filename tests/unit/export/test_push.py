@@ -103,7 +103,7 @@ def test_a_token_that_may_only_read(hub: Hub) -> None:
 
 def test_a_hub_id_of_another_owner(hub: Hub) -> None:
     says = (
-        "openai/mine belongs to openai, and .* of me, who may write to me, our-group; give --push-to me/mine"
+        "openai/mine belongs to openai, and .* to me, who may write to me, our-group; give --push-to me/mine"
     )
     with pytest.raises(ValueError, match=says):
         ask_target("openai/mine", public=False)
