@@ -31,7 +31,7 @@ from lisatune.data.mixture import (
 from lisatune.data.pairs import divide_pairs
 from lisatune.data.prompts import Prompt, find_questions
 from lisatune.data.readers import open_readers, read_marked, warn_of_seen_records
-from lisatune.data.records import Records
+from lisatune.data.records import RecordReader, Records
 from lisatune.data.rows import Ints, Rows, TokenRow
 from lisatune.data.shown import MarkedText, mark_loss
 from lisatune.data.store import Prepared, prepare_source
@@ -190,10 +190,8 @@ def prepare_data(recipe: Recipe, tokenizer: Any, places: Sequence[Mapping[str, i
     num_media = sum(source.num_media for source in sources)
     held_out, questions = [Examples(Rows.of([]))], tuple[Prompt, ...]()
     if held_out_reader is not None:
-        other = prepare_source(held_out_reader, tokenizer, **how)
-        whole = _divide(other, np.arange(other.num_records), held_out_reader.source, recipe)
-        held_out = [_take_evenly(whole, data.validation_limit, each_record)]
-        questions = find_questions([(record for _, record in held_out_reader)], recipe, tokenizer)
+        other, examples, questions = _read_held_out(held_out_reader, recipe, tokenizer)
+        held_out = [examples]
         skipped, num_media = skipped + other.skipped, num_media + other.num_media
         for reader, source in zip(readers, sources, strict=True):
             if held_out_reader.source != reader.source:  # which is meant
@@ -228,6 +226,19 @@ def prepare_data(recipe: Recipe, tokenizer: Any, places: Sequence[Mapping[str, i
     )
 
 
+def _read_held_out(
+    reader: RecordReader, recipe: Recipe, tokenizer: Any
+) -> tuple[Prepared, Examples, tuple[Prompt, ...]]:
+    """Prepare the records of `data.validation`; return also the rows to evaluate on, and the questions."""
+    data = recipe.data
+    prepared = prepare_source(
+        reader, tokenizer, folder=tokens_folder(data.cache), loss_on=data.loss_on, date=data.date
+    )
+    whole = _divide(prepared, np.arange(prepared.num_records), reader.source, recipe)
+    examples = _take_evenly(whole, data.validation_limit, recipe.loss.rows_per_record)
+    return prepared, examples, find_questions([(record for _, record in reader)], recipe, tokenizer)
+
+
 def _pack(parts: Sequence[Examples], max_length: int) -> list[Examples]:
     """Pack each source on its own, so that a row is of one source."""
     packed: list[Examples] = []
@@ -247,29 +258,28 @@ def _prepare_stream(recipe: Recipe, tokenizer: Any, places: Sequence[Mapping[str
     stream = Stream(data, tokenizer, seed=run.seed, batch_size=run.batch_size, cache=cache)
     validation, questions, skipped = Examples(Rows.of([])), tuple[Prompt, ...](), 0
     num_media = 0
-    how: dict[str, Any] = {"loss_on": data.loss_on, "date": data.date}
-    lengths: dict[str, Any] = {"max_length": data.max_length, "long": data.long}
     if data.validation is not None:
         reader = open_readers(recipe)[1]
         assert reader is not None
-        other = prepare_source(reader, tokenizer, folder=cache, **how)
-        validation = _divide(other, np.arange(other.num_records), reader.source, recipe)
+        other, validation, questions = _read_held_out(reader, recipe, tokenizer)
         stream.watch_for(other.documents)
-        questions = find_questions([(record for _, record in reader)], recipe, tokenizer)
         skipped, num_media = other.skipped, other.num_media
     elif data.holds_out:
         assert data.validation_limit is not None
         records = stream.hold_out(data.validation_limit)
         kind = "text" if "text" in records[0] else data.kind
-        validation = tokenize(Records(records, kind, 0, data.train_name), tokenizer, **lengths, **how)
-        stream.watch_for(validation.rows.documents)
+        how: dict[str, Any] = {"loss_on": data.loss_on, "date": data.date}
+        how |= {"max_length": data.max_length, "long": data.long}
+        whole = tokenize(Records(records, kind, 0, data.train_name), tokenizer, **how)
+        validation = _take_evenly(whole, data.validation_limit, 1)
+        stream.watch_for(whole.rows.documents)
         questions = find_questions([records], recipe, tokenizer)
     terminal().print(f"opening a stream of {plural(len(stream.shards), 'shard')}", soft_wrap=True)
     window = stream.seek(places)
     assert run.steps is not None
     return RunData(
         train=window.examples,
-        validation=_take_evenly(validation, data.validation_limit, 1),
+        validation=validation,
         questions=questions,
         order=Order(len(window.examples.rows), run.batch_size * ranks.count(), run.seed),
         steps=run.steps,
