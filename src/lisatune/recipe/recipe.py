@@ -1,6 +1,5 @@
 """A whole recipe, and what must fit between its sections."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -62,69 +61,63 @@ class Recipe:
 
     def _check_pairs(self) -> None:
         """Refuse settings that cannot work where records are pairs of answers."""
-        data = self.data
+        data, loss_on = self.data, self.data.loss_on
         kinds = [source.kind for source in data.sources if source.kind != "auto"]
-        shown: dict[str, list[Any]] = {
-            "data.kind": kinds[:1],
-            "data.train": [data.train_name],
-        }
-        reasons = {
-            "data.streaming": (data.streaming, "pairs are read before training", "false"),
-            "data.packing": (
+        paths = [source.path for source in data.sources]
+        roles = f"[{', '.join(loss_on)}]" if isinstance(loss_on, tuple) else loss_on
+        self._refuse(
+            (data.streaming, "data.streaming=true", "pairs are read before training", "false"),
+            (
                 data.packing,
+                "data.packing=true",
                 "an answer is scored as a whole, in a sequence of its own",
                 "false",
             ),
-            "data.kind": (bool(kinds), "its records have chosen and rejected", "auto"),
-            "data.loss_on": (data.loss_on not in ("auto", "answers"), "only answers are compared", "answers"),
-            "data.long": (data.long == "split", "a piece of an answer cannot be preferred", "cut or drop"),
-            "data.train": (
-                any(source.path == "python-docs" for source in data.sources),
+            (kinds != [], f"data.kind={''.join(kinds[:1])}", "its records have chosen and rejected", "auto"),
+            (
+                loss_on not in ("auto", "answers"),
+                f"data.loss_on={roles}",
+                "only answers are compared",
+                "answers",
+            ),
+            (
+                data.long == "split",
+                "data.long=split",
+                "a piece of an answer cannot be preferred",
+                "cut or drop",
+            ),
+            (
+                "python-docs" in paths,
+                f"data.train={data.train_name}",
                 "it has no pairs of answers",
                 "a file that has",
             ),
-            "optimizer.name": (
+            (
                 self.optimizer.name == "sophia",
+                "optimizer.name=sophia",
                 "its curvature is that of next-token losses",
                 "another optimizer",
             ),
-        }
-        self._refuse(reasons, shown)
+        )
 
     def _check_score(self) -> None:
         """Refuse settings that cannot work where the model gives scores and writes no text."""
-        run = self.run
+        run, why = self.run, "a reward model writes no text"
         self._refuse(
-            {
-                "run.samples": (
-                    run.samples not in (0, RunConfig.samples),
-                    "a reward model writes no text",
-                    "0",
-                ),
-                "run.evaluate": (run.evaluate is not None, "a reward model writes no text", "null"),
-            }
+            (run.samples not in (0, RunConfig.samples), f"run.samples={run.samples}", why, "0"),
+            (run.evaluate is not None, f"run.evaluate={run.evaluate}", why, "null"),
         )
 
-    def _refuse(
-        self,
-        reasons: Mapping[str, tuple[bool, str, str]],
-        shown: Mapping[str, Sequence[Any]] | None = None,
-    ) -> None:
-        """Refuse the first key that is set to what cannot work with the loss.
+    def _refuse(self, *reasons: tuple[bool, str, str, str]) -> None:
+        """Refuse the first setting that cannot work with the loss.
 
         Args:
-            reasons: by key whether it is set so, why it cannot work, and what to set instead.
-            shown: values of keys that stand elsewhere, by key.
+            reasons: whether it is set, key and value, why it cannot work, and what to set instead.
         """
-        for key, (is_set, why, instead) in reasons.items():
+        for is_set, setting, why, instead in reasons:
             if is_set:
-                section, field_name = key.split(".")
-                own = (shown or {}).get(key)
-                value = own[0] if own else getattr(getattr(self, section), field_name)
-                value = str(value).lower() if isinstance(value, bool) else value
-                value = f"[{', '.join(value)}]" if isinstance(value, tuple) else value
                 raise ValueError(
-                    f"{key}={value} cannot work with loss.name={self.loss.name}: {why}; set it to {instead}"
+                    f"{setting} cannot work with loss.name={self.loss.name}: {why}; set it to {instead}"
                 )
 
     @property
