@@ -73,7 +73,12 @@ class Recipe:
                 "an answer is scored as a whole, in a sequence of its own",
                 "false",
             ),
-            (kinds != [], f"data.kind={''.join(kinds[:1])}", "its records have chosen and rejected", "auto"),
+            (
+                kinds != [],
+                f"data.kind={kinds[0] if kinds else 'auto'}",
+                "its records have chosen and rejected",
+                "auto",
+            ),
             (
                 loss_on not in ("auto", "answers"),
                 f"data.loss_on={roles}",
