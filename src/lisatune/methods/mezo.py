@@ -1,7 +1,8 @@
 r"""MeZO (Malladi et al., arXiv 2305.17333): fine-tuning by two forward passes, in the memory of inference.
 
-With z ~ N(0, 1) of the shape of the weights θ, a distance ε and the loss L of a step's batch, the slope along
-z stands for the gradient (SPSA, definition 1), and a step goes along z by it (algorithm 1):
+With z ~ N(0, 1) of the shape of the weights θ, the perturbation scale ε and the loss L of a step's batch,
+the projected gradient g stands for the gradient (SPSA, definition 1), and a step goes along z by it
+(algorithm 1):
 
     g  =  (L(θ + εz) - L(θ - εz)) / 2ε
     θ  ←  θ - lr λ θ - lr g z                                    (λ: weight decay; none on norms and biases)
@@ -44,7 +45,7 @@ __all__ = ["MeZO"]
 CHUNK = 1 << 20
 """Numbers of z that exist at once. Other chunks would give another z."""
 
-DISTANCE = {"full": 1e-3, "lora": 1e-2, "prefix": 1e-1}
+EPSILON = {"full": 1e-3, "lora": 1e-2, "prefix": 1e-1}
 """ε of the paper by what trains (appendix D, tables 15 and 16)."""
 
 ROUNDS = 1
@@ -79,7 +80,7 @@ class MeZO(Method):
     """Seed of the noise z."""
 
     def __post_init__(self) -> None:
-        if self.over not in DISTANCE:
+        if self.over not in EPSILON:
             raise ValueError(f"method.over must be full, lora or prefix, got {self.over!r}")
         if self.ends not in ("train", "frozen"):
             raise ValueError(f"method.ends of method mezo must be train or frozen, got {self.ends!r}")
@@ -97,9 +98,9 @@ class MeZO(Method):
         self._inner()
 
     @property
-    def distance(self) -> float:
-        """ε."""
-        return DISTANCE[self.over] if self.epsilon is None else self.epsilon
+    def perturbation_scale(self) -> float:
+        """ε, given or by default."""
+        return EPSILON[self.over] if self.epsilon is None else self.epsilon
 
     def _inner(self) -> Method | None:
         """Return the method whose adapters train; None trains the model's own weights."""
@@ -185,7 +186,7 @@ class MeZO(Method):
             device=device,
             autocast=autocast,
             max_grad_norm=max_grad_norm,
-            distance=self.distance,
+            epsilon=self.perturbation_scale,
             layers=find_layers(model),
         )
 
@@ -217,7 +218,7 @@ class NoiseSGD(Optimizer):
             params,
             {"lr": lr, "weight_decay": weight_decay, "rounding": rounding, "seed": seed, "steps_done": 0},
         )
-        self.slope: Tensor | None = None
+        self.projected_grad: Tensor | None = None
         """g of the step that is being made, a float32 scalar; None makes no step."""
 
     def keys(self) -> dict[nn.Parameter, int]:
@@ -230,15 +231,15 @@ class NoiseSGD(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Go along the noise by `slope`, and count the step."""
+        """Go along the noise by `projected_grad`, and count the step."""
         keys = self.keys()
         for group in self.param_groups:
             for p in group["params"]:
                 remainder = self._remainder(p, group["rounding"])
-                if self.slope is not None:
-                    self._update(p, remainder, group, self.slope, keys[p])
-            group["steps_done"] += self.slope is not None
-        self.slope = None
+                if self.projected_grad is not None:
+                    self._update(p, remainder, group, self.projected_grad, keys[p])
+            group["steps_done"] += self.projected_grad is not None
+        self.projected_grad = None
 
     def _remainder(self, p: nn.Parameter, rounding: str) -> Tensor | None:
         if p.dtype != torch.bfloat16 or rounding != "exact":
@@ -249,14 +250,19 @@ class NoiseSGD(Optimizer):
         return kept
 
     def _update(
-        self, p: nn.Parameter, remainder: Tensor | None, group: dict[str, Any], slope: Tensor, key: int
+        self,
+        p: nn.Parameter,
+        remainder: Tensor | None,
+        group: dict[str, Any],
+        projected_grad: Tensor,
+        key: int,
     ) -> None:
         lr, decay = group["lr"], group["weight_decay"]
         with flatten(p) as weight:
             for at, number, noise in make_noise(p, key):
                 part = None if remainder is None else remainder.view(-1)[at]
                 with codecs.in_float32(weight[at], part, group["rounding"], number) as exact:
-                    exact.mul_(1 - lr * decay).add_(noise.mul_(-lr * slope))
+                    exact.mul_(1 - lr * decay).add_(noise.mul_(-lr * projected_grad))
 
 
 def make_noise(p: Tensor, key: int) -> Iterator[tuple[slice, int, Tensor]]:
@@ -268,18 +274,18 @@ def make_noise(p: Tensor, key: int) -> Iterator[tuple[slice, int, Tensor]]:
         yield at, number, torch.randn(at.stop - at.start, generator=generator, device=p.device)
 
 
-def move(p: nn.Parameter, key: int, distance: float) -> Tensor:
-    """Return θ + distance·z of a parameter, in a new tensor of its dtype."""
-    moved = torch.empty(p.shape, dtype=p.dtype, device=p.device)
-    weight, out = p.detach().reshape(-1), moved.view(-1)
+def perturb(p: nn.Parameter, key: int, scale: float) -> Tensor:
+    """Return θ + scale·z of a parameter, in a new tensor of its dtype."""
+    perturbed = torch.empty(p.shape, dtype=p.dtype, device=p.device)
+    weight, out = p.detach().reshape(-1), perturbed.view(-1)
     for at, number, noise in make_noise(p, key):
-        noise.mul_(distance).add_(weight[at])
+        noise.mul_(scale).add_(weight[at])
         if p.dtype == torch.bfloat16:
             bits = codecs.random_bits(noise.numel(), codecs.key_of(number, ROUNDS), p.device)
             codecs.round_stochastically(noise, out[at], bits)
         else:
             out[at] = noise
-    return moved
+    return perturbed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,14 +293,14 @@ class MeZOStep(TrainingStep):
     """Two forward passes, and a step along the noise by their difference."""
 
     optimizer: NoiseSGD
-    distance: float
-    """ε."""
+    epsilon: float
+    """ε, the perturbation scale."""
 
     layers: LayerMap
 
     @torch.no_grad()
     def backward(self, batches: Sequence[dict[str, Tensor]]) -> Tensor:
-        """Measure the slope, in evaluation mode, and keep it in the optimizer. No gradient is made.
+        """Measure the projected gradient in evaluation mode, for the optimizer. No gradient is made.
 
         Args:
             batches: as in `TrainingStep.backward`.
@@ -304,14 +310,14 @@ class MeZOStep(TrainingStep):
         """
         num_labels = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
         with evaluation_mode(self.model):
-            above, below = (self._loss_at(way * self.distance, batches) / num_labels for way in (1, -1))
-        self.optimizer.slope = (above - below) / (2 * self.distance)
+            above, below = (self._loss_at(sign * self.epsilon, batches) / num_labels for sign in (1, -1))
+        self.optimizer.projected_grad = (above - below) / (2 * self.epsilon)
         return (above + below) / 2
 
-    def _loss_at(self, distance: float, batches: Sequence[dict[str, Tensor]]) -> Tensor:
-        """Sum the losses at θ + distance·z."""
+    def _loss_at(self, scale: float, batches: Sequence[dict[str, Tensor]]) -> Tensor:
+        """Sum the losses at θ + scale·z."""
         total = torch.zeros((), device=self.device)
-        with moved_layers(self.model, self.layers, self.optimizer.keys(), distance):
+        with perturbed_layers(self.model, self.layers, self.optimizer.keys(), scale):
             for batch in batches:
                 # Without its cache, autocast holds the narrow copy of one weight at a time.
                 with torch.autocast(
@@ -326,36 +332,36 @@ class MeZOStep(TrainingStep):
 
     def clip(self) -> Tensor:
         """Clip |g| to `max_grad_norm`, and return |g| before that: an estimate of the gradient's norm."""
-        slope = self.optimizer.slope
-        assert slope is not None
+        projected_grad = self.optimizer.projected_grad
+        assert projected_grad is not None
         if self.max_grad_norm is not None:
-            self.optimizer.slope = slope.clamp(-self.max_grad_norm, self.max_grad_norm)
-        return slope.abs()
+            self.optimizer.projected_grad = projected_grad.clamp(-self.max_grad_norm, self.max_grad_norm)
+        return projected_grad.abs()
 
     def skip(self) -> None:
-        """Forget the slope."""
-        self.optimizer.slope = None
+        """Forget the projected gradient."""
+        self.optimizer.projected_grad = None
         super().skip()
 
 
 @contextmanager
-def moved_layers(
-    model: nn.Module, layers: LayerMap, keys: Mapping[nn.Parameter, int], distance: float
+def perturbed_layers(
+    model: nn.Module, layers: LayerMap, keys: Mapping[nn.Parameter, int], scale: float
 ) -> Iterator[None]:
-    """Let a model compute at θ + distance·z inside: each block while it runs, all else throughout.
+    """Let a model compute at θ + scale·z inside: each block while it runs, all else throughout.
 
     Args:
         model: the model.
         layers: its blocks.
         keys: names the noise of each parameter that trains.
-        distance: ±ε.
+        scale: ±ε.
     """
     homes: dict[nn.Parameter, Tensor] = {}
 
     def enter(parameters: Sequence[nn.Parameter]) -> None:
         for p in parameters:
             homes[p] = p.data
-            p.data = move(p, keys[p], distance)
+            p.data = perturb(p, keys[p], scale)
 
     def leave(parameters: Sequence[nn.Parameter]) -> None:
         for p in parameters:

@@ -16,7 +16,7 @@ from lisatune.memory.plan import _batch, plan_memory
 from lisatune.memory.tracker import measure
 from lisatune.methods import METHODS, MeZO
 from lisatune.methods.build import build
-from lisatune.methods.mezo import MeZOStep, move, moved_layers
+from lisatune.methods.mezo import MeZOStep, perturb, perturbed_layers
 from lisatune.models.load import load_model
 from lisatune.nn.layers import find_layers
 from lisatune.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe, RunConfig
@@ -88,25 +88,25 @@ def test_only_one_block_is_moved_at_a_time_and_ends_throughout() -> None:
     seen: list[set[str]] = []
     for block in model.model.layers:
         block.mlp.register_forward_hook(lambda *_: seen.append(tiny.moved(before, model)))
-    with moved_layers(model, step.layers, step.optimizer.keys(), 1e-2):
+    with perturbed_layers(model, step.layers, step.optimizer.keys(), 1e-2):
         assert tiny.moved(before, model) == set(step.layers.ends)
         model(input_ids=tiny.tokens(0))
     names = [set(block) for block in step.layers.block_parameters(model)]
     assert seen == [set(step.layers.ends) | block for block in names]
 
 
-def test_the_slope_is_that_of_the_loss_along_the_noise_and_is_clipped() -> None:
+def test_the_projected_gradient_is_that_of_the_loss_along_the_noise_and_is_clipped() -> None:
     model = tiny.llama().double()
     step = make_step(model, clip=0.5, lr=1.0)
     step.backward([batch(), batch(1)])
-    slope = step.optimizer.slope
-    assert slope is not None
-    noise = {p: move(p, key, 1.0) - p.detach() for p, key in step.optimizer.keys().items()}
+    projected_grad = step.optimizer.projected_grad
+    assert projected_grad is not None
+    noise = {p: perturb(p, key, 1.0) - p.detach() for p, key in step.optimizer.keys().items()}
     ids = torch.cat([tiny.tokens(0), tiny.tokens(1)])
     model(input_ids=ids, labels=ids).loss.backward()
     along = sum(float((p.grad * z).sum()) for p, z in noise.items() if p.grad is not None)
     assert abs(along) > 0.5
-    assert float(slope) == pytest.approx(along, rel=1e-2)
+    assert float(projected_grad) == pytest.approx(along, rel=1e-2)
 
     before = tiny.weights(model)
     assert float(step.clip()) == pytest.approx(abs(along), rel=1e-2)
@@ -118,8 +118,8 @@ def test_the_slope_is_that_of_the_loss_along_the_noise_and_is_clipped() -> None:
 
 def test_bf16_weights_that_are_too_large_to_round_to_nearest_still_move_along_the_noise() -> None:
     ones = nn.Parameter(torch.ones(1 << 16, dtype=torch.bfloat16))
-    noise = move(nn.Parameter(torch.zeros(1 << 16)), 7, 1.0)
-    went = move(ones, 7, 1e-3).float() - 1
+    noise = perturb(nn.Parameter(torch.zeros(1 << 16)), 7, 1.0)
+    went = perturb(ones, 7, 1e-3).float() - 1
     assert float(went @ noise / (noise @ noise)) == pytest.approx(1e-3, rel=0.05)
     assert abs(float(noise.mean())) < 0.02
     assert float(noise.std()) == pytest.approx(1, rel=0.02)
