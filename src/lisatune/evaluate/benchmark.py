@@ -79,7 +79,8 @@ def evaluate_tasks(
         The scores by the tasks' names as asked for.
 
     Raises:
-        ValueError, FileNotFoundError, ImportError: as in `open_tasks`; or `output` is of another model.
+        ValueError, FileNotFoundError, ImportError: as in `open_tasks`; or `limit` is below 1, or `output` is of
+            another model.
 
     Example:
         >>> scores = evaluate_tasks(model, tokenizer, "arc_easy,winogrande", limit=200)
@@ -107,7 +108,7 @@ def score_tasks(
     limit: int | None = None,
     batch: int | BatchRule = 8,
     chat_template: Callable[[Any], bool] = lambda task: False,
-    folder: "ScoreFolder | None" = None,
+    folder: ScoreFolder | None = None,
     progress: Progress | None = None,
 ) -> dict[str, TaskScore]:
     """Evaluate a loaded model on open tasks; the arguments are those of `evaluate_tasks`.
@@ -120,7 +121,7 @@ def score_tasks(
         ValueError: `limit` is below 1, or the tokenizer has no chat template and one is asked for.
     """
     if limit is not None and limit < 1:
-        raise ValueError(f"--limit must be >= 1, got {limit}")
+        raise ValueError(f"limit must be >= 1, got {limit}")
     progress = progress or Progress()
     with no_trace(), evaluation_mode(model):
         lm = _make_lm(model, tokenizer, batch)
@@ -132,7 +133,7 @@ def _score(
     task: OpenTask,
     limit: int | None,
     chat_template: Callable[[Any], bool],
-    folder: "ScoreFolder | None",
+    folder: ScoreFolder | None,
     progress: Progress,
 ) -> TaskScore:
     """Score the leaves of a task one after another, except those on disk, and average over a group."""
