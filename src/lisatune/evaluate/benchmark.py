@@ -79,8 +79,8 @@ def evaluate_tasks(
         The scores by the tasks' names as asked for.
 
     Raises:
-        ValueError, FileNotFoundError, ImportError: as in `open_tasks`; or `limit` is below 1, or `output` is of
-            another model.
+        ValueError, FileNotFoundError, ImportError: as in `open_tasks`; or `limit` is below 1, or `output`
+            is of another model.
 
     Example:
         >>> scores = evaluate_tasks(model, tokenizer, "arc_easy,winogrande", limit=200)
