@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lisatune.memory.plan
+import lisatune.optim.adamw
 import tiny
 from lisatune import LISA, build_adamw
 from lisatune.losses.causal_lm import CausalLMLoss
@@ -199,7 +200,7 @@ def test_state_bytes_are_those_of_the_training_device() -> None:
 
 @pytest.mark.parametrize("moments", ["fp32", "8bit", "factored"])
 def test_a_few_chunks_stand_for_all(moments: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lisatune.memory.plan, "CHUNK", {"cpu": 2304})  # the last chunk of 64 × 256 is smaller
+    monkeypatch.setattr(lisatune.optim.adamw, "CHUNK", {"cpu": 2304})  # the last chunk of 64 × 256 is smaller
     recipe = make_recipe({"moments": moments}, precision="bf16")
     few = plan_memory(recipe, config=CONFIG, blocks=(1, 2))
     monkeypatch.setattr("lisatune.optim.chunks.has_values", lambda tensor: True)
@@ -222,7 +223,7 @@ def test_a_few_chunks_of_the_loss_stand_for_all(precision: str, monkeypatch: pyt
 
 
 def test_chunks_of_the_update_are_those_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lisatune.memory.plan, "CHUNK", {"cpu": 1024})
+    monkeypatch.setattr(lisatune.optim.adamw, "CHUNK", {"cpu": 1024})
     steps = {
         device: plan_memory(make_recipe(precision="bf16", device=device), config=CONFIG).by_phase[
             "optimizer step"

@@ -99,6 +99,6 @@ def test_a_resumed_run_keeps_the_answer_that_it_began_with(
         asked.append(recipe.run.compile)
         return CompileChoice(recipe.run.compile)
 
-    monkeypatch.setattr("lisatune.train.assemble.choose", choose_and_note)
+    monkeypatch.setattr("lisatune.train.assemble.choose_compile", choose_and_note)
     train(load_recipe(recipe, keys), resume=True)
     assert asked == [False]
