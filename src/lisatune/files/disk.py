@@ -81,9 +81,8 @@ def write_aside(target: Path, *, replace: bool = True, aside: Path | None = None
             if folder == existing:
                 break
     except (OSError, SafetensorError) as error:
-        raise OSError(
-            f"could not write {target} ({error}); free some space or choose another folder"
-        ) from error
+        what = "free some space or choose" if is_full(error) else "choose"
+        raise OSError(f"could not write {target} ({error}); {what} another folder") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -135,9 +134,16 @@ def explain_write_errors(path: Path) -> Iterator[None]:
         raise OSError(f"cannot write {path}: {reason}; {what} another run.output") from error
 
 
-def is_full(error: OSError) -> bool:
-    """Whether a disk is full, or the user's share of it."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error, or a cause of it, says that a disk is full, or the user's share of it.
+
+    Errors of safetensors have the system's number in their text alone.
+    """
+    if error is None:
+        return False
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    is_named = any(f"(os error {number})" in str(error) for number in numbers)
+    return is_named or getattr(error, "errno", None) in numbers or is_full(error.__cause__)
 
 
 def delete(path: Path) -> None:

@@ -1,8 +1,9 @@
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
-from lisatune.files.disk import sha256_of, write_aside
+from lisatune.files.disk import explain_write_errors, sha256_of, write_aside
 
 
 def test_the_folder_appears_only_when_it_is_complete(tmp_path: Path) -> None:
@@ -72,9 +73,28 @@ def test_a_failing_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: 
 
 def test_errors_name_the_folder_and_the_reason(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    message = r"could not write .*file/model .*Not a directory.*choose another"
+    message = r"could not write .*file/model .*Not a directory.*; choose another folder"
     with pytest.raises(OSError, match=message), write_aside(tmp_path / "file" / "model"):
         pass
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        OSError(122, "Disk quota exceeded"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_space_is_asked_for_where_the_disk_is_full(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(OSError, match="; free some space or choose"), write_aside(tmp_path / "model"):
+        raise error
+    with (
+        pytest.raises(OSError, match="; free some space or choose"),
+        write_aside(tmp_path / "model") as aside,
+        explain_write_errors(aside / "card"),
+    ):
+        raise error
 
 
 def test_sha256_is_of_the_content(tmp_path: Path) -> None:
