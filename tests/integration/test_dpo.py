@@ -140,6 +140,7 @@ def test_the_plan_counts_both_answers_of_each_pair(method: str, recipe: Path) ->
 def test_one_batch_holds_the_two_answers_side_by_side(recipe: Path) -> None:
     parts = assemble(load_pairs(recipe))
     batch = parts.collate(parts.data.batch(0))
+    assert batch.keys() == {"input_ids", "labels", "position_ids", "number"}
     assert batch["number"].view(-1, 2).diff(dim=1).tolist() == [[1], [1]]
     assert (batch["number"][::2] % 2 == 0).all()
     texts = parts.tokenizer.batch_decode(batch["input_ids"])

@@ -32,6 +32,8 @@ CASES = {
     "span": ["method.ends=rows:300-420"],
     "sgd": ["optimizer.name=sgd", "optimizer.options={momentum: 0.9}"],
     "dpo": ["loss.name=dpo", "data.train=pairs"],
+    "reward": ["loss.name=reward", "data.train=pairs", "run.samples=0"],
+    "reward-lora": ["loss.name=reward", "data.train=pairs", "run.samples=0"],
     "full": [],
     "lora": [],
     "dora": ["run.precision=bf16"],
@@ -75,11 +77,11 @@ def results(recipes: dict[str, Path]) -> dict[str, tuple[Any, list[Any]]]:
     """The plan of each case, and what each of two ranks measured."""
     plans, jobs = {}, []
     for name, keys in CASES.items():
-        path = recipes.get(name, recipes["lisa"])
+        path = recipes.get(name.removeprefix("reward-"), recipes["lisa"])
         keys = [key.replace("=pairs", f"={path.parent / 'pairs.jsonl'}") for key in keys]
         plans[name] = plan_memory(load_recipe(path, keys), ranks=2)
         # Windows that the proof keeps, 4 KiB for a parameter, are too much beside weights this small.
-        keys = keys if name in ("full", "lora", "dora", "qlora") else [*keys, "method.verify=off"]
+        keys = keys if path != recipes["lisa"] else [*keys, "method.verify=off"]
         job = {"measured": str(path), "vocabulary": VOCABULARY, "blocks": plans[name].active_blocks}
         jobs.append(job | {"overrides": keys})
     memory = {"recipe": str(recipes["lisa"]), "overrides": ["run.samples=0"]}

@@ -95,6 +95,7 @@ SGD = ["optimizer.name=sgd", "optimizer.eps=1e-8", "optimizer.lr=0.1"]
 UNTIED_ROWS = ["model.name=untied", "method.ends=every:2+rows"]
 FACTORED = [*IN_BACKWARD, "optimizer.moments=factored"]
 LEAST = ["run.precision=bf16", "optimizer.moments=8bit", "optimizer.rounding=stochastic"]
+REWARD = ["data.train=pairs", "loss.name=reward", "loss.center=0.1", "run.accumulation=2"]
 WAYS = {
     "fsdp": [],
     "replicate": ["run.sharding=replicate"],
@@ -115,10 +116,13 @@ WAYS = {
     "least": [*LEAST, *IN_BACKWARD, "optimizer.state_device=cpu", "run.sharding=replicate"],
     "new-tokens": ["model.new_tokens=[<call>,<result>]", "method.ends=frozen"],
     "dpo": ["data.train=pairs", "loss.name=dpo", "run.accumulation=2"],
+    "reward": REWARD,
+    "reward-head": [*REWARD, "method.ends=head", "optimizer.moments=factored"],
+    "reward-least": [*REWARD, "method.name=full", "run.sharding=replicate", *LEAST],
     "sgd": [*SGD, "optimizer.options={momentum: 0.9}"],
     "compiled": ["run.activation_checkpointing=frozen", "run.compile=true"],
 }
-NARROW = ("mixed", "bf16", "stochastic", "least")
+NARROW = ("mixed", "bf16", "stochastic", "least", "reward-least")
 WORSE = "and its step on them is not that on the whole"
 REFUSED = {
     "muon": (["optimizer.name=muon"], WORSE),

@@ -17,7 +17,7 @@ from lisatune.losses.causal_lm import IGNORE
 __all__ = ["Order", "Share", "collate", "my_share", "shuffle"]
 
 LABELS = ("number", "last", "source")
-"""What a row may have beside its tokens, int64 [1]: its number among all, its end, its source's number."""
+"""What a row may have beside its tokens, int64 [1]: its number among all, or its end; its source's number."""
 
 
 def collate(rows: Sequence[TokenRow], *, length: int | None = None) -> dict[str, Tensor]:
@@ -154,4 +154,6 @@ def _without_loss(row: TokenRow) -> TokenRow:
     ids = row["input_ids"][:2]
     blank = {"input_ids": ids, "labels": torch.full_like(ids, IGNORE)}
     blank |= {name: row[name] for name in LABELS if name in row}
+    if "last" in row:
+        blank["last"] = torch.tensor([len(ids) - 1])
     return blank | ({"seq_lengths": torch.tensor([len(ids)])} if "seq_lengths" in row else {})

@@ -84,6 +84,9 @@ class RunData:
     rows_per_record: int = 1
     """2 if records are pairs, whose rows are chosen, rejected, chosen, …; `order` then orders the pairs."""
 
+    has_score: bool = False
+    """Whether the loss scores each answer at its end."""
+
     sources: tuple[MixedSource, ...] = ()
     """The sources of a mixture; empty if `data.train` is one source."""
 
@@ -114,8 +117,9 @@ class RunData:
     def _take(self, examples: Examples, records: Sequence[int]) -> list[TokenRow]:
         """Take the rows of records.
 
-        Rows of pairs get their `number` among all rows of the run, and where they end as `last`: at the last
-        token that is not the padding token, as in transformers. Rows of a mixture get that of their `source`.
+        Rows of pairs get their `number` among all rows of the run; for a score they get where they end, as
+        `last`: at the last token that is not the padding token, as in transformers. Rows of a mixture get the
+        number of their `source`.
         """
         each = self.rows_per_record
         is_train = examples is self.train
@@ -123,10 +127,10 @@ class RunData:
             first = 0 if is_train else len(self.train.rows)
             indices = [each * index + side for index in records for side in range(each)]
             rows = [examples.rows[index] for index in indices]
-            return [
-                row | {"number": torch.tensor([first + index]), "last": self._find_last(row)}
-                for row, index in zip(rows, indices, strict=True)
-            ]
+            if self.has_score:
+                return [row | {"last": self._find_last(row)} for row in rows]
+            numbers = torch.tensor([[first + index] for index in indices])
+            return [row | {"number": number} for row, number in zip(rows, numbers, strict=True)]
         sizes = [source.num_rows if is_train else source.num_held_out for source in self.sources]
         if any(sizes):
             borders = list(accumulate(sizes))
@@ -222,6 +226,7 @@ def prepare_data(recipe: Recipe, tokenizer: Any, places: Sequence[Mapping[str, i
         records=" + ".join(kinds),
         tokenizer=tokenizer,
         rows_per_record=each_record,
+        has_score=recipe.loss.has_score,
         sources=() if isinstance(data.train, str) else mixed,
     )
 

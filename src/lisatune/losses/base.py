@@ -11,7 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Loss", "Sums"]
+from lisatune.distributed.shards import is_sharded, reshard
+from lisatune.nn.hidden import unwrap_adapters
+
+__all__ = ["Loss", "Sums", "as_forward"]
 
 Sums = tuple[Tensor, Tensor, dict[str, Tensor]]
 """Loss sum (float32 scalar), number of tokens or pairs (int64 scalar), sums of further figures by name."""
@@ -53,3 +56,26 @@ class Loss:
     def follow(self, model: nn.Module) -> None:
         """From now on compute the loss of `model`, a wrapper that a method has put around the old model."""
         self.model = model
+
+
+def as_forward(model: nn.Module, compute: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a function be a forward pass of a model that FSDP2 has divided: meanwhile the ends are whole.
+
+    Every rank must call the result.
+
+    Args:
+        model: a transformers model, or PEFT's around it.
+        compute: calls the decoder, and then an end, such as the head. It is returned as it is if the model is
+            whole.
+    """
+    if not any(is_sharded(p) for p in model.parameters()):
+        return compute
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    reshard(model)
+    divided: Any = unwrap_adapters(model)
+    name = f"lisatune{compute.__name__}"
+    setattr(divided, name, compute)
+    register_fsdp_forward_method(divided, name)
+    forward: Callable[..., Any] = getattr(divided, name)
+    return forward

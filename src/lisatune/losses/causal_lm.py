@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from lisatune.distributed.shards import has_values, is_sharded, local_part, reshard
-from lisatune.losses.base import Loss
+from lisatune.distributed.shards import has_values, local_part, reshard
+from lisatune.losses.base import Loss, as_forward
 from lisatune.losses.cross_entropy import linear_cross_entropy
 from lisatune.nn.coded import CodedLinear, exact_parameters
-from lisatune.nn.hidden import hidden_states, logits, num_virtual_tokens, unwrap_adapters
+from lisatune.nn.hidden import hidden_states, logits, num_virtual_tokens
 
 __all__ = ["CausalLMLoss", "chunked_cross_entropy", "evaluation_mode"]
 
@@ -191,14 +191,7 @@ class CausalLMLoss(Loss):
                 f"the router's auxiliary loss of {type(model).__name__} is left out of the loss",
                 stacklevel=2,
             )
-        self._divided: Any = None
-        if any(is_sharded(p) for p in model.parameters()):
-            from torch.distributed.fsdp import register_fsdp_forward_method
-
-            reshard(model)
-            self._divided = unwrap_adapters(model)  # whose ends a call makes whole
-            self._divided._sum_token_losses = self._compute_losses
-            register_fsdp_forward_method(self._divided, "_sum_token_losses")
+        self._forward = as_forward(model, self._compute_losses)
 
     def __call__(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Sum the token losses of a batch.
@@ -225,8 +218,7 @@ class CausalLMLoss(Loss):
 
     def sum_losses(self, batch: Mapping[str, Tensor], *, by_row: bool) -> tuple[Tensor, Tensor]:
         """Sum the token losses of a batch, or of each row, [B]; and count the tokens."""
-        compute = self._compute_losses if self._divided is None else self._divided._sum_token_losses
-        result: tuple[Tensor, Tensor] = compute(batch, by_row=by_row)
+        result: tuple[Tensor, Tensor] = self._forward(batch, by_row=by_row)
         return result
 
     def _compute_losses(self, batch: Mapping[str, Tensor], *, by_row: bool) -> tuple[Tensor, Tensor]:

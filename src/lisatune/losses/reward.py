@@ -16,12 +16,13 @@ Shapes: P = pairs, B = 2 P rows in the order chosen, rejected, chosen, …, T = 
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lisatune.distributed.shards import has_values
-from lisatune.losses.base import Sums
+from lisatune.distributed.shards import has_values, local_part, reshard
+from lisatune.losses.base import Sums, as_forward
 from lisatune.losses.causal_lm import TOLERANCE, evaluation_mode
 from lisatune.losses.pairs import PairLoss, bradley_terry, find_pairs
 from lisatune.nn.hidden import hidden_states, unwrap_adapters
@@ -33,7 +34,8 @@ __all__ = ["RewardLoss"]
 class RewardLoss(PairLoss):
     """The loss of a reward model.
 
-    The rewards must equal the model's own; that is proven here on a few tokens.
+    The rewards must equal the model's own; that is proven here on a few tokens. Of a model that FSDP2 has
+    divided, a call is the forward pass: every rank must make this object, and call it.
 
     Args:
         model: a transformers model for sequence classification with one label, on its device. It is called
@@ -52,11 +54,12 @@ class RewardLoss(PairLoss):
     def __init__(self, model: nn.Module, *, center: float = 0.0) -> None:
         super().__init__(model)
         self.center = center
-        found = find_score(model)
+        found = find_score(unwrap_adapters(model))
         if found is None:
             raise ValueError(f"{type(model).__name__} has no score; open it as a reward model")
         self._score = found
-        if all(has_values(p) for p in model.parameters()):
+        self._forward = as_forward(model, self._compute_rewards)
+        if all(has_values(local_part(p)) for p in model.parameters()):
             self._compare()
 
     def evaluate(self, batch: Mapping[str, Tensor]) -> Sums:
@@ -79,6 +82,10 @@ class RewardLoss(PairLoss):
             batch: `input_ids` and `position_ids`, int64 [B, T], and `last`, int64 [B]: where each row ends.
                 Default: at its last position, as in a memory plan.
         """
+        rewards_B: Tensor = self._forward(batch)
+        return rewards_B
+
+    def _compute_rewards(self, batch: Mapping[str, Tensor]) -> Tensor:
         ids_BT = batch["input_ids"]
         hidden_BTH = hidden_states(self.model, ids_BT, batch["position_ids"])
         last_B = batch.get("last", torch.full((len(ids_BT),), ids_BT.shape[1] - 1, device=ids_BT.device))
@@ -89,7 +96,7 @@ class RewardLoss(PairLoss):
     @torch.no_grad()
     def _compare(self) -> None:
         """Compare the rewards of eight tokens with the model's own. A padding token would be passed over."""
-        model = self.model
+        model: Any = unwrap_adapters(self.model)
         embedding = model.get_input_embeddings().weight
         ids_T = torch.arange(9, device=embedding.device) % len(embedding)
         padding = model.config.get_text_config().pad_token_id
@@ -98,6 +105,7 @@ class RewardLoss(PairLoss):
         with evaluation_mode(model):
             own = model(input_ids=ids_BT, use_cache=False).logits
             ours = self.rewards({"input_ids": ids_BT, "position_ids": position_ids_BT})
+        reshard(model)
         tolerance = TOLERANCE[own.dtype]
         if own.shape != (1, 1) or not torch.allclose(own[0].float(), ours, rtol=tolerance, atol=tolerance):
             raise ValueError(

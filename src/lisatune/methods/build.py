@@ -183,11 +183,6 @@ def check_recipe(recipe: Recipe) -> None:
             "vectors know nothing of divided weights; use lisa, full or lora"
         )
     count_copies(recipe.run.sharding, recipe.run.copies)
-    if recipe.loss.has_score:
-        raise ValueError(
-            f"loss.name: {recipe.loss.name} so far runs in one process only, because a divided model's ends "
-            "are made whole for losses of tokens, and not for a score; start one process"
-        )
 
 
 def _set_block_forward(recipe: Recipe, model: nn.Module) -> BlockForward | None:

@@ -13,7 +13,7 @@ import torch
 from lisatune.models.hf import import_transformers
 from lisatune.nn.layers import find_score
 
-__all__ = ["choose_kind", "drawing_from", "drawn_weights", "find_classifier", "set_padding"]
+__all__ = ["choose_kind", "draw_score", "drawing_from", "drawn_weights", "find_classifier", "set_padding"]
 
 SUFFIX = "ForSequenceClassification"
 
@@ -49,6 +49,16 @@ def drawing_from(seed: int | None) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
+
+
+def draw_score(model: Any, seed: int) -> torch.Tensor:
+    """Draw a score's weight on the CPU as `load_model` does, for a model that may be on the meta device."""
+    score = model.get_submodule(find_score(model))
+    drawn = torch.nn.Linear(score.in_features, score.out_features, bias=False, device="meta")
+    drawn = drawn.to(score.weight.dtype).to_empty(device="cpu")
+    with drawing_from(seed):
+        model._init_weights(drawn)
+    return drawn.weight.detach()
 
 
 def drawn_weights(model: Any) -> tuple[set[str], set[str]]:

@@ -5,7 +5,7 @@ hold the weights under the model's own names. Where transformers would rename, m
 rank loads the whole model into host memory before it is divided, and a warning says so.
 
 Adapters are made before the model is divided, by every rank from the same random numbers. Meanwhile zeros
-stand in for the weights (`zero_weights`).
+stand in for the weights (`zero_weights`). A reward model has its score by then, because LoRA trains a copy.
 """
 
 import json
@@ -48,9 +48,11 @@ from lisatune.models.hf import (
 from lisatune.models.load import LARGEST_FILE, load_model, load_tokenizer, meta_model, save_model
 from lisatune.models.locate import locate
 from lisatune.models.new_tokens import fill_rows
+from lisatune.models.reward import draw_score, drawn_weights, set_padding
 from lisatune.models.rounding import fits_range, note_dtype, round_parameters
 from lisatune.models.stored import INDEX, ONE_FILE, list_stored
 from lisatune.nn.bottleneck import has_adapters
+from lisatune.nn.layers import find_score
 from lisatune.nn.nf4 import Linear4
 
 __all__ = ["load_for_ranks", "load_mapped", "save_from_ranks", "zero_weights"]
@@ -66,11 +68,12 @@ def load_for_ranks(
 
     Args:
         name, dtype: as in `load_model`.
-        source: `revision`, `trust_remote_code`, `attention` and `new_tokens`, as in `load_model`.
+        source: the further arguments of `load_model`.
 
     Returns:
-        The model, with its parameters on the meta device and its buffers computed, and a function that fills
-        the parameters in once the model is divided and has storage. Or the whole model on the CPU, and None.
+        The model, with its parameters on the meta device and its buffers and score computed, and a function
+        that fills the parameters in once the model is divided and has storage. Or the whole model on the CPU,
+        and None.
 
     Raises:
         FileNotFoundError, ValueError, RuntimeError, ImportError: as in `load_model`.
@@ -138,7 +141,7 @@ def load_mapped(
 
     Args:
         name, dtype: as in `load_model`.
-        source: `revision`, `trust_remote_code` and `attention`, as in `load_model`.
+        source: the further arguments of `load_model`, but no new tokens.
 
     Returns:
         The model on the CPU, in evaluation mode, and its memory-mapped weights by name. If the files hold
@@ -156,6 +159,8 @@ def load_mapped(
     with explain_load_errors(name):
         files: dict[Path, Any] = {path: safe_open(path, framework="pt") for path, _ in places.values()}
         for weight, parameter in list(model.named_parameters()):
+            if weight not in places:  # the score
+                continue
             path, key = places[weight]
             stored = files[path].get_tensor(key)
             if stored.dtype == dtype:
@@ -261,18 +266,38 @@ def _open_empty(
 ) -> tuple[Any, Places | None]:
     """Build a model without its weights, in evaluation mode, and find where they are stored.
 
-    `new`: rows that embedding and head may have beyond those that are stored.
+    A reward model gets its score at once. `new`: rows that embedding and head may have beyond those that are
+    stored.
     """
     revision = source.get("revision")
     with torch.random.fork_rng(devices=[]):
         model = meta_model(name, dtype=dtype, with_buffers=True, **source)
     places = _find_weights(_find_weight_folder(name, revision), model, new)
+    if places is not None and find_score(model) is not None:
+        trusts = source.get("trust_remote_code", False)
+        set_padding(name, model, load_tokenizer(name, revision=revision, trust_remote_code=trusts))
+        _set_score(name, model, places, source["score_seed"])
     if places is not None and model.can_generate():
         with suppress(OSError), silence_transformers():
             model.generation_config = import_transformers().GenerationConfig.from_pretrained(
                 locate(name, revision=revision), revision=revision
             )
     return model.eval(), places
+
+
+def _set_score(name: str, model: Any, places: Places, seed: int) -> None:
+    """Give a reward model its score: read it, or draw it where the files lack it."""
+    from safetensors import safe_open
+
+    weight = f"{find_score(model)}.weight"
+    parameter = model.get_parameter(weight)
+    if weight in places:
+        path, key = places.pop(weight)
+        with explain_load_errors(name), safe_open(path, framework="pt") as file:
+            value = file.get_tensor(key).to(parameter.dtype)
+    else:
+        value = draw_score(model, seed)
+    _swap_parameters(model, {parameter: nn.Parameter(value)})
 
 
 def _find_weight_folder(name: str, revision: str | None) -> Path:
@@ -291,8 +316,8 @@ def _find_weight_folder(name: str, revision: str | None) -> Path:
 def _find_weights(folder: Path, model: Any, new: Sequence[int]) -> Places | None:
     """Find where each weight is stored.
 
-    None unless the files hold every weight exactly once, under the model's own name and in its shape; of
-    embedding and head they may lack `new` rows.
+    None unless the files hold every weight exactly once, under the model's own name and in its shape; they
+    may lack `new` rows of embedding and head, and a reward model's score.
     """
     from safetensors import SafetensorError
 
@@ -307,16 +332,20 @@ def _find_weights(folder: Path, model: Any, new: Sequence[int]) -> Places | None
         aliases.setdefault(tensor, []).append(name)
     both = (model.get_input_embeddings(), model.get_output_embeddings())
     ends = {end.weight for end in both if end is not None}
+    drawn, left_out = drawn_weights(model) if find_score(model) is not None else (set(), set())
     places: Places = {}
     for tensor, names in aliases.items():
         found = [name for name in names if name in stored]
+        if not found and names[0] in drawn:
+            continue
         if len(found) != 1 or not _has_shape(stored[found[0]][1], tensor, new if tensor in ends else ()):
             return None  # two names of one tensor may hold different numbers
         places[names[0]] = stored[found[0]][0], found[0]
     unused = stored.keys() - {key for _, key in places.values()}
     ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]
     unused = {key for key in unused if not any(re.search(pattern, key) for pattern in ignored)}
-    check_loaded(str(folder), {"missing_keys": (), "mismatched_keys": (), "unexpected_keys": unused})
+    info = {"missing_keys": (), "mismatched_keys": (), "unexpected_keys": unused}
+    check_loaded(str(folder), info, left_out=left_out)
     return places
 
 

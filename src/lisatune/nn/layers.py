@@ -148,12 +148,14 @@ def find_layers(
 def find_score(model: nn.Module) -> str | None:
     """Return the path of a classifier's or reward model's linear layer; None for any other model.
 
-    It is the last module that a transformers model without output embeddings registers.
+    It is the last module that a transformers model without output embeddings registers. PEFT may have put it
+    beside a copy that trains.
     """
     if _config(model) is None or _path_from(model, "get_output_embeddings") is not None:
         return None
     last = list(model.named_children())[-1:]
-    return next((name for name, module in last if isinstance(module, nn.Linear)), None)
+    linear = {name: getattr(module, "original_module", module) for name, module in last}
+    return next((name for name, module in linear.items() if isinstance(module, nn.Linear)), None)
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -49,6 +49,14 @@ def test_ranks_share_whole_records_and_an_empty_share_has_no_loss(
     assert [bool((share["labels"] == IGNORE).all()) for share in shares] == [False, False, False, True]
 
 
+def test_the_end_of_an_empty_share_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"input_ids": tensor([1] * 5), "labels": tensor([1] * 5), "last": tensor([4])}] * 2
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    monkeypatch.setattr(ranks, "rank", lambda: 1)
+    share = collate(my_share(rows, 2))
+    assert (share["input_ids"].shape, share["last"].tolist()) == ((2, 2), [1, 1])
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 50), st.integers(1, 20), st.integers(0, 2**63))
 def test_every_epoch_visits_each_row_once(num_rows: int, batch_size: int, seed: int) -> None:

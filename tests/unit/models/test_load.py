@@ -556,3 +556,28 @@ def test_mapped_weights_are_those_that_load_and_stay_in_the_file(
     ids_BT = torch.arange(8)[None]
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids_BT).logits, want(input_ids=ids_BT).logits)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_score_is_the_same_however_a_reward_model_is_opened(
+    tied: bool, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    folder, again = str(tmp_path / "model"), str(tmp_path / "again")
+    tokenizer = tiny_tokenizer(eos_token="</s>")
+    save_model(tiny(tied=tied), tokenizer, folder)
+    state = torch.random.get_rng_state()
+    for name, seed in ((folder, 3), (again, 4)):  # the second one has its score in its file
+        want = load_model(name, score_seed=seed, dtype=dtype)
+        mapped, _ = load_mapped(name, score_seed=seed, dtype=dtype)
+        divided, fill = load_for_ranks(name, score_seed=seed, dtype=dtype)
+        assert fill is not None
+        for model in (mapped, divided):
+            assert torch.equal(model.score.weight, want.score.weight)
+            assert model.config.pad_token_id == want.config.pad_token_id == tokenizer.eos_token_id
+        assert all(torch.equal(p, want.get_parameter(name)) for name, p in mapped.named_parameters())
+        if name == folder:
+            save_model(want, tokenizer, again)
+            score = want.score.weight
+        assert torch.equal(want.score.weight, score)
+    assert torch.equal(torch.random.get_rng_state(), state)
