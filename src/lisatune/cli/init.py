@@ -34,6 +34,7 @@ COMMENTS = {
     "method.name": "or full, lora, …: docs/methods",
     "method.active": "blocks that train at once; the more fit, the more the model learns",
     "method.period": "steps between two draws; auto: every block trains at least twice",
+    "loss.name": "for pairs of answers: dpo or reward (docs/preferences.md)",
     "optimizer.lr": "what full fine-tuning would take; `lisatune compare` finds the best",
     "run.epochs": "passes over the data; run.steps sets the length in steps",
     "run.batch_size": "sequences at a time",
@@ -89,7 +90,6 @@ def _read_shipped(name: str) -> str:
 
 def _make(data: str | None, model: str | None) -> tuple[str, str]:
     """Write a recipe's text, and say what was found."""
-    from lisatune.data.records import read_records
     from lisatune.models.gguf import SMOLLM2, find_smollm2
 
     if model is None:
@@ -98,11 +98,12 @@ def _make(data: str | None, model: str | None) -> tuple[str, str]:
             model = SMOLLM2
         except FileNotFoundError:
             model = HUB_MODEL
-    records = None if data is None else read_records(data, limit=SAMPLE, on_bad_row="skip")
+    records = None if data is None else _read(data)
     sections: Sections = {
         "model": {"name": model},
         "data": {"train": data or "rows.jsonl", "max_length": 512},
         "method": {"name": "lisa", "active": 2, "period": "auto"},
+        "loss": {},
         "optimizer": {"lr": 1e-4},
         "run": {"epochs": 2, "batch_size": 4},
     }
@@ -113,9 +114,34 @@ def _make(data: str | None, model: str | None) -> tuple[str, str]:
     return _write(sections, comments, found), found
 
 
+def _read(data: str) -> "Records":
+    """Read some records; the fields of the first one tell whether they are pairs of answers."""
+    from lisatune.data.pairs import PairReader
+    from lisatune.data.records import Records, read_records
+    from lisatune.data.sources import read_rows
+
+    _, first = next(read_rows(data), ("", None))
+    if not (isinstance(first, dict) and {"chosen", "rejected"} <= first.keys()):
+        return read_records(data, limit=SAMPLE, on_bad_row="skip")
+    reader = PairReader(data, needs_prompt=False, limit=SAMPLE, on_bad_row="skip")
+    rows = [record for _, record in reader]
+    reader.warn()
+    return Records(rows, reader.kind, reader.skipped, data)
+
+
 def _fit_data(sections: "Sections", comments: dict[str, str], records: "Records") -> str:
     """Choose length and epochs for the records, and say what they are."""
-    texts = sorted((json.dumps(row, ensure_ascii=False) for row in records.rows), key=_count_bytes)
+    rows = records.rows
+    if records.kind == "pairs":
+        name = "dpo" if all(row["prompt"] for row in rows) else "reward"
+        sections["loss"]["name"], sections["optimizer"]["lr"] = name, {"dpo": 1e-6, "reward": 1e-5}[name]
+        comments["optimizer.lr"] = "that of recipes/dpo.yaml and reward.yaml, for full fine-tuning and LISA"
+        rows = [
+            {"prompt": row["prompt"], "completion": row[answer]}  # a sequence each
+            for row in rows
+            for answer in ("completion", "rejected")
+        ]
+    texts = sorted((json.dumps(row, ensure_ascii=False) for row in rows), key=_count_bytes)
     per_token = _measure_bytes_per_token(sections["model"]["name"], texts[:: -(-len(texts) // TOKENISED)])
     tokens = int(_count_bytes(texts[int(0.99 * (len(texts) - 1))]) / (per_token or BYTES_PER_TOKEN))
     sections["data"]["max_length"] = min(max(-(-tokens // 64) * 64, 64), 2048)
@@ -180,6 +206,8 @@ def _write(sections: "Sections", comments: dict[str, str], found: str) -> str:
 
     lines = [f"# Written by lisatune {__version__}{found}.", "#", "#   lisatune train THIS-FILE"]
     for section, keys in sections.items():
+        if not keys:
+            continue
         lines += ["", f"{section}:"]
         for key, value in keys.items():
             comment = comments.get(f"{section}.{key}")

@@ -75,6 +75,20 @@ def test_the_precision_is_one_in_which_this_cpu_is_fast(
 
 
 @pytest.mark.usefixtures("unplanned")
+@pytest.mark.parametrize(("prompt", "name", "lr"), [({"prompt": "z"}, "dpo", 1e-6), ({}, "reward", 1e-5)])
+def test_pairs_of_answers_get_a_loss_of_pairs(
+    prompt: dict[str, str], name: str, lr: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = [prompt | {"chosen": "x" * 600, "rejected": "y" * 600}] * 20 + [{"chosen": "x"}]
+    Path("pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    assert main(["init", "--data", "pairs.jsonl", "--model", "null"]) == 0
+    assert "recipe.yaml: 20 records of pairs, 1 that cannot be used\n" in capsys.readouterr().out
+    recipe = load_recipe("recipe.yaml")
+    assert (recipe.loss.name, recipe.optimizer.lr) == (name, lr)
+    assert recipe.data.max_length == 256  # of about 210 tokens, the longer of two answers
+
+
+@pytest.mark.usefixtures("unplanned")
 def test_without_data_there_is_a_place_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent() -> Path:
         raise FileNotFoundError
