@@ -82,8 +82,8 @@ class RewardLoss(PairLoss):
             batch: `input_ids` and `position_ids`, int64 [B, T], and `last`, int64 [B]: where each row ends.
                 Default: at its last position, as in a memory plan.
         """
-        rewards_B: Tensor = self._forward(batch)
-        return rewards_B
+        rewards_B1: Tensor = self._forward(batch)
+        return rewards_B1[:, 0].float()  # a view, which FSDP2 warns of inside
 
     def _compute_rewards(self, batch: Mapping[str, Tensor]) -> Tensor:
         ids_BT = batch["input_ids"]
@@ -91,7 +91,7 @@ class RewardLoss(PairLoss):
         last_B = batch.get("last", torch.full((len(ids_BT),), ids_BT.shape[1] - 1, device=ids_BT.device))
         hidden_BH = hidden_BTH[torch.arange(len(ids_BT), device=ids_BT.device), last_B]
         rewards_B1: Tensor = unwrap_adapters(self.model).get_submodule(self._score)(hidden_BH)
-        return rewards_B1[:, 0].float()
+        return rewards_B1
 
     @torch.no_grad()
     def _compare(self) -> None:
