@@ -13,6 +13,7 @@ The layer's class changes with it, `nn.Linear` to `CodedLinear` and back. A code
     gives and takes the exact weight in `state_dict` and `load_state_dict`; no checkpoint holds codes.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -166,8 +167,15 @@ class _Coded(nn.Module):
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: Any
     ) -> None:
         name = prefix + "weight"
-        rest = {key: value for key, value in state_dict.items() if key != name}
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, *lists)
+        # Hooks must see the weight, and may put another one in its place; torch's own call lacks it.
+        hooks, self._load_state_dict_pre_hooks = self._load_state_dict_pre_hooks, OrderedDict()
+        try:
+            for hook in hooks.values():
+                hook(state_dict, prefix, local_metadata, strict, *lists)
+            rest = {key: value for key, value in state_dict.items() if key != name}
+            super()._load_from_state_dict(rest, prefix, local_metadata, strict, *lists)
+        finally:
+            self._load_state_dict_pre_hooks = hooks
         if name not in state_dict:
             return
         missing, _, errors = lists

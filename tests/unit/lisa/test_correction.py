@@ -307,8 +307,9 @@ def test_a_copy_of_the_model_computes_and_saves_the_same_and_trains_nothing_here
     torch.testing.assert_close(logits(other), want, rtol=0, atol=1e-5)
 
 
-def test_other_weights_take_the_place_of_the_sum() -> None:
-    model, _, _ = trained(2, verify="off")
+@pytest.mark.parametrize("frozen_weights", ["exact", "int8"])
+def test_other_weights_take_the_place_of_the_sum(frozen_weights: Any) -> None:
+    model, _, _ = trained(2, verify="off", frozen_weights=frozen_weights)
     best = {name: weight.clone() for name, weight in model.state_dict().items()}
     want = logits(model)
     tiny.fit(model, of(model)._follows, range(2, 5))  # type: ignore[arg-type]
