@@ -1,9 +1,11 @@
 """What LISA refuses or warns of when it is attached to a model and an optimizer."""
 
 import gc
+import os
 import sys
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -17,7 +19,9 @@ from lisatune.nn.layers import LayerMap
 from lisatune.optim.adamw import AdamW
 
 __all__ = [
+    "check_kinds",
     "check_parameters",
+    "check_whole",
     "is_copied",
     "refuse_compiled_blocks",
     "refuse_second",
@@ -27,6 +31,32 @@ __all__ = [
     "warn_of_rounding",
     "warn_of_untrained_blocks",
 ]
+
+
+def check_whole(name: str, value: Any) -> None:
+    """Refuse an argument that is no whole number, with ValueError."""
+    if not isinstance(value, int):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+
+
+def check_kinds(model: Any, layers: Any, masters: Any) -> None:
+    """Refuse a name or a path in the place of what it names.
+
+    Raises:
+        TypeError: the model is no module, `layers` no `LayerMap`, or `masters` a folder.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {model!r}; load it first")
+    if not isinstance(layers, LayerMap | None):
+        raise TypeError(
+            f"layers must be what find_layers(model) returns, got {layers!r}; to name the blocks write "
+            'layers=find_layers(model, blocks="model.layers")'
+        )
+    if isinstance(masters, str | os.PathLike):
+        raise TypeError(
+            f"masters must be a store of weights, got {masters!r}; to keep them in this folder write "
+            f'masters=lisatune.DiskMasters("{os.fspath(masters)}")'
+        )
 
 
 def unwrap_optimizer(model: nn.Module, optimizer: Optimizer) -> Optimizer:

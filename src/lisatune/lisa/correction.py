@@ -84,14 +84,19 @@ class Correction:
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
-            raise ValueError(f"correction must be none, lora or sign, got {self.kind!r}")
+            raise ValueError(f"correction must be 'none', 'lora' or 'sign', got {self.kind!r}")
         if not isinstance(self.rank, int) or self.rank < 1:
             raise ValueError(f"correction_rank must be a whole number >= 1, got {self.rank!r}")
         for name in ("lr", "lr_ratio", "share"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"correction_{name} must be > 0 and finite, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"correction_{name} must be > 0 and finite, got {value!r}")
         if self.blocks not in get_args(Corrected):
             raise ValueError(f"correction_blocks must be all, above or frozen, got {self.blocks!r}")
+        if isinstance(self.matrices, str) or not isinstance(self.matrices, Sequence):
+            raise ValueError(
+                f"correction_matrices must be a list of names such as ['o_proj'], got {self.matrices!r}"
+            )
         object.__setattr__(self, "matrices", tuple(self.matrices))
 
     @classmethod
@@ -127,8 +132,9 @@ class FrozenCorrection:
         follows.zero_grad = self._zero_grad  # type: ignore[method-assign]
         model._correction = self  # type: ignore[assignment]
 
-    def __deepcopy__(self, memo: Any) -> None:
-        """Leave a copy of the model without this: it has copies of what was added, and nobody trains them."""
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Become None in a copy of the model and in one that is saved whole: nobody trains these."""
+        return type(None), ()
 
     def all_parameters(self) -> list[nn.Parameter]:
         """Return what was added to the model."""

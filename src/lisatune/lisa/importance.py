@@ -17,7 +17,7 @@ next draw; π_l its chance to train in a period; K the period; A_l the average o
 gradients, simulated; of `spectrum` it is π itself.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
@@ -232,8 +232,13 @@ def choose_sampler(
         budget: of units; None for blocks.
 
     Raises:
+        TypeError: it is none of these.
         ValueError: as those two do.
     """
+    if not isinstance(sampler, Sampler | Sized):
+        raise TypeError(
+            f"sampler must be a name, one number per block or a lisatune.Sampler, got {sampler!r}"
+        )
     for name, kind in MEASURED.items():
         if name == sampler:
             return kind(budget or Budget.of_count(len(sizes), active), tuple(sizes))

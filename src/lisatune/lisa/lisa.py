@@ -39,7 +39,9 @@ from lisatune.distributed import ranks
 from lisatune.distributed.shards import reshard
 from lisatune.lisa.budget import Budget
 from lisatune.lisa.checks import (
+    check_kinds,
     check_parameters,
+    check_whole,
     is_copied,
     refuse_compiled_blocks,
     refuse_second,
@@ -67,6 +69,7 @@ from lisatune.lisa.schedule import BlockSchedule, find_extreme_draws
 from lisatune.lisa.sign import SignCorrection
 from lisatune.lisa.spectrum import measure_spectra
 from lisatune.lisa.statistics import PER_STEP, Collector, watch
+from lisatune.nn.adapter import merge_adapters
 from lisatune.nn.blocks import watch_compiling
 from lisatune.nn.coded import Masters
 from lisatune.nn.layers import LayerMap, find_layers
@@ -172,6 +175,11 @@ class LISA(BlockSchedule):
         total_steps: int | None = None,
         layers: LayerMap | None = None,
     ) -> None:
+        check_kinds(model, layers, masters)
+        whole = {"active": active, "seed": seed, "warmup": warmup, "total_steps": total_steps}
+        for name, value in whole.items():
+            if name != "total_steps" or value is not None:
+                check_whole(name, value)
         _check_choice("state", state, get_args(StatePolicy))
         _check_choice("unit", unit, get_args(Unit))
         policy = EndsPolicy.parse(ends)
@@ -182,6 +190,7 @@ class LISA(BlockSchedule):
         reshard(model)
         self._optimizer = optimizer = unwrap_optimizer(model, optimizer)
         refuse_second(model, optimizer, _attached)
+        merge_adapters(model)  # those of a copy, which nobody trains
         layers = find_layers(model) if layers is None else layers
         if unit == "module":
             refuse_compiled_blocks(model)
@@ -437,8 +446,10 @@ class LISA(BlockSchedule):
     def detach(self) -> None:
         """Remove every hook, and give every parameter the `requires_grad` that it had before.
 
-        Adapters of a correction are merged into the weights, once, and removed.
+        Adapters of a correction are merged into the weights, once, and removed. A second call does nothing.
         """
+        if not self._hooks:
+            return
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -457,6 +468,13 @@ class LISA(BlockSchedule):
         for parameter, flag in self._flags.items():
             parameter.requires_grad_(flag)
         _attached.discard(self._optimizer)
+
+    def __reduce__(self) -> Any:
+        """Refuse a copy: torch copies an optimizer without its hooks, so the copy would draw nothing."""
+        raise TypeError(
+            "a LISA cannot be copied or pickled, because copies of an optimizer have no hooks; attach a new "
+            "LISA to a new optimizer over the copied model, and load optimizer.state_dict() into it"
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -704,7 +722,7 @@ class LISA(BlockSchedule):
 
 def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
 def _choose_period(

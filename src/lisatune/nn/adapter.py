@@ -17,7 +17,6 @@ because beside the model there may be no room for a second one.
 Shapes: r = rank, N = tokens of a batch.
 """
 
-from types import MethodType
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from lisatune.nn.coded import CodedLinear
 
-__all__ = ["Adapter"]
+__all__ = ["Adapter", "merge_adapters"]
 
 AT_ONCE = 1 << 22
 """Elements of a weight that are merged at once, because that needs them in float64."""
@@ -53,7 +52,7 @@ class Adapter:
         self.is_new = False
         """Whether other weights were loaded, so that B is zero and its moments mean nothing."""
         changed._adapter = self
-        changed.forward = MethodType(_forward, layer)
+        changed.forward = self.forward
         self._hooks = [
             changed.register_state_dict_post_hook(_give_merged),
             changed.register_load_state_dict_pre_hook(_take_merged),
@@ -72,6 +71,18 @@ class Adapter:
             self.layer._coded_weight.load(value)
         else:
             self.layer.weight.data.copy_(value)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Replace the layer's `forward`: what its class computes now, and the adapter's term."""
+        out: Tensor = type(self.layer).forward(self.layer, input)
+        if out.dtype == torch.float16 and torch.is_grad_enabled():
+            raise ValueError(
+                "adapters beside frozen blocks cannot train in float16, because a loss scaler knows nothing "
+                "of their gradients; train in bfloat16 or float32"
+            )
+        trains = self.A.requires_grad
+        result: Tensor = _AddLowRank.apply(out, input, self.A, self.B, self.scale, trains)  # type: ignore[no-untyped-call]
+        return result
 
     @torch.no_grad()
     def add_to(self, weight: Tensor, *, times: int = 1, device: torch.device | str | None = None) -> Tensor:
@@ -141,18 +152,13 @@ class _AddLowRank(torch.autograd.Function):
         return grad, grad_x, grad_a, grad_b, None, None
 
 
-def _forward(layer: Any, input: Tensor) -> Tensor:
-    """Replace a layer's `forward`: what its class computes now, and the adapter's term."""
-    adapter: Adapter = layer._adapter
-    out = type(layer).forward(layer, input)
-    if out.dtype == torch.float16 and torch.is_grad_enabled():
-        raise ValueError(
-            "adapters beside frozen blocks cannot train in float16, because a loss scaler knows nothing of "
-            "their gradients; train in bfloat16 or float32"
-        )
-    trains = adapter.A.requires_grad
-    result: Tensor = _AddLowRank.apply(out, input, adapter.A, adapter.B, adapter.scale, trains)  # type: ignore[no-untyped-call]
-    return result
+def merge_adapters(model: nn.Module) -> None:
+    """Merge all adapters of a model into the weights, once, and remove them."""
+    for module in model.modules():
+        adapter: Adapter | None = vars(module).get("_adapter")
+        if adapter is not None:
+            adapter.merge()
+            adapter.remove()
 
 
 def _give_merged(layer: Any, state_dict: Any, prefix: str, _: Any) -> None:

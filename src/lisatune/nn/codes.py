@@ -120,7 +120,7 @@ def make_format(name: str, *, scales: Scales = "8bit") -> Int8Rows | Nf4:
         return Int8Rows()
     if name == "nf4":
         return Nf4(scales)
-    raise ValueError(f"frozen_weights must be exact, int8, mixed or nf4, got {name!r}")
+    raise ValueError(f"frozen_weights must be 'exact', 'int8', 'mixed' or 'nf4', got {name!r}")
 
 
 def _encode_scales(largest_n: Tensor) -> dict[str, Tensor]:

@@ -103,6 +103,7 @@ def find_layers(
             the blocks; in a model with a vision or audio tower only what belongs to its language model.
 
     Raises:
+        TypeError: the model is no module.
         ValueError: no or several module lists qualify, or a given path does not exist.
 
     Returns:
@@ -121,6 +122,8 @@ def find_layers(
         >>> layers.ends
         ('embedding.weight', 'head.weight')
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {model!r}; load it first")
     paths = _find_blocks(model) if blocks is None else _given_blocks(model, blocks)
     where = {path: i for i, path in enumerate(paths)}
     names = _names_by_parameter(model)

@@ -307,6 +307,39 @@ def test_a_copy_of_the_model_computes_and_saves_the_same_and_trains_nothing_here
     torch.testing.assert_close(logits(other), want, rtol=0, atol=1e-5)
 
 
+def test_a_model_that_is_saved_whole_computes_and_saves_the_same(tmp_path: Path) -> None:
+    model, _, _ = trained(4, frozen_weights="int8")
+    torch.save(model, tmp_path / "model.pt")
+    whole = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(logits(whole), logits(model))
+    for name, weight in model.state_dict().items():
+        assert torch.equal(whole.state_dict()[name], weight)
+
+
+@pytest.mark.parametrize("correction", ["none", "lora"])
+def test_a_copy_can_be_trained_by_a_lisa_of_its_own(correction: str) -> None:
+    model, _, _ = trained(4)
+    twin, want = copy.deepcopy(model).requires_grad_(True), model.state_dict()
+    optimizer, lisa = attach(twin, correction=correction)
+    for name, weight in twin.state_dict().items():
+        assert torch.equal(weight, want[name]), name
+    tiny.fit(twin, optimizer, 6)
+    saved = copy.deepcopy(twin.state_dict())
+    lisa.detach()
+    assert all("forward" not in vars(module) for module in twin.modules())
+    for name, weight in twin.state_dict().items():
+        assert torch.equal(weight, saved[name]), name
+
+
+def test_detaching_twice_merges_once() -> None:
+    model, _, lisa = trained(4)
+    lisa.detach()
+    want = copy.deepcopy(model.state_dict())
+    lisa.detach()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, want[name])
+
+
 @pytest.mark.parametrize("frozen_weights", ["exact", "int8"])
 def test_other_weights_take_the_place_of_the_sum(frozen_weights: Any) -> None:
     model, _, _ = trained(2, verify="off", frozen_weights=frozen_weights)
@@ -443,7 +476,7 @@ def test_proof_sees_a_resting_adapter_that_moves() -> None:
         ),
         ("lora", {"active": 6}, "all 6 blocks train in every step; lower active"),
         (Correction(blocks="above"), {"active": 0}, "above needs blocks that train"),
-        ("lore", {}, "correction must be none, lora or sign, got 'lore'"),
+        ("lore", {}, "correction must be 'none', 'lora' or 'sign', got 'lore'"),
     ],
 )
 def test_what_cannot_be_corrected_is_refused(
@@ -457,7 +490,16 @@ def test_what_cannot_be_corrected_is_refused(
 
 @pytest.mark.parametrize(
     "options",
-    [{"rank": 0}, {"rank": 1.5}, {"lr": 0}, {"lr_ratio": -1}, {"blocks": "below"}],
+    [
+        {"rank": 0},
+        {"rank": 1.5},
+        {"lr": 0},
+        {"lr": "1e-3"},
+        {"lr_ratio": -1},
+        {"blocks": "below"},
+        {"matrices": "o_proj"},
+        {"matrices": None},
+    ],
 )
 def test_values_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"correction_{next(iter(options))} must be"):

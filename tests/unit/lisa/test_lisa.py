@@ -1,8 +1,10 @@
 """The invariants of LISA, numbered as in the design; resume (5, 6) is in test_lisa_resume.py."""
 
 import copy
+import pickle
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -721,7 +723,11 @@ def test_ranks_that_appear_later_are_refused_at_the_next_step(
     ("options", "complaint"),
     [
         ({"active": 7}, "active must be between 0 and the model's 6 blocks, got 7"),
-        ({"active": "2"}, "active must be between 0 and the model's 6 blocks, got '2'"),
+        ({"active": "2"}, "active must be a whole number, got '2'"),
+        ({"active": 2.0}, "active must be a whole number, got 2.0"),
+        ({"seed": None}, "seed must be a whole number, got None"),
+        ({"warmup": 0.5}, "warmup must be a whole number, got 0.5"),
+        ({"total_steps": 1e3}, "total_steps must be a whole number, got 1000.0"),
         ({"active": -1}, "active must be between 0 and the model's 6 blocks, got -1"),
         ({"period": 0}, 'period must be a number of optimizer steps >= 1 or "auto", got 0'),
         ({"period": 2.5}, 'period must be a number of optimizer steps >= 1 or "auto", got 2.5'),
@@ -729,14 +735,17 @@ def test_ranks_that_appear_later_are_refused_at_the_next_step(
         ({"sampler": [0.5] * 5}, "got 5 probabilities for 6 blocks"),
         ({"sampler": [0.5] * 5 + [float("nan")]}, "the probability of block 5 must be 0 or more, got nan"),
         ({"sampler": "random"}, "unknown sampler 'random'"),
-        ({"state": "dropp"}, "state must be one of drop, reset, second_moment, cpu, keep, got 'dropp'"),
+        (
+            {"state": "dropp"},
+            "state must be one of 'drop', 'reset', 'second_moment', 'cpu', 'keep', got 'dropp'",
+        ),
         ({"ends": "none"}, "ends 'none': there is no 'none'. Allowed: train, head, frozen, every:M, 8bit"),
         (
             {"ends": "8bit"},
             "their param groups in AdamW say moments=None; build it as lisatune.AdamW",
         ),
         ({"ends": "every:2", "active": 0}, "ends='every:2' needs active >= 1"),
-        ({"verify": "yes"}, "verify must be one of sample, full, off, got 'yes'"),
+        ({"verify": "yes"}, "verify must be one of 'sample', 'full', 'off', got 'yes'"),
         ({"warmup": 3}, "warmup must be >= 0 and below period=3, got 3"),
         ({"warmup": -1}, "warmup must be >= 0 and below period=3, got -1"),
         ({"ends": "frozen", "active": 0}, "ends='frozen' needs active >= 1"),
@@ -753,6 +762,46 @@ def test_bad_arguments_are_refused_and_nothing_is_changed(
     assert complaint in str(caught.value)
     assert all(p.requires_grad for p in untied_llama.parameters())
     LISA(untied_llama, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"model": "smollm2-135m"}, "model must be a torch.nn.Module, got 'smollm2-135m'; load it first"),
+        ({"layers": "model.layers"}, "layers must be what find_layers(model) returns, got 'model.layers'"),
+        ({"masters": Path("/scratch")}, 'masters=lisatune.DiskMasters("/scratch")'),
+        ({"sampler": None}, "sampler must be a name, one number per block or a lisatune.Sampler, got None"),
+        ({"sampler": None, "unit": "module"}, "sampler must be a name, one number per block"),
+    ],
+)
+def test_a_name_in_the_place_of_what_it_names_is_refused(
+    untied_llama: nn.Module, options: dict[str, Any], complaint: str
+) -> None:
+    optimizer = torch.optim.AdamW(untied_llama.parameters())
+    with pytest.raises(TypeError) as caught:
+        LISA(**{"model": untied_llama, "optimizer": optimizer, **options})
+    assert complaint in str(caught.value)
+    LISA(untied_llama, optimizer)
+
+
+def test_a_second_detach_does_nothing_to_the_lisa_that_was_attached_after_the_first(
+    untied_llama: nn.Module,
+) -> None:
+    optimizer, first = attach(untied_llama)
+    first.detach()
+    second = LISA(untied_llama, optimizer, active=2, period=3, verify="full")
+    first.detach()
+    tiny.fit(untied_llama, optimizer, 6)
+    assert second.periods_proven == 2
+
+
+@pytest.mark.parametrize("copies", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_lisa_cannot_be_copied_because_its_copy_would_draw_nothing(
+    untied_llama: nn.Module, copies: Callable[[Any], Any]
+) -> None:
+    _, lisa = attach(untied_llama)
+    with pytest.raises(TypeError, match=r"a LISA cannot be copied or pickled, .* attach a new LISA"):
+        copies(lisa)
 
 
 # ---- coverage

@@ -422,5 +422,5 @@ def test_chances_of_other_blocks_than_the_models_are_refused(untied_llama: nn.Mo
     with pytest.raises(ValueError, match="gives 1 chances for 6 blocks"):
         LISA(untied_llama, optimizer, sampler=Short())
     wrong: Any = "cube"
-    with pytest.raises(ValueError, match="lr_scaling must be one of sqrt, inverse, none, got 'cube'"):
+    with pytest.raises(ValueError, match="lr_scaling must be one of 'sqrt', 'inverse', 'none', got 'cube'"):
         LISA(untied_llama, optimizer, lr_scaling=wrong)

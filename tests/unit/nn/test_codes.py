@@ -230,7 +230,9 @@ def test_codes_that_were_changed_do_not_fit() -> None:
 
 
 def test_unknown_formats_are_refused() -> None:
-    with pytest.raises(ValueError, match="frozen_weights must be exact, int8, mixed or nf4, got 'int4'"):
+    with pytest.raises(
+        ValueError, match="frozen_weights must be 'exact', 'int8', 'mixed' or 'nf4', got 'int4'"
+    ):
         make_format("int4")
     with pytest.raises(ValueError, match="frozen_scales must be 8bit or fp32, got 'fp8'"):
         make_format("nf4", scales="fp8")  # type: ignore[arg-type]
