@@ -169,7 +169,7 @@ def open_tasks(
             folder = Path(data).expanduser()
             if not folder.is_dir():
                 raise FileNotFoundError(
-                    f"there is no folder {data} of questions; give one with a folder per task"
+                    f"there is no folder {data}; give one that has a folder of questions for each task"
                 )
         where = Path(stack.enter_context(TemporaryDirectory(prefix="lisatune-tasks-")))
         with no_trace():

@@ -125,13 +125,18 @@ def replace_file(path: Path, text: str) -> None:
 
 
 @contextmanager
-def explain_write_errors(path: Path) -> Iterator[None]:
-    """Reword an OSError inside so that it names the file or folder that could not be written."""
+def explain_write_errors(path: Path, place: str = "output") -> Iterator[None]:
+    """Reword an OSError inside so that it names the file or folder that could not be written.
+
+    Args:
+        path: the file or folder.
+        place: what another one is given as.
+    """
     try:
         yield
     except OSError as error:
         reason, what = error.strerror or error, "free space or name" if is_full(error) else "name"
-        raise OSError(f"cannot write {path}: {reason}; {what} another run.output") from error
+        raise OSError(f"cannot write {path}: {reason}; {what} another {place}") from error
 
 
 def is_full(error: BaseException | None) -> bool:

@@ -78,12 +78,12 @@ class DiskMasters:
     def _map(self, name: str, weight: Tensor) -> Tensor:
         """Make the scratch file larger by a weight, and map the new part into memory."""
         if self._file is None:
-            with explain_write_errors(self._folder):
+            with explain_write_errors(self._folder, "folder"):
                 self._file = _open_nameless(self._folder)
             weakref.finalize(self, os.close, self._file)
         start = self._size
         self._size += -(-max(weight.nbytes, 1) // ALIGNMENT) * ALIGNMENT
-        with explain_write_errors(self._folder):
+        with explain_write_errors(self._folder, "folder"):
             os.ftruncate(self._file, self._size)
             try:
                 part = mmap.mmap(self._file, self._size - start, offset=start)
@@ -98,7 +98,7 @@ class DiskMasters:
         """Write through the file, not through the map: a full disk is then an error and not a signal."""
         assert self._file is not None
         left = weight.reshape(-1).view(torch.uint8).numpy().data
-        with explain_write_errors(self._folder):
+        with explain_write_errors(self._folder, "folder"):
             while left:
                 written = os.pwrite(self._file, left, start)
                 start, left = start + written, left[written:]

@@ -314,7 +314,7 @@ class Lisa(Method):
             drawn = layers if self.unit == "block" else divide_blocks(layers, model)
             file = read_sampler_file(self.sampler_file, self.sampler)
             sizes = [sum(p.numel() for p in each.values()) for each in drawn.block_parameters(model)]
-            file.check_model(describe_layers(drawn.blocks, sizes))
+            file.check_model(describe_layers(drawn.blocks, sizes), self.unit)
             return file.probabilities
         if self.sampler == "independent":
             assert self.probabilities is not None

@@ -43,11 +43,12 @@ class SamplerFile:
     layers: Layers | None = None
     """What was studied."""
 
-    def check_model(self, layers: Layers) -> None:
+    def check_model(self, layers: Layers, unit: str) -> None:
         """Refuse the file of another model.
 
         Args:
             layers: the model's.
+            unit: what they are, "block" or "module".
 
         Raises:
             ValueError: another number of blocks, or blocks of another size.
@@ -56,7 +57,8 @@ class SamplerFile:
         if len(self.probabilities) != len(layers):
             raise ValueError(
                 f"method.sampler_file: {self.path} has {len(self.probabilities)} probabilities{of}, and this "
-                f"model has {len(layers)} blocks; make a file for this model"
+                f"model has {len(layers)} {unit}s; make a file for this model"
+                f"{'' if unit == 'block' else ' with --unit module'}"
             )
         for mine, theirs in zip(self.layers or layers, layers, strict=True):
             if tuple(mine) != tuple(theirs):

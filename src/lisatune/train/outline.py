@@ -301,7 +301,10 @@ def _method_text(method: Method) -> str:
     for field in dataclasses.fields(method):
         value = getattr(method, field.name)
         if value != field.default:
-            text = f"{len(value)} numbers" if isinstance(value, tuple) else value
+            text = value
+            if isinstance(value, tuple):
+                is_named = all(isinstance(each, str) for each in value)
+                text = " ".join(value) if is_named else f"{len(value)} numbers"
             changed.append(f"{field.name} {text}")
     return ", ".join([method.name, *changed])
 

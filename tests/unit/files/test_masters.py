@@ -70,7 +70,7 @@ def test_a_full_disk_is_an_error_and_not_a_signal(tmp_path: Path, monkeypatch: p
 
     masters = DiskMasters(tmp_path)
     monkeypatch.setattr(os, "pwrite", fail)
-    with pytest.raises(OSError, match="No space left on device; free space"):
+    with pytest.raises(OSError, match="No space left on device; free space or name another folder"):
         masters.keep("a", torch.ones(4, 4))
 
 

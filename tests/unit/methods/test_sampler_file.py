@@ -106,13 +106,18 @@ def test_a_missing_file_is_refused_with_the_command_that_writes_it(tmp_path: Pat
     ("options", "message"),
     [
         ({"blocks": 4}, "has 4 probabilities, measured on tiny, and this model has 6 blocks"),
+        (
+            {"blocks": 4, "unit": "module"},
+            "has 4 probabilities, .* has 42 modules; make a file for this model with --unit module",
+        ),
         ({"hidden": 64}, "was measured on tiny, whose model.layers.0 has"),
     ],
 )
-def test_the_file_of_another_model_is_refused(options: dict[str, int], message: str, tmp_path: Path) -> None:
-    path = study(tmp_path / "p.json", **options)  # type: ignore[arg-type]
+def test_the_file_of_another_model_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    unit = options.pop("unit", "block")
+    path = study(tmp_path / "p.json", **options)
     with pytest.raises(ValueError, match=message):
-        attach(sampler="weight-norm", sampler_file=str(path))
+        attach(sampler="weight-norm", sampler_file=str(path), unit=unit)
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,13 @@ def test_the_outline_reads_well_in_100_columns() -> None:
     assert max(map(len, out.splitlines())) <= 100
 
 
+def test_lists_of_names_are_shown_and_lists_of_numbers_are_counted() -> None:
+    named = outline_of(Lisa(period=5, correction="lora", correction_matrices=("o_proj", "q_proj")))
+    assert "correction_matrices o_proj q_proj" in shown(named)
+    numbers = outline_of(Lisa(period=5, sampler="weighted", probabilities=(1, 1, 1, 1, 1, 1)))
+    assert "probabilities 6 numbers" in shown(numbers)
+
+
 def test_the_limit_of_held_out_rows_is_named_where_it_counts() -> None:
     outline = outline_of(Full())
     assert "(data.validation_limit)" not in shown(outline)
