@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import tiny
 from lisatune.train.recipe_file import load_recipe
@@ -20,21 +20,19 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_drop_in_trains_every_block() -> None:
+def test_drop_in_trains_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.llama()
     before = tiny.weights(model)
     asked: dict[str, object] = {}
 
-    class AutoModelForCausalLM:
-        @staticmethod
-        def from_pretrained(name: str, **options: object) -> LlamaForCausalLM:
-            asked.update(options)
-            return model
+    def from_pretrained(name: str, **options: object) -> LlamaForCausalLM:
+        asked.update(options)
+        return model
 
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
     loader = [{"input_ids": tiny.tokens(step), "labels": tiny.tokens(step)} for step in range(30)]
     (loop,) = blocks("python")
-    given = {"torch": torch, "AutoModelForCausalLM": AutoModelForCausalLM, "loader": loader}
-    names: dict[str, object] = dict(given)
+    names: dict[str, object] = {"loader": loader}
     exec(compile(loop, "README.md", "exec"), names)  # noqa: S102 - our own README
     assert asked == {"dtype": torch.float32}
     assert names["lisa"].periods_proven == 3

@@ -245,11 +245,12 @@ def warn_of_untrained_blocks(
         word: what they are called.
     """
     never = [i for i, count in enumerate(visits) if count == 0 and chances[i] > 0]
+    often = "" if period == 1 else " draw more often,"
     if never and any(visits):
         warnings.warn(
             f"{len(never)} of {len(visits)} {word}s will never train in {total_steps} "
             f"step{'' if total_steps == 1 else 's'} with period={period}: {', '.join(map(str, never))}; "
-            "train longer, draw more often, or let more train at a time",
+            f"train longer,{often} or let more train at a time",
             stacklevel=3,
         )
 

@@ -818,6 +818,16 @@ def test_blocks_that_will_never_train_are_named_beforehand() -> None:
     assert str(caught[0].message).split(": ")[1].split("; ")[0] == ", ".join(map(str, sorted(never)))
 
 
+@pytest.mark.parametrize(
+    ("period", "advice"), [(1, "train longer, or let"), (2, "longer, draw more often, or")]
+)
+def test_a_run_that_draws_in_every_step_is_not_told_to_draw_more_often(
+    untied_llama: nn.Module, period: int, advice: str
+) -> None:
+    with pytest.warns(UserWarning, match=advice):
+        attach(untied_llama, active=1, period=period, total_steps=3)
+
+
 def test_enough_steps_and_gamma_zero_give_no_warning(untied_llama: nn.Module) -> None:
     for options in ({"total_steps": 7}, {"active": 0, "total_steps": 1}, {}):
         _, lisa = attach(untied_llama, **options)
