@@ -175,7 +175,7 @@ def _fit_machine(sections: "Sections", comments: dict[str, str]) -> str:
     """Change what does not fit this machine's memory, and say what was found."""
     from lisatune.distributed.ranks import pick_device
     from lisatune.memory import process
-    from lisatune.memory.fit import apply_changes, find_fit
+    from lisatune.memory.fit import apply_changes, find_fit, find_room
     from lisatune.train.assemble import multiplies_bf16_slowly
     from lisatune.train.recipe_file import build_recipe
 
@@ -190,12 +190,16 @@ def _fit_machine(sections: "Sections", comments: dict[str, str]) -> str:
         recipe = build_recipe("init", sections, [])
         recipe = apply_changes(recipe, {"run.device": device.type})
         fit = find_fit(recipe, free)
+        room = find_room(recipe, fit)
     except USER_ERRORS as error:
         return f"; memory not planned: {first_line(error)}"
     for key, why in zip(fit.changes, fit.reasons, strict=True):
         section, name = key.split(".")
         sections[section][name] = fit.changes[key]
         comments[key] = f"so that it fits: {why}"
+    if room is not None and room.changes.keys() - fit.changes.keys() == {"method.active"}:
+        most = f"{room.changes['method.active']} of {room.plan.num_blocks} fit"
+        comments["method.active"] = f"blocks that train at once; {most}, and the more, the more it learns"
     needed = f"{byte_text(fit.plan.needed_bytes)} of {byte_text(free)} free on {device.type}"
     return f"; needs {needed}" if fit.fits else f"; does not fit: needs {needed}"
 

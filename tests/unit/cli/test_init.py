@@ -105,7 +105,10 @@ def test_the_recipe_fits_the_machine(
     changes = {"optimizer.moments": "8bit", "run.batch_size": 2, "run.accumulation": 2}
     reasons = ("moments take a quarter of the memory", "in parts", "in parts")
     fit = SimpleNamespace(
-        fits=True, changes=changes, reasons=reasons, plan=SimpleNamespace(needed_bytes=2**30)
+        fits=True,
+        changes=changes,
+        reasons=reasons,
+        plan=SimpleNamespace(needed_bytes=2**30, num_blocks=30),
     )
     monkeypatch.setattr("lisatune.memory.fit.find_fit", lambda recipe, free: fit)
     monkeypatch.setattr(process, "available_bytes", lambda device: 2**31)
@@ -115,6 +118,15 @@ def test_the_recipe_fits_the_machine(
     recipe = load_recipe("recipe.yaml")
     assert recipe.optimizer.moments == "8bit"
     assert (recipe.run.batch_size, recipe.run.accumulation) == (2, 2)
+
+
+def test_it_says_how_many_blocks_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_run.write_model(tmp_path / "model")
+    monkeypatch.setattr(process, "available_bytes", lambda device: 2**33)
+    assert main(["init", "--model", str(model)]) == 0
+    text = Path("recipe.yaml").read_text()
+    assert "active: 2" in text
+    assert "4 of 4 fit, and the more, the more it learns" in text
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
