@@ -154,6 +154,7 @@ def _refuse_missing(ends: set[str], trained: Mapping[str, nn.Parameter], optimiz
     Args:
         ends: names of the ends among `trained`.
         trained: all parameters that will ever train, by name.
+        optimizer: what should hold them.
     """
     held = {p for group in optimizer.param_groups for p in group["params"]}
     missing = {name: p for name, p in trained.items() if p not in held}
@@ -242,6 +243,7 @@ def warn_of_untrained_blocks(
     Args:
         chances: of each block to train in a period.
         visits: in how many periods of the run each block will train.
+        total_steps, period: of the run, in optimizer steps.
         word: what they are called.
     """
     never = [i for i, count in enumerate(visits) if count == 0 and chances[i] > 0]

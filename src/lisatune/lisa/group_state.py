@@ -118,6 +118,8 @@ def _compare_first_updates(
     """Compare the first update of new parameters in this group and in a new one.
 
     Args:
+        optimizer: copies of it without state make the updates.
+        group: one of its param groups.
         changed: by how much a step changes each number of the group. What counts steps is set to LATE.
 
     Returns:

@@ -102,12 +102,12 @@ def find_layers(
         ends: module paths or parameter names that train besides the blocks. Default: everything outside
             the blocks; in a model with a vision or audio tower only what belongs to its language model.
 
+    Returns:
+        The blocks, nearest the input first, the ends and the frozen parameters, by name.
+
     Raises:
         TypeError: the model is no module.
         ValueError: no or several module lists qualify, or a given path does not exist.
-
-    Returns:
-        The blocks, nearest the input first, the ends and the frozen parameters, by name.
 
     Example:
         >>> from torch import nn
