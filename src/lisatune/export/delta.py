@@ -18,11 +18,11 @@ from typing import Any
 
 from torch import Tensor
 
-from lisatune.export.source import Source, find_weights, list_weights
+from lisatune.export.source import Source, list_weights
 from lisatune.files.disk import write_aside
 from lisatune.files.tensors import NAMES, as_bytes, have_equal_bits
 from lisatune.models.gguf import SMOLLM2
-from lisatune.models.stored import INDEX, ONE_FILE
+from lisatune.models.stored import INDEX, ONE_FILE, find_weights
 from lisatune.runs.card import describe_base
 from lisatune.runs.summary import model_of
 

@@ -1,20 +1,18 @@
 """What is exported: a written model, the model that it began with, and the run behind both."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lisatune.files import yaml
-from lisatune.models.hf import explain_load_errors
 from lisatune.models.load import load_config
-from lisatune.models.locate import BOTTLENECKS, find_snapshot, is_adapter, locate
+from lisatune.models.locate import BOTTLENECKS, is_adapter, locate
 from lisatune.models.reward import find_classifier
 from lisatune.models.stored import Stored, list_stored
 from lisatune.recipe import Recipe
 from lisatune.runs.card import rewrite_card
 from lisatune.runs.summary import model_of
 
-__all__ = ["Source", "find_weights", "list_weights", "open_source"]
+__all__ = ["Source", "list_weights", "open_source"]
 
 
 @dataclass(frozen=True)
@@ -114,25 +112,6 @@ def open_source(name: str, base: str | None = None) -> Source:
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{run / 'recipe.yaml'} is damaged ({error}); give the folder {path}") from None
     return Source(path, run, base or began, None if base else revision, trusts)
-
-
-def find_weights(name: str, revision: str | None = None) -> Path:
-    """Find the local folder with a model's safetensors files; those of a hub id are downloaded.
-
-    Raises:
-        FileNotFoundError, ValueError: as in `lisatune.models.locate.locate`.
-    """
-    place = locate(name, revision=revision)
-    if Path(place).is_dir():
-        return Path(place)
-    found = find_snapshot(place, revision)
-    if found is not None and any(found.glob("*.safetensors")):
-        return found
-    from huggingface_hub import snapshot_download
-
-    patterns: Sequence[str] = ["model*.safetensors", "*.json"]
-    with explain_load_errors(name):
-        return Path(snapshot_download(place, revision=revision, allow_patterns=list(patterns)))
 
 
 def list_weights(folder: Path) -> Stored:

@@ -50,7 +50,7 @@ from lisatune.models.locate import locate
 from lisatune.models.new_tokens import fill_rows
 from lisatune.models.reward import draw_score, drawn_weights, set_padding
 from lisatune.models.rounding import fits_range, note_dtype, round_parameters
-from lisatune.models.stored import INDEX, ONE_FILE, list_stored
+from lisatune.models.stored import INDEX, ONE_FILE, find_weights, list_stored
 from lisatune.nn.bottleneck import has_adapters
 from lisatune.nn.layers import find_score
 from lisatune.nn.nf4 import Linear4
@@ -272,7 +272,7 @@ def _open_empty(
     revision = source.get("revision")
     with torch.random.fork_rng(devices=[]):
         model = meta_model(name, dtype=dtype, with_buffers=True, **source)
-    places = _find_weights(_find_weight_folder(name, revision), model, new)
+    places = _locate_weights(find_weights(name, revision), model, new)
     if places is not None and find_score(model) is not None:
         trusts = source.get("trust_remote_code", False)
         set_padding(name, model, load_tokenizer(name, revision=revision, trust_remote_code=trusts))
@@ -300,20 +300,7 @@ def _set_score(name: str, model: Any, places: Places, seed: int) -> None:
     _swap_parameters(model, {parameter: nn.Parameter(value)})
 
 
-def _find_weight_folder(name: str, revision: str | None) -> Path:
-    """Find the local folder with a model's safetensors files; the files of a hub id are downloaded."""
-    place = locate(name, revision=revision)
-    if Path(place).is_dir():
-        return Path(place)
-    from huggingface_hub import snapshot_download
-
-    with explain_load_errors(name):
-        return Path(
-            snapshot_download(place, revision=revision, allow_patterns=["model*.safetensors", "*.json"])
-        )
-
-
-def _find_weights(folder: Path, model: Any, new: Sequence[int]) -> Places | None:
+def _locate_weights(folder: Path, model: Any, new: Sequence[int]) -> Places | None:
     """Find where each weight is stored.
 
     None unless the files hold every weight exactly once, under the model's own name and in its shape; they

@@ -1,4 +1,4 @@
-"""What a folder's safetensors files hold, and whether embedding and head are one, before any weights load."""
+"""Where a model's safetensors files are, what they hold, and whether ends are tied. No weights are loaded."""
 
 import json
 import warnings
@@ -8,7 +8,20 @@ from typing import Any
 
 import torch
 
-__all__ = ["INDEX", "ONE_FILE", "Stored", "find_untied", "is_tied", "list_stored", "says_tied", "untie"]
+from lisatune.models.hf import explain_load_errors
+from lisatune.models.locate import locate
+
+__all__ = [
+    "INDEX",
+    "ONE_FILE",
+    "Stored",
+    "find_untied",
+    "find_weights",
+    "is_tied",
+    "list_stored",
+    "says_tied",
+    "untie",
+]
 
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
@@ -18,6 +31,23 @@ ROWS_AT_ONCE = 4096
 
 Stored = dict[str, tuple[Path, tuple[int, ...]]]
 """The file and the shape of each stored weight, by name."""
+
+
+def find_weights(name: str, revision: str | None = None) -> Path:
+    """Find the local folder with a model's safetensors files; what is missing of a hub id's is downloaded.
+
+    Raises:
+        FileNotFoundError, ValueError: as in `lisatune.models.locate.locate`.
+        OSError: the hub cannot be reached, or refuses.
+    """
+    place = locate(name, revision=revision)
+    if Path(place).is_dir():
+        return Path(place)
+    from huggingface_hub import snapshot_download
+
+    patterns = ["model*.safetensors", "*.json"]
+    with explain_load_errors(name):
+        return Path(snapshot_download(place, revision=revision, allow_patterns=patterns))
 
 
 def list_stored(folder: Path) -> Stored:
