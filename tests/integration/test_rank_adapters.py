@@ -4,7 +4,6 @@ The recipes and the tolerance are those of `test_ranks.py`.
 """
 
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +13,8 @@ from safetensors.torch import load_file
 import rank_copies
 import tiny
 import tiny_run
-from lisatune.train.loop import train
-from lisatune.train.recipe_file import load_recipe
 from rank_launcher import launch
+from rank_runs import RankRuns
 
 PLAIN = [
     "optimizer.eps=1e-3",
@@ -41,46 +39,15 @@ COPIES = {"loop": ("bare", "before", "after"), "trainer": ("plain", "checkpointi
 pytestmark = pytest.mark.filterwarnings("ignore:.*ensure_weight_tying:UserWarning")
 
 
-class Adapters:
-    """A folder with a recipe of each method."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        model = tiny_run.write_model(folder / "model")
-        rows = tiny_run.write_rows(folder / "rows.jsonl", 13)
-        for name, method in METHODS.items():
-            (folder / name).mkdir()
-            tiny_run.write_recipe(folder / name, model, rows, f"method: {method}\n")
-
-    def job(self, name: str, output: str, *overrides: str, **flags: bool) -> dict[str, Any]:
-        keys = [*PLAIN, f"run.output={self.folder / output}", *overrides]
-        return {"recipe": str(self.folder / name / "recipe.yaml"), "overrides": keys, "flags": flags}
-
-    def alone(self, name: str, output: str, *overrides: str, **flags: bool) -> Any:
-        job = self.job(name, output, *overrides)
-        return train(load_recipe(Path(job["recipe"]), job["overrides"]), **flags)
-
-    def written(self, output: str) -> dict[str, torch.Tensor]:
-        (file,) = (self.folder / output / "model").glob("*.safetensors")
-        return load_file(file)
-
-    def compare(self, output: str, with_output: str, *, atol: float = 1e-5, rtol: float = 1e-4) -> None:
-        """Compare names, shapes, dtypes and numbers of the files that two runs wrote."""
-        got, expected = self.written(output), self.written(with_output)
-        assert got.keys() == expected.keys()
-        for key, weight in expected.items():
-            torch.testing.assert_close(
-                got[key], weight, atol=atol, rtol=rtol, msg=lambda text, k=key: f"{k}: {text}"
-            )
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> RankRuns:
+    folder = tmp_path_factory.mktemp("adapters")
+    model = tiny_run.write_model(folder / "model")
+    return RankRuns(folder, model, tiny_run.write_rows(folder / "rows.jsonl", 13), METHODS, PLAIN)
 
 
 @pytest.fixture(scope="module")
-def adapters(tmp_path_factory: pytest.TempPathFactory) -> Adapters:
-    return Adapters(tmp_path_factory.mktemp("adapters"))
-
-
-@pytest.fixture(scope="module")
-def two(adapters: Adapters) -> dict[str, list[Any]]:
+def two(adapters: RankRuns) -> dict[str, list[Any]]:
     """Results of each of two ranks by name."""
     half, saves = "run.batch_size=1", ["run.steps=3", "run.save_every=3"]
     jobs = {name: adapters.job(name, f"two-{name}", half) for name in METHODS}
@@ -101,7 +68,7 @@ def two(adapters: Adapters) -> dict[str, list[Any]]:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_two_ranks_are_one_rank_on_the_same_global_batch(
-    adapters: Adapters, two: dict[str, Any], name: str
+    adapters: RankRuns, two: dict[str, Any], name: str
 ) -> None:
     assert "error" not in two[name][0], two[name][0]
     one = adapters.alone(name, f"one-{name}")
@@ -118,13 +85,13 @@ def test_two_ranks_are_one_rank_on_the_same_global_batch(
     assert max(shares) < (0.9 if name == "ia3" else 0.65)
 
 
-def test_adapters_in_float32_beside_weights_of_16_bits(adapters: Adapters, two: dict[str, Any]) -> None:
+def test_adapters_in_float32_beside_weights_of_16_bits(adapters: RankRuns, two: dict[str, Any]) -> None:
     assert "error" not in two["narrow"][0], two["narrow"][0]
     adapters.alone("dora", "one-narrow", NARROW, "run.save_dtype=bf16")
     adapters.compare("two-narrow", "one-narrow", atol=2e-3, rtol=2e-2)  # products round at 2^-9
 
 
-def test_a_run_continues_on_another_number_of_ranks(adapters: Adapters, two: dict[str, Any]) -> None:
+def test_a_run_continues_on_another_number_of_ranks(adapters: RankRuns, two: dict[str, Any]) -> None:
     assert "error" not in two["continued"][0], two["continued"][0]
     adapters.compare("continued", "one-lora")
     for name in SAVED:
@@ -132,7 +99,7 @@ def test_a_run_continues_on_another_number_of_ranks(adapters: Adapters, two: dic
         adapters.compare(f"saved-{name}", f"one-{name}")
 
 
-def test_adapters_begin_with_those_of_a_folder_on_every_rank(adapters: Adapters, two: dict[str, Any]) -> None:
+def test_adapters_begin_with_those_of_a_folder_on_every_rank(adapters: RankRuns, two: dict[str, Any]) -> None:
     assert "error" not in two["begun"][0], two["begun"][0]
     begun = f"method.adapter={adapters.folder / 'started' / 'model'}"
     adapters.alone("lora", "one-begun", begun)
@@ -141,7 +108,7 @@ def test_adapters_begin_with_those_of_a_folder_on_every_rank(adapters: Adapters,
 
 @pytest.mark.parametrize("how", sum(COPIES.values(), ()))
 def test_loops_with_copies_of_the_model_are_those_of_one_rank(
-    adapters: Adapters, two: dict[str, Any], how: str
+    adapters: RankRuns, two: dict[str, Any], how: str
 ) -> None:
     first, second = two[how]
     assert "error" not in first, first

@@ -5,18 +5,15 @@
 
 import json
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 import tiny_run
-from lisatune.train.loop import train
-from lisatune.train.recipe_file import load_recipe
 from rank_launcher import launch
+from rank_runs import RankRuns
 
 PLAIN = [
     "loss.name=reward",
@@ -27,50 +24,21 @@ PLAIN = [
     "run.samples=0",
 ]
 METHODS = {"lisa": "{name: lisa, active: 2, period: 2}", "lora": "{name: lora, rank: 3}"}
-CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 HALF = "run.batch_size=1"
 LONGER = "run.steps=6"
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
-class Runs:
-    """A folder with a recipe of each method."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        model = tiny_run.write_model(folder / "model", is_tied=False)
-        pairs = tiny_run.write_pairs(folder / "pairs.jsonl", 13)
-        for name, method in METHODS.items():
-            (folder / name).mkdir()
-            tiny_run.write_recipe(folder / name, model, pairs, f"method: {method}\n")
-
-    def job(self, name: str, output: str, *overrides: str, **flags: bool) -> dict[str, Any]:
-        keys = [*PLAIN, f"run.output={self.folder / output}", *overrides]
-        return {"recipe": str(self.folder / name / "recipe.yaml"), "overrides": keys, "flags": flags}
-
-    def alone(self, name: str, output: str, *overrides: str, **flags: bool) -> Any:
-        job = self.job(name, output, *overrides)
-        return train(load_recipe(Path(job["recipe"]), job["overrides"]), **flags)
-
-    def written(self, output: str) -> dict[str, torch.Tensor]:
-        (file,) = (self.folder / output / "model").glob("*.safetensors")
-        return load_file(file)
-
-    def compare(self, output: str, with_output: str) -> None:
-        got, expected = self.written(output), self.written(with_output)
-        assert got.keys() == expected.keys()
-        for key, weight in expected.items():
-            torch.testing.assert_close(got[key], weight, **CLOSE, msg=lambda text, k=key: f"{k}: {text}")
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> RankRuns:
+    folder = tmp_path_factory.mktemp("rewards")
+    model = tiny_run.write_model(folder / "model", is_tied=False)
+    return RankRuns(folder, model, tiny_run.write_pairs(folder / "pairs.jsonl", 13), METHODS, PLAIN)
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("rewards"))
-
-
-@pytest.fixture(scope="module")
-def two(runs: Runs) -> dict[str, list[Any]]:
+def two(runs: RankRuns) -> dict[str, list[Any]]:
     """Results of each of two ranks by name."""
     runs.alone("lora", "one-lora")
     runs.alone("lisa", "one-lisa")
@@ -89,7 +57,7 @@ def two(runs: Runs) -> dict[str, list[Any]]:
     return dict(zip(jobs, done, strict=True))
 
 
-def test_adapters_and_a_score_are_those_of_one_rank(runs: Runs, two: dict[str, Any]) -> None:
+def test_adapters_and_a_score_are_those_of_one_rank(runs: RankRuns, two: dict[str, Any]) -> None:
     assert "error" not in two["lora"][0], two["lora"][0]
     runs.compare("two-lora", "one-lora")
     assert any("score" in name for name in runs.written("two-lora"))
@@ -100,13 +68,13 @@ def test_adapters_and_a_score_are_those_of_one_rank(runs: Runs, two: dict[str, A
     assert config == other
 
 
-def test_adapters_begin_with_the_score_of_a_folder(runs: Runs, two: dict[str, Any]) -> None:
+def test_adapters_begin_with_the_score_of_a_folder(runs: RankRuns, two: dict[str, Any]) -> None:
     assert "error" not in two["begun"][0], two["begun"][0]
     runs.alone("lora", "one-begun", f"method.adapter={runs.folder / 'one-lora' / 'model'}")
     runs.compare("two-begun", "one-begun")
 
 
-def test_a_reward_model_is_trained_on(runs: Runs, two: dict[str, Any]) -> None:
+def test_a_reward_model_is_trained_on(runs: RankRuns, two: dict[str, Any]) -> None:
     assert "error" not in two["trained"][0], two["trained"][0]
     runs.alone("lisa", "one-trained", f"model.name={runs.folder / 'one-lisa' / 'model'}")
     runs.compare("two-trained", "one-trained")
@@ -116,7 +84,7 @@ def test_a_reward_model_is_trained_on(runs: Runs, two: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_resume_is_bit_equal_on_as_many_ranks_and_close_on_one(
-    runs: Runs, two: dict[str, Any], name: str
+    runs: RankRuns, two: dict[str, Any], name: str
 ) -> None:
     assert two[f"{name}-resumed"][0].get("steps") == 6, two[f"{name}-resumed"][0]
     expected, got = runs.written(f"straight-{name}"), runs.written(f"saved-{name}")
