@@ -1,6 +1,7 @@
 """What LISA refuses or warns of when it is attached to a model and an optimizer."""
 
 import gc
+import operator
 import os
 import sys
 import warnings
@@ -19,9 +20,9 @@ from lisatune.nn.layers import LayerMap
 from lisatune.optim.adamw import AdamW
 
 __all__ = [
+    "as_whole",
     "check_kinds",
     "check_parameters",
-    "check_whole",
     "is_copied",
     "refuse_compiled_blocks",
     "refuse_second",
@@ -33,10 +34,12 @@ __all__ = [
 ]
 
 
-def check_whole(name: str, value: Any) -> None:
-    """Refuse an argument that is no whole number, with ValueError."""
-    if not isinstance(value, int):
-        raise ValueError(f"{name} must be a whole number, got {value!r}")
+def as_whole(name: str, value: Any) -> int:
+    """Return a whole number, NumPy's too, as int; ValueError if the argument is something else."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, got {value!r}") from None
 
 
 def check_kinds(model: Any, layers: Any, masters: Any) -> None:

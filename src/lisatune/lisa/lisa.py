@@ -30,6 +30,7 @@ Longer than 400 lines: the algorithm, its hooks and the state that they save bel
 import sys
 import weakref
 from collections.abc import Mapping, Sequence, Set
+from numbers import Integral
 from typing import Any, Literal, Self, get_args
 
 from torch import nn
@@ -39,9 +40,9 @@ from lisatune.distributed import ranks
 from lisatune.distributed.shards import reshard
 from lisatune.lisa.budget import Budget
 from lisatune.lisa.checks import (
+    as_whole,
     check_kinds,
     check_parameters,
-    check_whole,
     is_copied,
     refuse_compiled_blocks,
     refuse_second,
@@ -176,10 +177,8 @@ class LISA(BlockSchedule):
         layers: LayerMap | None = None,
     ) -> None:
         check_kinds(model, layers, masters)
-        whole = {"active": active, "seed": seed, "warmup": warmup, "total_steps": total_steps}
-        for name, value in whole.items():
-            if name != "total_steps" or value is not None:
-                check_whole(name, value)
+        active, seed, warmup = as_whole("active", active), as_whole("seed", seed), as_whole("warmup", warmup)
+        total_steps = None if total_steps is None else as_whole("total_steps", total_steps)
         _check_choice("state", state, get_args(StatePolicy))
         _check_choice("unit", unit, get_args(Unit))
         policy = EndsPolicy.parse(ends)
@@ -732,6 +731,6 @@ def _choose_period(
         if total_steps is None:
             raise ValueError('period="auto" needs total_steps, the number of optimizer steps of the run')
         return choose_period(sampler, seed=seed, total_steps=total_steps)
-    if not isinstance(period, int) or period < 1:
+    if not isinstance(period, Integral) or period < 1:
         raise ValueError(f'period must be a number of optimizer steps >= 1 or "auto", got {period!r}')
-    return period
+    return int(period)

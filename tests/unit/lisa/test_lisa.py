@@ -719,6 +719,14 @@ def test_ranks_that_appear_later_are_refused_at_the_next_step(
         tiny.fit(untied_llama, optimizer, 1)
 
 
+def test_whole_numbers_may_be_numpys(untied_llama: nn.Module) -> None:
+    optimizer = torch.optim.AdamW(untied_llama.parameters())
+    given = {"active": np.int64(2), "seed": np.int64(5), "period": np.int64(3), "total_steps": np.int64(60)}
+    lisa = LISA(untied_llama, optimizer, **given)
+    assert len(lisa.active_blocks) == 2
+    assert (type(lisa.seed), type(lisa.period)) == (int, int)  # a checkpoint holds plain numbers
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
