@@ -8,33 +8,29 @@ the live tensors. Memory outside of tensors comes on top: `RESERVE_BYTES` and `R
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lisatune.console import first_line
 from lisatune.distributed.ranks import fake_ranks, pick_device, ranks_are_fake
-from lisatune.distributed.shards import count_copies, part_of, part_to_update, shard
-from lisatune.lisa.correction import count_trainable, find_correction
+from lisatune.distributed.shards import count_copies, shard
+from lisatune.lisa.correction import count_trainable
 from lisatune.lisa.frozen_weights import FrozenWeights, ShapeMasters
-from lisatune.memory.costly_draws import list_costly_draws
-from lisatune.memory.equal_blocks import FewerBlocks, set_aside
+from lisatune.losses import Loss
 from lisatune.memory.estimate import divide_among_ranks, estimate_step, explain_untraced
 from lisatune.memory.fake import fake_storage, fake_tensors, norms_are_one
+from lisatune.memory.trace import make_state, trace_costliest
 from lisatune.memory.tracker import StepMemory
-from lisatune.methods.build import Built, attach, check_recipe, make_loss, prepare, weight_dtype
+from lisatune.methods.build import Built, Prepared, attach, check_recipe, make_loss, prepare, weight_dtype
 from lisatune.models.load import meta_model, model_from_config
 from lisatune.models.shapes import shape_config
 from lisatune.nn.hidden import max_positions, unwrap_adapters
 from lisatune.nn.layers import find_layers
 from lisatune.optim.adamw import AdamW, default_chunk_size
-from lisatune.optim.group import Group
-from lisatune.optim.rows import make_gradient
-from lisatune.optim.state import prepare as prepare_state
 from lisatune.recipe import Recipe, RunConfig
 from lisatune.runs.checkpoint import copied_bytes
 
@@ -183,97 +179,139 @@ def plan_memory(
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # they come with the run
-        planned, why_divided, shards = None, "", 1
+        asked = _Asked(recipe, length, blocks, ranks=ranks, too_many_bytes=too_many_bytes)
+        planned, why_divided = None, ""
         if ranks > 1:
             with fake_ranks(ranks):
-                shards = ranks // count_copies(run.sharding, run.copies)
+                asked = replace(asked, shards=ranks // count_copies(run.sharding, run.copies))
             try:
                 with fake_ranks(ranks):
                     check_recipe(recipe)
-                    planned = _plan(recipe, length, blocks, config, ranks, shards, too_many_bytes)
-            except Exception as error:  # as in _plan; and a recipe that several ranks refuse can be estimated
+                    planned = _plan(asked, config)
+            except Exception as error:  # as in _measure; and a recipe that ranks refuse can be estimated
                 why_divided = f"one rank's figures, divided by arithmetic ({first_line(error)})"
-        planned = planned or _plan(recipe, length, blocks, config, ranks, shards, too_many_bytes)
+        planned = planned or _plan(asked, config)
     notes = [each for each in (note, planned.note, why_divided) if each]
     return replace(planned, note="; ".join(notes) or None, seconds=time.perf_counter() - started)
 
 
-def _plan(
-    recipe: Recipe,
-    length: int | None,
-    blocks: tuple[int, ...] | None,
-    config: Any,
-    ranks: int,
-    shards: int,
-    too_many_bytes: float,
-) -> MemoryPlan:
-    """Trace a step, on rank 0 if ranks are faked; otherwise divide the figures of one rank by `shards`."""
-    run, device = recipe.run, torch.device("cpu")
+@dataclass(frozen=True)
+class _Asked:
+    """What `plan_memory` was asked for. `shards` is among how many ranks each weight is divided."""
+
+    recipe: Recipe
+    length: int | None
+    blocks: tuple[int, ...] | None
+    ranks: int = 1
+    shards: int = 1
+    too_many_bytes: float = math.inf
+
+    @property
+    def steps(self) -> int:
+        return self.recipe.run.steps or PLANNED_STEPS
+
+    @property
+    def divides_figures(self) -> bool:
+        """Whether figures of one rank are divided, because ranks are not faked."""
+        return self.ranks > 1 and not ranks_are_fake()
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """The costliest step, how it was found, and the host memory of a checkpoint's copy in bytes."""
+
+    memory: StepMemory
+    kind: str = "traced"
+    note: str | None = None
+    copied: int = 0
+
+
+def _plan(asked: _Asked, config: Any) -> MemoryPlan:
+    """Trace a step, on rank 0 if ranks are faked; otherwise divide the figures of one rank."""
+    recipe = asked.recipe
     model = _build_meta_model(recipe, config)
-    loaded_bytes = sum(p.nbytes for p in model.parameters()) if ranks == 1 else 0
-    length = length or recipe.data.max_length
+    loaded_bytes = sum(p.nbytes for p in model.parameters()) if asked.ranks == 1 else 0
+    length = asked.length or recipe.data.max_length
     length = min(length, max_positions(model) or length)
-    batches = [_batch(recipe, model, length)] * min(run.accumulation, 2)
-    steps, is_divided = run.steps or PLANNED_STEPS, ranks_are_fake()
+    batches = [_batch(recipe, model, length)] * min(recipe.run.accumulation, 2)
     with torch.random.fork_rng(devices=[]):  # tensors are not fake yet, because PEFT cannot adapt fake ones
-        loss = None if is_divided else make_loss(recipe, model)
+        loss = None if ranks_are_fake() else make_loss(recipe, model)
         prepared = prepare(recipe, model)
     with fake_tensors():
-        fake_storage(prepared.model)
-        if is_divided:
-            inside = unwrap_adapters(prepared.model)
-            blocks_of, how = find_layers(inside).blocks, run.sharding
-            shard(inside, blocks_of, device=device, how=how, copies=run.copies)
-        else:
-            recipe.method.place(prepared.model, device, ShapeMasters(is_pinned=run.device == "cuda"))
-        with norms_are_one():  # bitsandbytes reads the values of its codes
-            built = attach(recipe, prepared, loss, steps=steps, device=device)
-        if isinstance(built.step.optimizer, AdamW):
-            built.step.optimizer.chunk_size = default_chunk_size(run.device)
-
-        def is_too_large(memory: StepMemory) -> bool:
-            if ranks > 1 and not is_divided:  # these figures are of one rank
-                return False
-            return _count_needed(memory, run.device, loaded_bytes) >= too_many_bytes
-
-        kind, note = "traced", None
-        try:
-            memory = _trace_costliest(built, batches, blocks, steps, run.accumulation, is_too_large)
-            copied = _count_copy(built, batches, run) if run.save_async else 0
-        except Exception as error:  # on tensors without values a model's own code can raise anything
-            if is_divided:
-                raise
-            kind, note = "arithmetic", explain_untraced(built, batches, error)
-            memory = estimate_step(built, recipe, length)
-            kept = memory.at_peak["weights"] + memory.at_peak["optimizer state"]
-            copied = kept if run.save_async else 0
-        if ranks > 1 and not is_divided:
-            kind = f"{kind}, divided by ranks"
-            memory = divide_among_ranks(memory, built.model, built.layers, shards)
-            copied = -(-copied // shards)
-        memory = replace(memory, host_bytes=memory.host_bytes + copied)
+        built = _build(asked, prepared, loss)
+        measured = _measure(asked, built, batches, loaded_bytes)
+        if asked.divides_figures:
+            measured = _divide(measured, built, asked.shards)
+        memory = measured.memory
         return MemoryPlan(
-            **asdict(memory),
-            kind=kind,
+            **asdict(replace(memory, host_bytes=memory.host_bytes + measured.copied)),
+            kind=measured.kind,
             batch_size=len(batches[0]["input_ids"]),
             length=length,
-            device=run.device,
-            ranks=ranks,
+            device=recipe.run.device,
+            ranks=asked.ranks,
             active_blocks=built.schedule.active_blocks,
             num_blocks=built.drawn.num_blocks,
             word=built.schedule.word,
             trainable=count_trainable(built.model) - built.schedule.idle_row_numbers,
             loaded_bytes=loaded_bytes,
-            copy_bytes=copied,
+            copy_bytes=measured.copied,
             switch_bytes=_count_switch(built),
             seconds=0.0,
-            note=note,
+            note=measured.note,
         )
+
+
+def _build(asked: _Asked, prepared: Prepared, loss: Loss | None) -> Built:
+    """Build what `train` builds, of fake tensors, divided if ranks are faked."""
+    recipe, device = asked.recipe, torch.device("cpu")
+    run = recipe.run
+    fake_storage(prepared.model)
+    if ranks_are_fake():
+        inside = unwrap_adapters(prepared.model)
+        shard(inside, find_layers(inside).blocks, device=device, how=run.sharding, copies=run.copies)
+    else:
+        recipe.method.place(prepared.model, device, ShapeMasters(is_pinned=run.device == "cuda"))
+    with norms_are_one():  # bitsandbytes reads the values of its codes
+        built = attach(recipe, prepared, loss, steps=asked.steps, device=device)
+    if isinstance(built.step.optimizer, AdamW):
+        built.step.optimizer.chunk_size = default_chunk_size(run.device)
+    return built
+
+
+def _measure(asked: _Asked, built: Built, batches: list[dict[str, Tensor]], loaded_bytes: int) -> _Measured:
+    """Trace the costliest step, or estimate it if the model cannot run without values."""
+    run = asked.recipe.run
+
+    def is_too_large(memory: StepMemory) -> bool:
+        needed = _count_needed(memory, run.device, loaded_bytes)
+        return not asked.divides_figures and needed >= asked.too_many_bytes
+
+    try:
+        memory = trace_costliest(built, batches, asked.blocks, asked.steps, run.accumulation, is_too_large)
+        return _Measured(memory, copied=_count_copy(built, batches, run) if run.save_async else 0)
+    except Exception as error:  # on tensors without values a model's own code can raise anything
+        if ranks_are_fake():
+            raise
+        note = explain_untraced(built, batches, error)
+    memory = estimate_step(built, asked.recipe, batches[0]["input_ids"].shape[1])
+    kept = memory.at_peak["weights"] + memory.at_peak["optimizer state"]
+    return _Measured(memory, "arithmetic", note, copied=kept if run.save_async else 0)
+
+
+def _divide(measured: _Measured, built: Built, shards: int) -> _Measured:
+    """Divide the figures of one rank by arithmetic."""
+    return _Measured(
+        divide_among_ranks(measured.memory, built.model, built.layers, shards),
+        f"{measured.kind}, divided by ranks",
+        measured.note,
+        copied=-(-measured.copied // shards),
+    )
 
 
 def _count_copy(built: Built, batches: list[dict[str, Tensor]], run: RunConfig) -> int:
     """Count the host memory of a checkpoint's copy, once the active blocks have made their state."""
-    _make_state(built, batches[0]["input_ids"].numel() * run.accumulation)
+    make_state(built, batches[0]["input_ids"].numel() * run.accumulation)
     return copied_bytes(built.model, built.step.optimizer, run.device)
 
 
@@ -309,91 +347,3 @@ def _batch(recipe: Recipe, model: nn.Module, length: int) -> dict[str, Tensor]:
         "labels": ids_BT,
         "position_ids": positions_T.expand(num_rows, -1),
     }
-
-
-def _trace_costliest(
-    built: Built,
-    batches: list[dict[str, Tensor]],
-    blocks: tuple[int, ...] | None,
-    steps: int,
-    micro_steps: int,
-    is_too_large: Callable[[StepMemory], bool],
-) -> StepMemory:
-    """Trace a step of each draw that could need most memory. The draw that does stays active.
-
-    The first draw that is too large ends the search.
-    """
-    schedule = built.schedule
-    possible = schedule.possible_draws(steps)
-    if not possible:
-        return _trace(built, batches, micro_steps)
-    draws = [blocks] if blocks is not None else list_costly_draws(possible, built)
-    # A block that freezes may leave state behind, so every block that can train makes its state first.
-    schedule.hold(sorted({block for draw in possible for block in draw}))
-    _make_state(built, batches[0]["input_ids"].numel() * micro_steps)
-    traced = {}
-    for draw in draws:
-        schedule.hold(draw)
-        traced[draw] = replace(_trace(built, batches, micro_steps), host_bytes=schedule.host_bytes())
-        if is_too_large(traced[draw]):
-            break
-    costliest = max(traced, key=lambda draw: traced[draw].peak_bytes)
-    schedule.hold(costliest)
-    return traced[costliest]
-
-
-def _trace(
-    built: Built, batches: list[dict[str, Tensor]], micro_steps: int, *, leaves_out: bool = True
-) -> StepMemory:
-    """Trace a step. Of more micro-steps than batches, the last ones are traced.
-
-    `leaves_out`: trace a few blocks of each run of equal frozen ones, if that is exact.
-    """
-    ids = batches[0]["input_ids"].numel()
-    _make_state(built, ids * micro_steps)
-    if micro_steps > len(batches):
-        for group, p in _find_row_parameters(built):  # of the micro-steps before
-            make_gradient(group, p, ids * (micro_steps - len(batches)))
-    paths = built.layers.blocks if leaves_out and not ranks_are_fake() else ()
-    blocks = [built.model.get_submodule(path) for path in paths]
-    with FewerBlocks(built.model, built.step.optimizer, blocks) as tracker:
-        built.step.backward(batches)
-        built.step.clip()
-        aside = set_aside(built.step.optimizer) if blocks else []
-        with norms_are_one():
-            built.step.update()
-        aside.clear()
-        memory = tracker.end_step()
-    return memory if tracker.is_exact else _trace(built, batches, micro_steps, leaves_out=False)
-
-
-def _find_row_parameters(built: Built) -> Iterator[tuple[Mapping[str, Any], nn.Parameter]]:
-    """Yield the parameters of which only rows train, each with its param group."""
-    for group in built.step.optimizer.param_groups:
-        yield from ((group, p) for p in group["params"] if group.get("rows") and p.requires_grad)
-
-
-def _make_state(built: Built, ids: int) -> None:
-    """Let the optimizer make the state of every parameter that trains.
-
-    Args:
-        built: the model and its optimizer.
-        ids: number of token ids in a step; all count as different.
-    """
-    optimizer, correction = built.step.optimizer, find_correction(built.model)
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if p.requires_grad and not (correction is not None and correction.is_stateless(p)):
-                if group.get("rows"):
-                    make_gradient(group, p, ids)
-                else:
-                    p.grad = torch.empty_like(p)
-                if isinstance(optimizer, AdamW):
-                    state, size = optimizer.state[p], part_of(p).size
-                    prepare_state(cast(Group, group), part_to_update(p), state, size=size)
-    if not isinstance(optimizer, AdamW):
-        with norms_are_one():
-            optimizer.step()
-    if correction is not None:
-        correction.make_state()
-    built.step.skip()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig
 
-from lisatune.memory import equal_blocks, plan
+from lisatune.memory import equal_blocks, plan, trace
 from lisatune.memory.plan import MemoryPlan, plan_memory
 from lisatune.methods import METHODS
 from lisatune.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe, RunConfig
@@ -41,7 +41,7 @@ def plan_in_full(recipe: Recipe, config: Any, monkeypatch: pytest.MonkeyPatch, *
     """Plan with every block and every update traced."""
     with monkeypatch.context() as patch:
         patch.setattr(equal_blocks, "TRACED", 99)
-        patch.setattr(plan, "set_aside", lambda optimizer: [])
+        patch.setattr(trace, "set_aside", lambda optimizer: [])
         return plan_memory(recipe, config=config, **options)
 
 
