@@ -11,7 +11,8 @@ A compiled block has at most four graphs: frozen or active, with an input that n
 the lowest active block, while the embedding is frozen). Blocks of one model share them, because parameters
 are inputs of the graph. `BlockForward.warm_up` builds them all, so that no draw compiles anew. On several
 ranks FSDP2 gathers a block before its forward and divides it after it, both outside of the graph. Without
-gradients (evaluation, generation) and with a key-value cache the block runs its original forward.
+gradients (evaluation, generation), and with a key-value cache that holds something, the block runs its
+original forward. An empty cache is left out in training: `past_key_values` stays empty.
 """
 
 import inspect
@@ -182,7 +183,8 @@ def compile_blocks(
 
     `torch.compile(model)` compiles the whole model anew at every draw of LISA, and gives up after eight
     times. Blocks share at most four graphs for each kind of block, which are built when they are first
-    needed; no later draw compiles. Evaluation and generation run as they are.
+    needed; no later draw compiles. Evaluation and generation run as they are. In training blocks keep no
+    keys and values for `past_key_values`.
 
     Args:
         model: any model; changed in place. Parameter names stay.
@@ -237,8 +239,12 @@ def _forward(block: Any, *args: Any, **kwargs: Any) -> Any:
     """Replace a block's `forward`."""
     way: BlockForward = block._block_forward
     plain = MethodType(type(block).forward, block)
-    has_cache = kwargs.get("past_key_values") is not None or kwargs.get("layer_past") is not None
-    if not (torch.is_grad_enabled() and block.training) or has_cache:
+    if not (torch.is_grad_enabled() and block.training):
+        return plain(*args, **kwargs)
+    args = tuple(None if _is_new_cache(each) else each for each in args)
+    for name in [name for name, value in kwargs.items() if _is_new_cache(value)]:
+        kwargs[name] = None
+    if any(hasattr(each, "get_seq_length") for each in (*args, *kwargs.values())):
         return plain(*args, **kwargs)
     forward = MethodType(way.compiled_for(block), block) if way.compiled else plain
     recomputes = way.checkpointing == "all" or (
@@ -247,6 +253,18 @@ def _forward(block: Any, *args: Any, **kwargs: Any) -> Any:
     if not recomputes:
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def _is_new_cache(value: Any) -> bool:
+    """Whether this is a transformers key-value cache that holds nothing yet.
+
+    transformers makes one in every forward, unless `use_cache=False` says otherwise. In training nobody reads
+    it, and a block that runs again in backward would add to it twice.
+    """
+    try:
+        return bool(value.get_seq_length() == 0)
+    except (AttributeError, ValueError):  # no cache, or one without keys and values
+        return False
 
 
 def check_compiler() -> None:

@@ -89,7 +89,7 @@ def freeze(model: nn.Module, active: set[int], embedding: bool, head: bool) -> N
 def run(model: nn.Module, length: int = 24, step: int = 0) -> dict[str, Tensor]:
     ids = tiny.tokens(step, length=length)
     model.zero_grad()
-    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss = model(input_ids=ids, labels=ids).loss
     if not loss.requires_grad:
         return {"loss": loss}
     loss.backward()
@@ -110,6 +110,61 @@ def test_recomputing_gives_the_same_gradients_bit_for_bit(
             got = run(model)
         assert got.keys() == want.keys(), checkpointing
         assert all(torch.equal(got[name], want[name]) for name in want), checkpointing
+
+
+def count_forwards(monkeypatch: pytest.MonkeyPatch, kind: type) -> list[int]:
+    """Count how often modules of a kind run, in backward too."""
+    calls, forward = [0], kind.forward
+
+    def counted(*args: object, **kwargs: object) -> object:
+        calls[0] += 1
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(kind, "forward", counted)
+    return calls
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_blocks_recompute_where_the_loop_leaves_the_cache_on(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers passes a new key-value cache by default, by name or by position."""
+    model = build(family)
+    ids = tiny.tokens(0, length=24)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    want = gradients()
+    layers = find_layers(model)
+    calls = count_forwards(monkeypatch, type(model.get_submodule(layers.blocks[0])))
+    with BlockForward(model, layers, checkpointing="all"):
+        got = gradients()
+    assert calls == [2 * layers.num_blocks]
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_cache_that_holds_something_is_used(family: str) -> None:
+    model = build(family)
+    ids = tiny.tokens(0, length=24)
+
+    def lose() -> Tensor:
+        past = model(input_ids=ids[:, :10], use_cache=True).past_key_values
+        return model(input_ids=ids[:, 10:], past_key_values=past, labels=ids[:, 10:]).loss
+
+    model.eval()
+    want = lose()
+    with BlockForward(model, find_layers(model), checkpointing="all"):
+        with torch.no_grad():
+            past = model(input_ids=ids[:, :10], use_cache=True).past_key_values
+        model.train()
+        got = model(input_ids=ids[:, 10:], past_key_values=past, labels=ids[:, 10:]).loss
+    assert torch.equal(got, want)
 
 
 def saved_bytes(model: nn.Module) -> int:
