@@ -98,7 +98,7 @@ def _forward(model: Any, *args: Any, **kwargs: Any) -> Any:
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     for_loss = {key: kwargs.pop(key, None) for key in FOR_THE_LOSS}
-    out = model.get_decoder()(**kwargs)
+    out = _find_inner(model)(**kwargs)
     is_shifted = for_loss["shift_labels"] is not None
     labels_BT: Tensor = for_loss["shift_labels"] if is_shifted else for_loss["labels"]
     loss_sum, num_tokens = chunked_cross_entropy(
@@ -119,6 +119,13 @@ def _forward(model: Any, *args: Any, **kwargs: Any) -> Any:
         attentions=out.get("attentions"),
     )
     return result.to_tuple() if for_loss["return_dict"] is False else result
+
+
+def _find_inner(model: Any) -> nn.Module:
+    """Return what is below the head. Where images are read too it is more than the decoder of text."""
+    inner: nn.Module = model.base_model
+    decoder: nn.Module = model.get_decoder()
+    return decoder if inner is model else inner
 
 
 def _is_set(logits_to_keep: Any) -> bool:

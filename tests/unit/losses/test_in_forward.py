@@ -5,7 +5,17 @@ import copy
 import pytest
 import torch
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    CLIPVisionConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import tiny
 from lisatune import use_chunked_loss
@@ -133,6 +143,32 @@ def test_a_head_with_adapters_takes_the_general_path() -> None:
     with use_chunked_loss(model):
         assert model(**inputs).logits is None
         torch.testing.assert_close(run(), want, rtol=1e-5, atol=1e-7)
+
+
+def test_images_are_seen() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            text_config=LlamaConfig(**sizes, vocab_size=64),
+            vision_config=CLIPVisionConfig(**sizes, image_size=8, patch_size=4),
+            image_token_index=60,
+            vision_feature_layer=-1,
+        )
+    ).train()
+    ids = tiny.tokens(0) % 60
+    ids[:, 1:5] = 60
+    inputs = {"input_ids": ids, "labels": ids, "pixel_values": torch.randn(2, 3, 8, 8)}
+    want = loss_and_gradients(model, **inputs)
+    other = model(**inputs | {"pixel_values": torch.zeros(2, 3, 8, 8)}).loss
+    with use_chunked_loss(model):
+        got = loss_and_gradients(model, **inputs)
+    used = [grad is not None for grad in want]
+    assert [grad is not None for grad in got] == used
+    torch.testing.assert_close(
+        *([g for g in each if g is not None] for each in (got, want)), rtol=1e-5, atol=1e-7
+    )
+    assert not torch.isclose(other, want[0])
 
 
 def test_a_trace_without_memory_reads_real_labels() -> None:
