@@ -331,8 +331,9 @@ def test_the_best_model_of_trainer_has_no_adapter_added_twice(data: Dataset, tmp
     }
     arguments = make_arguments(TrainingArguments, tmp_path, **every, **best_is_first)
     trainer = Trainer(tiny.llama(), arguments, train_dataset=data, eval_dataset=data, data_collator=collate)
-    attach(trainer.model, trainer.create_optimizer(), correction=Correction(lr=1e-2), verify="off")
+    run = attach(trainer.model, trainer.create_optimizer(), correction=Correction(lr=1e-2))
     trainer.train()
+    run.lisa.check()
     assert trainer.state.best_global_step < STEPS
     best = LlamaForCausalLM.from_pretrained(trainer.state.best_model_checkpoint, attn_implementation="eager")
     ids_BT = tiny.tokens(0)

@@ -315,6 +315,7 @@ class LISA(BlockSchedule):
         self._ends.attach()
         self._hooks = [
             watch_compiling(model),
+            model.register_load_state_dict_post_hook(self._weights_were_loaded),
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
             optimizer.register_state_dict_pre_hook(self._rates.restore),
@@ -622,6 +623,11 @@ class LISA(BlockSchedule):
 
     def _name(self, index: int) -> str:
         return self.layers.blocks[index] if self.unit == "module" else f"block {index}"
+
+    def _weights_were_loaded(self, model: nn.Module, keys: Any) -> None:
+        """Prove only what follows: `load_state_dict` may have replaced weights of frozen blocks."""
+        if self._proof is not None:
+            self._proof.forget()
 
     def _find_updated(self) -> Set[nn.Parameter]:
         """Return the parameters that backward has updated; their gradients are gone."""

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import tiny
-from lisatune import LISA, AdamW, Independent, build_adamw, find_layers
+from lisatune import LISA, AdamW, Independent, ProofError, build_adamw, find_layers
 from lisatune.lisa.samplers import Permutation, Uniform
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
@@ -687,6 +687,21 @@ def test_detach_restores_every_flag_and_hook(untied_llama: nn.Module) -> None:
     assert [p.requires_grad for p in untied_llama.parameters()] == flags
     with pytest.warns(UserWarning, match=r"model\.norm\.weight did not require grad"):
         LISA(untied_llama, optimizer)
+
+
+def test_weights_that_load_state_dict_replaces_are_proven_from_there_on(untied_llama: nn.Module) -> None:
+    optimizer, lisa = attach(untied_llama, active=1, period=5)
+    other = {name: weight + 1 for name, weight in untied_llama.state_dict().items()}
+    tiny.fit(untied_llama, optimizer, 2)
+    untied_llama.load_state_dict(other)
+    lisa.check()
+    tiny.fit(untied_llama, optimizer, range(2, 4))
+    lisa.check()
+    frozen = min({0, 1} - set(lisa.active_blocks))
+    with torch.no_grad():
+        next(untied_llama.model.layers[frozen].parameters()).add_(1)
+    with pytest.raises(ProofError, match=f"frozen weights moved in block {frozen}"):
+        tiny.fit(untied_llama, optimizer, 1)
 
 
 def test_second_lisa_on_an_optimizer_is_refused(untied_llama: nn.Module) -> None:
