@@ -27,7 +27,7 @@ import torch
 
 from lisatune import memory
 from lisatune.losses.causal_lm import CausalLMLoss
-from lisatune.memory.plan import MemoryPlan, _batch, plan_memory
+from lisatune.memory.plan import MemoryPlan, make_batch, plan_memory
 from lisatune.methods.build import Built, build, weight_dtype
 from lisatune.models.shapes import shape_config
 from lisatune.recipe import Recipe
@@ -103,7 +103,7 @@ def measure(recipe: Recipe, plan: MemoryPlan, steps: int) -> dict[str, Any]:
     """Time consecutive steps, then measure the memory of the costliest draw."""
     device = torch.device(recipe.run.device)
     built = load(recipe, device)
-    batches = [_batch(recipe, built.model, recipe.data.max_length)]
+    batches = [make_batch(recipe, built.model, recipe.data.max_length)]
     lengths = [recipe.data.max_length] * recipe.run.batch_size
     compiling = build_graphs(recipe, built, device) if built.blocks and recipe.run.compile is True else None
     flops: list[int | None] = []

@@ -11,7 +11,7 @@ import warnings
 
 from lisatune import memory
 from lisatune.distributed import ranks
-from lisatune.memory.plan import _batch, plan_memory
+from lisatune.memory.plan import make_batch, plan_memory
 from lisatune.train.assemble import assemble
 from lisatune.train.recipe_file import recipe_without_file
 
@@ -46,7 +46,7 @@ def main() -> None:
     with ranks.process_group("cpu"):
         for name, recipe in recipes.items():
             parts, plan = assemble(recipe), plans[name]
-            batches = [_batch(recipe, parts.built.model, LENGTH)]
+            batches = [make_batch(recipe, parts.built.model, LENGTH)]
             for _ in range(2):
                 if plan.active_blocks is not None:
                     parts.built.schedule.hold(plan.active_blocks)

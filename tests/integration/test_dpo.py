@@ -15,7 +15,7 @@ from lisatune.data.batches import collate
 from lisatune.data.prepare import prepare_data
 from lisatune.losses.dpo import DPOLoss
 from lisatune.memory import measure
-from lisatune.memory.plan import _batch, plan_memory
+from lisatune.memory.plan import make_batch, plan_memory
 from lisatune.methods.build import build
 from lisatune.models.load import load_model, load_tokenizer
 from lisatune.runs.summary import Summary
@@ -129,7 +129,7 @@ def test_the_plan_counts_both_answers_of_each_pair(method: str, recipe: Path) ->
         for _ in range(2):
             if plan.active_blocks is not None:
                 built.schedule.hold(plan.active_blocks)
-            built.step.backward([_batch(asked, base, plan.length)])
+            built.step.backward([make_batch(asked, base, plan.length)])
             built.step.clip()
             built.step.update()
             measured = tracker.end_step().peak_bytes

@@ -10,7 +10,7 @@ import tiny
 import tiny_run
 from lisatune import LISA
 from lisatune.memory import measure
-from lisatune.memory.plan import _batch, plan_memory
+from lisatune.memory.plan import make_batch, plan_memory
 from lisatune.methods import OPTIMIZERS
 from lisatune.methods.optimizers import build_from_groups, check_thaw
 from lisatune.models.load import load_model
@@ -79,7 +79,7 @@ def test_the_plan_is_what_a_step_takes(case: str, folder: Path) -> None:
     built.schedule.hold(plan.active_blocks)
     with measure(built.model, built.step.optimizer) as tracker:
         for _ in range(2):
-            built.step.backward([_batch(recipe, built.model, 32)])
+            built.step.backward([make_batch(recipe, built.model, 32)])
             built.step.clip()
             built.step.update()
             memory = tracker.end_step()

@@ -12,7 +12,7 @@ from torch import nn
 from lisatune import memory
 from lisatune.distributed.ranks import pick_device
 from lisatune.losses.causal_lm import CausalLMLoss
-from lisatune.memory.plan import RESERVE_SHARE, _batch, plan_memory
+from lisatune.memory.plan import RESERVE_SHARE, make_batch, plan_memory
 from lisatune.memory.tracker import StepMemory
 from lisatune.methods import METHODS, Method
 from lisatune.methods.build import build, weight_dtype
@@ -71,7 +71,7 @@ def take_steps(recipe: Recipe, model: nn.Module, blocks: tuple[int, ...] | None)
     device = pick_device(recipe.run.device)
     recipe = replace(recipe, method=recipe.method.without_proof())
     built = build(recipe, model, CausalLMLoss(model), steps=400, device=device)
-    batch = _batch(recipe, model, recipe.data.max_length)
+    batch = make_batch(recipe, model, recipe.data.max_length)
     if blocks is not None:
         built.schedule.hold(blocks)
     with memory.measure(built.model, built.step.optimizer) as measured:

@@ -14,7 +14,7 @@ from lisatune.cli.app import main
 from lisatune.compare.arms import read_comparison
 from lisatune.losses.reward import RewardLoss
 from lisatune.memory import measure
-from lisatune.memory.plan import _batch, plan_memory
+from lisatune.memory.plan import make_batch, plan_memory
 from lisatune.methods import METHODS
 from lisatune.methods.build import build
 from lisatune.models.load import load_model
@@ -139,7 +139,7 @@ def test_the_plan_is_what_a_step_takes(method: str, precision: str, recipe: Path
         for _ in range(2):
             if plan.active_blocks is not None:
                 built.schedule.hold(plan.active_blocks)
-            built.step.backward([_batch(asked, base, plan.length)])
+            built.step.backward([make_batch(asked, base, plan.length)])
             built.step.clip()
             built.step.update()
             measured = tracker.end_step().peak_bytes

@@ -29,7 +29,7 @@ from lisatune import LISA, find_layers, param_groups
 from lisatune.distributed import ranks
 from lisatune.distributed.shards import full_tensor, local_part, shard
 from lisatune.losses.causal_lm import CausalLMLoss
-from lisatune.memory.plan import _batch
+from lisatune.memory.plan import make_batch
 from lisatune.memory.tracker import measure
 from lisatune.methods.optimizers import build_from_groups, build_optimizer
 from lisatune.models import sharded
@@ -325,7 +325,7 @@ def measured(job: dict[str, Any]) -> dict[str, Any]:
     parts = assemble(recipe)
     batches = []
     for number in range(recipe.run.accumulation):
-        batch = _batch(recipe, parts.built.model, recipe.data.max_length)
+        batch = make_batch(recipe, parts.built.model, recipe.data.max_length)
         ids, place = batch["input_ids"], ranks.rank() * recipe.run.accumulation + number
         ids = (torch.arange(ids.numel()).view(ids.shape) + place * ids.numel()) % job["vocabulary"]
         batches.append(batch | {"input_ids": ids, "labels": ids})

@@ -38,6 +38,7 @@ __all__ = [
     "RESERVE_BYTES",
     "RESERVE_SHARE",
     "MemoryPlan",
+    "make_batch",
     "plan_memory",
 ]
 
@@ -233,7 +234,7 @@ def _plan(asked: _Asked, config: Any) -> MemoryPlan:
     loaded_bytes = sum(p.nbytes for p in model.parameters()) if asked.ranks == 1 else 0
     length = asked.length or recipe.data.max_length
     length = min(length, max_positions(model) or length)
-    batches = [_batch(recipe, model, length)] * min(recipe.run.accumulation, 2)
+    batches = [make_batch(recipe, model, length)] * min(recipe.run.accumulation, 2)
     with torch.random.fork_rng(devices=[]):  # tensors are not fake yet, because PEFT cannot adapt fake ones
         loss = None if ranks_are_fake() else make_loss(recipe, model)
         prepared = prepare(recipe, model)
@@ -334,7 +335,7 @@ def _build_meta_model(recipe: Recipe, config: Any) -> Any:
     return model_from_config(config, attention=recipe.model.attention, scores=scores, dtype=dtype)
 
 
-def _batch(recipe: Recipe, model: nn.Module, length: int) -> dict[str, Tensor]:
+def make_batch(recipe: Recipe, model: nn.Module, length: int) -> dict[str, Tensor]:
     """Make a real batch, int64 [B, T] each. Under packing each row holds two records; a pair is two rows."""
     num_rows = recipe.run.batch_size * recipe.loss.rows_per_record
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]

@@ -16,7 +16,7 @@ import tiny
 from lisatune import LISA, build_adamw
 from lisatune.losses.causal_lm import CausalLMLoss
 from lisatune.memory.costly_draws import find_costly_draws
-from lisatune.memory.plan import _batch, plan_memory
+from lisatune.memory.plan import make_batch, plan_memory
 from lisatune.memory.tracker import measure
 from lisatune.methods import METHODS
 from lisatune.methods.build import build, weight_dtype
@@ -146,7 +146,7 @@ def test_state_that_frozen_blocks_leave_behind_is_planned_as_it_is_in_a_run(stat
     lisa, most = built.schedule, 0
     assert isinstance(lisa, LISA)
     for _ in range(2 * period + 1):  # two periods are a pass over four blocks; the next has begun
-        built.step.backward([_batch(recipe, model, 16)])
+        built.step.backward([make_batch(recipe, model, 16)])
         built.step.clip()
         built.step.update()
         most = max(most, lisa.host_bytes())
@@ -191,7 +191,7 @@ def test_state_bytes_are_those_of_the_training_device() -> None:
     built = build(recipe, model, CausalLMLoss(model), steps=400, device=torch.device("cpu"))
     lisa = built.schedule
     assert isinstance(lisa, LISA)
-    built.step.backward([_batch(recipe, model, 16)])
+    built.step.backward([make_batch(recipe, model, 16)])
     built.step.update()
     trained = lisa.trainable_parameters()
     assert lisa.host_bytes() == 8 * sum(p.numel() for p in trained)
@@ -255,7 +255,7 @@ def test_codes_and_the_switch_between_two_draws_are_planned_as_in_a_run(bits: st
             if step == 4:  # until here each step ends with a draw
                 assert plan.active_blocks is not None
                 built.schedule.hold(plan.active_blocks)
-            built.step.backward([_batch(recipe, model, 96)])
+            built.step.backward([make_batch(recipe, model, 96)])
             built.step.clip()
             built.step.update()
             steps.append(tracker.end_step().peak_bytes)
@@ -290,7 +290,7 @@ def test_the_copy_of_a_checkpoint_is_what_it_writes(options: dict[str, Any], tmp
     built = build(recipe, model, CausalLMLoss(model), steps=400, device=torch.device("cpu"))
     for blocks in (range(BLOCKS), planned.active_blocks or ()):
         built.schedule.hold(tuple(blocks))
-        built.step.backward([_batch(recipe, model, 96)])
+        built.step.backward([make_batch(recipe, model, 96)])
         built.step.update()
         built.step.skip()
     path = save_checkpoint(tmp_path, step=1, model=built.model, optimizer=built.step.optimizer)

@@ -10,7 +10,7 @@ from transformers import GPT2Config, LlamaConfig
 from lisatune import memory
 from lisatune.losses.causal_lm import CausalLMLoss
 from lisatune.memory.fake import fake_tensors
-from lisatune.memory.plan import _batch, plan_memory
+from lisatune.memory.plan import make_batch, plan_memory
 from lisatune.memory.tracker import CATEGORIES, StepMemory
 from lisatune.methods import METHODS
 from lisatune.methods.build import build
@@ -51,7 +51,7 @@ def measure(recipe: Recipe, kind: str, blocks: tuple[int, ...] | None) -> tuple[
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         built = build(recipe, model, CausalLMLoss(model), steps=4, device=torch.device("cpu"))
-    batches = [_batch(recipe, model, 192)] * recipe.run.accumulation
+    batches = [make_batch(recipe, model, 192)] * recipe.run.accumulation
     if "rows" in str(getattr(recipe.method, "ends", "")):  # the most that a batch can be: all ids differ
         batches[0]["input_ids"] = torch.arange(2 * 192).view(2, 192)
 
@@ -165,7 +165,7 @@ def test_measuring_changes_no_gradient() -> None:
         model = type(model_from_config(CONFIGS["untied"], dtype=torch.float32))(CONFIGS["untied"])
         recipe = make_recipe("full", activation_checkpointing=True)
         built = build(recipe, model, CausalLMLoss(model), steps=4, device=torch.device("cpu"))
-        batch = [_batch(recipe, model, 64)]
+        batch = [make_batch(recipe, model, 64)]
         if measures:
             with memory.measure(built.model, built.step.optimizer):
                 built.step.backward(batch)
@@ -199,7 +199,7 @@ def test_categories_add_up_in_the_step_that_makes_host_state() -> None:
     built = build(recipe, model, CausalLMLoss(model), steps=4, device=torch.device("cpu"))
     with memory.measure(built.model, built.step.optimizer) as measured:
         for _ in range(2):
-            built.step.backward([_batch(recipe, model, 64)])
+            built.step.backward([make_batch(recipe, model, 64)])
             built.step.clip()
             built.step.update()
             step = measured.end_step()

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import tiny
 import tiny_run
 from lisatune.losses.causal_lm import CausalLMLoss
-from lisatune.memory.plan import _batch, plan_memory
+from lisatune.memory.plan import make_batch, plan_memory
 from lisatune.memory.tracker import measure
 from lisatune.methods import METHODS, MeZO
 from lisatune.methods.build import build
@@ -154,7 +154,7 @@ def test_the_plan_is_what_is_measured(over: str) -> None:
     built = build(recipe, model, CausalLMLoss(model), steps=9, device=CPU)
     with measure(built.model, built.step.optimizer) as tracker:
         for _ in range(2):
-            built.step.backward([_batch(recipe, model, 96)])
+            built.step.backward([make_batch(recipe, model, 96)])
             built.step.clip()
             built.step.update()
             measured = tracker.end_step()

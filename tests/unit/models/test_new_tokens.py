@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tiny_run
-from lisatune.memory.plan import _batch, plan_memory
+from lisatune.memory.plan import make_batch, plan_memory
 from lisatune.memory.tracker import measure
 from lisatune.models.load import load_model, load_tokenizer, meta_model
 from lisatune.models.sharded import load_for_ranks
@@ -136,7 +136,7 @@ def test_the_plan_counts_the_new_rows_alone_where_ends_are_frozen(recipe: Path, 
     built.schedule.hold(plan.active_blocks)
     with measure(built.model, built.step.optimizer) as tracker:
         for _ in range(2):
-            built.step.backward([_batch(asked, built.model, 32)] * accumulation)
+            built.step.backward([make_batch(asked, built.model, 32)] * accumulation)
             built.step.clip()
             built.step.update()
             memory = tracker.end_step()
