@@ -315,7 +315,7 @@ class LISA(BlockSchedule):
         self._ends.attach()
         self._hooks = [
             watch_compiling(model),
-            model.register_load_state_dict_post_hook(self._weights_were_loaded),
+            model.register_load_state_dict_post_hook(self._weights_were_loaded),  # type: ignore[no-untyped-call]
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
             optimizer.register_state_dict_pre_hook(self._rates.restore),
