@@ -68,6 +68,7 @@ def memory() -> str:
         "LISA γ=2": (METHODS["lisa"](), OptimizerConfig()),
         "LISA γ=8, 8-bit": (METHODS["lisa"](active=8), compact),
         "… frozen ends": (METHODS["lisa"](active=8, ends="frozen"), compact),
+        "… int8": (METHODS["lisa"](active=8, ends="frozen", frozen_weights="int8"), compact),
     }
     bars = {}
     for name, (method, optimizer) in arms.items():

@@ -8,10 +8,11 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lisatune.distributed.shards import has_values
 from lisatune.methods.base import Method
@@ -25,6 +26,7 @@ __all__ = [
     "VirtualTokens",
     "add_adapters",
     "build_adapter_optimizer",
+    "compute_in_dtype_of_input",
     "find_linear_layers",
     "refuse_score",
     "task_type",
@@ -79,6 +81,26 @@ def add_adapters(
         _check_config(adapter, adapted)
         _load_adapters(adapter, adapted)
     return adapted
+
+
+def compute_in_dtype_of_input(adapted: nn.Module) -> None:
+    """Let low-rank adapters in float32 compute in the dtype of their inputs, as they do under autocast.
+
+    PEFT would cast the inputs to float32, and backward would keep these copies. Adapters of an embedding,
+    which have no input to keep, stay as they are.
+    """
+    from peft.tuners.lora.layer import LoraLayer
+
+    layers: list[Any] = [module for module in adapted.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer.cast_input_dtype_enabled = False
+        for linear in (*layer.lora_A.values(), *layer.lora_B.values()):
+            linear.forward = MethodType(_compute_in_dtype_of_input, linear)
+
+
+def _compute_in_dtype_of_input(linear: nn.Linear, x: Tensor) -> Tensor:
+    """Replace the `forward` of an adapter's matrix, which has no bias."""
+    return nn.functional.linear(x, linear.weight.to(x.dtype))
 
 
 def _check_config(folder: str, adapted: Any) -> None:

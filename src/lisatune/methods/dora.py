@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lisatune.distributed.shards import full_tensor, like_shard, local_part
-from lisatune.methods.lora import LowRank
+from lisatune.methods.lora import ComputeDtype, LowRank
 
 __all__ = ["Dora"]
 
@@ -20,6 +20,17 @@ class Dora(LowRank):
     name = "dora"
     shards = True
     has_magnitudes = True
+
+    compute_dtype: ComputeDtype = "fp32"
+    """Dtype in which the adapters compute: float32, which the norms of the weights need."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compute_dtype == "weights":
+            raise ValueError(
+                "method.compute_dtype weights cannot work with method dora, because the norms of its weights "
+                "need float32; use fp32"
+            )
 
     def take_weights(self, model: nn.Module) -> None:
         """Let new magnitudes begin as the norms of the weights, of which one at a time is made whole."""

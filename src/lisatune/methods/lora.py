@@ -9,6 +9,7 @@ from torch import nn
 from lisatune.methods.adapters import (
     add_adapters,
     build_adapter_optimizer,
+    compute_in_dtype_of_input,
     find_linear_layers,
     task_type,
 )
@@ -16,9 +17,10 @@ from lisatune.methods.base import Alternatives, Method, halve
 from lisatune.nn.layers import LayerMap, select_named
 from lisatune.recipe import OptimizerConfig
 
-__all__ = ["Lora", "LowRank"]
+__all__ = ["ComputeDtype", "Lora", "LowRank"]
 
 AdapterDtype = Literal["fp32", "weights"]
+ComputeDtype = Literal["weights", "fp32"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,10 @@ class LowRank(Method):
     adapter_dtype: AdapterDtype = "fp32"
     """Dtype of the adapters: float32 (PEFT's default), or that of the weights, half as large beside bf16."""
 
+    compute_dtype: ComputeDtype = "weights"
+    """Dtype in which the adapters compute: that of the weights, as under autocast in HF Trainer and TRL, or
+    float32 (PEFT without autocast), for which backward keeps a float32 copy of every input."""
+
     adapter: str | None = None
     """Folder of PEFT adapters to begin with, such as RUN/model. Default: new ones."""
 
@@ -60,16 +66,21 @@ class LowRank(Method):
             raise ValueError(f"method.dropout must be >= 0 and below 1, got {self.dropout}")
         if self.adapter_dtype not in get_args(AdapterDtype):
             raise ValueError(f"method.adapter_dtype must be fp32 or weights, got {self.adapter_dtype!r}")
+        if self.compute_dtype not in get_args(ComputeDtype):
+            raise ValueError(f"method.compute_dtype must be weights or fp32, got {self.compute_dtype!r}")
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Add the adapters; see `add_adapters`."""
-        return add_adapters(
+        adapted = add_adapters(
             self.name,
             model,
             self._make_config,
             keep_fp32=self.adapter_dtype == "fp32",
             adapter=self.adapter,
         )
+        if self.compute_dtype == "weights":
+            compute_in_dtype_of_input(adapted)
+        return adapted
 
     def build_optimizer(
         self, model: nn.Module, layers: LayerMap, config: OptimizerConfig

@@ -58,6 +58,7 @@ BEFORE_IT_EXISTED: dict[str, Any] = {
     "optimizer.warmup_share": 0.0,
     "optimizer.min_lr_share": 0.0,
     "run.keep_best": False,
+    "method.compute_dtype": "fp32",
     "method.frozen_weights": "exact",
     "method.frozen_scales": "8bit",
     "method.master": "auto",

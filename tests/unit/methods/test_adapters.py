@@ -34,6 +34,32 @@ def test_dora_adds_one_magnitude_per_output_to_lora() -> None:
     assert lora.items() <= dora.items()
 
 
+def test_adapters_compute_as_under_autocast_and_keep_no_copy_of_their_inputs() -> None:
+    """In bf16, with the loss, gradients and dtypes of PEFT as HF Trainer and TRL run it."""
+
+    def run(*, compute_dtype: Any, autocast: bool) -> tuple[dict[str, torch.Tensor], int]:
+        torch.manual_seed(0)
+        model = Lora(rank=4, compute_dtype=compute_dtype).prepare(tiny.llama(seed=1).bfloat16())
+        kept: dict[int, int] = {}
+        with (
+            torch.autograd.graph.saved_tensors_hooks(
+                lambda t: kept.setdefault(id(t), t.nbytes) and t, lambda t: t
+            ),
+            torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast),
+        ):
+            loss = model(input_ids=tiny.tokens(0), labels=tiny.tokens(0)).loss
+        loss.backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        return {"loss": loss.detach(), **grads}, sum(kept.values())
+
+    want, _ = run(compute_dtype="fp32", autocast=True)
+    got, kept = run(compute_dtype="weights", autocast=False)
+    assert {grad.dtype for name, grad in got.items() if name != "loss"} == {torch.float32}
+    assert sum(float(grad.abs().sum()) for grad in got.values()) > 0
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    assert kept < run(compute_dtype="fp32", autocast=False)[1]
+
+
 def test_ia3_scales_keys_values_and_the_input_of_the_last_feed_forward_layer() -> None:
     chosen = {"k_proj.ia3_l": 16, "v_proj.ia3_l": 16, "down_proj.ia3_l": 48}
     assert trained(Ia3()) == chosen
@@ -64,6 +90,14 @@ def test_ia3_asks_for_layers_where_peft_has_no_choice() -> None:
     [
         (["method.name=dora", "method.rank=0"], "method.rank must be >= 1, got 0"),
         (["method.name=dora", "method.targets=[q_poj]"], "method.targets names 'q_poj', but the blocks'"),
+        (
+            ["method.name=dora", "method.compute_dtype=weights"],
+            "the norms of its weights need float32; use fp32",
+        ),
+        (
+            ["method.name=lora", "method.compute_dtype=bf16"],
+            "compute_dtype must be weights or fp32, got 'bf16'",
+        ),
         (["method.name=ia3", "method.rank=4"], "unknown key 'method.rank' of method ia3"),
         (["method.name=ia3", "method.targets=[k_poj]"], "method.targets names 'k_poj', but the blocks'"),
         (["method.name=ia3", "method.feedforward=[down_proj]"], "method.feedforward needs method.targets"),
