@@ -80,11 +80,16 @@ def process_group(device: str) -> Iterator[None]:
 
     Raises:
         ValueError: a device's number, which would put all ranks onto one device.
-        RuntimeError: another rank has gone.
+        RuntimeError: another rank has gone, or the launcher did not say which rank this process is.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or distributed.is_initialized():
         yield
         return
+    if "RANK" not in os.environ:
+        raise RuntimeError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']} and RANK is not set; start the ranks with torchrun, "
+            "or unset WORLD_SIZE to run on one"
+        )
     if ":" in device:
         raise ValueError(f"run.device {device} would put all ranks onto one device; leave out the number")
     accelerator = torch.accelerator.current_accelerator(check_available=True) if device != "cpu" else None
@@ -253,11 +258,12 @@ def broadcast_text(text: str, *, source: int = 0) -> str:
     """Return the text of a rank, the first one by default."""
     if not has_others():
         return text
-    mine = list(text.encode()) if rank() == source else []
+    # A file's name that is not UTF-8 is in a text as lone surrogates.
+    mine = list(text.encode(errors="surrogatepass")) if rank() == source else []
     size = max_over_ranks(len(mine))
     arrived = torch.tensor(mine or [0] * size, dtype=torch.uint8, device=_find_device())
     distributed.broadcast(arrived, src=source)
-    return bytes(arrived.tolist()).decode()
+    return bytes(arrived.tolist()).decode(errors="surrogatepass")
 
 
 def on_this_machine() -> int:
@@ -268,22 +274,41 @@ def on_this_machine() -> int:
 def consume_on_rank0(parts: Iterator[Part], work: Callable[[Iterator[Part]], Result]) -> Result | None:
     """All ranks produce `parts` together; rank 0 consumes them with `work`. Other ranks return None.
 
-    If `work` fails, rank 0 still takes the remaining parts, so that no rank waits for it.
+    If `work` fails, rank 0 still takes the remaining parts, so that no rank waits for it. If a part cannot be
+    made, its error is raised at once: the other ranks then lose this one.
 
     Raises:
         RuntimeError, OSError: as in `on_rank0`.
     """
     exhaust = deque[Part](maxlen=0).extend  # a loop's variable would hold a part while the next is made
-
-    def take_all() -> Result:
-        try:
-            return work(parts)
-        finally:
-            exhaust(parts)
-
     if not is_rank0():
         exhaust(parts)
-    return on_rank0(take_all)
+        return on_rank0(lambda: None)
+    are_made = False
+
+    def make_parts() -> Iterator[Part]:
+        nonlocal are_made
+        yield from parts
+        are_made = True
+
+    made = make_parts()  # held, because an iterator that nobody holds would close `parts`
+    result, failure = None, None
+    try:
+        try:
+            result = work(made)
+        finally:
+            exhaust(made)
+    except BaseException as error:
+        if not are_made:  # the others are inside a part, and hear nothing but the end of this process
+            raise
+        failure = error
+
+    def finish() -> Result | None:
+        if failure is not None:
+            raise failure
+        return result
+
+    return on_rank0(finish)
 
 
 @contextmanager
