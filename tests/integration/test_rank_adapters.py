@@ -52,6 +52,7 @@ def two(adapters: RankRuns) -> dict[str, list[Any]]:
     half, saves = "run.batch_size=1", ["run.steps=3", "run.save_every=3"]
     jobs = {name: adapters.job(name, f"two-{name}", half) for name in METHODS}
     jobs["lora"]["overrides"].append("run.samples=1")
+    jobs["packed"] = adapters.job("lora", "two-packed", half, "data.packing=true")
     jobs["narrow"] = adapters.job("dora", "two-narrow", half, NARROW, "run.save_dtype=bf16")
     jobs |= {f"saved-{name}": adapters.job(name, f"saved-{name}", half, *saves) for name in SAVED}
     adapters.alone("lora", "started", *saves)
@@ -83,6 +84,14 @@ def test_two_ranks_are_one_rank_on_the_same_global_batch(
     assert sum(shares) == pytest.approx(1, abs=0.02)
     # 3 rows of an adapter are divided as 2 and 1, and IA3's feed-forward vectors are one row.
     assert max(shares) < (0.9 if name == "ia3" else 0.65)
+
+
+def test_packed_records_train_adapters_on_two_ranks_as_on_one(
+    adapters: RankRuns, two: dict[str, Any]
+) -> None:
+    assert "error" not in two["packed"][0], two["packed"][0]
+    adapters.alone("lora", "one-packed", "data.packing=true")
+    adapters.compare("two-packed", "one-packed")
 
 
 def test_adapters_in_float32_beside_weights_of_16_bits(adapters: RankRuns, two: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from lisatune.distributed.shards import has_values, local_part, reshard
 from lisatune.losses.base import Loss, as_forward
 from lisatune.losses.cross_entropy import linear_cross_entropy
 from lisatune.nn.coded import CodedLinear, exact_parameters
-from lisatune.nn.hidden import hidden_states, logits, num_virtual_tokens
+from lisatune.nn.hidden import hidden_states, logits, num_virtual_tokens, unwrap_adapters
 
 __all__ = ["CausalLMLoss", "chunked_cross_entropy", "evaluation_mode"]
 
@@ -261,7 +261,7 @@ class CausalLMLoss(Loss):
         rounding_alone = 4 * max(_distance(before_a, alone_TV), unit)  # other shapes round otherwise
         if not (_distance(after_a, after_b) <= rounding and _distance(after_a, alone_TV) <= rounding_alone):
             raise ValueError(
-                f"data.packing does not work with {type(self.model).__name__} and attention "
+                f"data.packing does not work with {type(unwrap_adapters(self.model)).__name__} and attention "
                 f"{self.model.config._attn_implementation}: packed records would see each other; "
                 "set data.packing: false"
             )

@@ -31,9 +31,8 @@ def max_positions(model: nn.Module) -> int | None:
 
 def unwrap_adapters(model: nn.Module) -> nn.Module:
     """Return the transformers model inside PEFT's, with the adapters that are in it; any other as it is."""
-    if not isinstance(getattr(model, "peft_config", None), dict):
-        return model
-    inside: nn.Module = model.get_base_model()  # type: ignore[operator]
+    find: Any = getattr(model, "get_base_model", None)  # a model with adapters put inside has none
+    inside: nn.Module = model if find is None else find()
     return inside
 
 
@@ -50,7 +49,9 @@ def hidden_states(model: Any, input_ids_BT: Tensor, position_ids_BT: Tensor) -> 
 
 def logits(model: Any, input_ids_BT: Tensor, position_ids_BT: Tensor) -> Tensor:
     """Return the logits of the model's own `forward`, [B, T, V]. PEFT's counts positions by itself."""
-    positions = _positions(model, position_ids_BT) if _prompt_config(model) is None else {}
+    # PEFT's own forward passes on what it is given, and names none of it.
+    takes_them = _prompt_config(model) is None
+    positions = _positions(unwrap_adapters(model), position_ids_BT) if takes_them else {}
     logits_BTV: Tensor = model(input_ids=input_ids_BT, use_cache=False, **positions).logits
     return logits_BTV[:, -input_ids_BT.shape[1] :]
 

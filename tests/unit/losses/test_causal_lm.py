@@ -262,6 +262,15 @@ def test_packing_is_accepted_where_documents_do_not_see_each_other(family: str) 
     assert loss_sum.item() == pytest.approx(single, rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_packing_is_accepted_with_adapters_around_the_model() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(build(CONFIGS["llama tied"]), LoraConfig(target_modules=["q_proj"], r=2))
+    for each in (model, model.get_base_model()):
+        CausalLMLoss(each).check_packing()
+
+
 @pytest.mark.parametrize("family", ["bloom without position ids", "opt with a projection"])
 def test_packing_is_refused_where_documents_see_each_other(family: str) -> None:
     loss_fn = CausalLMLoss(build(CONFIGS[family]))
