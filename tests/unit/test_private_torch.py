@@ -37,6 +37,7 @@ KNOWN = {
     "torch.distributed.tensor._utils.compute_local_shape_and_global_offset",
     "torch.nn.Module._apply",
     "torch.nn.Module._backward_hooks",
+    "torch.nn.Module._backward_pre_hooks",
     "torch.nn.Module._buffers",
     "torch.nn.Module._compiled_call_impl",
     "torch.nn.Module._forward_hooks",

@@ -124,7 +124,8 @@ def _is_plain(head: Any) -> TypeGuard[nn.Linear]:
         and head.bias is None
         and (_is_plain_parameter(head.weight) or not has_values(head.weight))
         and "forward" not in vars(head)
-        and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks)
+        and not (head._forward_hooks or head._forward_pre_hooks)
+        and not (head._backward_hooks or head._backward_pre_hooks)
     )
 
 

@@ -218,6 +218,16 @@ def test_only_positions_with_loss_reach_the_head_one_chunk_at_a_time() -> None:
     assert seen == [12, 12, 6]
 
 
+@pytest.mark.parametrize("kind", ["forward_pre", "forward", "full_backward_pre", "full_backward"])
+def test_hooks_of_the_head_are_called(kind: str) -> None:
+    seen: list[object] = []
+    head = nn.Linear(4, 11, bias=False)
+    getattr(head, f"register_{kind}_hook")(lambda *given: seen.append(given))
+    hidden_BTD = torch.randn(1, 5, 4, requires_grad=True)
+    chunked_cross_entropy(hidden_BTD, head, torch.zeros(1, 5, dtype=torch.long))[0].backward()
+    assert seen
+
+
 def test_without_any_label_the_loss_is_a_zero_whose_gradients_are_zero() -> None:
     model, rows = build(CONFIGS["llama tied"]), batch()
     rows["labels"] = torch.full_like(rows["labels"], -100)
