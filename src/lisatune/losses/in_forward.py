@@ -1,7 +1,8 @@
 """The loss without full logits inside a model's own `forward`: for HF Trainer, PEFT and plain loops.
 
 After `use_chunked_loss(model)`, `model(input_ids=…, labels=…).loss` is the loss it was before, computed by
-`lisatune.losses.causal_lm`, and `.logits` is None. Calls without labels, such as generation, are unchanged.
+`lisatune.losses.causal_lm`, and `.logits` is None. Calls without labels, such as generation, are unchanged,
+and so are calls that ask for the loss of a mixture's router (`output_router_logits`).
 """
 
 import functools
@@ -93,7 +94,7 @@ def _forward(model: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs |= dict(zip(names, args, strict=False))
     has_labels = kwargs.get("labels") is not None or kwargs.get("shift_labels") is not None
     keeps_logits = not (model.training or handle.in_evaluation) or _is_set(kwargs.get("logits_to_keep"))
-    if not has_labels or keeps_logits:
+    if not has_labels or keeps_logits or _adds_router_loss(model, kwargs):
         return handle.forward(**kwargs)
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -119,6 +120,12 @@ def _forward(model: Any, *args: Any, **kwargs: Any) -> Any:
         attentions=out.get("attentions"),
     )
     return result.to_tuple() if for_loss["return_dict"] is False else result
+
+
+def _adds_router_loss(model: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether the model's own loss holds the router's auxiliary loss, which the chunked one leaves out."""
+    asked = kwargs.get("output_router_logits")
+    return bool(getattr(model.config, "output_router_logits", False) if asked is None else asked)
 
 
 def _find_inner(model: Any) -> nn.Module:

@@ -112,13 +112,28 @@ def test_undo_gives_the_forward_back_and_twice_is_refused() -> None:
     use_chunked_loss(model).undo()
 
 
-def test_a_router_loss_is_refused() -> None:
+def mixtral(**more: object) -> MixtralForCausalLM:
     config = MixtralConfig(
         vocab_size=128, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=2, output_router_logits=True,
+        num_key_value_heads=1, num_local_experts=2, **more,
     )  # fmt: skip
+    return MixtralForCausalLM(config)
+
+
+def test_a_router_loss_is_refused() -> None:
     with pytest.raises(ValueError, match=r"router's auxiliary loss.*set model.config.output_router_logits"):
-        use_chunked_loss(MixtralForCausalLM(config))
+        use_chunked_loss(mixtral(output_router_logits=True))
+
+
+def test_a_call_that_asks_for_the_router_loss_gets_it() -> None:
+    model, inputs = mixtral(), batch()
+    want = model(**inputs, output_router_logits=True)
+    assert want.aux_loss > 0
+    use_chunked_loss(model)
+    got = model(**inputs, output_router_logits=True)
+    torch.testing.assert_close((got.loss, got.aux_loss), (want.loss, want.aux_loss), rtol=0, atol=0)
+    model.config.output_router_logits = True
+    torch.testing.assert_close(model(**inputs).loss, want.loss, rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
