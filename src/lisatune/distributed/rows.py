@@ -75,6 +75,10 @@ def take_gradients(
 def exchange_rows(gradient: Tensor, parameter: Any) -> Tensor:
     """Exchange sparse gradients, of which each rank has other rows; every rank must call it.
 
+    Args:
+        gradient: this rank's, sparse [V, D]; it may be changed.
+        parameter: the matrix [V, D], divided among the ranks between its rows.
+
     Returns:
         Sparse [rows here, D], not merged: a row comes once from each rank that has it.
     """
@@ -101,6 +105,11 @@ def exchange_rows(gradient: Tensor, parameter: Any) -> Tensor:
 
 def exchange_span(gradient: Tensor, parameter: Any, *, span: tuple[int, int]) -> Tensor:
     """Exchange the rows from A to B of dense gradients; every rank must call it.
+
+    Args:
+        gradient: this rank's, dense [V, D].
+        parameter: the matrix [V, D], divided among the ranks between its rows.
+        span: A and B, 0 <= A <= B < V, equal on every rank.
 
     Returns:
         Sparse [rows here, D]: those of them that this rank holds.

@@ -3,7 +3,7 @@
 Every function also accepts plain tensors.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -205,10 +205,8 @@ def like_rows(rows: Tensor, parameter: Any) -> Tensor:
 
 def reshard(model: nn.Module) -> None:
     """Release parameters that the last forward pass left whole. Call it before reading parameters."""
-    modules: Iterable[Any] = model.modules() if ranks.count() > 1 else ()
-    for module in modules:
-        if hasattr(module, "reshard"):  # FSDP2 has taken it
-            module.reshard()
+    for module in _divided_modules(model):
+        module.reshard()
 
 
 def count_copies(how: Sharding, copies: int | None = None) -> int:
@@ -246,10 +244,19 @@ def exchange_late(model: nn.Module, *, is_last: bool) -> None:
     Call it before each backward pass. Ranks that divide one copy always exchange theirs, or each would hold
     whole gradients.
     """
-    modules: Iterable[Any] = model.modules() if ranks.count() > 1 else ()
-    for module in modules:
-        if hasattr(module, "set_requires_all_reduce"):  # FSDP2 has taken it
-            module.set_requires_all_reduce(is_last, recurse=False)
+    for module in _divided_modules(model):
+        module.set_requires_all_reduce(is_last, recurse=False)
+
+
+def _divided_modules(model: nn.Module) -> Iterator[Any]:
+    """Yield the modules that FSDP2 gathers and divides."""
+    if ranks.count() == 1:
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            yield module
 
 
 def shard(

@@ -25,14 +25,10 @@ class Loss:
 
     Args:
         model: a transformers model on its device.
-
-    Attributes:
-        watch: if set, `CausalLMLoss` also calls it with each batch and the loss sum of each row, [B].
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
-        self.watch: Callable[[Mapping[str, Tensor], Tensor], None] | None = None
 
     def __call__(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Sum the losses of a batch.

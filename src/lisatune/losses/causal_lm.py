@@ -24,12 +24,12 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from lisatune.distributed.shards import has_values, local_part, reshard
-from lisatune.losses.base import Loss, as_forward
+from lisatune.losses.base import Loss, Sums, as_forward
 from lisatune.losses.cross_entropy import linear_cross_entropy
 from lisatune.nn.coded import CodedLinear, exact_parameters
 from lisatune.nn.hidden import hidden_states, logits, num_virtual_tokens, unwrap_adapters
 
-__all__ = ["CausalLMLoss", "chunked_cross_entropy", "evaluation_mode"]
+__all__ = ["IGNORE", "CausalLMLoss", "chunked_cross_entropy", "evaluation_mode"]
 
 IGNORE = -100
 """Label of a position that carries no loss."""
@@ -78,25 +78,32 @@ def chunked_cross_entropy(
     num_tokens = has_loss_BT.sum()
     # Waits for the device once per call: N must be known.
     hidden_ND, target_N = hidden_BTD[has_loss_BT], target_BT[has_loss_BT]
+    how: dict[str, Any] = {"chunk_size": chunk_size, "transform": transform, "each": by_row}
     if _is_plain(head):
         read_rows = head.make_reader() if isinstance(head, CodedLinear) else None
-        total = linear_cross_entropy(
-            hidden_ND,
-            head.weight,
-            target_N,
-            chunk_size=chunk_size,
-            transform=transform,
-            read_rows=read_rows,
-            each=by_row,
-        )
-        return (_sum_rows(total, has_loss_BT) if by_row else total), num_tokens
+        losses = linear_cross_entropy(hidden_ND, head.weight, target_N, read_rows=read_rows, **how)
+    else:
+        losses = _recomputed_cross_entropy(hidden_ND, head, target_N, **how)
+    return (_sum_rows(losses, has_loss_BT) if by_row else losses), num_tokens
+
+
+def _recomputed_cross_entropy(
+    hidden_ND: Tensor,
+    head: Callable[[Tensor], Tensor],
+    target_N: Tensor,
+    *,
+    chunk_size: int,
+    transform: Callable[[Tensor], Tensor] | None,
+    each: bool,
+) -> Tensor:
+    """Do what `linear_cross_entropy` does, for any head: its logits are computed again in backward."""
 
     def chunk_loss(hidden_CD: Tensor, target_C: Tensor) -> Tensor:
         logits_CV = head(hidden_CD)
         if transform is not None:
             logits_CV = transform(logits_CV)
         wide = torch.promote_types(logits_CV.dtype, torch.float32)
-        return cross_entropy(logits_CV.to(wide), target_C, reduction="none" if by_row else "sum")
+        return cross_entropy(logits_CV.to(wide), target_C, reduction="none" if each else "sum")
 
     chunks: list[Tensor] = []
     for start in range(0, max(len(target_N), 1), chunk_size):  # one empty chunk if no position has loss
@@ -105,9 +112,7 @@ def chunked_cross_entropy(
             chunks.append(checkpoint(chunk_loss, *chunk, use_reentrant=False, preserve_rng_state=False))
         else:
             chunks.append(chunk_loss(*chunk))
-    if by_row:
-        return _sum_rows(torch.cat(chunks), has_loss_BT), num_tokens
-    return sum(chunks, torch.zeros((), device=hidden_BTD.device)), num_tokens
+    return torch.cat(chunks) if each else sum(chunks, torch.zeros((), device=hidden_ND.device))
 
 
 def _sum_rows(losses_N: Tensor, has_loss_BT: Tensor) -> Tensor:
@@ -143,8 +148,8 @@ class CausalLMLoss(Loss):
 
     `use_cache=False` and the batch's position_ids are always passed, an attention_mask never: sequences are
     padded on the right, where a causal model does not look, and packed documents are told apart by
-    position_ids that start again at 0. The auxiliary loss of
-    mixture-of-experts routers is not part of this loss.
+    position_ids that start again at 0. The auxiliary loss of mixture-of-experts routers is not part of this
+    loss.
 
     Of a model that FSDP2 has divided, a call is the forward pass: every rank must make this object, and call
     it.
@@ -157,6 +162,7 @@ class CausalLMLoss(Loss):
 
     Attributes:
         is_chunked: False if the model needs its full logits.
+        watch: if set, each call also calls it with the batch and the loss sum of each row, [B].
         transform: elementwise change that the model makes to its head's output; None if it makes none.
 
     Raises:
@@ -176,6 +182,7 @@ class CausalLMLoss(Loss):
         on_obstacle: Literal["warn", "raise"] = "warn",
     ) -> None:
         super().__init__(model)
+        self.watch: Callable[[Mapping[str, Tensor], Tensor], None] | None = None
         self.chunk_size = chunk_size
         self.transform: Callable[[Tensor], Tensor] | None = None
         obstacle = self._find_transform()
@@ -213,7 +220,7 @@ class CausalLMLoss(Loss):
         """Count what a step's loss is the mean over: the tokens with loss."""
         return int((batch["labels"][:, 1:] != IGNORE).sum())
 
-    def evaluate(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def evaluate(self, batch: Mapping[str, Tensor]) -> Sums:
         """Return loss sum and count, and sums of further held-out figures by name: none."""
         return *self(batch), {}
 
@@ -224,16 +231,18 @@ class CausalLMLoss(Loss):
 
     def _compute_losses(self, batch: Mapping[str, Tensor], *, by_row: bool) -> tuple[Tensor, Tensor]:
         input_ids_BT, position_ids_BT = batch["input_ids"], batch["position_ids"]
-        how: dict[str, Any] = {"chunk_size": self.chunk_size, "by_row": by_row}
-        if not self.is_chunked:
-            logits_BTV = logits(self.model, input_ids_BT, position_ids_BT)
-            return chunked_cross_entropy(logits_BTV, _identity, batch["labels"], **how)
+        if self.is_chunked:
+            inputs_BTD = hidden_states(self.model, input_ids_BT, position_ids_BT)
+            head = self.model.get_output_embeddings()
+        else:
+            inputs_BTD, head = logits(self.model, input_ids_BT, position_ids_BT), _identity
         return chunked_cross_entropy(
-            hidden_states(self.model, input_ids_BT, position_ids_BT),
-            self.model.get_output_embeddings(),
+            inputs_BTD,
+            head,
             batch["labels"],
+            chunk_size=self.chunk_size,
             transform=self.transform,
-            **how,
+            by_row=by_row,
         )
 
     def check_packing(self) -> None:

@@ -24,7 +24,7 @@ Shapes: N = positions with loss, H = hidden size, V = vocabulary, C = tokens of 
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,13 +80,14 @@ def linear_cross_entropy(
     with torch.autocast(device, enabled=False):
         narrow = weight_VH.requires_grad and weight_VH.dtype.itemsize < 4 and torch.is_grad_enabled()
         if read_rows is not None or narrow or each:
-            more: tuple[Any, ...] = (transform, dtype, read_rows)
-            losses_N = cast(Tensor, VocabularySlices.apply(hidden_NH, weight_VH, target_N, *more))  # type: ignore[no-untyped-call]
+            slices: Any = VocabularySlices
+            losses_N: Tensor = slices.apply(hidden_NH, weight_VH, target_N, transform, dtype, read_rows)
             return losses_N if each else losses_N.sum()
         if not torch.is_grad_enabled():
             return _token_chunks(hidden_NH, weight_VH, target_N, chunk_size, transform, dtype)[0]
-        more = (chunk_size, transform, dtype)
-        return cast(Tensor, TokenChunks.apply(hidden_NH, weight_VH, target_N, *more))  # type: ignore[no-untyped-call]
+        chunks: Any = TokenChunks
+        loss: Tensor = chunks.apply(hidden_NH, weight_VH, target_N, chunk_size, transform, dtype)
+        return loss
 
 
 class TokenChunks(torch.autograd.Function):

@@ -30,7 +30,8 @@ def bradley_terry(margins_P: Tensor, is_pair_P: Tensor) -> Sums:
         is_pair_P: from `find_pairs`; others do not count.
 
     Returns:
-        Loss sum and number of pairs, and the sums of `accuracy` (1 if the margin is > 0) and `margin`.
+        Loss sum (float32 scalar) and number of pairs, and the sums of `accuracy` (1 if the margin is > 0, so
+        0 for answers that are rated alike) and `margin`.
     """
     margins_P = margins_P * is_pair_P
     more = {"accuracy": (margins_P > 0).sum(), "margin": margins_P.detach().sum()}
