@@ -165,9 +165,6 @@ def assemble(
         model, masters = _load(recipe, device, rehearsed)
         recipe.method.place(model, device, masters)
         loss = make_loss(recipe, model)
-        if recipe.data.packing:
-            assert isinstance(loss, CausalLMLoss)
-            loss.check_packing()
     else:  # block by block, each rank its part
         model, fill = load_for_ranks(**recipe.model_source, dtype=dtype)
     _warn_of_widened_weights(recipe, model, device)
@@ -180,7 +177,7 @@ def assemble(
     if fill is not None:
         recipe.method.take_weights(prepared.model)
     built = attach(recipe, prepared, loss, steps=data.steps, device=device)
-    if recipe.data.packing and loss is None:
+    if recipe.data.packing:
         assert isinstance(built.step.loss, CausalLMLoss)
         built.step.loss.check_packing()
     warn_of_long_warmup(recipe.optimizer, data.steps)
@@ -189,6 +186,7 @@ def assemble(
     parts.save_dtype = save_dtype(recipe, built.model)
     if data.sources and data.rows_per_record == 1:
         parts.source_losses = SourceLosses([source.name for source in data.sources])
+        assert isinstance(built.step.loss, CausalLMLoss)
         built.step.loss.watch = parts.source_losses
     if run.compile and built.blocks is not None:
         parts.compile_seconds = build_graphs(recipe, built, device)
