@@ -40,6 +40,7 @@ __all__ = [
     "ranges_text",
     "split_override",
     "terminal",
+    "time_left",
 ]
 
 WIDEST = 100
@@ -78,9 +79,8 @@ def follow(
     status = console.status(what) if console.is_terminal else None
 
     def describe(done: int, now: float) -> str:
-        part = done / total if total else share()
-        left = (now - began) * (1 / part - 1) if part else math.nan
-        return f"{what}: {done:,}{f' of {total:,}' if total else ''}, {clock_text(left)} left"
+        rest = time_left(now - began, done / total if total else share())
+        return f"{what}: {done:,}{f' of {total:,}' if total else ''}, {rest}"
 
     def advance(done: int) -> None:
         nonlocal said, shown
@@ -103,6 +103,16 @@ def clock_text(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def time_left(seconds: float, share: float) -> str:
+    """Write how long the rest of some work will take: 1:05 left.
+
+    Args:
+        seconds: wall time of what is done.
+        share: how much of the work that is, 0 to 1; 0 if it is unknown.
+    """
+    return f"{clock_text(seconds * (1 / share - 1) if share else math.nan)} left"
 
 
 def count_text(count: float) -> str:

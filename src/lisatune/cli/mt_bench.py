@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lisatune.cli.loading import LoadOptions
-from lisatune.console import clock_text, grid, plural, print_line, terminal
+from lisatune.console import grid, plural, print_line, terminal, time_left
 
 __all__ = ["answer", "judge"]
 
@@ -116,8 +116,8 @@ class _Lines:
             self._first, self._began = done, now
         if done > self._first and now - self._said >= SECONDS_BETWEEN_LINES:
             self._said = now
-            left = (now - self._began) / (done - self._first) * (of - done)
-            terminal().print(f"    {done} of {of} {self._what}, about {clock_text(left)} left")
+            rest = time_left(now - self._began, (done - self._first) / (of - self._first))
+            terminal().print(f"    {done} of {of} {self._what}, {rest}")
 
 
 def _print_scores(scores: dict[str, Any]) -> None:

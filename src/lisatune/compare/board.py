@@ -12,7 +12,7 @@ from rich.text import Text
 
 from lisatune.compare.arms import Comparison
 from lisatune.compare.processes import Run
-from lisatune.console import plural, terminal
+from lisatune.console import clock_text, plural, terminal
 
 __all__ = ["Board"]
 
@@ -94,8 +94,8 @@ class Board:
         self._cells[run.arm.name, column] = text
 
     def _make_table(self) -> Table:
-        minutes, seconds = divmod(round(time.monotonic() - self._began), 60)
-        table = Table(box=box.ROUNDED, title=f"{minutes}:{seconds:02} · {self._now}", title_justify="left")
+        clock = clock_text(time.monotonic() - self._began)
+        table = Table(box=box.ROUNDED, title=f"{clock} · {self._now}", title_justify="left")
         table.add_column("validation loss", style="cyan")
         for column in self._columns:
             table.add_column(column, justify="right")

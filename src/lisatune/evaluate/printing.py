@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from lisatune.console import clock_text, grid, percent_text, plural, terminal
+from lisatune.console import grid, percent_text, plural, terminal, time_left
 from lisatune.evaluate.benchmark import Progress
 from lisatune.evaluate.tasks import OpenTask
 
@@ -36,10 +36,9 @@ class ScoreLines(Progress):
         now = time.monotonic()
         if now - self._said >= SECONDS_BETWEEN_LINES:
             self._said = now
-            new = self._done - self._kept
-            left = (now - self._began) / new * (self._questions - self._done)
-            clock = f", about {clock_text(left)} left of this task" if new >= 1 else ""
-            self._console.print(f"    {self._done:,.0f} of {self._questions:,}{clock}")
+            share = (self._done - self._kept) / (self._questions - self._kept)
+            rest = time_left(now - self._began, share)
+            self._console.print(f"    {self._done:,.0f} of {self._questions:,}, {rest}")
 
 
 def print_scores(evaluation: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from lisatune.console import byte_text, clock_text, grid, plural, ranges_text, terminal
+from lisatune.console import byte_text, clock_text, grid, plural, ranges_text, terminal, time_left
 from lisatune.runs.summary import Sample, Summary, score_text
 
 __all__ = ["Bar", "print_finished", "print_summary"]
@@ -65,19 +65,18 @@ class Bar:
     ) -> None:
         """Show the progress after optimizer step `step` (1 is the first). Takes a line of metrics.jsonl."""
         done = step - self._start
-        left = (time.monotonic() - self._began) / done * (self._total - step) if done > 0 else math.nan
+        rest = time_left(time.monotonic() - self._began, done / (self._total - self._start))
         facts = [f"loss {loss:.3f}", f"lr {lr:.1e}", f"{tokens_per_second:,.0f} tok/s"]
         if mfu is not None:
             facts.append(f"{mfu:.0%} MFU")
         if active_blocks is not None:
             facts.append(f"blocks {ranges_text(active_blocks)}")
         facts.append(byte_text(resident_bytes))
-        time_left = f"{clock_text(left)} left"
         if self._progress is None:
             width = len(str(self._total))
-            self._say(f"step {step:>{width}}/{self._total}  {'  '.join([*facts, time_left])}")
+            self._say(f"step {step:>{width}}/{self._total}  {'  '.join([*facts, rest])}")
         else:  # a narrow terminal cuts the end of the line off
-            text = "· " + " · ".join([time_left, *facts])
+            text = "· " + " · ".join([rest, *facts])
             self._progress.update(self._task, completed=step, description=text)
 
     @contextmanager
@@ -92,7 +91,8 @@ class Bar:
             A function to call after each part. If the output is not a terminal, a line is printed for the
             parts done in each half minute, so that a short evaluation prints none.
         """
-        said, done = time.monotonic(), 0
+        began = said = time.monotonic()
+        done = 0
         task = None if self._progress is None else self._progress.add_task(f"· {what}", total=total)
 
         def advance() -> None:
@@ -100,9 +100,9 @@ class Bar:
             done += 1
             if self._progress is not None and task is not None:
                 self._progress.advance(task)
-            elif time.monotonic() - said >= SECONDS_BETWEEN_LINES:
-                said = time.monotonic()
-                self._say(f"{what}: {done} of {total} batches")
+            elif (now := time.monotonic()) - said >= SECONDS_BETWEEN_LINES:
+                said = now
+                self._say(f"{what}: {done} of {total} batches, {time_left(now - began, done / total)}")
 
         try:
             yield advance

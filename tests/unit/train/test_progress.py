@@ -90,9 +90,9 @@ def test_a_long_evaluation_says_on_a_pipe_how_far_it_is(
         for _ in range(3):
             advance()
     lines = [
-        "held-out loss: 1 of 3 batches",
-        "held-out loss: 2 of 3 batches",
-        "held-out loss: 3 of 3 batches",
+        "held-out loss: 1 of 3 batches, 1:20 left",
+        "held-out loss: 2 of 3 batches, 0:40 left",
+        "held-out loss: 3 of 3 batches, 0:00 left",
     ]
     assert text_of(shown).splitlines() == (lines if seconds == 40 else [])
 
