@@ -1,8 +1,11 @@
 """The names that `lisatune` and its packages promise: they stay where they are, and each says what it is."""
 
+import ast
 import importlib
 import inspect
 import pkgutil
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,3 +122,21 @@ def test_the_public_names_of_lisatune_need_no_more_than_their_names() -> None:
     star: dict[str, Any] = {}
     exec("from lisatune import *", star)  # noqa: S102 - our own names
     assert set(PUBLIC["lisatune"]) <= star.keys()
+
+
+FILES = [
+    file
+    for package, names in (("evaluate", ("*",)), ("export", ("delta", "lora", "source")))
+    for name in names
+    for file in sorted((Path(lisatune.__file__).parent / package).glob(f"{name}.py"))
+]
+"""What both the command and Python call."""
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}.{file.stem}")
+def test_messages_name_no_option_that_a_caller_in_python_did_not_write(file: Path) -> None:
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    texts = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and id(n) not in docs]
+    plain = [re.sub(r"`[^`]*`", "", text) for text in texts if isinstance(text, str)]  # but whole commands
+    assert [text for text in plain if re.search(r"(^|\s|\()--[a-z]", text)] == []

@@ -122,10 +122,11 @@ class Judge:
 
     def __post_init__(self) -> None:
         if not self.timeout > 0:
-            raise ValueError(f"--judge-timeout must be seconds > 0, got {self.timeout:g}")
+            raise ValueError(f"the judge's timeout must be seconds > 0, got {self.timeout:g}")
         if urlsplit(self.url).scheme not in ("http", "https") or not urlsplit(self.url).hostname:
             raise ValueError(
-                f"--judge-url must be a server's address, such as http://127.0.0.1:8080/v1, got {self.url!r}"
+                "the judge's url must be a server's address, such as http://127.0.0.1:8080/v1, got "
+                f"{self.url!r}"
             )
 
     def __repr__(self) -> str:
@@ -234,8 +235,8 @@ def judge_answers(
     missing = [question["question_id"] for question in questions if question["question_id"] not in answers]
     if missing:
         raise FileNotFoundError(
-            f"{output / FOLDER} has no answers to {len(missing)} of {len(questions)} questions; make them "
-            "with --mt-bench answers"
+            f"{output / FOLDER} has no answers to {len(missing)} of {len(questions)} questions; let the "
+            "model write them first, as `lisatune evaluate --mt-bench answers` does"
         )
     slug = re.sub(r"[^\w.-]+", "-", judge.model)
     file = output / FOLDER / f"judgments-{slug}.jsonl"

@@ -264,7 +264,7 @@ def _match_splits(
         lacking = sources[examples] if examples else "train"
     if lacking is not None:
         have = ", ".join(f"{kind}*" for kind in sorted(rows))
-        way_out = "" if asked is None or lacking == sources[asked] else ", or set --shots 0"
+        way_out = "" if asked is None or lacking == sources[asked] else ", or set shots to 0"
         raise FileNotFoundError(
             f"task {leaf} needs {lacking}*, and {folder} has only {have}; add a file {lacking}.jsonl{way_out}"
         )

@@ -182,8 +182,8 @@ def _note_model(folder: Path, model: dict[str, Any]) -> None:
         before = json.loads(file.read_text(encoding="utf-8")).get("max_new_tokens")
         if before != model["max_new_tokens"]:
             raise ValueError(
-                f"the answers in {folder} may have {before} tokens a turn, and --max-new-tokens is "
-                f"{model['max_new_tokens']}; name another --output"
+                f"the answers in {folder} may have {before} tokens a turn, and max_new_tokens is "
+                f"{model['max_new_tokens']}; name another output folder"
             )
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -271,10 +271,10 @@ def check_model(file: Path, model: Mapping[str, Any]) -> None:
         there = json.loads(file.read_text(encoding="utf-8"))
         same = there["sha256"] == model["sha256"] and (there["sha256"] or there["name"] == model["name"])
     except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{file} is damaged ({error}); name another --output") from None
+        raise ValueError(f"{file} is damaged ({error}); name another output folder") from None
     if not same:
         again = "" if there["name"] != model["name"] else " as it was before its weights changed"
         raise ValueError(
             f"{file.parent} holds results of {there['name']}{again}, and this is {model['name']}; name "
-            "another --output"
+            "another output folder"
         )

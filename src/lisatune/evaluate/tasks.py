@@ -162,7 +162,7 @@ def open_tasks(
     if not isinstance(limits, Mapping):
         limits = dict.fromkeys(limits)
     if shots is not None and shots < 0:
-        raise ValueError(f"--shots must be >= 0, got {shots}")
+        raise ValueError(f"shots must be >= 0, got {shots}")
     with ExitStack() as stack:
         folder = None
         if data is not None:
@@ -299,7 +299,7 @@ def _load(manager: Any, name: str, target: str) -> Any:
     except (ConnectionError, FileNotFoundError) as error:
         raise FileNotFoundError(
             f"the questions of task {name} are not on this machine ({first_line(error)}); connect to the "
-            "hub, or give a folder of questions (--data, in a recipe run.evaluate_data)"
+            "hub, or give a folder of questions as data (in a recipe: run.evaluate_data)"
         ) from error
     except Exception as error:  # definitions are code and can raise anything
         raise ValueError(f"the harness cannot open task {name}: {first_line(error)}") from error
@@ -309,8 +309,8 @@ def _check(leaf: str, task: Any) -> None:
     """Refuse what a language model alone cannot answer safely."""
     if getattr(task, "UNSAFE_CODE", False):
         raise ValueError(
-            f"task {leaf} runs program code that the model writes; lisatune does not run it, the harness "
-            "does with --confirm_run_unsafe_code"
+            f"task {leaf} runs program code that the model writes; lisatune does not run it, "
+            "`lm-eval --confirm_run_unsafe_code` does"
         )
     if getattr(task, "MULTIMODAL", False):
         raise ValueError(f"task {leaf} asks about pictures or sound; lisatune evaluates text only")

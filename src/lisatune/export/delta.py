@@ -144,13 +144,13 @@ def apply_delta(folder: Path, output: Path, base: str | None = None) -> str:
         if base:
             raise
         raise FileNotFoundError(
-            f"the base of this delta, {name}, is not here ({error}); give --base"
+            f"the base of this delta, {name}, is not here ({error}); give its folder as base"
         ) from None
     before, changed = _Files(place), _Files(folder, "delta")
     if (found := before.sha256()) != wanted:
         raise ValueError(
             f"{name} is not the base of this delta: the hash of its weights is {found[:12]}… and that of the "
-            f"base, {about['base']['name']}, was {wanted[:12]}…; give that one with --base"
+            f"base, {about['base']['name']}, was {wanted[:12]}…; give that one as base"
         )
     weights: dict[str, dict[str, str]] = about["weights"]
     files: dict[str, list[str]] = {}
@@ -233,7 +233,7 @@ def _read(folder: Path) -> dict[str, Any]:
     file = folder / DELTA
     if not file.is_file():
         raise FileNotFoundError(
-            f"{folder} holds no delta: it has no {DELTA}; give a folder that --delta wrote"
+            f"{folder} holds no delta: it has no {DELTA}; give a folder that `lisatune export --delta` wrote"
         )
     try:
         about: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))

@@ -109,11 +109,11 @@ def extract_lora(
         OSError: the folder could not be written; an existing one is as it was.
     """
     source.refuse_adapters("they are in low rank already; copy the folder")
-    source.refuse_scores("its score has nothing in the base to differ from; give --delta")
+    source.refuse_scores("its score has nothing in the base to differ from; export a delta")
     trust: dict[str, Any] = {"trust_remote_code": source.trusts_remote_code}
     where: dict[str, Any] = {"name": source.need_base(), "revision": source.revision, **trust}
     if rank < 1:
-        raise ValueError(f"--lora must be a rank >= 1, got {rank}")
+        raise ValueError(f"the rank must be >= 1, got {rank}")
     dtype = stored_dtype(**where) or torch.float32
     base = load_model(**where, dtype=dtype)
     tuned, _ = load_mapped(str(source.model), dtype=_dtype_of(source.model), **trust)
@@ -121,8 +121,8 @@ def extract_lora(
     full = max(min(weight.shape) for weight in _weights(modules).values())
     if rank > full:
         raise ValueError(
-            f"--lora {rank} is above the full rank of every changed weight, which is {full}; give at most "
-            f"{full}, or --delta, which keeps all"
+            f"rank {rank} is above the full rank of every changed weight, which is {full}; give at most "
+            f"{full}, or export a delta, which keeps all"
         )
     with torch.no_grad():
         ties = _check_tied(base, modules)
@@ -201,7 +201,7 @@ def _changed_modules(base: Any, tuned: Any, source: Source) -> dict[str, nn.Modu
         name = (other or sorted(before.keys() - after.keys()))[0]
         raise ValueError(
             f"{source.model} and its base {source.base} differ in the shape of {name}, so there is no "
-            "difference to factor; give the right --base, or --delta, which takes new tokens too"
+            "difference to factor; give the right base, or export a delta, which takes new tokens too"
         )
     modules: dict[str, nn.Module] = {}
     for path, module in base.named_modules():
@@ -212,7 +212,7 @@ def _changed_modules(base: Any, tuned: Any, source: Source) -> dict[str, nn.Modu
             modules[path] = module
     if not modules:
         raise ValueError(
-            f"no linear layer and no embedding of {source.model} differs from {source.base}; --delta keeps "
+            f"no linear layer and no embedding of {source.model} differs from {source.base}; a delta keeps "
             "whatever changed"
         )
     return modules
@@ -299,7 +299,7 @@ def _check_tied(base: Any, modules: dict[str, nn.Module]) -> bool:
     if name.rpartition(".")[2] not in EMBEDDING_LAYER_NAMES:
         raise ValueError(
             f"embedding and head are one matrix, {name}, and PEFT ties adapters only of matrices named "
-            f"{' or '.join(EMBEDDING_LAYER_NAMES)}; export it with --delta"
+            f"{' or '.join(EMBEDDING_LAYER_NAMES)}; export a delta"
         )
     return True
 

@@ -41,7 +41,7 @@ class Source:
             ValueError: it is not known.
         """
         if self.base is None:
-            raise ValueError(f"{self.model} does not say which model it began with; give it with --base")
+            raise ValueError(f"{self.model} does not say which model it began with; give it as base")
         return self.base
 
     def refuse_adapters(self, why: str) -> None:

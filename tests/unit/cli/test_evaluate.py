@@ -116,7 +116,7 @@ def test_adapters_are_evaluated_with_their_model_and_refused_without(
     ("more", "says"),
     [
         (("--batch", "many"), "--batch must be auto or a number >= 1, got 'many'"),
-        (("--shots", "-1"), "--shots must be >= 0"),
+        (("--shots", "-1"), "shots must be >= 0"),
         (("--limit", "0"), "--limit must be >= 1"),
         (("--device", "tpu"), "unknown --device 'tpu'"),
         (("--data", "nowhere"), "there is no folder nowhere"),

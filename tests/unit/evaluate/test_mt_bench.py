@@ -182,7 +182,7 @@ def test_answers_have_two_turns_and_go_on_after_a_stop(
     assert [len(answer["choices"][0]["turns"]) for answer in read_answers(tmp_path)] == [2, 2, 2]
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
-    with pytest.raises(ValueError, match=r"may have 3 tokens a turn, and --max-new-tokens is 4"):
+    with pytest.raises(ValueError, match=r"may have 3 tokens a turn, and max_new_tokens is 4"):
         answer_questions(model, tokenizer, tmp_path, questions, **options | {"max_new_tokens": 4})
     other = {"name": "other", "sha256": {}}
     with pytest.raises(ValueError, match="holds results of tiny, and this is other"):
@@ -302,7 +302,7 @@ def test_changed_answers_are_judged_again(answered: Path) -> None:
     ("more", "says"),
     [
         ((), "give --judge-url and --judge-model"),
-        (("--judge-url", "localhost", "--judge-model", "m"), "--judge-url must be a server's address"),
+        (("--judge-url", "localhost", "--judge-model", "m"), "the judge's url must be a server's address"),
         (("--judge-url", "http://x/v1", "--judge-model", "m"), "has no answers to 80 of 80 questions"),
         (
             ("--judge-url", "http://x/v1", "--judge-model", "m", "--judge-price", "2"),

@@ -31,7 +31,7 @@ def test_presets_have_the_shots_of_the_paper() -> None:
 
 def test_shots_stand_before_the_question_and_shots_0_needs_no_examples(data: Path) -> None:
     (data / "mmlu" / "dev.jsonl").unlink()
-    with pytest.raises(FileNotFoundError, match=r"mmlu_anatomy needs dev\*, .* has only test\*.*--shots 0"):
+    with pytest.raises(FileNotFoundError, match=r"mmlu_anatomy needs dev\*, .* has only test\*.*shots to 0"):
         open_tasks(["mmlu"], data=data).__enter__()
     with open_tasks(["mmlu"], data=data, shots=0) as (task,):
         leaf = task.leaves["mmlu_world_religions"]
@@ -42,7 +42,7 @@ def test_shots_stand_before_the_question_and_shots_0_needs_no_examples(data: Pat
 
 def test_a_question_is_never_its_own_example(data: Path) -> None:
     (data / "arc_easy" / "train.jsonl").unlink()
-    with pytest.raises(FileNotFoundError, match=r"arc_easy needs train\*, .*--shots 0"):
+    with pytest.raises(FileNotFoundError, match=r"arc_easy needs train\*, .*shots to 0"):
         open_tasks(["arc_easy"], data=data, shots=2).__enter__()
 
 
@@ -144,7 +144,7 @@ def test_a_line_that_is_not_json_is_named(tmp_path: Path) -> None:
 
 def test_without_data_and_without_hub_the_task_is_named() -> None:
     with pytest.raises(
-        FileNotFoundError, match=r"questions of task arc_easy are not on this machine.*--data"
+        FileNotFoundError, match=r"questions of task arc_easy are not on this machine.*run.evaluate_data"
     ):
         open_tasks(["arc_easy"]).__enter__()
 

@@ -119,7 +119,9 @@ def test_the_base_is_named_without_its_path_and_asked_for(base: Path, tuned: Pat
     write_delta(Source(tuned, None, str(base)), tmp_path / "delta")
     text = (tmp_path / "delta" / "delta.json").read_text()
     assert str(base.parent) not in text
-    with pytest.raises(FileNotFoundError, match=r"the base of this delta, base, is not here .*; give --base"):
+    with pytest.raises(
+        FileNotFoundError, match=r"the base of this delta, base, is not here .*; give its folder as base"
+    ):
         apply_delta(tmp_path / "delta", tmp_path / "back")
 
 
@@ -163,7 +165,7 @@ def test_what_is_no_model_is_refused(base: Path, tuned: Path, tmp_path: Path) ->
         ValueError, match=r"holds bottleneck adapters, .* cannot be merged .*; copy the folder"
     ):
         write_delta(open_source(str(tmp_path / "adapters"), str(base)), tmp_path / "delta")
-    with pytest.raises(ValueError, match="does not say which model it began with; give it with --base"):
+    with pytest.raises(ValueError, match="does not say which model it began with; give it as base"):
         write_delta(open_source(str(tuned)), tmp_path / "delta")
     with pytest.raises(FileNotFoundError, match=r"holds no delta: it has no delta\.json"):
         apply_delta(tuned, tmp_path / "back", str(base))

@@ -118,15 +118,15 @@ def test_the_table_rises_with_rank_and_says_what_is_left_out(tmp_path: Path) -> 
 def test_a_rank_above_full_and_below_one_is_refused(tmp_path: Path) -> None:
     base, tuned = pair(tmp_path, tied=False)
     with pytest.raises(
-        ValueError, match="--lora 33 is above the full rank of every changed weight, which is 32"
+        ValueError, match="rank 33 is above the full rank of every changed weight, which is 32"
     ):
         extract_lora(Source(tuned, None, str(base)), tmp_path / "lora", 33, device=CPU)
-    with pytest.raises(ValueError, match="--lora must be a rank >= 1, got 0"):
+    with pytest.raises(ValueError, match="the rank must be >= 1, got 0"):
         extract_lora(Source(tuned, None, str(base)), tmp_path / "lora", 0, device=CPU)
     with pytest.raises(ValueError, match=r"no linear layer and no embedding of .* differs from"):
         extract_lora(Source(base, None, str(base)), tmp_path / "lora", 1, device=CPU)
     write(tiny.llama(blocks=3), tmp_path / "deeper")
-    with pytest.raises(ValueError, match="so there is no difference to factor; give the right --base"):
+    with pytest.raises(ValueError, match="so there is no difference to factor; give the right base"):
         extract_lora(Source(tmp_path / "deeper", None, str(base)), tmp_path / "lora", 1, device=CPU)
     assert not (tmp_path / "lora").exists()
 
@@ -139,6 +139,6 @@ def test_a_tied_head_that_peft_would_not_know_is_refused(tmp_path: Path) -> None
         model.transformer.wte.weight[0] += 1
     tuned = write(model, tmp_path / "tuned")
     with pytest.raises(
-        ValueError, match=r"are one matrix, transformer\.wte, and PEFT ties .*; export it with"
+        ValueError, match=r"are one matrix, transformer\.wte, and PEFT ties .*; export a delta"
     ):
         extract_lora(Source(tuned, None, str(base)), tmp_path / "lora", 1, device=CPU)
