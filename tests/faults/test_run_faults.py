@@ -83,7 +83,7 @@ def term_in(name: str, call: int) -> None:
         (
             "evaluation.answer_samples",
             1,
-            "stopped at once; no checkpoint was saved, so start over with the same command and",
+            "stopped at once; nothing was trained yet, so start again with the same command",
             False,
         ),
         ("loop.assemble", 1, "interrupted", False),
@@ -96,7 +96,7 @@ def test_sigterm_saves_and_ends_with_143_and_the_run_goes_on_bit_equal(
     pid = runs.attempt(series.recipe, run, "run.save_every=null", killer=lambda run: term_in(function, call))
     assert ended(pid, within=60) == 143
     assert log.read_text().splitlines()[-1].startswith(f"lisatune: {says}")
-    flags = ["--resume"] if resumes else ["--overwrite"] if run.exists() else []
+    flags = ["--resume"] if resumes else []
     assert ended(runs.attempt(series.recipe, run, *flags)) == 0, log.read_text()
     assert_as_undisturbed(series, run)
 

@@ -560,7 +560,7 @@ def test_ctrl_c_saves_and_the_resumed_run_ends_bit_equal(recipe: Path) -> None:
         (
             "evaluation.held_out",
             1,
-            "no checkpoint was saved, so start over with the same command and --overwrite\n",
+            "nothing was trained yet, so start again with the same command\n",
         ),
         ("evaluation.answer_samples", 2, "stopped after training; the model is in "),
     ],
@@ -588,7 +588,7 @@ def test_ctrl_c_outside_the_loop_says_how_to_go_on(
         patch.setattr(module, name, press)
         assert main(["train", str(recipe)]) == 130
     one_sentence(capfd, says, start="lisatune: ")
-    trained(recipe, "run", *(["--overwrite"] if (recipe.parent / "run").exists() else []))
+    trained(recipe, "run", *(["--overwrite"] if (recipe.parent / "run" / "model").exists() else []))
 
 
 def test_a_second_ctrl_c_stops_at_once_and_names_the_last_checkpoint(

@@ -94,6 +94,26 @@ def test_a_resume_without_the_reference_it_began_with_is_refused(recipe: Path) -
     assert train(load_pairs(recipe), resume=True)["steps"] == 4
 
 
+def test_a_run_stopped_before_its_first_checkpoint_says_how_to_start_again(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    unsaved = load_pairs(recipe, "run", "run.save_every=0", "run.log_every=1")
+    with monkeypatch.context() as patch:
+        patch.setattr(DPOLoss, "log_probs", stop)
+        with pytest.raises(KeyboardInterrupt, match="nothing was trained yet, so start again with the same"):
+            train(unsaved)
+    with pytest.raises(ValueError, match=r"before its first checkpoint, .* again without --resume"):
+        train(unsaved, resume=True)
+    with pytest.raises(KeyboardInterrupt, match="start over with the same command and --overwrite"):
+        train(unsaved, after_step=stop)
+    with pytest.raises(ValueError, match=r"before its first checkpoint, .* --overwrite in place of --resume"):
+        train(unsaved, resume=True)
+    assert train(unsaved, overwrite=True)["steps"] == 4
+
+
 def test_the_best_model_is_written_with_its_own_figures(recipe: Path) -> None:
     other = recipe.parent / "other.jsonl"  # prefers what training teaches to avoid
     other.write_text(json.dumps({"prompt": "Count to 2.", "chosen": "no", "rejected": "1 1 "}) + "\n")

@@ -40,6 +40,7 @@ __all__ = [
     "first_value",
     "is_finished",
     "is_run",
+    "is_untrained",
     "open_folder",
 ]
 
@@ -49,6 +50,7 @@ NEW_FOLDER = "name another run.output to start a new run"
 _FILES = ("recipe.yaml", "environment.json", "metrics.jsonl", "summary.json")
 _FOLDERS = ("reference", "checkpoints", "model", "evaluation", "export", "trackers")
 _LOCK = ".lock"
+_BEFORE_TRAINING = {_LOCK, "recipe.yaml", "environment.json", "metrics.jsonl", "reference", "trackers"}
 _LEFT_BY_A_KILL = re.compile(rf"\.({'|'.join(map(re.escape, (*_FILES, *_FOLDERS)))})\.tmp-.*")
 
 
@@ -267,7 +269,7 @@ def check_output(
                 f"there is no run to resume in {path}; start it without --resume, or with --resume=auto"
             )
         _check_same_recipe(path / "recipe.yaml", recipe)
-    elif path.exists() and not _was_killed_at_once(path):
+    elif path.exists() and not is_untrained(path):
         if not overwrite:
             raise ValueError(
                 f"run folder {path} holds a finished run; {NEW_FOLDER} (--overwrite would delete it)"
@@ -292,12 +294,26 @@ def is_finished(path: Path) -> bool:
     return is_run(path) and (path / "summary.json").is_file() and (path / "model").is_dir()
 
 
-def _was_killed_at_once(path: Path) -> bool:
-    """Whether the folder is empty, or holds only the files of a run that was killed while it began."""
+def is_untrained(path: Path) -> bool:
+    """Whether a folder is empty, or holds only what a run leaves that was stopped before its first step.
+
+    Such a run begins again without a flag, because nothing is lost: what it has computed of the model before
+    training will be the same.
+    """
     names = {entry.name for entry in path.iterdir()}
-    return all(name in (_LOCK, "recipe.yaml") or _LEFT_BY_A_KILL.fullmatch(name) for name in names) and (
-        _LOCK in names or not names
-    )
+    left = {name for name in names if not _LEFT_BY_A_KILL.fullmatch(name)}
+    is_runs = _LOCK in names or not names
+    return is_runs and left <= _BEFORE_TRAINING and not _has_logged_steps(path / "metrics.jsonl")
+
+
+def _has_logged_steps(metrics: Path) -> bool:
+    if not metrics.exists():
+        return False
+    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError, LookupError, TypeError):  # a line cut off by a crash
+            if json.loads(line)["step"] > 0:
+                return True
+    return False
 
 
 def _check_same_recipe(stored: Path, recipe: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from lisatune.distributed import ranks
 from lisatune.recipe import Recipe
-from lisatune.runs.folder import NEW_FOLDER, first_day, first_value, is_finished, is_run
+from lisatune.runs.folder import NEW_FOLDER, first_day, first_value, is_finished, is_run, is_untrained
 from lisatune.runs.manifest import list_checkpoints, newest_checkpoint
 from lisatune.runs.summary import Summary
 
@@ -52,6 +52,12 @@ def find_checkpoint(output: Path) -> Path:
         raise ValueError(
             f"the run in {output} is finished and has no checkpoint to continue from; to train its model "
             f"further, set model.name={output / 'model'} and name another run.output"
+        )
+    if found is None and not any((output / "checkpoints").glob("step-*")):  # also no damaged ones
+        again = "without" if is_untrained(output) else "with --overwrite in place of"
+        raise ValueError(
+            f"the run in {output} was stopped before its first checkpoint, so there is nothing to resume; "
+            f"start it again {again} --resume"
         )
     if found is None:
         raise ValueError(f"there is no complete checkpoint in {output}; {NEW_FOLDER}")

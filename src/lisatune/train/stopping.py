@@ -9,7 +9,7 @@ from types import FrameType
 
 from lisatune.console import Terminated
 from lisatune.distributed import ranks
-from lisatune.runs.folder import RunFolder
+from lisatune.runs.folder import RunFolder, is_untrained
 from lisatune.runs.manifest import newest_checkpoint
 
 __all__ = ["agree_to_stop", "explain_interruption", "interruptible", "resume_hint", "terminable"]
@@ -64,6 +64,8 @@ def explain_interruption(folder: RunFolder) -> Iterator[None]:
 def resume_hint(folder: RunFolder) -> str:
     """Tell how to continue a run that was stopped."""
     newest = newest_checkpoint(folder.checkpoints)
+    if newest is None and is_untrained(folder.path):
+        return "nothing was trained yet, so start again with the same command"
     if newest is None:
         return "no checkpoint was saved, so start over with the same command and --overwrite"
     return f"resume from {newest} with the same command and --resume"

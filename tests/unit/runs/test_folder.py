@@ -51,6 +51,19 @@ def test_an_existing_run_is_left_alone_without_a_flag(tmp_path: Path) -> None:
     assert run.metrics.read_text() == '{"step": 1}\n'
 
 
+def test_a_run_stopped_before_its_first_step_begins_again_without_a_flag(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path, RECIPE) as run:
+        run.log({"step": 0, "held_out_loss": 2.5})
+        run.reference.mkdir()
+        (tmp_path / ".reference.tmp-1").mkdir()
+    with RunFolder.open(tmp_path, RECIPE) as run:
+        assert not run.metrics.exists()
+        assert not run.reference.exists()
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ValueError, match="exists; use --resume"):
+        RunFolder.open(tmp_path, RECIPE)
+
+
 def test_a_finished_run_that_is_made_longer_is_not_finished_any_more(tmp_path: Path) -> None:
     with RunFolder.open(tmp_path, RECIPE) as run:
         run.model.mkdir()
