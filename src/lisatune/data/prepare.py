@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lisatune.console import follow, plural, terminal
@@ -172,39 +173,27 @@ def prepare_data(recipe: Recipe, tokenizer: Any, places: Sequence[Mapping[str, i
     """
     if recipe.data.streaming:
         return _prepare_stream(recipe, tokenizer, places)
-    data, run, each_record = recipe.data, recipe.run, recipe.loss.rows_per_record
+    data, each_record = recipe.data, recipe.loss.rows_per_record
     readers, held_out_reader = open_readers(recipe)
     splits = data.holds_out and held_out_reader is None
-    how: dict[str, Any] = {"folder": tokens_folder(data.cache), "loss_on": data.loss_on, "date": data.date}
-    sources = [
-        prepare_source(reader, tokenizer, **how, seed=run.seed if splits else None) for reader in readers
-    ]
+    sources = [_prepare(reader, recipe, tokenizer, splits=splits) for reader in readers]
     names = [reader.source for reader in readers]
     limits = divide_limit(data.validation_limit, data.sources, [source.num_records for source in sources])
     is_held_out = [np.zeros(source.num_records, bool) for source in sources]
     if splits:
         prompts = [source.prompts for source in sources if source.prompts is not None]
         is_held_out = hold_out_of_each(prompts, names, data.validation_share, limits)
-    chosen = [np.flatnonzero(~is_out) for is_out in is_held_out]
-    is_again = find_duplicates(sources, chosen)
-    if data.deduplicate:
-        chosen = [some[~again] for some, again in zip(chosen, is_again, strict=True)]
+    chosen, duplicates = _choose_training(sources, is_held_out, deduplicate=data.deduplicate)
     parts = [_divide(*each, recipe) for each in zip(sources, chosen, names, strict=True)]
-    skipped = sum(source.skipped for source in sources)
-    num_media = sum(source.num_media for source in sources)
-    held_out, questions = [Examples(Rows.of([]))], tuple[Prompt, ...]()
+    read, held_out, questions = [*sources], [Examples(Rows.of([]))], tuple[Prompt, ...]()
     if held_out_reader is not None:
         other, examples, questions = _read_held_out(held_out_reader, recipe, tokenizer)
-        held_out = [examples]
-        skipped, num_media = skipped + other.skipped, num_media + other.num_media
-        for reader, source in zip(readers, sources, strict=True):
-            if held_out_reader.source != reader.source:  # which is meant
-                is_seen = np.isin(source.digests, other.digests)
-                warn_of_seen_records(reader, is_seen, held_out_reader.source)
+        _warn_of_seen(readers, sources, held_out_reader.source, other)
+        read, held_out = [*sources, other], [examples]
     elif splits:
         some = [np.flatnonzero(is_out)[:most] for is_out, most in zip(is_held_out, limits, strict=True)]
-        whole_parts = [_divide(*each, recipe) for each in zip(sources, some, names, strict=True)]
-        held_out = [_take_evenly(*each, each_record) for each in zip(whole_parts, limits, strict=True)]
+        wholes = [_divide(*each, recipe) for each in zip(sources, some, names, strict=True)]
+        held_out = [_take_evenly(*each, each_record) for each in zip(wholes, limits, strict=True)]
         marked = [read_marked(*each) for each in zip(readers, is_held_out, strict=True)]
         questions = find_questions(marked, recipe, tokenizer)
     if data.packing:
@@ -219,9 +208,9 @@ def prepare_data(recipe: Recipe, tokenizer: Any, places: Sequence[Mapping[str, i
         questions=questions,
         order=order,
         steps=steps,
-        skipped=skipped,
-        num_media=num_media,
-        duplicates=sum(int(again.sum()) for again in is_again),
+        skipped=sum(each.skipped for each in read),
+        num_media=sum(each.num_media for each in read),
+        duplicates=duplicates,
         is_chat=any(source.is_chat for source in sources),
         records=" + ".join(kinds),
         tokenizer=tokenizer,
@@ -231,16 +220,46 @@ def prepare_data(recipe: Recipe, tokenizer: Any, places: Sequence[Mapping[str, i
     )
 
 
+def _prepare(reader: RecordReader, recipe: Recipe, tokenizer: Any, *, splits: bool) -> Prepared:
+    """Tokenise a source, or take its tokens from the cache; `splits` also groups its records by prompt."""
+    data = recipe.data
+    return prepare_source(
+        reader,
+        tokenizer,
+        folder=tokens_folder(data.cache),
+        loss_on=data.loss_on,
+        date=data.date,
+        seed=recipe.run.seed if splits else None,
+    )
+
+
+def _choose_training(
+    sources: Sequence[Prepared], is_held_out: Sequence[NDArray[np.bool_]], *, deduplicate: bool
+) -> tuple[list[Ints], int]:
+    """Return each source's training records, and how many of all have the tokens of an earlier one."""
+    chosen: list[Ints] = [np.flatnonzero(~is_out) for is_out in is_held_out]
+    is_again = find_duplicates(sources, chosen)
+    if deduplicate:
+        chosen = [some[~again] for some, again in zip(chosen, is_again, strict=True)]
+    return chosen, sum(int(again.sum()) for again in is_again)
+
+
+def _warn_of_seen(
+    readers: Sequence[RecordReader], sources: Sequence[Prepared], held_out: str, other: Prepared
+) -> None:
+    """Warn of training records that are held-out ones too, unless a source is evaluated on itself."""
+    for reader, source in zip(readers, sources, strict=True):
+        if held_out != reader.source:
+            warn_of_seen_records(reader, np.isin(source.digests, other.digests), held_out)
+
+
 def _read_held_out(
     reader: RecordReader, recipe: Recipe, tokenizer: Any
 ) -> tuple[Prepared, Examples, tuple[Prompt, ...]]:
     """Prepare the records of `data.validation`; return also the rows to evaluate on, and the questions."""
-    data = recipe.data
-    prepared = prepare_source(
-        reader, tokenizer, folder=tokens_folder(data.cache), loss_on=data.loss_on, date=data.date
-    )
+    prepared = _prepare(reader, recipe, tokenizer, splits=False)
     whole = _divide(prepared, np.arange(prepared.num_records), reader.source, recipe)
-    examples = _take_evenly(whole, data.validation_limit, recipe.loss.rows_per_record)
+    examples = _take_evenly(whole, recipe.data.validation_limit, recipe.loss.rows_per_record)
     return prepared, examples, find_questions([(record for _, record in reader)], recipe, tokenizer)
 
 
