@@ -3,14 +3,18 @@
 import gc
 import json as json_text
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lisatune.cli.loading import LoadOptions
+from lisatune.cli.mt_bench import answer, judge
 from lisatune.console import print_line, terminal
 
 if TYPE_CHECKING:
+    import torch
+
     from lisatune.evaluate.tasks import OpenTask
 
 __all__ = ["evaluate"]
@@ -75,8 +79,6 @@ def evaluate(
         judge_timeout: Seconds to wait for a judgement, which a slow machine may need more of.
         judge_price: Price of a million tokens read and written, IN,OUT, for the estimate before it starts.
     """
-    from lisatune.evaluate.printing import print_scores
-    from lisatune.evaluate.scores import differences, without_items, write_evaluation
     from lisatune.evaluate.tasks import PRESETS, open_tasks, split_tasks
     from lisatune.runs.summary import model_of
 
@@ -85,51 +87,44 @@ def evaluate(
     name, run = model_of(model)
     options = LoadOptions(device, dtype, attention, trust_remote_code)
     output = output or (run / "evaluation" if run else Path("runs") / f"{Path(model).name}-evaluation")
-    if mt_bench is not None:
-        from lisatune.cli.mt_bench import answer, judge
-
-        if tasks is not None:
-            raise ValueError("--tasks and --mt-bench are two evaluations; give one command for each")
-        if mt_bench == "answers":
-            return answer(name, run, output, options, limit=limit, max_new_tokens=max_new_tokens)
-        return judge(
-            output,
-            judge_url,
-            judge_model,
-            price=judge_price,
-            timeout=judge_timeout,
-            limit=limit,
-            json=json,
-        )
+    if mt_bench is not None and tasks is not None:
+        raise ValueError("--tasks and --mt-bench are two evaluations; give one command for each")
+    if mt_bench == "answers":
+        return answer(name, run, output, options, limit=limit, max_new_tokens=max_new_tokens)
+    if mt_bench == "judge":
+        how: dict[str, Any] = {"price": judge_price, "timeout": judge_timeout, "limit": limit, "json": json}
+        return judge(output, judge_url, judge_model, **how)
     if tasks is None:
         raise ValueError(
             f"give --tasks, such as --tasks arc_easy,winogrande; known: {', '.join(PRESETS)}, lm:NAME"
         )
-    sequences = _parse_batch(batch)
+    asking = _Asking(limit, _parse_batch(batch), _choose_template(chat_template, run), options, quiet=json)
     names = split_tasks(tasks)
-    subjects = [(name, output)]
-    if against is not None:
-        subjects.append((model_of(against)[0], output / "against"))
-    for each, _ in subjects:
+    base = None if against is None else model_of(against)[0]
+    for each in filter(None, (name, base)):
         options.check(each)
     with open_tasks(names, shots=shots, data=data) as opened:
-        uses_template = _choose_template(chat_template, run)
-        found = [
-            _evaluate(each, opened, folder, limit, sequences, uses_template, options, quiet=json)
-            for each, folder in subjects
-        ]
-    evaluation = found[0]
-    if against is not None:
-        evaluation["against"] = found[1]["model"]
-        evaluation["differences"] = differences(evaluation["tasks"], found[1]["tasks"])
+        evaluation = asking.ask(name, opened, output)
+        of_base = None if base is None else asking.ask(base, opened, output / "against")
+    _finish(evaluation, of_base, output, json)
+    return 0
+
+
+def _finish(evaluation: dict[str, Any], of_base: dict[str, Any] | None, output: Path, as_json: bool) -> None:
+    """Compare an evaluation to that of the base, write it, and print it."""
+    from lisatune.evaluate.printing import print_scores
+    from lisatune.evaluate.scores import differences, without_items, write_evaluation
+
+    if of_base is not None:
+        evaluation["against"] = of_base["model"]
+        evaluation["differences"] = differences(evaluation["tasks"], of_base["tasks"])
     evaluation["tasks"] = {key: without_items(score) for key, score in evaluation["tasks"].items()}
     write_evaluation(output, evaluation)
-    if json:
+    if as_json:
         print_line(json_text.dumps(evaluation))
     else:
         print_scores(evaluation)
         terminal().print(f"{output}/evaluation.json", soft_wrap=True, markup=False)
-    return 0
 
 
 def _parse_batch(text: str) -> int | None:
@@ -151,54 +146,54 @@ def _choose_template(asked: str, run: Path | None) -> Callable[[Any], bool]:
     return lambda task: chats and task.OUTPUT_TYPE == "generate_until"
 
 
-def _evaluate(
-    name: str,
-    tasks: "Sequence[OpenTask]",
-    output: Path,
-    limit: int | None,
-    batch: int | None,
-    uses_template: Callable[[Any], bool],
-    options: LoadOptions,
-    *,
-    quiet: bool,
-) -> dict[str, Any]:
-    """Evaluate one model on open tasks, and write its scores."""
-    from importlib.metadata import version
+@dataclass(frozen=True)
+class _Asking:
+    """How tasks are asked, of a model and of the one that it is compared to."""
 
-    from lisatune.evaluate.benchmark import Progress, score_tasks
-    from lisatune.evaluate.printing import ScoreLines
-    from lisatune.evaluate.scores import ScoreFolder, identify
-    from lisatune.memory.estimate import largest_batch
-    from lisatune.memory.process import available_bytes
+    limit: int | None
+    batch: int | None
+    """Sequences in a batch; None: as many as fit."""
+    uses_template: Callable[[Any], bool]
+    options: LoadOptions
+    quiet: bool
 
-    folder = ScoreFolder(output, name=name, identity=identify(name))
-    gc.collect()  # the model before this one
-    model, tokenizer = options.load(name)
-    if not tokenizer.chat_template and any(
-        uses_template(leaf) for task in tasks for leaf in task.leaves.values()
-    ):
-        raise ValueError(f"the tokenizer in {name} has no chat template; leave out --chat-template")
-    device = options.pick()
+    def ask(self, name: str, tasks: "Sequence[OpenTask]", output: Path) -> dict[str, Any]:
+        """Evaluate a model on open tasks, and write its scores."""
+        from importlib.metadata import version
 
-    def rule(length: int) -> int:
-        if batch is not None:
-            return batch
+        from lisatune.evaluate.benchmark import Progress, score_tasks
+        from lisatune.evaluate.printing import ScoreLines
+        from lisatune.evaluate.scores import ScoreFolder, identify
+
+        folder = ScoreFolder(output, name=name, identity=identify(name))
+        gc.collect()  # the model before this one
+        model, tokenizer = self.options.load(name)
+        leaves = [leaf for task in tasks for leaf in task.leaves.values()]
+        if not tokenizer.chat_template and any(map(self.uses_template, leaves)):
+            raise ValueError(f"the tokenizer in {name} has no chat template; leave out --chat-template")
+        device = self.options.pick()
+        scores = score_tasks(
+            model,
+            tokenizer,
+            tasks,
+            limit=self.limit,
+            batch=lambda length: self._choose_batch(model, length, device),
+            chat_template=self.uses_template,
+            folder=folder,
+            progress=Progress() if self.quiet else ScoreLines(name, len(tasks)),
+        )
+        about = {"device": str(device), "dtype": str(model.dtype).removeprefix("torch.")}
+        return {
+            "model": folder.model | about,
+            "harness": f"lm-evaluation-harness {version('lm_eval')}",
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "tasks": scores,
+        }
+
+    def _choose_batch(self, model: Any, length: int, device: "torch.device") -> int:
+        from lisatune.memory.estimate import largest_batch
+        from lisatune.memory.process import available_bytes
+
+        if self.batch is not None:
+            return self.batch
         return largest_batch(model, length, available_bytes(device), device)
-
-    progress = Progress() if quiet else ScoreLines(name, len(tasks))
-    scores = score_tasks(
-        model,
-        tokenizer,
-        tasks,
-        limit=limit,
-        batch=rule,
-        chat_template=uses_template,
-        folder=folder,
-        progress=progress,
-    )
-    return {
-        "model": folder.model | {"device": str(device), "dtype": str(model.dtype).removeprefix("torch.")},
-        "harness": f"lm-evaluation-harness {version('lm_eval')}",
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "tasks": scores,
-    }
