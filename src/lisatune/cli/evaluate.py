@@ -80,6 +80,7 @@ def evaluate(
         judge_price: Price of a million tokens read and written, IN,OUT, for the estimate before it starts.
     """
     from lisatune.evaluate.tasks import PRESETS, open_tasks, split_tasks
+    from lisatune.files.disk import check_writable
     from lisatune.runs.summary import model_of
 
     if limit is not None and limit < 1:
@@ -87,6 +88,7 @@ def evaluate(
     name, run = model_of(model)
     options = LoadOptions(device, dtype, attention, trust_remote_code)
     output = output or (run / "evaluation" if run else Path("runs") / f"{Path(model).name}-evaluation")
+    check_writable(output, "--output")
     if mt_bench is not None and tasks is not None:
         raise ValueError("--tasks and --mt-bench are two evaluations; give one command for each")
     if mt_bench == "answers":

@@ -63,6 +63,7 @@ def export(
         yes: Upload without a question.
     """
     from lisatune.export.source import open_source
+    from lisatune.files.disk import check_writable
 
     forms = {"--delta": delta, "--apply": apply, "--lora": lora is not None, "--gguf": gguf is not None}
     given = [name for name, is_given in forms.items() if is_given]
@@ -71,6 +72,8 @@ def export(
         raise ValueError(f"give one of {', '.join(forms)} or --push-to, got {which}")
     if output is not None and output.exists():
         raise ValueError(f"--output {output} exists; name a folder that does not")
+    if output is not None:
+        check_writable(output, "--output")
     if apply:
         if push_to is not None:
             raise ValueError("--apply writes a model folder; put it on the hub with a second command")
@@ -117,11 +120,15 @@ def _push(target: "Target", folder: Path, source: "Source", yes: bool) -> None:
 
 def _place(source: "Source", output: Path | None, name: str) -> Path:
     """Choose where to write."""
+    from lisatune.files.disk import check_writable
+
     if output is not None:
         return output
     if source.run is None:
         raise ValueError(f"{source.model} is not in a run folder; name a folder to write with --output")
-    return source.run / "export" / name
+    place = source.run / "export" / name
+    check_writable(place, "--output")
+    return place
 
 
 def _write_delta(source: "Source", output: Path | None) -> Path:

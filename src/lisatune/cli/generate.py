@@ -3,7 +3,8 @@
 import gc
 import json as json_text
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -77,6 +78,8 @@ def generate(
     """
     import torch
 
+    from lisatune.files.disk import check_writable
+
     for name, value, least in (("max-new-tokens", max_new_tokens, 1), ("batch", batch, 1)):
         if value < least:
             raise ValueError(f"--{name} must be >= {least}, got {value}")
@@ -86,6 +89,8 @@ def generate(
         raise ValueError(f"--top-p must be above 0 and at most 1, got {top_p}")
     if output is not None and output.exists():
         raise ValueError(f"--output {output} exists; name a new file")
+    if output is not None:
+        check_writable(output, "--output")
     options = LoadOptions(device, dtype, attention, trust_remote_code)
     models = [_Model.find(each, Path(folder), options) for each in (folder, against) if each is not None]
     how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
@@ -103,8 +108,6 @@ def generate(
         prompts = [_make_prompt(text, system, uses_template) for text in texts]
         for model in models:
             options.check(model.name)
-        if output is not None:
-            output.parent.mkdir(parents=True, exist_ok=True)
         return _answer(models, prompts, batch, output, json, how)
 
 
@@ -234,25 +237,40 @@ def _answer(
         others.insert(0, [text for _, texts in _batches(model, prompts, batch, how) for text in texts])
         model.loaded = None
         gc.collect()
-    written = None if output is None else output.open("x", encoding="utf-8")
-    try:
+    with _lines_to(output) as write:
         for start, answers in _batches(models[0], prompts, batch, how):
             for i, answer in enumerate(answers, start):
                 both = [answer, *(texts[i] for texts in others)]
                 line = _json_line(models, prompts[i], both)
-                if written is not None:
-                    written.write(line + "\n")
-                    written.flush()
+                write(line)
                 if as_json:
                     print_line(line)
-                elif written is None:
+                elif output is None:
                     _print_answer(models, prompts[i], both, alone=len(prompts) == 1)
-    finally:
-        if written is not None:
-            written.close()
     if output is not None and not as_json:
         print_line(str(output))
     return 0
+
+
+@contextmanager
+def _lines_to(output: Path | None) -> Iterator[Callable[[str], None]]:
+    """Make a new file; give a function that adds a line to it, or does nothing if there is none."""
+    from lisatune.files.disk import explain_write_errors
+
+    if output is None:
+        yield lambda line: None
+        return
+    with explain_write_errors(output, "--output"):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        file = output.open("x", encoding="utf-8")
+
+    def write(line: str) -> None:
+        with explain_write_errors(output, "--output"):
+            file.write(line + "\n")
+            file.flush()
+
+    with file:
+        yield write
 
 
 def _batches(

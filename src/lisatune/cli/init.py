@@ -63,15 +63,16 @@ def init(
     """
     if source is not None and (data is not None or model is not None):
         raise ValueError("--from copies a recipe as it is; set keys in the copy, or leave --from out")
+    from lisatune.files.disk import check_writable, explain_write_errors
+
     output = output or Path("recipe.yaml" if source is None else f"{source}.yaml")
     if output.exists():
         raise ValueError(f"{output} already exists; name another file with --output")
+    check_writable(output, "--output")
     text, found = _make(data, model) if source is None else (_read_shipped(source), "")
-    try:
+    with explain_write_errors(output, "--output"):
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OSError(f"cannot write {output}: {error.strerror}") from None
     print_line(f"{output}{found}\nnext: lisatune check {output}")
     return 0
 

@@ -30,6 +30,7 @@ def report(
         gpu: Memory of a card to compare with, such as 24GB. Default: the smallest that fits.
         without_weights: Do not load models to see how far their weights moved.
     """
+    from lisatune.files.disk import check_writable
     from lisatune.memory.fit import parse_memory_size
     from lisatune.report.page import write_page
 
@@ -42,6 +43,8 @@ def report(
     comparisons = [run for run in runs if run.name == "results.json" or (run / "compare.json").exists()]
     if comparisons and len(runs) > 1:
         raise ValueError(f"{comparisons[0]} is a comparison; give it alone, or run folders only")
+    output = output or (Path("report.html") if len(runs) > 1 else first / "report.html")
+    check_writable(output, "--output")
     if comparisons:
         from lisatune.compare.results import read_results
         from lisatune.report.comparison_page import make_comparison_page
@@ -51,7 +54,6 @@ def report(
         from lisatune.report.run_page import make_runs_page
 
         page = make_runs_page(runs, card_bytes=card_bytes, weights=not without_weights)
-    output = output or (Path("report.html") if len(runs) > 1 else first / "report.html")
     write_page(page, output)
     for problem in page.problems:
         print_line(f"lisatune: {problem}", sys.stderr)

@@ -105,11 +105,15 @@ def _check_output(path: Path) -> Path:
     """Refuse a file that cannot be written, before anything trains."""
     if path.is_dir() or path.suffix != ".json":
         raise ValueError(f"--output {path} must be a file that ends in .json")
+    from lisatune.files.disk import check_writable
+
+    check_writable(path, "--output")
     return path
 
 
 def _write(study: dict[str, Any], path: Path) -> None:
-    from lisatune.files.disk import replace_file
+    from lisatune.files.disk import explain_write_errors, replace_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with explain_write_errors(path, "--output"):
+        path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, json.dumps(study, indent=1, ensure_ascii=False) + "\n")

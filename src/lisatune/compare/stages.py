@@ -27,7 +27,7 @@ from lisatune.compare.slices import Lengths, read_slices, use_slices, write_slic
 from lisatune.compare.tables import format_markdown
 from lisatune.console import plural
 from lisatune.files import yaml
-from lisatune.files.disk import replace_file, take_lock
+from lisatune.files.disk import explain_write_errors, replace_file, take_lock
 from lisatune.models.hf import check_attention
 from lisatune.recipe import DataConfig
 from lisatune.train.benchmarks import check_tasks
@@ -50,6 +50,7 @@ def compare(
         ValueError, FileNotFoundError: the data cannot be used, the folder holds another comparison or
             other files, or an arm would train on other records per step than the rest.
         RuntimeError: another process works in the folder.
+        OSError: the folder cannot be written.
         KeyboardInterrupt: Ctrl-C, after the run in progress has saved a checkpoint.
     """
     output = Path(output).absolute()  # so that it may continue from another working directory
@@ -58,8 +59,9 @@ def compare(
     check_attention(comparison.recipe.model.attention)
     if comparison.evaluate is not None:
         check_tasks(comparison.evaluate, comparison.evaluate_data)
-    output.mkdir(parents=True, exist_ok=True)
-    lock = take_lock(output / ".lock", what="comparison", option="--output")
+    with explain_write_errors(output, "--output"):
+        output.mkdir(parents=True, exist_ok=True)
+        lock = take_lock(output / ".lock", what="comparison", option="--output")
     try:
         return _compare(comparison, output, lock, keep_models, retry_failed)
     finally:

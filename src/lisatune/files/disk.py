@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +16,7 @@ from lisatune.console import expand_home
 
 __all__ = [
     "cache_folder",
+    "check_writable",
     "delete",
     "explain_write_errors",
     "is_full",
@@ -124,19 +126,42 @@ def replace_file(path: Path, text: str) -> None:
         sync(path.parent)
 
 
+class _UnwritableError(OSError):
+    """An OSError that says which file could not be written, and what to do."""
+
+
 @contextmanager
 def explain_write_errors(path: Path, place: str = "output") -> Iterator[None]:
     """Reword an OSError inside so that it names the file or folder that could not be written.
 
     Args:
-        path: the file or folder.
+        path: the file or folder. One inside it that is explained on its own keeps its name.
         place: what another one is given as.
     """
     try:
         yield
+    except _UnwritableError:
+        raise
     except OSError as error:
         reason, what = error.strerror or error, "free space or name" if is_full(error) else "name"
-        raise OSError(f"cannot write {path}: {reason}; {what} another {place}") from error
+        raise _UnwritableError(f"cannot write {path}: {reason}; {what} another {place}") from error
+
+
+def check_writable(path: Path, place: str = "output") -> None:
+    """Refuse a file or folder that cannot be written, before the work whose result goes there.
+
+    A nameless file is made in the nearest folder that exists; nothing stays.
+
+    Args:
+        path, place: as in `explain_write_errors`.
+
+    Raises:
+        OSError: no file can be made there.
+    """
+    nearest = next(each for each in (path, *path.absolute().parents) if each.exists())
+    folder = nearest if nearest.is_dir() or nearest != path else path.absolute().parent
+    with explain_write_errors(path, place), tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def is_full(error: BaseException | None) -> bool:

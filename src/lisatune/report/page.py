@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lisatune.files.disk import replace_file
+from lisatune.files.disk import explain_write_errors, replace_file
 from lisatune.report.figures import Entry, Figure, Table
 
 __all__ = ["Page", "Sample", "group_samples", "render", "write_page"]
@@ -83,5 +83,6 @@ def write_page(page: Page, path: Path) -> None:
         OSError: the file cannot be written.
     """
     text = render(page)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with explain_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, text)

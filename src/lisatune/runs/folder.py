@@ -28,7 +28,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from lisatune.distributed import ranks
-from lisatune.files.disk import delete, explain_write_errors, replace_file, take_lock
+from lisatune.files.disk import check_writable, delete, explain_write_errors, replace_file, take_lock
 from lisatune.runs.differences import differences
 from lisatune.runs.summary import describe_environment
 
@@ -261,6 +261,8 @@ def check_output(
         raise ValueError(f"run.output {path} lies in {existing}, which is a file; name another folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise OSError(f"cannot write to {existing}; name another run.output")
+    if not path.exists():
+        check_writable(path, "run.output")
     if (path / _LOCK).is_file() and os.access(path / _LOCK, os.W_OK):
         os.close(take_lock(path / _LOCK, sign=False))
     if resume:

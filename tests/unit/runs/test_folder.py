@@ -170,6 +170,8 @@ def test_checking_the_output_writes_nothing(tmp_path: Path) -> None:
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ValueError, match="is a file"):
             check_output(path, RECIPE)
+    with pytest.raises(OSError, match=r"cannot write /proc/run: .*; name another run\.output"):
+        check_output("/proc/run", RECIPE)
 
 
 def test_two_processes_cannot_run_in_one_folder_and_a_dead_one_does_not_block(tmp_path: Path) -> None:
