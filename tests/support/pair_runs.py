@@ -23,6 +23,16 @@ from lisatune.train.resume import RunState
 LISA = "{active: 2, period: 3}"
 """The section `method` of a recipe that `load_pairs` changes."""
 
+TRL_OPTIONS: dict[str, Any] = {
+    "per_device_train_batch_size": 4,
+    "train_sampling_strategy": "sequential",
+    "use_cpu": True,
+    "bf16": False,
+    "activation_checkpointing": False,
+    "disable_tqdm": True,
+}
+"""Options with which TRL's trainers make one batch of the pairs of `make_pairs`, in their order."""
+
 
 def make_pairs(*, is_chat: bool) -> list[dict[str, Any]]:
     """Make four records with a prompt, as text or as messages."""

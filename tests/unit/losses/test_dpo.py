@@ -15,7 +15,7 @@ import tiny_run
 from lisatune.data.batches import collate
 from lisatune.losses.dpo import DPOLoss
 from lisatune.models.load import load_model
-from pair_runs import assert_gradients_are_theirs, make_pairs, tokenize_pairs
+from pair_runs import TRL_OPTIONS, assert_gradients_are_theirs, make_pairs, tokenize_pairs
 from tiny_text import CHATML, byte_tokenizer
 
 BETA = 0.3
@@ -61,16 +61,7 @@ def test_loss_and_gradients_equal_trls(model: nn.Module, tmp_path: Path, is_chat
     trainer = DPOTrainer(
         theirs,
         ref_model=copy.deepcopy(model),
-        args=DPOConfig(
-            str(tmp_path),
-            beta=BETA,
-            per_device_train_batch_size=4,
-            train_sampling_strategy="sequential",
-            use_cpu=True,
-            bf16=False,
-            activation_checkpointing=False,
-            disable_tqdm=True,
-        ),
+        args=DPOConfig(str(tmp_path), beta=BETA, **TRL_OPTIONS),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )

@@ -18,7 +18,7 @@ from lisatune.data.prepare import prepare_data
 from lisatune.losses.reward import RewardLoss
 from lisatune.models.load import load_model
 from lisatune.train.recipe_file import load_recipe
-from pair_runs import assert_gradients_are_theirs, make_pairs
+from pair_runs import TRL_OPTIONS, assert_gradients_are_theirs, make_pairs
 from tiny_text import CHATML, byte_tokenizer
 
 KINDS = ("text", "chat", "no prompt")
@@ -61,16 +61,7 @@ def test_loss_and_gradients_equal_trls(
     rows, theirs = make_rows(kind), copy.deepcopy(model)
     trainer = RewardTrainer(
         theirs,
-        args=RewardConfig(
-            str(tmp_path),
-            center_rewards_coefficient=center or None,
-            per_device_train_batch_size=4,
-            train_sampling_strategy="sequential",
-            use_cpu=True,
-            bf16=False,
-            activation_checkpointing=False,
-            disable_tqdm=True,
-        ),
+        args=RewardConfig(str(tmp_path), center_rewards_coefficient=center or None, **TRL_OPTIONS),
         train_dataset=Dataset.from_list(rows),
         processing_class=byte_tokenizer(CHATML, extra=["<|im_start|>"]),
     )
