@@ -23,6 +23,7 @@ from lisatune.nn.layers import LayerMap, select_named
 from lisatune.nn.units import UnitMap
 from lisatune.optim.adamw import AdamW
 from lisatune.optim.group import Group, Moments
+from lisatune.optim.loss_scaler import refuse_scaled_step, stop_telling, tell_of_scaler
 from lisatune.optim.state import prepare
 
 __all__ = ["LowRankCorrection"]
@@ -90,6 +91,8 @@ class LowRankCorrection(FrozenCorrection):
         self._full_lr = _find_peak_lr(optimizer)
         self.says = f"adapters of {WHICH[correction.blocks]} moved"
         super().__init__(model, optimizer, correction)
+        self._hook = optimizer.register_step_pre_hook(_refuse_scaler)
+        self._was_told = tell_of_scaler(optimizer)
 
     @property
     def adapters(self) -> list[Adapter]:
@@ -159,6 +162,9 @@ class LowRankCorrection(FrozenCorrection):
         self.merge()
         for adapter in self.adapters:
             adapter.remove()
+        self._hook.remove()
+        if not self._was_told:
+            stop_telling(self._follows)
         super().detach(model)
 
     def merge(self) -> None:
@@ -317,6 +323,11 @@ def _find_peak_lr(optimizer: Optimizer, at_attach: float | None = None) -> float
         if group.get(key) is not None:
             return float(group[key])
     return at_attach if at_attach is not None or group["lr"] is None else float(group["lr"])
+
+
+def _refuse_scaler(optimizer: Optimizer, *_: Any) -> None:
+    """Refuse a step of a loss scaler, as a hook of the optimizer."""
+    refuse_scaled_step(optimizer, 'the gradients of adapters beside frozen blocks (correction="lora")')
 
 
 def _print_of(weight: Tensor) -> int:

@@ -45,6 +45,7 @@ from lisatune.optim.chunks import flatten, on_device
 from lisatune.optim.factored import update_factored
 from lisatune.optim.group import Group, Moments, Rounding, StateDevice
 from lisatune.optim.in_backward import UpdateInBackward
+from lisatune.optim.loss_scaler import refuse_scaled_step, tell_of_scaler
 from lisatune.optim.rows import RowGradients, update_rows
 from lisatune.optim.state import (
     CHUNKED,
@@ -176,8 +177,13 @@ class AdamW(Optimizer):
         """Update every parameter that has a gradient.
 
         After `update_in_backward()` no parameter has one; the call then only counts the step.
+
+        Raises:
+            ValueError: updates are made in backward, and a loss scaler makes the step.
         """
         loss = None
+        if self.in_backward is not None:
+            refuse_scaled_step(self, "the gradients that an update in backward has used")
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -207,6 +213,7 @@ class AdamW(Optimizer):
         """
         if self.in_backward is None:
             self.in_backward = UpdateInBackward(self, self._update_one)
+            tell_of_scaler(self)
         return self.in_backward
 
     def _update_one(self, place: int, p: nn.Parameter) -> None:

@@ -160,6 +160,40 @@ def test_a_step_that_is_left_out_leaves_no_gradient_behind() -> None:
     assert_same(model, twin)
 
 
+@pytest.mark.parametrize("unscales", [False, True])
+@pytest.mark.parametrize("kind", [AdamW, torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("overflows", [False, True])
+def test_a_loss_scaler_is_refused_because_it_does_not_divide_the_adapters_gradients(
+    kind: Any, unscales: bool, overflows: bool
+) -> None:
+    model = tiny.llama()
+    optimizer = kind(model.parameters(), lr=1e-2)
+    lisa = LISA(model, optimizer, correction="lora")
+    before, adapters = tiny.weights(model), [p.detach().clone() for p in of(model).all_parameters()]
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model(input_ids=tiny.tokens(0), labels=tiny.tokens(0)).loss).backward()
+    if overflows:
+        lisa.trainable_parameters()[0].grad.fill_(float("inf"))
+    if unscales:
+        scaler.unscale_(optimizer)
+    with pytest.raises(ValueError, match=r"adapters .* loss scaler .* GradScaler\(enabled=False\)"):
+        scaler.step(optimizer)
+    assert not tiny.moved(before, model)
+    assert not blocks_that_moved(adapters, model)
+
+    optimizer.zero_grad()
+    disabled = torch.amp.GradScaler("cpu", enabled=False)
+    disabled.scale(model(input_ids=tiny.tokens(0), labels=tiny.tokens(0)).loss).backward()
+    disabled.step(optimizer)
+    assert lisa.steps_done == 1
+    lisa.detach()
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model(input_ids=tiny.tokens(0), labels=tiny.tokens(0)).loss).backward()
+    before = tiny.weights(model)
+    scaler.step(optimizer)
+    assert tiny.moved(before, model) == before.keys()
+
+
 def test_a_loop_can_clip_adapters_and_weights_together() -> None:
     model = tiny.llama()
     _, lisa = attach(model)

@@ -132,3 +132,17 @@ def test_a_loss_scaler_is_refused() -> None:
     LISA(model, Wrapper(optimizer, None)).detach()
     with pytest.raises(ValueError, match=r"cannot work with a loss scaler \(GradScaler, fp16\)"):
         LISA(model, Wrapper(optimizer, scaler))
+
+
+@pytest.mark.parametrize("unscales", [False, True])
+@pytest.mark.parametrize("with_lisa", [False, True])
+def test_a_loss_scaler_in_the_loop_is_refused(with_lisa: bool, unscales: bool) -> None:
+    model, optimizer = start(True)
+    if with_lisa:
+        LISA(model, optimizer)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model(input_ids=tiny.tokens(0), labels=tiny.tokens(0)).loss).backward()
+    if unscales:
+        scaler.unscale_(optimizer)
+    with pytest.raises(ValueError, match=r"update in backward .* loss scaler .* GradScaler\(enabled=False\)"):
+        scaler.step(optimizer)
