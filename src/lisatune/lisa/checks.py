@@ -25,6 +25,7 @@ __all__ = [
     "check_parameters",
     "is_copied",
     "refuse_compiled_blocks",
+    "refuse_replaced",
     "refuse_second",
     "unwrap_ddp",
     "unwrap_optimizer",
@@ -257,6 +258,30 @@ def warn_of_untrained_blocks(
             f"step{'' if total_steps == 1 else 's'} with period={period}: {', '.join(map(str, never))}; "
             f"train longer,{often} or let more train at a time",
             stacklevel=3,
+        )
+
+
+def refuse_replaced(model: nn.Module, named: Mapping[str, nn.Parameter]) -> None:
+    """Refuse a model that holds other parameters than when LISA was attached.
+
+    The optimizer would train the old ones, which the model no longer reads, and nothing the new ones. Weights
+    that are divided among ranks are left out: the parameters of a module change with every forward pass.
+
+    Args:
+        model: the model.
+        named: the parameters that LISA drives, by name.
+
+    Raises:
+        RuntimeError: one of them is gone.
+    """
+    present = set(model.parameters())
+    gone = [name for name, p in named.items() if p not in present]
+    if gone and not any(is_sharded(p) for p in (*present, *named.values())):
+        more = f" and {len(gone) - 1} more were" if len(gone) > 1 else " was"
+        raise RuntimeError(
+            f"parameter {gone[0]!r}{more} replaced in the model after LISA was attached (as "
+            "resize_token_embeddings and load_state_dict(assign=True) do), so nothing trains the new one; "
+            "change the model first, then build the optimizer, then attach LISA"
         )
 
 

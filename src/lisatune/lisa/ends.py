@@ -271,7 +271,7 @@ def _list_words() -> str:
 
 
 def _format(options: dict[str, Any]) -> str:
-    return " and ".join(f"{key}={value!r}" for key, value in options.items())
+    return " and ".join(f"{key}={value!r}" for key, value in options.items()) or "nothing of it"
 
 
 def _name_frozen_by_head(model: nn.Module, layers: LayerMap) -> set[str]:

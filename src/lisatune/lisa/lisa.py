@@ -45,6 +45,7 @@ from lisatune.lisa.checks import (
     check_parameters,
     is_copied,
     refuse_compiled_blocks,
+    refuse_replaced,
     refuse_second,
     unwrap_ddp,
     unwrap_optimizer,
@@ -143,7 +144,8 @@ class LISA(BlockSchedule):
             sampler reads what cannot be measured.
         TypeError: the optimizer is no torch optimizer, or is DeepSpeed's.
         RuntimeError: a LISA is attached to the optimizer already, or the ranks draw other blocks or hold
-            other weights. `optimizer.step()` raises it if the param groups were replaced.
+            other weights. `optimizer.step()` raises it if param groups, or parameters of the model, were
+            replaced.
         ProofError: raised by `optimizer.step()` if the wrong weights trained.
 
     Example:
@@ -231,6 +233,7 @@ class LISA(BlockSchedule):
         self._flags = {
             p: p.requires_grad for p in (*self._ends.parameters, *self._never_train, *sum(self._blocks, ()))
         }
+        self._named = {name: p for name, p in model.named_parameters() if p in self._flags}
         self._num_ranks = ranks.count()
         self._exchange = (
             GradientExchange(model, self._flags, self.trainable_parameters, optimizer)
@@ -433,8 +436,10 @@ class LISA(BlockSchedule):
 
         Raises:
             ProofError: the wrong weights trained, or another optimizer has made the run's steps.
+            RuntimeError: parameters of the model were replaced.
         """
         self._other_steps.check(self.steps_done)
+        refuse_replaced(self._model, self._named)
         if self._proof is not None and self._proof.is_open and self.steps_done % self.period:
             self._proof.end(still_open=True)
 
@@ -548,6 +553,8 @@ class LISA(BlockSchedule):
                 f"there are {ranks.count()} ranks, and {self._num_ranks} when LISA was attached; start the "
                 "process group first (init_process_group, or Accelerator), then attach LISA"
             )
+        if self.steps_done % self.period == 0:
+            refuse_replaced(self._model, self._named)
         if self._exchange is not None:
             self._exchange.before_step()
         if optimizer.param_groups is not self._param_groups:

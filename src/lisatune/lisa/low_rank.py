@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lisatune.distributed import ranks
 from lisatune.distributed.shards import has_values
-from lisatune.lisa.correction import Corrected, Correction, FrozenCorrection
+from lisatune.lisa.correction import Corrected, Correction, FrozenCorrection, find_correction
 from lisatune.lisa.proof import INTEGERS, fingerprint
 from lisatune.nn.adapter import Adapter
 from lisatune.nn.coded import CodedLinear
@@ -91,7 +91,10 @@ class LowRankCorrection(FrozenCorrection):
         self._full_lr = _find_peak_lr(optimizer)
         self.says = f"adapters of {WHICH[correction.blocks]} moved"
         super().__init__(model, optimizer, correction)
-        self._hook = optimizer.register_step_pre_hook(_refuse_scaler)
+        self._hooks = [
+            optimizer.register_step_pre_hook(_refuse_scaler),
+            model.register_forward_pre_hook(_forget_left_out),
+        ]
         self._was_told = tell_of_scaler(optimizer)
 
     @property
@@ -157,12 +160,27 @@ class LowRankCorrection(FrozenCorrection):
         """Release the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
 
+    def forget_left_out(self) -> None:
+        """Release the gradients if those of the model's own parameters are gone: the step was left out.
+
+        `optimizer.zero_grad` releases both, `model.zero_grad` and `p.grad = None` the model's alone. An
+        update in backward takes the model's gradients too, and no step can be left out after it.
+        """
+        follows = self._follows
+        if isinstance(follows, AdamW) and follows.in_backward is not None:
+            return
+        if all(p.grad is None for p in self.all_parameters()):
+            return
+        if all(p.grad is None for group in follows.param_groups for p in group["params"]):
+            self.drop_gradients()
+
     def detach(self, model: nn.Module) -> None:
         """Merge the adapters into the weights, once, and remove them."""
         self.merge()
         for adapter in self.adapters:
             adapter.remove()
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         if not self._was_told:
             stop_telling(self._follows)
         super().detach(model)
@@ -174,7 +192,7 @@ class LowRankCorrection(FrozenCorrection):
 
     def _share(self) -> float:
         """Return the optimizer's learning rate as a share of its peak, such as 0.5 in a warm-up."""
-        rate = self._follows.param_groups[-1]["lr"]
+        rate = _find_leading(self._follows)["lr"]
         full = _find_peak_lr(self._follows, self._full_lr)
         return 1.0 if rate is None or not full else float(rate) / full
 
@@ -316,18 +334,38 @@ def _build_optimizer(adapters: Sequence[Adapter], correction: Correction, beside
     return AdamW(groups, lr=correction.lr, weight_decay=0.0, moments=moments)
 
 
+def _find_leading(optimizer: Optimizer) -> dict[str, Any]:
+    """Return the last param group whose learning rate is not zero all the time."""
+    groups = optimizer.param_groups
+    return next((group for group in reversed(groups) if _peak_of(group) or group["lr"]), groups[-1])
+
+
 def _find_peak_lr(optimizer: Optimizer, at_attach: float | None = None) -> float | None:
     """Return the peak learning rate of a schedule; without a schedule, the one at the start."""
-    group = optimizer.param_groups[-1]
+    group = _find_leading(optimizer)
+    if (peak := _peak_of(group)) is not None:
+        return peak
+    return at_attach if at_attach is not None or group["lr"] is None else float(group["lr"])
+
+
+def _peak_of(group: dict[str, Any]) -> float | None:
+    """Return the peak that a schedule has written into a param group; None without a schedule."""
     for key in ("max_lr", "initial_lr"):  # of OneCycleLR; of every scheduler
         if group.get(key) is not None:
             return float(group[key])
-    return at_attach if at_attach is not None or group["lr"] is None else float(group["lr"])
+    return None
 
 
 def _refuse_scaler(optimizer: Optimizer, *_: Any) -> None:
     """Refuse a step of a loss scaler, as a hook of the optimizer."""
     refuse_scaled_step(optimizer, 'the gradients of adapters beside frozen blocks (correction="lora")')
+
+
+def _forget_left_out(model: nn.Module, *_: Any) -> None:
+    """Tell the adapters that a forward pass begins, as a hook of the model, which a copy of it keeps too."""
+    correction = find_correction(model)
+    if isinstance(correction, LowRankCorrection) and not torch.compiler.is_compiling():
+        correction.forget_left_out()
 
 
 def _print_of(weight: Tensor) -> int:

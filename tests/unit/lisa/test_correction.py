@@ -150,11 +150,16 @@ def test_micro_steps_add_up() -> None:
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
 
 
-def test_a_step_that_is_left_out_leaves_no_gradient_behind() -> None:
+@pytest.mark.parametrize("by", ["optimizer", "model", "hand"])
+def test_a_step_that_is_left_out_leaves_no_gradient_behind(by: str) -> None:
     model, _, _ = one = trained(2)
     twin, _, _ = other = trained(2)
     tiny.backward(twin, 99)
-    other[1].zero_grad()
+    if by == "hand":
+        for p in twin.parameters():
+            p.grad = None
+    else:
+        {"optimizer": other[1], "model": twin}[by].zero_grad()
     for each in (one, other):
         tiny.fit(each[0], each[1], range(2, 5))
     assert_same(model, twin)
@@ -217,6 +222,22 @@ def test_the_rate_follows_the_schedule_and_b_has_its_ratio() -> None:
         if step < 2:
             scheduler.step()
     assert rates == [[0, 0], [1e-3, 16e-3], [5e-4, 8e-3]]
+
+
+def test_the_rate_follows_the_schedule_also_beside_a_last_group_that_has_none() -> None:
+    model = tiny.llama()
+    *rest, norm, head = model.parameters()
+    optimizer = AdamW([{"params": [*rest, head], "lr": 1e-2}, {"params": [norm], "lr": 0.0}])
+    LISA(model, optimizer, active=2, correction=Correction(lr=4e-3))
+    schedule = LambdaLR(optimizer, lambda step: (step + 1) / 4)
+    rates = []
+
+    def note(step: int) -> None:
+        rates.append(of(model).optimizer.param_groups[0]["lr"])
+        schedule.step()
+
+    tiny.fit(model, optimizer, 3, after=note)
+    assert rates == pytest.approx([1e-3, 2e-3, 3e-3])
 
 
 def test_one_cycle_goes_up_to_the_full_rate() -> None:

@@ -13,7 +13,7 @@ import torch
 import transformers.optimization
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 import tiny
 from lisatune import LISA, AdamW, Independent, ProofError, build_adamw, find_layers
@@ -157,6 +157,34 @@ def test_1_narrow_weights_that_updates_are_rounded_into_are_warned_of(dtype: tor
 def test_1_exact_and_stochastic_updates_are_not_warned_of(rounding: str) -> None:
     model = tiny.llama().to(torch.bfloat16)
     LISA(model, AdamW(model.parameters(), rounding=rounding))
+
+
+def replace_embedding(model: nn.Module) -> str:
+    assert isinstance(model, PreTrainedModel)
+    model.resize_token_embeddings(tiny.VOCABULARY + 8)
+    return "'lm_head.weight' was"  # transformers puts other values into the embedding's own parameter
+
+
+def assign_weights(model: nn.Module) -> str:
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    return f"'model.embed_tokens.weight' and {len(list(model.parameters())) - 1} more were"
+
+
+@pytest.mark.parametrize(
+    ("change", "steps"), [(replace_embedding, 0), (assign_weights, 0), (assign_weights, 1)]
+)
+def test_1_parameters_that_are_replaced_later_are_an_error_because_they_would_never_train(
+    untied_llama: nn.Module, change: Callable[[nn.Module], str], steps: int
+) -> None:
+    optimizer, lisa = attach(untied_llama)
+    tiny.fit(untied_llama, optimizer, steps)
+    says = f"parameter {change(untied_llama)} replaced in the model after LISA was attached"
+    if steps:
+        with pytest.raises(RuntimeError, match=says):
+            lisa.check()
+    with pytest.raises(RuntimeError, match=says):
+        tiny.fit(untied_llama, optimizer, lisa.period - steps + 1)
+    assert lisa.steps_done == (lisa.period if steps else 0), "it is seen when a period begins"
 
 
 # ---- 2: the drawn blocks train, no other does
