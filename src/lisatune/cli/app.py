@@ -52,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.formatwarning = _format_warning
     if isinstance(sys.stdout, io.TextIOWrapper):  # a locale such as C lacks most characters
         sys.stdout.reconfigure(errors="replace")
+    if sys.stdin is None:  # closed by the shell (`0<&-`); it is read as if it were empty
+        sys.stdin = io.StringIO()
     try:
         return _run(tokens)
     except BrokenPipeError:  # the reader of our output has gone, as in `lisatune layers MODEL | head`

@@ -1,6 +1,7 @@
 """The command `lisatune generate`: a model's answers to prompts, or a conversation with it."""
 
 import gc
+import io
 import json as json_text
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -170,8 +171,7 @@ def _read_prompts(given: list[str] | None, file: str | None) -> list[Prompt]:
     if given and file:
         raise ValueError("--prompt and --file both give prompts; use one of them")
     if given:
-        # Under a locale without UTF-8 the arguments hold its bytes as escapes.
-        return [text.encode(errors="surrogateescape").decode(errors="replace") for text in given]
+        return [_read_escapes(text) for text in given]
     if file is None and sys.stdin.isatty():
         raise ValueError("give a prompt with --prompt, prompts with --file, or --chat")
     is_stdin = file is None or file == "-"
@@ -180,13 +180,19 @@ def _read_prompts(given: list[str] | None, file: str | None) -> list[Prompt]:
         raise FileNotFoundError(f"there is no {name}")
     try:
         text = sys.stdin.read() if is_stdin else Path(str(file)).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
+        text.encode()  # standard input may hold wrong bytes as escapes
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise ValueError(f"{name} is not UTF-8 ({error.reason}); write it in UTF-8") from None
     lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not lines:
         raise ValueError(f"{name} is empty; write a prompt on each line")
     is_json = str(file).endswith(".jsonl") or (is_stdin and all(line[0] == "{" for _, line in lines))
     return [_parse(line, f"{name}, line {number}") if is_json else line for number, line in lines]
+
+
+def _read_escapes(text: str) -> str:
+    """Put U+FFFD for each byte that Python holds as an escape, as under a locale without UTF-8."""
+    return text.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def _parse(line: str, where: str) -> Prompt:
@@ -317,6 +323,8 @@ def _chat(models: list[_Model], system: str | None, how: dict[str, Any]) -> int:
         model.options.check(model.name)
         model.loaded = model.options.load(model.name)
     told = [list(begin) for _ in models]
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a wrong byte costs itself, not the conversation
     print_line(HOW_TO_CHAT)
     while (text := _ask()) is not None:
         if text == "/reset":
@@ -341,7 +349,7 @@ def _ask() -> str | None:
     """Read the user's next message; None at the end."""
     while True:
         try:
-            text = input("> " if sys.stdin.isatty() else "").strip()
+            text = _read_escapes(input("> " if sys.stdin.isatty() else "")).strip()
         except EOFError:
             return None
         if text in ("/exit", "/quit"):

@@ -1,6 +1,7 @@
 """The command `lisatune init`: write a recipe to start from."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -73,7 +74,7 @@ def init(
     with explain_write_errors(output, "--output"):
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text, encoding="utf-8")
-    print_line(f"{output}{found}\nnext: lisatune check {output}")
+    print_line(f"{output}{found}\nnext: lisatune check {shlex.quote(str(output))}")
     return 0
 
 

@@ -142,7 +142,8 @@ def check_parameters(layers: LayerMap, model: nn.Module, optimizer: Optimizer) -
         if not any(p.requires_grad for p in block.values()):
             raise ValueError(
                 f"nothing in block {index} requires grad, so it would never train; build the optimizer over "
-                "model.parameters() and attach LISA before anything is frozen, and detach() an earlier LISA"
+                "model.parameters() and attach LISA before anything is frozen, and detach() an earlier LISA; "
+                "in a copy of a model that LISA trains, call requires_grad_(True) first"
             )
     if frozen:
         more = f" and {len(frozen) - 3} more" if len(frozen) > 3 else ""

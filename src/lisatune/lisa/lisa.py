@@ -478,7 +478,8 @@ class LISA(BlockSchedule):
         """Refuse a copy: torch copies an optimizer without its hooks, so the copy would draw nothing."""
         raise TypeError(
             "a LISA cannot be copied or pickled, because copies of an optimizer have no hooks; attach a new "
-            "LISA to a new optimizer over the copied model, and load optimizer.state_dict() into it"
+            "LISA to a new optimizer over the copied model, all of which requires grad, and load "
+            "optimizer.state_dict() into it"
         )
 
     def __enter__(self) -> Self:

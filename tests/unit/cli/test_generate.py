@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -212,6 +213,34 @@ def test_bad_input_is_one_sentence(
     err = capsys.readouterr().err
     assert says in err
     assert err.count("\n") == 1
+
+
+def test_a_closed_standard_input_is_an_empty_one(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    assert main(["generate", str(model)]) == 2
+    assert "standard input is empty; write a prompt on each line" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", None)
+    assert main(["generate", str(model), "--chat", *SHORT]) == 0
+    assert capsys.readouterr().out == "/reset begins a new conversation, /exit ends\n"
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_bytes_that_are_no_utf8_in_standard_input(
+    errors: str, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def give() -> None:
+        text = io.TextIOWrapper(io.BytesIO(b"Gr\xfc\xdfe\n"), encoding="utf-8", errors=errors)
+        monkeypatch.setattr("sys.stdin", text)
+
+    give()
+    assert main(["generate", str(model), *SHORT]) == 2
+    assert re.search(r"standard input is not UTF-8 \(.+\); write it in UTF-8\n$", capsys.readouterr().err)
+    give()
+    assert main(["generate", str(model), "--chat", *SHORT]) == 0
+    replaced = answer(model, "Gr\ufffd\ufffde")[0]
+    assert capsys.readouterr().out.endswith(f"/exit ends\n{replaced}\n")
 
 
 def test_missing_files_and_folders_that_are_no_models(

@@ -36,6 +36,8 @@ def test_the_recipe_fits_the_records(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["init", "--data", "my rows.jsonl", "--model", "null"]) == 0
     said = capsys.readouterr().out
     assert said == "recipe.yaml: 60 records of alpaca\nnext: lisatune check recipe.yaml\n"
+    assert main(["init", "--data", "my rows.jsonl", "--model", "null", "--output", "my recipe.yaml"]) == 0
+    assert capsys.readouterr().out.endswith("\nnext: lisatune check 'my recipe.yaml'\n")
     recipe = load_recipe("recipe.yaml")
     assert (recipe.model.name, recipe.data.train) == ("null", "my rows.jsonl")
     assert recipe.data.max_length == 256  # of about 220 tokens
