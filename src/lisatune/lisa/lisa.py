@@ -89,6 +89,9 @@ MOST_PERIODS = 1000
 
 _attached: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
 
+_drives: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[LISA]]" = weakref.WeakKeyDictionary()
+"""Which LISA drives a model. A model's hooks must not hold it: they are copied and saved with the model."""
+
 
 class LISA(BlockSchedule):
     """Train the ends and a few drawn blocks at a time with an ordinary optimizer.
@@ -254,7 +257,7 @@ class LISA(BlockSchedule):
         self.ends_train = False
         """Whether the ends (under `head`: all but the embedding) train in the current period."""
 
-        self._warned_of_compiling = False
+        self._warned_of_compiling = self._has_loaded = False
         self._attach()
         self._draw()
         if total_steps is not None:
@@ -315,10 +318,11 @@ class LISA(BlockSchedule):
         model, optimizer = self._model, self._optimizer
         self._other_steps = OtherSteps(optimizer, self._flags)
         _attached.add(optimizer)
+        _drives[model] = weakref.ref(self)
         self._ends.attach()
         self._hooks = [
             watch_compiling(model),
-            model.register_load_state_dict_post_hook(self._weights_were_loaded),  # type: ignore[no-untyped-call]
+            model.register_load_state_dict_post_hook(_tell_of_loading),  # type: ignore[no-untyped-call]
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
             optimizer.register_state_dict_pre_hook(self._rates.restore),
@@ -554,8 +558,9 @@ class LISA(BlockSchedule):
                 f"there are {ranks.count()} ranks, and {self._num_ranks} when LISA was attached; start the "
                 "process group first (init_process_group, or Accelerator), then attach LISA"
             )
-        if self.steps_done % self.period == 0:
+        if self.steps_done % self.period == 0 or self._has_loaded:
             refuse_replaced(self._model, self._named)
+            self._has_loaded = False
         if self._exchange is not None:
             self._exchange.before_step()
         if optimizer.param_groups is not self._param_groups:
@@ -632,8 +637,9 @@ class LISA(BlockSchedule):
     def _name(self, index: int) -> str:
         return self.layers.blocks[index] if self.unit == "module" else f"block {index}"
 
-    def _weights_were_loaded(self, model: nn.Module, keys: Any) -> None:
+    def _weights_were_loaded(self) -> None:
         """Prove only what follows: `load_state_dict` may have replaced weights of frozen blocks."""
+        self._has_loaded = True
         if self._proof is not None:
             self._proof.forget()
 
@@ -731,6 +737,13 @@ class LISA(BlockSchedule):
         self._frozen_state.load(self._saved_state)
         self._saved_state = {}
         self._set_trainable()
+
+
+def _tell_of_loading(model: nn.Module, keys: Any) -> None:
+    """Tell the LISA of a model that `load_state_dict` was called, as a hook of the model."""
+    lisa = _drives[model]() if model in _drives else None
+    if lisa is not None:
+        lisa._weights_were_loaded()
 
 
 def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
