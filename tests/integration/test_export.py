@@ -118,7 +118,7 @@ def test_bad_input_is_one_sentence(run: Path, tmp_path: Path, capsys: pytest.Cap
     assert "give one of --delta, --apply, --lora, --gguf or --push-to, got nothing" in refused(capsys, run)
     assert "got --delta and --lora" in refused(capsys, run, "--delta", "--lora", "4")
     assert "exists; name a folder that does not" in refused(capsys, run, "--delta", "--output", tmp_path)
-    assert "--lora must be a rank >= 1, got 0" in refused(capsys, run, "--lora", "0")
+    assert "the rank must be >= 1, got 0" in refused(capsys, run, "--lora", "0")
     assert "--rows must be >= 1" in refused(capsys, run, "--lora", "4", "--rows", "0")
     assert "above the full rank of every changed weight, which is 16" in refused(capsys, run, "--lora", "17")
     assert "name the folder to write the model to" in refused(capsys, run, "--apply")
