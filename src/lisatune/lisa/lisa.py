@@ -741,7 +741,7 @@ class LISA(BlockSchedule):
 
 def _tell_of_loading(model: nn.Module, keys: Any) -> None:
     """Tell the LISA of a model that `load_state_dict` was called, as a hook of the model."""
-    lisa = _drives[model]() if model in _drives else None
+    lisa = _drives.get(model, lambda: None)()
     if lisa is not None:
         lisa._weights_were_loaded()
 

@@ -130,9 +130,9 @@ def _adds_router_loss(model: Any, kwargs: dict[str, Any]) -> bool:
 
 def _find_inner(model: Any) -> nn.Module:
     """Return what is below the head. Where images are read too it is more than the decoder of text."""
-    inner: nn.Module = model.base_model
-    decoder: nn.Module = model.get_decoder()
-    return decoder if inner is model else inner
+    base: Any = model.base_model
+    inner: nn.Module = model.get_decoder() if base is model else base
+    return inner
 
 
 def _is_set(logits_to_keep: Any) -> bool:
