@@ -5,11 +5,14 @@ Needs no torch, so that `lisatune --help` is fast.
 
 import math
 import re
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
@@ -32,6 +35,7 @@ __all__ = [
     "first_line",
     "follow",
     "grid",
+    "handle_signals",
     "is_override",
     "join_overrides",
     "percent_text",
@@ -40,6 +44,7 @@ __all__ = [
     "ranges_text",
     "split_override",
     "terminal",
+    "terminate",
     "time_left",
 ]
 
@@ -249,3 +254,24 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
     return BAD_INPUT if isinstance(error, USER_ERRORS) else DEFECT
+
+
+@contextmanager
+def handle_signals(
+    handlers: Mapping[signal.Signals, Callable[[int, FrameType | None], None]],
+) -> Iterator[None]:
+    """Install signal handlers, and put the former ones back at the end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread receives signals
+        return
+    before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def terminate(signum: int, frame: FrameType | None) -> None:
+    """Raise `Terminated`, so that half-written files are removed and other processes end before this one."""
+    raise Terminated

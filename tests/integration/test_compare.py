@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -329,3 +331,29 @@ def test_processes_stopped_by_ctrl_c_go_on_to_the_same_result(
     assert [point["loss"] for point in resumed["held_out"]] == [
         point["loss"] for point in straight["held_out"]
     ]
+
+
+def test_sigterm_ends_the_run_in_progress_too(
+    recipe: Path, calls: list[list[str]], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With a real process, which saves a checkpoint before the comparison ends."""
+    in_process: Call = processes.call
+    monkeypatch.undo()
+    real: Call = processes.call
+
+    def call(command: list[str], log: Path, poll: Callable[[], None], lock: int) -> None:
+        def terminate() -> None:
+            metrics = log.with_suffix("") / "metrics.jsonl"
+            if metrics.exists() and len(metrics.read_text().splitlines()) > 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        (real if command[1] == "train" else in_process)(command, log, terminate, lock)
+
+    monkeypatch.setattr(processes, "call", call)
+    monkeypatch.setattr(processes, "POLL_SECONDS", 0.02)
+    out = recipe.parent / "out"
+    arms = ["--methods", "lisa", "--lr", "1e-3", "--budget", "steps=5000", "--output", str(out)]
+    assert app.main(["compare", str(recipe), "run.samples=0", HALF, *arms]) == 143
+    assert "0 of 1 runs are done; give the same command to continue" in capfd.readouterr().err
+    assert list(out.glob("runs/*/checkpoints/*/manifest.json"))
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

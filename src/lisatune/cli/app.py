@@ -6,6 +6,7 @@ functions so that `--help` is fast and a missing package is one of those sentenc
 
 import io
 import os
+import signal
 import sys
 import time
 import traceback
@@ -17,7 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lisatune import __version__
-from lisatune.console import BAD_INPUT, exit_code, expand_home, first_line, join_overrides, print_line
+from lisatune.console import (
+    BAD_INPUT,
+    exit_code,
+    expand_home,
+    first_line,
+    handle_signals,
+    join_overrides,
+    print_line,
+    terminate,
+)
 
 if TYPE_CHECKING:
     from cyclopts import App
@@ -55,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if sys.stdin is None:  # closed by the shell (`0<&-`); it is read as if it were empty
         sys.stdin = io.StringIO()
     try:
-        return _run(tokens)
+        with handle_signals({signal.SIGTERM: terminate}):
+            return _run(tokens)
     except BrokenPipeError:  # the reader of our output has gone, as in `lisatune layers MODEL | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -90,9 +101,8 @@ def train(
     """
     from lisatune.train.loop import train
     from lisatune.train.recipe_file import load_recipe
-    from lisatune.train.stopping import terminable
 
-    with terminable(), _without_output() if quiet else nullcontext():
+    with _without_output() if quiet else nullcontext():
         how: bool | Literal["auto"] = "auto" if resume_auto else resume
         train(load_recipe(recipe, overrides), resume=how, overwrite=overwrite)
     return 0

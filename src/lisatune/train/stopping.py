@@ -2,29 +2,19 @@
 
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from lisatune.console import Terminated
+from lisatune.console import Terminated, handle_signals, terminate
 from lisatune.distributed import ranks
 from lisatune.runs.folder import RunFolder, is_untrained
 from lisatune.runs.manifest import newest_checkpoint
 
-__all__ = ["agree_to_stop", "explain_interruption", "interruptible", "resume_hint", "terminable"]
+__all__ = ["agree_to_stop", "explain_interruption", "interruptible", "resume_hint"]
 
 Stop = type[KeyboardInterrupt]
 """The kind of error that a run ends with after Ctrl-C or SIGTERM."""
-
-Handler = Callable[[int, FrameType | None], None]
-
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    """Let SIGTERM raise `Terminated`, so that half-written files are removed before the process ends."""
-    with _handling({signal.SIGTERM: _terminate}):
-        yield
 
 
 @contextmanager
@@ -42,9 +32,9 @@ def interruptible() -> Iterator[Callable[[], Stop | None]]:
         asked = Terminated if is_term else KeyboardInterrupt
         name = "SIGTERM" if is_term else "Ctrl-C"
         sys.stderr.write(f"\nlisatune: stopping after this step; {name} again stops at once\n")
-        signal.signal(signum, _terminate if is_term else signal.default_int_handler)
+        signal.signal(signum, terminate if is_term else signal.default_int_handler)
 
-    with _handling({signal.SIGINT: press, signal.SIGTERM: press}):
+    with handle_signals({signal.SIGINT: press, signal.SIGTERM: press}):
         yield lambda: asked
 
 
@@ -77,21 +67,3 @@ def agree_to_stop(asked: Callable[[], Stop | None]) -> Callable[[], Stop | None]
         return asked
     kinds: tuple[Stop | None, ...] = (None, KeyboardInterrupt, Terminated)
     return lambda: kinds[ranks.max_over_ranks(kinds.index(asked()))]
-
-
-@contextmanager
-def _handling(handlers: dict[signal.Signals, Handler]) -> Iterator[None]:
-    """Install signal handlers, and put the former ones back at the end."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread receives signals
-        return
-    before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    raise Terminated
