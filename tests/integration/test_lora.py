@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import tiny_run
@@ -88,6 +88,28 @@ def test_resume_is_exact(recipe: Path, tmp_path: Path) -> None:
     parts = load_file(tmp_path / "again" / "model" / "adapter_model.safetensors")
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_checkpoints_hold_adapters_alone_and_resume_beside_the_same_base(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    constant = "optimizer.schedule=constant"
+    train(load_recipe(recipe, ["run.save_every=2", "run.steps=2", constant]))
+    checkpoint = manifest.newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert checkpoint is not None
+    stored = load_file(checkpoint / "weights.safetensors")
+    assert stored
+    assert all("lora_" in name for name in stored)
+    file = tmp_path / "tiny" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"] += 1
+    save_file(weights, file, metadata={"format": "pt"})
+    assert main(["train", str(recipe), constant, "--resume"]) == 2
+    error = capsys.readouterr().err
+    assert "the base model is another one: 1 of 38 frozen weights changed, first " in error
+    weights["model.norm.weight"] -= 1
+    save_file(weights, file, metadata={"format": "pt"})
+    assert main(["train", str(recipe), constant, "--resume"]) == 0
 
 
 def test_generate_answers_from_a_run_with_adapters(

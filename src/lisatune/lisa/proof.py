@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lisatune.distributed import ranks
-from lisatune.distributed.shards import local_part
+from lisatune.distributed.shards import local_part, part_of
 from lisatune.lisa.moved_share import MovedShare
 from lisatune.lisa.windows import locate_window, read_window
 
@@ -35,6 +35,7 @@ __all__ = [
     "Verify",
     "describe_proof",
     "fingerprint",
+    "fingerprint_whole",
     "has_reason_to_move",
     "may_hide",
 ]
@@ -244,6 +245,22 @@ def fingerprint(parameters: Sequence[Tensor], *, sample: int | None = None) -> T
     return _weighted_sum(torch.cat(parts)) if parts else total
 
 
+def fingerprint_whole(parameter: Tensor) -> int:
+    """Hash the bits of all elements of a tensor; every rank that holds a part of it must call it.
+
+    The result is the same however the tensor is divided among ranks.
+
+    Args:
+        parameter: a tensor of any shape, of a dtype of 1, 2, 4 or 8 bytes, on any device.
+    """
+    part, mine = part_of(parameter), local_part(parameter)
+    bits = mine.reshape(-1).view(INTEGERS[mine.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for index, chunk in enumerate(torch.split(bits, CHUNK)):
+        total += _weighted_sum(chunk.to(torch.int64), start=part.start + index * CHUNK)
+    return int(part.sum(total))
+
+
 def has_reason_to_move(
     parameters: Sequence[nn.Parameter], rates: Mapping[nn.Parameter, Any], *, sample: int | None = None
 ) -> bool:
@@ -304,8 +321,9 @@ def _read(weight: Tensor, gradient: Tensor, index: int, sample: int | None) -> t
     return weight.reshape(-1)[at], near.view(-1)[begin : begin + at.stop - at.start]
 
 
-def _weighted_sum(values: Tensor) -> Tensor:
-    weights = torch.arange(1, values.numel() + 1, dtype=torch.int64, device=values.device).mul_(ODD)
+def _weighted_sum(values: Tensor, *, start: int = 0) -> Tensor:
+    first = start + 1
+    weights = torch.arange(first, first + values.numel(), dtype=torch.int64, device=values.device).mul_(ODD)
     # Weights in an arithmetic series would let small changes cancel: 1·(-8) + 3·1 + 5·1 = 0.
     weights.bitwise_xor_(weights >> 31).mul_(ODD).bitwise_or_(1)
     return weights.mul_(values).sum()

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lisatune.distributed import ranks
 from lisatune.distributed.shards import is_stand_in, like_shard, local_part, stand_in
 from lisatune.nn.layers import find_layers
 from lisatune.nn.notices import silence_import_notices
@@ -50,10 +49,7 @@ class Linear4(nn.Linear):
         self.in_features, self.out_features = plain.in_features, plain.out_features
         codes, absmax = encode_nf4(plain.weight.detach())
         self.weight = nn.Parameter(codes, requires_grad=False)
-        if ranks.count() == 1:
-            self.register_buffer("absmax", absmax)
-        else:  # FSDP2 divides parameters alone
-            self.absmax = nn.Parameter(absmax, requires_grad=False)
+        self.absmax = nn.Parameter(absmax, requires_grad=False)  # no buffer, which FSDP2 does not divide
         self.bias = plain.bias
 
     def forward(self, input: Tensor) -> Tensor:

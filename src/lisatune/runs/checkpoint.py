@@ -1,11 +1,12 @@
 """Checkpoints from which a run resumes bit for bit: safetensors and JSON, never a pickle.
 
     checkpoints/step-000012/
-        weights.safetensors     parameters (tied ones once) and persistent buffers, by name
+        weights.safetensors     parameters (tied ones once) and persistent buffers, by name, without those of
+                                the base model that never change
         optimizer.safetensors   "PARAMETER//KEY": optimizer state, only of the parameters that have some
         other.safetensors       tensors that state.json refers to, such as RNG states
         state.json              param groups with parameter names, every other key of optimizer.state_dict(),
-                                scheduler, RNGs, and the caller's `extra`
+                                scheduler, RNGs, the caller's `extra`, and a hash of each weight left out
         manifest.json           size and sha256 of the files above
 
 Several ranks write it together, each the rows that it holds, and nothing is gathered. In place of the first
@@ -24,7 +25,7 @@ error, not a run that fails in a later step (docs/reliability.md; tests/faults/t
 import json
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from lisatune.lisa.correction import find_correction
 from lisatune.lisa.rates import MARK
 from lisatune.nn.coded import coded_weights
 from lisatune.optim.meter import restore_dtypes
+from lisatune.runs.left_out import check_left_out, name_fixed
 from lisatune.runs.manifest import DamagedCheckpointError, checkpoint_name, verify
 from lisatune.runs.named_state import (
     MisfitError,
@@ -128,12 +130,15 @@ def begin_checkpoint(
     optimizer: Optimizer,
     scheduler: LRScheduler | None = None,
     extra: Mapping[str, Any] | None = None,
+    left_out: Mapping[str, int] | None = None,
     copies: bool = False,
 ) -> CheckpointWriter:
     """Take down what a checkpoint holds; `write` and `finish` of the result then write it.
 
     Args:
         folder, step, model, optimizer, scheduler, extra: as for `save_checkpoint`.
+        left_out: from `hash_fixed`, weights that the checkpoint need not hold. The model that loads it must
+            have them already.
         copies: copy the values to host memory, so that they may change before `write` ends. Parameters that
             the optimizer does not hold never change, and are not copied.
 
@@ -147,10 +152,10 @@ def begin_checkpoint(
         "rng": _rng_states(),
         "extra": dict(extra or {}),
     }
-    state, files = _take_down(model, optimizer, other)
+    state, files = _take_down(model, optimizer, other, left_out or {})
     for tensors in files.values():
         check_storable(tensors)
-    files, wait = copy_files(files, _fixed(model, optimizer)) if copies else (files, None)
+    files, wait = copy_files(files, name_fixed(model, optimizer)) if copies else (files, None)
     target, writes = Path(folder) / checkpoint_name(step), holds_first_copy(model.parameters())
     return CheckpointWriter(target, files, state, writes=writes, wait=wait)
 
@@ -162,7 +167,7 @@ def copied_bytes(model: nn.Module, optimizer: Optimizer, device: str) -> int:
         model, optimizer: those of the run; their tensors may have shapes alone.
         device: kind of device that the run trains on.
     """
-    files, fixed = _take_down(model, optimizer, {})[1], _fixed(model, optimizer)
+    files, fixed = _take_down(model, optimizer, {}, {})[1], name_fixed(model, optimizer)
     return sum(
         copy_size(tensor.part.nbytes, device)
         for tensors in files.values()
@@ -172,7 +177,7 @@ def copied_bytes(model: nn.Module, optimizer: Optimizer, device: str) -> int:
 
 
 def _take_down(
-    model: nn.Module, optimizer: Optimizer, other: Mapping[str, Any]
+    model: nn.Module, optimizer: Optimizer, other: Mapping[str, Any], left_out: Mapping[str, int]
 ) -> tuple[dict[str, Any], Files]:
     """Collect what a checkpoint holds: the contents of state.json, and the tensors of each file."""
     weights = named_weights(model)
@@ -181,17 +186,11 @@ def _take_down(
     state = {
         name: to_json(value, name, tensors) for name, value in {**other, "optimizer": optimizer_state}.items()
     }
-    return state | {"weights": _describe(weights)}, {
-        "weights": describe_tensors(weights),
+    return state | {"weights": _describe(weights), "left_out": dict(left_out)}, {
+        "weights": describe_tensors({name: each for name, each in weights.items() if name not in left_out}),
         "optimizer": describe_states(optimizer_tensors, dict(model.named_parameters())),
         "other": describe_tensors(tensors),
     }
-
-
-def _fixed(model: nn.Module, optimizer: Optimizer) -> set[str]:
-    """Name the parameters that never change, because the optimizer does not hold them."""
-    held = {p for group in optimizer.param_groups for p in group["params"]}
-    return {name for name, p in model.named_parameters() if p not in held}
 
 
 def load_checkpoint(
@@ -205,6 +204,7 @@ def load_checkpoint(
     Args:
         path: the checkpoint's folder, `…/step-NNNNNN`.
         model: a model with the same parameters and buffers as the saved one; its weights are overwritten.
+            Those that the checkpoint left out must be as they were.
         optimizer: an optimizer over the same param groups. Attach LISA to it before this call if LISA was
             attached when the checkpoint was saved.
         scheduler: a scheduler of the same kind, or None if none was saved.
@@ -234,6 +234,8 @@ def load_checkpoint(
         with open_tensors(path, "optimizer") as file:
             optimizer_tensors = read_states(file, parameters)
         check_same("the model's weights", state["weights"], _describe(weights))
+        left_out: Mapping[str, int] = state.get("left_out", {})
+        check_left_out(left_out, weights)
         groups = state["optimizer"]["param_groups"]
         if len(groups) == len(optimizer.param_groups):
             both = zip(groups, optimizer.param_groups, strict=True)
@@ -255,7 +257,7 @@ def load_checkpoint(
     )
     try:
         with open_tensors(path, "weights") as file, torch.no_grad():
-            _copy_weights(model, weights, file)
+            _copy_weights(model, weights, file, left_out)
         optimizer.load_state_dict(optimizer_state)
         if scheduler is not None:
             scheduler.load_state_dict(state["scheduler"])
@@ -272,7 +274,7 @@ def load_weights(path: str | Path, *, model: nn.Module) -> None:
 
     Args:
         path: the checkpoint's folder, `…/step-NNNNNN`.
-        model: the model that was saved there.
+        model: the model that was saved there. Weights that the checkpoint left out are not compared.
 
     Raises:
         DamagedCheckpointError: the checkpoint is incomplete, damaged, or of another model.
@@ -283,13 +285,13 @@ def load_weights(path: str | Path, *, model: nn.Module) -> None:
     verify(path)
     reshard(model)
     try:
+        state = json.loads((path / "state.json").read_text())
         with open_tensors(path, "weights") as file, torch.no_grad():
-            _copy_weights(model, named_weights(model), file)
+            _copy_weights(model, named_weights(model), file, state.get("left_out", {}))
         if (correction := find_correction(model)) is not None:
-            optimizer = json.loads((path / "state.json").read_text())["optimizer"]
             with safe_open(path / "other.safetensors", framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-            correction.load_weights(from_json(optimizer["lisa"]["correction"], tensors))
+            correction.load_weights(from_json(state["optimizer"]["lisa"]["correction"], tensors))
     except (*UNREADABLE, SafetensorError) as error:
         raise _damaged(path, error) from error
 
@@ -337,10 +339,14 @@ def _check_plain(state: dict[str, Any], optimizer: Optimizer, scheduler: LRSched
     state["rng"]["python"], state["rng"]["torch"]
 
 
-def _copy_weights(model: nn.Module, weights: Mapping[str, Tensor], file: Any) -> None:
-    """Copy stored tensors into the model's `named_weights`."""
+def _copy_weights(
+    model: nn.Module, weights: Mapping[str, Tensor], file: Any, left_out: Container[str]
+) -> None:
+    """Copy stored tensors into the model's `named_weights`, but for those that were not stored."""
     coded = coded_weights(model)
     for name, tensor in weights.items():
+        if name in left_out:
+            continue
         if name in coded:
             coded[name].load(_read(tensor, file, name))
         else:

@@ -30,8 +30,10 @@ __all__ = [
 
 FILES = ("weights.safetensors", "optimizer.safetensors", "other.safetensors", "state.json")
 
-FORMAT, FORMAT_OF_PARTS = 1, 2
-"""Versions of the layout of a checkpoint, in one part and in several; another one is refused."""
+FORMAT, FORMAT_OF_PARTS, FORMAT_WITHOUT_BASE = 1, 2, 3
+"""Versions of the layout of a checkpoint: in one part, in several, and in any number without the weights that
+never change. Another one is refused.
+"""
 
 DIVIDED = ("weights", "optimizer")
 """What several ranks write in a file each."""
@@ -57,7 +59,12 @@ def list_files(parts: int = 1) -> tuple[str, ...]:
 
 
 def write_manifest(
-    folder: Path, step: int, *, parts: int = 1, known: Mapping[str, Mapping[str, int | str]] | None = None
+    folder: Path,
+    step: int,
+    *,
+    parts: int = 1,
+    known: Mapping[str, Mapping[str, int | str]] | None = None,
+    is_whole: bool = True,
 ) -> None:
     """Record size and sha256 of the files, which the folder must hold, in its manifest.json.
 
@@ -66,13 +73,17 @@ def write_manifest(
         step: its optimizer steps.
         parts: in how many parts weights and optimizer state are.
         known: `describe_file` of files by name; the others are read.
+        is_whole: whether the checkpoint holds all weights.
 
     Raises:
         OSError: a file could not be read, or manifest.json could not be written.
     """
     known = known or {}
     files = {name: known.get(name) or describe_file(folder / name) for name in list_files(parts)}
-    head = {"format": FORMAT} if parts == 1 else {"format": FORMAT_OF_PARTS, "parts": parts}
+    if not is_whole:
+        head = {"format": FORMAT_WITHOUT_BASE, "parts": parts}
+    else:
+        head = {"format": FORMAT} if parts == 1 else {"format": FORMAT_OF_PARTS, "parts": parts}
     (folder / "manifest.json").write_text(json.dumps({**head, "step": step, "files": files}, indent=1))
 
 
@@ -176,7 +187,7 @@ def _read_manifest(path: Path) -> dict[str, str]:
         _check_plain(path, ["manifest.json"])
         manifest = json.loads((path / "manifest.json").read_text())
         form = manifest["format"]
-        parts = manifest["parts"] if form == FORMAT_OF_PARTS else 1
+        parts = manifest["parts"] if form in (FORMAT_OF_PARTS, FORMAT_WITHOUT_BASE) else 1
         if not (isinstance(parts, int) and 1 <= parts <= MOST_PARTS):
             raise ValueError(f"parts is {parts!r:.80}")
         names = list_files(parts)
@@ -190,9 +201,9 @@ def _read_manifest(path: Path) -> dict[str, str]:
         raise DamagedCheckpointError(
             f"no complete checkpoint in {path} ({type(error).__name__}: {error})"
         ) from error
-    if form not in (FORMAT, FORMAT_OF_PARTS):
+    if form not in (FORMAT, FORMAT_OF_PARTS, FORMAT_WITHOUT_BASE):
         raise ValueError(
-            f"checkpoint {path} has format {form}, and this version reads {FORMAT} and {FORMAT_OF_PARTS}"
+            f"checkpoint {path} has format {form}, and this version reads {FORMAT} to {FORMAT_WITHOUT_BASE}"
         )
     if wrong:
         raise DamagedCheckpointError(

@@ -122,7 +122,8 @@ class CheckpointWriter:
         if self._parts > 1:
             (self._aside / INDEX).write_text(json.dumps(self._index))
         (self._aside / "state.json").write_text(json.dumps(self._state))
-        write_manifest(self._aside, self._state["step"], parts=self._parts, known=known)
+        is_whole = not self._state.get("left_out")
+        write_manifest(self._aside, self._state["step"], parts=self._parts, known=known, is_whole=is_whole)
         self._folder.pop_all().close()
 
     def _name(self, name: str, rank: int) -> str:

@@ -11,6 +11,7 @@ from typing import Self
 from lisatune.distributed import ranks
 from lisatune.runs.checkpoint import begin_checkpoint
 from lisatune.runs.folder import RunFolder
+from lisatune.runs.left_out import hash_fixed
 from lisatune.runs.manifest import prune
 from lisatune.runs.together import CheckpointWriter
 from lisatune.train.assemble import Parts
@@ -90,6 +91,7 @@ class Saver:
     def __init__(self, parts: Parts, state: RunState, folder: RunFolder, say: Callable[[str], None]) -> None:
         self._parts, self._state, self._folder, self._say = parts, state, folder, say
         self._begun: _Begun | None = None
+        self._fixed: dict[str, int] | None = None
 
     def save(self, *, must: bool = True, now: bool = False, is_best: bool = False) -> bool:
         """Save a checkpoint of this step, or begin to.
@@ -113,6 +115,8 @@ class Saver:
             state.stream = parts.data.stream.places(state.step * parts.recipe.run.accumulation)
         if is_best:
             state.best[str(state.step)] = state.held_out
+        if self._fixed is None:
+            self._fixed = hash_fixed(parts.built.model, parts.built.step.optimizer)
         try:
             writer = begin_checkpoint(
                 self._folder.checkpoints,
@@ -121,6 +125,7 @@ class Saver:
                 optimizer=parts.built.step.optimizer,
                 scheduler=parts.scheduler,
                 extra=asdict(state),
+                left_out=self._fixed,
                 copies=is_async,
             )
         except OSError as error:

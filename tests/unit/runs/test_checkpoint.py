@@ -229,7 +229,7 @@ def damage(path: Path, kind: str) -> None:
         (path / "manifest.json").unlink()
     else:
         manifest = json.loads((path / "manifest.json").read_text())
-        (path / "manifest.json").write_text(json.dumps({**manifest, "format": 3}))
+        (path / "manifest.json").write_text(json.dumps({**manifest, "format": 4}))
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def damage(path: Path, kind: str) -> None:
         ("missing file", "no complete checkpoint in .*weights.safetensors"),
         ("torn manifest", "no complete checkpoint in"),
         ("no manifest", "no complete checkpoint in .*manifest.json"),
-        ("other format", "has format 3, and this version reads 1 and 2"),
+        ("other format", "has format 4, and this version reads 1 to 3"),
     ],
 )
 def test_damage_is_detected_before_anything_changes(tmp_path: Path, kind: str, message: str) -> None:
