@@ -468,6 +468,7 @@ def test_a_checkpoint_that_nobody_asked_for_cannot_stop_a_run(
 
     monkeypatch.setattr("lisatune.train.saving.begin_checkpoint", fail)
     monkeypatch.setattr("lisatune.train.saving.AUTOSAVE_SECONDS", 0)
+    monkeypatch.setattr("lisatune.train.saving.AUTOSAVE_FACTOR", 0)
     assert run(recipe, "run", "run.steps=4")["failed_saves"] == 4
     with pytest.raises(OSError, match="No space left"):
         run(recipe, "asked", "run.steps=4", "run.save_every=1")
