@@ -59,12 +59,15 @@ def build_optimizer(
 def build_from_groups(groups: Groups, config: OptimizerConfig) -> Optimizer:
     """Build the recipe's optimizer over param groups; see `build_optimizer`.
 
+    A group without `weight_decay` gets the recipe's.
+
     Raises:
         ValueError: there is no such optimizer, an option is not one of its own or out of range, or it cannot
             update weights of this dtype, or on several ranks.
         ImportError: its package is not installed.
     """
     check_name(config.name)
+    groups = [{"weight_decay": config.weight_decay} | group for group in groups]
     if config.name == "adamw":
         return build_adamw(groups, config)
     narrow = {str(p.dtype).removeprefix("torch.") for g in groups for _, p in g["params"] if p.itemsize < 4}

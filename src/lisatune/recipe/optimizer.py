@@ -33,7 +33,7 @@ class OptimizerConfig:
     """Added to the denominator of the update."""
 
     weight_decay: float = 0.0
-    """Decoupled weight decay. Norms, biases and embeddings have none."""
+    """Weight decay, decoupled unless the optimizer adds it to gradients. Norms, biases, embeddings: none."""
 
     schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
     """Learning rate after warm-up: constant; falling along a cosine or a line; or constant with a fall at the
