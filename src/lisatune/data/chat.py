@@ -10,7 +10,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lisatune.console import first_line
-from lisatune.data.turns import Messages
+from lisatune.data.turns import Messages, find_answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -254,8 +254,9 @@ class Chat:
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if len(spans[0]) != len(turns):
             return None
-        asked = self.render(messages[: turns[0]], ask=True, tools=tools)
-        header = asked[common_length(asked, self.render(messages[: turns[0]], tools=tools)) :]
+        before = messages[: find_answer(messages)]
+        asked = self.render(before, ask=True, tools=tools)
+        header = asked[common_length(asked, self.render(before, tools=tools)) :]
         found: Marked = []
         for index, (start, end) in zip(turns, spans[0], strict=True):
             if index in answers:

@@ -7,7 +7,7 @@ from typing import Any
 
 from lisatune.data.chat import encode_prompt
 from lisatune.data.records import Record
-from lisatune.data.turns import Messages, answer_text
+from lisatune.data.turns import Messages, answer_text, find_answer
 from lisatune.recipe import Recipe
 
 __all__ = ["Prompt", "find_questions"]
@@ -56,7 +56,7 @@ def find_questions(sources: Sequence[Iterable[Record]], recipe: Recipe, tokenize
 
 def _has_answer(row: Record) -> bool:
     """Whether the model can be asked for something; not where only other roles speak (`data.loss_on`)."""
-    return "messages" not in row or any(message["role"] == "assistant" for message in row["messages"][1:])
+    return "messages" not in row or find_answer(row["messages"]) is not None
 
 
 def _cut_prompt(row: Record, tokenizer: Any, date: str | None) -> Prompt:
@@ -67,7 +67,7 @@ def _cut_prompt(row: Record, tokenizer: Any, date: str | None) -> Prompt:
         words = row["text"].split(" ")
         prompt, answer = " ".join(words[:TEXT_PROMPT_WORDS]), " ".join(words[TEXT_PROMPT_WORDS:])
     elif "messages" in row:
-        first = next(i for i, message in enumerate(row["messages"]) if message["role"] == "assistant")
+        first = find_answer(row["messages"])
         prompt, answer = row["messages"][:first], row["messages"][first:]
     else:
         prompt, answer = row["prompt"], row["completion"]

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lisatune.data.records import Record, Records
-from lisatune.data.turns import Messages
+from lisatune.data.turns import Messages, find_answer
 
 __all__ = ["hash_prompt", "hold_out", "split_records"]
 
@@ -88,5 +88,4 @@ def hash_prompt(row: Record, seed: int) -> bytes:
 
 def _take_question(messages: Messages) -> Messages:
     """Take the turns before the first answer, or all of them where there is none."""
-    roles = [message["role"] for message in messages]
-    return messages[: roles.index("assistant", 1)] if "assistant" in roles[1:] else messages
+    return messages[: find_answer(messages)]

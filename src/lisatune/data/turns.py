@@ -25,6 +25,7 @@ __all__ = [
     "check_text",
     "check_tools",
     "describe",
+    "find_answer",
     "require_answer",
 ]
 
@@ -74,6 +75,12 @@ def require_answer(messages: Messages) -> Messages:
     if all(message.get("train") is False for message in answers):
         raise BadRowError("every assistant turn is marked not to be learned from (weight: 0 or train: false)")
     return messages
+
+
+def find_answer(messages: Messages) -> int | None:
+    """Return the index of the first answer; None if there is none. The first message answers nothing."""
+    answers = (index for index, message in enumerate(messages) if index and message["role"] == "assistant")
+    return next(answers, None)
 
 
 def ask_and_answer(before: Messages, question: str, answer: str) -> dict[str, Any]:

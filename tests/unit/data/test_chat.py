@@ -351,6 +351,7 @@ MARKED = """\
 def test_marks_of_a_template_serve_where_it_writes_earlier_turns_differently() -> None:
     messages = [USER, BOT, USER, BOT | {"content": "Bye"}]
     assert answers(byte_tokenizer(MARKED), messages) == ["(short)Hello<eos>", "Bye<eos>"]
+    assert answers(byte_tokenizer(MARKED), [BOT, *messages]) == ["(short)Hello<eos>", "Bye<eos>"]
     unmarked = MARKED.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
     with pytest.raises(ValueError, match="writes the messages up to number 2 differently once others follow"):
         answers(byte_tokenizer(unmarked), messages)

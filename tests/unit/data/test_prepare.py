@@ -45,6 +45,19 @@ def test_nothing_is_held_out_unless_a_share_or_a_file_is_given(
     assert len(data.validation.rows) == (50 if validation else 0)
 
 
+def test_a_conversation_that_the_assistant_begins_is_asked_with_the_question_that_follows(
+    tmp_path: Path,
+) -> None:
+    turns = [("assistant", "Hello"), ("user", "Who are {}?"), ("assistant", "Ada"), ("user", "Bye")]
+    file = tmp_path / "chats.jsonl"
+    rows = [[{"role": role, "content": text.format(n)} for role, text in turns] for n in range(2)]
+    file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    (question,) = prepare_with(DataConfig(train=str(file))).questions
+    assert question.text in ("Who are 0?", "Who are 1?")
+    assert [each["role"] for each in question.prompt] == ["assistant", "user"]
+    assert question.answer == "Ada"
+
+
 def write_texts(file: Path, *texts: str) -> str:
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return str(file)
