@@ -329,6 +329,8 @@ def encode_prompt(
 ) -> list[int]:
     """Turn a prompt into token ids: plain text as it is, messages through the chat template.
 
+    An end-of-sequence token that the tokenizer puts behind every text is left out: the model continues it.
+
     Args:
         tokenizer: with a chat template, if the prompt is messages.
         prompt: text or messages.
@@ -337,6 +339,9 @@ def encode_prompt(
     """
     if isinstance(prompt, str):
         ids: list[int] = drop_second_bos(tokenizer(prompt, verbose=False)["input_ids"], tokenizer)
+        eos = tokenizer.eos_token
+        if ids[-1:] == [tokenizer.eos_token_id] and ids.count(ids[-1]) > prompt.count(eos):
+            ids = ids[:-1]
     else:
         with explain_template_errors():
             ids = tokenizer.apply_chat_template(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import trl
+from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from trl.chat_template_utils import get_training_chat_template, qwen2_5_chat_template
 
@@ -240,6 +241,17 @@ def test_what_only_a_question_ends_with_is_left_out_with_a_warning() -> None:
 def test_common_length(first: object, second: object, length: int, swap: bool) -> None:
     compare: Callable[..., int] = common_length
     assert compare(*((second, first) if swap else (first, second))) == length
+
+
+def test_a_plain_prompt_does_not_end_with_the_stop_that_a_tokenizer_adds() -> None:
+    tokenizer = byte_tokenizer(None)
+    eos = ("<eos>", tokenizer.eos_token_id)
+    adds_eos = processors.TemplateProcessing("$A <eos>", special_tokens=[eos])
+    tokenizer.backend_tokenizer.post_processor = adds_eos
+    decode = tokenizer.decode
+    assert decode(tokenizer("Once")["input_ids"]) == "Once<eos>"
+    assert decode(encode_prompt(tokenizer, "Once")) == "Once"
+    assert decode(encode_prompt(tokenizer, "A<eos>Once<eos>")) == "A<eos>Once<eos>"
 
 
 def test_a_missing_trl_names_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
