@@ -29,6 +29,7 @@ from lisatune.data.turns import (
     check_text,
     check_tools,
     describe,
+    read_system,
     require_answer,
 )
 from lisatune.recipe.values import unknown
@@ -105,9 +106,11 @@ def recognise_kind(row: Any) -> str:
         BadRowError: it is no object, or its fields are of no known kind.
     """
     fields = _check_fields(row)
-    for kind, has in KINDS.items():
-        if all(field in fields for field in has.needed):
-            return kind
+    holding = {field for field, value in fields.items() if value is not None}
+    for found in (holding, fields):
+        for kind, has in KINDS.items():
+            if all(field in found for field in has.needed):
+                return kind
     forms = "; ".join(" and ".join(has.needed) for has in KINDS.values())
     raise BadRowError(
         f"cannot tell the kind of the record from its fields {', '.join(fields)}; known: {forms}; "
@@ -195,8 +198,7 @@ def normalise(row: Any, kind: str, *, needs_answer: bool = True) -> Record:
             raise BadRowError(
                 f"the field {field!r} is missing; the fields are: {', '.join(fields) or 'none'}"
             )
-    system = fields.get("system") or ""
-    before = [{"role": "system", "content": check_text(system, "system")}] if system else []
+    before = read_system(fields)
     if kind in QUESTIONS:
         question, answer = QUESTIONS[kind]
         parts = [check_text(fields[question], question)]
@@ -223,7 +225,8 @@ def normalise(row: Any, kind: str, *, needs_answer: bool = True) -> Record:
 
 
 def _read_completion(fields: Record, before: Messages, needs_answer: bool) -> Record:
-    if fields.get("label") is False:  # the form of KTO's data
+    label = fields.get("label")
+    if label is False or (isinstance(label, str) and label.casefold() == "false"):  # KTO's data, also as CSV
         raise BadRowError("'label' is false: this is an example of a bad answer; leave it out")
     if isinstance(fields["prompt"], list) and isinstance(fields["completion"], list):
         completion = check_messages(fields["completion"], "completion")
@@ -245,7 +248,11 @@ def _read_tools(fields: Record) -> Record:
 def _read_history(history: Any) -> Messages:
     """Turn alpaca's earlier turns, pairs of question and answer, into messages."""
     messages: Messages = []
-    for number, pair in enumerate(history or [], 1):
+    if history in EMPTY:
+        return messages
+    if not isinstance(history, list | tuple):
+        raise BadRowError(f"'history' must be a list of pairs [question, answer], got {describe(history)}")
+    for number, pair in enumerate(history, 1):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise BadRowError(f"'history', pair {number} must be [question, answer], got {describe(pair)}")
         texts = [check_text(text, f"'history', pair {number}") for text in pair]

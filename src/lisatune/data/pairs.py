@@ -24,7 +24,7 @@ from lisatune.data.kinds import REFUSED, Record, check_names
 from lisatune.data.records import RecordReader
 from lisatune.data.rows import Documents, Ints, Rows
 from lisatune.data.sources import BadRowError
-from lisatune.data.turns import EMPTY, Messages, check_messages, check_text, require_answer
+from lisatune.data.turns import EMPTY, Messages, check_messages, check_text, read_system, require_answer
 
 __all__ = ["PairReader", "divide_pairs"]
 
@@ -81,8 +81,7 @@ def _read_pair(row: Any, needs_prompt: bool) -> Record:
                 f"the field {field!r} is missing or empty; a pair has chosen and rejected; the fields are: "
                 f"{', '.join(map(str, row)) or 'none'}"
             )
-    system = row.get("system") or ""
-    before = [{"role": "system", "content": check_text(system, "system")}] if system else []
+    before = read_system(row)
     prompt, chosen, rejected = (row.get(field) for field in USED[:3])
     if prompt in EMPTY and isinstance(chosen, str) and needs_prompt:
         raise BadRowError("the field 'prompt' is missing or empty, so it is unknown where the answers begin")

@@ -26,6 +26,7 @@ __all__ = [
     "check_tools",
     "describe",
     "find_answer",
+    "read_system",
     "require_answer",
 ]
 
@@ -75,6 +76,12 @@ def require_answer(messages: Messages) -> Messages:
     if all(message.get("train") is False for message in answers):
         raise BadRowError("every assistant turn is marked not to be learned from (weight: 0 or train: false)")
     return messages
+
+
+def read_system(fields: dict[str, Any]) -> Messages:
+    """Read the field `system` of a record as a message; none if it says nothing."""
+    system = fields.get("system")
+    return [] if system in EMPTY else [{"role": "system", "content": check_text(system, "system")}]
 
 
 def find_answer(messages: Messages) -> int | None:
@@ -238,4 +245,11 @@ def _is_learned(turn: dict[str, Any], place: str) -> bool:
     weight = turn.get("weight")
     if weight not in (None, 0, 1):
         raise BadRowError(f"{place} has the weight {weight!r}; only 0 and 1 can be trained with")
-    return weight != 0 and turn.get("train") is not False
+    train = turn.get("train")
+    if train not in (None, False, True):
+        raise BadRowError(f"{place} has train: {train!r}; it must be true or false")
+    if turn.get("train_detail") not in EMPTY:
+        raise BadRowError(
+            f"{place} has 'train_detail', and a message is learned as a whole or not; leave it out"
+        )
+    return weight != 0 and (train is None or bool(train))

@@ -61,6 +61,10 @@ KINDS: list[tuple[str, Any, Any]] = [
         {"prompt": [{"role": "user", "content": "Add.\n\n1 2"}], "completion": [BOT | {"content": "3"}]},
     ),
     ("text", {"text": "Once upon"}, {"text": "Once upon"}),
+    ("text", {"text": "Once upon", "messages": None}, {"text": "Once upon"}),
+    ("question-answer", {"question": "Hi", "answer": "Hello", "prompt": None, "completion": None}, ASKED),
+    ("query-response", {"query": "Hi", "response": "Hello", "system": "null"}, ASKED),
+    ("alpaca", {"instruction": "Hi", "output": "Hello", "history": "[]"}, ASKED),
 ]
 
 
@@ -206,6 +210,13 @@ def test_fields_that_carry_meaning_are_honoured(tmp_path: Path, row: Any, normal
             "preference data; set loss.name: dpo",
         ),
         (ALPACA | {"history": [["Hi"]]}, "'history', pair 1 must be [question, answer], got a list"),
+        (ALPACA | {"history": 5}, "'history' must be a list of pairs [question, answer], got the number 5"),
+        (ALPACA | {"history": "Hi"}, "'history' must be a list of pairs [question, answer], got text"),
+        (ALPACA | {"system": 0}, "'system' must be text, got the number 0"),
+        ({"prompt": "1+1=", "completion": "3", "label": "False"}, "'label' is false"),
+        ({"messages": [USER, BOT | {"train": "false"}]}, "message 2 has train: 'false'; it must be true or"),
+        ({"messages": [USER, BOT | {"train": 0}]}, "every assistant turn is marked not to be learned from"),
+        ({"messages": [USER, BOT | {"train_detail": [{"train": False}]}]}, "message 2 has 'train_detail'"),
     ],
 )
 def test_fields_that_carry_meaning_and_cannot_be_honoured_are_refused_by_name(
