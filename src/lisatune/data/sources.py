@@ -15,6 +15,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
@@ -249,7 +250,6 @@ def _parse(text: bytes, path: Path, start_line: int) -> tuple[str, Any]:
 
 
 def _read_csv(path: Path, meter: Meter) -> Iterator[tuple[str, Any]]:
-    limit = csv.field_size_limit(2**31 - 1)  # csv's own 128 KiB is less than a long document
     try:
         with open_file(path) as first:
             header = first.readline()
@@ -259,15 +259,22 @@ def _read_csv(path: Path, meter: Meter) -> Iterator[tuple[str, Any]]:
             io.TextIOWrapper(binary, "utf-8-sig", errors="surrogateescape", newline="") as file,
         ):
             reader = csv.DictReader(file, strict=True, delimiter=delimiter)
-            for row in reader:
+            for row in iter(partial(_next_row, reader), None):
                 problem = BadRowError(f"more fields than the header's {len(reader.fieldnames or ())}")
                 yield f"{path}, line {reader.line_num}", problem if None in row else row
     except csv.Error as error:
         raise ValueError(
             f"{path}, line {reader.reader.line_num}: not CSV ({error}); check the quotes"
         ) from error
+
+
+def _next_row(reader: "csv.DictReader[str]") -> dict[str | Any, Any] | None:
+    """Read a row, None after the last. Its fields may be longer than 128 KiB, csv's limit for all readers."""
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        return next(reader, None)
     finally:
-        csv.field_size_limit(limit)
+        csv.field_size_limit(limit)  # now, because another file may be read before the next row of this one
 
 
 def _read_parquet(path: Path, meter: Meter) -> Iterator[tuple[str, Any]]:

@@ -100,6 +100,14 @@ def test_a_long_csv_field_is_read_and_the_limit_put_back(tmp_path: Path) -> None
     assert csv.field_size_limit() == before
 
 
+def test_long_csv_fields_are_read_while_another_csv_file_comes_to_its_end(tmp_path: Path) -> None:
+    short, long = ({"text": "x"}, {"text": "x" * 300_000})
+    first = read_rows(str(write(tmp_path, "first.csv", [short])))
+    second = read_rows(str(write(tmp_path, "second.csv", [short, long])))
+    rows = [next(first), next(second), *first, *second]
+    assert [len(row["text"]) for _, row in rows] == [1, 1, 300_000]
+
+
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
