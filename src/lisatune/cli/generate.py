@@ -183,7 +183,7 @@ def _read_prompts(given: list[str] | None, file: str | None) -> list[Prompt]:
         text.encode()  # standard input may hold wrong bytes as escapes
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise ValueError(f"{name} is not UTF-8 ({error.reason}); write it in UTF-8") from None
-    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise ValueError(f"{name} is empty; write a prompt on each line")
     is_json = str(file).endswith(".jsonl") or (is_stdin and all(line[0] == "{" for _, line in lines))

@@ -169,7 +169,7 @@ def read_lines(file: Path) -> list[Any]:
     if rest:
         replace_file(file, whole + "\n" if whole else "")
     try:
-        return [json.loads(line) for line in whole.splitlines()]
+        return [json.loads(line) for line in whole.split("\n") if line]  # a text may hold U+2028 itself
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}); delete the line") from None
 

@@ -73,6 +73,16 @@ def test_prompts_of_a_file_are_answered_in_batches_as_one_by_one(
     }
 
 
+def test_a_prompt_may_hold_line_separators_of_unicode(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": "One\u2028two\x85three"}, ensure_ascii=False), encoding="utf-8")
+    assert main(["generate", str(model), "--file", str(file), "--json", *SHORT]) == 0
+    (found,) = [json.loads(line) for line in capsys.readouterr().out.strip().split("\n")]
+    assert found["messages"][-1]["content"] == "One\u2028two\x85three"
+
+
 def test_answers_go_into_a_new_file_of_json_lines(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

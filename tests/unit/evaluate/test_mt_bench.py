@@ -289,6 +289,20 @@ def test_the_key_of_openai_goes_to_openai_alone() -> None:
     assert find_key("https://judge.example/v1", both | {"LISATUNE_JUDGE_KEY": "own"}) == "own"
 
 
+def test_answers_and_judgements_may_hold_line_separators_of_unicode(answered: Path) -> None:
+    file = answered / "mt_bench" / "answers.jsonl"
+    before = json.loads(file.read_text(encoding="utf-8").partition("\n")[0])
+    before["choices"][0]["turns"][0] = "one\u2028two\x85three"
+    file.write_text(json.dumps(before, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_answers(answered) == [before]
+    with Server(lambda number, body: say("fine\u2029[[5]]")) as server:
+        question = chosen("writing")
+        first = judge_answers(answered, question, judge(server))
+        assert judge_answers(answered, question, judge(server)) == first
+    assert len(server.bodies) == 2
+    assert "one\u2028two" in server.bodies[0]["messages"][1]["content"]
+
+
 def test_changed_answers_are_judged_again(answered: Path) -> None:
     with Server(lambda number, body: say("[[5]]")) as server:
         judge_answers(answered, chosen("writing"), judge(server))
