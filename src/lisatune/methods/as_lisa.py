@@ -31,6 +31,11 @@ class AsLisa(Method):
         """Return the LISA that this method is."""
         raise NotImplementedError
 
+    @property
+    def freezes_ends(self) -> bool:
+        """Whether no end trains. Rows of new tokens then train alone, as in LISA."""
+        return self.as_lisa().freezes_ends
+
     def check_loss(self, loss: LossConfig) -> None:
         """Refuse what that LISA refuses."""
         super().check_loss(loss)

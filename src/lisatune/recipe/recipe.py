@@ -24,10 +24,12 @@ class Recipe:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        if self.optimizer.ends_lr is not None and not self.method.has_ends:
+        freezes_ends = self.method.freezes_ends and not self.model.new_tokens
+        if self.optimizer.ends_lr is not None and (freezes_ends or not self.method.has_ends):
+            setting = " with method.ends=frozen" if freezes_ends else ""
             raise ValueError(
                 f"optimizer.ends_lr={self.optimizer.ends_lr:g} does nothing with method {self.method.name}, "
-                "which trains no embedding, head or final norm; set it to null"
+                f"which trains no embedding, head or final norm{setting}; set it to null"
             )
         if self.run.eval_every is not None and not self.data.holds_out:
             raise ValueError(

@@ -15,6 +15,8 @@ from lisatune.cli.app import main
 from lisatune.lisa.groups import build_adamw
 from lisatune.methods import BAdam, EndsOnly, Method
 from lisatune.nn.layers import find_layers
+from lisatune.train.assemble import rehearse
+from lisatune.train.recipe_file import load_recipe
 
 LR, EVERY, STEPS = 1e-2, 2, 9
 ORDERS = {"ascending": [0, 1, 2, 0, 1], "descending": [2, 1, 0, 2, 1]}
@@ -105,3 +107,13 @@ def test_bad_input_is_one_sentence(
     recipe = tiny_run.write_recipe(tmp_path, model, rows, "method: {}\n")
     assert main(["train", str(recipe), *overrides]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["badam, switch_every: 1", "greedy, ends: frozen"])
+def test_rows_of_new_tokens_train_alone_beside_frozen_ends(tmp_path: Path, method: str) -> None:
+    model, rows = tiny_run.write_model(tmp_path / "model"), tiny_run.write_rows(tmp_path / "rows.jsonl")
+    recipe = tiny_run.write_recipe(tmp_path, model, rows, f"method: {{name: {method}}}\n")
+    asked = load_recipe(recipe, ["model.new_tokens=[<new>]", "optimizer.ends_lr=1e-2"])
+    prepared, layers, _ = rehearse(asked, steps=4)
+    ends = [name for name, p in layers.end_parameters(prepared).items() if p.requires_grad]
+    assert ends == ["model.embed_tokens.weight"]

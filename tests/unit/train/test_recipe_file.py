@@ -125,6 +125,16 @@ def test_off_is_a_word_and_null_is_nothing(tmp_path: Path) -> None:
             "{}: optimizer.ends_lr=0.0001 does nothing with method ia3, which trains no embedding, head or "
             "final norm; set it to null",
         ),
+        (
+            BASE + "method: {ends: frozen}\noptimizer: {ends_lr: 1e-4}\n",
+            "{}: optimizer.ends_lr=0.0001 does nothing with method lisa, which trains no embedding, head or "
+            "final norm with method.ends=frozen; set it to null",
+        ),
+        (
+            BASE + "method: {name: badam}\noptimizer: {ends_lr: 1e-4}\n",
+            "{}: optimizer.ends_lr=0.0001 does nothing with method badam, which trains no embedding, head or "
+            "final norm with method.ends=frozen; set it to null",
+        ),
         (BASE + "optimizer: {lr: -1}\n", "{}: optimizer.lr must be a positive number, got -1.0"),
         (
             BASE + "optimizer: {betas: [0.9]}\n",
