@@ -336,7 +336,7 @@ def _plan_steps(recipe: Recipe, shares: Sequence[Share]) -> tuple[Order, int]:
     order = Order(num_records, run.batch_size * ranks.count(), run.seed, shares=shares)
     wanted = run.steps or run.epochs * order.batches_per_epoch / run.accumulation
     check_steps(wanted, f"run.epochs={run.epochs:g}")
-    return order, max(1, math.ceil(wanted))
+    return order, max(1, math.ceil(round(wanted, 6)))  # 1.1 × 100 is a little more than 110 for a computer
 
 
 def _divide(source: Prepared, chosen: Ints, name: str, recipe: Recipe) -> Examples:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,8 +22,8 @@ def prepared(folder: Path, **data: float | str | None) -> RunData:
     return prepare_with(config)
 
 
-def prepare_with(config: DataConfig) -> RunData:
-    recipe = Recipe(model=ModelConfig(name="tiny"), data=config, method=Full())
+def prepare_with(config: DataConfig, **run: Any) -> RunData:
+    recipe = Recipe(model=ModelConfig(name="tiny"), data=config, method=Full(), run=RunConfig(**run))
     return prepare_data(recipe, byte_tokenizer(None))
 
 
@@ -61,6 +62,18 @@ def test_a_conversation_that_the_assistant_begins_is_asked_with_the_question_tha
 def write_texts(file: Path, *texts: str) -> str:
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return str(file)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "accumulation", "steps"), [(1.1, 1, 110), (0.07, 1, 7), (1.1, 4, 28), (0.001, 1, 1)]
+)
+def test_epochs_make_the_steps_that_they_need(
+    tmp_path: Path, epochs: float, accumulation: int, steps: int
+) -> None:
+    train = write_texts(tmp_path / "train.jsonl", *map(str, range(100)))
+    config = DataConfig(train=train, validation_share=0)
+    run = {"epochs": epochs, "batch_size": 1, "accumulation": accumulation}
+    assert prepare_with(config, **run).steps == steps
 
 
 def test_duplicates_are_counted_and_left_out_if_asked(tmp_path: Path) -> None:
