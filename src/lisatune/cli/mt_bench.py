@@ -2,6 +2,7 @@
 
 import json as json_text
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ def judge(
     if not url or not model:
         raise ValueError("--mt-bench judge asks a server; give --judge-url and --judge-model")
     prices = _parse_price(price)
-    judge = Judge(url, model, find_key(url), timeout=timeout)
+    judge = Judge(url, model, timeout=timeout)
+    judge = replace(judge, key=find_key(url))  # whose URL is one
 
     def begin(estimate: Estimate) -> None:
         if json or not estimate.requests:

@@ -13,6 +13,7 @@ The key of the server is in no file and in no message.
 
 import datetime
 import hashlib
+import http.client
 import json
 import os
 import re
@@ -46,6 +47,9 @@ MAX_TOKENS = 2048
 
 CHARACTERS_PER_TOKEN = 4
 """Rough, for English: the estimate before the judge is asked."""
+
+LONGEST_TIMEOUT = 10.0**6
+"""Seconds; the system cannot wait for much more."""
 
 LONGEST_WAIT = 60.0
 """Seconds between two tries, unless the server asks for more."""
@@ -110,7 +114,7 @@ class Judge:
         sleep: waits for some seconds; tests replace it.
 
     Raises:
-        ValueError: the URL is none, or the timeout is not above 0.
+        ValueError: the URL is none, the key cannot be sent, or the timeout is out of range.
     """
 
     url: str
@@ -121,12 +125,19 @@ class Judge:
     sleep: Callable[[float], None] = time.sleep
 
     def __post_init__(self) -> None:
-        if not self.timeout > 0:
-            raise ValueError(f"the judge's timeout must be seconds > 0, got {self.timeout:g}")
-        if urlsplit(self.url).scheme not in ("http", "https") or not urlsplit(self.url).hostname:
+        if not 0 < self.timeout <= LONGEST_TIMEOUT:
+            raise ValueError(
+                f"the judge's timeout must be seconds > 0 and at most {LONGEST_TIMEOUT:,.0f}, got "
+                f"{self.timeout:g}"
+            )
+        if not _is_address(self.url):
             raise ValueError(
                 "the judge's url must be a server's address, such as http://127.0.0.1:8080/v1, got "
                 f"{self.url!r}"
+            )
+        if self.key and not re.fullmatch("[!-~]+", self.key):
+            raise ValueError(
+                f"the judge's key holds a blank, or a character that is not ASCII; set {KEY} to the key alone"
             )
 
     def __repr__(self) -> str:
@@ -157,7 +168,8 @@ class Judge:
                 if error.code != 429 and error.code < 500 and error.code != 408:
                     raise ValueError(f"the judge at {self.host} refuses: {reason}") from None
                 wait = max(wait, _retry_after(error.headers.get("Retry-After")))
-            except (OSError, ValueError, LookupError, TypeError) as error:  # timeouts and broken replies too
+            # timeouts and broken replies too
+            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
                 reason = self._hide(f"{type(error).__name__}: {error}")
             if attempt < self.tries - 1:
                 self.sleep(wait)
@@ -194,14 +206,24 @@ class Judge:
         return " ".join(text.split())[:300]
 
 
+def _is_address(url: str) -> bool:
+    """Whether a request can go to a URL."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # raises if it is no number of a port
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and not re.search(r"[\s\x00-\x1f]", url)
+
+
 def find_key(url: str, environment: Mapping[str, str] = os.environ) -> str | None:
     """Find the server's key in the environment.
 
-    LISATUNE_JUDGE_KEY is for any server. OPENAI_API_KEY goes to api.openai.com alone.
+    LISATUNE_JUDGE_KEY is for any server. OPENAI_API_KEY goes to api.openai.com alone. A line's end behind the
+    key, which a file leaves there, is none of it.
     """
-    if key := environment.get(KEY):
-        return key
-    return environment.get("OPENAI_API_KEY") if urlsplit(url).hostname == "api.openai.com" else None
+    names = [KEY, *(["OPENAI_API_KEY"] if urlsplit(url).hostname == "api.openai.com" else [])]
+    return next(filter(None, (environment.get(name, "").strip() for name in names)), None)
 
 
 def judge_answers(
@@ -249,7 +271,7 @@ def judge_answers(
     for question, turn in tasks:
         key = question["question_id"], turn
         name, system, prompt = write_prompt(question, answers[key[0]], turn)
-        if key in kept and kept[key]["user_prompt"] == prompt:
+        if key in kept and kept[key]["user_prompt"] == prompt and kept[key]["judge"][0] == judge.model:
             done[key] = kept[key]
         else:
             waiting.append((question, turn, name, system, prompt))

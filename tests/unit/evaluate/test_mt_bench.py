@@ -48,7 +48,8 @@ class Server:
                 self.send_response(status)
                 for name, value in headers.items():
                     self.send_header(name, value)
-                self.send_header("Content-Length", str(len(text)))
+                if "Content-Length" not in headers:
+                    self.send_header("Content-Length", str(len(text)))
                 self.end_headers()
                 self.wfile.write(text)
 
@@ -225,13 +226,14 @@ def test_a_busy_or_broken_server_is_asked_again_after_the_wait_that_it_wants(ans
         (503, b"<html>", {}),
         (200, b"not json", {}),
         (200, {"choices": []}, {}),
+        (200, b"cut", {"Content-Length": "99"}),
         say("[[5]]"),
         say("[[5]]"),
     ]
     waits: list[float] = []
     with Server(lambda number, body: troubles[number]) as server:
         scores = judge_answers(answered, chosen("writing"), judge(server, sleep=waits.append))
-    assert waits == [17, 2, 4, 8]
+    assert waits == [17, 2, 4, 8, 16]
     assert scores["score"]["mean"] == 5
 
 
@@ -270,6 +272,26 @@ def test_a_judge_that_refuses_is_not_asked_again_and_the_key_is_nowhere(
     written = "".join(file.read_text() for file in answered.rglob("*") if file.is_file())
     assert "very-secret" not in written + said.out + said.err + said_then.out + said_then.err
     assert "very-secret" not in repr(Judge(server.url, "judge", "sk-very-secret"))
+
+
+def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(
+    answered: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert find_key("http://x/v1", {"LISATUNE_JUDGE_KEY": "sk-secret\r\n"}) == "sk-secret"
+    monkeypatch.setenv("LISATUNE_JUDGE_KEY", "sk-secret\nsk-secret")
+    command = ["evaluate", "tiny", "--mt-bench", "judge", "--output", str(answered), "--judge-model", "m"]
+    assert main([*command, "--judge-url", "http://127.0.0.1:9/v1"]) == 2
+    said = capsys.readouterr().err
+    assert "set LISATUNE_JUDGE_KEY to the key alone" in said
+    assert "secret" not in said
+
+
+def test_judges_whose_files_have_one_name_do_not_share_judgements(answered: Path) -> None:
+    with Server(lambda number, body: say("[[5]]")) as server:
+        for name in ("a/b", "a-b"):
+            scores = judge_answers(answered, chosen("writing"), Judge(server.url, name))
+            assert scores["judge"]["model"] == name
+    assert [body["model"] for body in server.bodies] == ["a/b", "a/b", "a-b", "a-b"]
 
 
 def test_the_key_does_not_follow_a_redirect(answered: Path) -> None:
@@ -317,6 +339,13 @@ def test_changed_answers_are_judged_again(answered: Path) -> None:
     [
         ((), "give --judge-url and --judge-model"),
         (("--judge-url", "localhost", "--judge-model", "m"), "the judge's url must be a server's address"),
+        (("--judge-url", "http://x:80a/v1", "--judge-model", "m"), "must be a server's address"),
+        (("--judge-url", "http://x/a b", "--judge-model", "m"), "must be a server's address"),
+        (("--judge-url", "http://[x/v1", "--judge-model", "m"), "must be a server's address"),
+        (
+            ("--judge-url", "http://x/v1", "--judge-model", "m", "--judge-timeout", "inf"),
+            "timeout must be seconds > 0 and at most 1,000,000, got inf",
+        ),
         (("--judge-url", "http://x/v1", "--judge-model", "m"), "has no answers to 80 of 80 questions"),
         (
             ("--judge-url", "http://x/v1", "--judge-model", "m", "--judge-price", "2"),
