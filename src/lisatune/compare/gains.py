@@ -6,8 +6,7 @@ from typing import Any
 
 from lisatune.compare.measure import Measured
 from lisatune.compare.results import TaskGain
-from lisatune.console import percent_text
-from lisatune.evaluate.scores import TaskScore, difference
+from lisatune.evaluate.scores import TaskScore, difference, figure_text
 
 __all__ = ["gain_text", "gains", "mean_gains"]
 
@@ -68,10 +67,11 @@ def mean_gains(runs: Sequence[dict[str, TaskGain]]) -> dict[str, TaskGain]:
 
 
 def gain_text(gain: TaskGain | None) -> str:
-    """Write a score in percent: 51.0 ± 3.5 (+1.5 ± 1.2)."""
+    """Write a score, a share in percent: 51.0 ± 3.5 (+1.5 ± 1.2)."""
     if gain is None:
         return ""
-    text = percent_text(gain["value"], gain["stderr"])
+    metric = gain["metric"]
+    text = figure_text(metric, gain["value"], gain["stderr"])
     if gain["gain"] is None:
         return text
-    return f"{text} ({percent_text(gain['gain'], gain['gain_stderr'], sign='+')})"
+    return f"{text} ({figure_text(metric, gain['gain'], gain['gain_stderr'], sign='+')})"

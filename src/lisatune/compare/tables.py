@@ -11,6 +11,7 @@ from rich.text import Text
 from lisatune.compare.gains import gain_text
 from lisatune.compare.results import ArmResult, EqualTime, Results, Spread
 from lisatune.console import byte_text, count_text, plural, terminal
+from lisatune.evaluate.scores import is_share
 from lisatune.recipe.data import describe_paths
 
 __all__ = ["describe_scores", "format_markdown", "make_equal_time_table", "make_overview", "print_results"]
@@ -26,7 +27,7 @@ def make_overview(results: Results) -> tuple[list[str], list[list[str]]]:
         ("test loss", lambda arm: _spread_text(arm["test_loss"])),
         ("gain", lambda arm: "" if arm["gain_share"] is None else f"{100 * arm['gain_share']:.0f} %"),
         ("forgetting", lambda arm: _spread_text(arm["forgetting"], "+.4f")),
-        *(_score_column(name) for name in _list_tasks(results)),
+        *(_score_column(name, is_share(metric)) for name, metric in _list_tasks(results).items()),
         ("peak memory", lambda arm: _mean_text(arm["peak_bytes"], byte_text)),
         ("tensors in a step", lambda arm: _tensors_text(arm)),
         ("trainable", lambda arm: "" if arm["trainable"] is None else count_text(arm["trainable"])),
@@ -40,14 +41,14 @@ def make_overview(results: Results) -> tuple[list[str], list[list[str]]]:
     return [columns[i][0] for i in shown], [[row[i] for i in shown] for row in rows]
 
 
-def _list_tasks(results: Results) -> list[str]:
-    """List the benchmark tasks that some arm or the base has a score of. Older results have none."""
+def _list_tasks(results: Results) -> dict[str, str]:
+    """List the tasks that some arm or the base has a score of, with its metric. Older results have none."""
     parts = [results["base"], *results["arms"]]
-    return list(dict.fromkeys(name for part in parts for name in part.get("scores", {})))
+    return {name: score["metric"] for part in parts for name, score in part.get("scores", {}).items()}
 
 
-def _score_column(task: str) -> Column:
-    return f"{task} %", lambda arm: gain_text(arm.get("scores", {}).get(task))
+def _score_column(task: str, is_percent: bool) -> Column:
+    return task + " %" * is_percent, lambda arm: gain_text(arm.get("scores", {}).get(task))
 
 
 def describe_scores(results: Results) -> str:
@@ -56,8 +57,13 @@ def describe_scores(results: Results) -> str:
     if not base:
         return ""
     before = ", ".join(f"{name} {gain_text(each)} of {each['items']:,}" for name, each in base.items())
+    percent = (
+        "in percent"
+        if all(is_share(each["metric"]) for each in base.values())
+        else "in percent where so marked,"
+    )
     return (
-        f"Benchmark tasks before training: {before} questions. Scores are in percent ± standard error over "
+        f"Benchmark tasks before training: {before} questions. Scores are {percent} ± standard error over "
         "the questions; in brackets the gain over the base, whose error is of the differences question by "
         "question. Gains below two of their errors are noise."
     )

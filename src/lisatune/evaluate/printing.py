@@ -4,8 +4,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from lisatune.console import grid, percent_text, plural, terminal, time_left
+from lisatune.console import grid, plural, terminal, time_left
 from lisatune.evaluate.benchmark import Progress
+from lisatune.evaluate.scores import figure_text, is_share
 from lisatune.evaluate.tasks import OpenTask
 
 __all__ = ["ScoreLines", "print_scores"]
@@ -58,15 +59,15 @@ def print_scores(evaluation: Mapping[str, Any]) -> None:
         settings = score["settings"]
         first = [name, str(settings["shots"]), f"{score['items']:,}"]
         for key, metric in score["metrics"].items():
-            row = [*first, key, percent_text(metric["value"], metric["stderr"])]
+            row = [*first, key, figure_text(key, metric["value"], metric["stderr"])]
             if differences:
                 gain = differences[name].get(key)
                 row += (
                     ["", ""]
                     if gain is None
                     else [
-                        percent_text(metric["value"] - gain["value"]),
-                        percent_text(gain["value"], gain["stderr"], sign="+"),
+                        figure_text(key, metric["value"] - gain["value"]),
+                        figure_text(key, gain["value"], gain["stderr"], sign="+"),
                     ]
                 )
             table.add_row(*row)
@@ -79,8 +80,10 @@ def print_scores(evaluation: Mapping[str, Any]) -> None:
     versions = ", ".join(
         f"{name} {score['settings']['version']}" for name, score in evaluation["tasks"].items()
     )
+    names = dict.fromkeys(key for score in evaluation["tasks"].values() for key in score["metrics"])
+    others = ", ".join(key for key in names if not is_share(key))
     rows = [
-        ("scores", "in percent ± one standard error"),
+        ("scores", "in percent ± one standard error" + (f"; {others} as they are" if others else "")),
         ("made with", f"{evaluation['harness']}; {facts['dtype']} on {facts['device']}; {template}"),
         ("task versions", versions),
     ]

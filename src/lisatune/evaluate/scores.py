@@ -13,9 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
+from lisatune.console import percent_text
 from lisatune.evaluate.tasks import OpenTask
 from lisatune.files.disk import explain_write_errors, replace_file, sha256_of
 from lisatune.models.locate import find_snapshot, is_adapter, locate
+from lisatune.runs.summary import Score
 
 __all__ = [
     "Metric",
@@ -25,11 +27,18 @@ __all__ = [
     "check_model",
     "difference",
     "differences",
+    "figure_text",
     "identify",
+    "is_share",
     "leaf_score",
+    "score_text",
     "without_items",
     "write_evaluation",
 ]
+
+
+OTHERS = ("bits_per_byte", "likelihood", "bleu", "chrf", "chrf++", "ter")
+"""Metrics beside perplexities that are no shares, from 0 to 1, and so are not shown in percent."""
 
 
 class Metric(TypedDict):
@@ -153,7 +162,8 @@ def difference(score: TaskScore, base: TaskScore, metric: str) -> Metric | None:
     """Return how much better a score is than the base's on the same questions.
 
     The standard error is that of paired differences, sd(d) / √n: both models answer the same questions, so it
-    is smaller than that of two independent scores. It is None where there are no results per question.
+    is smaller than that of two independent scores. It is None where there are no results per question, or the
+    score is no mean of them, as a perplexity.
 
     Returns:
         None if the base lacks the metric or was asked other questions.
@@ -166,8 +176,9 @@ def difference(score: TaskScore, base: TaskScore, metric: str) -> Metric | None:
     if mine and theirs and len(mine) == len(theirs) > 1:
         gains = [a - b for a, b in zip(mine, theirs, strict=True)]
         mean = math.fsum(gains) / len(gains)
-        variance = math.fsum((gain - mean) ** 2 for gain in gains) / (len(gains) - 1)
-        stderr = math.sqrt(variance / len(gains))
+        if math.isclose(mean, value, rel_tol=1e-6, abs_tol=1e-9):
+            variance = math.fsum((gain - mean) ** 2 for gain in gains) / (len(gains) - 1)
+            stderr = math.sqrt(variance / len(gains))
     return {
         "value": value,
         "stderr": stderr,
@@ -184,6 +195,25 @@ def differences(
         gains = {metric: difference(score, base[name], metric) for metric in score["metrics"]}
         found[name] = {metric: gain for metric, gain in gains.items() if gain is not None}
     return found
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric lies between 0 and 1, as an accuracy does and a perplexity does not."""
+    name = metric.partition(",")[0]
+    return "perplexity" not in name and name not in OTHERS
+
+
+def figure_text(metric: str, value: float, error: float | None = None, *, sign: str = "") -> str:
+    """Write a figure and its standard error: a share in percent, anything else as it is."""
+    if is_share(metric):
+        return percent_text(value, error, sign=sign)
+    return f"{value:{sign}.4g}" + ("" if error is None else f" ± {error:.2g}")
+
+
+def score_text(score: Score) -> str:
+    """Write the figure of a task with its standard error: 51.0 ± 3.5 %."""
+    metric = score["metric"]
+    return figure_text(metric, score["value"], score["stderr"]) + " %" * is_share(metric)
 
 
 def write_evaluation(folder: Path, evaluation: Mapping[str, Any]) -> None:

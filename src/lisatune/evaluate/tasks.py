@@ -6,7 +6,9 @@ The tasks are those of EleutherAI's lm-evaluation-harness (`lisatune[eval]`), wh
 
 import difflib
 import logging
+import multiprocessing
 import random
+import signal
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -184,10 +186,25 @@ def no_trace() -> Iterator[None]:
     """Hide log lines and progress bars of harness and datasets; restore random generators at the end."""
     import datasets
     import numpy as np
-    from lm_eval.api import task as asking  # it has a progress bar of its own and no option for it
+    import tqdm  # type: ignore[import-untyped, unused-ignore]
+    from lm_eval.api import metrics
+    from lm_eval.api import task as asking
 
-    bar = asking.tqdm
-    asking.tqdm = partial(bar, disable=True)
+    # The harness has bars, lines and processes of its own (a bootstrap) and no options for them. A process
+    # that it ends has our handler of SIGTERM, which raises.
+    replaced: list[tuple[Any, str, Any, Any]] = [
+        (asking, "tqdm", asking.tqdm, partial(asking.tqdm, disable=True)),
+        (tqdm, "tqdm", tqdm.tqdm, partial(tqdm.tqdm, disable=True)),
+        (metrics, "print", print, lambda *unused: None),
+        (
+            multiprocessing,
+            "Pool",
+            multiprocessing.Pool,
+            partial(multiprocessing.Pool, initializer=_end_quietly),
+        ),
+    ]
+    for module, name, _, ours in replaced:
+        setattr(module, name, ours)
     log, had_bars = logging.getLogger("lm_eval"), datasets.are_progress_bars_disabled() is False
     level, states = log.level, (random.getstate(), np.random.get_state())
     log.setLevel(logging.ERROR)
@@ -200,10 +217,16 @@ def no_trace() -> Iterator[None]:
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
-        asking.tqdm = bar
+        for module, name, theirs, _ in replaced:
+            setattr(module, name, theirs)
         log.setLevel(level)
         if had_bars:
             datasets.enable_progress_bars()
+
+
+def _end_quietly() -> None:
+    """Let SIGTERM end a process of the harness without a traceback."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _open_task(name: str, shots: int | None, data: Path | None, where: Path) -> OpenTask:

@@ -9,12 +9,12 @@ from typing import Any
 
 from lisatune.compare.outcome import extract_held_out_curve
 from lisatune.console import byte_text, count_text, first_line, plural
+from lisatune.evaluate.scores import score_text
 from lisatune.files import yaml
 from lisatune.recipe.data import describe_paths
 from lisatune.report.figures import Entry, Table, extract_block_history, make_figures, mark_best, read_metrics
 from lisatune.report.page import Page, group_samples
 from lisatune.report.training import make_training_figures
-from lisatune.runs.summary import score_text
 
 __all__ = ["make_runs_page"]
 

@@ -20,7 +20,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from lisatune.console import byte_text, clock_text, grid, plural, ranges_text, terminal, time_left
-from lisatune.runs.summary import Sample, Summary, score_text
+from lisatune.evaluate.scores import score_text
+from lisatune.runs.summary import Sample, Summary
 
 __all__ = ["Bar", "print_finished", "print_summary"]
 

@@ -10,6 +10,7 @@ pytest.importorskip("lm_eval")
 
 import tiny_tasks
 from lisatune.cli.app import main
+from lisatune.evaluate import tasks
 from lisatune.memory import process
 from lisatune.models import load
 
@@ -63,6 +64,30 @@ def test_against_shows_paired_differences(
     gain = printed["differences"]["arc_easy"]["acc"]
     assert gain["value"] == pytest.approx(mine - theirs["metrics"]["acc"]["value"])
     assert printed["against"]["name"] == str(base)
+
+
+def test_perplexities_are_no_percentages_and_their_errors_print_nothing(
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    stock = Path(tasks.import_harness().__file__).parent / "tasks"
+    monkeypatch.setattr(tasks, "_all_tasks", lambda: tasks._manager([stock / "lambada"]))
+    rows = [{"text": f"The {word} met the fox"} for word in tiny_tasks.WORDS]
+    tiny_tasks.write_rows(tmp_path / "data" / "lambada_openai" / "test.jsonl", rows)
+    command = ["evaluate", str(model), "--tasks", "lambada_openai", "--data", str(tmp_path / "data")]
+    command += ["--output", str(tmp_path / "out")]
+    assert main([*command, "--json"]) == 0
+    printed = capfd.readouterr()
+    metric = json.loads(printed.out)["tasks"]["lambada_openai"]["metrics"]["perplexity"]
+    assert metric["stderr"] > 0
+    assert "Traceback" not in printed.err
+    assert "bootstrap" not in printed.err
+    assert main(command) == 0
+    shown = capfd.readouterr().out
+    assert f"{metric['value']:.4g} ± {metric['stderr']:.2g}" in shown
+    assert "perplexity as they are" in shown
 
 
 def test_scores_of_another_model_in_the_folder_are_refused(

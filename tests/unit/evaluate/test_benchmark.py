@@ -1,6 +1,7 @@
 """Scores are those of the harness's own command line, and asking leaves no trace in the model."""
 
 import json
+import math
 import random
 import socket
 import sys
@@ -222,3 +223,13 @@ def test_a_difference_has_the_error_of_paired_questions() -> None:
     assert same is not None
     assert same["stderr"] == 0
     assert difference(score_of(1, 0), score_of(1, 0, 1), "acc") is None, "other questions"
+
+
+def test_a_score_that_is_no_mean_over_questions_has_no_paired_error() -> None:
+    mine, base = score_of(-1.0, -2.0), score_of(-1.5, -3.0)
+    for score in (mine, base):  # a perplexity, whose results per question are log-likelihoods
+        score["metrics"]["acc"]["value"] = math.exp(-score["metrics"]["acc"]["value"])
+    gain = difference(mine, base, "acc")
+    assert gain is not None
+    assert gain["value"] == pytest.approx(math.exp(1.5) - math.exp(2.25))
+    assert gain["stderr"] is None

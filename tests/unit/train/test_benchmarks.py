@@ -11,6 +11,7 @@ import tiny_tasks
 from lisatune.cli.app import main
 from lisatune.compare.gains import gain_text, gains, mean_gains
 from lisatune.compare.measure import Job, Measured, measure_model
+from lisatune.compare.results import TaskGain
 from lisatune.train import load_recipe, train
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -81,6 +82,8 @@ def test_errors_are_averaged_over_seeds_because_all_answer_the_same_questions() 
     mean = mean_gains([run(0.5, 0.01), run(0.52, 0.03), {}])["arc_easy"]
     assert gain_text(mean) == "51.0 ± 3.5 (+2.0 ± 2.0)"
     assert mean_gains([]) == {}
+    ppl = {"metric": "word_perplexity", "value": 25.2, "stderr": 0.5, "gain": -1.25, "gain_stderr": None}
+    assert gain_text(TaskGain(**ppl, items=9)) == "25.2 ± 0.5 (-1.25)"  # type: ignore[typeddict-item]
 
 
 def test_a_run_that_had_ended_says_that_its_tasks_are_not_asked(recipe: Path, data: Path) -> None:
