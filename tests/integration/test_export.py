@@ -71,11 +71,13 @@ def test_a_run_goes_to_the_hub_after_one_question_or_none(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[str] = []
-    answers = iter(["no", "y"])
+    answers = iter(["no", None, "y"])
 
     def answer(question: str) -> str:
         asked.append(question)
-        return next(answers)
+        if (text := next(answers)) is None:
+            raise EOFError
+        return text
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
@@ -85,11 +87,12 @@ def test_a_run_goes_to_the_hub_after_one_question_or_none(
     with hub_server.serve() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
-        assert main(command) == 2
-        assert "nothing was uploaded, because the answer was not yes" in capsys.readouterr().err
+        for _ in range(2):
+            assert main(command) == 2
+            assert "nothing was uploaded, because the answer was not yes" in capsys.readouterr().err
         assert hub.repositories == {}
         assert main(command) == 0
-        assert len(asked) == 2
+        assert len(asked) == 3
         assert f"to the private repository {hub.url}/me/mine, a new one? [y/N]" in asked[0]
         assert hub_server.TOKEN not in "".join(capsys.readouterr())
         files = hub.repositories["me/mine"]["files"]
@@ -97,7 +100,7 @@ def test_a_run_goes_to_the_hub_after_one_question_or_none(
         assert str(run.parent).encode() not in b"".join(files.values())
         assert main([*command[:2], "--delta", "--yes", "--push-to", "me/delta"]) == 0
         assert "delta.json" in hub.repositories["me/delta"]["files"]
-        assert len(asked) == 2
+        assert len(asked) == 3
         monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
         assert "there is no terminal to ask on; give --yes" in refused(capsys, run, "--push-to", "me/mine")
         says = "names the base by its local path"

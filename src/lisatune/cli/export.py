@@ -113,9 +113,18 @@ def _push(target: "Target", folder: Path, source: "Source", yes: bool) -> None:
     question = target.question(folder)
     if yes:
         print_line(question.removesuffix("?"))
-    elif input(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
+    elif _ask(f"{question} [y/N] ") not in ("y", "yes"):
         raise ValueError("nothing was uploaded, because the answer was not yes")
     print_line(push(target, folder))
+
+
+def _ask(question: str) -> str:
+    """Ask on the terminal; Ctrl-D is an empty answer."""
+    try:
+        return input(question).strip().lower()
+    except EOFError:
+        print_line("")
+        return ""
 
 
 def _place(source: "Source", output: Path | None, name: str) -> Path:
@@ -212,8 +221,10 @@ def _print_ranks(table: "RankTable") -> None:
     console = terminal()
     console.print(printed)
     print_line(f"* written: adapters of {plural(table.adapted, 'module')}, {byte_text(table.num_bytes)}")
-    left_out = f"{100 * table.left_out:.2g} %"
-    print_line(f"share of the change: of its squares; norms and biases, {left_out}, are in no adapter")
+    print_line(
+        f"share of the change: of its squares; {100 * table.left_out:.2g} % is in no adapter (norms, biases, "
+        "and what is neither a linear layer nor the embedding)"
+    )
     if table.is_tied:
         print_line(
             "embedding and head are one matrix: PEFT loads their adapter, but must not merge it (it warns)"

@@ -177,7 +177,7 @@ class _Files:
     """The weights in a folder, read one by one."""
 
     def __init__(self, folder: Path, stem: str = "model") -> None:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         self.folder = folder
         if stem == "model":
@@ -185,8 +185,11 @@ class _Files:
         else:
             self._places = {}
             for path in sorted(folder.glob(f"{stem}*.safetensors")):
-                with safe_open(path, "pt") as file:
-                    self._places |= dict.fromkeys(list(file.keys()), path)
+                try:
+                    with safe_open(path, "pt") as file:
+                        self._places |= dict.fromkeys(list(file.keys()), path)
+                except (OSError, SafetensorError) as error:
+                    raise ValueError(f"{path} is damaged ({error}); copy it again") from None
         self._files: dict[Path, Any] = {path: safe_open(path, "pt") for path in set(self._places.values())}
         self.names = sorted(self._places)
 

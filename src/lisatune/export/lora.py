@@ -3,7 +3,8 @@
     ΔW = W_tuned − W_base = U S Vᵀ,    B = U_r √S_r,    A = √S_r V_rᵀ,    W_base + B A ≈ W_tuned
 
 No other B A of rank r is nearer to ΔW in the Frobenius norm (Eckart and Young, 1936). Linear layers and the
-embedding get adapters; norms and biases are left out, because servers of adapters take none.
+embedding get adapters; norms and biases are left out, because servers of adapters take none, and so is what
+is no linear layer: GPT-2's transposed ones, experts in one tensor.
 
 Shapes: O = outputs, I = inputs of a weight, r = rank.
 """
@@ -61,7 +62,7 @@ class RankTable:
 
     rows: list[RankRow] = field(default_factory=list)
     left_out: float = 0.0
-    """Share of the squared change in norms and biases, which no rank keeps."""
+    """Share of the squared change in weights without an adapter, such as norms and biases."""
 
     adapted: int = 0
     """Number of adapted modules; a head that is tied to the embedding is not counted."""
@@ -251,10 +252,9 @@ def _adapt(
         ensure_weight_tying=ties,
     )
     before, after = dict(base.named_parameters()), dict(tuned.named_parameters())
-    change = {
-        name: after[name].float() - before[name].float() for name in after if _path(name) not in modules
-    }
-    rest = sum(float(delta.double().square().sum()) for delta in change.values())
+    others = [name for name in after if name not in {f"{path}.weight" for path in modules}]
+    changes = (after[name].float() - before[name].float() for name in others)
+    rest = sum(float(delta.double().square().sum()) for delta in changes)
     deltas = {path: (before[f"{path}.weight"], after[f"{path}.weight"]) for path in modules}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT still uses an old name in transformers

@@ -125,7 +125,7 @@ def test_the_base_is_named_without_its_path_and_asked_for(base: Path, tuned: Pat
         apply_delta(tmp_path / "delta", tmp_path / "back")
 
 
-@pytest.mark.parametrize("spoil", ["cut", "format", "away", "weight", "changed"])
+@pytest.mark.parametrize("spoil", ["cut", "format", "away", "weight", "changed", "file"])
 def test_a_damaged_delta_is_refused(spoil: str, base: Path, tuned: Path, tmp_path: Path) -> None:
     folder = tmp_path / "delta"
     write_delta(Source(tuned, None, str(base)), folder)
@@ -143,11 +143,14 @@ def test_a_damaged_delta_is_refused(spoil: str, base: Path, tuned: Path, tmp_pat
     if spoil == "changed":
         weights[CHANGED[0]][0, 0] += 1
     save_file(weights, folder / "delta.safetensors")
+    if spoil == "file":
+        (folder / "delta.safetensors").write_bytes((folder / "delta.safetensors").read_bytes()[:-9])
     says = {
         "cut": "is damaged",
         "format": "has format 2, and this lisatune reads 1",
         "away": "only .safetensors files in its own folder",
         "weight": f"lacks the weight {CHANGED[0]}; copy it again",
+        "file": "delta.safetensors is damaged .*; copy it again",
         "changed": "is damaged: the result has another hash; copy it again",
     }
     with pytest.raises(ValueError, match=says[spoil]):

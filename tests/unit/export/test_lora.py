@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
 import tiny
 from lisatune.export.lora import extract_lora, factor
@@ -113,6 +113,22 @@ def test_the_table_rises_with_rank_and_says_what_is_left_out(tmp_path: Path) -> 
     assert 0 < table.left_out < 0.01
     assert table.reason == f"{tuned} is not in a run folder, so there is no recipe"
     assert json.loads((tmp_path / "lora" / "ranks.json").read_text())["rows"][-1]["share"] == 1.0
+
+
+def test_changed_biases_of_adapted_layers_count_as_left_out(tmp_path: Path) -> None:
+    config = Qwen2Config(
+        vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    base = Qwen2ForCausalLM(config)
+    tuned = copy.deepcopy(base)
+    layer = tuned.model.layers[0].self_attn.q_proj
+    with torch.no_grad():
+        layer.weight[0, 0] += 1
+        layer.bias[:2] += 2
+    source = Source(write(tuned, tmp_path / "tuned"), None, str(write(base, tmp_path / "base")))
+    table = extract_lora(source, tmp_path / "lora", 1, device=CPU)
+    assert table.left_out == pytest.approx(8 / 9)
+    assert next(row for row in table.rows if row.rank == 1).share == pytest.approx(1 / 9)
 
 
 def test_a_rank_above_full_and_below_one_is_refused(tmp_path: Path) -> None:
