@@ -192,7 +192,8 @@ def prepare_data(recipe: Recipe, tokenizer: Any, places: Sequence[Mapping[str, i
         read, held_out = [*sources, other], [examples]
     elif splits:
         some = [np.flatnonzero(is_out)[:most] for is_out, most in zip(is_held_out, limits, strict=True)]
-        wholes = [_divide(*each, recipe) for each in zip(sources, some, names, strict=True)]
+        held_names = [f"what is held out of {name}" for name in names]
+        wholes = [_divide(*each, recipe) for each in zip(sources, some, held_names, strict=True)]
         held_out = [_take_evenly(*each, each_record) for each in zip(wholes, limits, strict=True)]
         marked = [read_marked(*each) for each in zip(readers, is_held_out, strict=True)]
         questions = find_questions(marked, recipe, tokenizer)

@@ -3,7 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -62,6 +62,24 @@ def test_a_conversation_that_the_assistant_begins_is_asked_with_the_question_tha
 def write_texts(file: Path, *texts: str) -> str:
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return str(file)
+
+
+@pytest.mark.parametrize(
+    ("long", "sentence"),
+    [
+        ("drop", r"all 1 records of what is held out of .*\.jsonl are longer than max_length=9 tokens"),
+        ("cut", r"max_length=9: the shortest prompt of what is held out of .*\.jsonl has 40 tokens"),
+    ],
+)
+def test_a_message_about_held_out_records_says_that_it_is_about_these(
+    tmp_path: Path, long: Literal["drop", "cut"], sentence: str
+) -> None:
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c" * 40, "completion": "d"}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataConfig(train=str(file), max_length=9, long=long)
+    with pytest.raises(ValueError, match=sentence):
+        prepare_with(config, seed=0)
 
 
 @pytest.mark.parametrize(
