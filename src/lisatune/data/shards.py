@@ -70,10 +70,12 @@ def list_shards(source: str, split: str = "train") -> list[str]:
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: a file is of no known type.
+        ValueError: a file is of no known type, or numbers count down.
     """
     if source.startswith(("http://", "https://")):
         shards = _count_up(source)
+    elif (path := Path(expand_home(source))).is_file():  # whose name may look like a pattern
+        shards = [str(path)]
     elif RANGE.search(source):
         shards = _count_up(expand_home(source))
         if missing := next((shard for shard in shards if not Path(shard).is_file()), None):
@@ -85,13 +87,11 @@ def list_shards(source: str, split: str = "train") -> list[str]:
         shards = sorted(path for path in found if Path(path).is_file())
         if not shards:
             raise FileNotFoundError(f"data.train: no file matches {source}; check the path")
-    elif (path := Path(expand_home(source))).is_dir():
+    elif path.is_dir():
         every = (file for file in path.rglob("*") if file.is_file())
         shards = sorted(str(file) for file in every if file_type(file) in (*EXTENSIONS, ".txt"))
         if not shards:
             raise FileNotFoundError(f"data.train: folder {source} has no file of a known type in it or below")
-    elif path.exists():
-        shards = [str(path)]
     else:
         shards = list_hub_files(source, split)
     for shard in shards:
@@ -104,11 +104,15 @@ def list_shards(source: str, split: str = "train") -> list[str]:
 
 
 def _count_up(address: str) -> list[str]:
-    """Write out the numbers of an address."""
+    """Write out the numbers of an address; ValueError if they count down."""
     found = RANGE.search(address)
     if found is None:
         return [address]
     first, last = found.groups()
+    if int(first) > int(last):
+        raise ValueError(
+            f"data.train: {address} counts down from {first} to {last}; write {{{last}..{first}}}"
+        )
     numbers = (f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1))
     before, after = address[: found.start()], address[found.end() :]
     return [shard for number in numbers for shard in _count_up(before + number + after)]

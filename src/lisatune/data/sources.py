@@ -150,8 +150,7 @@ def _open_source(source: str, split: str, meter: Meter) -> Iterator[tuple[str, A
             return _read_hub(source, split, meter)
         hint = _suggest(source) or "; check the path"
         hint = "; give the path by which this machine knows it" if _is_windows_path(source) else hint
-        is_stream = source.startswith(("http://", "https://")) or any(sign in source for sign in "*?")
-        hint = "; addresses and patterns need data.streaming: true" if is_stream else hint
+        hint = "; addresses and patterns need data.streaming: true" if _is_pattern(source) else hint
         hint = f"; several sources are a list: [{source.replace(',', ', ')}]" if "," in source else hint
         raise FileNotFoundError(f"there is no file or folder {source}{hint}")
     if suffix not in EXTENSIONS:
@@ -166,8 +165,13 @@ def _open_source(source: str, split: str, meter: Meter) -> Iterator[tuple[str, A
 def _is_on_hub(source: str) -> bool:
     """Whether the name of something that is not on this machine may be one of the hub."""
     path = Path(source)
-    is_path = file_type(path) in (*EXTENSIONS, ".txt") or path.suffix in COMPRESSED
+    is_path = file_type(path) in (*EXTENSIONS, ".txt") or path.suffix in COMPRESSED or _is_pattern(source)
     return not (is_path or _is_windows_path(source) or source.startswith((".", "/", "~")))
+
+
+def _is_pattern(source: str) -> bool:
+    """Whether it is an address or a pattern, of which `data.streaming` makes a list of files."""
+    return "://" in source or any(sign in source for sign in "*?[{")
 
 
 def _is_windows_path(source: str) -> bool:

@@ -19,6 +19,7 @@ import shard_server
 from lisatune.data import shard_reader
 from lisatune.data.prepare import prepare_data
 from lisatune.data.shards import ShardFolder, list_shards
+from lisatune.data.sources import read_rows
 from lisatune.data.streaming import Stream, StreamError
 from lisatune.distributed import ranks
 from lisatune.methods import Full
@@ -503,6 +504,25 @@ def test_a_server_that_is_not_there_is_named_with_what_to_do(open_stream: Callab
     says = r"x\.jsonl after 4 tries \(Connection refused\); check its name and the connection"
     with pytest.raises(StreamError, match=says):
         open_stream("http://127.0.0.1:9/x.jsonl")
+
+
+def test_numbers_that_count_down_are_refused_and_a_file_is_taken_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a1.jsonl", "a2.jsonl", "a[1].jsonl"):
+        Path(name).write_text('{"text": "x"}')
+    assert list_shards("a[1].jsonl") == ["a[1].jsonl"]
+    assert list_shards("a[12].jsonl") == list_shards("a{1..2}.jsonl") == ["a1.jsonl", "a2.jsonl"]
+    for source in ("a{2..1}.jsonl", "http://localhost/a{2..1}.jsonl"):
+        with pytest.raises(ValueError, match=r"jsonl counts down from 2 to 1; write \{1\.\.2\}"):
+            list_shards(source)
+
+
+@pytest.mark.parametrize("source", ["a{1..2}.jsonl", "data/*", "http://localhost/rows", "a[0-9].jsonl"])
+def test_addresses_and_patterns_without_streaming_are_no_hub_ids(source: str) -> None:
+    with pytest.raises(FileNotFoundError, match=r"addresses and patterns need data\.streaming: true"):
+        next(read_rows(source))
 
 
 def test_a_field_that_nothing_reads_is_named_once_and_not_for_every_shard(
