@@ -121,6 +121,12 @@ def test_bad_input_is_one_sentence(run: Path, tmp_path: Path, capsys: pytest.Cap
     assert "give one of --delta, --apply, --lora, --gguf or --push-to, got nothing" in refused(capsys, run)
     assert "got --delta and --lora" in refused(capsys, run, "--delta", "--lora", "4")
     assert "exists; name a folder that does not" in refused(capsys, run, "--delta", "--output", tmp_path)
+    unused = "--public and --yes do nothing without --push-to; leave them out"
+    assert unused in refused(capsys, run, "--delta", "--public", "--yes")
+    assert "--converter does nothing without --gguf" in refused(capsys, run, "--delta", "--converter", "x")
+    assert "--base does nothing with --gguf" in refused(capsys, run, "--gguf", "bf16", "--base", "x")
+    push = ("--push-to", "me/x", "--yes", "--output", tmp_path / "new")
+    assert "--output does nothing where the model itself is uploaded" in refused(capsys, run, *push)
     assert "the rank must be >= 1, got 0" in refused(capsys, run, "--lora", "0")
     assert "--rows must be >= 1" in refused(capsys, run, "--lora", "4", "--rows", "0")
     assert "above the full rank of every changed weight, which is 16" in refused(capsys, run, "--lora", "17")

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from lisatune.cli.options import refuse_unused
+
 __all__ = ["compare"]
 
 
@@ -47,6 +49,18 @@ def compare(
         retry_failed: Repeat failed runs.
     """
     if recipe.is_dir() or recipe.name == "results.json":
+        unused = {
+            "--methods": methods,
+            "--lr": lr,
+            "--seeds": seeds,
+            "--budget": budget,
+            "--general": general,
+        }
+        unused |= {"--evaluate": evaluate, "--evaluate-data": evaluate_data, "--output": output}
+        given = {name: value is not None for name, value in unused.items()}
+        given |= {"--keep-models": keep_models, "--retry-failed": retry_failed}
+        given |= dict.fromkeys(overrides, True)
+        refuse_unused(given, f"with the folder {recipe}, which only shows results (its recipe continues it)")
         return _show(recipe, reference)
 
     from lisatune.cli.report import write_comparison_report

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lisatune.cli.loading import LoadOptions
 from lisatune.cli.mt_bench import answer, judge
+from lisatune.cli.options import refuse_unused
 from lisatune.console import print_line, terminal
 
 if TYPE_CHECKING:
@@ -85,6 +86,17 @@ def evaluate(
 
     if limit is not None and limit < 1:
         raise ValueError(f"--limit must be >= 1, got {limit}")
+    if mt_bench is None:
+        judges = {"url": judge_url, "model": judge_model, "price": judge_price}
+        unused = {f"--judge-{name}": value is not None for name, value in judges.items()}
+        unused |= {"--judge-timeout": judge_timeout != 300, "--max-new-tokens": max_new_tokens != 1024}
+        refuse_unused(unused, "without --mt-bench")
+    else:
+        unused = {"--shots": shots is not None, "--against": against is not None, "--data": data is not None}
+        unused |= {"--batch": batch != "auto", "--chat-template": chat_template != "auto"}
+        refuse_unused(unused, "with --mt-bench")
+    if mt_bench == "answers":
+        refuse_unused({"--json": json}, "with --mt-bench answers, which are in a file")
     name, run = model_of(model)
     options = LoadOptions(device, dtype, attention, trust_remote_code)
     output = output or (run / "evaluation" if run else Path("runs") / f"{Path(model).name}-evaluation")

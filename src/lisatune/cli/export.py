@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lisatune.cli.loading import LoadOptions
+from lisatune.cli.options import refuse_unused
 from lisatune.console import byte_text, plural, print_line, terminal
 
 if TYPE_CHECKING:
@@ -70,6 +71,13 @@ def export(
     if len(given) > 1 or (not given and push_to is None):
         which = " and ".join(given) or "nothing"
         raise ValueError(f"give one of {', '.join(forms)} or --push-to, got {which}")
+    if push_to is None:
+        refuse_unused({"--public": public, "--yes": yes}, "without --push-to")
+    if gguf is None:
+        refuse_unused({"--converter": converter is not None}, "without --gguf")
+    if not (delta or apply or lora is not None):
+        which = "with --gguf" if gguf else "where the model itself is uploaded"
+        refuse_unused({"--base": base is not None, "--output": output is not None and not gguf}, which)
     if output is not None and output.exists():
         raise ValueError(f"--output {output} exists; name a folder that does not")
     if output is not None:

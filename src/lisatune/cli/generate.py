@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from lisatune.cli.loading import LoadOptions
+from lisatune.cli.options import refuse_unused
 from lisatune.console import print_line, terminal
 
 __all__ = ["generate"]
@@ -88,6 +89,10 @@ def generate(
         raise ValueError(f"--temperature must be a number >= 0, got {temperature}")
     if not 0 < top_p <= 1:
         raise ValueError(f"--top-p must be above 0 and at most 1, got {top_p}")
+    if temperature == 0:
+        refuse_unused({"--top-p": top_p < 1}, "without --temperature, because no token is drawn")
+    if chat:
+        refuse_unused({"--chat-template off": chat_template == "off"}, "with --chat")
     if output is not None and output.exists():
         raise ValueError(f"--output {output} exists; name a new file")
     if output is not None:
@@ -106,6 +111,11 @@ def generate(
             return _chat(models, system, how)
         texts = _read_prompts(prompt, file)
         uses_template = _check_template(models[0], chat_template, system)
+        if chat_template == "off" and not all(isinstance(text, str) for text in texts):
+            raise ValueError(
+                f"{file or 'standard input'} has `messages`, which go through the chat template; leave out "
+                "--chat-template off, or give texts in `prompt`"
+            )
         prompts = [_make_prompt(text, system, uses_template) for text in texts]
         for model in models:
             options.check(model.name)

@@ -145,6 +145,8 @@ def test_adapters_are_evaluated_with_their_model_and_refused_without(
         (("--limit", "0"), "--limit must be >= 1"),
         (("--device", "tpu"), "unknown --device 'tpu'"),
         (("--data", "nowhere"), "there is no folder nowhere"),
+        (("--judge-url", "http://x"), "--judge-url does nothing without --mt-bench; leave it out"),
+        (("--max-new-tokens", "9"), "--max-new-tokens does nothing without --mt-bench"),
     ],
 )
 def test_bad_options_are_refused_in_one_sentence(

@@ -205,6 +205,13 @@ def test_streamed_pieces_are_the_answer(model: Path) -> None:
         ('"x"', ("--batch", "0"), "--batch must be >= 1, got 0"),
         ('"x"', ("--temperature", "-1"), "--temperature must be a number >= 0, got -1"),
         ('"x"', ("--top-p", "0"), "--top-p must be above 0 and at most 1, got 0"),
+        ('"x"', ("--top-p", "0.9"), "--top-p does nothing without --temperature"),
+        (
+            '{"messages": [{"role": "user", "content": "x"}]}',
+            ("--chat-template", "off"),
+            "prompts.jsonl has `messages`, which go through the chat template; leave out --chat-template off",
+        ),
+        ('"x"', ("--chat", "--chat-template", "off"), "--chat-template off does nothing with --chat"),
         ('"x"', ("--chat",), "--chat is a conversation on the terminal; leave out"),
         ('"x"', ("--system", "S", "--chat-template", "off"), "--system needs the chat template"),
         ('"x"', ("--against", "./absent"), "there is no model folder ./absent"),

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from lisatune.cli.app import main
 from lisatune.compare.outcome import compare_at_equal_time, compare_to
 from lisatune.compare.results import read_results
 from lisatune.compare.tables import format_markdown, make_overview
@@ -107,6 +108,14 @@ def test_tables_show_mean_and_deviation_failures_and_no_empty_columns() -> None:
     assert "| a\\|b | failed |" in text
     assert "full, lr 1, seed 0 failed: loss nan" in text
     assert "every run has 100 tokens" in text
+
+
+def test_options_that_a_folder_of_results_does_not_read_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", str(tmp_path), "--lr", "1e-4", "run.steps=2", "--keep-models"]) == 2
+    says = f"--lr, --keep-models and run.steps=2 do nothing with the folder {tmp_path}, which only shows"
+    assert says in capsys.readouterr().err
 
 
 def test_results_that_cant_be_read_are_refused(tmp_path: Path) -> None:

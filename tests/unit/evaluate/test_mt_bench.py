@@ -352,6 +352,7 @@ def test_changed_answers_are_judged_again(answered: Path) -> None:
             "--judge-price must be two",
         ),
         (("--tasks", "mmlu"), "--tasks and --mt-bench are two evaluations"),
+        (("--against", "x", "--shots", "1"), "--shots and --against do nothing with --mt-bench"),
     ],
 )
 def test_a_judge_that_cannot_be_asked_is_refused(
