@@ -49,7 +49,7 @@ def compare(
         retry_failed: Repeat failed runs.
     """
     if recipe.is_dir() or recipe.name == "results.json":
-        unused = {
+        unused: dict[str, object] = {
             "--methods": methods,
             "--lr": lr,
             "--seeds": seeds,

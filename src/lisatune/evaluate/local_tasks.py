@@ -15,7 +15,7 @@ Nothing of a definition is copied: a generated YAML includes the stock one and r
 import gzip
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -291,16 +291,41 @@ def _convert(leaf: str, row: Row) -> Row:
         ) from None
 
 
+def _check_answer(row: Row, key: str, answers: Sequence[Any]) -> Any:
+    """Return the right answer. One that is none of the answers would count as wrong, without a word."""
+    if isinstance(row[key], bool) or row[key] not in answers:
+        raise ValueError(f"{key} is {row[key]!r} and must be one of {', '.join(map(repr, answers))}")
+    return row[key]
+
+
 def _convert_arc(row: Row) -> Row:
     if isinstance(row["choices"], dict):
+        _check_answer(row, "answerKey", row["choices"]["label"])
         return _require(row, "question choices answerKey")
     texts: list[str] = row["choices"]
     labels = list("ABCDEFGH"[: len(texts)])
     choices = {"text": texts, "label": labels}
-    return {"question": row["question"], "choices": choices, "answerKey": labels[row["answer"]]}
+    return {
+        "question": row["question"],
+        "choices": choices,
+        "answerKey": labels[_check_answer(row, "answer", range(len(labels)))],
+    }
+
+
+def _convert_mmlu(row: Row) -> Row:
+    _check_answer(row, "answer", [*range(len(row["choices"])), *"ABCD"])
+    return _require(row, "question choices answer")
+
+
+def _convert_winogrande(row: Row) -> Row:
+    _check_answer(row, "answer", ["1", "2"])
+    if "_" not in row["sentence"]:
+        raise ValueError("sentence has no _")
+    return _require(row, "sentence option1 option2 answer")
 
 
 def _convert_pubmedqa(row: Row) -> Row:
+    _check_answer(row, "final_decision", ["yes", "no", "maybe"])
     if "CONTEXTS" in row:
         return _require(row, "CONTEXTS QUESTION final_decision")
     decision = row["final_decision"]
@@ -315,10 +340,14 @@ def _convert_agieval(row: Row) -> Row:
     if not row.get("options"):
         return {"query": f"{start}\nA: The answer is", "answer": row["answer"]}
     options: list[str] = row["options"]
-    letters = "ABCDEFG"
-    last = letters[len(options) - 1]
+    letters = "ABCDEFG"[: len(options)]
+    last = letters[-1]
     query = f"{start} Answer Choices: {' '.join(options)}\nA: Among A through {last}, the answer is"
-    return {"query": query, "choices": options, "gold": [letters.index(row["label"])]}
+    return {
+        "query": query,
+        "choices": options,
+        "gold": [letters.index(_check_answer(row, "label", [*letters]))],
+    }
 
 
 def _require(row: Row, columns: str) -> Row:
@@ -329,11 +358,8 @@ COLUMNS: dict[str, tuple[Callable[[Row], Row], str]] = {
     "arc_": (_convert_arc, "question choices answerKey"),
     "pubmedqa": (_convert_pubmedqa, "CONTEXTS QUESTION final_decision"),
     "agieval_": (_convert_agieval, ""),
-    "mmlu_": (lambda row: _require(row, "question choices answer"), "question choices answer"),
-    "winogrande": (
-        lambda row: _require(row, "sentence option1 option2 answer"),
-        "sentence option1 option2 answer",
-    ),
+    "mmlu_": (_convert_mmlu, "question choices answer"),
+    "winogrande": (_convert_winogrande, "sentence option1 option2 answer"),
     "gsm8k": (lambda row: _require(row, "question answer"), "question answer"),
 }
 """For the beginnings of tasks' names: how simple rows become stock ones, and the stock columns."""

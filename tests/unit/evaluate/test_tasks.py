@@ -135,6 +135,55 @@ def test_missing_files_and_columns_of_a_task_are_named(tmp_path: Path, make: Any
         open_tasks(["arc_easy"], data=tmp_path).__enter__()
 
 
+@pytest.mark.parametrize(
+    ("task", "row", "says"),
+    [
+        (
+            "arc_easy",
+            {"question": "Q", "choices": ["a", "b"], "answer": -1},
+            "answer is -1 and must be one of 0, 1",
+        ),
+        (
+            "arc_easy",
+            {"question": "Q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "1"},
+            "answerKey is '1' and must be one of 'A', 'B'",
+        ),
+        (
+            "winogrande",
+            {"sentence": "The _", "option1": "a", "option2": "b", "answer": 1},
+            "answer is 1 and must be one of '1', '2'",
+        ),
+        (
+            "winogrande",
+            {"sentence": "The", "option1": "a", "option2": "b", "answer": "1"},
+            "winogrande .*sentence has no _",
+        ),
+        (
+            "pubmedqa",
+            {"question": "Q", "contexts": ["c"], "final_decision": "Yes"},
+            "final_decision is 'Yes' and must be one of 'yes', 'no', 'maybe'",
+        ),
+        (
+            "mmlu",
+            {"subject": "anatomy", "question": "Q", "choices": [*"abcd"], "answer": 4},
+            "answer is 4 and must be one of 0, 1, 2, 3, 'A', 'B', 'C', 'D'",
+        ),
+        (
+            "agieval",
+            {"subject": "lsat-ar", "question": "Q", "options": ["(A)a", "(B)b"], "label": ""},
+            "label is '' and must be one of 'A', 'B'",
+        ),
+    ],
+)
+def test_a_right_answer_that_is_no_answer_is_refused(
+    task: str, row: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    tiny_tasks.write_rows(tmp_path / task / "test.jsonl", [row])
+    tiny_tasks.write_rows(tmp_path / task / "dev.jsonl", [row])
+    with pytest.raises(ValueError, match=rf"(test|dev).jsonl:1: a row of .*{says}"):
+        open_tasks([task], data=tmp_path, shots=0).__enter__()
+
+
 def test_a_line_that_is_not_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "arc_easy").mkdir()
     (tmp_path / "arc_easy" / "test.jsonl").write_text("{}\n[1]\n")
