@@ -33,7 +33,8 @@ class OptimizerConfig:
     """Added to the denominator of the update."""
 
     weight_decay: float = 0.0
-    """Weight decay, decoupled unless the optimizer adds it to gradients. Norms, biases, embeddings: none."""
+    """Weight decay, decoupled unless the optimizer adds it to gradients. Adapters have it; of the model's own
+    weights all but norms, biases and embeddings."""
 
     schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
     """Learning rate after warm-up: constant; falling along a cosine or a line; or constant with a fall at the
