@@ -116,6 +116,12 @@ class Lisa(Method):
                 "method.correction sign moves frozen weights by less than the spacing of codes; set "
                 "method.frozen_weights: exact, or method.correction: lora"
             )
+        for key, codes in (("frozen_scales", ("mixed", "nf4")), ("master", ("int8", "mixed", "nf4"))):
+            if self.frozen_weights not in codes and getattr(self, key) != getattr(Lisa, key):
+                raise ValueError(
+                    f"method.{key} {getattr(self, key)} does nothing with method.frozen_weights "
+                    f"{self.frozen_weights}; leave it out, or use {', '.join(codes[:-1])} or {codes[-1]}"
+                )
         reads_probabilities = self.sampler in ("weighted", "independent")
         if reads_probabilities and self.probabilities is None:
             raise ValueError(

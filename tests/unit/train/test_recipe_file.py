@@ -135,6 +135,16 @@ def test_off_is_a_word_and_null_is_nothing(tmp_path: Path) -> None:
             "{}: optimizer.ends_lr=0.0001 does nothing with method badam, which trains no embedding, head or "
             "final norm with method.ends=frozen; set it to null",
         ),
+        (
+            BASE + "method: {master: disk}\n",
+            "{}: method.master disk does nothing with method.frozen_weights exact; leave it out, or use "
+            "int8, mixed or nf4",
+        ),
+        (
+            BASE + "method: {frozen_weights: int8, frozen_scales: fp32}\n",
+            "{}: method.frozen_scales fp32 does nothing with method.frozen_weights int8; leave it out, or "
+            "use mixed or nf4",
+        ),
         (BASE + "optimizer: {lr: -1}\n", "{}: optimizer.lr must be a positive number, got -1.0"),
         (
             BASE + "optimizer: {betas: [0.9]}\n",
