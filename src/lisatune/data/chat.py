@@ -261,10 +261,8 @@ class Chat:
         for index, (start, end) in zip(turns, spans[0], strict=True):
             if index in answers:
                 text = full[start:end]
-                begin = start + max(
-                    (n for n in range(len(header) + 1) if text.startswith(header[len(header) - n :])),
-                    default=0,
-                )
+                shared = (n for n in range(len(header) + 1) if text.startswith(header[len(header) - n :]))
+                begin = start + max(shared)
                 stop = start + len(text.rstrip()) if self.ends_turn(text) else end
                 found += [(full[:begin], False), (full[:stop], messages[index].get("train") is not False)]
         return found if found and found[-1][0] == full else [*found, (full, False)]
@@ -339,8 +337,7 @@ def encode_prompt(
     """
     if isinstance(prompt, str):
         ids: list[int] = drop_second_bos(tokenizer(prompt, verbose=False)["input_ids"], tokenizer)
-        eos = tokenizer.eos_token
-        if ids[-1:] == [tokenizer.eos_token_id] and ids.count(ids[-1]) > prompt.count(eos):
+        if ids[-1:] == [tokenizer.eos_token_id] and ids.count(ids[-1]) > prompt.count(tokenizer.eos_token):
             ids = ids[:-1]
     else:
         with explain_template_errors():
@@ -389,8 +386,7 @@ def _fix_date(template: str, date: str | None) -> str:
 
 
 def _last_word(message: dict[str, Any]) -> str:
-    content: str = message["content"]
-    return (content.split() or [""])[-1]
+    return (str(message["content"]).split() or [""])[-1]
 
 
 def _drop_unseen_end(question: str, full: str) -> str:
