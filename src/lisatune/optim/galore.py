@@ -39,6 +39,9 @@ class GaLoreAdamW(AdamW):
     the projected gradient. State of a matrix: these, the remainder of a bf16 weight, and `basis` (float32,
     or float64 beside float64 weights).
 
+    Raises:
+        ValueError: as in `lisatune.AdamW`; a rank or a gap is out of range.
+
     Example:
         >>> matrix, vector = nn.Parameter(torch.ones(8, 4)), nn.Parameter(torch.ones(4))
         >>> projected = {"params": [matrix], "rank": 2, "gap": 200, "scale": 0.25}

@@ -107,6 +107,22 @@ def check_group(group: Group) -> None:
         codecs.check_8bit()  # a missing package shows now, not at the first step
     if group["rows"]:
         _check_rows(group)
+    if "rank" in group:
+        _check_projection(group)
+
+
+def _check_projection(group: Group) -> None:
+    """Refuse a rank that does not fit between 0 and both sides of the matrices, and a gap below 1."""
+    for name in ("rank", "gap"):
+        value: Any = group.get(name)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} of a group whose gradients are projected must be >= 1, got {value}")
+    for p in group["params"]:
+        if p.ndim != 2 or min(p.shape) <= group["rank"]:
+            raise ValueError(
+                f"gradients are projected to rank {group['rank']} of matrices with both sides larger, got a "
+                f"parameter of {list(p.shape)}; put it into a group without rank"
+            )
 
 
 def _check_rows(group: Group) -> None:

@@ -173,6 +173,26 @@ def test_values_out_of_range_are_refused(options: dict[str, Any], message: str) 
         GaLore(**options)
 
 
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        ((8, 4), {"rank": 0, "gap": 1}, "rank of a group whose gradients are projected must be >= 1, got 0"),
+        ((8, 4), {"rank": 2, "gap": 0}, "gap of a group whose gradients are projected must be >= 1, got 0"),
+        (
+            (8, 4),
+            {"rank": 4, "gap": 1},
+            r"rank 4 of matrices with both sides larger, got a parameter of \[8, 4\]",
+        ),
+        ((8,), {"rank": 2, "gap": 1}, r"both sides larger, got a parameter of \[8\]"),
+    ],
+)
+def test_a_group_that_cannot_be_projected_is_refused(
+    shape: tuple[int, ...], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        GaLoreAdamW([{"params": [nn.Parameter(torch.ones(shape))], "scale": 1.0} | options])
+
+
 def test_only_large_enough_matrices_of_blocks_are_projected() -> None:
     import tiny
     from lisatune import find_layers
