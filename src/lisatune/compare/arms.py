@@ -336,7 +336,10 @@ def check_folder(output: Path, comparison: Comparison) -> None:
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output} is a file; name a folder")
     if not file.exists():
-        if output.exists() and any(entry.name not in (".lock", "data") for entry in output.iterdir()):
+        own = re.compile(
+            r"\.lock|data|\.(data|compare\.json)\.tmp-.*"
+        )  # the last: of a command that was killed
+        if output.exists() and not all(own.fullmatch(entry.name) for entry in output.iterdir()):
             raise ValueError(f"{output} holds files that are not a comparison's; name another --output")
         return
     try:

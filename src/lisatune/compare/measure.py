@@ -9,6 +9,7 @@ loaded as anyone would load it.
 
 import gc
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -82,7 +83,7 @@ def measure_model(job: Job) -> Measured:
     """Measure the model that a job names. The result is returned and not written.
 
     Raises:
-        ValueError, OSError, RuntimeError: model or data cannot be loaded.
+        ValueError, OSError, RuntimeError: model or data cannot be loaded, or the test loss is not finite.
     """
     recipe = load_recipe(job["recipe"])
     device = pick_device(recipe.run.device)
@@ -103,7 +104,9 @@ def measure_model(job: Job) -> Measured:
     model.to(device)
     losses = {name: _measure_loss(recipe, model, name, file, device) for name, file in job["slices"].items()}
     measured["test_loss"] = losses["test"]
-    if "general" in losses:
+    if not math.isfinite(losses["test"]):
+        raise RuntimeError(f"its loss on the test slice is {losses['test']:g}")
+    if math.isfinite(losses.get("general", math.nan)):
         measured["general_loss"] = losses["general"]
     if tasks := job.get("evaluate"):
         tokenizer = load_tokenizer(**recipe.model.tokenizer)

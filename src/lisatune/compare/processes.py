@@ -31,6 +31,7 @@ from lisatune.recipe import DataConfig
 
 __all__ = [
     "CONTINUE_HINT",
+    "NOT_FINITE",
     "FailedError",
     "Run",
     "call",
@@ -41,6 +42,9 @@ __all__ = [
 ]
 
 CONTINUE_HINT = "give the same command to continue"
+
+NOT_FINITE = "validation loss after training is not finite; lower the learning rate"
+"""Why a run failed that came to its end."""
 
 POLL_SECONDS = 0.5
 
@@ -175,7 +179,7 @@ def train_run(run: Run, recipe: Path, poll: Callable[[], None], lock: int) -> No
     if summary is None:
         raise FailedError("it ended without a summary")
     if summary["held_out_loss_after"] is None:
-        raise FailedError("validation loss after training is not finite; lower the learning rate")
+        raise FailedError(NOT_FINITE)
     shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
 
 

@@ -16,6 +16,7 @@ from lisatune.compare.measure import Measured
 from lisatune.compare.outcome import build_results, choose_lr, list_runs
 from lisatune.compare.processes import (
     CONTINUE_HINT,
+    NOT_FINITE,
     FailedError,
     Run,
     measure_base,
@@ -173,10 +174,12 @@ class _Work:
         return results
 
     def _train(self, run: Run) -> None:
-        has_failed = run.read_failure() is not None
+        has_failed, summary = run.read_failure() is not None, run.read_summary()
         if has_failed and self.retry_failed:
             run.forget()
-        elif has_failed or run.read_summary() is not None:
+        elif has_failed or summary is not None:
+            if summary is not None and not has_failed and summary["held_out_loss_after"] is None:
+                run.fail(NOT_FINITE)  # it ended after the command that had started it was killed
             self.board.end(run)
             return
         totals = self.lengths[run.seed]

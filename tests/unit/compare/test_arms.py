@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from lisatune.cli.app import main
-from lisatune.compare.arms import fix_date, read_comparison
+from lisatune.compare.arms import check_folder, fix_date, read_comparison
 from lisatune.train.recipe_file import load_recipe
 
 RECIPE = {
@@ -87,6 +87,18 @@ def test_a_comparison_that_continues_keeps_the_day_that_its_templates_see(tmp_pa
         assert fix_date(comparison, folder).recipe.data.date == expected
     own = read_comparison(write(tmp_path), ["data.date=2021-01-01"], methods="full")
     assert fix_date(own, folder).recipe.data.date == "2021-01-01"
+
+
+def test_what_a_killed_command_left_behind_is_no_other_file(tmp_path: Path) -> None:
+    comparison = read_comparison(write(tmp_path), methods="full")
+    output = tmp_path / "out"
+    (output / ".data.tmp-0a1b2c3d").mkdir(parents=True)
+    (output / ".compare.json.tmp-0a1b2c3d").touch()
+    (output / ".lock").touch()
+    check_folder(output, comparison)
+    (output / "notes.txt").touch()
+    with pytest.raises(ValueError, match="holds files that are not a comparison's"):
+        check_folder(output, comparison)
 
 
 def test_the_files_reference_counts_where_methods_leave_it_in(tmp_path: Path) -> None:

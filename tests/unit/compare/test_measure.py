@@ -1,10 +1,14 @@
 """What is measured of a model that a run wrote."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import tiny_run
+from lisatune.compare import measure as measure_module
 from lisatune.compare.measure import Job, Measured, measure_model
 
 
@@ -28,3 +32,15 @@ def test_general_text_need_not_have_the_roles_that_carry_loss(tmp_path: Path) ->
     of_answers = measure(tmp_path, "answers", test=chats, general=plain)
     assert of_roles["general_loss"] == of_answers["general_loss"] > 0
     assert of_roles["test_loss"] != of_answers["test_loss"]
+
+
+def test_losses_that_are_not_finite_do_not_reach_the_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = {"test": 2.0, "general": math.inf}
+    monkeypatch.setattr(measure_module, "_measure_loss", lambda recipe, model, name, *rest: losses[name])
+    rows = [{"prompt": "2 + 2 =", "completion": " 4"}]
+    assert measure(tmp_path, "answers", test=rows, general=rows) == {"test_loss": 2.0}
+    losses["test"] = math.nan
+    with pytest.raises(RuntimeError, match="its loss on the test slice is nan"):
+        measure(tmp_path, "answers", test=rows, general=rows)
