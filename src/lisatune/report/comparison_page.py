@@ -78,7 +78,9 @@ def make_comparison_page(results: Results, folder: Path, *, card_bytes: int | No
         figures=make_figures(
             entries,
             loss="test loss",
-            memory_note="Live tensors at the peak of one separate training step, measured.",
+            memory_note="Live tensors at the peak of one separate training step, measured."
+            if any(entry.memory for entry in entries)
+            else "Peak memory of the whole run, undivided: it was not measured by category.",
             card_bytes=card_bytes,
         ),
         samples=group_samples(entries),

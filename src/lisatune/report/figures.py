@@ -35,6 +35,9 @@ GB = 10**9
 MEMORY = "tensors in a step"
 """Name of the sum of `Entry.memory`."""
 
+PEAK = "peak memory of the run"
+"""Name of `Entry.peak_bytes`, which is more: on a CPU all that the process held."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockHistory:
@@ -207,10 +210,14 @@ def _pick_x(point: Point, key: str) -> float:
 
 
 def _show_memory(entries: Sequence[Entry], note: str, card_bytes: int | None) -> Figure | None:
-    shown = [(entry, entry.memory or {MEMORY: round(entry.peak_bytes or 0)}) for entry in entries]
+    shown = [(entry, entry.memory or {PEAK: round(entry.peak_bytes or 0)}) for entry in entries]
     shown = [(entry, parts) for entry, parts in shown if any(parts.values())]
     if not shown:
         return None
+    whole = [entry.name for entry, _ in shown if not entry.memory]
+    label = PEAK if len(whole) == len(shown) else f"{MEMORY}, or {PEAK}" if whole else MEMORY
+    if whole and len(whole) < len(shown):
+        note += f" Undivided, the peak of the whole run: {', '.join(whole)}."
     most = max(sum(parts.values()) for _, parts in shown)
     card = card_bytes or next((size * CARD_GB for size in CARDS if size * CARD_GB >= most), None)
     name = "" if card is None else f"card of {round(card / CARD_GB, 1):g} GB"
@@ -236,9 +243,9 @@ def _show_memory(entries: Sequence[Entry], note: str, card_bytes: int | None) ->
     return Figure(
         title="Memory by category" if any(entry.memory for entry, _ in shown) else "Memory",
         svg=charts.draw_stacked_bars(
-            bars, x=f"{MEMORY}, {unit}", limit=None if limit is None else limit / divisor, limit_name=name
+            bars, x=f"{label}, {unit}", limit=None if limit is None else limit / divisor, limit_name=name
         ),
-        alt=f"Stacked bars of {MEMORY}: {sums}. {verdict}",
+        alt=f"Stacked bars of {label}: {sums}. {verdict}",
         note=f"{note} {verdict}",
         table=Table(["", *parts_seen, "sum"], rows),
     )
@@ -256,7 +263,7 @@ def _show_quality(entries: Sequence[Entry], loss: str) -> Figure | None:
     front = find_pareto_front([point[1:] for point in points])
     unit, divisor = ("GB", GB) if max(size for _, size, _ in points) >= GB else ("MB", 10**6)
     best = [name for name, *point in points if tuple(point) in front]
-    label = MEMORY if by_part else "peak memory of the run"
+    label = MEMORY if by_part else PEAK
     rows = [
         [name, byte_text(size), f"{value:.4f}", "yes" if name in best else "no"]
         for name, size, value in points

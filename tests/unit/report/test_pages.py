@@ -164,6 +164,18 @@ def test_memory_is_held_against_a_card(card_bytes: int | None, words: str) -> No
     assert "small" not in figure.note
 
 
+def test_the_peak_of_a_whole_run_is_not_called_the_tensors_of_a_step() -> None:
+    known = Entry(name="known", memory={"weights": 10**9})
+    unknown = Entry(name="unknown", peak_bytes=3e9)
+    told: dict[str, Any] = {"loss": "loss", "memory_note": "Planned.", "card_bytes": None}
+    (alone,) = make_figures([unknown], **told)
+    assert alone.alt.startswith("Stacked bars of peak memory of the run: unknown 2.79 GiB")
+    assert alone.table.heads[1] == "peak memory of the run"
+    (both,) = make_figures([known, unknown], **told)
+    assert both.note.startswith("Planned. Undivided, the peak of the whole run: unknown.")
+    assert both.table.heads == ["", "weights", "peak memory of the run", "sum"]
+
+
 def test_equal_answers_before_training_are_shown_once() -> None:
     sample = {"prompt": "p", "reference": "r", "before": "b", "after": "a"}
     entries = [
