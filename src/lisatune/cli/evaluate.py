@@ -57,7 +57,8 @@ def evaluate(
     Args:
         model: Run folder, or any model that `train` takes, or a folder of adapters.
         tasks: mmlu, agieval, winogrande, gsm8k, pubmedqa, arc_easy with the paper's settings, any other task
-            of the harness, or lm:NAME for its own settings; separated by commas. NAME:limit=N limits one.
+            of the harness, or lm:NAME for its own settings; separated by commas. NAME:limit=N limits one;
+            at the end, all that have none.
         shots: Examples before each question. Default: the preset's, or the task's own.
         limit: Ask only the first questions of each task, in mmlu of each subject.
         against: Base model: evaluate it too, with the same settings, and show the differences.
@@ -99,7 +100,11 @@ def evaluate(
         refuse_unused({"--json": json}, "with --mt-bench answers, which are in a file")
     name, run = model_of(model)
     options = LoadOptions(device, dtype, attention, trust_remote_code)
-    output = output or (run / "evaluation" if run else Path("runs") / f"{Path(model).name}-evaluation")
+    folder = Path(model).name
+    folder = Path(model).resolve().name if folder in ("", "..") else folder  # such as `.`
+    output = output or (run / "evaluation" if run else Path("runs") / f"{folder}-evaluation")
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output} is a file; name a folder")
     check_writable(output, "--output")
     if mt_bench is not None and tasks is not None:
         raise ValueError("--tasks and --mt-bench are two evaluations; give one command for each")
@@ -184,7 +189,7 @@ class _Asking:
         model, tokenizer = self.options.load(name)
         leaves = [leaf for task in tasks for leaf in task.leaves.values()]
         if not tokenizer.chat_template and any(map(self.uses_template, leaves)):
-            raise ValueError(f"the tokenizer in {name} has no chat template; leave out --chat-template")
+            raise ValueError(f"the tokenizer in {name} has no chat template; give --chat-template off")
         device = self.options.pick()
         scores = score_tasks(
             model,

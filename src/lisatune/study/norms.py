@@ -82,7 +82,8 @@ def study_norms(
         `probabilities` of the blocks; `ends` relative to their mean; `initial_raw`; what it was made with.
 
     Raises:
-        ValueError: as in `train`; or `every` or `rank` is below 1, or there are several ranks.
+        ValueError: as in `train`; or `every` or `rank` is below 1, `lora_lr` is not above 0, or there are
+            several ranks.
         RuntimeError: a loss is not finite.
     """
     refuse_ranks(recipe)
@@ -90,6 +91,8 @@ def study_norms(
         raise ValueError(f"--every must be >= 1, got {every}")
     if rank < 1:
         raise ValueError(f"--rank must be >= 1, got {rank}")
+    if lora_lr is not None and not 0 < lora_lr < math.inf:
+        raise ValueError(f"--lora-lr must be a positive number, got {lora_lr}")
     own = recipe.method if isinstance(recipe.method, Lora) else Lora()
     lora = replace(own, rank=rank, ends=True, targets=(), adapter=None)
     optimizer = replace(recipe.optimizer, ends_lr=None, in_backward=False)
@@ -107,7 +110,7 @@ def study_norms(
                 f"full fine-tuning has not changed {layer} in any measured step, so its ratio is not "
                 "defined; raise optimizer.lr or run.steps, or set run.precision: fp32"
             )
-    lora_lr = lora_lr or optimizer.lr
+    lora_lr = optimizer.lr if lora_lr is None else lora_lr
     recipe_of_lora = replace(recipe, method=lora, optimizer=replace(optimizer, lr=lora_lr))
     adapters = _train(recipe_of_lora, layers, every, print_line)
     made_with = {"rank": rank, "lr": optimizer.lr, "lora_lr": lora_lr, "every": every}

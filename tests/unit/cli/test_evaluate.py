@@ -90,6 +90,34 @@ def test_perplexities_are_no_percentages_and_their_errors_print_nothing(
     assert "perplexity as they are" in shown
 
 
+def test_a_file_as_output_is_refused_before_the_model_loads(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert evaluate(model, data, tmp_path / "file") == 2
+    said = capsys.readouterr()
+    assert f"--output {tmp_path / 'file'} is a file; name a folder" in said.err
+    assert said.out == ""
+
+
+def test_a_model_in_the_current_folder_names_its_scores(
+    model: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(model)
+    command = ["evaluate", ".", "--tasks", "arc_easy", "--limit", "1", "--data", str(data)]
+    assert main(command) == 0
+    assert "runs/tuned-evaluation/evaluation.json" in capsys.readouterr().out
+
+
+def test_a_model_without_a_chat_template_is_told_to_do_without(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = tiny_tasks.write_model(tmp_path / "plain")
+    (plain / "chat_template.jinja").unlink()
+    assert evaluate(plain, data, tmp_path / "out", "--chat-template", "on") == 2
+    assert "has no chat template; give --chat-template off" in capsys.readouterr().err
+
+
 def test_scores_of_another_model_in_the_folder_are_refused(
     model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -142,6 +142,7 @@ def test_outliers_of_gpt2_are_found_in_its_transposed_weights() -> None:
     ("arguments", "message"),
     [
         (["norms", "--every", "0"], "--every must be >= 1, got 0"),
+        (["norms", "--lora-lr", "0"], "--lora-lr must be a positive number, got 0.0"),
         (["norms", "--rank", "0"], "--rank must be >= 1, got 0"),
         (["norms", "--output", "x.txt"], "--output x.txt must be a file that ends in .json"),
         (["outliers", "--rows", "0"], "--rows must be >= 1"),
