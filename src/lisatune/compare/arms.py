@@ -336,9 +336,8 @@ def check_folder(output: Path, comparison: Comparison) -> None:
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output} is a file; name a folder")
     if not file.exists():
-        own = re.compile(
-            r"\.lock|data|\.(data|compare\.json)\.tmp-.*"
-        )  # the last: of a command that was killed
+        # The last is left behind by a command that was killed.
+        own = re.compile(r"\.lock|data|\.(data|compare\.json)\.tmp-.*")
         if output.exists() and not all(own.fullmatch(entry.name) for entry in output.iterdir()):
             raise ValueError(f"{output} holds files that are not a comparison's; name another --output")
         return
