@@ -55,13 +55,18 @@ def print_scores(evaluation: Mapping[str, Any]) -> None:
     if differences:
         table.add_column("base", justify="right")
         table.add_column("difference", justify="right")
-    for name, score in evaluation["tasks"].items():
+    rows_of = {
+        each: score
+        for name, whole in evaluation["tasks"].items()
+        for each, score in ({name: whole} if whole["metrics"] else whole.get("subtasks", {})).items()
+    }  # a tag of the harness has no average
+    for name, score in rows_of.items():
         settings = score["settings"]
         first = [name, str(settings["shots"]), f"{score['items']:,}"]
         for key, metric in score["metrics"].items():
             row = [*first, key, figure_text(key, metric["value"], metric["stderr"])]
             if differences:
-                gain = differences[name].get(key)
+                gain = differences.get(name, {}).get(key)
                 row += (
                     ["", ""]
                     if gain is None
@@ -80,7 +85,7 @@ def print_scores(evaluation: Mapping[str, Any]) -> None:
     versions = ", ".join(
         f"{name} {score['settings']['version']}" for name, score in evaluation["tasks"].items()
     )
-    names = dict.fromkeys(key for score in evaluation["tasks"].values() for key in score["metrics"])
+    names = dict.fromkeys(key for score in rows_of.values() for key in score["metrics"])
     others = ", ".join(key for key in names if not is_share(key))
     rows = [
         ("scores", "in percent ± one standard error" + (f"; {others} as they are" if others else "")),

@@ -11,6 +11,9 @@ pytest.importorskip("lm_eval")
 import tiny_tasks
 from lisatune.cli.app import main
 from lisatune.evaluate import tasks
+from lisatune.evaluate.printing import print_scores
+from lisatune.evaluate.scores import average
+from lisatune.evaluate.tasks import OpenTask
 from lisatune.memory import process
 from lisatune.models import load
 
@@ -88,6 +91,24 @@ def test_perplexities_are_no_percentages_and_their_errors_print_nothing(
     shown = capfd.readouterr().out
     assert f"{metric['value']:.4g} ± {metric['stderr']:.2g}" in shown
     assert "perplexity as they are" in shown
+
+
+def test_a_tag_of_the_harness_which_has_no_average_shows_its_tasks(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = {"shots": 0, "chat_template": False, "version": 1, "cut": 0, "questions": 2, "seconds": 1.0}
+    metrics: Any = {"acc": {"value": 0.25, "stderr": 0.1, "higher_is_better": True}}
+    leaves: Any = {
+        name: {"items": 2, "settings": settings, "metrics": metrics, "per_item": {}}
+        for name in ("one", "two")
+    }
+    score = average(OpenTask("tag", dict.fromkeys(leaves)), leaves)
+    model = {"dtype": "float32", "device": "cpu"}
+    print_scores({"tasks": {"tag": score}, "model": model, "harness": "h"})
+    shown = capsys.readouterr().out
+    assert shown.count("25.0 ± 10.0") == 2
+    assert "one" in shown
+    assert "two" in shown
 
 
 def test_a_file_as_output_is_refused_before_the_model_loads(
