@@ -95,10 +95,11 @@ class Board:
 
     def _make_table(self) -> Table:
         clock = clock_text(time.monotonic() - self._began)
-        table = Table(box=box.ROUNDED, title=f"{clock} · {self._now}", title_justify="left")
+        # As Text, because an arm such as lora:targets=[q_proj] would read as markup.
+        table = Table(box=box.ROUNDED, title=Text(f"{clock} · {self._now}"), title_justify="left")
         table.add_column("validation loss", style="cyan")
         for column in self._columns:
             table.add_column(column, justify="right")
         for arm in self._arms:
-            table.add_row(arm, *(self._cells.get((arm, column), "") for column in self._columns))
+            table.add_row(Text(arm), *(self._cells.get((arm, column), "") for column in self._columns))
         return table

@@ -46,6 +46,7 @@ def print_scores(evaluation: Mapping[str, Any]) -> None:
     """Print a row for each metric of each task, and below it what the scores were made with."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     differences = evaluation.get("differences", {})
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -75,7 +76,7 @@ def print_scores(evaluation: Mapping[str, Any]) -> None:
                         figure_text(key, gain["value"], gain["stderr"], sign="+"),
                     ]
                 )
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
             first = ["", "", ""]
     console = terminal()
     console.print(table)

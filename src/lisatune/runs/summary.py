@@ -20,8 +20,6 @@ from typing import Any, TypedDict
 
 import torch
 
-from lisatune.console import percent_text
-
 __all__ = [
     "Sample",
     "Score",
@@ -30,7 +28,6 @@ __all__ = [
     "mask_secrets",
     "model_of",
     "package_versions",
-    "score_text",
     "trained_on_chat",
 ]
 
@@ -128,11 +125,6 @@ class Summary(TypedDict, total=False):
     """Whether the run trained on conversations; else on plain text or plain prompts, without a template."""
     model: str
     """Folder of the fine-tuned model."""
-
-
-def score_text(score: Score) -> str:
-    """Write a score in percent with its standard error: 51.0 ± 3.5 %."""
-    return f"{percent_text(score['value'], score['stderr'])} %"
 
 
 def model_of(name: str) -> tuple[str, Path | None]:

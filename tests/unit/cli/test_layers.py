@@ -49,10 +49,10 @@ def test_tied_weights_and_the_share_that_trains_are_shown() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(GPT2Config())
     console = Console(file=io.StringIO(), width=100, highlight=False)
-    print_layers("gpt2", model, console)
+    print_layers("my/[gpt2]", model, console)
     assert isinstance(console.file, io.StringIO)
     out = console.file.getvalue()
-    assert "gpt2: 124.4M parameters" in out
+    assert "my/[gpt2]: 124.4M parameters" in out
     assert "transformer.wte.weight = lm_head.weight" in out
     assert "transformer.h.0 … transformer.h.11" in out
     assert "LISA with active=2 trains 53.6M parameters at a time (43.0%): the ends and 2 of 12 blocks." in out

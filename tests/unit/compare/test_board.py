@@ -46,6 +46,16 @@ def test_a_terminal_shows_steps_then_losses_of_every_arm(comparison: Comparison,
     assert "lr 0.0001, seed 0" in last
 
 
+def test_a_name_with_a_list_is_shown_whole(tmp_path: Path) -> None:
+    path, name = tmp_path / "recipe.yaml", "lora:targets=[q_proj]"
+    path.write_text("model: {name: smollm2-135m}\ndata: {train: python-docs}\n")
+    comparison = read_comparison(path, methods=name, lr="1e-4")
+    board, output = board_of(comparison, terminal=True)
+    with board:
+        begin(comparison, tmp_path, board)
+    assert output.getvalue().count(name) >= 2  # in the title and in its row
+
+
 def test_a_failure_is_said_with_its_reason(comparison: Comparison, tmp_path: Path) -> None:
     board, output = board_of(comparison, terminal=True)
     with board:
