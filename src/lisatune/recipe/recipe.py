@@ -24,13 +24,7 @@ class Recipe:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        freezes_ends = self.method.freezes_ends and not self.model.new_tokens
-        if self.optimizer.ends_lr is not None and (freezes_ends or not self.method.has_ends):
-            setting = " with method.ends=frozen" if freezes_ends else ""
-            raise ValueError(
-                f"optimizer.ends_lr={self.optimizer.ends_lr:g} does nothing with method {self.method.name}, "
-                f"which trains no embedding, head or final norm{setting}; set it to null"
-            )
+        self._check_ends_lr()
         if self.run.eval_every is not None and not self.data.holds_out:
             raise ValueError(
                 f"run.eval_every={self.run.eval_every} needs held-out data, and data.validation_share is 0; "
@@ -60,6 +54,18 @@ class Recipe:
         self.method.check_mix(self.data, self.run)
         self.method.check_loss(self.loss)
         self.method.check_optimizer(self.optimizer)
+
+    def _check_ends_lr(self) -> None:
+        """Refuse a rate of the ends where none of them trains."""
+        if self.optimizer.ends_lr is None:
+            return
+        freezes_ends = self.method.freezes_ends and not self.model.new_tokens
+        if freezes_ends or not self.method.has_ends:
+            setting = " with method.ends=frozen" if freezes_ends else ""
+            raise ValueError(
+                f"optimizer.ends_lr={self.optimizer.ends_lr:g} does nothing with method {self.method.name}, "
+                f"which trains no embedding, head or final norm{setting}; set it to null"
+            )
 
     def _check_pairs(self) -> None:
         """Refuse settings that cannot work where records are pairs of answers."""
