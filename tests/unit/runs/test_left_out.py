@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import tiny
+from lisatune.lisa.proof import fingerprint_whole
 from lisatune.runs.checkpoint import begin_checkpoint, load_checkpoint, load_weights
 from lisatune.runs.left_out import hash_fixed
 from lisatune.runs.manifest import DamagedCheckpointError, verify, write_manifest
@@ -71,6 +72,13 @@ def test_hashes_that_no_run_wrote_are_damage(left_out: Any, tmp_path: Path) -> N
     verify(path)
     with pytest.raises(DamagedCheckpointError, match="holds what no run wrote"):
         load_checkpoint(path, **start(seed=1))
+
+
+def test_hash_does_not_depend_on_how_many_elements_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.arange(6.0).view(2, 3)
+    at_once = fingerprint_whole(weight)
+    monkeypatch.setattr("lisatune.lisa.proof.CHUNK", 4)
+    assert fingerprint_whole(weight) == at_once
 
 
 def test_every_element_counts_in_its_place() -> None:
