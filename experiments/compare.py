@@ -5,6 +5,7 @@ python experiments/compare.py table2 [--smoke] [section.key=value …] [options 
 table2  methods side by side            table7  sampler, state of frozen blocks, warm-up
 table6  active blocks × period          draws   five seeds of the draws alone
 gap     what could close the gap to full fine-tuning
+methods, optimizers  all of them         qlisa, correction, units, ground  see their files
 benchmarks, gsm8k, pubmedqa  scores of benchmark tasks; continual  half of Table 4, before then_sft.py
 
 The data is python-docs unless `data.train=` and `data.validation=` name other data. `--general FILE` also

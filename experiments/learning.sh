@@ -49,6 +49,8 @@ units-math units math $text --budget tokens=200000 $rates
 units-alpaca units alpaca $short
 row-slices-math row_slices math $text --tokens 200000 --lr 1e-4 2e-4 4e-4
 row-slices-alpaca row_slices alpaca $short
+methods-alpaca methods alpaca --widen
+optimizers-alpaca optimizers alpaca --widen
 qlisa-alpaca qlisa alpaca $short
 LIST
 }
