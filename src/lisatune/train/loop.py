@@ -169,7 +169,7 @@ def _loop(
                 if run.on_save_error == "stop":
                     raise
                 bar.print(f"step {state.step}: {error}; continuing, as run.on_save_error says")
-            log({key: value for key, value in record.items() if isinstance(value, int | float)}, state.step)
+            log(record, state.step)
 
         def evaluate() -> bool:
             """Take this step's held-out loss, if it has one and a run before a break has not taken it.

@@ -13,8 +13,8 @@ __all__ = ["Log", "check_trackers", "open_trackers"]
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 """Trackers, each by the name of the package that it needs."""
 
-Log = Callable[[Mapping[str, float], int], None]
-"""Sends the numbers of a step, and the step's number, to every tracker."""
+Log = Callable[[Mapping[str, Any], int], None]
+"""Sends the numbers among a step's figures, and the step's number, to every tracker."""
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -46,8 +46,13 @@ def open_trackers(names: Sequence[str], folder: Path, config: Mapping[str, Any])
     accelerator = Accelerator(cpu=True, log_with=list(names), project_dir=folder / "trackers")
     flat = {f"{part}.{key}": str(value) for part, keys in config.items() for key, value in keys.items()}
     accelerator.init_trackers(folder.name, config=flat)
+
+    def log(values: Mapping[str, Any], step: int) -> None:
+        numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
+        accelerator.log(numbers, step=step)
+
     try:
-        yield lambda values, step: accelerator.log(dict(values), step=step)
+        yield log
     finally:
         for tracker in accelerator.trackers:
             tracker.finish()
