@@ -282,3 +282,14 @@ def test_steps_that_are_not_finite_are_left_out_up_to_a_bound(
     assert train(series.recipe, run, *options, "--resume") == 2
     steps.clear()
     assert train(series.recipe, run, *options, "run.max_skipped_steps=3", "--resume") == 0
+
+
+def test_skip_is_not_advised_to_a_run_that_updates_in_backward_and_skips(
+    series: kills.Series, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: Say
+) -> None:
+    monkeypatch.setattr(TrainingStep, "clip", lambda step: torch.tensor(math.inf))
+    options = ["optimizer.in_backward=true", "optimizer.max_grad_norm=null", "run.check_memory=false"]
+    assert train(series.recipe, tmp_path / "run", *options, "run.on_nonfinite=skip") == 2
+    error = said()
+    assert "optimizer.in_backward has put it into the weights" in error
+    assert "lower optimizer.lr, or set optimizer.in_backward: false" in error

@@ -31,15 +31,15 @@ def check_skip(parts: Parts, state: RunState, loss: Tensor, grad_norm: Tensor, f
     values = f"step {state.step + 1}: loss {float(loss):g}, gradient norm {float(grad_norm):g}"
     newest = newest_checkpoint(folder.checkpoints)
     good = f"the last good checkpoint is {newest}" if newest else "no checkpoint was saved yet"
-    if run.on_nonfinite == "stop" or has_updated:
-        weights = (
-            "optimizer.in_backward has put it into the weights"
-            if has_updated
-            else "weights are as before this step"
-        )
+    if has_updated:
         raise TrainingError(
-            f"{values}; {weights} and {good}; lower optimizer.lr, or set run.on_nonfinite: skip to leave "
-            "such steps out"
+            f"{values}; optimizer.in_backward has put it into the weights and {good}; lower optimizer.lr, or "
+            "set optimizer.in_backward: false, with which run.on_nonfinite: skip leaves such steps out"
+        )
+    if run.on_nonfinite == "stop":
+        raise TrainingError(
+            f"{values}; weights are as before this step and {good}; lower optimizer.lr, or set "
+            "run.on_nonfinite: skip to leave such steps out"
         )
     if state.skipped_in_a_row >= run.max_skipped_steps:
         raise TrainingError(
