@@ -609,3 +609,21 @@ def test_a_second_ctrl_c_stops_at_once_and_names_the_last_checkpoint(
     outcome = capfd.readouterr().err.removeprefix(NOTICE)
     assert outcome == f"lisatune: stopped at once; resume from {last} with the same command and --resume\n"
     assert_equal(trained(recipe, "run", "--resume"), trained(recipe, "straight"))
+
+
+def test_a_second_ctrl_c_in_a_run_that_is_made_longer_does_not_name_its_former_model(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = ["run.save_every=2", "optimizer.schedule=constant"]
+    trained(recipe, "run", *options)
+    capfd.readouterr()
+    make_step = lisatune.train.loop._step
+
+    def press_twice(parts: Any, done: Any, *rest: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        return make_step(parts, done, *rest)
+
+    monkeypatch.setattr(lisatune.train.loop, "_step", press_twice)
+    assert main(["train", str(recipe), *options, "run.steps=9", "--resume"]) == 130
+    assert "stopped at once; resume from " in capfd.readouterr().err

@@ -4,6 +4,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from lisatune.console import Terminated, handle_signals, terminate
@@ -41,14 +42,23 @@ def interruptible() -> Iterator[Callable[[], Stop | None]]:
 @contextmanager
 def explain_interruption(folder: RunFolder) -> Iterator[None]:
     """Say how to continue after a Ctrl-C or SIGTERM that came outside the loop, or twice inside it."""
+    before = _identify(folder.model)
     try:
         yield
     except KeyboardInterrupt as stop:
         if stop.args:
             raise
-        if folder.model.is_dir():
+        if _identify(folder.model) != before:
             raise type(stop)(f"stopped after training; the model is in {folder.model}") from None
         raise type(stop)(f"stopped at once; {resume_hint(folder)}") from None
+
+
+def _identify(model: Path) -> tuple[int, int] | None:
+    """Tell a written model from the one that a finished run had before it was made longer; None: no model."""
+    if not model.is_dir():
+        return None
+    found = model.stat()
+    return found.st_ino, found.st_mtime_ns
 
 
 def resume_hint(folder: RunFolder) -> str:
