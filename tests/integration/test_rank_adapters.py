@@ -31,6 +31,7 @@ METHODS = {
     "qlora": "{name: qlora}",
 }
 SAVED = ("dora", "qlora")
+DROPOUT = "method.dropout=0.3"
 NARROW = "run.precision=bf16"
 
 
@@ -60,6 +61,9 @@ def two(adapters: RankRuns) -> dict[str, list[Any]]:
     jobs["continued"] = adapters.job("lora", "continued", half, resume=True)
     begun = f"method.adapter={adapters.folder / 'started' / 'model'}"
     jobs["begun"] = adapters.job("lora", "two-begun", half, begun)
+    jobs["dropout"] = adapters.job("lora", "dropout", half, DROPOUT)
+    jobs["dropout-begun"] = adapters.job("lora", "dropout-resumed", half, DROPOUT, *saves)
+    jobs["dropout-resumed"] = adapters.job("lora", "dropout-resumed", half, DROPOUT, *saves[1:], resume=True)
     for kind, hows in COPIES.items():
         jobs |= {how: {kind: how, "folder": str(adapters.folder)} for how in hows}
     jobs["strangers"] = {"check": "strangers"}
@@ -106,6 +110,13 @@ def test_a_run_continues_on_another_number_of_ranks(adapters: RankRuns, two: dic
     for name in SAVED:
         adapters.alone(name, f"saved-{name}", resume=True)
         adapters.compare(f"saved-{name}", f"one-{name}")
+
+
+def test_dropout_is_resumed_bit_for_bit_though_each_rank_draws_other_numbers(
+    adapters: RankRuns, two: dict[str, Any]
+) -> None:
+    assert two["dropout-resumed"][0].get("steps") == 4, two["dropout-resumed"][0]
+    adapters.compare("dropout-resumed", "dropout", atol=0, rtol=0)
 
 
 def test_adapters_begin_with_those_of_a_folder_on_every_rank(adapters: RankRuns, two: dict[str, Any]) -> None:

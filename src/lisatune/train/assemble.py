@@ -4,6 +4,7 @@ Everything still requires grad while the optimizer is built. The schedule of blo
 """
 
 import dataclasses
+import hashlib
 import random
 import shutil
 import warnings
@@ -57,6 +58,7 @@ __all__ = [
     "multiplies_bf16_slowly",
     "rehearse",
     "seed_generators",
+    "seed_step",
     "warn_of_slow_bf16",
 ]
 
@@ -322,6 +324,16 @@ def check_fits(model: nn.Module, data: RunData, max_length: int) -> None:
         raise ValueError(
             f"a record has {longest} tokens and the model reads at most {limit}; set data.max_length={limit}"
         )
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seed the generators of one of several ranks for a step, so that it needs no checkpoint to draw alike.
+
+    Each rank has rows of its own lengths and so draws another amount of random numbers than the others, such
+    as for dropout. A checkpoint holds the states of the first rank alone.
+    """
+    key = hashlib.blake2b(f"{seed}/{step}/{ranks.rank()}".encode(), digest_size=7).digest()
+    seed_generators(int.from_bytes(key, "big"))
 
 
 def seed_generators(seed: int) -> None:

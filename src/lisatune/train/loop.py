@@ -24,7 +24,7 @@ from lisatune.runs.folder import RunFolder, check_output, open_folder
 from lisatune.runs.manifest import prune, set_aside
 from lisatune.runs.summary import Summary
 from lisatune.train import evaluation, progress
-from lisatune.train.assemble import Parts, assemble
+from lisatune.train.assemble import Parts, assemble, seed_step
 from lisatune.train.beginning import (
     choose_start,
     find_checkpoint,
@@ -221,6 +221,8 @@ def _step(parts: Parts, state: RunState, folder: RunFolder) -> dict[str, Any]:
     """Make one optimizer step and return its line of metrics.jsonl."""
     run, step, schedule = parts.recipe.run, parts.built.step, parts.built.schedule
     started = time.perf_counter()
+    if ranks.count() > 1:
+        seed_step(run.seed, state.step)
     batches = [parts.data.batch(state.step * run.accumulation + i) for i in range(run.accumulation)]
     has_own_rows = parts.data.stream is not None  # else all ranks take the same batch, and share it
     shares = batches if has_own_rows else [my_share(b, parts.data.rows_per_record) for b in batches]
