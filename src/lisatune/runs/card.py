@@ -199,11 +199,8 @@ def _facts(
     yield "licence of the base", _escape(base.license.get("license", "not known"))
     yield "method", f"`{recipe['method']['name']}`"
     yield "training data", ", ".join(f"`{_escape(name)}`" for name in data)
-    held_out = recipe["data"].get("validation")
-    if held_out is not None:
-        yield "held-out data", f"`{_escape(shown_name(held_out))}`"
-    elif recipe["data"].get("validation_share"):
-        yield "held-out data", f"{100 * recipe['data']['validation_share']:g} % of the training data"
+    if (held_out := _describe_held_out(recipe["data"])) is not None:
+        yield "held-out data", held_out
     seeds = {
         name: part["seed"] for name, part in recipe.items() if isinstance(part, Mapping) and "seed" in part
     }
@@ -222,6 +219,19 @@ def _facts(
         yield "dtype", f"{summary['model_dtype']}, rounded once after training"
     known = [f"{name} {versions[name]}" for name in ("lisatune", "torch", "transformers") if name in versions]
     yield "made with", ", ".join(known)
+
+
+def _describe_held_out(data: Mapping[str, Any]) -> str | None:
+    """Say what a recipe's section `data` holds out; None if nothing."""
+    if data.get("validation") is not None:
+        return f"`{_escape(shown_name(data['validation']))}`"
+    share, most = data.get("validation_share"), data.get("validation_limit")
+    if not share:
+        return None
+    if data.get("streaming"):
+        return f"the first {plural(most, 'record')} of the training data"
+    limit = "" if most is None else f", but at most {plural(most, 'row')}"
+    return f"{100 * share:g} % of the training data{limit}"
 
 
 def _has_score(recipe: Mapping[str, Any]) -> bool:

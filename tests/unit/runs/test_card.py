@@ -53,6 +53,22 @@ def test_the_text_has_data_method_seeds_losses_versions_and_the_recipe() -> None
     assert read(text).license is None
 
 
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({"validation_limit": 500}, "| 5 % of the training data, but at most 500 rows |"),
+        ({"validation_limit": None}, "| 5 % of the training data |"),
+        (
+            {"validation_limit": 500, "streaming": True},
+            "| the first 500 records of the training data |",
+        ),
+    ],
+)
+def test_the_share_that_is_held_out_comes_with_its_limit(data: dict[str, Any], says: str) -> None:
+    recipe = RECIPE | {"data": {"train": "tatsu-lab/alpaca", "validation_share": 0.05} | data}
+    assert says in make_card(Base("some/base", "some/base", {}), recipe, SUMMARY, VERSIONS)
+
+
 def test_the_loss_of_pairs_is_that_of_a_pair() -> None:
     text = make_card(
         Base("some/base", "some/base", {}), RECIPE | {"loss": {"name": "dpo"}}, SUMMARY, VERSIONS
