@@ -81,7 +81,8 @@ def build_from_groups(groups: Groups, config: OptimizerConfig) -> Optimizer:
     try:
         optimizer = OPTIMIZERS.get(config.name, build_imported)(groups, config)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"optimizer.name {config.name} cannot be built: {error}") from error
+        given = f" with optimizer.options {config.options}" if config.options else ""
+        raise ValueError(f"optimizer.name {config.name} cannot be built{given}: {error}") from error
     if ranks.count() > 1:
         _check_parts(config)
     return optimizer

@@ -98,8 +98,14 @@ class OptimizerConfig:
                 f"optimizer.options {self.options} does nothing with optimizer.name adamw, whose settings "
                 "are keys of their own"
             )
-        if clash := {"lr", "weight_decay", "params"} & self.options.keys():
-            raise ValueError(f"optimizer.options may not have {clash.pop()}; it is a key of optimizer itself")
+        own = {"lr", "weight_decay", "params"} | (
+            {"betas", "eps"} if self.name in ("lamb", "muon") else set()
+        )
+        if clash := own & self.options.keys():
+            raise ValueError(
+                f"optimizer.options may not have {min(clash)}; it is a key of optimizer itself, which "
+                f"optimizer.name {self.name} reads"
+            )
 
     def _check_schedule(self) -> None:
         for name, share in (("warmup_share", self.warmup_share), ("min_lr_share", self.min_lr_share)):
