@@ -47,6 +47,11 @@ from lisatune.recipe import DataConfig, ModelConfig, OptimizerConfig, RunConfig
             "activation_checkpointing must be one of frozen, got",
         ),
         (RunConfig, {"on_nonfinite": "ignore"}, "run.on_nonfinite must be one of stop, skip, got 'ignore'"),
+        (
+            RunConfig,
+            {"max_skipped_steps": 3},
+            "run.max_skipped_steps=3 does nothing with run.on_nonfinite=stop; set that to skip",
+        ),
         (RunConfig, {"on_save_error": None}, "run.on_save_error must be one of stop, continue, got None"),
         (
             DataConfig,

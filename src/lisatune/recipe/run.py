@@ -100,7 +100,7 @@ class RunConfig:
     """What to do if loss or gradients are NaN or infinite: stop, or skip the step and count it."""
 
     max_skipped_steps: int = 10
-    """Stop after this many skipped steps in a row."""
+    """Stop after this many skipped steps in a row, under `on_nonfinite: skip`."""
 
     on_save_error: Literal["stop", "continue"] = "stop"
     """What to do if a checkpoint cannot be written, as on a full disk: stop, or count it and continue."""
@@ -122,6 +122,11 @@ class RunConfig:
                 "or run.copies to null"
             )
         at_least(0, "run.save_every", self.save_every)
+        if self.on_nonfinite == "stop" and self.max_skipped_steps != RunConfig.max_skipped_steps:
+            raise ValueError(
+                f"run.max_skipped_steps={self.max_skipped_steps} does nothing with run.on_nonfinite=stop; "
+                "set that to skip, or leave it out"
+            )
         if self.evaluate_data is not None and self.evaluate is None:
             raise ValueError(
                 f"run.evaluate_data={self.evaluate_data} holds questions and run.evaluate names no task; set "
