@@ -29,6 +29,7 @@ __all__ = [
     "has_others",
     "is_rank0",
     "max_over_ranks",
+    "name_kind",
     "on_every_rank",
     "on_rank0",
     "on_this_machine",
@@ -345,8 +346,7 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    if name.partition(":")[0] not in DEVICES:
-        raise ValueError(f"unknown run.device {name!r}; use auto or one of {', '.join(DEVICES)}")
+    name_kind(name)
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -359,3 +359,15 @@ def pick_device(name: str) -> torch.device:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(f"run.device {name!r} cannot be used here ({reason}); use auto or cpu") from error
     return device
+
+
+def name_kind(name: str) -> str:
+    """Return the kind of a device's name: `cuda` of `cuda:1`. This machine need not have it.
+
+    Raises:
+        ValueError: no such kind.
+    """
+    kind = name.partition(":")[0]
+    if kind not in ("auto", *DEVICES):
+        raise ValueError(f"unknown run.device {name!r}; use auto or one of {', '.join(DEVICES)}")
+    return kind

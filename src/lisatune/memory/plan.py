@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lisatune.console import first_line
-from lisatune.distributed.ranks import fake_ranks, pick_device, ranks_are_fake
+from lisatune.distributed.ranks import fake_ranks, name_kind, pick_device, ranks_are_fake
 from lisatune.distributed.shards import count_copies, shard
 from lisatune.lisa.correction import count_trainable
 from lisatune.lisa.frozen_weights import FrozenWeights, ShapeMasters
@@ -169,7 +169,7 @@ def plan_memory(
     if ranks < 1:
         raise ValueError(f"ranks must be >= 1, got {ranks}")
     started = time.perf_counter()
-    device = recipe.run.device.partition(":")[0]
+    device = name_kind(recipe.run.device)
     device = pick_device("auto").type if device == "auto" else device
     compiles, run = recipe.run.compile is True, replace(recipe.run, compile=False, device=device)
     recipe = replace(recipe, method=recipe.method.without_proof(), run=run)

@@ -185,6 +185,7 @@ def test_bad_input_is_one_sentence(folder: Path, capsys: pytest.CaptureFixture[s
         (["plan", "--model", str(folder), "--gpu", "24XB"], "--gpu must be an amount"),
         (["plan", "--model", str(folder), "--ranks", "0"], "ranks must be >= 1"),
         (["plan", "--model", str(folder), "method.activ=1"], "Did you mean 'method.active'?"),
+        (["plan", "--model", str(folder), "run.device=gpu"], "unknown run.device 'gpu'; use auto or one of"),
     ):
         assert main(arguments) == 2
         error = capsys.readouterr().err
