@@ -11,7 +11,7 @@ from lisatune.lisa.correction import find_correction
 from lisatune.memory.tracker import StepMemory
 from lisatune.methods.build import Built
 from lisatune.nn.layers import LayerMap
-from lisatune.optim.meter import tensors_bytes
+from lisatune.optim.meter import host_state, state_bytes, tensors_bytes
 from lisatune.recipe import Recipe
 
 __all__ = [
@@ -23,27 +23,38 @@ __all__ = [
 ]
 
 
-def estimate_step(built: Built, recipe: Recipe, length: int) -> StepMemory:
+def estimate_step(built: Built, recipe: Recipe, length: int, *, has_state: bool) -> StepMemory:
     """Count the bytes of the parameters and estimate the rest.
 
     Activations: a block keeps 34 bytes per token and hidden unit at two bytes a number, if attention scores
     are not stored (Korthikanti et al., arXiv 2205.05198, section 4.1). With checkpointing every block keeps
-    its input, and one block keeps everything. Loss: the logits of 128 tokens, three times in float32.
-    Optimizer state: the moments.
+    its input, and one block, or each that trains, keeps everything. Loss: the logits of 128 tokens, three
+    times in float32.
+    Optimizer state: what the optimizer holds if `has_state`, or else two moments of each number that trains.
     """
     correction = find_correction(built.model)
     added = [] if correction is None else correction.all_parameters()
     trained = [p for p in (*built.model.parameters(), *added) if p.requires_grad]
     weights = tensors_bytes([*built.model.parameters(), *built.model.buffers(), *added])
     gradients = tensors_bytes(trained)
-    state = recipe.method.num_moments * gradients
+    state, host = recipe.method.num_moments * gradients, built.schedule.host_bytes()
+    if has_state:
+        own = [built.step.optimizer, *built.state.beside]
+        in_host = tensors_bytes(host_state(built.step.optimizer))
+        state, host = sum(map(state_bytes, own)) - in_host, host or in_host
+    if built.step.in_backward is not None:
+        gradients = max(p.nbytes for p in trained)
     config: Any = built.model.config
     text, tokens = config.get_text_config(), recipe.run.batch_size * recipe.loss.rows_per_record * length
     width = 2 if built.step.autocast is not None else next(iter(built.model.parameters())).element_size()
     block = 17 * width * tokens * text.hidden_size
     blocks = built.layers.num_blocks
-    kept = block + blocks * width * tokens * text.hidden_size
-    activations = kept if recipe.run.activation_checkpointing else blocks * block
+    training = sum(
+        any(p.requires_grad for p in own.values()) for own in built.layers.block_parameters(built.model)
+    )
+    checkpointing = recipe.run.activation_checkpointing
+    whole = {False: blocks, True: 1, "frozen": max(training, 1)}[checkpointing]
+    activations = whole * block + (blocks * width * tokens * text.hidden_size if checkpointing else 0)
     at_peak = {
         "weights": weights,
         "gradients": gradients,
@@ -59,6 +70,7 @@ def estimate_step(built: Built, recipe: Recipe, length: int) -> StepMemory:
         at_peak=at_peak,
         by_phase={"backward": peak},
         static_bytes=weights + state,
+        host_bytes=host,
     )
 
 

@@ -8,6 +8,7 @@ the live tensors. Memory outside of tensors comes on top: `RESERVE_BYTES` and `R
 import math
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -295,7 +296,12 @@ def _measure(asked: _Asked, built: Built, batches: list[dict[str, Tensor]], load
         if ranks_are_fake():
             raise
         note = explain_untraced(built, batches, error)
-    memory = estimate_step(built, asked.recipe, batches[0]["input_ids"].shape[1])
+    ids = batches[0]["input_ids"]
+    has_state = False
+    with suppress(Exception):  # an optimizer's own code can raise anything too
+        make_state(built, ids.numel() * run.accumulation)
+        has_state = True
+    memory = estimate_step(built, asked.recipe, ids.shape[1], has_state=has_state)
     kept = memory.at_peak["weights"] + memory.at_peak["optimizer state"]
     return _Measured(memory, "arithmetic", note, copied=kept if run.save_async else 0)
 

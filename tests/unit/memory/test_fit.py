@@ -1,6 +1,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import LlamaConfig
@@ -184,8 +185,8 @@ def test_bad_input_is_one_sentence(folder: Path, capsys: pytest.CaptureFixture[s
         (["plan"], "give a recipe file, or --model"),
         (["plan", "--model", str(folder), "--gpu", "24XB"], "--gpu must be an amount"),
         (["plan", "--model", str(folder), "--ranks", "0"], "ranks must be >= 1"),
-        (["plan", "--model", str(folder), "method.activ=1"], "Did you mean 'method.active'?"),
         (["plan", "--model", str(folder), "run.device=gpu"], "unknown run.device 'gpu'; use auto or one of"),
+        (["plan", "--model", str(folder), "method.activ=1"], "Did you mean 'method.active'?"),
     ):
         assert main(arguments) == 2
         error = capsys.readouterr().err
@@ -193,21 +194,37 @@ def test_bad_input_is_one_sentence(folder: Path, capsys: pytest.CaptureFixture[s
         assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"run.precision": "bf16"},
+        {"optimizer.moments": "8bit"},
+        {"optimizer.state_device": "cpu"},
+        {"optimizer.name": "sgd"},
+        {"run.activation_checkpointing": "frozen"},
+    ],
+    ids=str,
+)
 def test_models_that_resist_fake_tensors_get_arithmetic(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers.models.llama.modeling_llama import LlamaMLP
 
-    plain, forward = plan_memory(make_recipe(folder)), LlamaMLP.forward
+    recipe = apply_changes(make_recipe(folder), changes)
+    plain, forward = plan_memory(recipe), LlamaMLP.forward
 
     def looks(self: LlamaMLP, x: object) -> object:
         assert float(x.sum()) == float(x.sum())  # type: ignore[attr-defined]
         return forward(self, x)
 
     monkeypatch.setattr(LlamaMLP, "forward", looks)
-    plan = plan_memory(make_recipe(folder))
+    plan = plan_memory(recipe)
     assert plan.kind == "arithmetic"
     assert plan.note is not None
     assert "layers.0.mlp (LlamaMLP) cannot be traced" in plan.note
     assert plan.at_peak["weights"] == pytest.approx(plain.at_peak["weights"], rel=1e-3)
+    assert plan.at_peak["optimizer state"] == plain.at_peak["optimizer state"]
+    assert plan.host_bytes == plain.host_bytes
+    assert plain.at_peak["activations"] / 2 < plan.at_peak["activations"] < 2 * plain.at_peak["activations"]
     assert plain.peak_bytes / 2 < plan.peak_bytes < 2 * plain.peak_bytes
