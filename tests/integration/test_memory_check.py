@@ -122,7 +122,7 @@ def test_the_plan_is_of_the_longest_batch_and_of_the_runs_own_steps(
 ) -> None:
     asked, seen = load_recipe(recipe), []
     monkeypatch.setattr(
-        MemoryCheck, "before_load", lambda self, device, *, steps, length: seen.append((steps, length))
+        MemoryCheck, "before_load", lambda self, _, *, steps, length, masters: seen.append((steps, length))
     )
     parts = lisatune.train.assemble.assemble(asked, before_load=MemoryCheck(asked).before_load)
     order = [parts.data.order.batch(step) for step in range(20)]
@@ -130,6 +130,17 @@ def test_the_plan_is_of_the_longest_batch_and_of_the_runs_own_steps(
         parts.collate([parts.data.train.rows[i] for i in rows])["input_ids"].shape[1] for rows in order
     ]
     assert seen == [(4, max(lengths))]
+
+
+@pytest.mark.parametrize("key", ["disk", "auto"])
+def test_exact_weights_on_disk_need_no_room_in_host_memory(
+    key: str, recipe: Path, free: dict[str, int]
+) -> None:
+    check = MemoryCheck(load_recipe(recipe, ["method.frozen_weights=int8", f"method.master={key}"]))
+    free["cpu"] = 2**10
+    check.before_load(torch.device("cuda"), steps=4, length=64, masters="disk")
+    with pytest.raises(ValueError, match=r"of host memory by its plan .* set method\.master=disk"):
+        check.before_load(torch.device("cuda"), steps=4, length=64, masters="ram")
 
 
 def test_state_in_host_memory_needs_room_there(recipe: Path, free: dict[str, int]) -> None:

@@ -104,8 +104,9 @@ def _print_table(recipe: "Recipe", plan: "MemoryPlan", fit: "Fit | None", room: 
     rows.append(("peak", Text(f"{byte_text(plan.peak_bytes)} in {plan.phase}", style="bold")))
     rows.append(("between steps", byte_text(plan.static_bytes)))
     if plan.host_bytes:
-        kept = "optimizer state" if recipe.method.masters is None else "exact weights and optimizer state"
-        disk = ", or disk for the weights" if recipe.method.masters in ("auto", "disk") else ""
+        in_ram = recipe.method.masters in ("auto", "ram")
+        kept = "exact weights and optimizer state" if in_ram else "optimizer state"
+        disk = ", or disk for the weights" if recipe.method.masters == "auto" else ""
         copy = f"{byte_text(plan.copy_bytes)} for the copy of a checkpoint" if plan.copy_bytes else ""
         text = f"{byte_text(plan.host_bytes)} of {kept}{disk}" + (f", with {copy}" if copy else "")
         rows.append(("host memory", copy if plan.copy_bytes == plan.host_bytes else text))

@@ -87,10 +87,11 @@ class ShapeMasters:
 
     Args:
         is_pinned: count what a pinned store takes, which keeps the place of weights that train.
+        on_disk: count what a store on disk takes: nothing.
     """
 
-    def __init__(self, *, is_pinned: bool = False) -> None:
-        self._is_pinned = is_pinned
+    def __init__(self, *, is_pinned: bool = False, on_disk: bool = False) -> None:
+        self._is_pinned, self._on_disk = is_pinned, on_disk
         self._shapes: dict[str, tuple[torch.Size, torch.dtype, torch.device]] = {}
 
     def keep(self, name: str, weight: Tensor) -> None:
@@ -110,8 +111,12 @@ class ShapeMasters:
         return weight
 
     def host_bytes(self) -> int:
-        """Count the bytes that a real store would hold."""
-        return sum(shape.numel() * dtype.itemsize for shape, dtype, _ in self._shapes.values())
+        """Count the bytes of host memory that a real store would hold."""
+        return (
+            0
+            if self._on_disk
+            else sum(shape.numel() * dtype.itemsize for shape, dtype, _ in self._shapes.values())
+        )
 
 
 class FrozenWeights:

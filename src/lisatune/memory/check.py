@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from subprocess import SubprocessError
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -57,7 +57,14 @@ class MemoryCheck:
         self.plan: MemoryPlan | None = None
         self._step_peak = self._other_peak = self._resident_before = 0
 
-    def before_load(self, device: torch.device, *, steps: int, length: int) -> None:
+    def before_load(
+        self,
+        device: torch.device,
+        *,
+        steps: int,
+        length: int,
+        masters: Literal["ram", "disk"] | None = None,
+    ) -> None:
         """Plan the run and refuse it if it does not fit.
 
         Args:
@@ -65,6 +72,7 @@ class MemoryCheck:
                 planned and never refused.
             steps: optimizer steps of the run.
             length: tokens per sequence of the longest batch.
+            masters: what `method.master: auto` has chosen.
 
         Raises:
             ValueError: the run needs more memory than is free; the message says what to change.
@@ -72,6 +80,8 @@ class MemoryCheck:
         if not self.recipe.run.check_memory:
             return
         recipe = replace(self.recipe, run=replace(self.recipe.run, steps=steps, device=device.type))
+        if masters is not None:
+            recipe = replace(recipe, method=replace(recipe.method, master=masters))
         try:
             self.plan = _plan_on_ranks(recipe, length)
         except Exception as error:  # the run was rehearsed before, so this is no reason to stop it
@@ -92,10 +102,12 @@ class MemoryCheck:
         host = max(self.plan.host_bytes, self.plan.loaded_bytes)
         lacks_host = device.type != "cpu" and host_free is not None and host > host_free
         if ranks.max_over_ranks(int(lacks_host)):
+            less = ["keep less optimizer state there"]
+            less += ["set method.master=disk"] if masters == "ram" else []
+            less += ["set run.save_async=false"] if self.plan.copy_bytes else []
             raise ValueError(
                 f"the run needs {byte_text(host)} of host memory by its plan ({self.plan.kind}){_on_each()} "
-                f"and {byte_text(host_free or 0)} are free: keep less optimizer state there"
-                f"{', set run.save_async=false' if self.plan.copy_bytes else ''}, or set "
+                f"and {byte_text(host_free or 0)} are free: {', '.join(less)}, or set "
                 "run.check_memory=false to run it as it is"
             )
         self._resident_before = process.resident_bytes()

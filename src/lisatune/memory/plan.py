@@ -27,7 +27,7 @@ from lisatune.memory.fake import fake_storage, fake_tensors, norms_are_one
 from lisatune.memory.trace import make_state, trace_costliest
 from lisatune.memory.tracker import StepMemory
 from lisatune.methods.build import Built, Prepared, attach, check_recipe, make_loss, prepare, weight_dtype
-from lisatune.models.load import meta_model, model_from_config
+from lisatune.models.load import load_config, meta_model, model_from_config
 from lisatune.models.shapes import shape_config
 from lisatune.nn.hidden import max_positions, unwrap_adapters
 from lisatune.nn.layers import find_layers
@@ -85,7 +85,8 @@ class MemoryPlan(StepMemory):
     """Number of parameters that train in the planned step."""
 
     loaded_bytes: int
-    """Weights as they load into host memory, before a method quantises them; 0 on several ranks."""
+    """Weights as they load into host memory, before a method quantises them; 0 on several ranks, or if they
+    stay in their files."""
 
     copy_bytes: int
     """Bytes of `host_bytes` that `run.save_async` takes while a checkpoint is written."""
@@ -231,8 +232,11 @@ class _Measured:
 def _plan(asked: _Asked, config: Any) -> MemoryPlan:
     """Trace a step, on rank 0 if ranks are faked; otherwise divide the figures of one rank."""
     recipe = asked.recipe
+    if config is None and not Path(recipe.model.name).exists():
+        config = shape_config(recipe.model.name)
     model = _build_meta_model(recipe, config)
-    loaded_bytes = sum(p.nbytes for p in model.parameters()) if asked.ranks == 1 else 0
+    is_read = asked.ranks == 1 and not _stays_in_files(recipe, config)
+    loaded_bytes = sum(p.nbytes for p in model.parameters()) if is_read else 0
     length = asked.length or recipe.data.max_length
     length = min(length, max_positions(model) or length)
     batches = [make_batch(recipe, model, length)] * min(recipe.run.accumulation, 2)
@@ -273,7 +277,8 @@ def _build(asked: _Asked, prepared: Prepared, loss: Loss | None) -> Built:
         inside = unwrap_adapters(prepared.model)
         shard(inside, find_layers(inside).blocks, device=device, how=run.sharding, copies=run.copies)
     else:
-        recipe.method.place(prepared.model, device, ShapeMasters(is_pinned=run.device == "cuda"))
+        masters = ShapeMasters(is_pinned=run.device == "cuda", on_disk=recipe.method.masters == "disk")
+        recipe.method.place(prepared.model, device, masters)
     with norms_are_one():  # bitsandbytes reads the values of its codes
         built = attach(recipe, prepared, loss, steps=asked.steps, device=device)
     if isinstance(built.step.optimizer, AdamW):
@@ -331,11 +336,18 @@ def _count_switch(built: Built) -> int:
     return sum(p.nbytes for index in active for p in units[index].values() if frozen.has(p))
 
 
+def _stays_in_files(recipe: Recipe, config: Any) -> bool:
+    """Whether `train` maps weights from their files into memory, and so loads none that has its dtype."""
+    masters = recipe.method.masters
+    if masters is None or (masters != "disk" and recipe.run.device == "cpu"):
+        return False
+    config = config or load_config(**recipe.model.location, needs_weights=False)
+    return (config.get_text_config().dtype or config.dtype) in (None, weight_dtype(recipe))
+
+
 def _build_meta_model(recipe: Recipe, config: Any) -> Any:
-    """Build the recipe's model on the meta device."""
-    name, dtype, scores = recipe.model.name, weight_dtype(recipe), recipe.loss.has_score
-    if config is None and not Path(name).exists():
-        config = shape_config(name)
+    """Build the recipe's model on the meta device; `config` is None if it is that of `model.name`."""
+    dtype, scores = weight_dtype(recipe), recipe.loss.has_score
     if config is None:
         return meta_model(**recipe.model_source, dtype=dtype, needs_weights=False)
     return model_from_config(config, attention=recipe.model.attention, scores=scores, dtype=dtype)

@@ -134,8 +134,9 @@ def assemble(
 
     Args:
         recipe: what to build.
-        before_load: called as `before_load(device, steps=…, length=…)` before the weights load, with the
-            number of optimizer steps and the tokens of the longest batch.
+        before_load: called as `before_load(device, steps=…, length=…, masters=…)` before the weights load,
+            with the number of optimizer steps, the tokens of the longest batch, and where exact weights of
+            frozen blocks will be: ram or disk, or None if the device holds them.
         places: as for `prepare_data`.
     """
     run, source = recipe.run, recipe.model
@@ -157,15 +158,17 @@ def assemble(
     compiling = choose_compile(recipe, device, rehearsed, layers, data)
     run = dataclasses.replace(run, compile=compiling.compiles)
     recipe = dataclasses.replace(recipe, run=run)
+    masters = None if ranks.count() > 1 else _choose_masters(recipe, rehearsed)
     if before_load is not None:
         longest = data.train.longest if data.stream is None else recipe.data.max_length
-        before_load(device, steps=data.steps, length=batch_length(longest, recipe, rehearsed))
+        length = batch_length(longest, recipe, rehearsed)
+        before_load(device, steps=data.steps, length=length, masters=masters)
     seed_generators(run.seed)
     dtype = weight_dtype(recipe)
     loss, fill = None, None
     if ranks.count() == 1:
-        model, masters = _load(recipe, device, rehearsed)
-        recipe.method.place(model, device, masters)
+        model, store = _load(recipe, device, masters)
+        recipe.method.place(model, device, store)
         loss = make_loss(recipe, model)
     else:  # block by block, each rank its part
         model, fill = load_for_ranks(**recipe.model_source, dtype=dtype)
@@ -195,39 +198,38 @@ def assemble(
     return parts
 
 
-def _load(recipe: Recipe, device: torch.device, rehearsed: nn.Module) -> tuple[Any, Masters | None]:
+def _load(
+    recipe: Recipe, device: torch.device, masters: Literal["ram", "disk"] | None
+) -> tuple[Any, Masters | None]:
     """Load the weights onto the CPU, and make a store for the exact weights of frozen blocks.
 
     Returns:
         The model, and the store; None if weights stay on the device or in host memory.
+    """
+    source, dtype = recipe.model_source, weight_dtype(recipe)
+    if masters is None or (masters == "ram" and device.type == "cpu"):
+        return load_model(**source, dtype=dtype), None
+    model, mapped = load_mapped(**source, dtype=dtype)
+    return model, DiskMasters(_run_folder(recipe), mapped) if masters == "disk" else None
+
+
+def _run_folder(recipe: Recipe) -> Path:
+    """Return the run's folder, or the folder above it that is there already."""
+    assert recipe.run.output is not None
+    folder = Path(recipe.run.output).absolute()
+    return next(each for each in (folder, *folder.parents) if each.is_dir())
+
+
+def _choose_masters(recipe: Recipe, model: nn.Module) -> Literal["ram", "disk"] | None:
+    """Choose where the exact weights of frozen blocks are kept; None if the device holds them.
 
     Raises:
         ValueError: host memory or disk is too small for them.
     """
-    source, dtype = recipe.model_source, weight_dtype(recipe)
-    asked = recipe.method.masters
+    asked: Literal["auto", "ram", "disk"] | None = recipe.method.masters
     if asked is None:
-        return load_model(**source, dtype=dtype), None
-    assert recipe.run.output is not None
-    folder = Path(recipe.run.output).absolute()
-    folder = next(each for each in (folder, *folder.parents) if each.is_dir())
-    needed = sum(p.nbytes for p in rehearsed.parameters())
-    where = _choose_masters(asked, needed, folder)
-    if where == "disk" and recipe.run.save_async:
-        raise ValueError(
-            f"the exact weights of frozen blocks ({byte_text(needed)}) go to disk because host memory is "
-            "short, and run.save_async would copy them there; set it to false, or method.master to ram"
-        )
-    if where == "ram" and device.type == "cpu":
-        return load_model(**source, dtype=dtype), None
-    model, mapped = load_mapped(**source, dtype=dtype)
-    return model, DiskMasters(folder, mapped) if where == "disk" else None
-
-
-def _choose_masters(
-    asked: Literal["auto", "ram", "disk"], needed: int, folder: Path
-) -> Literal["ram", "disk"]:
-    """Choose where the exact weights of frozen blocks are kept, and refuse a place with too little room."""
+        return None
+    folder, needed = _run_folder(recipe), sum(p.nbytes for p in model.parameters())
     free = available_bytes(torch.device("cpu"))
     if asked == "auto":
         asked = "ram" if free is None or needed < MASTERS_SHARE * free else "disk"
@@ -238,6 +240,11 @@ def _choose_masters(
         raise ValueError(
             f"the exact weights of frozen blocks need {byte_text(needed)} {place} and {byte_text(room)} are "
             f"free; set method.master to {other}"
+        )
+    if asked == "disk" and recipe.run.save_async:
+        raise ValueError(
+            f"the exact weights of frozen blocks ({byte_text(needed)}) go to disk because host memory is "
+            "short, and run.save_async would copy them there; set it to false, or method.master to ram"
         )
     return asked
 
