@@ -31,6 +31,7 @@ __all__ = [
     "BadRowError",
     "Meter",
     "file_type",
+    "has_splits",
     "hash_content",
     "list_hub_files",
     "open_file",
@@ -119,13 +120,12 @@ def hash_content(source: str, split: str = "train") -> str:
     """
     path = Path(source).expanduser()
     digest = hashlib.sha256(split.encode())
-    is_local = path.exists() or source.partition(":")[0] == "python-docs"
     files: list[Path] = []
     if path.is_file():
         files = [path]
     elif path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
-    elif not is_local and _is_on_hub(source):
+    elif has_splits(source):
         files = [Path(file["filename"]) for file in _load_from_hub(source, split).cache_files]
     for file in files:
         name = file.relative_to(path) if path.is_dir() else file.suffixes
@@ -160,6 +160,12 @@ def _open_source(source: str, split: str, meter: Meter) -> Iterator[tuple[str, A
         )
     refuse_lfs_pointer(path)
     return {".csv": _read_csv, ".parquet": _read_parquet}.get(suffix, _read_json)(path, meter)
+
+
+def has_splits(source: str) -> bool:
+    """Whether a source is a data set on the hub, which has splits."""
+    is_local = Path(source).expanduser().exists() or source.partition(":")[0] == "python-docs"
+    return not is_local and _is_on_hub(source)
 
 
 def _is_on_hub(source: str) -> bool:

@@ -56,7 +56,7 @@ class Lisa(Method):
     """JSON or safetensors with a probability per block: `lisatune study` writes it for `weight-norm`, …"""
 
     seed: int = 0
-    """Seed of the draws alone."""
+    """Seed of the draws alone. `ascending` and `descending` draw nothing at random."""
 
     state: StatePolicy = "drop"
     """What happens to the optimizer state of a block that freezes."""

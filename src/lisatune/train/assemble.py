@@ -48,6 +48,7 @@ from lisatune.nn.hidden import max_positions, unwrap_adapters
 from lisatune.nn.layers import LayerMap, find_layers
 from lisatune.recipe import Recipe
 from lisatune.train.compiling import CompileChoice, build_graphs, choose_compile
+from lisatune.train.idle import warn_of_idle_checkpointing, warn_of_idle_settings
 from lisatune.train.schedule import make_scheduler, warn_of_long_warmup
 
 __all__ = [
@@ -145,6 +146,7 @@ def assemble(
     device = pick_device(run.device)
     recipe.method.check_device(device)
     warn_of_slow_bf16(recipe, device)
+    warn_of_idle_settings(recipe)
     if ranks.count() > 1:
         check_recipe(recipe)
     if run.compile is True and device.type == "cpu":
@@ -182,6 +184,7 @@ def assemble(
     if fill is not None:
         recipe.method.take_weights(prepared.model)
     built = attach(recipe, prepared, loss, steps=data.steps, device=device)
+    warn_of_idle_checkpointing(recipe, built.model, built.layers, built.schedule)
     if recipe.data.packing:
         assert isinstance(built.step.loss, CausalLMLoss)
         built.step.loss.check_packing()
@@ -265,6 +268,7 @@ def rehearse(
     model = recipe.method.prepare(model)
     layers = find_layers(model)
     _, _, schedule = attach_method(recipe, model, layers, steps)
+    warn_of_idle_checkpointing(recipe, model, layers, schedule)
     embedding: nn.Module = model.get_input_embeddings()
     if recipe.model.new_tokens and not any(p.requires_grad for p in embedding.parameters()):
         raise ValueError(

@@ -28,6 +28,7 @@ from lisatune.train.assemble import check_fits, rehearse, warn_of_slow_bf16
 from lisatune.train.beginning import choose_start, find_checkpoint, fix_compile, fix_date, read_finished
 from lisatune.train.benchmarks import check_tasks
 from lisatune.train.compiling import choose_compile
+from lisatune.train.idle import warn_of_idle_settings
 from lisatune.train.outline import Outline, make_outline, print_outline
 from lisatune.train.trackers import check_trackers
 
@@ -104,6 +105,7 @@ def check(
     if recipe.run.evaluate is not None:
         report.attempt(check_tasks, recipe.run.evaluate, recipe.run.evaluate_data)
     report.attempt(announce_remote_code, recipe.model.name, recipe.model.trust_remote_code)
+    report.attempt(warn_of_idle_settings, recipe)
     device = report.attempt(pick_device, recipe.run.device)
     if device is not None:
         report.attempt(recipe.method.check_device, device)
