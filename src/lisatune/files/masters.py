@@ -12,12 +12,14 @@ import tempfile
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from lisatune.files.disk import explain_write_errors
 from lisatune.files.tensors import have_equal_bits
+from lisatune.lisa.frozen_weights import RamMasters
 
 __all__ = ["DiskMasters"]
 
@@ -27,6 +29,9 @@ ALIGNMENT = mmap.ALLOCATIONGRANULARITY
 
 class DiskMasters:
     """A store of exact weights on disk, for `LISA(…, frozen_weights="int8", masters=…)`.
+
+    `copy.deepcopy` of a model gives the copy a scratch file of its own in the same folder. A model that is
+    saved whole holds the weights, and is loaded with them in host memory (`RamMasters`).
 
     Args:
         folder: where the scratch file is made, on the first write; it must exist. The file grows to the bytes
@@ -75,6 +80,15 @@ class DiskMasters:
         """Return 0: the weights are on disk."""
         return 0
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        twin = type(self)(self._folder, self._sources)
+        for name, weight in self._current.items():
+            twin.keep(name, weight)
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _hold, (self._current,)
+
     def _map(self, name: str, weight: Tensor) -> Tensor:
         """Make the scratch file larger by a weight, and map the new part into memory."""
         if self._file is None:
@@ -102,6 +116,13 @@ class DiskMasters:
             while left:
                 written = os.pwrite(self._file, left, start)
                 start, left = start + written, left[written:]
+
+
+def _hold(weights: Mapping[str, Tensor]) -> RamMasters:
+    masters = RamMasters()
+    for name, weight in weights.items():
+        masters.keep(name, weight)
+    return masters
 
 
 def _open_nameless(folder: Path) -> int:

@@ -1,5 +1,6 @@
 """Exact weights on disk: read where they are, written to a file without a name."""
 
+import copy
 import errno
 import os
 from pathlib import Path
@@ -62,6 +63,28 @@ def test_negative_zero_is_another_number(tmp_path: Path) -> None:
     masters = DiskMasters(tmp_path, {"a": torch.zeros(2, 2)})
     masters.keep("a", -torch.zeros(2, 2))
     assert bool(torch.signbit(masters.get("a")).all())
+
+
+def test_a_copy_writes_to_a_file_of_its_own(tmp_path: Path) -> None:
+    masters = DiskMasters(tmp_path, {"source": torch.ones(2, 2)})
+    masters.keep("a", torch.zeros(4, 4))
+    masters.keep("source", torch.ones(2, 2))
+    twin = copy.deepcopy(masters)
+    twin.keep("a", torch.ones(4, 4))
+    assert (masters.get("a").sum(), twin.get("a").sum()) == (0, 16)
+    masters.keep("a", torch.full((4, 4), 2.0))
+    assert (masters.get("a").sum(), twin.get("a").sum()) == (32, 16)
+    assert twin.get("source").data_ptr() == masters.get("source").data_ptr(), "nobody writes to a source"
+
+
+def test_a_store_that_is_saved_is_loaded_into_memory(tmp_path: Path) -> None:
+    masters = DiskMasters(tmp_path)
+    masters.keep("a", torch.zeros(4, 4))
+    torch.save(masters, tmp_path / "masters.pt")
+    loaded = torch.load(tmp_path / "masters.pt", weights_only=False)
+    loaded.keep("a", torch.ones(4, 4))
+    assert (masters.get("a").sum(), loaded.get("a").sum()) == (0, 16)
+    assert loaded.host_bytes() == 64
 
 
 def test_a_full_disk_is_an_error_and_not_a_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
