@@ -1,6 +1,7 @@
 """The draws of a sampler: of a period, and of a whole run before it begins."""
 
 import math
+import operator
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -23,14 +24,30 @@ def draw_blocks(
     """Draw the blocks of a period, with the statistics if the sampler reads any.
 
     If `statistics` is None, a sampler that reads them gets norms of 1 and 0 visits for every block.
+
+    Raises:
+        ValueError: the sampler returned something else than numbers of different blocks.
     """
     draw: Any = sampler.draw
     if not sampler.reads:
-        return tuple(draw(period, seed=seed))
+        return _check_draw(draw(period, seed=seed), sampler, period)
     with unset_fake_temporarily():  # a sampler reads real numbers, also in a memory plan
-        return tuple(
-            draw(period, seed=seed, statistics=statistics or _make_even_statistics(sampler, Counter()))
+        statistics = statistics or _make_even_statistics(sampler, Counter())
+        return _check_draw(draw(period, seed=seed, statistics=statistics), sampler, period)
+
+
+def _check_draw(drawn: Any, sampler: Sampler, period: int) -> tuple[int, ...]:
+    """Return what a sampler drew as whole numbers in rising order."""
+    try:
+        blocks = sorted(map(operator.index, drawn))
+    except TypeError:
+        blocks = [-1]
+    if len(set(blocks)) < len(blocks) or not set(blocks) <= set(range(sampler.num_blocks)):
+        raise ValueError(
+            f"{type(sampler).__name__}.draw must return different numbers of blocks, from 0 to "
+            f"{sampler.num_blocks - 1}, and for period {period} it returned {drawn!r}"
         )
+    return tuple(blocks)
 
 
 def simulate_draws(sampler: Sampler, *, seed: int, periods: int) -> Iterator[tuple[int, ...]]:

@@ -240,7 +240,7 @@ def choose_sampler(
             f"sampler must be a name, one number per block or a lisatune.Sampler, got {sampler!r}"
         )
     for name, kind in MEASURED.items():
-        if name == sampler:
+        if isinstance(sampler, str) and name == sampler:
             return kind(budget or Budget.of_count(len(sizes), active), tuple(sizes))
     if budget is None:
         return make_sampler(sampler, active, len(sizes))

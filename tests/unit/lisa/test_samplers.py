@@ -9,6 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lisatune.lisa.draws import choose_period, count_visits
+from lisatune.lisa.importance import choose_sampler
 from lisatune.lisa.samplers import (
     Cyclic,
     Independent,
@@ -244,7 +245,7 @@ def test_probability_above_one_is_a_weight_but_no_coin() -> None:
 def test_probabilities_of_the_wrong_number_are_refused() -> None:
     with pytest.raises(ValueError, match="got 3 probabilities for 4 blocks"):
         make_sampler([0.1, 0.2, 0.3], 4, 4)
-    with pytest.raises(ValueError, match="got 2 probabilities for 4 blocks"):
+    with pytest.raises(ValueError, match="the sampler draws from 2 blocks and the model has 4"):
         make_sampler(Independent((0.1, 0.2)), 2, 4)
 
 
@@ -268,8 +269,8 @@ def test_sampler_given_as_it_is_ignores_gamma() -> None:
 
 def test_probabilities_may_be_a_tensor_or_an_array() -> None:
     plain = Weighted((0.25, 0.5, 0.25), 1)
-    assert make_sampler(torch.tensor([0.25, 0.5, 0.25]), 1, 3) == plain
-    assert make_sampler(np.array([0.25, 0.5, 0.25]), 1, 3) == plain
+    for values in (torch.tensor([0.25, 0.5, 0.25]), np.array([0.25, 0.5, 0.25])):
+        assert choose_sampler(values, 1, [8, 8, 8], None) == plain
     assert Independent(torch.tensor([0.25, 0.5])) == Independent((0.25, 0.5))
 
 
