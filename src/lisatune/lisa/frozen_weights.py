@@ -24,6 +24,7 @@ and the others as NF4. In models of today the small ones are attention's, which 
 
 import weakref
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from itertools import accumulate
 from typing import Any
 
@@ -37,7 +38,7 @@ from lisatune.nn.coded import CodedWeight, Masters, can_be_coded
 from lisatune.nn.codes import Int8Rows, Scales, make_format
 from lisatune.nn.layers import LayerMap
 
-__all__ = ["FrozenWeights", "RamMasters", "ShapeMasters"]
+__all__ = ["FrozenWeights", "RamMasters", "ShapeMasters", "find_frozen_weights"]
 
 LEAST_SHARE = 0.5
 """Share of a model's block parameters that codes must be able to replace."""
@@ -150,6 +151,8 @@ class FrozenWeights:
                 f"frozen_weights {name!r} works in one process only, because codes are not divided among "
                 "ranks; use frozen_weights exact"
             )
+        self.name = name
+        """Format of the blocks' codes."""
         by_block = [list(block.values()) for block in layers.block_parameters(model)]
         blocks = {p for block in by_block for p in block}
         ends = set(layers.end_parameters(model).values())
@@ -232,6 +235,34 @@ class FrozenWeights:
             self.thaw(parameter)
         if self.of(model) is self:
             del model._frozen_weights
+
+
+def find_frozen_weights(
+    model: nn.Module, layers: LayerMap, name: str, masters: Masters | None, undo: ExitStack
+) -> FrozenWeights | None:
+    """Return what looks after a model's frozen weights, made anew unless the model has it in this format.
+
+    Args:
+        model, layers, masters: as of `FrozenWeights`.
+        name: format of the codes, or `exact`, for which there is nothing.
+        undo: gets the call that takes away again what is made here.
+
+    Raises:
+        ValueError: `masters` for `exact`, or as by `FrozenWeights`.
+    """
+    if name == "exact" and masters is not None:
+        raise ValueError(
+            f"masters keeps exact weights of blocks that are codes, and frozen_weights is {name!r}; leave "
+            "masters out, or use int8, mixed or nf4"
+        )
+    known = FrozenWeights.of(model)
+    if known is not None and (known.name != name or masters is not None):  # of a copy of another model
+        known.detach(model)
+        known = None
+    if known is None and name != "exact":
+        known = FrozenWeights(model, layers, name, masters=masters)
+        undo.callback(known.detach, model)
+    return known
 
 
 def _find_owners(model: nn.Module) -> dict[nn.Parameter, list[nn.Module]]:

@@ -30,6 +30,7 @@ Longer than 400 lines: the algorithm, its hooks and the state that they save bel
 import sys
 import weakref
 from collections.abc import Mapping, Sequence, Set
+from contextlib import ExitStack
 from numbers import Integral
 from typing import Any, Literal, Self, get_args
 
@@ -58,7 +59,7 @@ from lisatune.lisa.draws import choose_period, count_visits, draw_blocks, simula
 from lisatune.lisa.ends import Ends, EndsPolicy
 from lisatune.lisa.exchange import GradientExchange
 from lisatune.lisa.frozen_state import FrozenState, StatePolicy
-from lisatune.lisa.frozen_weights import FrozenWeights
+from lisatune.lisa.frozen_weights import find_frozen_weights
 from lisatune.lisa.group_state import GroupState
 from lisatune.lisa.importance import Spectrum, choose_sampler
 from lisatune.lisa.low_rank import LowRankCorrection
@@ -143,8 +144,8 @@ class LISA(BlockSchedule):
         layers: blocks and ends, if `find_layers(model)` cannot find them.
 
     Raises:
-        ValueError: an argument is out of range, the optimizer lacks a parameter of a block or end, or the
-            sampler reads what cannot be measured.
+        ValueError: an argument is out of range or does nothing, the optimizer lacks a parameter of a block or
+            end, or the sampler reads what cannot be measured or draws no numbers of blocks.
         TypeError: the optimizer is no torch optimizer, or is DeepSpeed's.
         RuntimeError: a LISA is attached to the optimizer already, or the ranks draw other blocks or hold
             other weights. `optimizer.step()` raises it if param groups, or parameters of the model, were
@@ -226,25 +227,6 @@ class LISA(BlockSchedule):
         self._frozen_state, self._group_state = FrozenState(optimizer, state), GroupState(optimizer, state)
         self._saved: dict[str, Any] = {}
         self._saved_state: dict[int, Any] = {}
-        self._frozen_weights = FrozenWeights.of(model)
-        if self._frozen_weights is None and frozen_weights != "exact":
-            self._frozen_weights = FrozenWeights(model, layers, frozen_weights, masters=masters)
-        self._collector = self._make_collector(named) if self.sampler.reads else None
-        self._correction = None if corrects is None else self._make_correction(corrects)
-        self._moved = MovedShare(optimizer)
-        self._proof = None if verify == "off" else self._make_proof(verify)
-        self._flags = {
-            p: p.requires_grad for p in (*self._ends.parameters, *self._never_train, *sum(self._blocks, ()))
-        }
-        self._named = {name: p for name, p in model.named_parameters() if p in self._flags}
-        self._num_ranks = ranks.count()
-        self._exchange = (
-            GradientExchange(model, self._flags, self.trainable_parameters, optimizer)
-            if is_copied(model)
-            else None
-        )
-        chances = [1.0] * len(self._blocks) if lr_scaling == "none" else self._find_chances()
-        self._rates = StepRates(optimizer, self._blocks, chances, lr_scaling, warmup)
 
         self.steps_done = 0
         """Optimizer steps that were made."""
@@ -258,11 +240,34 @@ class LISA(BlockSchedule):
         """Whether the ends (under `head`: all but the embedding) train in the current period."""
 
         self._warned_of_compiling = self._has_loaded = False
-        self._attach()
-        self._draw()
-        if total_steps is not None:
-            counts = self.planned_visits(total_steps)
-            warn_of_untrained_blocks(self._find_chances(), counts, total_steps, self.period, self.word)
+        with ExitStack() as undo:  # an error leaves nothing in model and optimizer for the next LISA to find
+            self._frozen_weights = find_frozen_weights(model, layers, frozen_weights, masters, undo)
+            self._collector = self._make_collector(named) if self.sampler.reads else None
+            self._correction = None if corrects is None else self._make_correction(corrects)
+            if self._correction is not None:
+                undo.callback(self._correction.detach, model)
+            self._moved = MovedShare(optimizer)
+            self._proof = None if verify == "off" else self._make_proof(verify)
+            self._flags = {
+                p: p.requires_grad
+                for p in (*self._ends.parameters, *self._never_train, *sum(self._blocks, ()))
+            }
+            self._named = {name: p for name, p in model.named_parameters() if p in self._flags}
+            self._num_ranks = ranks.count()
+            self._exchange = self._make_exchange() if is_copied(model) else None
+            if self._exchange is not None:
+                undo.callback(self._exchange.detach)
+            chances = [1.0] * len(self._blocks) if lr_scaling == "none" else self._find_chances()
+            self._rates = StepRates(optimizer, self._blocks, chances, lr_scaling, warmup)
+            undo.callback(self._rates.detach)
+            self._attach()
+            undo.pop_all()
+            undo.callback(self.detach)
+            self._draw()
+            if total_steps is not None:
+                counts = self.planned_visits(total_steps)
+                warn_of_untrained_blocks(self._find_chances(), counts, total_steps, self.period, self.word)
+            undo.pop_all()
 
     # ---- what __init__ builds
 
@@ -299,6 +304,9 @@ class LISA(BlockSchedule):
         if correction.blocks == "above" and max(chances) <= 0:
             raise ValueError("correction_blocks above needs blocks that train, and none does; use all")
         return LowRankCorrection(self._model, self.layers, self._optimizer, correction, seed=self.seed)
+
+    def _make_exchange(self) -> GradientExchange:
+        return GradientExchange(self._model, self._flags, self.trainable_parameters, self._optimizer)
 
     def _make_proof(self, verify: Literal["sample", "full"]) -> Proof:
         """Make a proof of the layers by name: blocks, ends, what never trains, adapters of a correction."""

@@ -271,6 +271,7 @@ class Lisa(Method):
             ends=self.ends,
             warmup=self.warmup,
             lr_scaling=self.lr_scaling,
+            frozen_weights=self.frozen_weights,
             correction=self._correction() or "none",
             verify=self.verify,
             total_steps=total_steps,

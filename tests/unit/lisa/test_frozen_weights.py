@@ -1,5 +1,6 @@
 """QLISA: frozen blocks are codes on the device and exact elsewhere."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from transformers import (
 import tiny
 from lisatune import LISA, AdamW, ProofError, Sampler, find_layers, param_groups, use_chunked_loss
 from lisatune.files.masters import DiskMasters
-from lisatune.lisa.frozen_weights import FrozenWeights
+from lisatune.lisa.frozen_weights import FrozenWeights, RamMasters
 from lisatune.lisa.statistics import BlockStatistics
 from lisatune.nn.blocks import BlockForward, num_graphs
 from lisatune.nn.coded import coded_weights, exact_parameters
@@ -103,6 +104,20 @@ def test_disk_and_memory_give_the_same_weights(tmp_path: Path) -> None:
     tiny.fit(other, attach(other, masters=DiskMasters(tmp_path))[0], 9)
     tiny.assert_same_weights(one, other)
     assert list(tmp_path.iterdir()) == [], "the scratch file has no name"
+
+
+def test_a_copy_holds_its_frozen_weights_as_its_own_lisa_says(tmp_path: Path) -> None:
+    model = tiny.llama()
+    tiny.fit(model, attach(model, masters=DiskMasters(tmp_path))[0], 4)
+    saved = model.state_dict()
+    for frozen_weights, masters in (("exact", None), ("int8", RamMasters())):
+        twin = copy.deepcopy(model).requires_grad_(True)
+        optimizer, lisa = attach(twin, frozen_weights=frozen_weights, masters=masters)
+        assert bool(coded_weights(twin)) == (frozen_weights == "int8")
+        assert (lisa.host_bytes() > 0) == (frozen_weights == "int8"), "the store that was given is used"
+        tiny.fit(twin, optimizer, 4)
+        lisa.check()
+        assert all(torch.equal(weight, saved[name]) for name, weight in model.state_dict().items())
 
 
 @BITS

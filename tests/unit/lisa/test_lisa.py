@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 import tiny
-from lisatune import LISA, AdamW, Independent, ProofError, build_adamw, find_layers
+from lisatune import LISA, AdamW, Independent, ProofError, Sampler, build_adamw, find_layers
+from lisatune.lisa.frozen_weights import RamMasters
 from lisatune.lisa.samplers import Permutation, Uniform
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
@@ -39,6 +40,19 @@ def attach(model: nn.Module, kind: str = "adamw", **options: Any) -> tuple[Optim
     """Attach LISA with γ = 2, K = 3 and the full proof to an optimizer over all parameters."""
     optimizer = OPTIMIZERS[kind](model.parameters())
     return optimizer, LISA(model, optimizer, **{"active": 2, "period": 3, "verify": "full", **options})
+
+
+class Fixed(Sampler):
+    """Draws the same each time, whatever it is."""
+
+    def __init__(self, drawn: Any, *, num_blocks: int = 6, chances: int = 6) -> None:
+        self.drawn, self.num_blocks, self.chances = drawn, num_blocks, chances
+
+    def draw(self, period: int, *, seed: int) -> Any:
+        return self.drawn
+
+    def inclusion(self) -> tuple[float, ...]:
+        return (0.5,) * self.chances
 
 
 def layer_names(lisa: LISA, model: nn.Module) -> list[set[str]]:
@@ -784,6 +798,8 @@ def test_whole_numbers_may_be_numpys(untied_llama: nn.Module) -> None:
         ({"period": 2.5}, 'period must be a number of optimizer steps >= 1 or "auto", got 2.5'),
         ({"period": "auto"}, 'period="auto" needs total_steps'),
         ({"sampler": [0.5] * 5}, "got 5 probabilities for 6 blocks"),
+        ({"sampler": np.ones(5)}, "got 5 probabilities for 6 blocks"),
+        ({"sampler": Permutation(4, 2)}, "the sampler draws from 4 blocks and the model has 6"),
         ({"sampler": [0.5] * 5 + [float("nan")]}, "the probability of block 5 must be 0 or more, got nan"),
         ({"sampler": "random"}, "unknown sampler 'random'"),
         (
@@ -801,6 +817,13 @@ def test_whole_numbers_may_be_numpys(untied_llama: nn.Module) -> None:
         ({"warmup": -1}, "warmup must be >= 0 and below period=3, got -1"),
         ({"ends": "frozen", "active": 0}, "ends='frozen' needs active >= 1"),
         ({"ends": "frozen", "sampler": Independent((0.5,) * 6)}, "a sampler other than Independent"),
+        ({"masters": RamMasters()}, "frozen_weights is 'exact'; leave masters out"),
+        ({"frozen_weights": "int8", "correction": "sign"}, "correction sign moves frozen weights"),
+        ({"correction": "lora", "sampler": Fixed((0,), chances=5)}, "gives 5 chances for 6 blocks"),
+        ({"sampler": Fixed((1, 6))}, "must return different numbers of blocks, from 0 to 5"),
+        ({"sampler": Fixed((-1,))}, "it returned (-1,)"),
+        ({"sampler": Fixed((2, 2))}, "it returned (2, 2)"),
+        ({"sampler": Fixed(None)}, "it returned None"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -808,11 +831,21 @@ def test_bad_arguments_are_refused_and_nothing_is_changed(
     untied_llama: nn.Module, options: dict[str, Any], complaint: str
 ) -> None:
     optimizer = torch.optim.AdamW(untied_llama.parameters())
+    before = {id(each): set(vars(each)) for each in (optimizer, *untied_llama.modules())}
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is compared below
         LISA(untied_llama, optimizer, **{"period": 3, **options})
     assert complaint in str(caught.value)
     assert all(p.requires_grad for p in untied_llama.parameters())
+    assert {id(each): set(vars(each)) for each in (optimizer, *untied_llama.modules())} == before
     LISA(untied_llama, optimizer)
+
+
+def test_what_a_sampler_of_ones_own_draws_is_held_as_plain_numbers_in_rising_order(
+    untied_llama: nn.Module,
+) -> None:
+    _, lisa = attach(untied_llama, sampler=Fixed(torch.tensor([4, 1])))
+    assert lisa.active_blocks == (1, 4)
+    assert {type(block) for block in lisa.active_blocks} == {int}
 
 
 @pytest.mark.parametrize(
