@@ -28,7 +28,7 @@ class FrozenState:
     Args:
         optimizer: whose state it is. The keys in its attribute `lasting_state` outlive every freeze.
         policy: `drop` and `reset` release all other state. `cpu` keeps it in host memory, `second_moment`
-            only AdamW's second moments and step counts. `keep` does nothing.
+            all but AdamW's first moment. `keep` does nothing.
     """
 
     def __init__(self, optimizer: Optimizer, policy: StatePolicy) -> None:
@@ -154,9 +154,21 @@ class HostState:
 
 
 def _select_second_moment(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return AdamW's second moment in any format, and its step count; empty for other optimizers."""
-    found = {key: value for key, value in entry.items() if key.startswith("exp_avg_sq")}
-    return found | {"step": entry["step"]} if found and "step" in entry else {}
+    """Return all but the first moment; empty for state without Adam's second moment.
+
+    Empty too if the optimizer would miss what is left out: only one `exp_avg` of the second moment's shape
+    comes back, as zeros, and `lisatune.AdamW` makes its 8-bit codes anew.
+    """
+    kept = {key: value for key, value in entry.items() if not _is_first_moment(key)}
+    if "step" not in kept or not any(key.startswith("exp_avg_sq") for key in kept):
+        return {}
+    left_out = entry.keys() - kept.keys()
+    comes_back = {"exp_avg"} if "exp_avg_sq" in kept else {"exp_avg_codes", "exp_avg_scales"}
+    return kept if left_out <= comes_back else {}
+
+
+def _is_first_moment(key: str) -> bool:
+    return key.startswith("exp_avg") and not key.startswith("exp_avg_sq")
 
 
 def _iterate(optimizer: Optimizer) -> Iterable[nn.Parameter]:

@@ -121,7 +121,8 @@ class LISA(BlockSchedule):
             `drop`: released, but a block that is drawn again at once keeps it.
             `reset`: all state, also of the ends, is cleared at every draw, as in the paper's published runs.
             `cpu`: moved to host memory, and back when the block thaws.
-            `second_moment`: as `cpu` for AdamW's second moment and step count; the first moment starts at 0.
+            `second_moment`: as `cpu` for all but AdamW's first moment, which starts at 0. Optimizers without
+            a second moment (`exp_avg_sq`) start anew.
             `keep`: never released, which costs the memory that LISA saves; for comparisons.
         ends: which of embedding, head and final norm train in which periods, as text or `EndsPolicy`; see
             `lisatune.lisa.ends`. The optimizer's groups must have the same state formats (8bit, factored,

@@ -2,12 +2,14 @@
 
 import copy
 import io
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from transformers.optimization import Adafactor
 
 import tiny
 from lisatune import LISA, AdamW
@@ -206,6 +208,30 @@ def test_second_moments_are_inherited_and_first_ones_start_at_zero(moments: str 
     if moments in (None, "fp32"):  # of no gradient but the last
         torch.testing.assert_close(after["exp_avg"], 0.1 * p.grad)
     assert after.keys() == before.keys()
+
+
+@pytest.mark.parametrize(
+    ("build", "inherited"),
+    [
+        (lambda p: torch.optim.AdamW(p, amsgrad=True), {"exp_avg_sq", "max_exp_avg_sq"}),
+        (torch.optim.NAdam, {"exp_avg_sq", "mu_product"}),
+        (lambda p: Adafactor(p, lr=1e-3, relative_step=False), {"exp_avg_sq_row", "exp_avg_sq_col", "RMS"}),
+        (lambda p: Adafactor(p, lr=1e-3, relative_step=False, beta1=0.9), set()),  # would miss its exp_avg
+    ],
+    ids=["amsgrad", "nadam", "adafactor", "adafactor-beta1"],
+)
+def test_relatives_of_adam_find_all_state_that_they_look_for(
+    build: Callable[[Any], Optimizer], inherited: set[str]
+) -> None:
+    model = tiny.llama()
+    optimizer = build(model.parameters())
+    lisa = LISA(model, optimizer, period=1, state="second_moment", verify="full")
+    tiny.fit(model, optimizer, 7)
+    frozen = next(i for i in range(6) if i not in lisa.active_blocks and lisa.visits[i])
+    names = [name for name, _ in model.named_parameters()]
+    kept = optimizer.state_dict()["state"].get(names.index(f"model.layers.{frozen}.mlp.up_proj.weight"), {})
+    assert kept.keys() - {"step"} == inherited
+    assert lisa.periods_proven == 7
 
 
 def test_an_optimizer_without_second_moments_inherits_nothing(untied_llama: nn.Module) -> None:
