@@ -60,7 +60,7 @@ class BlockForward:
 
     Raises:
         RuntimeError: another BlockForward is in place.
-        ValueError: "inductor" on a CPU without a C++ compiler.
+        ValueError: "inductor" on a CPU without a C++ compiler; a block to compile has a `forward` of its own.
 
     Example:
         >>> from lisatune.nn.layers import find_layers
@@ -84,11 +84,16 @@ class BlockForward:
         self.blocks: list[Any] = [model.get_submodule(path) for path in layers.blocks]
         if any("_block_forward" in vars(block) for block in self.blocks):
             raise RuntimeError("the blocks already have a BlockForward; undo() it first")
+        self._own = [vars(block).get("forward") for block in self.blocks]
+        if backend is not None and any(self._own):
+            raise ValueError(
+                "a block has a forward of its own, as accelerate gives it for device_map, and compiling "
+                "would leave it out; load the model onto one device, or do not compile"
+            )
         if backend == "inductor" and all(p.device.type == "cpu" for p in model.parameters()):
             check_compiler()
         self.compiled: dict[type, Callable[..., Any]] = {}
-        self._own = [vars(block).get("forward") for block in self.blocks]
-        for block in self.blocks:
+        for block, own in zip(self.blocks, self._own, strict=True):
             if backend is not None and type(block) not in self.compiled:
                 self.compiled[type(block)] = torch.compile(  # type: ignore[call-overload]
                     inspect.unwrap(type(block).forward),  # below transformers' own checkpointing
@@ -96,7 +101,7 @@ class BlockForward:
                     dynamic=dynamic,
                     recompile_limit=RECOMPILE_LIMIT,
                 )
-            block._block_forward = self
+            block._block_forward, block._plain_forward = self, own
             block.forward = MethodType(_forward, block)
 
     def compiled_for(self, block: nn.Module) -> Callable[..., Any]:
@@ -107,7 +112,7 @@ class BlockForward:
         """Give the blocks their own forward back. A second call does nothing."""
         for block, own in zip(self.blocks, self._own, strict=True):
             if vars(block).get("_block_forward") is self:
-                del block._block_forward, block.forward
+                del block._block_forward, block._plain_forward, block.forward
                 if own is not None:
                     block.forward = own
 
@@ -238,7 +243,7 @@ def _unwrap_compiled(model: nn.Module) -> nn.Module:
 def _forward(block: Any, *args: Any, **kwargs: Any) -> Any:
     """Replace a block's `forward`."""
     way: BlockForward = block._block_forward
-    plain = MethodType(type(block).forward, block)
+    plain = block._plain_forward or MethodType(type(block).forward, block)
     if not (torch.is_grad_enabled() and block.training):
         return plain(*args, **kwargs)
     args = tuple(None if _is_new_cache(each) else each for each in args)

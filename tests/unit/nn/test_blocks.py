@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -283,6 +284,26 @@ def test_undo_gives_the_blocks_back_and_a_second_one_is_refused() -> None:
         BlockForward(model, layers, checkpointing="all")
     blocks.undo()
     assert not any("forward" in vars(block) for block in model.model.layers)
+
+
+def test_blocks_with_a_forward_of_their_own_run_it_and_are_not_compiled() -> None:
+    model, calls = tiny.llama(), []
+    layers = find_layers(model)
+    for path in layers.blocks:
+        block: Any = model.get_submodule(path)
+
+        def count(*args: Any, inner: Any = block.forward, **kwargs: Any) -> Any:
+            calls.append(1)
+            return inner(*args, **kwargs)
+
+        block.forward = count
+    with pytest.raises(ValueError, match="a block has a forward of its own, as accelerate gives it"):
+        BlockForward(model, layers, backend="eager")
+    with BlockForward(model, layers, checkpointing="all"):
+        run(model)
+    assert len(calls) == 2 * layers.num_blocks, "once in forward, once in backward"
+    run(model)
+    assert len(calls) == 3 * layers.num_blocks, "undo() leaves it in place"
 
 
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
