@@ -22,6 +22,7 @@ from lisatune.optim.adamw import AdamW
 __all__ = [
     "as_whole",
     "check_kinds",
+    "check_layers",
     "check_parameters",
     "is_copied",
     "refuse_compiled_blocks",
@@ -60,6 +61,29 @@ def check_kinds(model: Any, layers: Any, masters: Any) -> None:
         raise TypeError(
             f"masters must be a store of weights, got {masters!r}; to keep them in this folder write "
             f'masters=lisatune.DiskMasters("{os.fspath(masters)}")'
+        )
+
+
+def check_layers(layers: LayerMap, model: nn.Module) -> None:
+    """Refuse blocks and ends that are not those of a model as it is now.
+
+    Raises:
+        ValueError: the model has not what they name, or a parameter that trains and that they leave out.
+    """
+    named = dict(model.named_parameters())
+    modules = {path for path, _ in model.named_modules()}
+    unknown = [name for name in (*layers.ends, *layers.frozen) if name not in named]
+    unknown += [path for path in layers.blocks if path not in modules]
+    if unknown:
+        raise ValueError(
+            f"layers names {unknown[0]!r}, which {type(model).__name__} does not have; make them from the "
+            "model as it is now: layers=find_layers(model)"
+        )
+    known = {*layers.ends, *layers.frozen}.union(*layers.block_parameters(model))
+    if left_out := [name for name, p in named.items() if p.requires_grad and name not in known]:
+        raise ValueError(
+            f"parameter {left_out[0]!r} is in no block, end or frozen part of layers, so it would train in "
+            "every step and nobody would know; name it in ends, or call requires_grad_(False) on it"
         )
 
 

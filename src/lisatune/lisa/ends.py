@@ -25,7 +25,7 @@ alone. This approximates the gradient of the loss in W.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -38,6 +38,8 @@ from lisatune.optim.adamw import AdamW
 
 __all__ = ["ROW_OPTIONS", "Ends", "EndsPolicy", "find_row_embedding"]
 
+Trains = Literal["all", "head", "rows", "none"]
+
 WORDS = ("train", "head", "frozen", "every:M", "8bit", "factored", "cpu", "rows", "rows:A-B")
 
 
@@ -45,7 +47,7 @@ WORDS = ("train", "head", "frozen", "every:M", "8bit", "factored", "cpu", "rows"
 class EndsPolicy:
     """A policy of the ends, read from a text such as "head+8bit" or "every:5"."""
 
-    trains: Literal["all", "head", "rows", "none"] = "all"
+    trains: Trains = "all"
     """Which of the ends train."""
 
     every: int = 1
@@ -63,6 +65,15 @@ class EndsPolicy:
 
     span: tuple[int, int] | None = None
     """First and last row of embedding and head that train, if `trains` is "rows"."""
+
+    def __post_init__(self) -> None:
+        if self.trains not in get_args(Trains) or (self.trains == "rows") != (self.span is not None):
+            raise ValueError(
+                f"trains of an EndsPolicy must be all, head, none, or rows with a span, got {self.trains!r} "
+                f"with span {self.span}"
+            )
+        if self.every < 1:
+            raise ValueError(f"every of an EndsPolicy must be >= 1 periods, got {self.every}")
 
     @classmethod
     def parse(cls, text: "str | EndsPolicy") -> "EndsPolicy":

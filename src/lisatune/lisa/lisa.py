@@ -43,6 +43,7 @@ from lisatune.lisa.budget import Budget
 from lisatune.lisa.checks import (
     as_whole,
     check_kinds,
+    check_layers,
     check_parameters,
     is_copied,
     refuse_compiled_blocks,
@@ -198,6 +199,7 @@ class LISA(BlockSchedule):
         refuse_second(model, optimizer, _attached)
         merge_adapters(model)  # those of a copy, which nobody trains
         layers = find_layers(model) if layers is None else layers
+        check_layers(layers, model)
         if unit == "module":
             refuse_compiled_blocks(model)
         self.layers: LayerMap = divide_blocks(layers, model) if unit == "module" else layers

@@ -91,7 +91,7 @@ def find_layers(
     model: nn.Module,
     *,
     blocks: str | Sequence[str] | None = None,
-    ends: Sequence[str] | None = None,
+    ends: str | Sequence[str] | None = None,
 ) -> LayerMap:
     """Find the blocks and ends of a model.
 
@@ -99,8 +99,9 @@ def find_layers(
         model: a Hugging Face model, or with `blocks` any module. Parameters may be on the meta device.
         blocks: path of the module whose children are the blocks ("transformer.h"), or one path per block.
             Default: found by structure.
-        ends: module paths or parameter names that train besides the blocks. Default: everything outside
-            the blocks; in a model with a vision or audio tower only what belongs to its language model.
+        ends: module path or parameter name that trains besides the blocks, or several of them. Default:
+            everything outside the blocks; in a model with a vision or audio tower only what belongs to its
+            language model.
 
     Returns:
         The blocks, nearest the input first, the ends and the frozen parameters, by name.
@@ -131,6 +132,8 @@ def find_layers(
     shared = [own[0] for own in names if len({_owner(name, where) for name in own}) > 1]
     if ends is None and _has_towers(model):
         ends = _language_model_part(model, paths)
+    if isinstance(ends, str):
+        ends = [ends]
     trained = outside if ends is None else _below(names, outside, ends)
     end_names = [own[0] for own in names if own[0] in {*trained, *shared}]
     canonical = {alias: own[0] for own in names for alias in own}

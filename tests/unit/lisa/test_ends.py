@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 from typing import Any
 
 import pytest
@@ -92,6 +93,20 @@ def test_contradictions_and_unknown_words_are_refused_in_one_sentence(text: str,
     with pytest.raises(ValueError, match=r"^method\.ends ") as caught:
         Lisa(ends=text)
     assert complaint in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"every": 0}, "every of an EndsPolicy must be >= 1 periods, got 0"),
+        ({"trains": "heads"}, "must be all, head, none, or rows with a span, got 'heads'"),
+        ({"trains": "rows"}, "got 'rows' with span None"),
+        ({"span": (1, 2)}, "got 'all' with span (1, 2)"),
+    ],
+)
+def test_fields_that_are_no_policy_are_refused(fields: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(complaint)):
+        EndsPolicy(**fields)
 
 
 # ---- what trains when

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 import tiny
-from lisatune import LISA, AdamW, Independent, ProofError, Sampler, build_adamw, find_layers
+from lisatune import LISA, AdamW, Independent, LayerMap, ProofError, Sampler, build_adamw, find_layers
 from lisatune.lisa.frozen_weights import RamMasters
 from lisatune.lisa.samplers import Permutation, Uniform
 
@@ -28,6 +28,7 @@ OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
     "adafactor-own-rate": lambda p: transformers.optimization.Adafactor(p),
 }
+BLOCKS = tuple(f"model.layers.{i}" for i in range(6))
 POLICIES = ("drop", "reset", "second_moment", "cpu", "keep")
 KINDS_AND_POLICIES = [
     *(("adamw", state) for state in POLICIES),
@@ -817,6 +818,9 @@ def test_whole_numbers_may_be_numpys(untied_llama: nn.Module) -> None:
         ({"warmup": -1}, "warmup must be >= 0 and below period=3, got -1"),
         ({"ends": "frozen", "active": 0}, "ends='frozen' needs active >= 1"),
         ({"ends": "frozen", "sampler": Independent((0.5,) * 6)}, "a sampler other than Independent"),
+        ({"layers": LayerMap(BLOCKS, ("lm_head",))}, "layers names 'lm_head', which LlamaForCausalLM"),
+        ({"layers": LayerMap((*BLOCKS, "model.layers.6"), ())}, "layers names 'model.layers.6'"),
+        ({"layers": LayerMap(BLOCKS, ("lm_head.weight",))}, "'model.embed_tokens.weight' is in no block"),
         ({"masters": RamMasters()}, "frozen_weights is 'exact'; leave masters out"),
         ({"frozen_weights": "int8", "correction": "sign"}, "correction sign moves frozen weights"),
         ({"correction": "lora", "sampler": Fixed((0,), chances=5)}, "gives 5 chances for 6 blocks"),

@@ -160,6 +160,7 @@ def test_ends_can_name_a_tied_parameter_by_its_alias(tied_llama: PreTrainedModel
     layers = find_layers(tied_llama, ends=["lm_head"])
     assert layers.ends == ("model.embed_tokens.weight",)
     assert layers.frozen == ("model.norm.weight",)
+    assert find_layers(tied_llama, ends="lm_head") == layers
 
 
 def test_ends_can_be_empty(untied_llama: PreTrainedModel) -> None:
