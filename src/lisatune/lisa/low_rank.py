@@ -207,6 +207,7 @@ class LowRankCorrection(FrozenCorrection):
         """
         return {
             "full_lr": self._full_lr,
+            "steps_done": self.optimizer.param_groups[0]["steps_done"],  # names the noise of bf16 moments
             "adapters": {name: self._describe(adapter) for adapter, name in self.names.items()},
         }
 
@@ -271,6 +272,8 @@ class LowRankCorrection(FrozenCorrection):
         Warns if this machine computes that with other last bits than the one that saved it.
         """
         adapters, self._full_lr = saved["adapters"], saved["full_lr"]
+        for group in self.optimizer.param_groups:
+            group["steps_done"] = saved.get("steps_done", 0)  # older versions did not save it
         merged = self._find_merged(adapters)
         self.load_weights(saved)
         inexact = False

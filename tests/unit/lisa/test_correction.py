@@ -410,7 +410,10 @@ def test_other_weights_take_the_place_of_the_sum(frozen_weights: Any) -> None:
 # ---- resume
 
 
-@pytest.mark.parametrize(("dtype", "adamw"), [(torch.float32, {}), (torch.bfloat16, BF16)])
+@pytest.mark.parametrize(
+    ("dtype", "adamw"),
+    [(torch.float32, {}), (torch.float32, {"moments": "bf16"}), (torch.bfloat16, BF16)],
+)
 @pytest.mark.parametrize("merges", [True, False])
 def test_resume_from_merged_weights_or_unmerged_ones_is_bit_equal(
     dtype: torch.dtype, adamw: dict[str, Any], merges: bool
