@@ -21,7 +21,7 @@ A frozen block has no gradient and no optimizer state, and backward keeps no act
 peak memory is that of the ends and γ blocks. Hooks on the optimizer do the work:
 
     step pre-hook           take the fingerprints at the start of a period; set the learning rates of the step
-    step post-hook          put them back; count; after a period prove, draw, freeze, thaw, release state
+    step post-hooks         put them back; count; after a period prove, draw, freeze, thaw, release state
     state-dict hooks        save the position inside the period, so that resume is exact
 
 Longer than 400 lines: the algorithm, its hooks and the state that they save belong together.
@@ -590,7 +590,6 @@ class LISA(BlockSchedule):
         self._rates.apply(self.steps_done % self.period, self._find_thawed())
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._rates.restore()
         # A loss scaler also calls fused optimizers for steps that it skips, and sets `found_inf` to say so.
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):

@@ -130,6 +130,10 @@ class StepRates:
         self._swapped: list[tuple[Group, list[Group], list[Group]]] = []
         """Groups, the parts that stand for them, and copies of the parts as they were put in."""
         self._step = self._guard_step()
+        self._hook = optimizer.register_step_post_hook(self._end_step)
+        # The first of all hooks: a schedule or a log in another one must see the groups as they were built.
+        hooks: Any = optimizer._optimizer_step_post_hooks  # an OrderedDict, which torch's types do not say
+        hooks.move_to_end(self._hook.id, last=False)
         self._announce()
 
     def set_chances(self, chances: Sequence[float]) -> None:
@@ -161,7 +165,7 @@ class StepRates:
             )
 
     def apply(self, done: int, thawed: Collection[nn.Parameter]) -> None:
-        """Give the param groups the rates of one step; `restore` must follow it.
+        """Give the param groups the rates of one step. They are put back right after it.
 
         Args:
             done: steps of the period that were made before.
@@ -206,11 +210,15 @@ class StepRates:
                     )
         group.update(written)
 
+    def _end_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.restore()
+
     # ---- a step that raises
 
     def detach(self) -> None:
         """Put the param groups back, and unwrap `step` unless something else has wrapped it since."""
         self.restore()
+        self._hook.remove()
         if vars(self._optimizer).get("step") is self._step:
             del self._optimizer.step
             if self._wrapped is not None:

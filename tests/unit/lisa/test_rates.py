@@ -168,6 +168,19 @@ def test_schedules_do_not_notice_and_blocks_follow_them(
             assert rates == pytest.approx([alone * ROOT_3 * ramp] * len(block), rel=1e-6)
 
 
+def test_a_schedule_in_a_hook_from_before_sees_the_groups_as_they_were_built(
+    untied_llama: nn.Module,
+) -> None:
+    optimizer = torch.optim.AdamW(untied_llama.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    optimizer.register_step_post_hook(lambda *_: schedule.step())
+    lisa = LISA(untied_llama, optimizer, active=2, period=3)
+    tiny.fit(untied_llama, optimizer, 4)
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-2 / 5]
+    lisa.detach()
+    assert len(optimizer._optimizer_step_post_hooks) == 1
+
+
 def test_scaled_rates_of_a_loop_of_ones_own(untied_llama: nn.Module) -> None:
     layers = find_layers(untied_llama)
     shared = torch.tensor(1e-2)
