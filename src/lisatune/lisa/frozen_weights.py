@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from lisatune.distributed import ranks
 from lisatune.distributed.shards import has_values
 from lisatune.lisa.proof import ProofError
-from lisatune.nn.coded import CodedWeight, Masters, can_be_coded
+from lisatune.nn.coded import CodedWeight, Masters, can_be_coded, refuse_bypassed
 from lisatune.nn.codes import Int8Rows, Scales, make_format
 from lisatune.nn.layers import LayerMap
 
@@ -168,6 +168,7 @@ class FrozenWeights:
             in_fine |= {p for block in by_block for p in _find_small([p for p in block if p in coded])}
         formats = {weight: fine if weight in in_fine else coarse for weight in coded}
         _check_share(model, blocks, formats.keys())
+        refuse_bypassed(model, formats, "their codes; use frozen_weights exact")
         named = {path: p for path, p in model.named_parameters() if p in formats}
         self.masters: Any = masters
         if not all(has_values(p) for p in named.values()):

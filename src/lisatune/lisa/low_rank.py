@@ -18,7 +18,7 @@ from lisatune.distributed.shards import has_values
 from lisatune.lisa.correction import Corrected, Correction, FrozenCorrection, find_correction
 from lisatune.lisa.proof import INTEGERS, fingerprint
 from lisatune.nn.adapter import Adapter
-from lisatune.nn.coded import CodedLinear
+from lisatune.nn.coded import CodedLinear, refuse_bypassed
 from lisatune.nn.layers import LayerMap, select_named
 from lisatune.nn.units import UnitMap
 from lisatune.optim.adamw import AdamW
@@ -80,6 +80,8 @@ class LowRankCorrection(FrozenCorrection):
         ]
         for name in chosen:
             _check_rank(name, linear[name][0], correction.rank)
+        corrected = [linear[name][0].weight for name in chosen]
+        refuse_bypassed(model, corrected, "adapters; use correction none or sign")
         for name in chosen:
             layer, block = linear[name]
             key = hashlib.blake2b(f"{seed}/correction/{name}".encode(), digest_size=7).digest()

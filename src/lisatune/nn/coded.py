@@ -32,6 +32,7 @@ __all__ = [
     "can_be_coded",
     "coded_weights",
     "exact_parameters",
+    "refuse_bypassed",
 ]
 
 
@@ -253,6 +254,26 @@ def can_be_coded(layer: nn.Module) -> bool:
     if type(layer) is nn.Embedding:
         return layer.max_norm is None and not layer.sparse
     return type(layer) is nn.Linear
+
+
+def refuse_bypassed(model: nn.Module, weights: Iterable[Tensor], what: str) -> None:
+    """Refuse weights that a module of torch reads in evaluation without a call of the layers that own them.
+
+    Args:
+        model: has them.
+        weights: of linear layers that are to compute with something else.
+        what: what would be left out, and what to use instead.
+
+    Raises:
+        ValueError: there is one.
+    """
+    wanted = set(weights)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and not wanted.isdisjoint(module.parameters()):
+            raise ValueError(
+                "in evaluation torch.nn.TransformerEncoderLayer reads the weights of its linear layers "
+                f"without calling them, past {what}"
+            )
 
 
 def coded_weights(model: nn.Module) -> dict[str, CodedWeight]:

@@ -343,6 +343,17 @@ def test_mixtures_of_experts_are_refused_by_name(family: Any, config: Any) -> No
         attach(family(small))
 
 
+@pytest.mark.parametrize("options", [{"frozen_weights": "int8"}, {"correction": "lora"}])
+def test_torchs_encoder_layers_are_refused_because_they_read_weights_past_codes_and_adapters(
+    options: dict[str, Any],
+) -> None:
+    blocks = [nn.TransformerEncoderLayer(8, 2, 32, batch_first=True) for _ in range(3)]
+    model = nn.Sequential(*blocks, nn.Linear(8, 8))
+    layers = find_layers(model, blocks=["0", "1", "2"])
+    with pytest.raises(ValueError, match="without calling them, past"):
+        LISA(model, AdamW(model.parameters()), active=1, layers=layers, **options)
+
+
 def test_a_layer_with_code_of_its_own_stays_exact() -> None:
     class Scaled(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:
