@@ -79,7 +79,8 @@ def _attention_of_transformers(
     if attention_mask is None:
         plain = causal and query.shape[2] == key.shape[2]
     else:
-        plain = attention_mask.dtype == torch.bool and attention_mask.ndim == 4
+        is_whole = attention_mask.shape[2:] == (query.shape[2], key.shape[2])
+        plain = attention_mask.dtype == torch.bool and attention_mask.ndim == 4 and is_whole
     same = query.dtype == key.dtype == value.dtype and query.shape[3] == value.shape[3]
     if not (plain and same and dropout == 0 and query.device.type == "cpu"):
         found: tuple[Tensor, None] = sdpa_attention_forward(

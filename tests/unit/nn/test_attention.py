@@ -190,6 +190,16 @@ def test_padding_and_packed_records_train_through_it(
     assert seen == [70] * 3
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 1, 70), (2, 1, 70, 1)], ids=["all queries", "all keys"])
+def test_a_mask_that_is_one_for_all_queries_or_keys_goes_to_torch(shape: tuple[int, ...]) -> None:
+    of = model()
+    mask = torch.ones(shape, dtype=torch.bool)
+    mask[..., 60:] = False
+    theirs = gradients(of, 70, attention_mask=mask)
+    use_cpu_attention(of)
+    assert_same(gradients(of, 70, attention_mask=mask), theirs)
+
+
 @pytest.mark.parametrize("kind", ["dropout", "cache"])
 def test_what_it_can_not_do_goes_to_torch(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     of = model(attention_dropout=0.5 if kind == "dropout" else 0.0)
