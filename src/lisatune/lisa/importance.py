@@ -17,10 +17,10 @@ next draw; π_l its chance to train in a period; K the period; A_l the average o
 gradients, simulated; of `spectrum` it is π itself.
 """
 
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -235,13 +235,23 @@ def choose_sampler(
         TypeError: it is none of these.
         ValueError: as those two do.
     """
-    if not isinstance(sampler, Sampler | Sized):
-        raise TypeError(
-            f"sampler must be a name, one number per block or a lisatune.Sampler, got {sampler!r}"
-        )
+    if not isinstance(sampler, str | Sampler):
+        sampler = _read_probabilities(sampler)
     for name, kind in MEASURED.items():
         if isinstance(sampler, str) and name == sampler:
             return kind(budget or Budget.of_count(len(sizes), active), tuple(sizes))
     if budget is None:
         return make_sampler(sampler, active, len(sizes))
     return make_unit_sampler(sampler, budget)
+
+
+def _read_probabilities(given: Any) -> tuple[float, ...]:
+    """Return the numbers of a list, an array or a tensor. In a dict or set it is not clear whose they are."""
+    try:
+        if isinstance(given, Mapping | Set):
+            raise TypeError
+        return tuple(map(float, given))
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"sampler must be a name, one number per block or a lisatune.Sampler, got {given!r}"
+        ) from None

@@ -213,17 +213,18 @@ class LISA(BlockSchedule):
         self.period: int = _choose_period(period, self.sampler, seed, total_steps)
         if not 0 <= warmup < self.period:
             raise ValueError(f"warmup must be >= 0 and below period={self.period}, got {warmup}")
-        always = policy.trains != "none" and policy.every == 1
-        if not always and (active == 0 or isinstance(self.sampler, Independent)):
-            raise ValueError(
-                f"ends={str(policy)!r} needs active >= 1 and a sampler other than Independent, or a period "
-                "might train nothing"
-            )
 
         check_parameters(self.layers, model, optimizer)
         warn_of_rounding(model, optimizer)
         frozen = [p for block in named for p in block.values() if not p.requires_grad]
         self._ends = Ends(policy, model, self.layers)
+        always = bool(self._ends.parameters) and policy.trains != "none" and policy.every == 1
+        if not always and (active == 0 or isinstance(self.sampler, Independent)):
+            what = f"ends={str(policy)!r}" if self._ends.parameters else "a model without ends that train"
+            raise ValueError(
+                f"{what} needs active >= 1 and a sampler other than Independent, or a period might train "
+                "nothing"
+            )
         self._never_train = (*self._ends.resting, *frozen, *self.layers.frozen_parameters(model).values())
         self._ends.check_state(optimizer)
         self._param_groups = optimizer.param_groups

@@ -821,7 +821,6 @@ def test_whole_numbers_may_be_numpys(untied_llama: nn.Module) -> None:
         ({"layers": LayerMap(BLOCKS, ("lm_head",))}, "layers names 'lm_head', which LlamaForCausalLM"),
         ({"layers": LayerMap((*BLOCKS, "model.layers.6"), ())}, "layers names 'model.layers.6'"),
         ({"layers": LayerMap(BLOCKS, ("lm_head.weight",))}, "'model.embed_tokens.weight' is in no block"),
-        ({"masters": RamMasters()}, "frozen_weights is 'exact'; leave masters out"),
         ({"frozen_weights": "int8", "correction": "sign"}, "correction sign moves frozen weights"),
         ({"correction": "lora", "sampler": Fixed((0,), chances=5)}, "gives 5 chances for 6 blocks"),
         ({"sampler": Fixed((1, 6))}, "must return different numbers of blocks, from 0 to 5"),
@@ -844,6 +843,24 @@ def test_bad_arguments_are_refused_and_nothing_is_changed(
     LISA(untied_llama, optimizer)
 
 
+def test_a_store_of_exact_weights_is_refused_where_no_block_becomes_codes(untied_llama: nn.Module) -> None:
+    with pytest.raises(ValueError, match="frozen_weights is 'exact'; leave masters out"):
+        attach(untied_llama, masters=RamMasters())
+
+
+@pytest.mark.filterwarnings("ignore:.* did not require grad when LISA was attached:UserWarning")
+@pytest.mark.parametrize("options", [{"active": 0}, {"sampler": Independent((0.5,) * 6)}])
+def test_periods_that_might_train_nothing_are_refused_where_the_ends_are_frozen(
+    untied_llama: nn.Module, options: dict[str, Any]
+) -> None:
+    for p in find_layers(untied_llama).end_parameters(untied_llama).values():
+        p.requires_grad_(False)
+    optimizer = torch.optim.AdamW(p for p in untied_llama.parameters() if p.requires_grad)
+    with pytest.raises(ValueError, match="a model without ends that train needs active >= 1"):
+        LISA(untied_llama, optimizer, **options)
+    LISA(untied_llama, optimizer)
+
+
 def test_what_a_sampler_of_ones_own_draws_is_held_as_plain_numbers_in_rising_order(
     untied_llama: nn.Module,
 ) -> None:
@@ -860,6 +877,8 @@ def test_what_a_sampler_of_ones_own_draws_is_held_as_plain_numbers_in_rising_ord
         ({"masters": Path("/scratch")}, 'masters=lisatune.DiskMasters("/scratch")'),
         ({"sampler": None}, "sampler must be a name, one number per block or a lisatune.Sampler, got None"),
         ({"sampler": None, "unit": "module"}, "sampler must be a name, one number per block"),
+        ({"sampler": dict.fromkeys(range(6), 1.0)}, "sampler must be a name, one number per block"),
+        ({"sampler": ["a"] * 6}, "sampler must be a name, one number per block"),
     ],
 )
 def test_a_name_in_the_place_of_what_it_names_is_refused(
