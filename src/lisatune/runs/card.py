@@ -225,10 +225,11 @@ def _describe_held_out(data: Mapping[str, Any]) -> str | None:
     """Say what a recipe's section `data` holds out; None if nothing."""
     if data.get("validation") is not None:
         return f"`{_escape(shown_name(data['validation']))}`"
-    share, most = data.get("validation_share"), data.get("validation_limit")
+    share = data.get("validation_share")
+    most: int | None = data.get("validation_limit")
     if not share:
         return None
-    if data.get("streaming"):
+    if data.get("streaming") and most is not None:
         return f"the first {plural(most, 'record')} of the training data"
     limit = "" if most is None else f", but at most {plural(most, 'row')}"
     return f"{100 * share:g} % of the training data{limit}"
