@@ -306,6 +306,18 @@ def test_the_best_model_is_written_in_the_dtype_that_was_asked_for(
     assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
 
 
+@pytest.mark.filterwarnings("ignore:.*is stored in bfloat16")
+@pytest.mark.parametrize(
+    "ends", [["run.keep_best=true", "run.stop_after=2"], ["run.stop_after=1", "optimizer.lr=0.5"]], ids=str
+)
+def test_the_loss_after_training_is_that_of_the_written_weights(ends: list[str], recipe: Path) -> None:
+    options = ["run.steps=6", "optimizer.schedule=constant", "run.eval_every=1", "optimizer.lr=0.2"]
+    before = run(recipe, "best", *options, *ends, "run.save_dtype=bf16")
+    assert before["steps"] < 6
+    again = run(recipe, "again", f"model.name={recipe.parent / 'best' / 'model'}")
+    assert again["held_out_loss_before"] == pytest.approx(before["held_out_loss_after"], rel=1e-6)
+
+
 def test_the_last_step_is_written_if_it_is_the_best(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(recipe, "plain", *BEST[:2])
     set_held_out_losses(monkeypatch, [*LOSSES[:6], 2.0])

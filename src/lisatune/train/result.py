@@ -52,11 +52,14 @@ def _last_losses(parts: Parts, state: RunState, folder: RunFolder, log: Log, bar
         The held-out losses of a summary, and the further figures of `evaluation.held_out`.
     """
     losses: Summary = {}
+    is_rounded = parts.save_dtype is not None  # the written weights are not those that the loop evaluated
     if parts.recipe.data.holds_out:
         if state.evaluated_step < state.step:
             state.held_out, state.more = evaluation.held_out(parts, bar)
             folder.log({"step": state.step, "held_out_loss": state.held_out} | state.more)
             log({"held_out_loss": state.held_out} | state.more, state.step)
+        elif is_rounded:
+            state.held_out, state.more = evaluation.held_out(parts, bar)
         losses = {"held_out_loss_before": state.held_out_before, "held_out_loss_after": state.held_out}
     if parts.recipe.run.keep_best:
         best = restore_best(parts, state, folder)
@@ -65,7 +68,8 @@ def _last_losses(parts: Parts, state: RunState, folder: RunFolder, log: Log, bar
             parts.built.schedule.settle()
             _write_model(parts, folder)
             losses["held_out_loss_after"] = state.best[str(best)]
-            state.more = evaluation.held_out(parts, bar)[1] if state.more else {}
+            if is_rounded or state.more:
+                losses["held_out_loss_after"], state.more = evaluation.held_out(parts, bar)
     for name, value in state.more.items():
         pair = {f"{name}_before": state.more_before[name], f"{name}_after": value}
         losses.update(pair)  # type: ignore[typeddict-item]
