@@ -146,7 +146,11 @@ class CodedWeight:
         """Encode the exact weight anew and tell whether the codes on the device are the same."""
         now = self.codes
         again = self.format.encode(self.exact().to(self.parameter.device))
-        return all(torch.equal(now[name], tensor) for name, tensor in again.items())
+        # NaN is the same as NaN: a diverged weight has codes too.
+        return all(
+            torch.allclose(now[name], tensor, rtol=0, atol=0, equal_nan=True)
+            for name, tensor in again.items()
+        )
 
 
 class _Coded(nn.Module):

@@ -229,6 +229,12 @@ def test_codes_that_were_changed_do_not_fit() -> None:
     assert not weight.codes_fit()
 
 
+def test_codes_of_a_diverged_weight_fit_it() -> None:
+    layer = nn.Linear(8, 4)
+    layer.weight.data[1, 2], layer.weight.data[3] = torch.inf, torch.nan
+    assert freeze(layer, format=Int8Rows()).codes_fit()
+
+
 def test_unknown_formats_are_refused() -> None:
     with pytest.raises(
         ValueError, match="frozen_weights must be 'exact', 'int8', 'mixed' or 'nf4', got 'int4'"
