@@ -11,6 +11,7 @@ import pytest
 import pytorch_lightning as lightning
 import torch
 from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.tuner import Tuner
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LinearLR
@@ -80,9 +81,17 @@ class StopAt(Callback):
             trainer.should_stop = True
 
 
-def fit(chosen: dict[str, Any], folder: Path, *callbacks: Callback, **how: Any) -> Tuning:
-    tuning = Tuning(chosen)
-    trainer = lightning.Trainer(
+class AnewTuning(Tuning):
+    """May be fitted again and again."""
+
+    def configure_optimizers(self) -> Any:
+        if hasattr(self, "lisa"):
+            self.lisa.detach()
+        return super().configure_optimizers()
+
+
+def make_trainer(folder: Path, *callbacks: Callback) -> lightning.Trainer:
+    return lightning.Trainer(
         accelerator="cpu",
         max_steps=STEPS,
         accumulate_grad_batches=ACCUMULATION,
@@ -93,7 +102,11 @@ def fit(chosen: dict[str, Any], folder: Path, *callbacks: Callback, **how: Any) 
         enable_model_summary=False,
         enable_progress_bar=False,
     )
-    trainer.fit(tuning, Batches(), **how)
+
+
+def fit(chosen: dict[str, Any], folder: Path, *callbacks: Callback, **how: Any) -> Tuning:
+    tuning = Tuning(chosen)
+    make_trainer(folder, *callbacks).fit(tuning, Batches(), **how)
     tuning.lisa.check()
     return tuning
 
@@ -133,3 +146,13 @@ def test_lightning_continues_as_if_it_had_not_stopped(
     model, lisa = plain_loop(chosen)
     assert continued.lisa.visits == lisa.visits
     torch.testing.assert_close(continued.model.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_the_rate_finder_leaves_nothing_behind_if_its_lisa_is_detached(tmp_path: Path) -> None:
+    chosen = {"correction": "lora", "frozen_weights": "int8"}
+    tuning, trainer = AnewTuning(chosen), make_trainer(tmp_path)
+    Tuner(trainer).lr_find(tuning, Batches(), num_training=4, update_attr=False)
+    trainer.fit(tuning, Batches())
+    model, lisa = plain_loop(chosen)
+    assert (tuning.lisa.steps_done, tuning.lisa.visits) == (STEPS, lisa.visits)
+    torch.testing.assert_close(tuning.model.state_dict(), model.state_dict(), rtol=0, atol=0)
