@@ -245,8 +245,13 @@ def test_probability_above_one_is_a_weight_but_no_coin() -> None:
 def test_probabilities_of_the_wrong_number_are_refused() -> None:
     with pytest.raises(ValueError, match="got 3 probabilities for 4 blocks"):
         make_sampler([0.1, 0.2, 0.3], 4, 4)
-    with pytest.raises(ValueError, match="the sampler draws from 2 blocks and the model has 4"):
+    with pytest.raises(ValueError, match="got 2 probabilities for 4 blocks"):
         make_sampler(Independent((0.1, 0.2)), 2, 4)
+
+
+def test_sampler_over_another_number_of_blocks_is_refused() -> None:
+    with pytest.raises(ValueError, match="the sampler draws from 2 blocks and the model has 4"):
+        make_sampler(Permutation(2, 1), 1, 4)
 
 
 def test_fewer_positive_probabilities_than_gamma_are_refused() -> None:
