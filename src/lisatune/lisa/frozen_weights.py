@@ -113,11 +113,9 @@ class ShapeMasters:
 
     def host_bytes(self) -> int:
         """Count the bytes of host memory that a real store would hold."""
-        return (
-            0
-            if self._on_disk
-            else sum(shape.numel() * dtype.itemsize for shape, dtype, _ in self._shapes.values())
-        )
+        if self._on_disk:
+            return 0
+        return sum(shape.numel() * dtype.itemsize for shape, dtype, _ in self._shapes.values())
 
 
 class FrozenWeights:

@@ -275,19 +275,14 @@ def make_sampler(sampler: str | Sequence[float] | Sampler, active: int, num_bloc
                 return kind(num_blocks, active)
         names = ", ".join(map(repr, (*NAMED, "gradient", "misa", "spectrum")))
         raise ValueError(f"unknown sampler {sampler!r}; use {names} or one probability per block")
-    probabilities = getattr(sampler, "probabilities", None) if isinstance(sampler, Sampler) else sampler
-    if probabilities is not None and len(probabilities) != num_blocks:
-        raise ValueError(
-            f"got {len(probabilities)} probabilities for {num_blocks} blocks; give one per block"
-        )
-    if not isinstance(sampler, Sampler):
-        return Weighted(tuple(sampler), active)
-    if sampler.num_blocks != num_blocks:
-        raise ValueError(
-            f"the sampler draws from {sampler.num_blocks} blocks and the model has {num_blocks}; make it "
-            "over as many"
-        )
-    return sampler
+    given = sampler.num_blocks if isinstance(sampler, Sampler) else len(sampler)
+    if given != num_blocks:
+        if isinstance(sampler, Sampler) and not isinstance(sampler, Weighted | Independent):
+            raise ValueError(
+                f"the sampler draws from {given} blocks and the model has {num_blocks}; make it over as many"
+            )
+        raise ValueError(f"got {given} probabilities for {num_blocks} blocks; give one per block")
+    return sampler if isinstance(sampler, Sampler) else Weighted(tuple(sampler), active)
 
 
 @lru_cache(maxsize=8)
