@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from lisatune.distributed import ranks
 from lisatune.distributed.shards import is_sharded
@@ -91,7 +91,7 @@ def unwrap_optimizer(model: nn.Module, optimizer: Optimizer) -> Optimizer:
     """Return the torch optimizer inside Accelerate's wrapper.
 
     Raises:
-        TypeError: it is no torch optimizer, or the model or optimizer is DeepSpeed's.
+        TypeError: it is no torch optimizer, or LBFGS, or the model or optimizer is DeepSpeed's.
         ValueError: the optimizer updates in backward, and a loss scaler is in use.
     """
     inner = getattr(optimizer, "optimizer", optimizer)
@@ -103,6 +103,12 @@ def unwrap_optimizer(model: nn.Module, optimizer: Optimizer) -> Optimizer:
             )
     if not isinstance(inner, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if isinstance(inner, LBFGS):
+        raise TypeError(
+            "LISA cannot work with LBFGS, which steps all weights along one direction found from earlier "
+            "gradients, so frozen blocks would move too; use an optimizer that updates each parameter on its "
+            "own, such as AdamW"
+        )
     scaler = getattr(optimizer, "scaler", None)
     if scaler is not None and isinstance(inner, AdamW) and inner.in_backward is not None:
         raise ValueError(

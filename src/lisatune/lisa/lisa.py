@@ -148,7 +148,7 @@ class LISA(BlockSchedule):
     Raises:
         ValueError: an argument is out of range or does nothing, the optimizer lacks a parameter of a block or
             end, or the sampler reads what cannot be measured or draws no numbers of blocks.
-        TypeError: the optimizer is no torch optimizer, or is DeepSpeed's.
+        TypeError: the optimizer is no torch optimizer, or is LBFGS or DeepSpeed's.
         RuntimeError: a LISA is attached to the optimizer already, or the ranks draw other blocks or hold
             other weights. `optimizer.step()` raises it if param groups, or parameters of the model, were
             replaced.
@@ -537,6 +537,11 @@ class LISA(BlockSchedule):
         self.ends_train = self._ends.policy.trains_in(self.period_index)
         moving = {p for block in self.active_blocks for p in self._blocks[block]}
         moving |= set(self._ends.parameters) if self.ends_train else set()
+        if not moving and self._correction is None:
+            raise ValueError(
+                f"{type(self.sampler).__name__} drew no blocks for period {self.period_index}, in which the "
+                f"ends rest too (ends={str(self._ends.policy)!r}), so nothing would train; draw at least one"
+            )
         # Freeze first: the other way round, the blocks of two periods would be on the device at once.
         for parameter in self._flags:
             if parameter not in moving:

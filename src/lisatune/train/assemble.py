@@ -48,7 +48,11 @@ from lisatune.nn.hidden import max_positions, unwrap_adapters
 from lisatune.nn.layers import LayerMap, find_layers
 from lisatune.recipe import Recipe
 from lisatune.train.compiling import CompileChoice, build_graphs, choose_compile
-from lisatune.train.idle import warn_of_idle_checkpointing, warn_of_idle_settings
+from lisatune.train.idle import (
+    warn_of_idle_checkpointing,
+    warn_of_idle_evaluations,
+    warn_of_idle_settings,
+)
 from lisatune.train.schedule import make_scheduler, warn_of_long_warmup
 
 __all__ = [
@@ -189,6 +193,7 @@ def assemble(
         assert isinstance(built.step.loss, CausalLMLoss)
         built.step.loss.check_packing()
     warn_of_long_warmup(recipe.optimizer, data.steps)
+    warn_of_idle_evaluations(recipe, data.steps)
     scheduler = make_scheduler(recipe.optimizer, built.step.optimizer, data.steps)
     parts = Parts(recipe, device, tokenizer, data, scheduler, built, compiling)
     parts.save_dtype = save_dtype(recipe, built.model)

@@ -28,7 +28,7 @@ from lisatune.train.assemble import check_fits, rehearse, warn_of_slow_bf16
 from lisatune.train.beginning import choose_start, find_checkpoint, fix_compile, fix_date, read_finished
 from lisatune.train.benchmarks import check_tasks
 from lisatune.train.compiling import choose_compile
-from lisatune.train.idle import warn_of_idle_settings
+from lisatune.train.idle import warn_of_idle_evaluations, warn_of_idle_settings
 from lisatune.train.outline import Outline, make_outline, print_outline
 from lisatune.train.trackers import check_trackers
 
@@ -117,6 +117,7 @@ def check(
     attached = report.attempt(rehearse, recipe, steps or REHEARSED_STEPS, device)
     if attached is not None and data is not None:
         report.attempt(check_fits, attached[0], data, recipe.data.max_length)
+        report.attempt(warn_of_idle_evaluations, recipe, data.steps)
     if attached is not None and data is not None and device is not None:
         model, layers, schedule = attached
         blocks = choose_compile(recipe, device, model, layers, data).why

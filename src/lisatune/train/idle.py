@@ -12,7 +12,7 @@ from lisatune.nn.layers import LayerMap
 from lisatune.recipe import DataConfig, Recipe
 from lisatune.recipe.data import list_paths
 
-__all__ = ["warn_of_idle_checkpointing", "warn_of_idle_settings"]
+__all__ = ["warn_of_idle_checkpointing", "warn_of_idle_evaluations", "warn_of_idle_settings"]
 
 
 def warn_of_idle_settings(recipe: Recipe) -> None:
@@ -50,6 +50,22 @@ def warn_of_idle_checkpointing(
             f"method {recipe.method.name} trains something in every block all the time; true saves memory "
             "there",
         )
+
+
+def warn_of_idle_evaluations(recipe: Recipe, steps: int) -> None:
+    """Warn of evaluations that a run of so many optimizer steps does not come to, and of what needs them."""
+    run = recipe.run
+    if run.eval_every is None:
+        return
+    evaluations = (steps - 1) // run.eval_every  # that of the last step is made in any case
+    needing = [f"run.stop_after={run.stop_after}"] if run.stop_after is not None else []
+    if evaluations == 0:
+        needing += ["run.keep_best"] if run.keep_best else []
+        why = f"the run has {steps} steps, and the last one is evaluated anyway"
+        _warn(" with ".join([f"run.eval_every={run.eval_every}", *needing]), why)
+    elif run.stop_after is not None and evaluations < run.stop_after:
+        times = "once" if evaluations == 1 else f"{evaluations} times"
+        _warn(needing[0], f"run.eval_every={run.eval_every} evaluates {times} before the last step")
 
 
 def _warn(setting: str, why: str) -> None:

@@ -827,6 +827,10 @@ def test_whole_numbers_may_be_numpys(untied_llama: nn.Module) -> None:
         ({"sampler": Fixed((-1,))}, "it returned (-1,)"),
         ({"sampler": Fixed((2, 2))}, "it returned (2, 2)"),
         ({"sampler": Fixed(None)}, "it returned None"),
+        (
+            {"sampler": Fixed(()), "ends": "frozen"},
+            "Fixed drew no blocks for period 0, in which the ends rest",
+        ),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -841,6 +845,20 @@ def test_bad_arguments_are_refused_and_nothing_is_changed(
     assert all(p.requires_grad for p in untied_llama.parameters())
     assert {id(each): set(vars(each)) for each in (optimizer, *untied_llama.modules())} == before
     LISA(untied_llama, optimizer)
+
+
+def test_a_sampler_that_draws_nothing_later_is_refused_if_the_ends_rest_then(untied_llama: nn.Module) -> None:
+    optimizer = torch.optim.AdamW(untied_llama.parameters())
+    LISA(untied_llama, optimizer, period=1, sampler=Fixed(()), ends="every:2")
+    untied_llama(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
+    with pytest.raises(ValueError, match=r"Fixed drew no blocks for period 1, .*\(ends='every:2'\)"):
+        optimizer.step()
+
+
+def test_an_optimizer_whose_step_mixes_parameters_is_refused(untied_llama: nn.Module) -> None:
+    optimizer = torch.optim.LBFGS(untied_llama.parameters())
+    with pytest.raises(TypeError, match=r"LISA cannot work with LBFGS.*frozen blocks would move too"):
+        LISA(untied_llama, optimizer)
 
 
 def test_a_store_of_exact_weights_is_refused_where_no_block_becomes_codes(untied_llama: nn.Module) -> None:

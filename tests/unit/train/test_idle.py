@@ -24,6 +24,19 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["data.train=[{path: ROWS, split: test}]"], "split=test does nothing: only data sets on the hub"),
         (["optimizer.rounding=stochastic"], "optimizer.rounding=stochastic does nothing: "),
         (
+            ["run.steps=8", "run.eval_every=8"],
+            "run.eval_every=8 does nothing: the run has 8 steps, and the last one is evalu",
+        ),
+        (
+            ["run.steps=8", "run.eval_every=9", "run.keep_best=true", "run.stop_after=1"],
+            "run.eval_every=9 with run.stop_after=1 with run.keep_best does nothing: ",
+        ),
+        (
+            ["run.steps=8", "run.eval_every=3", "run.stop_after=3"],
+            "run.stop_after=3 does nothing: run.eval_every=3 evaluates 2 times before the last step",
+        ),
+        (["run.steps=8", "run.eval_every=7", "run.stop_after=2"], "evaluates once before the last step"),
+        (
             ["run.activation_checkpointing=frozen", "method.name=full"],
             "run.activation_checkpointing=frozen does nothing: method full trains something in every block",
         ),
@@ -46,6 +59,7 @@ def test_a_setting_that_does_nothing_is_a_warning(overrides: list[str], says: st
     [
         ["optimizer.rounding=stochastic", "run.precision=bf16"],
         ["run.activation_checkpointing=frozen"],
+        ["run.steps=8", "run.eval_every=7", "run.keep_best=true", "run.stop_after=1"],
         ["run.activation_checkpointing=frozen", "method.name=ends"],
         ["run.activation_checkpointing=frozen", "method.name=freezeout"],
     ],
