@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lisatune.nn.layers import find_layers as find_layers
     from lisatune.optim.adamw import AdamW as AdamW
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "LISA",

@@ -44,6 +44,11 @@ def test_quoted_errors_are_those_of_the_code() -> None:
     assert gone == []
 
 
+def test_the_newest_release_in_the_changelog_is_this_version() -> None:
+    headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert headings[:2] == ["Unreleased", lisatune.__version__]
+
+
 def test_every_method_has_a_page_and_a_line_in_the_index() -> None:
     index = (DOCS / "methods" / "index.md").read_text(encoding="utf-8")
     for name in METHODS:
