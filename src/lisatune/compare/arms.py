@@ -342,8 +342,9 @@ def check_folder(output: Path, comparison: Comparison) -> None:
             raise ValueError(f"{output} holds files that are not a comparison's; name another --output")
         return
     try:
-        before = json.loads(file.read_text(encoding="utf-8"))["asked"]
-        changed = differences(before["shared"], _identify(comparison)["shared"], NEUTRAL_KEYS)
+        before, now = json.loads(file.read_text(encoding="utf-8"))["asked"], _identify(comparison)["shared"]
+        before["shared"]["compare"].setdefault("evaluate_data", now["compare"]["evaluate_data"])  # not noted
+        changed = differences(before["shared"], now, NEUTRAL_KEYS)
         known = before["arms"]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{file} is damaged; name another --output") from None
@@ -391,6 +392,7 @@ def _identify(comparison: Comparison) -> dict[str, Any]:
         "general": comparison.general,
         "general_limit": comparison.general_limit,
         "evaluate": comparison.evaluate,
+        "evaluate_data": comparison.evaluate_data,
         "evaluations": comparison.evaluations,
     }
     return {"shared": shared, "arms": arms}

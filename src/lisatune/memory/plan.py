@@ -94,6 +94,9 @@ class MemoryPlan(StepMemory):
     switch_bytes: int
     """Bytes of exact weights that a draw moves onto the device, and off it; 0 if no weight is codes."""
 
+    disk_bytes: int
+    """Bytes of exact weights for which `method.master: disk` needs room in the run's folder; else 0."""
+
     seconds: float
     """Wall time of making the plan."""
 
@@ -236,7 +239,8 @@ def _plan(asked: _Asked, config: Any) -> MemoryPlan:
         config = shape_config(recipe.model.name)
     model = _build_meta_model(recipe, config)
     is_read = asked.ranks == 1 and not _stays_in_files(recipe, config)
-    loaded_bytes = sum(p.nbytes for p in model.parameters()) if is_read else 0
+    weight_bytes = sum(p.nbytes for p in model.parameters())
+    loaded_bytes = weight_bytes if is_read else 0
     length = asked.length or recipe.data.max_length
     length = min(length, max_positions(model) or length)
     batches = [make_batch(recipe, model, length)] * min(recipe.run.accumulation, 2)
@@ -263,6 +267,7 @@ def _plan(asked: _Asked, config: Any) -> MemoryPlan:
             loaded_bytes=loaded_bytes,
             copy_bytes=measured.copied,
             switch_bytes=_count_switch(built),
+            disk_bytes=weight_bytes if recipe.method.masters == "disk" else 0,
             seconds=0.0,
             note=measured.note,
         )

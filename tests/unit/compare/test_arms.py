@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from lisatune.cli.app import main
-from lisatune.compare.arms import check_folder, fix_date, read_comparison
+from lisatune.compare.arms import Comparison, check_folder, claim_folder, fix_date, read_comparison
 from lisatune.train.recipe_file import load_recipe
 
 RECIPE = {
@@ -99,6 +99,20 @@ def test_what_a_killed_command_left_behind_is_no_other_file(tmp_path: Path) -> N
     (output / "notes.txt").touch()
     with pytest.raises(ValueError, match="holds files that are not a comparison's"):
         check_folder(output, comparison)
+
+
+def test_scores_of_other_questions_are_another_comparison(tmp_path: Path) -> None:
+    def asking(questions: str | None) -> Comparison:
+        return read_comparison(write(tmp_path), methods="full", evaluate="arc_easy", evaluate_data=questions)
+
+    claim_folder(tmp_path, asking("mine"), {"sha256": {}})
+    check_folder(tmp_path, asking("mine"))
+    with pytest.raises(ValueError, match=r"compare\.evaluate_data: mine → other; undo"):
+        check_folder(tmp_path, asking("other"))
+    noted = json.loads((tmp_path / "compare.json").read_text())
+    del noted["asked"]["shared"]["compare"]["evaluate_data"]  # as an older version wrote it
+    (tmp_path / "compare.json").write_text(json.dumps(noted))
+    check_folder(tmp_path, asking("other"))
 
 
 def test_the_files_reference_counts_where_methods_leave_it_in(tmp_path: Path) -> None:

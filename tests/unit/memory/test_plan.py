@@ -281,6 +281,17 @@ def test_a_plan_for_cuda_counts_the_whole_pinned_area() -> None:
     assert planned_once(make_recipe(), config=CONFIG).switch_bytes == 0
 
 
+def test_exact_weights_on_disk_are_planned_there_and_not_in_memory() -> None:
+    codes: dict[str, Any] = {"frozen_weights": "int8", "precision": "bf16"}
+    ram, disk = (
+        plan_memory(make_recipe({"rounding": "stochastic"}, master=master, **codes), config=CONFIG)
+        for master in ("ram", "disk")
+    )
+    assert (ram.host_bytes > 0, ram.disk_bytes) == (True, 0)
+    weights = sum(p.numel() for p in LlamaForCausalLM(CONFIG).parameters())
+    assert (disk.host_bytes, disk.disk_bytes) == (0, 2 * weights)
+
+
 @pytest.mark.parametrize("options", [{}, {"frozen_weights": "int8", "precision": "bf16", "state": "cpu"}])
 def test_the_copy_of_a_checkpoint_is_what_it_writes(options: dict[str, Any], tmp_path: Path) -> None:
     recipe = make_recipe({"rounding": "stochastic"}, save_async=True, **options)
