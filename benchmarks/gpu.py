@@ -4,12 +4,16 @@ python benchmarks/gpu.py --shape llama-3.1-8b --length 2048 --output gpu-8b
 
 Weights are random, in bf16, and created on the device. Every method runs in lisatune's loop with its loss
 without full logits, so that peers need as little memory as possible. Arms run one after the other in one
-process. Time is the mean of --steps steps after two warm-up steps: LISA draws every 5 steps, and a step's
-time depends on the draw. Memory is measured over two steps with the draw that the plan expects to need most:
-planned live tensors, the most that torch allocated, and the most that it took from the device. With --device
-cpu, live tensors stand for both. MFU is the FLOPs that the timed steps need over their time and the card's
-peak (src/lisatune/train/flops.py); a card that is not known, and the CPU, have none. --compile compiles the
-blocks first and says how long that took.
+process.
+
+A step's time depends on the draw, so blocks are drawn every 2 steps here, those of BAdam at random: ten steps
+hold five draws, and one cycle of `ends=every:5`. Time is the mean of --steps steps after two warm-up steps,
+with the cost of a draw spread over as many steps as by default, 10 for LISA and 50 for BAdam. Let --steps be
+a multiple of ten. Memory is measured over two steps with the draw that the plan expects to need most: planned
+live tensors, the most that torch allocated, and the most that it took from the device. With --device cpu,
+live tensors stand for both. MFU is the FLOPs that the timed steps need over their time and the card's peak
+(src/lisatune/train/flops.py); a card that is not known, and the CPU, have none. --compile compiles the blocks
+first and says how long that took.
 """
 
 import argparse
@@ -28,6 +32,7 @@ import torch
 from lisatune import memory
 from lisatune.losses.causal_lm import CausalLMLoss
 from lisatune.memory.plan import MemoryPlan, make_batch, plan_memory
+from lisatune.methods import METHODS
 from lisatune.methods.build import Built, build, weight_dtype
 from lisatune.models.shapes import shape_config
 from lisatune.recipe import Recipe
@@ -64,7 +69,13 @@ ARMS = {
     "full": "method.name=full",
     "BAdam": "method.name=badam",
 }
-WARM_UP = 2
+PERIOD = 2
+WARM_UP = PERIOD
+DRAWS = {
+    "lisa": f"method.period={PERIOD}",
+    "badam": f"method.switch_every={PERIOD} method.switch_mode=random",
+}
+"""How often the methods that draw blocks do so here."""
 HEAD = (
     "| method | planned GiB | allocated GiB | difference | taken GiB | tokens/s | time / LoRA r=16 | MFU | "
     "compiling s |"
@@ -80,7 +91,9 @@ def make_recipe(options: argparse.Namespace, keys: str) -> Recipe:
         f"run.activation_checkpointing={checkpointing} run.compile={str(options.compile).lower()}"
     )
     shape: Any = shape_config(options.shape)
-    return recipe_without_file(f"{common} {keys.replace('ALL', str(shape.num_hidden_layers))}".split())
+    asked = f"{common} {keys.replace('ALL', str(shape.num_hidden_layers))}"
+    draws = DRAWS.get(recipe_without_file(asked.split()).method.name, "")
+    return recipe_without_file(f"{asked} {draws}".split())
 
 
 def make_plan(recipe: Recipe) -> MemoryPlan:
@@ -119,8 +132,9 @@ def measure(recipe: Recipe, plan: MemoryPlan, steps: int) -> dict[str, Any]:
         return time.perf_counter() - started
 
     seconds = [step() for _ in range(WARM_UP + steps)][WARM_UP:]
+    mean_seconds = spread_draws(seconds, recipe.method.name)
     needed = [each for each in flops[WARM_UP:] if each is not None]
-    speed = utilization(sum(needed), sum(seconds), device) if len(needed) == steps else {}
+    speed = utilization(sum(needed), steps * mean_seconds, device) if len(needed) == steps else {}
     if plan.active_blocks is not None:
         built.schedule.hold(plan.active_blocks)
     if device.type == "cuda":
@@ -135,8 +149,25 @@ def measure(recipe: Recipe, plan: MemoryPlan, steps: int) -> dict[str, Any]:
             tracker.end_step()
             step()
             allocated = taken = tracker.end_step().peak_bytes
-    figures = {"seconds": seconds, "allocated_bytes": allocated, "reserved_bytes": taken}
+    figures = {"seconds": seconds, "step_seconds": mean_seconds}
+    figures |= {"allocated_bytes": allocated, "reserved_bytes": taken}
     return figures | speed | ({} if compiling is None else {"compile_seconds": compiling})
+
+
+def spread_draws(seconds: list[float], method: str) -> float:
+    """Return the mean time of a step if blocks were drawn as rarely as by default.
+
+    Args:
+        seconds: of each step, from the first of a period on. A draw belongs to the last step of its period.
+        method: name of the method.
+    """
+    drawn = seconds[PERIOD - 1 :: PERIOD]
+    if method not in DRAWS or not drawn:
+        return mean(seconds)
+    others = mean(each for at, each in enumerate(seconds) if at % PERIOD != PERIOD - 1)
+    defaults: Any = METHODS[method]
+    period = defaults.switch_every if method == "badam" else defaults.period
+    return others + (mean(drawn) - others) / period
 
 
 def row(name: str, figures: dict[str, Any], reference: float | None, tokens: int) -> str:
@@ -145,13 +176,15 @@ def row(name: str, figures: dict[str, Any], reference: float | None, tokens: int
     start = f"| {name} | {planned / 2**30:.2f} | "
     if "allocated_bytes" not in figures:
         return start + f"{figures['failed']} | | | | | | |"
-    allocated, taken, seconds = (figures[key] for key in ("allocated_bytes", "reserved_bytes", "seconds"))
-    ratio = "" if reference is None else f"{mean(seconds) / reference:.2f}"
+    allocated, taken, seconds = (
+        figures[key] for key in ("allocated_bytes", "reserved_bytes", "step_seconds")
+    )
+    ratio = "" if reference is None else f"{seconds / reference:.2f}"
     mfu = f"{figures['mfu']:.0%}" if "mfu" in figures else ""
     compiling = f"{figures['compile_seconds']:.0f}" if "compile_seconds" in figures else ""
     return start + (
         f"{allocated / 2**30:.2f} | {planned / allocated - 1:+.1%} | {taken / 2**30:.2f} | "
-        f"{tokens / mean(seconds):,.0f} | {ratio} | {mfu} | {compiling} |"
+        f"{tokens / seconds:,.0f} | {ratio} | {mfu} | {compiling} |"
     )
 
 
@@ -187,8 +220,8 @@ def main() -> None:
             if options.device == "cuda":
                 torch.cuda.empty_cache()
             found[name] = figures
-            lora = found.get("LoRA r=16", {}).get("seconds")
-            print(row(name, figures, lora and mean(lora), options.batch * options.length), flush=True)
+            lora = found.get("LoRA r=16", {}).get("step_seconds")
+            print(row(name, figures, lora, options.batch * options.length), flush=True)
             if options.output:
                 settings = {key: str(value) for key, value in vars(options).items()}
                 device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
