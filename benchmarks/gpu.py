@@ -4,7 +4,7 @@ python benchmarks/gpu.py --shape llama-3.1-8b --length 2048 --output gpu-8b
 
 Weights are random, in bf16, and created on the device. Every method runs in lisatune's loop with its loss
 without full logits, so that peers need as little memory as possible. Arms run one after the other in one
-process.
+process. An arm that fails is written down, the next one runs, and the command ends with 1.
 
 A step's time depends on the draw, so blocks are drawn every 2 steps here, those of BAdam at random: ten steps
 hold five draws, and one cycle of `ends=every:5`. Time is the mean of --steps steps after two warm-up steps,
@@ -19,7 +19,9 @@ first and says how long that took.
 import argparse
 import gc
 import json
+import sys
 import time
+import traceback
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -30,6 +32,8 @@ from typing import Any
 import torch
 
 from lisatune import memory
+from lisatune.console import first_line
+from lisatune.files.disk import replace_file
 from lisatune.losses.causal_lm import CausalLMLoss
 from lisatune.memory.plan import MemoryPlan, make_batch, plan_memory
 from lisatune.methods import METHODS
@@ -172,9 +176,9 @@ def spread_draws(seconds: list[float], method: str) -> float:
 
 def row(name: str, figures: dict[str, Any], reference: float | None, tokens: int) -> str:
     """Format a row of the table."""
-    planned = figures["planned_bytes"]
-    start = f"| {name} | {planned / 2**30:.2f} | "
-    if "allocated_bytes" not in figures:
+    planned = figures.get("planned_bytes")
+    start = f"| {name} | {'' if planned is None else f'{planned / 2**30:.2f}'} | "
+    if planned is None or "allocated_bytes" not in figures:
         return start + f"{figures['failed']} | | | | | | |"
     allocated, taken, seconds = (
         figures[key] for key in ("allocated_bytes", "reserved_bytes", "step_seconds")
@@ -206,16 +210,21 @@ def main() -> None:
     names = options.arms.split(";") if options.arms else list(ARMS)
     recipes = {name: make_recipe(options, ARMS[name]) for name in names}
     found: dict[str, dict[str, Any]] = {}
+    failed = False
     print(HEAD, "|---|---|---|---|---|---|---|---|---|", sep="\n")
     with ProcessPoolExecutor(options.planners, get_context("spawn")) as pool:
         plans = {name: pool.submit(make_plan, recipe) for name, recipe in recipes.items()}
         for name, recipe in recipes.items():
-            plan = plans[name].result()
-            figures: dict[str, Any] = {"planned_bytes": plan.peak_bytes, "trainable": plan.trainable}
+            figures: dict[str, Any] = {}
             try:
+                plan = plans[name].result()
+                figures |= {"planned_bytes": plan.peak_bytes, "trainable": plan.trainable}
                 figures |= measure(recipe, plan, options.steps)
             except torch.OutOfMemoryError:
                 figures["failed"] = "out of memory"
+            except Exception as error:  # the other arms are worth their time all the same
+                traceback.print_exc()
+                figures["failed"], failed = f"{type(error).__name__}: {first_line(error)}", True
             gc.collect()
             if options.device == "cuda":
                 torch.cuda.empty_cache()
@@ -226,7 +235,9 @@ def main() -> None:
                 settings = {key: str(value) for key, value in vars(options).items()}
                 device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
                 kept = {"settings": settings, "device": device, "torch": torch.__version__, "arms": found}
-                options.output.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n")
+                target = options.output.with_name(options.output.name.removesuffix(".json") + ".json")
+                replace_file(target, json.dumps(kept, indent=1) + "\n")
+    sys.exit(failed)
 
 
 if __name__ == "__main__":
