@@ -18,6 +18,7 @@ first and says how long that took.
 
 import argparse
 import gc
+import inspect
 import json
 import sys
 import time
@@ -39,6 +40,7 @@ from lisatune.memory.plan import MemoryPlan, make_batch, plan_memory
 from lisatune.methods import METHODS
 from lisatune.methods.build import Built, build, weight_dtype
 from lisatune.models.shapes import shape_config
+from lisatune.nn.blocks import RECOMPILE_LIMIT
 from lisatune.recipe import Recipe
 from lisatune.train.compiling import build_graphs
 from lisatune.train.flops import needed_flops, utilization
@@ -100,8 +102,22 @@ def make_recipe(options: argparse.Namespace, keys: str) -> Recipe:
     return recipe_without_file(f"{asked} {draws}".split())
 
 
+def allow_older_torch() -> None:
+    """Let blocks compile under torch 2.11 and 2.12, whose `compile` takes no limit of its own."""
+    compile_it: Any = torch.compile
+    if "recompile_limit" in inspect.signature(compile_it).parameters:
+        return
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+
+    def compile_without_limit(model: Any, *, recompile_limit: int, **options: Any) -> Any:
+        return compile_it(model, **options)
+
+    torch.compile = compile_without_limit  # type: ignore[assignment]
+
+
 def make_plan(recipe: Recipe) -> MemoryPlan:
     """Plan a step, in a separate process."""
+    allow_older_torch()
     torch.set_num_threads(1)
     return plan_memory(recipe, config=shape_config(recipe.model.name))
 
@@ -207,6 +223,7 @@ def main() -> None:
     parser.add_argument("--planners", type=int, default=4, help="processes that plan at the same time")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    allow_older_torch()
     names = options.arms.split(";") if options.arms else list(ARMS)
     recipes = {name: make_recipe(options, ARMS[name]) for name in names}
     found: dict[str, dict[str, Any]] = {}
@@ -225,6 +242,8 @@ def main() -> None:
             except Exception as error:  # the other arms are worth their time all the same
                 traceback.print_exc()
                 figures["failed"], failed = f"{type(error).__name__}: {first_line(error)}", True
+            if options.compile:
+                torch.compiler.reset()  # the graphs of one arm neither hold its model nor count for the next
             gc.collect()
             if options.device == "cuda":
                 torch.cuda.empty_cache()
