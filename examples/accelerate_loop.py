@@ -38,7 +38,8 @@ loader = DataLoader(data, batch_size=4, shuffle=True, collate_fn=DataCollatorFor
 
 # The learning rate of full fine-tuning; LISA gives blocks a larger one in each step.
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=0, num_training_steps=len(loader) // 2)
+steps = (len(loader) + 1) // 2  # the last step of an epoch may have one micro-batch
+scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=0, num_training_steps=steps)
 model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
 lisa = LISA(model, optimizer, active=2, period=10)  # counts optimizer steps, not micro-steps
 
