@@ -8,8 +8,9 @@
 #   DATA=FOLDER benchmarks/gpu_all.sh OUT              also the section `ground`: FOLDER as in experiments/learning.sh
 #
 # Started again, it skips the sections that are complete. A section that fails or takes too long is written
-# down with the end of its output, and the next one runs; the script then ends with 1. COMMIT names the commit
-# where there is no repository. Without bitsandbytes what needs it is left out. `ground` has the first cells of
+# down with the end of its output, and the next one runs; the script then ends with 1. Sections that were made
+# with --tiny, on another device or for another commit run again. COMMIT names the commit where there is no
+# repository. Without bitsandbytes what needs it is left out. `ground` has the first cells of
 # experiments/learning.sh, continues with them when it is started again, and leaves them in OUT/learning.
 #
 # To add a section: one call of `section NAME SECONDS COMMAND…` at the end of this file. In COMMAND, @JSON
@@ -18,9 +19,6 @@
 
 set -uo pipefail
 [ -z "${DATA:-}" ] || DATA=$(cd "$DATA" && pwd) || exit 2
-cd "$(dirname "$0")/.."
-python=${PYTHON:-python3}
-[ -x .venv/bin/python ] && [ -z "${PYTHON:-}" ] && python=.venv/bin/python
 device=cuda tiny= only= fresh= out=${OUT:-gpu-out}
 
 while [ $# -gt 0 ]; do
@@ -34,15 +32,17 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
+mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
+cd "$(dirname "$0")/.." || exit 2
+python=${PYTHON:-python3}
+[ -x .venv/bin/python ] && [ -z "${PYTHON:-}" ] && python=.venv/bin/python
 [ "$device" != cuda ] || "$python" -c 'import torch; torch.zeros(1).cuda()' 2>/dev/null ||
   { echo "gpu_all.sh: torch sees no CUDA device here; --device cpu --tiny shows that every section runs" >&2; exit 2; }
-mkdir -p "$out"
-out=$(cd "$out" && pwd)
 results=$out/gpu_all.json
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export PYTHONPATH=$PWD/src${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 LISATUNE_TEST_DEVICE=$device
-export DATA=${DATA:-} COMMIT=${COMMIT:-$(git rev-parse HEAD 2>/dev/null || echo unknown)}
+export DATA=${DATA:-} TINY=$tiny COMMIT=${COMMIT:-$(git rev-parse HEAD 2>/dev/null || echo unknown)}
 failed=0 seen=0
 
 # record NAME: is that section complete, for this commit?
@@ -56,9 +56,10 @@ from pathlib import Path
 path, work, device, name, *more = sys.argv[1:]
 path, work = Path(path), Path(work)
 kept = json.loads(path.read_text()) if path.exists() else {"sections": {}}
+made = {"commit": os.environ["COMMIT"], "device": device, "tiny": bool(os.environ["TINY"])}
 if not more:
-    old = kept["sections"].get(name, {})
-    sys.exit(not (old.get("status") == "complete" and old["commit"] == os.environ["COMMIT"]))
+    old, wanted = kept["sections"].get(name, {}), made | {"status": "complete"}
+    sys.exit(any(old.get(key) != value for key, value in wanted.items()))
 kept |= {"device": device, "torch": version("torch"), "python": sys.version.split()[0]}
 if device == "cuda":
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
@@ -75,8 +76,8 @@ log = (work / "log").read_text(errors="replace").splitlines()
 status = "complete" if code == "0" else "too slow" if code in ("124", "137") else "failed"
 kept["sections"][name] = {
     "status": status, "exit": int(code), "seconds": float(seconds), "limit": int(limit),
-    "commit": os.environ["COMMIT"], "command": " ".join(command), "figures": figures, "log": log[-120:],
-}
+    "command": " ".join(command), "figures": figures, "log": log[-120:],
+} | made
 aside = path.with_suffix(".part")
 aside.write_text(json.dumps(kept, indent=1) + "\n")
 aside.replace(path)

@@ -70,6 +70,14 @@ esac
     assert sections["plans"]["figures"] == {"arms": 1}
     assert sections["ground"]["figures"] == ["gathered"]
     assert "--methods full" in (tmp_path / "cells").read_text()
+    plans = ("--only", "plans")
+    assert run(tmp_path, *plans, python=str(stub)) == (0, ["plans: complete before"])
+    for key, other in (("tiny", False), ("device", "cuda"), ("commit", "abd")):
+        kept = json.loads((tmp_path / "gpu_all.json").read_text())
+        kept["sections"]["plans"][key] = other
+        (tmp_path / "gpu_all.json").write_text(json.dumps(kept))
+        code, lines = run(tmp_path, *plans, python=str(stub))
+        assert (code, [line.split(" in ")[0] for line in lines]) == (0, ["plans: complete"])
 
 
 def test_a_section_that_does_not_exist_is_named(tmp_path: Path) -> None:
