@@ -114,6 +114,7 @@ else
 fi
 corrected='LoRA r=16;LISA γ=2 + adapters r=8, 8-bit, frozen ends;LISA γ=2 + adapters r=8 above, 8-bit, frozen ends;LISA γ=2 + sign, 8-bit, frozen ends'
 cells=(ground-math/{full,LoRA\ r=64,LoRA\ r=16,{all\ blocks,LISA\ γ=20}\ in\ 8\ bits\ with\ frozen\ ends} correction-math/γ=8\ +\ r={8,32}\ with\ frozen\ ends)
+[ -n "$qlisa" ] || cells=(ground-math/{full,LoRA\ r=64,LoRA\ r=16})
 few='LoRA r=16;LISA γ=2, frozen ends'
 [ -z "$qlisa" ] || few="$few;LISA γ=8, 8-bit;full, 8-bit"
 shape=llama-3.1-8b length=2048 steps=20 batch=4 rank=16 blocks=32

@@ -10,9 +10,12 @@ torch's fused AdamW on weights of the same dtype. A second copy of that optimize
 With --lora R the parameters are the two adapters of rank R at each of the 224 linear layers in Llama 3.1 8B's
 blocks. "One launch each" puts every parameter into a param group of its own, so that none shares a launch.
 Not run on a GPU yet.
+
+Without bitsandbytes the kinds with 8-bit moments are left out.
 """
 
 import argparse
+import importlib.util
 import json
 import random
 import time
@@ -72,6 +75,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
 
     kinds = LORA_KINDS if args.lora else KINDS
+    if importlib.util.find_spec("bitsandbytes") is None:
+        kinds = [kind for kind in kinds if "8bit" not in kind[0]]
     seconds: list[list[float]] = [[] for _ in kinds]
     held = [0.0] * len(kinds)
     optimizers = [build(dtype, options, args) for _, dtype, options in kinds]

@@ -55,6 +55,8 @@ def test_draws_are_those_of_the_cpu() -> None:
 
 @pytest.mark.parametrize("bits", ["int8", "nf4"])
 def test_frozen_weights_leave_the_device_and_come_back_from_pinned_memory(bits: str) -> None:
+    if bits == "nf4":
+        pytest.importorskip("bitsandbytes")
     model, lisa = fit_on("cuda", 8, frozen_weights=bits)
     assert lisa.periods_proven == 2
     coded = coded_weights(model)
