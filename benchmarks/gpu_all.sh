@@ -96,7 +96,8 @@ section() { # NAME SECONDS COMMAND…
   fi
   rm -f "$work"/*
   started=${EPOCHREALTIME/./}
-  timeout -k 5 "$limit" "${@//@JSON/$work/figures.json}" >"$work/log" 2>&1
+  # A Ctrl-C, because pytest then still says what has failed so far.
+  timeout -s INT -k 10 "$limit" "${@//@JSON/$work/figures.json}" >"$work/log" 2>&1
   code=$?
   record "$name" "$code" "$(((${EPOCHREALTIME/./} - started) / 1000000))" "$limit" "$@"
   [ "$code" = 0 ] || failed=1
@@ -141,7 +142,7 @@ section compiled-batch-4-8b 50 "$python" benchmarks/gpu.py --device "$device" --
   --batch "$batch" --checkpointing all --steps "$((steps / 2))" --compile --arms "$few" --output @JSON
 
 [ -z "${DATA:-}" ] || section ground 240 bash -c '
-  PYTHON=$0 DEVICE=$2 SMOKE=$3 LIMIT=220 experiments/learning.sh "$DATA" "$1" "${@:5}"
+  PYTHON=$0 DEVICE=$2 SMOKE=$3 LIMIT=205 experiments/learning.sh "$DATA" "$1" "${@:5}"
   code=$?
   "$0" experiments/gather.py --json math "$1" >"$4" && exit "$code"
 ' "$python" "$out/learning" "$device" "$tiny" @JSON "${cells[@]}"
