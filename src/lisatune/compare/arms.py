@@ -46,7 +46,10 @@ KEYS = (
 """Keys of the section `compare`."""
 
 NEUTRAL_KEYS = frozenset(
-    ("run.output", "run.log_every", "run.save_every", "run.keep_checkpoints", "run.report_to", "optimizer.lr")
+    (
+        *("run.output", "run.log_every", "run.save_every", "run.keep_checkpoints", "run.report_to"),
+        *("run.stop_after", "optimizer.lr"),
+    )
 )
 """Keys that may change when a comparison continues: they change no result, or are set for each run."""
 
@@ -158,11 +161,8 @@ def read_comparison(
         _build_arm(str(path), name, spec, sections, overrides, recipe, default_lrs)
         for name, spec in given.items()
     )
-    count = (
-        _check_count("compare.seeds", asked.get("seeds", 1))
-        if seeds is None
-        else _check_count("--seeds", seeds)
-    )
+    name, number = ("compare.seeds", asked.get("seeds", 1)) if seeds is None else ("--seeds", seeds)
+    count = _check_count(name, number)
     text = general if general is not None else asked.get("general")
     evaluate = evaluate or asked.get("evaluate", recipe.run.evaluate)
     evaluate_data = evaluate_data or asked.get("evaluate_data", recipe.run.evaluate_data)

@@ -49,12 +49,18 @@ def compare(
 
     Raises:
         ValueError, FileNotFoundError: the data cannot be used, the folder holds another comparison or
-            other files, or an arm would train on other records per step than the rest.
+            other files, an arm would train on other records per step than the rest, or `run.stop_after` could
+            end runs early.
         RuntimeError: another process works in the folder.
         OSError: the folder cannot be written.
         KeyboardInterrupt: Ctrl-C, after the run in progress has saved a checkpoint.
     """
     output = Path(output).absolute()  # so that it may continue from another working directory
+    if (stop_after := comparison.recipe.run.stop_after) is not None:
+        raise ValueError(
+            f"run.stop_after={stop_after} could end runs at different steps, and a comparison gives all of "
+            "them the same tokens; set it to null"
+        )
     comparison = fix_date(comparison, output)
     check_folder(output, comparison)
     check_attention(comparison.recipe.model.attention)

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from lisatune.cli.app import main
+from lisatune.compare import stages
 from lisatune.compare.arms import Comparison, check_folder, claim_folder, fix_date, read_comparison
 from lisatune.train.recipe_file import load_recipe
 
@@ -201,3 +202,11 @@ def test_the_command_ends_in_a_sentence_and_exit_code_2(
 def test_train_sends_a_file_with_a_comparison_to_compare(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="give it to `lisatune compare`"):
         load_recipe(write(tmp_path, seeds=3))
+
+
+def test_runs_that_could_end_at_other_steps_are_refused(tmp_path: Path) -> None:
+    keys = ["run.eval_every=1", "run.stop_after=2"]
+    comparison = read_comparison(write(tmp_path), keys, methods="full")
+    with pytest.raises(ValueError, match=r"run\.stop_after=2 could end .* set it to null"):
+        stages.compare(comparison, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
