@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from lisatune.cli.options import refuse_unused
+from lisatune.console import BAD_INPUT
 
 __all__ = ["compare"]
 
@@ -85,7 +86,7 @@ def compare(
     results = run(comparison, output, keep_models=keep_models, retry_failed=retry_failed)
     write_comparison_report(results, output)
     print_results(results, output)
-    return 0 if any(arm["test_loss"] for arm in results["arms"]) else 1
+    return 0 if any(arm["test_loss"] for arm in results["arms"]) else BAD_INPUT
 
 
 def _show(path: Path, reference: str | None) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import tiny_report
 from lisatune.cli.app import main
 from lisatune.compare import stages
 from lisatune.compare.arms import Comparison, check_folder, claim_folder, fix_date, read_comparison
@@ -202,6 +203,17 @@ def test_the_command_ends_in_a_sentence_and_exit_code_2(
 def test_train_sends_a_file_with_a_comparison_to_compare(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="give it to `lisatune compare`"):
         load_recipe(write(tmp_path, seeds=3))
+
+
+def test_a_comparison_in_which_every_arm_failed_is_no_defect_of_lisatune(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = tiny_report.results()
+    for arm in results["arms"]:
+        arm["test_loss"] = None
+    monkeypatch.setattr(stages, "compare", lambda *_, **__: results)
+    out = ["--output", str(tmp_path / "out")]
+    assert main(["compare", str(write(tmp_path)), "--methods", "full,lora", *out]) == 2
 
 
 def test_runs_that_could_end_at_other_steps_are_refused(tmp_path: Path) -> None:
