@@ -7,12 +7,14 @@ table6  active blocks × period          draws   five seeds of the draws alone
 gap     what could close the gap to full fine-tuning
 methods, optimizers  all of them         qlisa, correction, units, ground  see their files
 benchmarks, gsm8k, pubmedqa  scores of benchmark tasks; continual  half of Table 4, before then_sft.py
+epoch  five times as many tokens, on a GPU
 
 The data is python-docs unless `data.train=` and `data.validation=` name other data. `--general FILE` also
 measures forgetting. The same command continues a stopped comparison. Results are in runs/NAME-compare, or
 with --smoke in runs/NAME-smoke.
 
-`--widen` tries further learning rates of an arm while its best one is the lowest or highest that was tried.
+`--widen` tries further learning rates of an arm while its best one is the lowest or highest that was tried;
+of an arm with one rate, half and twice of it first. With --smoke it does nothing.
 `--rates-of FOLDER` gives each arm the one rate that the comparison in FOLDER found to be its best.
 `--list-arms` prints the names of the arms.
 """
@@ -45,7 +47,7 @@ def run(given: list[str]) -> int:
         print("\n".join(_read(RECIPES[_find_name(given)])["compare"]["arms"]))
         return 0
     known, given = _take(given, "--rates-of")
-    is_wide = "--widen" in given
+    is_wide = "--widen" in given and "--smoke" not in given
     command, recipe, *rest = make_arguments([each for each in given if each != "--widen"])
     output = _take(rest, "--output")[0] or f"runs/{Path(recipe).stem}-compare"
     asked = Path(f"{output}.yaml")
@@ -58,7 +60,11 @@ def run(given: list[str]) -> int:
         rest += ["--output", output]
     code = main([command, recipe, *rest])
     for _ in range(WIDENINGS if is_wide and code == 0 else 0):
-        edges = [arm for arm in read_results(output)["arms"] if arm["lr_at_edge"]]
+        edges = [
+            arm
+            for arm in read_results(output)["arms"]
+            if arm["lr_at_edge"] or (len(arm["lrs"]) == 1 and arm["chosen_lr"])
+        ]
         if not edges:
             break
         recipe = set_rates(
@@ -85,7 +91,9 @@ def make_arguments(given: Sequence[str]) -> list[str]:
 
 
 def widen(rates: Sequence[float], best: float | None) -> list[float]:
-    """Add a rate beyond the best one, which is the lowest or highest of two or more in rising order."""
+    """Add a rate beyond the best one, which is the lowest or highest in rising order; to one alone, two."""
+    if len(rates) == 1:
+        return [rates[0] / 2, rates[0], rates[0] * 2]
     low, high = (rates[0], rates[1]), (rates[-1], rates[-2])
     edge, next_to_it = low if best == rates[0] else high
     return sorted([*rates, float(f"{edge * edge / next_to_it:.3g}")])

@@ -54,6 +54,7 @@ def test_rates_are_widened_beyond_the_best_one_and_others_stay(tmp_path: Path) -
     script = runpy.run_path(str(EXPERIMENTS / "compare.py"))
     assert script["widen"]([1e-4, 3e-4, 1e-3], 1e-3) == [1e-4, 3e-4, 1e-3, pytest.approx(1e-2 / 3, rel=1e-2)]
     assert script["widen"]([1e-4, 2e-4], 1e-4) == [5e-5, 1e-4, 2e-4]
+    assert script["widen"]([1e-3], 1e-3) == [5e-4, 1e-3, 2e-3]
     ground = EXPERIMENTS / "ground.yaml"
     other = script["set_rates"](ground, {"LoRA r=16": [2e-3]}, tmp_path / "ground.yaml")
     before, after = ({arm.name: arm for arm in read_comparison(each).arms} for each in (ground, other))
