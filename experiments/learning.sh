@@ -8,20 +8,21 @@
 # DATA has NAME.jsonl and NAME-val.jsonl of math, code (code_data.py), gsm8k (benchmark_rows.py), alpaca and dolly, and
 # general.jsonl; cells whose data is missing are left out. A cell is one arm of one experiment on one data set, in
 # OUT/NAME/ARM; JOBS cells run at a time. After LIMIT seconds no cell begins and those that run are stopped. The same
-# command continues with what is missing, in the middle of a run too; it ends with 0 once nothing is.
+# command continues with what is missing, in the middle of a run too; it ends with 0 once nothing is. A -long cell
+# begins once its arm has its rate: NAME/ARM.done says that a cell is complete.
 # `python experiments/gather.py NAME OUT/NAME` prints the figures of all arms.
 #
-# ground-DATA chooses each arm's learning rate, with further rates while the best is at the edge; ground-DATA-long trains
-# with it. The best of these deserve more seeds: SEEDS=3 experiments/learning.sh DATA OUT ground-math-long/full …
+# ground-DATA chooses each arm's learning rate, with further rates while the best is at the edge; ground-DATA-long
+# trains with it. The best of these deserve more seeds: SEEDS=3 experiments/learning.sh DATA OUT ground-math-long/full …
 
 set -uo pipefail
-[ $# -ge 2 ] || { sed -n "2,15p" "$0"; exit 2; }
+[ $# -ge 2 ] || { sed -n "2,16p" "$0"; exit 2; }
 data=$(cd "$1" && pwd) && mkdir -p "$2" && out=$(cd "$2" && pwd) || exit 2
 shift 2
 [ -z "${SMOKE:-}" ] || out=$out/smoke
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
-[ -x "$python" ] || python=python3
+command -v "$python" >/dev/null || python=python3
 jobs=${JOBS:-8} device=${DEVICE:-cuda} seeds=${SEEDS:-1} ends=$(($(date +%s) + ${LIMIT:-540}))
 export PYTHONPATH=$PWD/src${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 
@@ -76,11 +77,15 @@ cells() { # NAME, ARM, EXPERIMENT and ARGUMENTS of every cell that was asked for
 }
 
 run() { # a line of `cells`
-  local name arm experiment rest given folder left=$((ends - $(date +%s)))
+  local name arm experiment rest given folder rates code left=$((ends - $(date +%s)))
   [ "$left" -gt 20 ] || return 1
   IFS=$'\t' read -r name arm experiment rest <<<"$1"
   folder=$out/$name/$(slug "$arm")
   mkdir -p "$out/$name"
+  if [ -z "$SMOKE" ] && [[ $rest =~ --rates-of\ ([^ ]*)/ARM ]]; then
+    rates=${BASH_REMATCH[1]}/$(slug "$arm")
+    [ -e "$rates.done" ] || { echo "$name/$arm: its rate is not chosen yet, in $rates"; return 1; }
+  fi
   read -ra given <<<"run.device=$device ${SMOKE:+--smoke} ${rest//\/ARM/\/$(slug "$arm")}"
   if [ "$experiment" = row_slices ]; then
     given+=(--arms "$arm" --folder "$folder" --seeds $(seq 0 $((seeds - 1))))
@@ -88,11 +93,22 @@ run() { # a line of `cells`
     given+=(--methods "$arm" --output "$folder" --seeds "$seeds")
   fi
   timeout -s TERM -k 20 "$left" "$python" $(script "$experiment") "${given[@]}" >>"$folder.log" 2>&1
-  local code=$?
+  code=$?
+  [ "$code" != 0 ] || touch "$folder.done"
   echo "$name/$arm: ended with $code ($(tail -n 1 "$folder.log"))"
   return $((code != 0))
 }
 export -f run script slug
 export python ends device seeds out SMOKE=${SMOKE:-}
 
-cells "$@" | xargs -d '\n' -P "$jobs" -I {} bash -c 'run "$1"' _ {}
+if [ $# -gt 0 ]; then
+  found=$(cells "$@") tab=$'\t'
+  for cell; do
+    [[ $'\n'$found == *$'\n'"${cell/\//$tab}$tab"* ]] && continue
+    echo "learning.sh: no cell $cell, or no data for it" >&2
+    exit 2
+  done
+  printf '%s\n' "$found"
+else
+  cells
+fi | xargs -d '\n' -P "$jobs" -I {} bash -c 'run "$1"' _ {}

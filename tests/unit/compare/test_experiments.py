@@ -126,6 +126,39 @@ else:
     assert len(begun) == len(given) - 4
 
 
+def test_learning_sh_trains_long_once_the_rate_is_chosen_and_names_a_cell_that_is_none(
+    tmp_path: Path,
+) -> None:
+    data, out, calls = tmp_path / "data", tmp_path / "out", tmp_path / "calls"
+    data.mkdir()
+    for name in ("math", "math-val", "general"):
+        (data / f"{name}.jsonl").touch()
+    stub = tmp_path / "python"
+    stub.write_text(f'#!/bin/bash\n[[ "$*" == *--list-arms ]] && echo full || echo "$*" >>{calls}\n')
+    stub.chmod(0o755)
+
+    def call(*cells: str) -> tuple[int, str, int]:
+        done = subprocess.run(
+            [EXPERIMENTS / "learning.sh", data, out, *cells],
+            env=os.environ | {"PYTHON": str(stub), "JOBS": "1", "SMOKE": ""},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        made = len(calls.read_text().splitlines()) if calls.exists() else 0
+        return done.returncode, done.stdout + done.stderr, made
+
+    code, said, made = call("ground-math-long/full")
+    assert (code, made) == (123, 0)
+    assert "ground-math-long/full: its rate is not chosen yet" in said
+    assert call("ground-math/full")[::2] == (0, 1)
+    assert call("ground-math-long")[::2] == (0, 2)
+    for wrong in ("ground-maths", "ground-math/fulll", "ground-code"):
+        code, said, made = call("ground-math", wrong)
+        assert (code, made) == (2, 2)
+        assert f"learning.sh: no cell {wrong}, or no data for it" in said
+
+
 def test_the_chosen_runs_of_a_comparison_become_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
