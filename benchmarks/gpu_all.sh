@@ -2,7 +2,7 @@
 # Everything that needs a GPU, section by section, into one file: OUT/gpu_all.json. Limits add up to 14 minutes.
 #
 #   benchmarks/gpu_all.sh [OUT]                        OUT: default $OUT, else ./gpu-out
-#   benchmarks/gpu_all.sh --only plans OUT             one section
+#   benchmarks/gpu_all.sh --only plans,steps-8b OUT    these sections, for a machine that is lent for less
 #   benchmarks/gpu_all.sh --fresh OUT                  again, also what is complete
 #   benchmarks/gpu_all.sh --device cpu --tiny OUT      does every section run? Before a GPU's minute is spent
 #   DATA=FOLDER benchmarks/gpu_all.sh OUT              also the section `ground`: FOLDER as in experiments/learning.sh
@@ -43,7 +43,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export PYTHONPATH=$PWD/src${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 LISATUNE_TEST_DEVICE=$device
 export DATA=${DATA:-} TINY=$tiny COMMIT=${COMMIT:-$(git rev-parse HEAD 2>/dev/null || echo unknown)}
-failed=0 seen=0
+failed=0 seen=,
 
 # record NAME: is that section complete, for this commit?
 # record NAME EXIT SECONDS LIMIT COMMAND: write it down.
@@ -88,8 +88,8 @@ PY
 section() { # NAME SECONDS COMMAND…
   local name=$1 limit=$2 started code
   shift 2
-  [ -n "$only" ] && [ "$only" != "$name" ] && return
-  seen=$((seen + 1))
+  [[ -z $only || ,$only, == *,$name,* ]] || return
+  seen+=$name,
   if [ -z "$fresh" ] && record "$name"; then
     echo "$name: complete before"
     return
@@ -147,5 +147,7 @@ section compiled-batch-4-8b 50 "$python" benchmarks/gpu.py --device "$device" --
   "$0" experiments/gather.py --json math "$1" >"$4" && exit "$code"
 ' "$python" "$out/learning" "$device" "$tiny" @JSON "${cells[@]}"
 
-[ "$seen" -gt 0 ] || { echo "gpu_all.sh: no section $only" >&2; exit 2; }
+for name in ${only//,/ }; do
+  [[ $seen == *,$name,* ]] || { echo "gpu_all.sh: no section $name" >&2; exit 2; }
+done
 exit "$failed"

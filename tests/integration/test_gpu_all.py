@@ -71,7 +71,8 @@ esac
     assert sections["ground"]["figures"] == ["gathered"]
     assert "--methods full" in (tmp_path / "cells").read_text()
     plans = ("--only", "plans")
-    assert run(tmp_path, *plans, python=str(stub)) == (0, ["plans: complete before"])
+    two = run(tmp_path, "--only", "plans,optimizer", python=str(stub))
+    assert two == (0, ["optimizer: complete before", "plans: complete before"])
     for key, other in (("tiny", False), ("device", "cuda"), ("commit", "abd")):
         kept = json.loads((tmp_path / "gpu_all.json").read_text())
         kept["sections"]["plans"][key] = other
