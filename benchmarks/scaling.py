@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a few small points, to see that it runs")
     parser.add_argument("--plot", type=Path, help="write an SVG of the figures in OUTPUT.json")
     args = parser.parse_args()
-    path = Path(f"{args.output}.json")
+    path = Path(f"{args.output}{'-smoke' * args.smoke}.json")  # small points are none of the plot's
     found: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
     ends = time.monotonic() + 60 * args.budget if args.budget else float("inf")
     for point in points(args.smoke) * args.repeats:
