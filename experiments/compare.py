@@ -35,7 +35,7 @@ SMOKE = (
     *("data.max_length=64", "data.limit=64", "data.validation_limit=16", "run.batch_size=1"),
     *("--budget", "steps=2", "--seeds", "1", "--lr", "1e-4"),
 )
-"""Two steps of every arm at one learning rate, to see that it runs."""
+"""Two steps of every arm at one learning rate, or at its own ones, to see that it runs."""
 
 WIDENINGS = 4
 """How often a list of rates is widened at most."""
