@@ -1,12 +1,16 @@
 """`benchmarks/gpu_all.sh` without a GPU: sections are written down, skipped when complete, and may fail."""
 
+import argparse
 import json
 import os
+import runpy
 import stat
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+
+import pytest
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_all.sh"
 
@@ -73,7 +77,7 @@ esac
     plans = ("--only", "plans")
     two = run(tmp_path, "--only", "plans,optimizer", python=str(stub))
     assert two == (0, ["optimizer: complete before", "plans: complete before"])
-    for key, other in (("tiny", False), ("device", "cuda"), ("commit", "abd")):
+    for key, other in (("tiny", False), ("device", "cuda")):
         kept = json.loads((tmp_path / "gpu_all.json").read_text())
         kept["sections"]["plans"][key] = other
         (tmp_path / "gpu_all.json").write_text(json.dumps(kept))
@@ -83,3 +87,18 @@ esac
 
 def test_a_section_that_does_not_exist_is_named(tmp_path: Path) -> None:
     assert run(tmp_path, "--only", "plan") == (2, ["gpu_all.sh: no section plan"])
+
+
+def test_a_step_on_a_gpu_is_timed_with_draws_as_rare_as_by_default() -> None:
+    gpu = runpy.run_path(str(SCRIPT.with_name("gpu.py")))
+    seconds = [1.0, 3.0] * 5  # a draw at the end of every second step
+    spread = {method: gpu["spread_draws"](seconds, method) for method in ("lisa", "badam", "lora")}
+    assert spread == {"lisa": pytest.approx(1.2), "badam": pytest.approx(1.04), "lora": pytest.approx(2)}
+    assert gpu["spread_draws"]([1.0], "lisa") == 1
+    given = {"shape": "smollm2-135m", "length": 16, "batch": 1, "device": "cpu", "checkpointing": "none"}
+    options = argparse.Namespace(**given, compile=False)
+    methods = [gpu["make_recipe"](options, keys).method for keys in gpu["ARMS"].values()]
+    assert {each.period for each in methods if each.name == "lisa"} == {2}
+    assert {(each.switch_every, each.switch_mode) for each in methods if each.name == "badam"} == {
+        (2, "random")
+    }
