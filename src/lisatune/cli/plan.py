@@ -111,7 +111,7 @@ def _print_table(recipe: "Recipe", plan: "MemoryPlan", fit: "Fit | None", room: 
         text = f"{byte_text(plan.host_bytes)} of {kept}{disk}" + (f", with {copy}" if copy else "")
         rows.append(("host memory", copy if plan.copy_bytes == plan.host_bytes else text))
     if plan.disk_bytes:
-        rows.append(("disk", f"up to {byte_text(plan.disk_bytes)} of exact weights, in the run's folder"))
+        rows.append(("disk", f"up to {byte_text(plan.disk_bytes)} of exact weights, on the disk of the run"))
     if plan.switch_bytes:
         moved = f"moves {byte_text(plan.switch_bytes)} onto the device and as much back, between two steps"
         rows.append(("a draw", moved))

@@ -95,7 +95,7 @@ class MemoryPlan(StepMemory):
     """Bytes of exact weights that a draw moves onto the device, and off it; 0 if no weight is codes."""
 
     disk_bytes: int
-    """Bytes of exact weights for which `method.master: disk` needs room in the run's folder; else 0."""
+    """Bytes of exact weights for which `method.master: disk` needs room on the disk of the run; else 0."""
 
     seconds: float
     """Wall time of making the plan."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
+from lisatune.console import plural
 from lisatune.data.sources import has_splits
 from lisatune.lisa.schedule import BlockSchedule
 from lisatune.models.gguf import SMOLLM2
@@ -58,14 +59,15 @@ def warn_of_idle_evaluations(recipe: Recipe, steps: int) -> None:
     if run.eval_every is None:
         return
     evaluations = (steps - 1) // run.eval_every  # that of the last step is made in any case
-    needing = [f"run.stop_after={run.stop_after}"] if run.stop_after is not None else []
+    every, stop = f"run.eval_every={run.eval_every}", f"run.stop_after={run.stop_after}"
     if evaluations == 0:
+        needing = [] if run.stop_after is None else [stop]
         needing += ["run.keep_best"] if run.keep_best else []
-        why = f"the run has {steps} steps, and the last one is evaluated anyway"
-        _warn(" with ".join([f"run.eval_every={run.eval_every}", *needing]), why)
+        beside = f" with {' and '.join(needing)}" if needing else ""
+        _warn(every + beside, f"the run has {plural(steps, 'step')}, and the last one is evaluated anyway")
     elif run.stop_after is not None and evaluations < run.stop_after:
         times = "once" if evaluations == 1 else f"{evaluations} times"
-        _warn(needing[0], f"run.eval_every={run.eval_every} evaluates {times} before the last step")
+        _warn(stop, f"{every} evaluates {times} before the last step")
 
 
 def _warn(setting: str, why: str) -> None:

@@ -29,7 +29,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         (
             ["run.steps=8", "run.eval_every=9", "run.keep_best=true", "run.stop_after=1"],
-            "run.eval_every=9 with run.stop_after=1 with run.keep_best does nothing: ",
+            "run.eval_every=9 with run.stop_after=1 and run.keep_best does nothing: ",
         ),
         (
             ["run.steps=8", "run.eval_every=3", "run.stop_after=3"],
