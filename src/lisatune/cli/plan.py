@@ -126,7 +126,7 @@ def _print_table(recipe: "Recipe", plan: "MemoryPlan", fit: "Fit | None", room: 
         rows += [("because", f"{key}: {why}") for key, why in zip(fit.changes, fit.reasons, strict=True)]
     if room is not None:
         active, needed = len(room.plan.active_blocks or ()), byte_text(room.plan.needed_bytes)
-        blocks = f"{active} of {room.plan.num_blocks} {room.plan.word}s, which learn more"
+        blocks = f"{active} of {room.plan.num_blocks} {room.plan.word}s"
         rows.append(("room", f"for {blocks}: {room.overrides} needs {needed}"))
     panel = Panel(grid(rows), title="memory", title_align="left", border_style="cyan", box=box.ROUNDED)
     terminal().print(panel)
