@@ -1,4 +1,4 @@
-"""LISA attached by its hooks alone in TRL's DPOTrainer and RewardTrainer trains what a plain loop trains."""
+"""LISA attached by its hooks alone in TRL's DPO-, KTO- and RewardTrainer trains what a plain loop trains."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast, get_scheduler
-from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
 
 import tiny
 from lisatune import LISA, find_layers
@@ -20,7 +20,7 @@ LR = 1e-2
 pytestmark = [
     # TRL asks for checkpointing under the name that transformers is giving up.
     pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.parametrize("kind", ["dpo", "reward"]),
+    pytest.mark.parametrize("kind", ["dpo", "kto", "reward"]),
 ]
 
 Make = Callable[..., Any]
@@ -33,6 +33,16 @@ def reward_model(seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForSequenceClassification(config)
+
+
+def judge(pairs: Dataset) -> Dataset:
+    """Make single answers that are good or bad, in turn."""
+    return Dataset.from_list(
+        [
+            {"prompt": row["prompt"], "completion": row[which], "label": which == "chosen"}
+            for row, which in zip(pairs, ["chosen", "rejected"] * (len(pairs) // 2), strict=True)
+        ]
+    )
 
 
 @pytest.fixture
@@ -69,6 +79,14 @@ def make(kind: str, tokenizer: PreTrainedTokenizerFast, words: tuple[str, ...], 
                 ref_model=tiny.llama(),
                 args=DPOConfig(**settings),
                 train_dataset=rows,
+                processing_class=tokenizer,
+            )
+        if kind == "kto":
+            return KTOTrainer(
+                tiny.llama(seed=seed),
+                ref_model=tiny.llama(),
+                args=KTOConfig(**settings),
+                train_dataset=judge(rows),
                 processing_class=tokenizer,
             )
         return RewardTrainer(
