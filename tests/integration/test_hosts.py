@@ -391,6 +391,20 @@ def test_sft_trainer_equals_plain_loop_over_its_loss_and_resumes_bit_equal(
     assert_same(resumed, twin)
 
 
+# TRL's loss, like Liger's, reads the head's weight and does not call the head.
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("ends", ["frozen", "every:2"])
+def test_sft_trainer_with_codes_in_the_head_trains_what_a_loop_that_calls_the_head_does(
+    data: Dataset, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, ends: str
+) -> None:
+    coded: dict[str, Any] = {"frozen_weights": "int8", "ends": ends}
+    run = train(make_sft_trainer(data, tokenizer, tmp_path), **coded)
+    twin = plain_loop(data, **coded)
+    theirs = twin.model.state_dict()
+    for name, weight in run.model.state_dict().items():
+        torch.testing.assert_close(weight, theirs[name], atol=1e-3, rtol=0)  # a step moves by up to 1e-2
+
+
 def test_trainers_schedule_does_not_notice_lisa(data: Dataset, tmp_path: Path) -> None:
     bare = make_trainer(data, tmp_path)
     bare.train()

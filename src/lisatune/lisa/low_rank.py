@@ -18,7 +18,7 @@ from lisatune.distributed.shards import has_values
 from lisatune.lisa.correction import Corrected, Correction, FrozenCorrection, find_correction
 from lisatune.lisa.proof import INTEGERS, fingerprint
 from lisatune.nn.adapter import Adapter
-from lisatune.nn.coded import CodedLinear, refuse_bypassed
+from lisatune.nn.coded import CodedLinear, own_parameter, refuse_bypassed
 from lisatune.nn.layers import LayerMap, select_named
 from lisatune.nn.units import UnitMap
 from lisatune.optim.adamw import AdamW
@@ -78,10 +78,10 @@ class LowRankCorrection(FrozenCorrection):
             f"adapters of {path}" if is_divided else f"adapters of block {i}"
             for i, path in enumerate(layers.blocks)
         ]
-        for name in chosen:
-            _check_rank(name, linear[name][0], correction.rank)
-        corrected = [linear[name][0].weight for name in chosen]
-        refuse_bypassed(model, corrected, "adapters; use correction none or sign")
+        corrected = {name: own_parameter(linear[name][0]) for name in chosen}
+        for name, weight in corrected.items():
+            _check_rank(name, weight, correction.rank)
+        refuse_bypassed(model, corrected.values(), "adapters; use correction none or sign")
         for name in chosen:
             layer, block = linear[name]
             key = hashlib.blake2b(f"{seed}/correction/{name}".encode(), digest_size=7).digest()
@@ -308,9 +308,10 @@ def _find_linear(model: nn.Module, layers: LayerMap) -> dict[str, tuple[nn.Linea
     }
     found: dict[str, tuple[nn.Linear, int]] = {}
     for name, module in model.named_modules():
-        if type(module) in (nn.Linear, CodedLinear) and module.weight in blocks:
+        weight = module._parameters.get("weight")
+        if type(module) in (nn.Linear, CodedLinear) and weight in blocks:
             assert isinstance(module, nn.Linear)
-            found[name] = module, blocks[module.weight]
+            found[name] = module, blocks[weight]
     if not found:
         raise ValueError(
             f"correction lora needs blocks with torch.nn.Linear layers, and those of {type(model).__name__} "
@@ -319,13 +320,13 @@ def _find_linear(model: nn.Module, layers: LayerMap) -> dict[str, tuple[nn.Linea
     return found
 
 
-def _check_rank(name: str, layer: nn.Linear, rank: int) -> None:
-    if rank > min(layer.weight.shape):
+def _check_rank(name: str, weight: Tensor, rank: int) -> None:
+    if rank > min(weight.shape):
         raise ValueError(
-            f"correction_rank {rank} is above the smaller side of {name} {list(layer.weight.shape)}; use at "
-            f"most {min(layer.weight.shape)}, or name other layers in correction_matrices"
+            f"correction_rank {rank} is above the smaller side of {name} {list(weight.shape)}; use at "
+            f"most {min(weight.shape)}, or name other layers in correction_matrices"
         )
-    if layer.weight.dtype == torch.float16:
+    if weight.dtype == torch.float16:
         raise ValueError("correction lora cannot train beside float16 weights; load the model in bfloat16")
 
 

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from lisatune.distributed.shards import has_values, local_part, reshard
 from lisatune.losses.base import Loss, Sums, as_forward
 from lisatune.losses.cross_entropy import linear_cross_entropy
-from lisatune.nn.coded import CodedLinear, exact_parameters
+from lisatune.nn.coded import CodedLinear, exact_parameters, own_parameter
 from lisatune.nn.hidden import hidden_states, logits, num_virtual_tokens, unwrap_adapters
 
 __all__ = ["IGNORE", "CausalLMLoss", "chunked_cross_entropy", "evaluation_mode"]
@@ -81,7 +81,7 @@ def chunked_cross_entropy(
     how: dict[str, Any] = {"chunk_size": chunk_size, "transform": transform, "each": by_row}
     if _is_plain(head):
         read_rows = head.make_reader() if isinstance(head, CodedLinear) else None
-        losses = linear_cross_entropy(hidden_ND, head.weight, target_N, read_rows=read_rows, **how)
+        losses = linear_cross_entropy(hidden_ND, own_parameter(head), target_N, read_rows=read_rows, **how)
     else:
         losses = _recomputed_cross_entropy(hidden_ND, head, target_N, **how)
     return (_sum_rows(losses, has_loss_BT) if by_row else losses), num_tokens
@@ -127,10 +127,10 @@ def _is_plain(head: Any) -> TypeGuard[nn.Linear]:
     return (
         type(head) in (nn.Linear, CodedLinear)
         and head.bias is None
-        and (_is_plain_parameter(head.weight) or not has_values(head.weight))
         and "forward" not in vars(head)
         and not (head._forward_hooks or head._forward_pre_hooks)
         and not (head._backward_hooks or head._backward_pre_hooks)
+        and (_is_plain_parameter(own_parameter(head)) or not has_values(own_parameter(head)))
     )
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lisatune.nn.coded import CodedLinear
+from lisatune.nn.coded import CodedLinear, own_parameter
 
 __all__ = ["Adapter", "merge_adapters"]
 
@@ -42,7 +42,7 @@ class Adapter:
 
     def __init__(self, layer: nn.Linear, *, rank: int, scale: float, generator: torch.Generator) -> None:
         changed: Any = layer
-        self.layer, self.scale, weight = changed, scale, layer.weight
+        self.layer, self.scale, weight = changed, scale, own_parameter(layer)
         values = torch.empty(rank, weight.shape[1]).uniform_(-1, 1, generator=generator)
         values *= weight.shape[1] ** -0.5
         self.A = nn.Parameter(values.to(weight.device))
@@ -172,7 +172,7 @@ def _take_merged(layer: Any, state_dict: Any, prefix: str, *_: Any) -> None:
     """Keep W if the merged weight comes back; let any other weight take the place of the sum."""
     adapter: Adapter = layer._adapter
     given = state_dict.get(f"{prefix}weight")
-    if given is None or given.shape != layer.weight.shape or not bool(adapter.B.any()):
+    if given is None or given.shape != own_parameter(layer).shape or not bool(adapter.B.any()):
         return
     weight = adapter.weight
     if torch.equal(adapter.add_to(weight).to(given), given):

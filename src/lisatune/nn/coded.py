@@ -10,6 +10,8 @@ The layer's class changes with it, `nn.Linear` to `CodedLinear` and back. A code
     computes with its codes while it trains; forward and backward save the codes alone, never a dense weight;
     computes with the exact weight in evaluation mode without gradients, so that held-out loss and generated
     text are those of the model that is saved;
+    gives what it computes with, made dense anew, to code that reads `weight` of a linear layer past a call
+    of it, as the losses of TRL and Liger read the head's; `own_parameter` is the parameter itself;
     gives and takes the exact weight in `state_dict` and `load_state_dict`; no checkpoint holds codes.
 """
 
@@ -32,6 +34,7 @@ __all__ = [
     "can_be_coded",
     "coded_weights",
     "exact_parameters",
+    "own_parameter",
     "refuse_bypassed",
 ]
 
@@ -69,7 +72,7 @@ class CodedWeight:
     def __init__(self, name: str, layers: Iterable[nn.Module], format: Format, masters: Masters) -> None:
         self.name, self.format, self.masters = name, format, masters
         self.layers: tuple[Any, ...] = tuple(layers)
-        self.parameter: nn.Parameter = self.layers[0].weight
+        self.parameter = own_parameter(self.layers[0])
         self._rounded: Tensor | None = None
 
     @property
@@ -156,7 +159,6 @@ class CodedWeight:
 class _Coded(nn.Module):
     """What coded layers have in common."""
 
-    weight: Any
     _coded_weight: CodedWeight
     _code_names: tuple[str, ...]
 
@@ -185,15 +187,20 @@ class _Coded(nn.Module):
             return
         missing, _, errors = lists
         missing[:] = [key for key in missing if key != name]
-        given = state_dict[name]
-        if given.shape != self.weight.shape:
-            errors.append(f"size mismatch for {name}: {tuple(given.shape)}, not {tuple(self.weight.shape)}")
+        given, own = state_dict[name], own_parameter(self)
+        if given.shape != own.shape:
+            errors.append(f"size mismatch for {name}: {tuple(given.shape)}, not {tuple(own.shape)}")
         else:
             self._coded_weight.load(given)
 
 
 class CodedLinear(_Coded, nn.Linear):
     """A linear layer with a frozen weight that is stored as codes."""
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The weight that `forward` computes with now, [out, in], as a new tensor without gradients."""
+        return self.make_reader()(slice(None), own_parameter(self).dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer in the dtype of its input, or of autocast."""
@@ -205,7 +212,8 @@ class CodedLinear(_Coded, nn.Linear):
         names = self._code_names
         tensors = [self._buffers[f"weight_{name}"] for name in names]
         coded = self._coded_weight.format
-        out: Tensor = _Product.apply(input.to(dtype), coded, self.weight.shape, names, *tensors)  # type: ignore[no-untyped-call]
+        shape = own_parameter(self).shape
+        out: Tensor = _Product.apply(input.to(dtype), coded, shape, names, *tensors)  # type: ignore[no-untyped-call]
         return out if self.bias is None else out + self.bias.to(dtype)
 
     def make_reader(self) -> Callable[[slice, torch.dtype], Tensor]:
@@ -213,7 +221,8 @@ class CodedLinear(_Coded, nn.Linear):
 
         Whether they come from the codes or from the exact weight is decided now, as in a forward pass.
         """
-        coded, shape, device = self._coded_weight, self.weight.shape, self.weight.device
+        coded, own = self._coded_weight, own_parameter(self)
+        shape, device = own.shape, own.device
         if self._computes_exactly():
             return lambda rows, dtype: coded.exact()[rows].to(device, dtype)
         codes, format = coded.codes, coded.format
@@ -232,7 +241,7 @@ class CodedEmbedding(_Coded, nn.Embedding):
             master = coded.exact()
             return embedding(input.to(master.device), master).to(input.device)
         assert isinstance(coded.format, Int8Rows)
-        return coded.format.decode_rows(coded.codes, input, self.weight.dtype)
+        return coded.format.decode_rows(coded.codes, input, own_parameter(self).dtype)
 
 
 class _Product(torch.autograd.Function):
@@ -260,6 +269,13 @@ def can_be_coded(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear
 
 
+def own_parameter(layer: nn.Module) -> nn.Parameter:
+    """Return the parameter `weight` of a layer, which is a placeholder while the weight is codes."""
+    parameter = layer._parameters["weight"]
+    assert parameter is not None
+    return parameter
+
+
 def refuse_bypassed(model: nn.Module, weights: Iterable[Tensor], what: str) -> None:
     """Refuse weights that a module of torch reads in evaluation without a call of the layers that own them.
 
@@ -283,7 +299,7 @@ def refuse_bypassed(model: nn.Module, weights: Iterable[Tensor], what: str) -> N
 def coded_weights(model: nn.Module) -> dict[str, CodedWeight]:
     """Return the model's weights that are codes now, by the parameter's name."""
     coded: Iterable[Any] = (m for m in model.modules() if isinstance(m, CodedLinear | CodedEmbedding))
-    owners = {layer.weight: layer._coded_weight for layer in coded}
+    owners = {own_parameter(layer): layer._coded_weight for layer in coded}
     return {name: owners[p] for name, p in model.named_parameters() if p in owners} if owners else {}
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lisatune.nn.coded import CodedLinear, own_parameter
 from lisatune.nn.layers import LayerMap
 
 __all__ = ["needed_flops", "peak_flops", "step_flops", "utilization"]
@@ -82,7 +83,7 @@ def needed_flops(model: Any, layers: LayerMap, lengths: Sequence[int]) -> int | 
         flops += passes * (2 * tokens * every + 2 * attention)
     if output is None:  # a reward model's score, of one token in each sequence
         return flops
-    head: Tensor = output.weight
+    head: Tensor = own_parameter(output) if isinstance(output, CodedLinear) else output.weight
     return flops + 2 * tokens * head.numel() * (1 + passes + head.requires_grad)
 
 

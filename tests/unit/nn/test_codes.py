@@ -1,5 +1,6 @@
 """Weights as int8 rows and as NF4, and layers that compute with them."""
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,8 +10,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import tiny
 from lisatune.lisa.frozen_weights import RamMasters
-from lisatune.nn.coded import CodedEmbedding, CodedLinear, CodedWeight, coded_weights, exact_parameters
+from lisatune.nn.coded import (
+    CodedEmbedding,
+    CodedLinear,
+    CodedWeight,
+    coded_weights,
+    exact_parameters,
+    own_parameter,
+)
 from lisatune.nn.codes import Format, Int8Rows, Nf4, make_format
 
 FORMATS: dict[str, tuple[Format, float, float]] = {
@@ -169,12 +178,13 @@ def test_parameter_object_shape_and_dtype_stay_and_a_stray_read_is_nan() -> None
     layer = nn.Linear(8, 4).to(torch.bfloat16)
     before = layer.weight
     weight = freeze(layer, format=Int8Rows())
-    assert layer.weight is before
-    assert (layer.weight.shape, layer.weight.dtype) == ((4, 8), torch.bfloat16)
-    assert layer.weight.untyped_storage().nbytes() == 2
-    assert layer.weight.isnan().all()
+    parameter = dict(layer.named_parameters())["weight"]
+    assert parameter is own_parameter(layer) is before
+    assert (parameter.shape, parameter.dtype) == ((4, 8), torch.bfloat16)
+    assert parameter.untyped_storage().nbytes() == 2
+    assert parameter.isnan().all()
     with pytest.raises(RuntimeError, match="memory location"), torch.no_grad():
-        layer.weight.add_(1)
+        parameter.add_(1)
     assert type(layer) is CodedLinear
     assert [name for name, _ in layer.named_buffers()] == ["weight_codes", "weight_scales"]
     weight.thaw()
@@ -182,6 +192,36 @@ def test_parameter_object_shape_and_dtype_stay_and_a_stray_read_is_nan() -> None
     assert type(layer) is nn.Linear
     assert list(layer.named_buffers()) == []
     assert "_coded_weight" not in vars(layer)
+
+
+def test_who_reads_the_weight_of_a_layer_gets_what_the_layer_computes_with(
+    made: tuple[Format, float, float],
+) -> None:
+    """A loss that multiplies by `head.weight` trains what one that calls the head trains."""
+    layer = nn.Linear(96, 64, bias=False)
+    exact = layer.weight.detach().clone()
+    freeze(layer, format=made[0])
+    x = torch.randn(3, 96, requires_grad=True)
+    called = layer(x)
+    read = x @ layer.weight.T
+    torch.testing.assert_close(read, called)
+    torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), x)[0] for out in (read, called)))
+    assert not layer.weight.requires_grad
+    assert not torch.equal(layer.weight, exact)
+    with torch.no_grad():
+        assert torch.equal(layer.eval().weight, exact)
+    assert copy.deepcopy(layer.state_dict())["weight"].equal(exact)
+
+
+def test_tying_again_keeps_the_parameter_of_a_coded_head() -> None:
+    """transformers ties a model's ends more than once, as after loading a checkpoint."""
+    model = tiny.llama(tied=True)
+    weight = own_parameter(model.lm_head)
+    freeze(model.model.embed_tokens, model.lm_head, format=Int8Rows())
+    read = model.lm_head.weight
+    model.tie_weights()
+    assert own_parameter(model.lm_head) is weight
+    assert torch.equal(model.lm_head.weight, read)
 
 
 def test_freeze_and_thaw_give_the_same_bits(made: tuple[Format, float, float]) -> None:
