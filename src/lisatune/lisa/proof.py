@@ -1,7 +1,7 @@
 """Proof that the drawn blocks trained and nothing else did.
 
 Every layer gets a 64-bit fingerprint at the start and at the end of a period. The fingerprint of a drawn
-block must have changed, that of every other block must be the same.
+block must have changed, and not to NaN; that of every other block must be the same.
 
 The fingerprint of integers x_i (the parameters' bits) is sum_i w_i·x_i modulo 2^64 with w_i odd and mixed
 from i. Integer sums are exact in any order, and odd numbers have an inverse modulo 2^64, so a change of any
@@ -54,7 +54,7 @@ INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class ProofError(RuntimeError):
-    """The wrong weights trained: a drawn block did not move, or another one did."""
+    """The wrong weights trained: a drawn block did not move or became NaN, or another one moved."""
 
 
 class Proof:
@@ -176,12 +176,24 @@ class Proof:
                 f"period {self._period}: drawn but not trained: {', '.join(surely)}; their gradients never "
                 f"reached the optimizer, or the updates were too small for the weights' dtype"
             )
+        if broken := self._find_nan(sorted(moved & self._drawn)):
+            raise ProofError(
+                f"period {self._period}: the weights became NaN in {', '.join(broken)}, because a loss or "
+                "gradients were not finite; lower the learning rate or clip gradients, and go back to a "
+                "checkpoint from before"
+            )
         if not still_open:
             self._doubted = (self._doubted - moved) | doubted
             self.periods += not doubted
             self._before = None
             if self.moved is not None:
                 self.moved.end((self._drawn - self._idle) | moved)
+
+    def _find_nan(self, names: Iterable[str]) -> list[str]:
+        """Return the layers that hold NaN where their fingerprints read."""
+        with torch.no_grad():
+            found = {name: _has_nan(self._layers[name], self._sample(name)) for name in names}
+        return [name for name, has_nan in found.items() if ranks.max_over_ranks(int(has_nan))]
 
     def _sample(self, name: str) -> int | None:
         """Return the number that places a layer's windows in this period; None if every element is read."""
@@ -319,6 +331,16 @@ def _read(weight: Tensor, gradient: Tensor, index: int, sample: int | None) -> t
     near[ids_n[is_near_n] - first] = values_nD[is_near_n]
     begin = at.start - first * width
     return weight.reshape(-1)[at], near.view(-1)[begin : begin + at.stop - at.start]
+
+
+def _has_nan(parameters: Sequence[Tensor], sample: int | None) -> Tensor:
+    """Tell whether a layer holds NaN where its fingerprint reads; a bool scalar."""
+    found = []
+    for index, parameter in enumerate(parameters):
+        values = local_part(parameter).reshape(-1)
+        values = values if sample is None else read_window(values, sample, index)
+        found += [chunk.isnan().any() for chunk in torch.split(values, CHUNK)]
+    return torch.stack([each.to(found[0].device) for each in found]).any()
 
 
 def _weighted_sum(values: Tensor, *, start: int = 0) -> Tensor:

@@ -345,6 +345,23 @@ def test_ends_without_gradients_are_named(untied_llama: nn.Module, dtype: torch.
         tiny.fit(untied_llama, optimizer, 3)
 
 
+@pytest.mark.parametrize("verify", ["full", "sample"])
+def test_drawn_block_that_became_nan_is_named(untied_llama: nn.Module, verify: str) -> None:
+    """A loop that steps on NaN once has moved its weights, and proves nothing."""
+    optimizer, lisa = attach(untied_llama, verify=verify)
+    broken = lisa.active_blocks[1]
+
+    def spoil(*_: object) -> None:
+        if lisa.steps_done == 2:  # the last of the period: one more, and NaN is everywhere
+            for p in untied_llama.model.layers[broken].parameters():
+                p.grad.fill_(torch.nan)
+
+    optimizer.register_step_pre_hook(spoil)
+    with pytest.raises(ProofError, match=rf"period 0: the weights became NaN in block {broken}, because"):
+        tiny.fit(untied_llama, optimizer, 3)
+    assert lisa.periods_proven == 0
+
+
 def test_check_proves_a_period_that_is_not_over(untied_llama: nn.Module) -> None:
     optimizer, lisa = attach(untied_llama)
     tiny.fit(untied_llama, optimizer, 4)
