@@ -26,6 +26,7 @@ __all__ = [
     "check_parameters",
     "is_copied",
     "refuse_compiled_blocks",
+    "refuse_reordered",
     "refuse_replaced",
     "refuse_second",
     "unwrap_ddp",
@@ -314,6 +315,28 @@ def refuse_replaced(model: nn.Module, named: Mapping[str, nn.Parameter]) -> None
             "resize_token_embeddings and load_state_dict(assign=True) do), so nothing trains the new one; "
             "change the model first, then build the optimizer, then attach LISA"
         )
+
+
+def refuse_reordered(saved: Sequence[str], now: Sequence[str]) -> None:
+    """Refuse an optimizer state that was saved with the same parameters in another order.
+
+    torch numbers parameters in a state, so their moments would go to other weights, and nothing would fail.
+
+    Args:
+        saved, now: names of all parameters of the optimizer, in its order.
+
+    Raises:
+        ValueError: they are the same names in another order.
+    """
+    if sorted(saved) != sorted(now):  # of another model, or renamed
+        return
+    for was, is_now in zip(saved, now, strict=True):
+        if was != is_now:
+            raise ValueError(
+                f"this optimizer state was saved with the parameters in another order ({was!r} was where "
+                f"{is_now!r} is), and torch loads by order, so moments would go to other weights; build the "
+                "optimizer over the parameters, and its groups, in the order that they had then"
+            )
 
 
 def refuse_compiled_blocks(model: nn.Module) -> None:

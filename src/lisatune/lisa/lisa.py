@@ -47,6 +47,7 @@ from lisatune.lisa.checks import (
     check_parameters,
     is_copied,
     refuse_compiled_blocks,
+    refuse_reordered,
     refuse_replaced,
     refuse_second,
     unwrap_ddp,
@@ -681,6 +682,11 @@ class LISA(BlockSchedule):
             "correction": "none" if self._correction is None else str(self._correction.correction),
         }
 
+    def _name_held(self) -> list[str]:
+        """Name the optimizer's parameters in its order; one that is not the model's has the name ""."""
+        names = {p: name for name, p in self._named.items()}
+        return [names.get(p, "") for group in self._optimizer.param_groups for p in group["params"]]
+
     def _add_to_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         state_dict["lisa"] = {
             "steps_done": self.steps_done,
@@ -689,6 +695,7 @@ class LISA(BlockSchedule):
             "visits": list(self.visits),
             "periods_proven": self.periods_proven,
             "moved": [self._moved.total, self._moved.periods],
+            "parameters": self._name_held(),
             "settings": self._collect_settings(),
         }
         if self._collector is not None:
@@ -717,6 +724,7 @@ class LISA(BlockSchedule):
             raise ValueError(
                 f"LISA was saved with other settings; construct it with these ({'; '.join(differing)})"
             )
+        refuse_reordered(saved.get("parameters", ()), self._name_held())
         if self._correction is not None:
             self._correction.check_saved(saved["correction"])
         self._saved, self._saved_state = saved, state_dict["state"]

@@ -38,6 +38,8 @@ def to_names(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], di
     names = _group_names(model, optimizer)
     flat = [name for group in names for name in group]
     state_dict = optimizer.state_dict()
+    if "lisa" in state_dict:  # whose list of names says the same, in an order that no longer matters
+        state_dict["lisa"] = {key: value for key, value in state_dict["lisa"].items() if key != "parameters"}
     plain: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Tensor] = {}
     for index, nested in state_dict["state"].items():

@@ -204,6 +204,30 @@ def test_6_model_of_another_depth_is_refused() -> None:
         optimizer.load_state_dict(saved)
 
 
+@pytest.mark.parametrize("has_groups", [False, True])
+def test_6_a_state_of_the_same_parameters_in_another_order_is_refused(has_groups: bool) -> None:
+    def attach(*, turned: bool) -> tuple[nn.Module, Optimizer, LISA]:
+        model = tiny.llama()
+        layers = find_layers(model)
+        blocks = [list(block.values()) for block in layers.block_parameters(model)]
+        every = [list(layers.end_parameters(model).values()), *(blocks[::-1] if turned else blocks)]
+        groups = [{"params": each} for each in every]
+        optimizer = torch.optim.AdamW(groups if has_groups else [p for each in every for p in each])
+        return model, optimizer, LISA(model, optimizer, period=PERIOD)
+
+    model, optimizer, _ = attach(turned=False)
+    tiny.fit(model, optimizer, 6)
+    _, same, lisa = attach(turned=False)
+    same.load_state_dict(optimizer.state_dict())
+    assert lisa.steps_done == 6
+    _, other, lisa = attach(turned=True)
+    with pytest.raises(
+        ValueError, match=r"in another order \('model\.layers\.0\..* was where 'model\.layers\.5"
+    ):
+        other.load_state_dict(optimizer.state_dict())
+    assert (lisa.steps_done, len(other.state)) == (0, 0)
+
+
 def test_6_state_that_torch_refuses_leaves_lisa_as_it_was() -> None:
     run = Run()
     saved = torch.load(io.BytesIO(straight("drop")[1][6]), weights_only=True)[1]

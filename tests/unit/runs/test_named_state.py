@@ -4,6 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import tiny
+from lisatune import LISA
 from lisatune.runs.named_state import check_same, from_json, from_names, to_json, to_names
 
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
@@ -51,6 +53,22 @@ def test_state_dicts_come_back_when_the_groups_list_their_parameters_in_another_
     turned.load_state_dict(from_names(model, turned, saved, tensors))
     for parameter in model.parameters():
         assert torch.equal(turned.state[parameter]["exp_avg"], optimizer.state[parameter]["exp_avg"])
+
+
+def test_a_state_of_lisa_comes_back_in_another_order_too() -> None:
+    model = tiny.llama()
+    optimizer = torch.optim.AdamW(model.parameters())
+    lisa = LISA(model, optimizer)
+    tiny.fit(model, optimizer, 3)
+    saved, tensors = to_names(model, optimizer)
+    moments = {p: state["exp_avg"].clone() for p, state in optimizer.state.items()}
+    lisa.detach()
+
+    turned = torch.optim.AdamW(list(model.parameters())[::-1])
+    LISA(model, turned)
+    turned.load_state_dict(from_names(model, turned, saved, tensors))
+    assert moments.keys() == turned.state.keys()
+    assert all(torch.equal(turned.state[p]["exp_avg"], moment) for p, moment in moments.items())
 
 
 def test_a_parameter_outside_the_model_is_refused() -> None:
