@@ -5,7 +5,7 @@ import operator
 import os
 import sys
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -26,6 +26,7 @@ __all__ = [
     "check_parameters",
     "is_copied",
     "refuse_compiled_blocks",
+    "refuse_frozen",
     "refuse_reordered",
     "refuse_replaced",
     "refuse_second",
@@ -314,6 +315,29 @@ def refuse_replaced(model: nn.Module, named: Mapping[str, nn.Parameter]) -> None
             f"parameter {gone[0]!r}{more} replaced in the model after LISA was attached (as "
             "resize_token_embeddings and load_state_dict(assign=True) do), so nothing trains the new one; "
             "change the model first, then build the optimizer, then attach LISA"
+        )
+
+
+def refuse_frozen(moving: Iterable[nn.Parameter], named: Mapping[str, nn.Parameter]) -> None:
+    """Refuse a step if something has frozen a parameter that trains in this period.
+
+    LISA would thaw it at a later draw, and whoever froze it would never know.
+
+    Args:
+        moving: what trains in this period.
+        named: the parameters that LISA drives, by name.
+
+    Raises:
+        RuntimeError: one of them does not require grad.
+    """
+    frozen = {p for p in moving if not p.requires_grad}
+    if frozen:
+        names = [name for name, p in named.items() if p in frozen]
+        more = f" and {len(names) - 1} more were" if len(names) > 1 else " was"
+        raise RuntimeError(
+            f"parameter {names[0]!r}{more} frozen after LISA was attached, and LISA would thaw it at a later "
+            "draw; call requires_grad_(False) before you attach LISA, which then leaves it frozen, or use "
+            'LISA\'s ends="head" (no embedding) or "frozen"'
         )
 
 

@@ -47,6 +47,7 @@ from lisatune.lisa.checks import (
     check_parameters,
     is_copied,
     refuse_compiled_blocks,
+    refuse_frozen,
     refuse_reordered,
     refuse_replaced,
     refuse_second,
@@ -152,7 +153,7 @@ class LISA(BlockSchedule):
         TypeError: the optimizer is no torch optimizer, or is LBFGS or DeepSpeed's.
         RuntimeError: a LISA is attached to the optimizer already, or the ranks draw other blocks or hold
             other weights. `optimizer.step()` raises it if param groups, or parameters of the model, were
-            replaced.
+            replaced, or something else froze a parameter that trains.
         ProofError: raised by `optimizer.step()` if the wrong weights trained.
 
     Example:
@@ -536,8 +537,7 @@ class LISA(BlockSchedule):
                 "optimizer, then attach LISA"
             )
         self.ends_train = self._ends.policy.trains_in(self.period_index)
-        moving = {p for block in self.active_blocks for p in self._blocks[block]}
-        moving |= set(self._ends.parameters) if self.ends_train else set()
+        moving = self._find_moving()
         if not moving and self._correction is None:
             raise ValueError(
                 f"{type(self.sampler).__name__} drew no blocks for period {self.period_index}, in which the "
@@ -554,6 +554,11 @@ class LISA(BlockSchedule):
             self._correction.train(self.active_blocks)
         if self._collector is not None:
             self._collector.make_room(self.active_blocks)
+
+    def _find_moving(self) -> set[nn.Parameter]:
+        """Return the model's parameters that train in this period."""
+        moving = {p for block in self.active_blocks for p in self._blocks[block]}
+        return moving.union(self._ends.parameters) if self.ends_train else moving
 
     def _freeze(self, parameter: nn.Parameter) -> None:
         parameter.requires_grad_(False)
@@ -579,6 +584,7 @@ class LISA(BlockSchedule):
         if self.steps_done % self.period == 0 or self._has_loaded:
             refuse_replaced(self._model, self._named)
             self._has_loaded = False
+        refuse_frozen(self._find_moving(), self._named)
         if self._exchange is not None:
             self._exchange.before_step()
         if optimizer.param_groups is not self._param_groups:

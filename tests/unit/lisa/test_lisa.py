@@ -202,6 +202,21 @@ def test_1_parameters_that_are_replaced_later_are_an_error_because_they_would_ne
     assert lisa.steps_done == steps
 
 
+@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize("where", ["the embedding", "an active block"])
+def test_1_what_is_frozen_later_is_refused_because_the_next_draw_would_thaw_it(
+    untied_llama: nn.Module, where: str, steps: int
+) -> None:
+    optimizer, lisa = attach(untied_llama)
+    tiny.fit(untied_llama, optimizer, steps)
+    block = f"model.layers.{lisa.active_blocks[0]}"
+    path, more = ("model.embed_tokens", "was") if where == "the embedding" else (block, "and 8 more were")
+    untied_llama.get_submodule(path).requires_grad_(False)
+    with pytest.raises(RuntimeError, match=rf"'{path}.*' {more} frozen after LISA was attached"):
+        tiny.fit(untied_llama, optimizer, range(steps, steps + 1))
+    assert lisa.steps_done == steps
+
+
 # ---- 2: the drawn blocks train, no other does
 
 
