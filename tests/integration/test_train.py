@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM
 
+import lisatune.files.parts
 import lisatune.train.evaluation
 import tiny_run
 from lisatune.losses.causal_lm import CausalLMLoss
@@ -304,6 +305,25 @@ def test_the_best_model_is_written_in_the_dtype_that_was_asked_for(
     run(recipe, "best", *BEST, "run.save_dtype=bf16")
     written = load_file(recipe.parent / "best" / "model" / "model.safetensors")
     assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("saves", ["run.save_async=false", "run.save_async=true"])
+def test_where_the_best_step_cannot_be_saved_the_next_best_one_is_kept(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, saves: str
+) -> None:
+    write = lisatune.files.parts.write_stream
+
+    def fail(path: Path, *rest: Any) -> None:
+        if "step-000002" in path.parent.name:
+            raise OSError(28, "No space left on device")
+        write(path, *rest)
+
+    monkeypatch.setattr("lisatune.files.parts.write_stream", fail)
+    set_held_out_losses(monkeypatch, [9.0, 5.0, 3.0, 4.0, 4.5, 4.4, 6.0])
+    summary = run(recipe, "best", *BEST, saves, "run.on_save_error=continue")
+    assert (summary["failed_saves"], summary["best_step"], summary["held_out_loss_after"]) == (1, 3, 4)
+    run(recipe, "three", *BEST[1:2], "run.steps=3")
+    assert_same_model(recipe, "three", "best")
 
 
 @pytest.mark.filterwarnings("ignore:.*is stored in bfloat16")

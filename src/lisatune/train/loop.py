@@ -174,18 +174,20 @@ def _loop(
         def evaluate() -> bool:
             """Take this step's held-out loss, if it has one and a run before a break has not taken it.
 
-            Returns whether it is the lowest so far, and its checkpoint was saved or begun.
+            Returns whether it is below that of every checkpoint, and its own was saved or begun.
             """
             has_one = run.eval_every and state.step % run.eval_every == 0 and 0 < state.step < last
             if has_one and state.evaluated_step < state.step:
                 with suppress(evaluation.StopRequestedError):
                     held_out, state.more = evaluation.held_out(parts, bar, asked_to_stop)
-                    has_gained = state.add_evaluation(held_out)
+                    state.add_evaluation(held_out)
                     note({"step": state.step, "held_out_loss": held_out} | state.more)
                     bar.print(f"step {state.step}: held-out loss {held_out:.3f}")
-                    if run.keep_best and has_gained:
-                        with clock.saving():
-                            return saver.save(is_best=True)
+                    if run.keep_best:
+                        saver.collect(wait=True)  # else one that is going to fail would count
+                        if state.is_best():
+                            with clock.saving():
+                                return saver.save(is_best=True)
             return False
 
         evaluate()

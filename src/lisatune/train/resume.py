@@ -83,13 +83,19 @@ class RunState:
         self.peak_state_bytes = max(self.peak_state_bytes, meter.bytes)
         self.peak_state_elements = max(self.peak_state_elements, meter.elements)
 
-    def add_evaluation(self, held_out: float) -> bool:
-        """Note this step's held-out loss; return whether it is the lowest so far."""
+    def add_evaluation(self, held_out: float) -> None:
+        """Note this step's held-out loss."""
         self.evaluated_step, self.held_out = self.step, held_out
         has_gained = held_out < self.lowest_held_out
         self.lowest_held_out = held_out if has_gained else self.lowest_held_out
         self.evaluations_without_gain = 0 if has_gained else self.evaluations_without_gain + 1
-        return has_gained
+
+    def is_best(self) -> bool:
+        """Whether the last evaluation's loss is below that of every checkpoint in `best`.
+
+        A lower one may have been seen whose checkpoint could not be saved.
+        """
+        return self.held_out < min(self.best.values(), default=math.inf)
 
     def has_stalled(self, stop_after: int | None) -> bool:
         """Whether `run.stop_after` ends the run now."""
