@@ -362,6 +362,25 @@ def test_a_damaged_best_checkpoint_leaves_the_last_model(
     assert_same_model(recipe, "plain", "best")
 
 
+def test_the_best_of_what_follows_is_kept_where_the_best_checkpoint_is_gone_on_resume(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_held_out_losses(monkeypatch, [9.0, 5.0, 3.0, 4.5, 4.0, 4.4, 6.0])
+    options = [*BEST, "run.save_every=1", "run.keep_checkpoints=1"]
+
+    def stop(state: RunState) -> None:
+        if state.step == 4:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(recipe, "best", *options, after_step=stop)
+    best = recipe.parent / "best" / "checkpoints" / "step-000002"
+    shutil.rmtree(best)
+    with pytest.warns(UserWarning, match=f"the best checkpoint, {best}, is gone or incomplete"):
+        summary = run(recipe, "best", *options, resume=True)
+    assert (summary["best_step"], summary["held_out_loss_after"]) == (4, 4)
+
+
 def test_a_run_without_gain_ends_early_and_resumes_exactly(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,6 +20,7 @@ __all__ = [
     "DamagedCheckpointError",
     "checkpoint_name",
     "describe_file",
+    "is_complete",
     "list_checkpoints",
     "newest_checkpoint",
     "prune",
@@ -130,7 +131,7 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
 
     Complete means that every file is there and has its size. `verify` compares the hashes too.
     """
-    return next((path for path in list_checkpoints(folder) if _is_complete(path)), None)
+    return next((path for path in list_checkpoints(folder) if is_complete(path)), None)
 
 
 def set_aside(path: Path) -> None:
@@ -157,7 +158,7 @@ def prune(folder: str | Path, keep: int, *, best: Iterable[int] = ()) -> None:
     if keep < 1:
         raise ValueError(f"keep must be >= 1, got {keep}")
     by_step = list_checkpoints(folder)
-    complete = [path for path in by_step if _is_complete(path)]
+    complete = [path for path in by_step if is_complete(path)]
     if complete:
         newest, kept = by_step.index(complete[0]), complete[:keep]
         spared = {max((step for step in best if step <= _step(path)), default=None) for path in kept}
@@ -173,7 +174,8 @@ def _step(path: Path) -> int:
     return int(digits) if re.fullmatch("[0-9]{1,18}", digits) else -1
 
 
-def _is_complete(path: Path) -> bool:
+def is_complete(path: Path) -> bool:
+    """Whether every file of a checkpoint is there and has its size. `verify` compares the hashes too."""
     try:
         _read_manifest(path)
     except ValueError:

@@ -1,11 +1,13 @@
 """A run's progress: saved with each checkpoint, restored from the newest intact one."""
 
 import dataclasses
+import json
 import math
 import typing
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from lisatune.distributed import ranks
 from lisatune.optim.meter import StateMeter
 from lisatune.runs.checkpoint import load_checkpoint, load_weights
 from lisatune.runs.folder import NEW_FOLDER, RunFolder
-from lisatune.runs.manifest import DamagedCheckpointError, checkpoint_name, list_checkpoints
+from lisatune.runs.manifest import DamagedCheckpointError, checkpoint_name, is_complete, list_checkpoints
 from lisatune.train.assemble import Parts
 from lisatune.train.schedule import lr_factor
 
@@ -144,6 +146,7 @@ def restore(parts: Parts, output: Path) -> tuple[RunState, list[Path]]:
             )
         if parts.data.stream is not None:
             parts.data.stream.seek(state.stream)
+        _forget_lost_best(state, output / "checkpoints")
         _warn_of_new_schedule(parts, state)
         state.total_steps = parts.data.steps
         parts.set_learning_rates()
@@ -182,6 +185,21 @@ def read_state(path: Path, extra: Mapping[str, Any]) -> RunState:
             reason = f"extra.{name} is {value!r:.80}"
             raise DamagedCheckpointError(f"checkpoint {path} holds what no run wrote ({reason})")
     return dataclasses.replace(RunState(), **extra)
+
+
+def _forget_lost_best(state: RunState, folder: Path) -> None:
+    """Forget the best checkpoint if it is gone, so that a later one can take its place."""
+    by_loss = sorted(state.best_steps(), key=lambda step: state.best[str(step)])
+    lost = list(takewhile(lambda step: not is_complete(folder / checkpoint_name(step)), by_loss))
+    lost = json.loads(ranks.broadcast_text(json.dumps(lost)))  # of the first rank, for all
+    for step in lost:
+        del state.best[str(step)]
+    if lost:
+        warnings.warn(
+            f"the best checkpoint, {folder / checkpoint_name(lost[0])}, is gone or incomplete; the best of "
+            "those that follow takes its place",
+            stacklevel=3,
+        )
 
 
 def _warn_of_new_schedule(parts: Parts, state: RunState) -> None:
