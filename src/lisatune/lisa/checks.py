@@ -1,4 +1,7 @@
-"""What LISA refuses or warns of when it is attached to a model and an optimizer."""
+"""What LISA refuses or warns of: when it is attached to a model and an optimizer, at a step, and on resume.
+
+Longer than 400 lines: whoever looks for a refusal finds it here, and each of them is short.
+"""
 
 import gc
 import operator
@@ -33,6 +36,7 @@ __all__ = [
     "unwrap_ddp",
     "unwrap_optimizer",
     "warn_of_compiling",
+    "warn_of_early_state",
     "warn_of_rounding",
     "warn_of_untrained_blocks",
 ]
@@ -245,6 +249,27 @@ def warn_of_rounding(model: nn.Module, optimizer: Optimizer) -> None:
             f"the weights are {dtypes} and {type(optimizer).__name__} rounds each update to nearest, so at a "
             "small learning rate most weights never move; use lisatune.AdamW, whose updates are exact, or "
             "load the model with dtype=torch.float32",
+            stacklevel=3,
+        )
+
+
+def warn_of_early_state(
+    optimizer: Optimizer, ends: Iterable[nn.Parameter], blocks: Sequence[Iterable[nn.Parameter]]
+) -> None:
+    """Warn if an optimizer looks as if a state that LISA saved had been loaded before LISA is attached.
+
+    torch drops LISA's position then, so LISA begins with its first period, and the run is another one.
+
+    Args:
+        optimizer: to which no LISA was attached before.
+        ends: parameters outside the blocks that may train.
+        blocks: parameters of each block that train when it is drawn.
+    """
+    has_state = [any(p in optimizer.state for p in block) for block in blocks]
+    if not all(has_state) and (any(has_state) or any(p in optimizer.state for p in ends)):
+        warnings.warn(
+            f"the optimizer has state already, but of {sum(has_state)} of {len(blocks)} blocks only; if LISA "
+            "saved it, load it after LISA is attached, or LISA begins with its first period again",
             stacklevel=3,
         )
 

@@ -54,6 +54,7 @@ from lisatune.lisa.checks import (
     unwrap_ddp,
     unwrap_optimizer,
     warn_of_compiling,
+    warn_of_early_state,
     warn_of_rounding,
     warn_of_untrained_blocks,
 )
@@ -92,6 +93,9 @@ MOST_PERIODS = 1000
 """Periods whose draws the memory plan looks at: enough for every draw that is likely."""
 
 _attached: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
+
+_detached: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
+"""Optimizers that a LISA has left, and with them the state of what trained."""
 
 _drives: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[LISA]]" = weakref.WeakKeyDictionary()
 """Which LISA drives a model. A model's hooks must not hold it: they are copied and saved with the model."""
@@ -229,6 +233,8 @@ class LISA(BlockSchedule):
             )
         self._never_train = (*self._ends.resting, *frozen, *self.layers.frozen_parameters(model).values())
         self._ends.check_state(optimizer)
+        if optimizer not in _detached:
+            warn_of_early_state(optimizer, self._ends.parameters, self._blocks)
         self._param_groups = optimizer.param_groups
         self._frozen_state, self._group_state = FrozenState(optimizer, state), GroupState(optimizer, state)
         self._saved: dict[str, Any] = {}
@@ -491,6 +497,7 @@ class LISA(BlockSchedule):
         for parameter, flag in self._flags.items():
             parameter.requires_grad_(flag)
         _attached.discard(self._optimizer)
+        _detached.add(self._optimizer)
 
     def __reduce__(self) -> Any:
         """Refuse a copy: torch copies an optimizer without its hooks, so the copy would draw nothing."""

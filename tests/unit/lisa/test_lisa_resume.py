@@ -256,6 +256,27 @@ def test_state_loaded_before_attaching_is_taken_over_for_what_trains(untied_llam
     assert lisa.periods_proven == 1
 
 
+@pytest.mark.parametrize(("steps", "ends"), [(3, "train"), (PERIOD, "train"), (3, "frozen")])
+def test_6_a_state_of_lisa_that_is_loaded_too_early_is_warned_of(
+    untied_llama: nn.Module, steps: int, ends: str
+) -> None:
+    optimizer = torch.optim.AdamW(untied_llama.parameters())
+    lisa = LISA(untied_llama, optimizer, period=PERIOD, ends=ends)
+    tiny.fit(untied_llama, optimizer, steps)
+    saved = optimizer.state_dict()
+    lisa.detach()
+    LISA(untied_llama, optimizer, period=PERIOD, ends=ends).detach()  # whose state is no other run's
+
+    other = torch.optim.AdamW(untied_llama.parameters())
+    other.load_state_dict(saved)
+    says = r"state already, but of \d of 6 blocks only; if LISA saved it, load it after LISA is attached"
+    with pytest.warns(UserWarning, match=says) as caught:
+        lisa = LISA(untied_llama, other, period=PERIOD, ends=ends)
+    assert caught[0].filename == __file__
+    other.load_state_dict(saved)
+    assert lisa.steps_done == steps
+
+
 class HooklessAdamW(torch.optim.AdamW):
     """Loads its state without torch's hooks, as the optimizers of bitsandbytes do."""
 
