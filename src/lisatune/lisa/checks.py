@@ -29,6 +29,7 @@ __all__ = [
     "check_parameters",
     "is_copied",
     "refuse_compiled_blocks",
+    "refuse_first_fsdp",
     "refuse_frozen",
     "refuse_reordered",
     "refuse_replaced",
@@ -122,6 +123,24 @@ def unwrap_optimizer(model: nn.Module, optimizer: Optimizer) -> Optimizer:
             "gradients are still scaled then; train in bf16, or update in step()"
         )
     return inner
+
+
+def refuse_first_fsdp(model: nn.Module) -> None:
+    """Refuse a model that torch's older FullyShardedDataParallel has divided among ranks.
+
+    Its parameters are pieces of one flat tensor, of which each rank would train its own as if it were whole.
+
+    Raises:
+        TypeError: a part of the model is wrapped, and there are several ranks.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # no model is wrapped before it is imported
+    if ranks.count() == 1 or fsdp is None:
+        return
+    if any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
+        raise TypeError(
+            "LISA cannot work with FullyShardedDataParallel (FSDP1), which flattens and divides parameters; "
+            "use torch's fully_shard, which is FSDP2 (fsdp_version 2 in Accelerate and HF Trainer)"
+        )
 
 
 def refuse_second(model: nn.Module, optimizer: Optimizer, attached: Collection[Optimizer]) -> None:

@@ -47,6 +47,7 @@ from lisatune.lisa.checks import (
     check_parameters,
     is_copied,
     refuse_compiled_blocks,
+    refuse_first_fsdp,
     refuse_frozen,
     refuse_reordered,
     refuse_replaced,
@@ -154,7 +155,7 @@ class LISA(BlockSchedule):
     Raises:
         ValueError: an argument is out of range or does nothing, the optimizer lacks a parameter of a block or
             end, or the sampler reads what cannot be measured or draws no numbers of blocks.
-        TypeError: the optimizer is no torch optimizer, or is LBFGS or DeepSpeed's.
+        TypeError: the optimizer is no torch optimizer, or is LBFGS or DeepSpeed's, or the model FSDP1's.
         RuntimeError: a LISA is attached to the optimizer already, or the ranks draw other blocks or hold
             other weights. `optimizer.step()` raises it if param groups, or parameters of the model, were
             replaced, or something else froze a parameter that trains.
@@ -200,6 +201,7 @@ class LISA(BlockSchedule):
         _check_choice("verify", verify, get_args(Verify))
         _check_choice("lr_scaling", lr_scaling, get_args(Scaling))
         self._model = model = unwrap_ddp(model)
+        refuse_first_fsdp(model)
         reshard(model)
         self._optimizer = optimizer = unwrap_optimizer(model, optimizer)
         refuse_second(model, optimizer, _attached)
@@ -589,6 +591,7 @@ class LISA(BlockSchedule):
                 "process group first (init_process_group, or Accelerator), then attach LISA"
             )
         if self.steps_done % self.period == 0 or self._has_loaded:
+            refuse_first_fsdp(self._model)
             refuse_replaced(self._model, self._named)
             self._has_loaded = False
         refuse_frozen(self._find_moving(), self._named)

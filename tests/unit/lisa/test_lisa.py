@@ -782,6 +782,19 @@ def test_a_model_divided_in_part_is_refused_and_nothing_is_changed(
     LISA(untied_llama, optimizer)
 
 
+def test_a_model_that_the_older_fsdp_wraps_is_refused_on_several_ranks(
+    untied_llama: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    wrapper = object.__new__(FullyShardedDataParallel)
+    nn.Module.__init__(wrapper)
+    untied_llama.model.wrapper = wrapper
+    monkeypatch.setattr("lisatune.distributed.ranks.count", lambda: 2)
+    with pytest.raises(TypeError, match=r"FullyShardedDataParallel \(FSDP1\).*use torch's fully_shard"):
+        attach(untied_llama)
+
+
 def test_ranks_that_appear_later_are_refused_at_the_next_step(
     untied_llama: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
