@@ -31,18 +31,18 @@ rows="data.max_length=512 data.packing=true data.validation_limit=160"
 text="data.max_length=512 data.packing=true run.batch_size=2 run.precision=bf16"
 rates="--lr 1e-4,2e-4,4e-4 --widen"
 long="--budget tokens=4000000 run.eval_every=98"
-list() { # NAME EXPERIMENT DATA ARGUMENTS…
+list() { # NAME EXPERIMENT DATA ARGUMENTS…; @OUT becomes the folder OUT, ARM the folder of the arm
   cat <<LIST
 ground-math ground math --widen
-ground-math-long ground math --rates-of $out/ground-math/ARM --keep-models $long
+ground-math-long ground math --rates-of @OUT/ground-math/ARM --keep-models $long
 correction-math correction math $text --budget tokens=200000 $rates
-correction-math-long correction math $text --rates-of $out/correction-math/ARM $long
+correction-math-long correction math $text --rates-of @OUT/correction-math/ARM $long
 ground-code ground code --widen
-ground-code-long ground code --rates-of $out/ground-code/ARM $long
+ground-code-long ground code --rates-of @OUT/ground-code/ARM $long
 correction-code correction code $text --budget tokens=200000 $rates
-correction-code-long correction code $text --rates-of $out/correction-code/ARM $long
+correction-code-long correction code $text --rates-of @OUT/correction-code/ARM $long
 ground-gsm8k ground gsm8k $rows --widen
-ground-gsm8k-long ground gsm8k $rows --rates-of $out/ground-gsm8k/ARM --budget tokens=6000000 run.eval_every=98
+ground-gsm8k-long ground gsm8k $rows --rates-of @OUT/ground-gsm8k/ARM --budget tokens=6000000 run.eval_every=98
 correction-alpaca correction alpaca $short
 correction-gsm8k correction gsm8k $short
 correction-dolly correction dolly $short
@@ -70,8 +70,8 @@ cells() { # NAME, ARM, EXPERIMENT and ARGUMENTS of every cell that was asked for
     done
     "$python" $(script "$experiment") --list-arms | while read -r arm; do
       [ $# -eq 0 ] || printf '%s\n' "$@" | grep -qxF -e "$name" -e "$name/$arm" || continue
-      printf '%s\t%s\t%s\t%s\n' "$name" "$arm" "$experiment" \
-        "data.train=$data/$from.jsonl data.validation=$data/$from-val.jsonl --general $data/general.jsonl $rest"
+      printf '%s\t%s\t%s\tdata.train=%s data.validation=%s --general %s %s\n' "$name" "$arm" "$experiment" \
+        "@DATA/$from.jsonl" "@DATA/$from-val.jsonl" @DATA/general.jsonl "$rest"
     done
   done
 }
@@ -82,11 +82,13 @@ run() { # a line of `cells`
   IFS=$'\t' read -r name arm experiment rest <<<"$1"
   folder=$out/$name/$(slug "$arm")
   mkdir -p "$out/$name"
-  if [ -z "$SMOKE" ] && [[ $rest =~ --rates-of\ ([^ ]*)/ARM ]]; then
-    rates=${BASH_REMATCH[1]}/$(slug "$arm")
+  if [ -z "$SMOKE" ] && [[ $rest =~ --rates-of\ @OUT/([^ ]*)/ARM ]]; then
+    rates=$out/${BASH_REMATCH[1]}/$(slug "$arm")
     [ -e "$rates.done" ] || { echo "$name/$arm: its rate is not chosen yet, in $rates"; return 1; }
   fi
   read -ra given <<<"run.device=$device ${SMOKE:+--smoke} ${rest//\/ARM/\/$(slug "$arm")}"
+  given=("${given[@]//@DATA/"$data"}") # once the words are apart: folders may have spaces
+  given=("${given[@]//@OUT/"$out"}")
   if [ "$experiment" = row_slices ]; then
     given+=(--arms "$arm" --folder "$folder" --seeds $(seq 0 $((seeds - 1))))
   else
@@ -99,7 +101,7 @@ run() { # a line of `cells`
   return $((code != 0))
 }
 export -f run script slug
-export python ends device seeds out SMOKE=${SMOKE:-}
+export python ends device seeds data out SMOKE=${SMOKE:-}
 
 if [ $# -gt 0 ]; then
   found=$(cells "$@") tab=$'\t'

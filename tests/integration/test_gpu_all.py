@@ -52,10 +52,12 @@ case "$1 $2" in
 esac
 """)
     stub.chmod(stub.stat().st_mode | stat.S_IXUSR)
+    data, out = tmp_path / "my data", tmp_path / "my results"
+    data.mkdir()
     for name in ("math.jsonl", "math-val.jsonl", "general.jsonl"):
-        (tmp_path / name).touch()
-    code, _ = run(tmp_path, python=str(stub), data=tmp_path)
-    sections = json.loads((tmp_path / "gpu_all.json").read_text())["sections"]
+        (data / name).touch()
+    code, _ = run(out, python=str(stub), data=data)
+    sections = json.loads((out / "gpu_all.json").read_text())["sections"]
     assert code == 1
     assert {name: each["status"] for name, each in sections.items()} == {
         "gpu-tests": "failed",
@@ -75,13 +77,13 @@ esac
     assert sections["ground"]["figures"] == ["gathered"]
     assert "--methods full" in (tmp_path / "cells").read_text()
     plans = ("--only", "plans")
-    two = run(tmp_path, "--only", "plans,optimizer", python=str(stub))
+    two = run(out, "--only", "plans,optimizer", python=str(stub))
     assert two == (0, ["optimizer: complete before", "plans: complete before"])
     for key, other in (("tiny", False), ("device", "cuda")):
-        kept = json.loads((tmp_path / "gpu_all.json").read_text())
+        kept = json.loads((out / "gpu_all.json").read_text())
         kept["sections"]["plans"][key] = other
-        (tmp_path / "gpu_all.json").write_text(json.dumps(kept))
-        code, lines = run(tmp_path, *plans, python=str(stub))
+        (out / "gpu_all.json").write_text(json.dumps(kept))
+        code, lines = run(out, *plans, python=str(stub))
         assert (code, [line.split(" in ")[0] for line in lines]) == (0, ["plans: complete"])
 
 

@@ -64,7 +64,7 @@ def test_rates_are_widened_beyond_the_best_one_and_others_stay(tmp_path: Path) -
 
 
 def test_every_cell_of_learning_sh_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data, out, calls = tmp_path / "data", tmp_path / "out", tmp_path / "calls"
+    data, out, calls = tmp_path / "my data", tmp_path / "my results", tmp_path / "calls"
     data.mkdir()
     for name in ("math", "code", "gsm8k", "alpaca", "dolly"):
         for file in (f"{name}.jsonl", f"{name}-val.jsonl", "general.jsonl"):
@@ -129,7 +129,7 @@ else:
 def test_learning_sh_trains_long_once_the_rate_is_chosen_and_names_a_cell_that_is_none(
     tmp_path: Path,
 ) -> None:
-    data, out, calls = tmp_path / "data", tmp_path / "out", tmp_path / "calls"
+    data, out, calls = tmp_path / "my data", tmp_path / "my results", tmp_path / "calls"
     data.mkdir()
     for name in ("math", "math-val", "general"):
         (data / f"{name}.jsonl").touch()
