@@ -22,7 +22,7 @@ from typing import Any
 
 from lisatune.console import plural
 
-__all__ = ["LocalTask", "write_local_task"]
+__all__ = ["LocalTask", "check_shots", "write_local_task"]
 
 Row = dict[str, Any]
 
@@ -67,7 +67,7 @@ def write_local_task(
 
     Raises:
         FileNotFoundError: the folder or a file that the task needs is missing.
-        ValueError: a row is not JSON or lacks a column.
+        ValueError: a row is not JSON or lacks a column, or a task cannot show examples.
     """
     is_group = group is not None
     folder = _find_folder(name, next(iter(definitions)) if group is None else group["group"], data)
@@ -102,6 +102,34 @@ def write_local_task(
             written.notes.append(f"{len(present)} of {plural(len(definitions), 'task')}{which}")
     written.sha256 = digest.hexdigest()
     return written
+
+
+def check_shots(leaf: str, definition: Row, shots: int) -> None:
+    """Refuse examples that the harness would not show, and those that would give answers away.
+
+    Args:
+        leaf: the task.
+        definition: its definition.
+        shots: examples that are asked for, before each question, >= 1.
+
+    Raises:
+        ValueError: the definition says 0 examples, and the harness keeps to that; the task scores texts and
+            asks nothing; or its only rows are its questions, and the harness would show the asked one too.
+    """
+    pools = ("training_split", "validation_split", "fewshot_split")
+    fewshot = definition.get("fewshot_config") or {}
+    if definition.get("num_fewshot") == 0:
+        reason = "is defined without examples, and the harness keeps to that"
+    elif definition.get("output_type") == "loglikelihood_rolling":
+        reason = "scores texts that have no question"
+    elif not any(map(definition.get, pools)) and not any(map(fewshot.get, ("split", "samples"))):
+        reason = "has no rows for examples beside its questions"
+    else:
+        return
+    raise ValueError(
+        f"task {leaf} {reason}, so it cannot be asked with {plural(shots, 'example')}; "
+        "leave shots out for this task, or set it to 0"
+    )
 
 
 def _find_folder(name: str, own: str, data: Path) -> Path:
@@ -193,6 +221,8 @@ def _write_leaf(
     from lm_eval.tasks._yaml_loader import load_yaml  # the only reader that knows `!function`
 
     config = load_yaml(stock, resolve_func=False)
+    if shots:
+        check_shots(leaf, config, shots)
     splits = {
         f"{key}_split": config.get(f"{key}_split") for key in ("training", "validation", "test", "fewshot")
     }

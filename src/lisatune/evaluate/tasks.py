@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from lisatune.console import first_line
-from lisatune.evaluate.local_tasks import write_local_task
+from lisatune.evaluate.local_tasks import check_shots, write_local_task
 
 __all__ = ["PRESETS", "OpenTask", "Preset", "import_harness", "no_trace", "open_tasks", "split_tasks"]
 
@@ -146,16 +146,15 @@ def open_tasks(
         names: `PRESETS`, or tasks, groups or tags of the harness; `lm:NAME` takes the harness's own
             number of examples also where there is a preset of that name. A string, or a mapping, may have a
             limit for each (`split_tasks`).
-        shots: examples before each question, in place of a task's own number. A task that is defined without
-            examples stays so.
+        shots: examples before each question, in place of a task's own number.
         data: folder with a folder for each task; None takes the questions from the hub.
 
     Yields:
         The tasks in the order of `names`. They read from temporary files, which go at the end of the block.
 
     Raises:
-        ValueError: a task is unknown (the message gives the nearest names), cannot run here, or its local
-            rows are wrong.
+        ValueError: a task is unknown (the message gives the nearest names), cannot run here, cannot show
+            examples (`check_shots`), or its local rows are wrong.
         FileNotFoundError: local data of a task are missing, or the hub cannot be reached.
         ImportError: the harness is not installed.
     """
@@ -248,6 +247,8 @@ def _open_task(name: str, shots: int | None, data: Path | None, where: Path) -> 
     opened.group = loaded["groups"].get(target)
     for leaf, task in opened.leaves.items():
         _check(leaf, task)
+        if data is None and shots:
+            check_shots(leaf, task.config.to_dict(), shots)
         own = task.get_config("num_fewshot")
         if wanted is not None and own != 0:
             task.set_config(key="num_fewshot", value=wanted)

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("lm_eval")
 
 import tiny_tasks
+from lisatune.evaluate import tasks
 from lisatune.evaluate.tasks import PRESETS, open_tasks, split_tasks
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -55,6 +56,37 @@ def test_winogrande_without_train_takes_examples_from_other_questions_and_says_s
             assert context.count(question) == 1, "the question itself is no example"
 
 
+@pytest.mark.parametrize(
+    ("definition", "says"),
+    [
+        ({"num_fewshot": 0, "training_split": "train"}, "is defined without examples, and the harness keeps"),
+        ({"output_type": "loglikelihood_rolling", "training_split": "train"}, "scores texts that have no"),
+        ({}, "has no rows for examples beside its questions"),
+    ],
+)
+@pytest.mark.parametrize("is_local", [False, True])
+def test_shots_are_refused_where_they_would_do_nothing_or_show_the_question_itself(
+    definition: dict[str, Any], says: str, is_local: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, data = [{"text": f"q{i}?", "answer": f"a{i}"} for i in range(4)], tmp_path / "data"
+    files = {split: str(data / "own" / f"{split}.jsonl") for split in ("train", "test")}
+    for file in files.values():
+        tiny_tasks.write_rows(Path(file), rows)
+    kwargs = {"data_files": files, "cache_dir": str(tmp_path / "cache")}
+    stock = {"task": "own", "dataset_path": "json", "dataset_kwargs": kwargs}
+    stock |= {"test_split": "test", "doc_to_text": "{{text}}", "doc_to_target": "{{answer}}"}
+    stock |= {"output_type": "generate_until", "generation_kwargs": {"until": ["\n"]}, "metric_list": []}
+    (tmp_path / "stock").mkdir()
+    (tmp_path / "stock" / "own.yaml").write_text(json.dumps(stock | definition))
+    monkeypatch.setattr(tasks, "_all_tasks", lambda: tasks._manager([tmp_path / "stock"]))
+    local = data if is_local else None
+    with pytest.raises(ValueError, match=rf"^task own {says}.* with 2 examples; leave shots out"):
+        open_tasks(["own"], data=local, shots=2).__enter__()
+    for shots in (None, 0):
+        with open_tasks(["own"], data=local, shots=shots) as (task,):
+            assert task.leaves["own"].config.num_fewshot == 0
+
+
 def test_a_group_asks_the_tasks_that_have_rows_and_says_which(data: Path) -> None:
     with open_tasks(["mmlu"], data=data) as (task,):
         assert {name: len(leaf.eval_docs) for name, leaf in task.leaves.items()} == {
@@ -90,8 +122,6 @@ def test_pubmedqa_and_gsm8k_take_simple_rows(tmp_path: Path) -> None:
 
 
 def test_lm_takes_the_settings_of_the_harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lisatune.evaluate import tasks
-
     stock = Path(tasks.import_harness().__file__).parent / "tasks"
     monkeypatch.setattr(tasks, "_all_tasks", lambda: tasks._manager([stock / "winogrande", stock / "gsm8k"]))
     tiny_tasks.write_rows(tmp_path / "winogrande" / "dev.jsonl", tiny_tasks.winogrande(3))
@@ -100,8 +130,6 @@ def test_lm_takes_the_settings_of_the_harness(tmp_path: Path, monkeypatch: pytes
 
 
 def test_an_unknown_task_is_refused_with_the_nearest_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lisatune.evaluate import tasks
-
     stock = Path(tasks.import_harness().__file__).parent / "tasks"
     monkeypatch.setattr(tasks, "_all_tasks", lambda: tasks._manager([stock / "winogrande", stock / "gsm8k"]))
     with pytest.raises(
