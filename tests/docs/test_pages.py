@@ -10,6 +10,7 @@ import torch
 
 import lisatune
 import tiny
+from lisatune.memory import fit
 from lisatune.methods import METHODS
 from lisatune.report import charts
 
@@ -47,6 +48,14 @@ def test_quoted_errors_are_those_of_the_code() -> None:
 def test_the_newest_release_in_the_changelog_is_this_version() -> None:
     headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert headings[:2] == ["Unreleased", lisatune.__version__]
+
+
+def test_the_tutorial_on_active_blocks_names_all_changes_that_make_room() -> None:
+    page = (DOCS / "tutorials" / "choose-active-blocks.md").read_text(encoding="utf-8")
+    codes = {f"method.{key}": value for each in fit.FINEST_CODES for key, value in each.items()}
+    changes = [fit.EIGHT_BIT[0], fit.BF16[0], fit.STOCHASTIC[0], codes]
+    rows = [f"| `{key}={value}` |" for change in changes for key, value in change.items()]
+    assert re.findall(r"^\| `\S+=\S+` \|", page, re.MULTILINE) == rows
 
 
 def test_every_method_has_a_page_and_a_line_in_the_index() -> None:
