@@ -16,11 +16,11 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_all.sh"
 
 
 def run(
-    out: Path, *options: str, python: str = sys.executable, data: Path | str = ""
+    out: Path, *options: str, python: str = sys.executable, data: Path | str = "", tiny: bool = True
 ) -> tuple[int, list[str]]:
     """The exit code, and the lines of stdout and stderr."""
     done = subprocess.run(
-        ["bash", str(SCRIPT), "--device", "cpu", "--tiny", *options, str(out)],
+        ["bash", str(SCRIPT), "--device", "cpu", *["--tiny"] * tiny, *options, str(out)],
         env=os.environ | {"PYTHON": python, "COMMIT": "abc", "DATA": str(data)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -85,6 +85,26 @@ esac
         (out / "gpu_all.json").write_text(json.dumps(kept))
         code, lines = run(out, *plans, python=str(stub))
         assert (code, [line.split(" in ")[0] for line in lines]) == (0, ["plans: complete"])
+
+
+def test_each_half_fits_a_command_of_ten_minutes_and_both_together_are_all_sections(tmp_path: Path) -> None:
+    stub = tmp_path / "python"
+    stub.write_text(f"""#!/bin/bash
+case "$1 $2" in "-c "*find_spec* | "- "*) exec {sys.executable} "$@" ;; esac
+""")
+    stub.chmod(stub.stat().st_mode | stat.S_IXUSR)
+    sections = []
+    for options in (("--half", "1"), ("--half", "2"), ()):
+        out = tmp_path / "-".join(["out", *options])
+        assert run(out, *options, python=str(stub), tiny=False)[0] == 0
+        sections.append(json.loads((out / "gpu_all.json").read_text())["sections"])
+    first, second, all_of_them = sections
+    assert (list(first) + list(second), first.keys() & second.keys()) == (list(all_of_them), set())
+    assert max(sum(each["limit"] for each in half.values()) for half in (first, second)) <= 395
+    for name, section in all_of_them.items():
+        if name.endswith("-8b"):
+            assert "--arms LoRA r=16;" in section["command"], "a ratio to LoRA needs LoRA in the same run"
+    assert run(tmp_path, "--half", "3") == (2, ["gpu_all.sh: --half must be 1 or 2, got 3"])
 
 
 def test_a_section_that_does_not_exist_is_named(tmp_path: Path) -> None:
