@@ -4,15 +4,22 @@ python experiments/drop_in.py [--seeds 0 1 2] [--lrs 1e-4 3e-4 1e-3] [--output F
 
 SmolLM2-135M-Instruct on questions about Python's standard library, γ = 2 of 30 blocks, K = 3, 48 steps of 4
 rows of at most 96 tokens, five steps of warm-up, cosine, bf16 autocast over fp32 weights. A seed decides the
-order of the rows and the draws. The held-out loss is that of 64 other rows. Each run appends a line to the
-output, and a run with a line is not repeated.
+order of the rows and the draws. 64 other rows are held out, and halved by a hash of their prompts as
+`lisatune compare` halves them. The first half chooses each scaling's learning rate, by the mean loss over the
+seeds. The loss on the second half, which has chosen nothing, is the one to report. Each run appends a line to
+the output, and a run with a line is not repeated. The chosen rates are printed at the end.
+
+Lines with `held_out_after` in drop_in.jsonl are older. Their loss is that of all 64 rows: the better of their
+rates would be chosen and reported on the same rows. So they choose nothing now.
 """
 
 import argparse
 import json
 import random
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -22,9 +29,14 @@ from transformers import get_cosine_schedule_with_warmup
 from lisatune import LISA
 from lisatune.data.batches import collate
 from lisatune.data.prepare import prepare_data
+from lisatune.data.readers import read_data
+from lisatune.data.records import Records
+from lisatune.data.splitting import split_records
+from lisatune.data.tokens import tokenize
 from lisatune.lisa.rates import Scaling
 from lisatune.losses.causal_lm import CausalLMLoss
 from lisatune.models.load import load_model, load_tokenizer
+from lisatune.recipe import Recipe
 from lisatune.train.recipe_file import load_recipe
 
 SCALINGS: tuple[Scaling, ...] = ("none", "sqrt")
@@ -39,7 +51,8 @@ class Task:
     model: Any
     weights: dict[str, Tensor]
     train: list[dict[str, Tensor]]
-    held_out: list[dict[str, Tensor]]
+    choosing: list[dict[str, Tensor]]
+    reporting: list[dict[str, Tensor]]
 
 
 def main() -> None:
@@ -55,7 +68,8 @@ def main() -> None:
         args.seeds, args.lrs, args.output = [0], [1e-4], Path("runs/drop_in-smoke.jsonl")
         args.output.parent.mkdir(exist_ok=True)
     lines = args.output.read_text(encoding="utf-8").splitlines() if args.output.exists() else []
-    done = {(line["lr_scaling"], line["lr"], line["seed"]) for line in map(json.loads, lines)}
+    runs = [line for line in map(json.loads, lines) if "test_after" in line]
+    done = {(line["lr_scaling"], line["lr"], line["seed"]) for line in runs}
     task = prepare()
     for seed in args.seeds:
         for lr in args.lrs:
@@ -67,6 +81,23 @@ def main() -> None:
                     with args.output.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(line) + "\n")
                     print(json.dumps(line), flush=True)
+                    runs.append(line)
+    for name, chosen in choose(runs).items():
+        print(f"{name}: {json.dumps(chosen)}")
+
+
+def choose(runs: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Choose each scaling's rate by the mean loss on the validation half; give that on the test half."""
+    losses: dict[str, dict[float, list[tuple[float, float]]]] = {}
+    for run in runs:
+        of_rate = losses.setdefault(run["lr_scaling"], {}).setdefault(run["lr"], [])
+        of_rate.append((run["validation_after"], run["test_after"]))
+    found = {}
+    for scaling, rates in losses.items():
+        means = {lr: tuple(map(mean, zip(*each, strict=True))) for lr, each in rates.items()}
+        lr = min(means, key=lambda lr: means[lr][0])
+        found[scaling] = {"lr": lr, "validation_loss": means[lr][0], "test_loss": means[lr][1]}
+    return found
 
 
 def prepare() -> Task:
@@ -76,13 +107,20 @@ def prepare() -> Task:
     data = prepare_data(recipe, tokenizer)
     model = load_model(**recipe.model.source)
 
-    def batches(rows: Any, limit: int) -> list[dict[str, Tensor]]:
-        chosen = sorted(random.Random(0).sample(list(rows), limit), key=lambda row: len(row["input_ids"]))
-        return [collate(chosen[i : i + ROWS]) for i in range(0, limit, ROWS)]
+    def batches(rows: Any) -> list[dict[str, Tensor]]:
+        by_length = sorted(rows, key=lambda row: len(row["input_ids"]))
+        return [collate(by_length[i : i + ROWS]) for i in range(0, len(by_length), ROWS)]
 
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    held_out = batches(data.validation.rows, 64)
-    return Task(model, weights, batches(data.train.rows, ROWS * 3 * STEPS), held_out)
+    train = random.Random(0).sample(list(data.train.rows), ROWS * 3 * STEPS)
+    length = recipe.data.max_length
+    held_out = [tokenize(half, tokenizer, max_length=length).rows for half in halve_held_out(recipe)]
+    return Task(model, weights, batches(train), *map(batches, held_out))
+
+
+def halve_held_out(recipe: Recipe) -> tuple[Records, Records]:
+    """Halve the held-out records: the first half chooses a learning rate, the second reports."""
+    return split_records(read_data(recipe)[1], 0.5, seed=0)
 
 
 def run(task: Task, scaling: Scaling, lr: float, seed: int, steps: int) -> dict[str, Any]:
@@ -90,7 +128,7 @@ def run(task: Task, scaling: Scaling, lr: float, seed: int, steps: int) -> dict[
     model = task.model
     model.load_state_dict(task.weights)
     model.requires_grad_(True).train()
-    before = evaluate(task)
+    before = evaluate(model, task.choosing), evaluate(model, task.reporting)
     order = random.Random(seed).sample(task.train, steps)
     loss = CausalLMLoss(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
@@ -107,19 +145,21 @@ def run(task: Task, scaling: Scaling, lr: float, seed: int, steps: int) -> dict[
     lisa.check()
     lisa.detach()
     tokens = sum(batch["input_ids"].numel() for batch in order)
-    return {"tokens": tokens, "held_out_before": before, "held_out_after": evaluate(task)}
+    after = evaluate(model, task.choosing), evaluate(model, task.reporting)
+    names = ("validation_before", "test_before", "validation_after", "test_after")
+    return {"tokens": tokens} | dict(zip(names, (*before, *after), strict=True))
 
 
 @torch.no_grad()
-def evaluate(task: Task) -> float:
-    """Return the mean loss of the held-out rows."""
-    task.model.eval()
-    loss, total, count = CausalLMLoss(task.model), 0.0, 0
-    for batch in task.held_out:
+def evaluate(model: Any, batches: Iterable[dict[str, Tensor]]) -> float:
+    """Return the mean loss of the rows of some batches."""
+    model.eval()
+    loss, total, count = CausalLMLoss(model), 0.0, 0
+    for batch in batches:
         with torch.autocast("cpu", torch.bfloat16):
             loss_sum, num_tokens = loss(batch)
         total, count = total + float(loss_sum), count + int(num_tokens)
-    task.model.train()
+    model.train()
     return total / count
 
 

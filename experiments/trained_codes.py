@@ -7,8 +7,10 @@ python experiments/trained_codes.py [--seeds 0 1 2] [--lrs 3e-4] [--output FILE.
     int8, nf4 trained   all linear layers of blocks are codes; after a step those that trained are encoded
                         anew from what the step made of the decoded ones, and nothing else is kept
 
-Model, data, steps and held-out rows are those of `drop_in.py`, with K = 3 and γ = 2. Each run appends a line
-to the output, and a run with a line is not repeated. The held-out loss is that of the saved weights.
+Model, data, steps and held-out rows (both halves) are those of `drop_in.py`, with K = 3 and γ = 2. All arms
+have the same rate, by default the better one of LISA's two in drop_in.jsonl, which was chosen on these rows.
+Each run appends a line to the output, and a run with a line is not repeated. The held-out loss is that of the
+saved weights.
 """
 
 import argparse
@@ -64,7 +66,8 @@ def run(task: Task, arm: str, lr: float, seed: int, steps: int) -> dict[str, Any
     name, _, trained = arm.partition(" ")
     if trained:
         encode(model, name, set(model.parameters()))
-    before = evaluate(task)
+    held_out = [*task.choosing, *task.reporting]
+    before = evaluate(model, held_out)
     order = random.Random(seed).sample(task.train, steps)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, 5, steps)
@@ -85,7 +88,7 @@ def run(task: Task, arm: str, lr: float, seed: int, steps: int) -> dict[str, Any
         optimizer.zero_grad()
     lisa.check()
     lisa.detach()
-    return {"held_out_before": before, "held_out_after": evaluate(task)}
+    return {"held_out_before": before, "held_out_after": evaluate(model, held_out)}
 
 
 @torch.no_grad()

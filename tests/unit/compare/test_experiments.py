@@ -277,6 +277,29 @@ def test_slices_of_rows_train_as_their_slow_twin_and_no_other_row_moves(ends: st
         assert not torch.equal(p, plain.get_parameter(name)) or (ends == "frozen" and ".layers." not in name)
 
 
+def test_the_drop_in_chooses_a_rate_on_one_half_and_reports_the_other() -> None:
+    script = runpy.run_path(str(EXPERIMENTS / "drop_in.py"))
+    runs = [
+        {"lr_scaling": "sqrt", "lr": lr, "seed": seed, "validation_after": chosen + seed, "test_after": test}
+        for lr, chosen, test in ((1e-4, 3.0, 2.0), (3e-4, 2.5, 4.0))
+        for seed in (0, 1)
+    ]
+    assert script["choose"](runs) == {"sqrt": {"lr": 3e-4, "validation_loss": 3.0, "test_loss": 4.0}}
+    recipe = script["load_recipe"](EXPERIMENTS.parent / "recipes" / "demo.yaml", script["DATA"])
+    first, second = ({str(row["prompt"]) for row in each.rows} for each in script["halve_held_out"](recipe))
+    assert (len(first), len(second)) == (32, 32)
+    assert not first & second
+
+
+def test_digits_that_choose_a_rate_are_not_those_that_report_it() -> None:
+    pytest.importorskip("diffusers")
+    pytest.importorskip("sklearn")
+    script = runpy.run_path(str(EXPERIMENTS / "lcm_digits.py"))
+    parts = [{image.numpy().tobytes() for image in images} for images, _ in script["load_digits"]()]
+    assert [len(part) for part in parts] == [1437, 180, 180]
+    assert len(set.union(*parts)) == 1797
+
+
 def test_source_code_is_held_out_by_its_path_and_tests_stay_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
