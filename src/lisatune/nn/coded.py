@@ -199,7 +199,7 @@ class CodedLinear(_Coded, nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The weight that `forward` computes with now, [out, in], as a new tensor without gradients."""
+        """What `forward` computes with now, [out, in], made anew; writing into it changes nothing."""
         return self.make_reader()(slice(None), own_parameter(self).dtype)
 
     def forward(self, input: Tensor) -> Tensor:
