@@ -3,7 +3,7 @@
 blocks  the N decoder layers: the outermost `nn.ModuleList` of the language model that is as long as the
         config's number of hidden layers; without such a number, the only outermost list there is. In a
         model without a text config, such as a diffusion transformer, several outermost lists whose names end
-        in `blocks` are one sequence
+        in `blocks` are one sequence. A `nn.ModuleDict` with numbers as keys, as in torchtitan, is a list
 ends    everything that trains besides the blocks: embedding, head, final norm
 frozen  everything else, such as vision towers and projectors: never trains
 
@@ -21,6 +21,8 @@ from typing import Any
 from torch import nn
 
 __all__ = ["LayerMap", "find_layers", "find_score", "is_linear", "select_named"]
+
+_List = nn.ModuleList | nn.ModuleDict
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,7 @@ def _warn_of_lists_in_ends(model: nn.Module, layers: LayerMap) -> None:
         )
 
 
-def _advise_blocks(lists: dict[str, nn.ModuleList]) -> str:
+def _advise_blocks(lists: dict[str, _List]) -> str:
     """Say how the children of several module lists become blocks."""
     paths = list(lists)
     names = f'"{paths[0]}.0", …, "{paths[-1]}.{len(lists[paths[-1]]) - 1}"'
@@ -241,7 +243,7 @@ def _find_blocks(model: nn.Module) -> tuple[str, ...]:
     return tuple(f"{path}.{child}" for child, _ in module.named_children())
 
 
-def _lists_named_blocks(model: nn.Module, lists: dict[str, nn.ModuleList]) -> list[str]:
+def _lists_named_blocks(model: nn.Module, lists: dict[str, _List]) -> list[str]:
     """Return the lists whose names end in `blocks`, in order of registration: together they are the blocks.
 
     A UNet has a block beside its lists, between those that go down and those that go up. Its place is not
@@ -291,11 +293,12 @@ def _refuse_empty_blocks(paths: Sequence[str], owners: set[int | None]) -> None:
         )
 
 
-def _outermost_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
-    lists: dict[str, nn.ModuleList] = {}
+def _outermost_lists(model: nn.Module) -> dict[str, _List]:
+    lists: dict[str, _List] = {}
     for path, module in model.named_modules():
         inside_another = any(path.startswith(f"{outer}.") for outer in lists)
-        if isinstance(module, nn.ModuleList) and len(module) > 0 and not inside_another:
+        numbered = isinstance(module, nn.ModuleDict) and all(key.isdecimal() for key in module)
+        if (isinstance(module, nn.ModuleList) or numbered) and len(module) > 0 and not inside_another:
             lists[path] = module
     return lists
 

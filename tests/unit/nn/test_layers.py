@@ -257,6 +257,17 @@ def test_the_only_list_of_a_module_without_config_holds_its_blocks() -> None:
         find_layers(model)
 
 
+def test_a_dict_with_numbers_as_keys_is_a_list_and_one_with_names_is_not() -> None:
+    """Torchtitan's decoders keep their layers in the one, and nanoGPT its list of layers in the other."""
+    numbered = nn.ModuleDict({str(i): nn.Linear(4, 4) for i in (2, 3)})  # the second half of a pipeline
+    model = nn.ModuleDict({"tokens": nn.Embedding(8, 4), "layers": numbered, "output": nn.Linear(4, 8)})
+    layers = find_layers(model)
+    assert layers.blocks == ("layers.2", "layers.3")
+    assert layers.ends == ("tokens.weight", "output.weight", "output.bias")
+    named = nn.ModuleDict({"wte": nn.Embedding(8, 4), "h": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])})
+    assert find_layers(nn.ModuleDict({"transformer": named})).blocks == ("transformer.h.0", "transformer.h.1")
+
+
 @pytest.mark.parametrize("blocks", [None, "wav2vec2.encoder.layers"])
 def test_models_that_cannot_tell_their_embedding_have_blocks_and_train(blocks: str | None) -> None:
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 3}
