@@ -10,6 +10,8 @@ frozen  everything else, such as vision towers and projectors: never trains
 Every parameter is in exactly one of the three. Tied parameters count once, under their first name. A
 parameter that several blocks share is an end, because it belongs to every one of them.
 
+A module around one Hugging Face model has that model's blocks; what it adds are ends.
+
 A `LayerMap` holds module paths and parameter names, never parameters: sharding replaces those.
 """
 
@@ -159,7 +161,7 @@ def find_score(model: nn.Module) -> str | None:
     It is the last module that a transformers model without output embeddings registers. PEFT may have put it
     beside a copy that trains.
     """
-    if _config(model) is None or _path_from(model, "get_output_embeddings") is not None:
+    if _transformers_model(model) is not model or _path_from(model, "get_output_embeddings") is not None:
         return None
     last = list(model.named_children())[-1:]
     linear = {name: getattr(module, "original_module", module) for name, module in last}
@@ -304,21 +306,27 @@ def _outermost_lists(model: nn.Module) -> dict[str, _List]:
 
 
 def _language_model_part(model: nn.Module, blocks: Sequence[str]) -> list[str]:
-    """Paths of what belongs to the language model: itself, and its head.
+    """Paths of what belongs to the language model: itself, its head, and what a wrapper adds.
 
     The language model is the smallest module that holds the blocks and the text embedding. The head is the
     output embedding, or without one (classifiers) what the model registers after its language model.
     """
+    inner: Any = _transformers_model(model)
+    around = next(
+        path.split(".") if path else [] for path, module in model.named_modules() if module is inner
+    )
     embedding = _path_from(model, "get_input_embeddings")
     shared = _common_depth(blocks[0], embedding or blocks[0])
-    decoder = blocks[0].split(".")[: max(shared, 1)]
+    decoder = blocks[0].split(".")[: max(shared, len(around) + 1)]
     head = _path_from(model, "get_output_embeddings")
     if head is not None:
         heads = [head]
     else:
-        children = [path for path, child in model.named_children() if any(True for _ in child.parameters())]
-        heads = children[children.index(decoder[0]) + 1 :]
-    return [".".join(decoder), *heads]
+        children = [name for name, child in inner.named_children() if any(True for _ in child.parameters())]
+        after = children[children.index(decoder[len(around)]) + 1 :]
+        heads = [".".join([*around, name]) for name in after]
+    own = set(inner.parameters())
+    return [".".join(decoder), *heads, *(name for name, p in model.named_parameters() if p not in own)]
 
 
 def _below(names: Sequence[Sequence[str]], outside: Sequence[str], paths: Sequence[str]) -> list[str]:
@@ -351,9 +359,19 @@ def _owner(name: str, where: dict[str, int]) -> int | None:
 
 
 def _config(model: nn.Module) -> Any | None:
-    """The model's Hugging Face config, told by its `get_text_config`."""
-    config = getattr(model, "config", None)
-    return config if hasattr(config, "get_text_config") else None
+    """The Hugging Face config of the model, or of the one that it wraps."""
+    return getattr(_transformers_model(model), "config", None)
+
+
+def _transformers_model(model: nn.Module) -> Any | None:
+    """The model itself if it is Hugging Face's, else the only such model in it."""
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        inside_another = any(path.startswith(f"{outer}.".lstrip(".")) for outer in found)
+        is_one = hasattr(getattr(module, "config", None), "get_text_config")
+        if is_one and hasattr(module, "get_input_embeddings") and not inside_another:
+            found[path] = module
+    return next(iter(found.values())) if len(found) == 1 else None
 
 
 def _has_towers(model: nn.Module) -> bool:
@@ -364,11 +382,9 @@ def _has_towers(model: nn.Module) -> bool:
 
 def _path_from(model: nn.Module, getter: str) -> str | None:
     """Path of the module that a Hugging Face model's `get_…_embeddings` returns."""
-    if _config(model) is None:
-        return None
     try:
-        wanted = getattr(model, getter)()
-    except NotImplementedError:  # transformers cannot tell: speech models, models of one's own
+        wanted = getattr(_transformers_model(model), getter)()
+    except (AttributeError, NotImplementedError):  # no such model, or transformers cannot tell: speech models
         return None
     return next((path for path, module in model.named_modules() if module is wanted), None)
 

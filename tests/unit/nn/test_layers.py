@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
@@ -266,6 +267,56 @@ def test_a_dict_with_numbers_as_keys_is_a_list_and_one_with_names_is_not() -> No
     assert layers.ends == ("tokens.weight", "output.weight", "output.bias")
     named = nn.ModuleDict({"wte": nn.Embedding(8, 4), "h": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])})
     assert find_layers(nn.ModuleDict({"transformer": named})).blocks == ("transformer.h.0", "transformer.h.1")
+
+
+class Wrapper(nn.Module):
+    """Hugging Face's model as a part, with a head of its own; some keep its config, and have no getters."""
+
+    def __init__(self, inner: PreTrainedModel, keeps_config: bool) -> None:
+        super().__init__()
+        self.before = nn.Linear(2, 2)
+        self.inner = inner
+        self.value = nn.Linear(4, 1)
+        if keeps_config:
+            self.config = inner.config
+
+
+@pytest.mark.parametrize("keeps_config", [True, False])
+@pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModel])
+def test_a_wrapper_has_the_blocks_and_ends_of_its_model_and_trains_its_own_layers(
+    auto: Any, keeps_config: bool
+) -> None:
+    inner = meta(auto, "qwen3", num_hidden_layers=3)
+    within, layers = find_layers(inner), find_layers(model := Wrapper(inner, keeps_config))
+    assert layers.blocks == tuple(f"inner.{path}" for path in within.blocks)
+    assert layers.embedding == f"inner.{within.embedding}"
+    assert layers.head == (None if within.head is None else f"inner.{within.head}")
+    own = {"before.weight", "before.bias", "value.weight", "value.bias"}
+    assert set(layers.ends) == {*own, *(f"inner.{name}" for name in within.ends)}
+    assert_partition(model, layers)
+
+
+@pytest.mark.parametrize("keeps_config", [True, False])
+@pytest.mark.parametrize("auto", [AutoModelForImageTextToText, AutoModel, AutoModelForSequenceClassification])
+def test_a_wrapper_of_a_model_with_a_vision_tower_leaves_the_tower_frozen(
+    auto: Any, keeps_config: bool
+) -> None:
+    inner = meta(auto, "gemma3")
+    within, layers = find_layers(inner), find_layers(model := Wrapper(inner, keeps_config))
+    assert layers.blocks == tuple(f"inner.{path}" for path in within.blocks)
+    own = {"before.weight", "before.bias", "value.weight", "value.bias"}
+    assert set(layers.ends) == {*own, *(f"inner.{name}" for name in within.ends)}
+    assert layers.frozen == tuple(f"inner.{name}" for name in within.frozen)
+    assert_partition(model, layers)
+
+
+def test_a_module_with_two_models_is_no_wrapper_of_either() -> None:
+    model = nn.ModuleDict({"student": meta(AutoModel, "llama", num_hidden_layers=3)})
+    model["teacher"] = meta(AutoModel, "llama", num_hidden_layers=3)
+    with pytest.raises(ValueError, match=r"0 fit.*student\.layers.*teacher\.layers"):
+        find_layers(model)
+    layers = find_layers(model, blocks="student.layers", ends="student.norm")
+    assert layers.blocks == ("student.layers.0", "student.layers.1", "student.layers.2")
 
 
 @pytest.mark.parametrize("blocks", [None, "wav2vec2.encoder.layers"])
