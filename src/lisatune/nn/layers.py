@@ -150,7 +150,7 @@ def find_layers(
         head=canonical.get(f"{_path_from(model, 'get_output_embeddings') or find_score(model)}.weight"),
         tied=tuple((alias, own[0]) for own in names for alias in own[1:]),
     )
-    if blocks is not None or _config(model) is None:
+    if blocks is not None or _transformers_model(model) is not model:
         _warn_of_lists_in_ends(model, layers)
     return layers
 

@@ -310,6 +310,14 @@ def test_a_wrapper_of_a_model_with_a_vision_tower_leaves_the_tower_frozen(
     assert_partition(model, layers)
 
 
+def test_a_wrapper_with_another_large_part_is_warned_that_it_trains_in_every_step() -> None:
+    model = Wrapper(meta(AutoModel, "qwen3", num_hidden_layers=2, hidden_size=8), keeps_config=False)
+    model.denoiser = nn.ModuleList(nn.Linear(2048, 2048, device="meta") for _ in range(4))
+    with pytest.warns(UserWarning, match=r"of what trains is in denoiser, which are ends here"):
+        layers = find_layers(model)
+    assert layers.blocks == ("inner.layers.0", "inner.layers.1")
+
+
 def test_a_module_with_two_models_is_no_wrapper_of_either() -> None:
     model = nn.ModuleDict({"student": meta(AutoModel, "llama", num_hidden_layers=3)})
     model["teacher"] = meta(AutoModel, "llama", num_hidden_layers=3)
