@@ -127,7 +127,12 @@ def answer_questions(
             "tokenizer_config.json (a wrong one lowers the score)"
         )
     folder = output / FOLDER
-    _note_model(folder, identity | {"max_new_tokens": max_new_tokens})
+    settings = {
+        "max_new_tokens": max_new_tokens,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": model.config._attn_implementation,
+    }
+    _note_model(folder, identity, settings)
     answers = {answer["question_id"]: answer for answer in read_answers(output)}
     for done, question in enumerate(questions):
         advance(done, len(questions))
@@ -174,20 +179,20 @@ def read_lines(file: Path) -> list[Any]:
         raise ValueError(f"{file} is damaged ({error}); delete the line") from None
 
 
-def _note_model(folder: Path, model: dict[str, Any]) -> None:
+def _note_model(folder: Path, model: dict[str, Any], settings: dict[str, Any]) -> None:
     """Write model.json, or refuse a folder whose answers are of another model or other settings."""
     file = folder / "model.json"
     check_model(file, model)
-    if file.exists():
-        before = json.loads(file.read_text(encoding="utf-8")).get("max_new_tokens")
-        if before != model["max_new_tokens"]:
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    for key, value in settings.items():
+        if before.get(key, value) != value:  # older versions kept max_new_tokens alone
             raise ValueError(
-                f"the answers in {folder} may have {before} tokens a turn, and max_new_tokens is "
-                f"{model['max_new_tokens']}; name another output folder"
+                f"the answers in {folder} were written with {key} {before[key]}, and it is {value} now; name "
+                "another output folder"
             )
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        replace_file(file, json.dumps(model, indent=1) + "\n")
+        replace_file(file, json.dumps(model | settings, indent=1) + "\n")
 
 
 def _answer(

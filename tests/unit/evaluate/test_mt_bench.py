@@ -183,8 +183,10 @@ def test_answers_have_two_turns_and_go_on_after_a_stop(
     assert [len(answer["choices"][0]["turns"]) for answer in read_answers(tmp_path)] == [2, 2, 2]
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
-    with pytest.raises(ValueError, match=r"may have 3 tokens a turn, and max_new_tokens is 4"):
+    with pytest.raises(ValueError, match=r"were written with max_new_tokens 3, and it is 4 now"):
         answer_questions(model, tokenizer, tmp_path, questions, **options | {"max_new_tokens": 4})
+    with pytest.raises(ValueError, match=r"were written with dtype float32, and it is bfloat16 now"):
+        answer_questions(model.bfloat16(), tokenizer, tmp_path, questions, **options)
     other = {"name": "other", "sha256": {}}
     with pytest.raises(ValueError, match="holds results of tiny, and this is other"):
         answer_questions(model, tokenizer, tmp_path, questions, **options | {"identity": other})
