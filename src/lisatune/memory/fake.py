@@ -12,7 +12,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
+    unset_fake_temporarily,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import arg_tree_leaves
 
@@ -36,6 +41,22 @@ INDEXING = (
 
 SPARSE = (aten.clone.default, aten._coalesce.default, aten.add_.Tensor)
 """Operations of which torch's fake sparse tensors get the number of rows wrong."""
+
+ON_META = {
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.t.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.expand.default,
+    aten.unsqueeze.default,
+    aten.slice.Tensor,
+    aten.detach.default,
+    aten.mm.default,
+    aten.bmm.default,
+}
+"""A third of a step's operations. The meta device computes their shapes in C++, four times as fast as
+`FakeTensorMode` finds them in its cache."""
 
 
 @contextmanager
@@ -81,8 +102,10 @@ class _RealIds(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         if function is ASKS_DEVICE:
-            return function(*args, **kwargs)
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else function(*args)
         tensors = [each for each in arg_tree_leaves(*args, **kwargs) if isinstance(each, Tensor)]
+        if function in ON_META and all(type(each) is FakeTensor for each in tensors):
+            return _compute_on_meta(function, args, kwargs)
         if tensors and not any(_is_fake(each) for each in tensors):
             with unset_fake_temporarily():
                 return function(*args, **kwargs)
@@ -104,6 +127,14 @@ def _is_fake(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor) or any(
         isinstance(each, FakeTensor) for each in plain_tensors(tensor)
     )
+
+
+def _compute_on_meta(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Do one of ON_META. The output is on the fake device of the inputs."""
+    fake: FakeTensor = args[0]
+    with in_kernel_invocation_manager(fake.fake_mode):
+        out = function(*args, **kwargs)
+    return FakeTensor(fake.fake_mode, out, fake.fake_device)
 
 
 def _compute_sparse(function: Any, args: tuple[Any, ...]) -> Tensor:
