@@ -93,17 +93,22 @@ def make_state(built: Built, ids: int) -> None:
         ids: number of token ids in a step; all count as different.
     """
     optimizer, correction = built.step.optimizer, find_correction(built.model)
+    is_ours, lacks_state = isinstance(optimizer, AdamW), False
     for group in optimizer.param_groups:
         for p in group["params"]:
-            if p.requires_grad and not (correction is not None and correction.is_stateless(p)):
-                if group.get("rows"):
-                    make_gradient(group, p, ids)
-                else:
-                    p.grad = torch.empty_like(p)
-                if isinstance(optimizer, AdamW):
-                    state, size = optimizer.state[p], part_of(p).size
-                    prepare_state(cast(Group, group), part_to_update(p), state, size=size)
-    if not isinstance(optimizer, AdamW):
+            if not p.requires_grad or (correction is not None and correction.is_stateless(p)):
+                continue
+            if group.get("rows"):
+                make_gradient(group, p, ids)
+            elif not is_ours and optimizer.state.get(p):
+                continue
+            else:
+                p.grad = torch.empty_like(p)
+            lacks_state = True
+            if is_ours:  # of which only a part may be missing
+                state, size = optimizer.state[p], part_of(p).size
+                prepare_state(cast(Group, group), part_to_update(p), state, size=size)
+    if lacks_state and not is_ours:
         with norms_are_one():
             optimizer.step()
     if correction is not None:
