@@ -301,10 +301,10 @@ def multiplies_bf16_slowly(device: torch.device) -> bool:
 
 def _warn_of_widened_weights(recipe: Recipe, model: nn.Module, device: torch.device | None) -> None:
     """Warn if 16-bit weights of a model are loaded as float32, in twice the memory, and need not be."""
-    stored = stored_dtype(**recipe.model.location)
-    if weight_dtype(recipe) != torch.float32 or stored not in (torch.bfloat16, torch.float16):
+    if weight_dtype(recipe) != torch.float32 or (device is not None and multiplies_bf16_slowly(device)):
         return
-    if device is not None and multiplies_bf16_slowly(device):
+    stored = stored_dtype(**recipe.model.location)
+    if stored not in (torch.bfloat16, torch.float16):
         return
     more = 2 * sum(p.numel() for p in model.parameters())
     warnings.warn(
