@@ -175,13 +175,16 @@ def silence_transformers() -> Iterator[None]:
     from huggingface_hub.utils import enable_progress_bars  # type: ignore[attr-defined]
 
     verbosity, has_bars = messages.get_verbosity(), messages.is_progress_bar_enabled()
-    messages.set_verbosity_error()
+    is_loud = verbosity != messages.ERROR
+    if is_loud:  # a change makes logging look through all loggers
+        messages.set_verbosity_error()
     messages.disable_progress_bar()
     if has_bars:
         enable_progress_bars()
     try:
         yield
     finally:
-        messages.set_verbosity(verbosity)
+        if is_loud:
+            messages.set_verbosity(verbosity)
         if has_bars:
             messages.enable_progress_bar()
