@@ -51,6 +51,7 @@ KNOWN = {
     "torch.ops.aten._index_put_impl",
     "torch.ops.aten._index_put_impl_",
     "torch.ops.aten._local_scalar_dense",
+    "torch.ops.aten._to_copy",
     "torch.ops.aten._unsafe_index",
     "torch.ops.aten._unsafe_view",
     "torch.optim.Optimizer._optimizer_step_post_hooks",

@@ -54,6 +54,7 @@ ON_META = {
     aten.detach.default,
     aten.mm.default,
     aten.bmm.default,
+    aten._to_copy.default,
 }
 """A third of a step's operations. The meta device computes their shapes in C++, four times as fast as
 `FakeTensorMode` finds them in its cache."""
@@ -104,7 +105,7 @@ class _RealIds(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if function is ASKS_DEVICE:
             return args[0].fake_device if isinstance(args[0], FakeTensor) else function(*args)
         tensors = [each for each in arg_tree_leaves(*args, **kwargs) if isinstance(each, Tensor)]
-        if function in ON_META and all(type(each) is FakeTensor for each in tensors):
+        if function in ON_META and "device" not in kwargs and all(type(t) is FakeTensor for t in tensors):
             return _compute_on_meta(function, args, kwargs)
         if tensors and not any(_is_fake(each) for each in tensors):
             with unset_fake_temporarily():
