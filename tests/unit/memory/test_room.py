@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from lisatune.cli.app import main
 from lisatune.memory import fit as searches
-from lisatune.memory.fit import Changes, Room, apply_changes, find_fit, find_room
+from lisatune.memory.fit import Changes, Fit, Room, apply_changes, find_fit, find_room
 from lisatune.memory.plan import MemoryPlan
 from lisatune.methods import METHODS
 from lisatune.optim import codecs
@@ -123,7 +123,8 @@ def test_nothing_is_offered_where_there_is_no_room_or_no_more_to_train(recipe: R
     for method in (METHODS["lora"](), METHODS["full"](), METHODS["lisa"](active=BLOCKS), independent):
         assert room_in(replace(recipe, method=method), large) is None
     assert room_in(recipe, needed(recipe, EIGHT_BIT | STOCHASTIC)) is None
-    assert room_in(recipe, needed(recipe, {}) // 2) is None  # doesn't fit at all
+    does_not_fit = Fit(large, False, {}, (), PLANS(recipe))
+    assert find_room(recipe, does_not_fit) is None
 
 
 def test_nothing_is_offered_where_the_recipe_had_to_shrink(recipe: Recipe) -> None:
