@@ -81,8 +81,9 @@ class Adapter:
                 "of their gradients; train in bfloat16 or float32"
             )
         trains = self.A.requires_grad
-        result: Tensor = _AddLowRank.apply(out, input, self.A, self.B, self.scale, trains)  # type: ignore[no-untyped-call]
-        return result
+        # A view is made outside, because a model may change what its layer returns in place (Llama 4 does).
+        sum_NO: Tensor = _AddLowRank.apply(out, input, self.A, self.B, self.scale, trains)  # type: ignore[no-untyped-call]
+        return sum_NO.view(out.shape)
 
     @torch.no_grad()
     def add_to(self, weight: Tensor, *, times: int = 1, device: torch.device | str | None = None) -> Tensor:
@@ -125,31 +126,30 @@ class Adapter:
 
 
 class _AddLowRank(torch.autograd.Function):
-    """out + s·B(A x), computed in the dtype of `out`."""
+    """out + s·B(A x) as [N, out], computed in the dtype of `out`."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, trains: bool) -> Tensor:
-        ctx.scale, ctx.trains, ctx.dtype = scale, trains, x.dtype
+        ctx.scale, ctx.trains, ctx.dtype, ctx.shape = scale, trains, x.dtype, out.shape
         ctx.save_for_backward(A, B, *((x,) if trains else ()))
         low_Nr = x.reshape(-1, x.shape[-1]).to(out.dtype) @ A.to(out.dtype).T
         flat = out.reshape(-1, out.shape[-1])
-        return torch.addmm(flat, low_Nr, B.to(out.dtype).T, alpha=scale).view(out.shape)
+        return torch.addmm(flat, low_Nr, B.to(out.dtype).T, alpha=scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         A, B, *kept = ctx.saved_tensors
-        grad = grads[0]
-        grad_N = grad.reshape(-1, grad.shape[-1])
-        a, b = A.to(grad.dtype), B.to(grad.dtype)
+        grad_N = grads[0]
+        a, b = A.to(grad_N.dtype), B.to(grad_N.dtype)
         low_Nr = (grad_N @ b).mul_(ctx.scale)
         grad_x = grad_a = grad_b = None
         if ctx.needs_input_grad[1]:
-            grad_x = (low_Nr @ a).view(*grad.shape[:-1], a.shape[1]).to(ctx.dtype)
+            grad_x = (low_Nr @ a).view(*ctx.shape[:-1], a.shape[1]).to(ctx.dtype)
         if ctx.trains:
-            x_N = kept[0].reshape(-1, a.shape[1]).to(grad.dtype)
+            x_N = kept[0].reshape(-1, a.shape[1]).to(grad_N.dtype)
             grad_a = (low_Nr.T @ x_N).to(A.dtype)
             grad_b = (grad_N.T @ (x_N @ a.T)).to(B.dtype).mul_(ctx.scale)
-        return grad, grad_x, grad_a, grad_b, None, None
+        return grad_N.view(ctx.shape), grad_x, grad_a, grad_b, None, None
 
 
 def merge_adapters(model: nn.Module) -> None:

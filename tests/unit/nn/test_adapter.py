@@ -51,6 +51,15 @@ def test_output_and_gradients_are_those_of_the_merged_weight() -> None:
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+def test_a_model_may_change_what_its_layer_returns_in_place() -> None:
+    """Llama 4 adds its routed experts to what its shared expert returns."""
+    layer, adapter = adapted(torch.float64)
+    x = X_NI.double().requires_grad_()
+    got = torch.autograd.grad(layer(x).mul_(3).square().sum(), [x, adapter.A, adapter.B])
+    want = torch.autograd.grad((layer(x) * 3).square().sum(), [x, adapter.A, adapter.B])
+    assert all(map(torch.equal, got, want))
+
+
 @pytest.mark.parametrize("trains", [True, False])
 def test_backward_keeps_the_input_itself_if_the_adapter_trains_and_no_token_otherwise(trains: bool) -> None:
     layer, adapter = adapted(torch.bfloat16)
