@@ -18,7 +18,7 @@ The layer's class changes with it, `nn.Linear` to `CodedLinear` and back. A code
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -165,6 +165,27 @@ class _Coded(nn.Module):
     def _computes_exactly(self) -> bool:
         # Reentrant checkpointing runs forward without gradients too, but in training mode.
         return not (self.training or torch.is_grad_enabled())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the layer to another device; what `Module.to` makes of a placeholder would be a whole weight.
+
+        Raises:
+            RuntimeError: it would change the dtype, which the exact weight in its store would not follow.
+        """
+        own = own_parameter(self)
+        if (dtype := fn(own.new_empty(0)).dtype) != own.dtype:
+            raise RuntimeError(
+                f"the frozen weight {self._coded_weight.name} is codes of {own.dtype} numbers and cannot "
+                f"become {dtype}; convert the model before LISA is attached, or call detach() first"
+            )
+        shape = own.shape
+        own.data = own.detach()[0, 0]
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            for each in (own, own_parameter(self)):  # another one on a device such as meta
+                each.data = each.detach().expand(shape)
+        return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -121,6 +121,32 @@ def test_a_copy_holds_its_frozen_weights_as_its_own_lisa_says(tmp_path: Path) ->
 
 
 @BITS
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_that_is_moved_holds_no_whole_weight_beside_its_codes(bits: str, tied: bool) -> None:
+    """As by Accelerate, which moves a model after LISA was attached to it."""
+    stayed, moved = tiny.llama(tied=tied), tiny.llama(tied=tied)
+    tiny.fit(stayed, attach(stayed, frozen_weights=bits, ends="frozen")[0], 7)
+    optimizer, _ = attach(moved, frozen_weights=bits, ends="frozen")
+    moved._apply(torch.clone)  # what `to` does with another device
+    assert coded_weights(moved)
+    for name, coded in coded_weights(moved).items():
+        assert coded.parameter is dict(moved.named_parameters())[name]
+        assert coded.parameter.untyped_storage().nbytes() == coded.parameter.element_size()
+    tiny.fit(moved, optimizer, 7)
+    tiny.assert_same_weights(moved, stayed)
+
+
+@BITS
+def test_a_model_with_codes_cannot_become_another_dtype(bits: str) -> None:
+    model = tiny.llama()
+    _, lisa = attach(model, frozen_weights=bits)
+    with pytest.raises(RuntimeError, match=r"codes of torch.float32 .* cannot become torch.bfloat16;"):
+        model.to(torch.bfloat16)
+    lisa.detach()
+    assert {p.dtype for p in model.to(torch.bfloat16).parameters()} == {torch.bfloat16}
+
+
+@BITS
 @pytest.mark.parametrize(
     ("ends", "tied"),
     [("train", True), ("train", False), ("frozen", True), ("head", False), ("every:2+8bit", True)],
