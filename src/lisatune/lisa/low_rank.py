@@ -302,20 +302,25 @@ class LowRankCorrection(FrozenCorrection):
 
 
 def _find_linear(model: nn.Module, layers: LayerMap) -> dict[str, tuple[nn.Linear, int]]:
-    """Return the plain linear layers of the blocks that can train, by path, each with its block's number."""
+    """Return the plain linear layers of the blocks that can train, by path, each with its block's number.
+
+    A layer with a `forward` of its own, as Accelerate's hooks give it, is not plain: an adapter would take
+    that away, and W + s·BA need not do in it what W and the adapter do.
+    """
     blocks: dict[Tensor, int] = {
         p: i for i, block in enumerate(layers.block_parameters(model)) for p in block.values()
     }
     found: dict[str, tuple[nn.Linear, int]] = {}
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
-        if type(module) in (nn.Linear, CodedLinear) and weight in blocks:
+        is_plain = type(module) in (nn.Linear, CodedLinear) and "forward" not in vars(module)
+        if is_plain and weight in blocks:
             assert isinstance(module, nn.Linear)
             found[name] = module, blocks[weight]
     if not found:
         raise ValueError(
             f"correction lora needs blocks with torch.nn.Linear layers, and those of {type(model).__name__} "
-            "have none; use correction none"
+            "have none, or only such with a forward of their own; use correction none"
         )
     return found
 

@@ -135,6 +135,24 @@ def test_named_matrices_alone_get_adapters() -> None:
     assert len(of(model).adapters) == 12
 
 
+def test_a_layer_with_a_forward_of_its_own_keeps_it_and_gets_no_adapter() -> None:
+    """As Accelerate's hooks give to each layer of a model that `device_map` spreads."""
+    model, plain = tiny.llama(), tiny.llama()
+    patched = {layer: layer.forward for layer in (b.mlp.up_proj for b in model.model.layers)}
+    for layer, forward in patched.items():
+        layer.forward = lambda x, forward=forward: 2 * forward(x)
+    before = logits(model)
+    _, lisa = attach(model)
+    assert torch.equal(logits(model), before)
+    assert not {layer for layer in patched if "_adapter" in vars(layer)}
+    lisa.detach()
+    assert torch.equal(logits(model), before)
+    for each in plain.modules():
+        each.forward = each.forward
+    with pytest.raises(ValueError, match="have none, or only such with a forward of their own"):
+        attach(plain)
+
+
 def test_micro_steps_add_up() -> None:
     def take_step(micro_steps: list[list[int]]) -> list[Tensor]:
         model = tiny.llama()
