@@ -4,6 +4,7 @@ Needs no torch, so that `lisatune --help` is fast.
 """
 
 import math
+import os
 import re
 import signal
 import sys
@@ -56,10 +57,18 @@ SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_UPDATES = 30, 0.2
 
 
 def terminal() -> "Console":
-    """Make a console on standard output, at most 100 columns wide."""
+    """Make a console on standard output, at most 100 columns wide.
+
+    If its reader goes, what follows is dropped and the command goes on: Ctrl-C ends the `tee` behind a run
+    too, and the run must still save a checkpoint.
+    """
     from rich.console import Console  # rich comes with lisatune[train]; the other functions do without
 
-    console = Console(highlight=False)
+    class Terminal(Console):
+        def on_broken_pipe(self) -> None:  # rich's would end the process
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    console = Terminal(highlight=False)
     console.width = min(console.width, WIDEST) if console.is_terminal else WIDEST
     return console
 

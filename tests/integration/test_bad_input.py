@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import signal
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -551,6 +552,29 @@ def test_ctrl_c_saves_and_the_resumed_run_ends_bit_equal(recipe: Path) -> None:
     assert checkpoint is not None
     assert f"after step {int(checkpoint.name.removeprefix('step-'))} of" in outcome
     assert_equal(trained(recipe, "run", steps, "--resume"), straight)
+
+
+def test_ctrl_c_saves_also_if_it_has_ended_what_reads_the_output(recipe: Path) -> None:
+    """As in `lisatune train recipe.yaml 2>&1 | tee log`."""
+    reads, writes = os.pipe()
+
+    def act() -> int:
+        os.close(reads)
+        sys.stdout = sys.stderr = os.fdopen(writes, "w", buffering=1)
+        os.dup2(writes, 1)
+        return main(["train", str(recipe), "run.steps=1000"])
+
+    pid = forked(act, recipe.parent / "log")
+    os.close(writes)
+    said = b""
+    while b"\nstep " not in said:
+        new = os.read(reads, 1000)
+        assert new, said.decode()
+        said += new
+    os.close(reads)
+    os.kill(pid, signal.SIGINT)
+    assert ended(pid, 60) == 130
+    assert newest_checkpoint(recipe.parent / "run" / "checkpoints") is not None
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -64,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")
     if sys.stdin is None:  # closed by the shell (`0<&-`); it is read as if it were empty
         sys.stdin = io.StringIO()
+    if sys.stdout is None:  # closed by the shell (`>&-`)
+        sys.stdout = io.StringIO()
     try:
         with handle_signals({signal.SIGTERM: terminate}):
             return _run(tokens)
@@ -328,7 +330,8 @@ def _report_failure(error: BaseException, debug: bool) -> int:
         sentence = f"error: {text}" if code == BAD_INPUT else f"{name}: {text} (a defect{hint})"
     if debug:
         traceback.print_exc()
-    print_line(f"lisatune: {sentence}", sys.stderr)
+    with suppress(OSError):  # nobody reads it any more
+        print_line(f"lisatune: {sentence}", sys.stderr)
     return code
 
 

@@ -3,7 +3,7 @@
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -32,7 +32,8 @@ def interruptible() -> Iterator[Callable[[], Stop | None]]:
         is_term = signum == signal.SIGTERM
         asked = Terminated if is_term else KeyboardInterrupt
         name = "SIGTERM" if is_term else "Ctrl-C"
-        sys.stderr.write(f"\nlisatune: stopping after this step; {name} again stops at once\n")
+        with suppress(OSError):  # Ctrl-C has ended the `tee` that reads this too
+            sys.stderr.write(f"\nlisatune: stopping after this step; {name} again stops at once\n")
         signal.signal(signum, terminate if is_term else signal.default_int_handler)
 
     with handle_signals({signal.SIGINT: press, signal.SIGTERM: press}):
