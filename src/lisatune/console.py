@@ -7,11 +7,12 @@ import math
 import os
 import re
 import signal
+import stat
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, TextIO
@@ -255,7 +256,7 @@ USER_ERRORS = (ValueError, OSError, RuntimeError, ImportError)
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM. Code that treats it like Ctrl-C need not tell them apart."""
+    """SIGTERM or SIGHUP. Code that treats it like Ctrl-C need not tell them apart."""
 
 
 def exit_code(error: BaseException) -> int:
@@ -281,6 +282,24 @@ def handle_signals(
             signal.signal(signum, handler)
 
 
+def ending_signals() -> list[signal.Signals]:
+    """Return SIGTERM, and SIGHUP, which a closed terminal sends, unless it is ignored as by `nohup`."""
+    ignores = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [signal.SIGTERM] if ignores else [signal.SIGTERM, signal.SIGHUP]
+
+
 def terminate(signum: int, frame: FrameType | None) -> None:
     """Raise `Terminated`, so that half-written files are removed and other processes end before this one."""
+    leave_closed_terminal(signum)
     raise Terminated
+
+
+def leave_closed_terminal(signum: int) -> None:
+    """After SIGHUP write no more to the terminal, which would fail; output to files and pipes goes on."""
+    if signum != signal.SIGHUP:
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for file in (1, 2):
+        with suppress(OSError):  # closed
+            if stat.S_ISCHR(os.fstat(file).st_mode):
+                os.dup2(nowhere, file)

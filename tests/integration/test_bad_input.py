@@ -1,14 +1,17 @@
 """Bad input through the command line: one sentence, exit code 2, and nothing written or lost."""
 
 import errno
+import fcntl
 import importlib
 import json
 import math
 import os
 import pickle
+import select
 import shutil
 import signal
 import sys
+import termios
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +28,7 @@ from lisatune.cli.app import main
 from lisatune.files.tensors import write_stream
 from lisatune.losses.causal_lm import CausalLMLoss
 from lisatune.runs.manifest import newest_checkpoint
+from lisatune.train.stopping import interruptible
 
 GOOD = json.dumps({"instruction": "Count.", "output": "1 2"})
 
@@ -575,6 +579,41 @@ def test_ctrl_c_saves_also_if_it_has_ended_what_reads_the_output(recipe: Path) -
     os.kill(pid, signal.SIGINT)
     assert ended(pid, 60) == 130
     assert newest_checkpoint(recipe.parent / "run" / "checkpoints") is not None
+
+
+def test_a_closed_terminal_ends_the_run_with_a_checkpoint(recipe: Path) -> None:
+    ours, theirs = os.openpty()
+    metrics = recipe.parent / "run" / "metrics.jsonl"
+
+    def act() -> int:
+        os.close(ours)
+        os.setsid()
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+        for file in (1, 2):
+            os.dup2(theirs, file)
+        sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        return main(["train", str(recipe), "run.steps=1000"])
+
+    pid = forked(act, recipe.parent / "log")
+    os.close(theirs)
+    said = b""
+    while not (metrics.exists() and b'"step": 3,' in metrics.read_bytes()):
+        said += os.read(ours, 10_000) if select.select([ours], [], [], 0.05)[0] else b""
+        assert ended(pid, 0) is None, said.decode()
+    os.close(ours)
+    assert ended(pid, 60) == 143
+    assert newest_checkpoint(recipe.parent / "run" / "checkpoints") is not None
+
+
+def test_a_terminal_that_closes_over_nohup_stops_nothing() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interruptible() as asked:
+            signal.raise_signal(signal.SIGHUP)
+            assert asked() is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ functions so that `--help` is fast and a missing package is one of those sentenc
 
 import io
 import os
-import signal
 import sys
 import time
 import traceback
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 from lisatune import __version__
 from lisatune.console import (
     BAD_INPUT,
+    ending_signals,
     exit_code,
     expand_home,
     first_line,
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if sys.stdout is None:  # closed by the shell (`>&-`)
         sys.stdout = io.StringIO()
     try:
-        with handle_signals({signal.SIGTERM: terminate}):
+        with handle_signals(dict.fromkeys(ending_signals(), terminate)):
             return _run(tokens)
     except BrokenPipeError:  # the reader of our output has gone, as in `lisatune layers MODEL | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from lisatune.console import first_line
+from lisatune.console import ending_signals, first_line
 from lisatune.evaluate.local_tasks import check_shots, write_local_task
 
 __all__ = ["PRESETS", "OpenTask", "Preset", "import_harness", "no_trace", "open_tasks", "split_tasks"]
@@ -190,7 +190,7 @@ def no_trace() -> Iterator[None]:
     from lm_eval.api import task as asking
 
     # The harness has bars, lines and processes of its own (a bootstrap) and no options for them. A process
-    # that it ends has our handler of SIGTERM, which raises.
+    # that it ends has our handler, which raises.
     replaced: list[tuple[Any, str, Any, Any]] = [
         (asking, "tqdm", asking.tqdm, partial(asking.tqdm, disable=True)),
         (tqdm, "tqdm", tqdm.tqdm, partial(tqdm.tqdm, disable=True)),
@@ -224,8 +224,9 @@ def no_trace() -> Iterator[None]:
 
 
 def _end_quietly() -> None:
-    """Let SIGTERM end a process of the harness without a traceback."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """Let SIGTERM and SIGHUP end a process of the harness without a traceback."""
+    for signum in ending_signals():
+        signal.signal(signum, signal.SIG_DFL)
 
 
 def _open_task(name: str, shots: int | None, data: Path | None, where: Path) -> OpenTask:

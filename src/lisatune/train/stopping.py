@@ -1,4 +1,4 @@
-"""How a run ends early: Ctrl-C, SIGTERM, and the sentence that tells how to continue."""
+"""How a run ends early: Ctrl-C, SIGTERM, a closed terminal, and the sentence that tells how to continue."""
 
 import signal
 import sys
@@ -7,7 +7,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from lisatune.console import Terminated, handle_signals, terminate
+from lisatune.console import (
+    Terminated,
+    ending_signals,
+    handle_signals,
+    leave_closed_terminal,
+    terminate,
+)
 from lisatune.distributed import ranks
 from lisatune.runs.folder import RunFolder, is_untrained
 from lisatune.runs.manifest import newest_checkpoint
@@ -15,34 +21,35 @@ from lisatune.runs.manifest import newest_checkpoint
 __all__ = ["agree_to_stop", "explain_interruption", "interruptible", "resume_hint"]
 
 Stop = type[KeyboardInterrupt]
-"""The kind of error that a run ends with after Ctrl-C or SIGTERM."""
+"""The kind of error that a run ends with after Ctrl-C, or after SIGTERM or SIGHUP."""
 
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], Stop | None]]:
-    """Turn the first Ctrl-C or SIGTERM into a flag, read at the end of a step. The second stops at once.
+    """Turn the first Ctrl-C, SIGTERM or SIGHUP into a flag, read after a step. The second stops at once.
 
     Yields:
-        A function that returns the kind of error to end with, or None as long as neither signal came.
+        A function that returns the kind of error to end with, or None as long as no signal came.
     """
     asked: Stop | None = None
 
     def press(signum: int, frame: FrameType | None) -> None:
         nonlocal asked
-        is_term = signum == signal.SIGTERM
-        asked = Terminated if is_term else KeyboardInterrupt
-        name = "SIGTERM" if is_term else "Ctrl-C"
+        leave_closed_terminal(signum)
+        is_ctrl_c = signum == signal.SIGINT
+        asked = KeyboardInterrupt if is_ctrl_c else Terminated
+        name = "Ctrl-C" if is_ctrl_c else signal.Signals(signum).name
         with suppress(OSError):  # Ctrl-C has ended the `tee` that reads this too
             sys.stderr.write(f"\nlisatune: stopping after this step; {name} again stops at once\n")
-        signal.signal(signum, terminate if is_term else signal.default_int_handler)
+        signal.signal(signum, signal.default_int_handler if is_ctrl_c else terminate)
 
-    with handle_signals({signal.SIGINT: press, signal.SIGTERM: press}):
+    with handle_signals(dict.fromkeys([signal.SIGINT, *ending_signals()], press)):
         yield lambda: asked
 
 
 @contextmanager
 def explain_interruption(folder: RunFolder) -> Iterator[None]:
-    """Say how to continue after a Ctrl-C or SIGTERM that came outside the loop, or twice inside it."""
+    """Say how to continue after a signal that came outside the loop, or twice inside it."""
     before = _identify(folder.model)
     try:
         yield
