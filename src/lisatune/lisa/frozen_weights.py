@@ -298,10 +298,11 @@ def _check_share(model: nn.Module, blocks: set[nn.Parameter], coded: Iterable[nn
     named = {name: p for name, p in model.named_parameters() if p in rest}
     name, largest = max(named.items(), key=lambda item: item[1].numel())
     owner = model.get_submodule(name.rpartition(".")[0])
+    how = " with a forward of its own" if "forward" in vars(owner) else ""
     raise ValueError(
         f"only {share:.0%} of the numbers in the blocks of {type(model).__name__} are in torch.nn.Linear, "
-        f"which is what codes can replace; {name} is {list(largest.shape)} in {type(owner).__name__}; use "
-        "frozen_weights exact"
+        f"which is what codes can replace; {name} is {list(largest.shape)} in {type(owner).__name__}{how}; "
+        "use frozen_weights exact"
     )
 
 

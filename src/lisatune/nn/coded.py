@@ -284,7 +284,12 @@ class _Product(torch.autograd.Function):
 
 
 def can_be_coded(layer: nn.Module) -> bool:
-    """Whether a layer is a plain `nn.Linear` or `nn.Embedding`, whose forward does nothing else."""
+    """Whether a layer is a plain `nn.Linear` or `nn.Embedding`, whose forward does nothing else.
+
+    A `forward` of its own, as Accelerate's hooks give it, would keep the decoded weight for backward.
+    """
+    if "forward" in vars(layer):
+        return False
     if type(layer) is nn.Embedding:
         return layer.max_norm is None and not layer.sparse
     return type(layer) is nn.Linear

@@ -397,6 +397,25 @@ def test_a_layer_with_code_of_its_own_stays_exact() -> None:
         optimizer.zero_grad()
 
 
+def test_a_layer_that_was_given_a_forward_stays_exact() -> None:
+    """As Accelerate's hooks do; they would keep the decoded weight for backward."""
+    model = tiny.llama()
+    for block in model.model.layers:
+        block.self_attn.q_proj.forward = block.self_attn.q_proj.forward
+    optimizer, _ = attach(model)
+    coded = {name.split(".")[-2] for name in coded_weights(model)}
+    assert coded == {"k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    tiny.fit(model, optimizer, 4)
+    of_all = tiny.llama()
+    for module in of_all.modules():
+        if type(module) is nn.Linear:
+            module.forward = module.forward
+    with pytest.raises(
+        ValueError, match=r"only 0% .* in Linear with a forward of its own; use frozen_weights"
+    ):
+        attach(of_all)
+
+
 def test_update_in_backward_gives_the_same_weights() -> None:
     one, other = bf16(), bf16()
     adamw = {"rounding": "stochastic"}
