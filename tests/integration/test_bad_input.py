@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import importlib
+import io
 import json
 import math
 import os
@@ -579,6 +580,23 @@ def test_ctrl_c_saves_also_if_it_has_ended_what_reads_the_output(recipe: Path) -
     os.kill(pid, signal.SIGINT)
     assert ended(pid, 60) == 130
     assert newest_checkpoint(recipe.parent / "run" / "checkpoints") is not None
+
+
+def test_ctrl_c_inside_a_write_to_stderr_stops_as_anywhere_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Raw(io.FileIO):
+        def write(self, line: Any) -> int:
+            if b"a warning" in bytes(line):
+                signal.raise_signal(signal.SIGINT)
+            return super().write(line)
+
+    with io.TextIOWrapper(io.BufferedWriter(Raw(tmp_path / "log", "w")), line_buffering=True) as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        with interruptible() as asked:
+            stream.write("a warning\n")
+            assert asked() is KeyboardInterrupt
+    assert NOTICE in (tmp_path / "log").read_text()
 
 
 def test_a_closed_terminal_ends_the_run_with_a_checkpoint(recipe: Path) -> None:

@@ -1,5 +1,6 @@
 """How a run ends early: Ctrl-C, SIGTERM, a closed terminal, and the sentence that tells how to continue."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -39,8 +40,13 @@ def interruptible() -> Iterator[Callable[[], Stop | None]]:
         is_ctrl_c = signum == signal.SIGINT
         asked = KeyboardInterrupt if is_ctrl_c else Terminated
         name = "Ctrl-C" if is_ctrl_c else signal.Signals(signum).name
-        with suppress(OSError):  # Ctrl-C has ended the `tee` that reads this too
-            sys.stderr.write(f"\nlisatune: stopping after this step; {name} again stops at once\n")
+        notice = f"\nlisatune: stopping after this step; {name} again stops at once\n"
+        with suppress(
+            OSError, AttributeError
+        ):  # Ctrl-C has ended the `tee` that reads this too; or it is closed
+            os.write(
+                sys.stderr.fileno(), notice.encode()
+            )  # the signal may have come inside a write of stderr
         signal.signal(signum, signal.default_int_handler if is_ctrl_c else terminate)
 
     with handle_signals(dict.fromkeys([signal.SIGINT, *ending_signals()], press)):
