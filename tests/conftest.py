@@ -19,7 +19,7 @@ import pytest
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
-os.fsync = lambda fd: None  # no test cuts the power, and 33 syncs for each whole run take 4 ms each and more
+os.fsync = lambda fd: None  # no test cuts the power, and test_train.py alone would sync 2,463 times
 
 # A job that a shell started in the background inherits a Ctrl-C that is ignored; tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

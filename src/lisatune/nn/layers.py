@@ -368,8 +368,8 @@ def _transformers_model(model: nn.Module) -> Any | None:
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         inside_another = any(path.startswith(f"{outer}.".lstrip(".")) for outer in found)
-        is_one = hasattr(getattr(module, "config", None), "get_text_config")
-        if is_one and hasattr(module, "get_input_embeddings") and not inside_another:
+        tells = hasattr(module, "get_input_embeddings") and hasattr(module, "get_output_embeddings")
+        if tells and hasattr(getattr(module, "config", None), "get_text_config") and not inside_another:
             found[path] = module
     return next(iter(found.values())) if len(found) == 1 else None
 
@@ -382,9 +382,10 @@ def _has_towers(model: nn.Module) -> bool:
 
 def _path_from(model: nn.Module, getter: str) -> str | None:
     """Path of the module that a Hugging Face model's `get_…_embeddings` returns."""
+    inner = _transformers_model(model)
     try:
-        wanted = getattr(_transformers_model(model), getter)()
-    except (AttributeError, NotImplementedError):  # no such model, or transformers cannot tell: speech models
+        wanted = None if inner is None else getattr(inner, getter)()
+    except NotImplementedError:  # transformers cannot tell: speech models, models of one's own
         return None
     return next((path for path, module in model.named_modules() if module is wanted), None)
 

@@ -270,7 +270,7 @@ def test_a_dict_with_numbers_as_keys_is_a_list_and_one_with_names_is_not() -> No
 
 
 class Wrapper(nn.Module):
-    """Hugging Face's model as a part, with a head of its own; some keep its config, and have no getters."""
+    """Hugging Face's model as a part, with a head of its own; some keep its config and one of its getters."""
 
     def __init__(self, inner: PreTrainedModel, keeps_config: bool) -> None:
         super().__init__()
@@ -279,6 +279,7 @@ class Wrapper(nn.Module):
         self.value = nn.Linear(4, 1)
         if keeps_config:
             self.config = inner.config
+            self.get_input_embeddings = inner.get_input_embeddings
 
 
 @pytest.mark.parametrize("keeps_config", [True, False])
