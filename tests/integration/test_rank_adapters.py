@@ -35,7 +35,19 @@ DROPOUT = "method.dropout=0.3"
 NARROW = "run.precision=bf16"
 
 
-COPIES = {"loop": ("bare", "before", "after"), "trainer": ("plain", "checkpointing")}
+COPIES = {
+    "loop": (
+        "bare",
+        "before",
+        "after",
+        "bare coded",
+        "before coded",
+        "after coded",
+        "after both",
+        "bare corrected",
+    ),
+    "trainer": ("plain", "checkpointing", "plain both"),
+}
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*ensure_weight_tying:UserWarning")
 
@@ -137,7 +149,10 @@ def test_loops_with_copies_of_the_model_are_those_of_one_rank(
     assert first["drawn"] == second["drawn"] == [list(blocks) for blocks in alone["drawn"]]
     assert len({tuple(blocks) for blocks in first["drawn"]}) > 2
     assert first["sums"] == second["sums"]
-    if how in ("before", "after"):  # by no_sync() once in a step, but for the first forward pass of all
+    if how.split()[0] in (
+        "before",
+        "after",
+    ):  # by no_sync() once in a step, but for the first forward pass of all
         assert first["exchanges"] == rank_copies.STEPS + 1
     got, expected = (load_file(adapters.folder / f"{how}-{count}.safetensors") for count in (2, 1))
     begun = dict(tiny.llama(seed=0).named_parameters())

@@ -134,6 +134,8 @@ REFUSED = {
         ["optimizer.name=lion", "optimizer.eps=1e-8", "optimizer.moments=8bit"],
         "optimizer.name lion runs in one process only, because a checkpoint cannot cut its moments in 8bit",
     ),
+    "int8": (["method.frozen_weights=int8"], "that fully_shard has not divided, because codes are"),
+    "corrected": (["method.correction=lora"], "that fully_shard has not divided, because adapters are"),
 }
 BEST = ["run.steps=6", "run.eval_every=1", "run.keep_best=true", "run.stop_after=2"]
 BEST += ["optimizer.lr=0.2", "optimizer.schedule=constant"]  # falls for two steps, then rises

@@ -14,11 +14,17 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 import tiny
-from lisatune import LISA
+from lisatune import LISA, Correction
 from lisatune.distributed import ranks
 
 PERIOD, PERIODS, MICRO_STEPS = 2, 3, 2
 STEPS = PERIOD * PERIODS
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "coded": {"frozen_weights": "int8"},
+    "corrected": {"correction": Correction(rank=3, lr=1e-2)},
+    "both": {"frozen_weights": "int8", "correction": Correction(rank=3, lr=1e-2)},
+}
 
 
 def attach(model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> tuple[LISA, list[Any]]:
@@ -36,16 +42,17 @@ def rows(step: int) -> Iterator[torch.Tensor]:
 
 
 def loop(how: str, folder: str) -> dict[str, Any]:
-    """Train with accumulation: `bare`, or wrapped `before` or `after` LISA is attached."""
+    """Train with accumulation: `bare`, or wrapped `before` or `after` LISA is attached; then its options."""
+    wraps, _, option = how.partition(" ")
     model = tiny.llama(seed=0)
     called: Any = model
-    if how == "before" and ranks.count() > 1:
+    if wraps == "before" and ranks.count() > 1:
         called = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
-    lisa, drawn = attach(called, optimizer)
+    lisa, drawn = attach(called, optimizer, **OPTIONS.get(option, {}))
     exchange = mock.patch.object(ranks, "average_gradients", wraps=ranks.average_gradients)
     counted = exchange.start()
-    if how == "after" and ranks.count() > 1:
+    if wraps == "after" and ranks.count() > 1:
         called = DistributedDataParallel(model, find_unused_parameters=True)
     for step in range(STEPS):
         for i, ids in enumerate(rows(step)):
@@ -66,7 +73,8 @@ def loop(how: str, folder: str) -> dict[str, Any]:
 
 
 def trainer(how: str, folder: str) -> dict[str, Any]:
-    """Train by HF Trainer, which wraps the model itself."""
+    """Train by HF Trainer, which wraps the model itself: `plain` or `checkpointing`; then LISA's options."""
+    wraps, _, option = how.partition(" ")
     count = STEPS * MICRO_STEPS * 2
     ids = torch.cat([tiny.tokens(step) for step in range(count // 2)])
     labels = ids.masked_fill(ids % 3 == 0, -100)  # rows differ in their tokens with loss
@@ -76,7 +84,7 @@ def trainer(how: str, folder: str) -> dict[str, Any]:
         max_steps=STEPS,
         per_device_train_batch_size=2 // ranks.count(),
         gradient_accumulation_steps=MICRO_STEPS,
-        activation_checkpointing=how == "checkpointing",
+        activation_checkpointing=wraps == "checkpointing",
         learning_rate=1e-2,
         adam_epsilon=1e-3,
         max_grad_norm=0.1,
@@ -88,9 +96,10 @@ def trainer(how: str, folder: str) -> dict[str, Any]:
     model = tiny.llama(seed=0)
     data = Dataset.from_dict({"input_ids": ids.tolist(), "labels": labels.tolist()})
     host = Trainer(model, arguments, train_dataset=data, data_collator=default_data_collator)
-    lisa, drawn = attach(host.model, host.create_optimizer())
+    lisa, drawn = attach(host.model, host.create_optimizer(), **OPTIONS.get(option, {}))
     host.train()
     lisa.check()
+    lisa.detach()
     return finish(model, drawn, folder, how)
 
 
@@ -102,9 +111,10 @@ def finish(model: nn.Module, drawn: list[Any], folder: str, how: str) -> dict[st
 
 
 def strangers() -> None:
-    """Train ranks that began with different weights."""
-    model = tiny.llama(seed=ranks.rank())
+    """Train ranks that began with different weights in a block that is frozen."""
+    model = tiny.llama(seed=0)
     optimizer = torch.optim.AdamW(model.parameters())
-    LISA(model, optimizer)
+    model.model.layers[3].mlp.up_proj.weight.data += ranks.rank()
+    LISA(model, optimizer, sampler="ascending", frozen_weights="int8")
     tiny.backward(model, 0)
     optimizer.step()

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from lisatune.distributed import ranks
 from lisatune.lisa.proof import INTEGERS
+from lisatune.nn.coded import exact_parameters
 from lisatune.optim.adamw import AdamW
 
 __all__ = ["GradientExchange"]
@@ -76,7 +77,7 @@ class GradientExchange:
         """
         if not self._has_compared:
             self._has_compared = True
-            self.compare("the weights before the first step", self._model.parameters())
+            self.compare("the weights before the first step", exact_parameters(self._model).values())
         if self._is_due:  # the last micro-step was in no_sync()
             self._exchange()
 

@@ -26,22 +26,26 @@ import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from itertools import accumulate
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from lisatune.distributed import ranks
 from lisatune.distributed.shards import has_values
+from lisatune.lisa.checks import is_copied
 from lisatune.lisa.proof import ProofError
 from lisatune.nn.coded import CodedWeight, Masters, can_be_coded, refuse_bypassed
-from lisatune.nn.codes import Int8Rows, Scales, make_format
+from lisatune.nn.codes import CODE_NAMES, Int8Rows, Scales, make_format
 from lisatune.nn.layers import LayerMap
 
 __all__ = ["FrozenWeights", "RamMasters", "ShapeMasters", "find_frozen_weights"]
 
 LEAST_SHARE = 0.5
 """Share of a model's block parameters that codes must be able to replace."""
+
+IGNORED_BY_DDP: Final = "_ddp_params_and_buffers_to_ignore"
+"""Attribute of a model in which DistributedDataParallel looks for names when it wraps the model."""
 
 SMALL_SHARE = 1 / 3
 """Share of a block's coded numbers that are int8 under `mixed`, at most."""
@@ -144,10 +148,10 @@ class FrozenWeights:
         masters: Masters | None = None,
         device: torch.device | None = None,
     ) -> None:
-        if ranks.count() > 1:
+        if ranks.count() > 1 and not is_copied(model):
             raise ValueError(
-                f"frozen_weights {name!r} works in one process only, because codes are not divided among "
-                "ranks; use frozen_weights exact"
+                f"frozen_weights {name!r} works in one process, or in a loop of your own with a model that "
+                "fully_shard has not divided, because codes are not divided; use frozen_weights exact"
             )
         self.name = name
         """Format of the blocks' codes."""
@@ -179,6 +183,8 @@ class FrozenWeights:
             p: CodedWeight(path, owners[p], formats[p], self.masters) for path, p in named.items()
         }
         model._frozen_weights = self  # type: ignore[assignment]
+        if ranks.count() > 1:
+            self._hide_from_ddp(model)
 
     @classmethod
     def of(cls, model: nn.Module) -> "FrozenWeights | None":
@@ -234,6 +240,17 @@ class FrozenWeights:
             self.thaw(parameter)
         if self.of(model) is self:
             del model._frozen_weights
+        vars(model).pop(IGNORED_BY_DDP, None)
+
+    def _hide_from_ddp(self, model: nn.Module) -> None:
+        """Let a DistributedDataParallel that wraps the model from now on leave weights and codes alone.
+
+        It would write into placeholders, keep codes that are gone, and send codes in each forward pass.
+        """
+        coded = {layer for weight in self._weights.values() for layer in weight.layers}
+        paths = [path for path, module in model.named_modules(remove_duplicate=False) if module in coded]
+        names = ("weight", *(f"weight_{name}" for name in CODE_NAMES))
+        setattr(model, IGNORED_BY_DDP, [f"{path}.{name}" for path in paths for name in names])
 
 
 def find_frozen_weights(

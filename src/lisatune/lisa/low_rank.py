@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lisatune.distributed import ranks
 from lisatune.distributed.shards import has_values
+from lisatune.lisa.checks import is_copied
 from lisatune.lisa.correction import Corrected, Correction, FrozenCorrection, find_correction
 from lisatune.lisa.proof import INTEGERS, fingerprint
 from lisatune.nn.adapter import Adapter
@@ -54,17 +55,17 @@ class LowRankCorrection(FrozenCorrection):
         seed: names the random numbers of A.
 
     Raises:
-        ValueError: a rank is too large, a name is unknown, there is nothing to correct, or there are several
-            ranks.
+        ValueError: a rank is too large, a name is unknown, there is nothing to correct, or the model is
+            divided among ranks.
     """
 
     def __init__(
         self, model: nn.Module, layers: LayerMap, optimizer: Optimizer, correction: Correction, *, seed: int
     ) -> None:
-        if ranks.count() > 1:
+        if ranks.count() > 1 and not is_copied(model):
             raise ValueError(
-                "correction lora works in one process only, because the gradients of adapters are not "
-                "exchanged among ranks; use correction none"
+                "correction lora works in one process, or in a loop of your own with a model that "
+                "fully_shard has not divided, because adapters are not divided; use correction none"
             )
         linear = _find_linear(model, layers)
         chosen = list(linear)

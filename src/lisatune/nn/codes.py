@@ -20,10 +20,13 @@ from torch import Tensor
 from lisatune.distributed.shards import has_values
 from lisatune.nn.nf4 import decode_nf4, encode_nf4, import_bitsandbytes
 
-__all__ = ["Codes", "Format", "Int8Rows", "Nf4", "Scales", "make_format"]
+__all__ = ["CODE_NAMES", "Codes", "Format", "Int8Rows", "Nf4", "Scales", "make_format"]
 
 Codes = Mapping[str, Tensor]
 """The tensors that stand for a weight, by name; `codes` is one of them."""
+
+CODE_NAMES = ("codes", "scales", "scales_of_scales")
+"""The names that formats use."""
 
 Scales = Literal["8bit", "fp32"]
 """How NF4 stores the scales of its blocks."""

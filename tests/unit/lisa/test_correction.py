@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 import tiny
 from lisatune import LISA, AdamW, Correction, ProofError, find_layers, param_groups
-from lisatune.distributed import ranks
 from lisatune.lisa.correction import find_correction
 from lisatune.lisa.low_rank import LowRankCorrection
 from lisatune.nn.blocks import BlockForward, num_graphs
@@ -582,9 +581,7 @@ def test_values_out_of_range_are_refused(options: dict[str, Any]) -> None:
         Correction(**options)
 
 
-def test_models_without_linear_layers_float16_and_several_ranks_are_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_models_without_linear_layers_and_float16_are_refused() -> None:
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=32, n_positions=16))
     with pytest.raises(ValueError, match="those of GPT2LMHeadModel have none"):
         attach(gpt2, active=1)
@@ -592,6 +589,3 @@ def test_models_without_linear_layers_float16_and_several_ranks_are_refused(
     optimizer = AdamW(model.parameters())
     with pytest.raises(ValueError, match="beside float16 weights"):
         LowRankCorrection(model.half(), layers, optimizer, Correction(), seed=0)
-    monkeypatch.setattr(ranks, "count", lambda: 2)
-    with pytest.raises(ValueError, match="in one process only"):
-        LowRankCorrection(model, layers, optimizer, Correction(), seed=0)
