@@ -36,7 +36,8 @@ from lisatune.distributed.shards import has_values
 from lisatune.lisa.checks import is_copied
 from lisatune.lisa.proof import ProofError
 from lisatune.nn.coded import CodedWeight, Masters, can_be_coded, refuse_bypassed
-from lisatune.nn.codes import CODE_NAMES, Int8Rows, Scales, make_format
+from lisatune.nn.coded_experts import name_experts
+from lisatune.nn.codes import CODE_NAMES, Format, Int8Rows, PerExpert, Scales, make_format
 from lisatune.nn.layers import LayerMap
 
 __all__ = ["FrozenWeights", "RamMasters", "ShapeMasters", "find_frozen_weights"]
@@ -162,13 +163,14 @@ class FrozenWeights:
         coded = {
             weight
             for weight, layers_of in owners.items()
-            if weight in ends or (weight in blocks and all(type(each) is nn.Linear for each in layers_of))
+            if weight in ends or (weight in blocks and nn.Embedding not in map(type, layers_of))
         }
         coarse, fine = make_format("nf4" if name == "mixed" else name, scales=scales), Int8Rows()
         in_fine = coded - blocks
         if name == "mixed":
             in_fine |= {p for block in by_block for p in _find_small([p for p in block if p in coded])}
-        formats = {weight: fine if weight in in_fine else coarse for weight in coded}
+        formats: dict[nn.Parameter, Format] = {w: fine if w in in_fine else coarse for w in coded}
+        formats |= {w: PerExpert(format) for w, format in formats.items() if w.dim() == 3}
         _check_share(model, blocks, formats.keys())
         refuse_bypassed(model, formats, "their codes; use frozen_weights exact")
         named = {path: p for path, p in model.named_parameters() if p in formats}
@@ -247,10 +249,14 @@ class FrozenWeights:
 
         It would write into placeholders, keep codes that are gone, and send codes in each forward pass.
         """
-        coded = {layer for weight in self._weights.values() for layer in weight.layers}
-        paths = [path for path, module in model.named_modules(remove_duplicate=False) if module in coded]
-        names = ("weight", *(f"weight_{name}" for name in CODE_NAMES))
-        setattr(model, IGNORED_BY_DDP, [f"{path}.{name}" for path in paths for name in names])
+        names: dict[nn.Module, set[str]] = {}
+        for weight in self._weights.values():
+            for layer in weight.layers:
+                own = names.setdefault(layer, set())
+                own |= {weight.attribute, *(f"{weight.attribute}_{name}" for name in CODE_NAMES)}
+        modules = model.named_modules(remove_duplicate=False)
+        ignored = [f"{path}.{name}" for path, module in modules for name in names.get(module, ())]
+        setattr(model, IGNORED_BY_DDP, ignored)
 
 
 def find_frozen_weights(
@@ -291,8 +297,15 @@ def _find_owners(model: nn.Module) -> dict[nn.Parameter, list[nn.Module]]:
     return {
         parameter: modules
         for parameter, modules in owners.items()
-        if all(can_be_coded(module) and module.weight is parameter for module in modules)
+        if all(
+            any(module._parameters[name] is parameter for name in _name_coded(module)) for module in modules
+        )
     }
+
+
+def _name_coded(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of a module's weights that can be codes."""
+    return ("weight",) if can_be_coded(module) else name_experts(module)
 
 
 def _find_small(weights: Iterable[nn.Parameter]) -> list[nn.Parameter]:
@@ -317,9 +330,9 @@ def _check_share(model: nn.Module, blocks: set[nn.Parameter], coded: Iterable[nn
     owner = model.get_submodule(name.rpartition(".")[0])
     how = " with a forward of its own" if "forward" in vars(owner) else ""
     raise ValueError(
-        f"only {share:.0%} of the numbers in the blocks of {type(model).__name__} are in torch.nn.Linear, "
-        f"which is what codes can replace; {name} is {list(largest.shape)} in {type(owner).__name__}{how}; "
-        "use frozen_weights exact"
+        f"only {share:.0%} of the numbers in the blocks of {type(model).__name__} are in torch.nn.Linear or "
+        f"transformers' experts, which is what codes can replace; {name} is {list(largest.shape)} in "
+        f"{type(owner).__name__}{how}; use frozen_weights exact"
     )
 
 

@@ -62,13 +62,13 @@ class Adapter:
     def weight(self) -> Tensor:
         """The exact weight W, [out, in], without what the adapter adds."""
         layer = self.layer
-        exact: Tensor = layer._coded_weight.exact() if isinstance(layer, CodedLinear) else layer.weight
+        exact: Tensor = layer.coded_weight.exact() if isinstance(layer, CodedLinear) else layer.weight
         return exact.detach()
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
         if isinstance(self.layer, CodedLinear):
-            self.layer._coded_weight.load(value)
+            self.layer.coded_weight.load(value)
         else:
             self.layer.weight.data.copy_(value)
 

@@ -1,11 +1,12 @@
-"""Linear layers and embeddings that compute with codes of their weight while it is frozen.
+"""Layers that compute with codes of a weight while it is frozen.
 
 A `CodedWeight` looks after one weight. While the weight is frozen, its exact numbers are in a store outside
 the device, the layer holds codes of them, and the parameter is a placeholder: one NaN, expanded to the
 weight's shape, so 2 or 4 bytes. The `nn.Parameter` object, its name, shape and dtype never change, so
 optimizer, hooks and names stay valid. Reading a placeholder by mistake gives NaN, and writing into it fails.
 
-The layer's class changes with it, `nn.Linear` to `CodedLinear` and back. A coded layer
+The layer's class changes with it, `nn.Linear` to `CodedLinear` and back; those of experts are in
+`lisatune.nn.coded_experts`. A coded layer
 
     computes with its codes while it trains; forward and backward save the codes alone, never a dense weight;
     computes with the exact weight in evaluation mode without gradients, so that held-out loss and generated
@@ -27,6 +28,8 @@ from torch.nn.functional import embedding, linear
 from lisatune.nn.codes import Codes, Format, Int8Rows
 
 __all__ = [
+    "CODED_CLASSES",
+    "Coded",
     "CodedEmbedding",
     "CodedLinear",
     "CodedWeight",
@@ -62,29 +65,31 @@ class CodedWeight:
     """One weight that is exact on the device while it trains, and codes while it is frozen.
 
     Args:
-        name: the parameter's name in the model.
-        layers: the layers that own the parameter, each an `nn.Linear` or `nn.Embedding`. Tied layers share
-            their codes. Their forward must be the class's own.
+        name: the parameter's name in the model; in a layer it is the last part of it.
+        layers: the layers that own the parameter, of classes in `CODED_CLASSES`. Tied layers share their
+            codes. Their forward must be the class's own.
         format: of the codes; embeddings need `Int8Rows`.
         masters: where the exact weight is kept.
     """
 
     def __init__(self, name: str, layers: Iterable[nn.Module], format: Format, masters: Masters) -> None:
         self.name, self.format, self.masters = name, format, masters
+        self.attribute = name.rpartition(".")[2]
         self.layers: tuple[Any, ...] = tuple(layers)
-        self.parameter = own_parameter(self.layers[0])
+        self.parameter = own_parameter(self.layers[0], self.attribute)
+        self.code_names: tuple[str, ...] = ()
+        """Names of the codes; empty while the weight is exact."""
         self._rounded: Tensor | None = None
 
     @property
     def is_frozen(self) -> bool:
         """Whether the device holds codes."""
-        return isinstance(self.layers[0], CodedLinear | CodedEmbedding)
+        return bool(self.code_names)
 
     @property
     def codes(self) -> Codes:
         """The codes on the device; empty while the weight is exact."""
-        names = self.layers[0]._code_names if self.is_frozen else ()
-        return {name: self.layers[0]._buffers[f"weight_{name}"] for name in names}
+        return {name: self.layers[0]._buffers[f"{self.attribute}_{name}"] for name in self.code_names}
 
     def exact(self) -> Tensor:
         """Return the exact weight, on the device if it trains and in host memory if it is frozen."""
@@ -117,22 +122,26 @@ class CodedWeight:
         self.parameter.data = torch.full((), torch.nan, dtype=weight.dtype, device=device).expand(
             weight.shape
         )
+        self.code_names = tuple(codes)
         for layer in self.layers:
             for name, tensor in codes.items():
-                layer.register_buffer(f"weight_{name}", tensor, persistent=False)
-            layer._coded_weight, layer._code_names = self, tuple(codes)
-            layer.__class__ = CodedEmbedding if isinstance(layer, nn.Embedding) else CodedLinear
+                layer.register_buffer(f"{self.attribute}_{name}", tensor, persistent=False)
+            vars(layer).setdefault("_coded", {})[self.attribute] = self
+            layer.__class__ = CODED_CLASSES.get(type(layer), type(layer))
 
     def thaw(self) -> None:
         """Put the exact weight onto the device, and drop the codes. Does nothing if the weight is exact."""
         if not self.is_frozen:
             return
         for layer in self.layers:
-            layer.__class__ = nn.Embedding if isinstance(layer, nn.Embedding) else nn.Linear
-            for name in layer._code_names:
-                del layer._buffers[f"weight_{name}"]
-                layer._non_persistent_buffers_set.discard(f"weight_{name}")
-            del layer._coded_weight, layer._code_names
+            for name in self.code_names:
+                del layer._buffers[f"{self.attribute}_{name}"]
+                layer._non_persistent_buffers_set.discard(f"{self.attribute}_{name}")
+            del layer._coded[self.attribute]
+            if not layer._coded:
+                layer.__class__ = layer.plain
+                del layer._coded
+        self.code_names = ()
         self.parameter.data = self.masters.take(self.name, self.parameter.device)
 
     def load(self, weight: Tensor) -> None:
@@ -156,11 +165,13 @@ class CodedWeight:
         )
 
 
-class _Coded(nn.Module):
+class Coded(nn.Module):
     """What coded layers have in common."""
 
-    _coded_weight: CodedWeight
-    _code_names: tuple[str, ...]
+    plain: type[nn.Module]
+    """The class of the layer while all its weights are exact."""
+    _coded: dict[str, CodedWeight]
+    """Weights that are codes now, by the parameter's name in the layer."""
 
     def _computes_exactly(self) -> bool:
         # Reentrant checkpointing runs forward without gradients too, but in training mode.
@@ -172,51 +183,62 @@ class _Coded(nn.Module):
         Raises:
             RuntimeError: it would change the dtype, which the exact weight in its store would not follow.
         """
-        own = own_parameter(self)
-        if (dtype := fn(own.new_empty(0)).dtype) != own.dtype:
-            raise RuntimeError(
-                f"the frozen weight {self._coded_weight.name} is codes of {own.dtype} numbers and cannot "
-                f"become {dtype}; convert the model before LISA is attached, or call detach() first"
-            )
-        shape = own.shape
-        own.data = own.detach()[0, 0]
+        own = {name: own_parameter(self, name) for name in self._coded}
+        shapes = {name: parameter.shape for name, parameter in own.items()}
+        for name, parameter in own.items():
+            if (dtype := fn(parameter.new_empty(0)).dtype) != parameter.dtype:
+                raise RuntimeError(
+                    f"the frozen weight {self._coded[name].name} is codes of {parameter.dtype} numbers and "
+                    f"cannot become {dtype}; convert the model before attaching LISA, or call detach() first"
+                )
+        for parameter in own.values():
+            parameter.data = parameter.detach()[(0,) * parameter.dim()]
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
-            for each in (own, own_parameter(self)):  # another one on a device such as meta
-                each.data = each.detach().expand(shape)
+            for name, parameter in own.items():
+                for each in (parameter, own_parameter(self, name)):  # another one on a device such as meta
+                    each.data = each.detach().expand(shapes[name])
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "weight"] = self._coded_weight.exact()
+        destination.update({prefix + name: coded.exact() for name, coded in self._coded.items()})
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: Any
     ) -> None:
-        name = prefix + "weight"
-        # Hooks must see the weight, and may put another one in its place; torch's own call lacks it.
+        coded = {prefix + name: weight for name, weight in self._coded.items()}
+        # Hooks must see the weights, and may put another one in its place; torch's own call lacks it.
         hooks, self._load_state_dict_pre_hooks = self._load_state_dict_pre_hooks, OrderedDict()
         try:
             for hook in hooks.values():
                 hook(state_dict, prefix, local_metadata, strict, *lists)
-            rest = {key: value for key, value in state_dict.items() if key != name}
+            rest = {key: value for key, value in state_dict.items() if key not in coded}
             super()._load_from_state_dict(rest, prefix, local_metadata, strict, *lists)
         finally:
             self._load_state_dict_pre_hooks = hooks
-        if name not in state_dict:
-            return
         missing, _, errors = lists
-        missing[:] = [key for key in missing if key != name]
-        given, own = state_dict[name], own_parameter(self)
-        if given.shape != own.shape:
-            errors.append(f"size mismatch for {name}: {tuple(given.shape)}, not {tuple(own.shape)}")
-        else:
-            self._coded_weight.load(given)
+        missing[:] = [key for key in missing if key not in coded or key not in state_dict]
+        for name, weight in coded.items():
+            if name not in state_dict:
+                continue
+            given, own = state_dict[name], weight.parameter
+            if given.shape != own.shape:
+                errors.append(f"size mismatch for {name}: {tuple(given.shape)}, not {tuple(own.shape)}")
+            else:
+                weight.load(given)
 
 
-class CodedLinear(_Coded, nn.Linear):
+class CodedLinear(Coded, nn.Linear):
     """A linear layer with a frozen weight that is stored as codes."""
+
+    plain = nn.Linear
+
+    @property
+    def coded_weight(self) -> CodedWeight:
+        """What looks after the weight."""
+        return self._coded["weight"]
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -228,11 +250,11 @@ class CodedLinear(_Coded, nn.Linear):
         kind = input.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
         if self._computes_exactly():
-            exact = self._coded_weight.exact().to(input.device, non_blocking=True)
+            exact = self.coded_weight.exact().to(input.device, non_blocking=True)
             return linear(input, exact, self.bias)
-        names = self._code_names
+        names = self.coded_weight.code_names
         tensors = [self._buffers[f"weight_{name}"] for name in names]
-        coded = self._coded_weight.format
+        coded = self.coded_weight.format
         shape = own_parameter(self).shape
         out: Tensor = _Product.apply(input.to(dtype), coded, shape, names, *tensors)  # type: ignore[no-untyped-call]
         return out if self.bias is None else out + self.bias.to(dtype)
@@ -242,7 +264,7 @@ class CodedLinear(_Coded, nn.Linear):
 
         Whether they come from the codes or from the exact weight is decided now, as in a forward pass.
         """
-        coded, own = self._coded_weight, own_parameter(self)
+        coded, own = self.coded_weight, own_parameter(self)
         shape, device = own.shape, own.device
         if self._computes_exactly():
             return lambda rows, dtype: coded.exact()[rows].to(device, dtype)
@@ -252,12 +274,14 @@ class CodedLinear(_Coded, nn.Linear):
         return lambda rows, dtype: format.decode(codes, shape, dtype)[rows]
 
 
-class CodedEmbedding(_Coded, nn.Embedding):
+class CodedEmbedding(Coded, nn.Embedding):
     """An embedding with a frozen weight that is stored as int8 rows."""
+
+    plain = nn.Embedding
 
     def forward(self, input: Tensor) -> Tensor:
         """Look up rows, in the weight's dtype."""
-        coded = self._coded_weight
+        coded = self._coded["weight"]
         if self._computes_exactly():
             master = coded.exact()
             return embedding(input.to(master.device), master).to(input.device)
@@ -283,6 +307,10 @@ class _Product(torch.autograd.Function):
         return grad, None, None, None, *[None] * len(codes)
 
 
+CODED_CLASSES: dict[type[nn.Module], type[Coded]] = {nn.Linear: CodedLinear, nn.Embedding: CodedEmbedding}
+"""What the class of a layer becomes while a weight of it is codes."""
+
+
 def can_be_coded(layer: nn.Module) -> bool:
     """Whether a layer is a plain `nn.Linear` or `nn.Embedding`, whose forward does nothing else.
 
@@ -295,9 +323,9 @@ def can_be_coded(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear
 
 
-def own_parameter(layer: nn.Module) -> nn.Parameter:
-    """Return the parameter `weight` of a layer, which is a placeholder while the weight is codes."""
-    parameter = layer._parameters["weight"]
+def own_parameter(layer: nn.Module, name: str = "weight") -> nn.Parameter:
+    """Return a parameter of a layer itself, which is a placeholder while the weight is codes."""
+    parameter = layer._parameters[name]
     assert parameter is not None
     return parameter
 
@@ -324,8 +352,8 @@ def refuse_bypassed(model: nn.Module, weights: Iterable[Tensor], what: str) -> N
 
 def coded_weights(model: nn.Module) -> dict[str, CodedWeight]:
     """Return the model's weights that are codes now, by the parameter's name."""
-    coded: Iterable[Any] = (m for m in model.modules() if isinstance(m, CodedLinear | CodedEmbedding))
-    owners = {own_parameter(layer): layer._coded_weight for layer in coded}
+    layers = [module for module in model.modules() if isinstance(module, Coded)]
+    owners = {own_parameter(layer, name): coded for layer in layers for name, coded in layer._coded.items()}
     return {name: owners[p] for name, p in model.named_parameters() if p in owners} if owners else {}
 
 

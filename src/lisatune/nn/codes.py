@@ -20,7 +20,7 @@ from torch import Tensor
 from lisatune.distributed.shards import has_values
 from lisatune.nn.nf4 import decode_nf4, encode_nf4, import_bitsandbytes
 
-__all__ = ["CODE_NAMES", "Codes", "Format", "Int8Rows", "Nf4", "Scales", "make_format"]
+__all__ = ["CODE_NAMES", "Codes", "Format", "Int8Rows", "Nf4", "PerExpert", "Scales", "make_format"]
 
 Codes = Mapping[str, Tensor]
 """The tensors that stand for a weight, by name; `codes` is one of them."""
@@ -108,6 +108,35 @@ class Nf4(Format):
         if self.scales == "8bit":
             scales = _decode_scales(scales, codes["scales_of_scales"])
         return decode_nf4(codes["codes"], scales, shape, dtype)
+
+
+class PerExpert(Format):
+    """Experts in one weight, [E, A, B]: each expert's matrix is encoded on its own.
+
+    Args:
+        each: the format of a matrix.
+    """
+
+    def __init__(self, each: Format) -> None:
+        self.each, self.name = each, each.name
+
+    def encode(self, weight: Tensor) -> Codes:
+        """Turn a weight into what `each` makes of a matrix, with E in front of every shape."""
+        first = self.each.encode(weight[0])
+        codes = {name: tensor.new_empty(len(weight), *tensor.shape) for name, tensor in first.items()}
+        for expert in range(len(weight) if has_values(weight) else 0):
+            for name, tensor in self.each.encode(weight[expert]).items():
+                codes[name][expert] = tensor
+        return codes
+
+    def decode(self, codes: Codes, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Decode the matrices of all experts."""
+        experts = range(shape[0])
+        return torch.stack([self.decode_expert(codes, expert, shape, dtype) for expert in experts])
+
+    def decode_expert(self, codes: Codes, expert: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Decode the matrix [A, B] of one expert of a weight of this shape."""
+        return self.each.decode({name: each[expert] for name, each in codes.items()}, shape[1:], dtype)
 
 
 def make_format(name: str, *, scales: Scales = "8bit") -> Int8Rows | Nf4:

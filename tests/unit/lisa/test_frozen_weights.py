@@ -13,10 +13,6 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
 )
 
 import tiny
@@ -346,27 +342,6 @@ def test_models_whose_blocks_have_no_linear_layers_are_refused_by_name() -> None
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=32, n_positions=16))
     with pytest.raises(ValueError, match=r"only 0% .*transformer\.h\.0\.mlp\.c_fc\.weight is .* in Conv1D"):
         attach(gpt2)
-
-
-@pytest.mark.parametrize(
-    ("family", "config"), [(MixtralForCausalLM, MixtralConfig), (Qwen3MoeForCausalLM, Qwen3MoeConfig)]
-)
-def test_mixtures_of_experts_are_refused_by_name(family: Any, config: Any) -> None:
-    small = config(
-        hidden_size=16,
-        intermediate_size=32,
-        moe_intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        vocab_size=32,
-        num_local_experts=4,
-        num_experts=4,
-    )
-    with pytest.raises(
-        ValueError, match=r"only \d+% of the numbers in the blocks of .*Experts; use frozen_w"
-    ):
-        attach(family(small))
 
 
 @pytest.mark.parametrize("options", [{"frozen_weights": "int8"}, {"correction": "lora"}])

@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    Qwen3MoeConfig,
+)
 
 import lisatune.memory.plan
 import lisatune.optim.adamw
@@ -34,6 +40,18 @@ CONFIG = LlamaConfig(
     num_key_value_heads=2,
     max_position_embeddings=128,
     tie_word_embeddings=False,
+)
+EXPERTS = Qwen3MoeConfig(
+    vocab_size=200,
+    hidden_size=64,
+    moe_intermediate_size=64,
+    num_hidden_layers=BLOCKS,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    num_experts=8,
+    num_experts_per_tok=2,
+    max_position_embeddings=128,
 )
 LARGE_VOCABULARY = LlamaConfig(**CONFIG.to_dict() | {"vocab_size": 2000})
 planned_once = PlansOnce()
@@ -240,14 +258,17 @@ def test_a_compiled_run_is_planned_as_it_is_written() -> None:
     assert plan.peak_bytes == planned_once(make_recipe(), config=CONFIG).peak_bytes
 
 
+@pytest.mark.parametrize("config", [CONFIG, EXPERTS], ids=["llama", "experts"])
 @pytest.mark.parametrize("ends", ["train", "frozen"])
 @pytest.mark.parametrize("bits", ["int8", "mixed", "nf4"])
-def test_codes_and_the_switch_between_two_draws_are_planned_as_in_a_run(bits: str, ends: str) -> None:
+def test_codes_and_the_switch_between_two_draws_are_planned_as_in_a_run(
+    bits: str, ends: str, config: PreTrainedConfig
+) -> None:
     options = {"ends": ends, "period": 1, "precision": "bf16", "verify": "off"}
     recipe = make_recipe({"rounding": "stochastic"}, frozen_weights=bits, **options)
-    plan = plan_memory(recipe, config=CONFIG)
-    exact = planned_once(make_recipe({"rounding": "stochastic"}, **options), config=CONFIG)
-    model = LlamaForCausalLM(CONFIG).to(torch.bfloat16)
+    plan = plan_memory(recipe, config=config)
+    exact = planned_once(make_recipe({"rounding": "stochastic"}, **options), config=config)
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     built = build(recipe, model, CausalLMLoss(model), steps=400, device=torch.device("cpu"))
     steps = []
     with measure(built.model, built.step.optimizer) as tracker:

@@ -17,6 +17,8 @@ PUBLISHED = {
     "llama-3.1-8b": (8_030_261_248, 32),
     "llama-3.2-1b": (1_235_814_400, 16),
     "qwen2.5-7b": (7_615_616_512, 28),
+    "mixtral-8x7b": (46_702_792_704, 32),
+    "qwen3-30b-a3b": (30_532_122_624, 48),
     "gemma-3-270m": (268_098_176, 18),
 }
 """Parameters, a tied one counted once, and blocks."""
