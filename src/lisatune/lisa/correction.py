@@ -24,8 +24,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
+
+from lisatune.optim.adamw import AdamW
 
 __all__ = [
     "READ",
@@ -131,6 +134,7 @@ class FrozenCorrection:
         self.correction, self._follows = correction, follows
         follows.zero_grad = self._zero_grad  # type: ignore[method-assign]
         model._correction = self  # type: ignore[assignment]
+        self._forward_hook = model.register_forward_pre_hook(_forget_left_out)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Become None in a copy of the model and in one that is saved whole: nobody trains these."""
@@ -169,8 +173,26 @@ class FrozenCorrection:
     def make_state(self) -> None:
         """Make the state that the steps to come have."""
 
+    def has_gradients(self) -> bool:
+        """Whether a backward pass has left something that belongs to a step to come."""
+        return False
+
     def drop_gradients(self) -> None:
         """Release the gradients of a step that is left out."""
+
+    def forget_left_out(self) -> None:
+        """Release the gradients if those of the model's own parameters are gone: the step was left out.
+
+        `optimizer.zero_grad` releases both, `model.zero_grad` and `p.grad = None` the model's alone. An
+        update in backward takes the model's gradients too, and no step can be left out after it.
+        """
+        follows = self._follows
+        if isinstance(follows, AdamW) and follows.in_backward is not None:
+            return
+        if not self.has_gradients():
+            return
+        if all(p.grad is None for group in follows.param_groups for p in group["params"]):
+            self.drop_gradients()
 
     def merge(self) -> None:
         """Put what was added into the weights, once."""
@@ -178,6 +200,7 @@ class FrozenCorrection:
     def detach(self, model: nn.Module) -> None:
         """Put what was added into the weights, once, and leave the model as it is."""
         vars(self._follows).pop("zero_grad", None)
+        self._forward_hook.remove()
         if find_correction(model) is self:
             del model._correction
 
@@ -198,6 +221,13 @@ class FrozenCorrection:
         """Replace the optimizer's `zero_grad`: a step that is left out must not leave gradients behind."""
         self.drop_gradients()
         type(self._follows).zero_grad(self._follows, set_to_none)
+
+
+def _forget_left_out(model: nn.Module, *_: Any) -> None:
+    """Tell the correction that a forward pass begins, as a hook of the model, which a copy keeps too."""
+    correction = find_correction(model)
+    if correction is not None and not torch.compiler.is_compiling():
+        correction.forget_left_out()
 
 
 def find_correction(model: nn.Module) -> FrozenCorrection | None:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from lisatune.distributed import ranks
 from lisatune.distributed.shards import has_values
 from lisatune.lisa.checks import is_copied
-from lisatune.lisa.correction import Corrected, Correction, FrozenCorrection, find_correction
+from lisatune.lisa.correction import Corrected, Correction, FrozenCorrection
 from lisatune.lisa.proof import INTEGERS, fingerprint
 from lisatune.nn.adapter import Adapter
 from lisatune.nn.coded import CodedLinear, own_parameter, refuse_bypassed
@@ -94,10 +94,7 @@ class LowRankCorrection(FrozenCorrection):
         self._full_lr = _find_peak_lr(optimizer)
         self.says = f"adapters of {WHICH[correction.blocks]} moved"
         super().__init__(model, optimizer, correction)
-        self._hooks = [
-            optimizer.register_step_pre_hook(_refuse_scaler),
-            model.register_forward_pre_hook(_forget_left_out),
-        ]
+        self._hook = optimizer.register_step_pre_hook(_refuse_scaler)
         self._was_told = tell_of_scaler(optimizer)
 
     @property
@@ -159,31 +156,20 @@ class LowRankCorrection(FrozenCorrection):
                 prepare(group, p, self.optimizer.state[p])
         self.drop_gradients()
 
+    def has_gradients(self) -> bool:
+        """Whether an adapter has a gradient."""
+        return any(p.grad is not None for p in self.all_parameters())
+
     def drop_gradients(self) -> None:
         """Release the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
-
-    def forget_left_out(self) -> None:
-        """Release the gradients if those of the model's own parameters are gone: the step was left out.
-
-        `optimizer.zero_grad` releases both, `model.zero_grad` and `p.grad = None` the model's alone. An
-        update in backward takes the model's gradients too, and no step can be left out after it.
-        """
-        follows = self._follows
-        if isinstance(follows, AdamW) and follows.in_backward is not None:
-            return
-        if all(p.grad is None for p in self.all_parameters()):
-            return
-        if all(p.grad is None for group in follows.param_groups for p in group["params"]):
-            self.drop_gradients()
 
     def detach(self, model: nn.Module) -> None:
         """Merge the adapters into the weights, once, and remove them."""
         self.merge()
         for adapter in self.adapters:
             adapter.remove()
-        for hook in self._hooks:
-            hook.remove()
+        self._hook.remove()
         if not self._was_told:
             stop_telling(self._follows)
         super().detach(model)
@@ -371,13 +357,6 @@ def _peak_of(group: dict[str, Any]) -> float | None:
 def _refuse_scaler(optimizer: Optimizer, *_: Any) -> None:
     """Refuse a step of a loss scaler, as a hook of the optimizer."""
     refuse_scaled_step(optimizer, 'the gradients of adapters beside frozen blocks (correction="lora")')
-
-
-def _forget_left_out(model: nn.Module, *_: Any) -> None:
-    """Tell the adapters that a forward pass begins, as a hook of the model, which a copy of it keeps too."""
-    correction = find_correction(model)
-    if isinstance(correction, LowRankCorrection) and not torch.compiler.is_compiling():
-        correction.forget_left_out()
 
 
 def _print_of(weight: Tensor) -> int:

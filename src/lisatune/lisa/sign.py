@@ -100,6 +100,10 @@ class SignCorrection(FrozenCorrection):
         self.steps_done += 1
         self._moved.clear()
 
+    def has_gradients(self) -> bool:
+        """Whether a backward pass has moved frozen blocks, and no step came after it."""
+        return bool(self._moved)
+
     def drop_gradients(self) -> None:
         """Forget which parameters have moved, because the step begins anew."""
         self._moved.clear()

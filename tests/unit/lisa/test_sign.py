@@ -97,6 +97,32 @@ def test_a_step_that_is_left_out_can_be_followed_by_another_and_nan_moves_nothin
     assert tiny.moved(before, model) == before.keys()
 
 
+@pytest.mark.parametrize("by", ["optimizer", "model", "hand"])
+@pytest.mark.parametrize("breaks_off", [False, True])
+def test_a_step_may_be_left_out_however_its_gradients_are_released(by: str, breaks_off: bool) -> None:
+    """HF Trainer calls `model.zero_grad()`; with `auto_find_batch_size` also after memory ran out."""
+    model = tiny.llama()
+    optimizer, lisa = attach(model)
+    if breaks_off:
+
+        def run_out(*_: Any) -> None:
+            raise torch.OutOfMemoryError("memory ran out")
+
+        hook = model.model.layers[2].register_full_backward_pre_hook(run_out)
+        with pytest.raises(torch.OutOfMemoryError):
+            tiny.backward(model, 0)
+        hook.remove()
+    else:
+        tiny.backward(model, 0)
+    if by == "hand":
+        for p in model.parameters():
+            p.grad = None
+    else:
+        {"optimizer": optimizer, "model": model}[by].zero_grad()
+    tiny.fit(model, optimizer, range(1, 4))
+    assert (lisa.steps_done, lisa.periods_proven) == (3, 1)
+
+
 def test_proof_speaks_of_drawn_blocks_and_frozen_ends_alone() -> None:
     model = tiny.llama()
     optimizer, lisa = attach(model, ends="frozen")
