@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import re
 import shutil
 import socket
 import sys
@@ -31,6 +32,9 @@ __all__ = [
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 """Beginning of the text that Git leaves in place of a large file that it has not fetched."""
+
+OS_ERROR = re.compile(r"\(os error (\d+)\)")
+"""How libraries in Rust write the system's number of an error."""
 
 
 def cache_folder() -> Path:
@@ -68,8 +72,6 @@ def write_aside(target: Path, *, replace: bool = True, aside: Path | None = None
     Raises:
         OSError: writing failed. The new folder is gone, and an earlier `target` is as it was.
     """
-    from safetensors import SafetensorError
-
     aside = name_aside(target) if aside is None else aside
     existing = next(folder for folder in aside.absolute().parents if folder.exists())
     try:
@@ -82,11 +84,23 @@ def write_aside(target: Path, *, replace: bool = True, aside: Path | None = None
             sync(folder)
             if folder == existing:
                 break
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        if not _is_of_disk(error):
+            raise
         what = "free some space or choose" if is_full(error) else "choose"
         raise OSError(f"could not write {target} ({error}); {what} another folder") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _is_of_disk(error: Exception) -> bool:
+    """Whether an error says that a file could not be written.
+
+    safetensors and tokenizers have errors of their own; that of tokenizers is a bare Exception.
+    """
+    from safetensors import SafetensorError
+
+    return isinstance(error, OSError | SafetensorError) or OS_ERROR.search(str(error)) is not None
 
 
 def name_aside(target: Path) -> Path:
@@ -167,13 +181,13 @@ def check_writable(path: Path, place: str = "output") -> None:
 def is_full(error: BaseException | None) -> bool:
     """Whether an error, or a cause of it, says that a disk is full, or the user's share of it.
 
-    Errors of safetensors have the system's number in their text alone.
+    Errors of safetensors and tokenizers have the system's number in their text alone.
     """
     if error is None:
         return False
-    numbers = (errno.ENOSPC, errno.EDQUOT)
-    is_named = any(f"(os error {number})" in str(error) for number in numbers)
-    return is_named or getattr(error, "errno", None) in numbers or is_full(error.__cause__)
+    named = OS_ERROR.search(str(error))
+    number = getattr(error, "errno", None) if named is None else int(named[1])
+    return number in (errno.ENOSPC, errno.EDQUOT) or is_full(error.__cause__)
 
 
 def delete(path: Path) -> None:

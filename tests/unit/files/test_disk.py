@@ -4,6 +4,7 @@ import pytest
 from safetensors import SafetensorError
 
 from lisatune.files.disk import explain_write_errors, sha256_of, write_aside
+from tiny_text import byte_tokenizer
 
 
 def test_the_folder_appears_only_when_it_is_complete(tmp_path: Path) -> None:
@@ -95,6 +96,20 @@ def test_space_is_asked_for_where_the_disk_is_full(tmp_path: Path, error: Except
         explain_write_errors(aside / "card"),
     ):
         raise error
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's file that is always full")
+def test_a_tokenizer_that_cannot_be_written_is_an_error_of_the_disk(tmp_path: Path) -> None:
+    """tokenizers raises a bare Exception, which the command took for a defect of lisatune."""
+
+    def save() -> None:
+        with write_aside(tmp_path / "model") as aside:
+            (aside / "tokenizer.json").symlink_to("/dev/full")
+            byte_tokenizer(None).save_pretrained(aside)
+
+    with pytest.raises(OSError, match=r"could not write .*model \(No space left .*; free some space or"):
+        save()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_sha256_is_of_the_content(tmp_path: Path) -> None:
