@@ -58,7 +58,8 @@ def cache_folder() -> Path:
 def write_aside(target: Path, *, replace: bool = True, aside: Path | None = None) -> Iterator[Path]:
     """Write a folder under another name, then sync it to disk and rename it to `target`.
 
-    A process that is killed inside leaves `.TARGET.tmp-…` beside the target; it is safe to delete.
+    A process that is killed inside leaves `.TARGET.tmp-…` beside the target. The next one that writes the
+    target deletes it first. A folder that is being written is locked, so it stays.
 
     Args:
         target: the final folder; its parents are created.
@@ -74,8 +75,11 @@ def write_aside(target: Path, *, replace: bool = True, aside: Path | None = None
     """
     aside = name_aside(target) if aside is None else aside
     existing = next(folder for folder in aside.absolute().parents if folder.exists())
+    lock = None
     try:
+        _delete_left_behind(target)
         aside.mkdir(parents=True)
+        lock = _lock_folder(aside)
         yield aside
         for path in (*aside.rglob("*"), aside):
             sync(path)
@@ -91,6 +95,46 @@ def write_aside(target: Path, *, replace: bool = True, aside: Path | None = None
         raise OSError(f"could not write {target} ({error}); {what} another folder") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock_folder(folder: Path) -> int | None:
+    """Lock a folder until the descriptor is closed; None if another has locked it, or it cannot be locked."""
+    if os.name != "posix":
+        return None
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # some network file systems have no locks
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _delete_left_behind(target: Path) -> None:
+    """Delete what processes left that were killed while they wrote a folder.
+
+    A folder that has just been made may not be locked yet, so an empty one stays. The target itself has the
+    name `….tmp-…-old` for a moment while it is replaced; that one stays until there is a target again.
+    """
+    name = re.compile(rf"\.{re.escape(target.name)}\.tmp-[0-9a-f]{{8}}(-old)?")
+    with suppress(OSError):
+        for left in [each for each in target.parent.iterdir() if name.fullmatch(each.name)]:
+            is_old = left.name.endswith("-old")
+            if is_old and (left.with_name(left.name.removesuffix("-old")).exists() or not target.exists()):
+                continue
+            with suppress(OSError):
+                lock = _lock_folder(left)
+                if lock is None:
+                    continue
+                try:
+                    if any(left.iterdir()):
+                        shutil.rmtree(left)
+                finally:
+                    os.close(lock)
 
 
 def _is_of_disk(error: Exception) -> bool:

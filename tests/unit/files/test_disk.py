@@ -1,8 +1,11 @@
+import os
+import signal
 from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
 
+from forks import ended, forked
 from lisatune.files.disk import explain_write_errors, sha256_of, write_aside
 from tiny_text import byte_tokenizer
 
@@ -69,6 +72,48 @@ def test_a_failing_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: 
     with pytest.raises(OSError, match="Input/output error"), write_aside(target) as aside:
         (aside / "new").touch()
     assert [path.name for path in target.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_what_a_killed_process_left_is_deleted_and_what_another_one_writes_stays(tmp_path: Path) -> None:
+    def die() -> int:
+        with write_aside(tmp_path / "model") as aside:
+            (aside / "large").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 0
+
+    assert ended(forked(die, tmp_path / "log")) == -signal.SIGKILL
+    (tmp_path / "log").unlink()
+    (tmp_path / ".model.tmp-mine").mkdir()
+    (tmp_path / ".model.tmp-mine" / "notes").touch()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert len(left) == 2
+    with write_aside(tmp_path / "model") as slow:
+        (slow / "slow").touch()
+        with write_aside(tmp_path / "model") as quick:
+            (quick / "quick").touch()
+    assert {path.name for path in tmp_path.iterdir()} == {"model", ".model.tmp-mine"}
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["slow"]
+
+
+def test_the_only_copy_of_a_folder_stays_after_a_kill_while_it_was_replaced(tmp_path: Path) -> None:
+    target, new, old = (
+        tmp_path / name for name in ("model", ".model.tmp-01234567", ".model.tmp-01234567-old")
+    )
+    for folder in (new, old):
+        folder.mkdir()
+        (folder / "weights").touch()
+
+    def fail() -> None:
+        with write_aside(target):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        fail()
+    assert list(tmp_path.iterdir()) == [old]
+    for _ in range(2):
+        with write_aside(target) as aside:
+            (aside / "weights").touch()
     assert list(tmp_path.iterdir()) == [target]
 
 
