@@ -118,6 +118,22 @@ def test_a_cache_of_tokens_that_cannot_be_written_is_one_sentence_and_one_that_i
     assert_as_undisturbed(series, tmp_path / "run")
 
 
+@pytest.mark.usefixtures("can_mount")
+def test_a_finished_run_that_is_read_only_is_left_as_it_is(series: kills.Series, tmp_path: Path) -> None:
+    def act(disk: mounts.Disk) -> int:
+        run = disk.path / "run"
+        shutil.copytree(series.folder / "straight", run)
+        disk.read_only(run)
+        assert [train(series.recipe, run, flag) for flag in ("--resume=auto", "--resume")] == [0, 0]
+        assert train(series.recipe, run, "--resume", "run.steps=9") == 2, "a longer run has to write"
+        return train(series.recipe, run, "--overwrite")
+
+    assert mounts.on_a_disk(tmp_path, 2**21, act) == 2, (tmp_path / "log").read_text()
+    said = (tmp_path / "log").read_text()
+    assert said.count("is finished; for more steps give") == 2
+    assert said.count("error: cannot write to ") == 2
+
+
 def test_a_file_that_may_not_grow_any_more_leaves_the_checkpoint_before(
     series: kills.Series, tmp_path: Path
 ) -> None:

@@ -238,12 +238,18 @@ class _ReadOnlyFolder(RunFolder):
 
 
 def check_output(
-    path: str | Path, recipe: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False
+    path: str | Path,
+    recipe: Mapping[str, Any],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    writes: bool = True,
 ) -> None:
     """Check that a run may start in this folder, without changing anything.
 
     Args:
         path, recipe, resume, overwrite: as in `RunFolder.open`.
+        writes: False for a run that is finished and stays as it is.
 
     Raises:
         ValueError: the path is a file; the folder exists and neither flag is given; there is no run to
@@ -259,7 +265,7 @@ def check_output(
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not existing.is_dir():
         raise ValueError(f"run.output {path} lies in {existing}, which is a file; name another folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
+    if writes and not os.access(existing, os.W_OK | os.X_OK):
         raise OSError(f"cannot write to {existing}; name another run.output")
     if not path.exists():
         check_writable(path, "run.output")

@@ -98,8 +98,10 @@ def check(
         resume, overwrite = choose_start(output)
     resume = bool(resume)
     recipe = fix_compile(fix_date(recipe, resume=resume), resume=resume)
-    report.attempt(check_output, output, recipe.as_dict(), resume=resume, overwrite=overwrite)
-    if resume and not report.problems and read_finished(output, recipe.as_dict()) is None:
+    finished = read_finished(output, recipe.as_dict()) if resume else None
+    writes = finished is None
+    report.attempt(check_output, output, recipe.as_dict(), resume=resume, overwrite=overwrite, writes=writes)
+    if resume and not report.problems and finished is None:
         report.attempt(find_checkpoint, output)
     report.attempt(check_trackers, recipe.run.report_to)
     if recipe.run.evaluate is not None:

@@ -96,15 +96,18 @@ def _train(
         resume, overwrite = json.loads(ranks.broadcast_text(json.dumps(choose_start(output))))
     resume = bool(resume)
     recipe = fix_compile(fix_date(recipe, resume=resume), resume=resume)
-    ranks.on_rank0(lambda: check_output(output, recipe.as_dict(), resume=resume, overwrite=overwrite))
+    finished = read_finished(output, recipe.as_dict()) if resume else None
+    writes = finished is None
+    ranks.on_rank0(
+        lambda: check_output(output, recipe.as_dict(), resume=resume, overwrite=overwrite, writes=writes)
+    )
     check_trackers(recipe.run.report_to)
     if recipe.run.evaluate is not None:
         check_tasks(recipe.run.evaluate, recipe.run.evaluate_data)
+    if finished is not None:
+        progress.print_finished(output, finished)
+        return finished
     if resume:
-        finished = read_finished(output, recipe.as_dict())
-        if finished is not None:
-            progress.print_finished(output, finished)
-            return finished
         find_checkpoint(output)
     check = MemoryCheck(recipe)
     parts = assemble(recipe, check.before_load, find_places(output) if resume else ())
