@@ -50,7 +50,7 @@ PLAIN_CHAT_TEMPLATE = """\
 
 
 def set_chat_template(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Give a tokenizer without a chat template `PLAIN_CHAT_TEMPLATE`; it is then saved with the tokenizer.
+    """Give a tokenizer without a chat template, or with an empty one, `PLAIN_CHAT_TEMPLATE`. It is saved too.
 
     The template starts with the beginning-of-sequence token if the tokenizer puts one before plain text.
 
@@ -60,7 +60,7 @@ def set_chat_template(tokenizer: "PreTrainedTokenizerBase") -> bool:
     Raises:
         ValueError: the tokenizer has no end-of-sequence token to end an answer with.
     """
-    if tokenizer.chat_template is not None:
+    if tokenizer.chat_template:
         return False
     if tokenizer.eos_token is None:
         raise ValueError(

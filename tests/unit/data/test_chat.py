@@ -67,9 +67,11 @@ def test_the_plain_template_begins_as_the_tokenizer_begins_text() -> None:
     assert tokenizer.apply_chat_template([USER], tokenize=False) == "<bos>### User:\nHi\n\n"
 
 
-def test_the_plain_template_is_saved_with_the_tokenizer(tmp_path: Path) -> None:
-    tokenizer = byte_tokenizer(None)
-    set_chat_template(tokenizer)
+@pytest.mark.parametrize("own", [None, ""])
+def test_the_plain_template_is_saved_with_the_tokenizer(own: str | None, tmp_path: Path) -> None:
+    byte_tokenizer(own).save_pretrained(tmp_path / "own")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "own")
+    assert set_chat_template(tokenizer), "an empty template writes nothing"
     tokenizer.save_pretrained(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template == PLAIN_CHAT_TEMPLATE
 
