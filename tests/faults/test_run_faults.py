@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+import lisatune.runs.folder
 import lisatune.train.loop
 from faults import kills, runs
 from faults.kills import assert_as_undisturbed
@@ -149,6 +150,28 @@ def test_sigterm_on_a_full_disk_says_from_where_to_go_on(
     assert said().endswith(
         f"step 3 of 8, which could not be saved; resume from {last} with the same command and --resume"
     )
+
+
+# ---- kills at the end
+
+
+def test_a_run_that_was_killed_after_its_model_was_written_is_not_advised_to_delete_it(
+    series: kills.Series, tmp_path: Path, said: Say
+) -> None:
+    run = tmp_path / "run"
+
+    def killer(run: Path) -> None:
+        lisatune.runs.folder.RunFolder.write_summary = lambda *_: runs.die()  # type: ignore[method-assign]
+
+    assert ended(runs.attempt(series.recipe, run, "run.save_every=0", killer=killer)) == -signal.SIGKILL
+    before = files(run)
+    for flag in ("--resume", "--resume=auto"):
+        assert train(series.recipe, run, "run.save_every=0", flag) == 2
+        assert said().endswith(
+            f"the run in {run} has no checkpoint to continue from, and its model is written; to train its "
+            f"model further, set model.name={run / 'model'} and name another run.output"
+        )
+    assert files(run) == before
 
 
 # ---- held-out losses

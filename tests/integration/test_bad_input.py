@@ -455,7 +455,7 @@ def test_resume_refuses_what_is_not_the_same_run(recipe: Path, refused: Callable
     run = recipe.parent / "run"
     refused("train", recipe, "--resume", says=(f"no run to resume in {run}; start it without --resume, or",))
     trained(recipe, "run")
-    says: tuple[str, ...] = (f"the run in {run} is finished and has no checkpoint to continue from",)
+    says: tuple[str, ...] = (f"the run in {run} has no checkpoint to continue from, and it is finished",)
     refused("train", recipe, "--resume", "run.steps=9", says=(*says, f"set model.name={run / 'model'}"))
     shutil.rmtree(run)
     trained(recipe, "run", "run.save_every=2")

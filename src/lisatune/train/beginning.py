@@ -48,9 +48,10 @@ def find_checkpoint(output: Path) -> Path:
         ValueError: there is none.
     """
     found = newest_checkpoint(output / "checkpoints")
-    if found is None and is_finished(output):
+    if found is None and (output / "model").is_dir():  # written whole, and then the run may have been killed
+        state = "it is finished" if is_finished(output) else "its model is written"
         raise ValueError(
-            f"the run in {output} is finished and has no checkpoint to continue from; to train its model "
+            f"the run in {output} has no checkpoint to continue from, and {state}; to train its model "
             f"further, set model.name={output / 'model'} and name another run.output"
         )
     if found is None and not any((output / "checkpoints").glob("step-*")):  # also no damaged ones
