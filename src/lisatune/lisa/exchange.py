@@ -26,6 +26,7 @@ from lisatune.distributed import ranks
 from lisatune.lisa.proof import INTEGERS
 from lisatune.nn.coded import exact_parameters
 from lisatune.optim.adamw import AdamW
+from lisatune.optim.gradient_hooks import after_gradient
 
 __all__ = ["GradientExchange"]
 
@@ -62,11 +63,7 @@ class GradientExchange:
         """Number of the backward pass after which gradients were last exchanged."""
         self._is_due = self._waits = self._has_compared = False
         self._wrapper: Any = None
-        self._hooks: list[Any] = [
-            p.register_post_accumulate_grad_hook(self._queue)  # type: ignore[no-untyped-call]
-            for p in parameters
-            if p.requires_grad
-        ]
+        self._hooks: list[Any] = [after_gradient(p, self._queue) for p in parameters if p.requires_grad]
         self._hooks.append(model.register_forward_pre_hook(self._find_wrapper))
 
     def before_step(self) -> None:

@@ -26,6 +26,7 @@ from lisatune.lisa.frozen_weights import FrozenWeights
 from lisatune.optim.adamw import AdamW, default_chunk_size
 from lisatune.optim.chunks import flatten
 from lisatune.optim.codecs import in_float32, key_of
+from lisatune.optim.gradient_hooks import after_gradient
 
 __all__ = ["SignCorrection"]
 
@@ -80,8 +81,7 @@ class SignCorrection(FrozenCorrection):
         self._corrected: set[nn.Parameter] = set()
         self._moved: set[nn.Parameter] = set()
         self._group_of: dict[nn.Parameter, int] = {}
-        every: list[Any] = list(self._places)
-        self._hooks = [p.register_post_accumulate_grad_hook(self._take) for p in every]
+        self._hooks = [after_gradient(p, self._take) for p in self._places]
         super().__init__(model, optimizer, correction)
 
     def train(self, active: Sequence[int]) -> None:

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from lisatune.distributed.shards import Part, local_part, part_of
 from lisatune.optim.chunks import strip_zero_rows
+from lisatune.optim.gradient_hooks import after_gradient
 
 __all__ = ["UpdateInBackward"]
 
@@ -49,7 +50,7 @@ class UpdateInBackward:
         self._updated: set[nn.Parameter] = set()
         self._squares: dict[Any, tuple[Part, list[Tensor]]] = {}
         self._has_ended, self._is_paused = True, False
-        self._hooks = [p.register_post_accumulate_grad_hook(self._take) for p in self._places]
+        self._hooks = [after_gradient(p, self._take) for p in self._places]
 
     @property
     def updated(self) -> frozenset[nn.Parameter]:

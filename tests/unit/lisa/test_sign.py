@@ -1,6 +1,8 @@
 """Frozen blocks that take steps of equal size in backward, without state."""
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -143,6 +145,18 @@ def test_detach_leaves_the_blocks_to_their_gradients() -> None:
     tiny.backward(model, 0)
     assert tiny.moved(before, model) == set()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_model_optimizer_and_lisa_are_freed_when_nobody_holds_them() -> None:
+    def train() -> list["weakref.ref[object]"]:
+        model = tiny.llama()
+        optimizer, lisa = attach(model)
+        tiny.fit(model, optimizer, 2)
+        return [weakref.ref(each) for each in (model, optimizer, lisa, *model.parameters())]
+
+    alive = train()
+    gc.collect()
+    assert [each() for each in alive] == [None] * len(alive)
 
 
 def test_accumulation_in_a_loop_is_refused() -> None:
