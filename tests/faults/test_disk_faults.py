@@ -13,6 +13,7 @@ from faults import kills, mounts, runs
 from faults.kills import assert_as_undisturbed
 from faults.runs import at_steps, train
 from forks import ended
+from lisatune.cli import app
 from lisatune.runs.manifest import FILES
 
 TWO = "run.save_every=2"
@@ -132,6 +133,27 @@ def test_a_finished_run_that_is_read_only_is_left_as_it_is(series: kills.Series,
     said = (tmp_path / "log").read_text()
     assert said.count("is finished; for more steps give") == 2
     assert said.count("error: cannot write to ") == 2
+
+
+@pytest.mark.usefixtures("can_mount")
+def test_a_full_disk_leaves_no_empty_recipe_and_its_error_names_the_file_of_answers(
+    series: kills.Series, tmp_path: Path
+) -> None:
+    def act(disk: mounts.Disk) -> int:
+        recipe, answers = disk.path / "new.yaml", disk.path / "answers.jsonl"
+        init = ["init", "--data", str(series.folder / "rows.jsonl"), "--output", str(recipe)]
+        ask = ["generate", str(series.folder / "tiny"), "--prompt", "x", "--max-new-tokens", "2"]
+        disk.fill(left=0)
+        assert app.main([*ask, "--output", str(answers)]) == 2
+        assert app.main(init) == 2
+        assert not recipe.exists()
+        disk.empty()
+        return app.main(init)
+
+    assert mounts.on_a_disk(tmp_path, 2**21, act) == 0, (tmp_path / "log").read_text()
+    said = (tmp_path / "log").read_text()
+    for name in ("answers.jsonl", "new.yaml"):
+        assert f"cannot write {tmp_path / 'disk' / name}: No space left on device; free space or name" in said
 
 
 def test_a_file_that_may_not_grow_any_more_leaves_the_checkpoint_before(

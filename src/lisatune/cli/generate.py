@@ -1,8 +1,10 @@
 """The command `lisatune generate`: a model's answers to prompts, or a conversation with it."""
 
+import errno
 import gc
 import io
 import json as json_text
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -278,12 +280,13 @@ def _lines_to(output: Path | None) -> Iterator[Callable[[str], None]]:
         return
     with explain_write_errors(output, "--output"):
         output.parent.mkdir(parents=True, exist_ok=True)
-        file = output.open("x", encoding="utf-8")
+        file = output.open("xb", buffering=0)  # else closing it raises again, for what was not written
 
     def write(line: str) -> None:
+        text = f"{line}\n".encode()
         with explain_write_errors(output, "--output"):
-            file.write(line + "\n")
-            file.flush()
+            if file.write(text) < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with file:
         yield write

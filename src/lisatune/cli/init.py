@@ -64,7 +64,7 @@ def init(
     """
     if source is not None and (data is not None or model is not None):
         raise ValueError("--from copies a recipe as it is; set keys in the copy, or leave --from out")
-    from lisatune.files.disk import check_writable, explain_write_errors
+    from lisatune.files.disk import check_writable, explain_write_errors, replace_file
 
     output = output or Path("recipe.yaml" if source is None else f"{source}.yaml")
     if output.exists():
@@ -73,7 +73,7 @@ def init(
     text, found = _make(data, model) if source is None else (_read_shipped(source), "")
     with explain_write_errors(output, "--output"):
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(text, encoding="utf-8")
+        replace_file(output, text)  # whole or not at all, so that the same command works on a second try
     print_line(f"{output}{found}\nnext: lisatune check {shlex.quote(str(output))}")
     return 0
 
