@@ -185,6 +185,8 @@ class FrozenWeights:
             p: CodedWeight(path, owners[p], formats[p], self.masters) for path, p in named.items()
         }
         model._frozen_weights = self  # type: ignore[assignment]
+        self._ignored: list[str] | None = None
+        """What DistributedDataParallel ignored before; None if it was not told of these weights."""
         if ranks.count() > 1:
             self._hide_from_ddp(model)
 
@@ -242,7 +244,8 @@ class FrozenWeights:
             self.thaw(parameter)
         if self.of(model) is self:
             del model._frozen_weights
-        vars(model).pop(IGNORED_BY_DDP, None)
+        if self._ignored is not None:
+            setattr(model, IGNORED_BY_DDP, self._ignored)
 
     def _hide_from_ddp(self, model: nn.Module) -> None:
         """Let a DistributedDataParallel that wraps the model from now on leave weights and codes alone.
@@ -256,7 +259,8 @@ class FrozenWeights:
                 own |= {weight.attribute, *(f"{weight.attribute}_{name}" for name in CODE_NAMES)}
         modules = model.named_modules(remove_duplicate=False)
         ignored = [f"{path}.{name}" for path, module in modules for name in names.get(module, ())]
-        setattr(model, IGNORED_BY_DDP, ignored)
+        self._ignored = list(getattr(model, IGNORED_BY_DDP, ()))
+        setattr(model, IGNORED_BY_DDP, [*self._ignored, *ignored])
 
 
 def find_frozen_weights(
@@ -298,7 +302,8 @@ def _find_owners(model: nn.Module) -> dict[nn.Parameter, list[nn.Module]]:
         parameter: modules
         for parameter, modules in owners.items()
         if all(
-            any(module._parameters[name] is parameter for name in _name_coded(module)) for module in modules
+            any(module._parameters.get(name) is parameter for name in _name_coded(module))
+            for module in modules
         )
     }
 

@@ -209,7 +209,7 @@ class Coded(nn.Module):
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: Any
     ) -> None:
         coded = {prefix + name: weight for name, weight in self._coded.items()}
-        # Hooks must see the weights, and may put another one in its place; torch's own call lacks it.
+        # Hooks must see the weights, and may put others in their place; torch's own call lacks them.
         hooks, self._load_state_dict_pre_hooks = self._load_state_dict_pre_hooks, OrderedDict()
         try:
             for hook in hooks.values():

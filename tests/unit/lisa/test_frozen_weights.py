@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -370,6 +371,27 @@ def test_a_layer_with_code_of_its_own_stays_exact() -> None:
         model(torch.ones(2, 8)).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def test_a_layer_whose_weight_is_made_of_other_parameters_stays_exact() -> None:
+    model = tiny.llama()
+    prune.identity(model.model.layers[0].mlp.up_proj, "weight")  # type: ignore[no-untyped-call]
+    attach(model, active=1, sampler="descending", verify="off")
+    assert "model.layers.0.mlp.up_proj.weight_orig" not in coded_weights(model)
+    assert "model.layers.0.mlp.down_proj.weight" in coded_weights(model)
+
+
+def test_what_ddp_ignores_already_is_ignored_with_codes_and_after_them() -> None:
+    model = tiny.llama()
+    model._ddp_params_and_buffers_to_ignore = ["mine"]
+    weights = FrozenWeights(model, find_layers(model), "int8")
+    weights.detach(model)
+    assert model._ddp_params_and_buffers_to_ignore == ["mine"]
+    weights = FrozenWeights(model, find_layers(model), "int8")
+    weights._hide_from_ddp(model)
+    assert {"mine", "model.layers.0.mlp.up_proj.weight"} < set(model._ddp_params_and_buffers_to_ignore)
+    weights.detach(model)
+    assert model._ddp_params_and_buffers_to_ignore == ["mine"]
 
 
 def test_a_layer_that_was_given_a_forward_stays_exact() -> None:
